@@ -1,0 +1,46 @@
+"""Content identities: blake3 over bytes and over canonical JSON. No path, time or order ever enters one."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+_CHUNK_BYTES = 4 << 20
+
+
+def canonical_json(value: Any) -> bytes:
+    """Returns the one byte string that stands for `value`: sorted keys, no blanks, UTF-8, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode(
+        "utf-8", "surrogatepass"
+    )
+
+
+def digest_bytes(data: bytes | memoryview) -> bytes:
+    """Returns the 32-byte blake3 digest of `data`."""
+    return blake3(data).digest()
+
+
+def hash_bytes(data: bytes | memoryview) -> str:
+    """Returns the blake3 digest of `data` as 64 hex digits."""
+    return blake3(data).hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """Returns the blake3 digest of the canonical JSON of `value` as 64 hex digits."""
+    return hash_bytes(canonical_json(value))
+
+
+def hash_chunks(chunks: Iterable[bytes | memoryview]) -> str:
+    """Returns the blake3 digest of the concatenated chunks as 64 hex digits."""
+    hasher = blake3()
+    for chunk in chunks:
+        hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """Returns the blake3 digest of a file's bytes as 64 hex digits. Raises OSError."""
+    with open(path, "rb", buffering=0) as handle:
+        return hash_chunks(iter(lambda: handle.read(_CHUNK_BYTES), b""))

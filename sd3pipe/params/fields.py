@@ -1,0 +1,54 @@
+"""How an option is declared: one pydantic field that carries type, default, range, help and what depends on it."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+OptionPath = Annotated[Path, Field(strict=False)]  # TOML has no paths, only strings
+
+Role = Literal["path", "recipe", "identity", "free"]
+# path      names a file or folder; may come from project.toml [paths]; enters nothing (its content does)
+# recipe    changes the numbers in cache rows; enters their keys
+# identity  changes what a training run computes; must be equal on resume
+# free      changes neither; may differ on resume
+
+
+class Params(BaseModel):
+    """Base of all option sets: unknown keys and ill-typed values are errors, instances never change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    def with_role(self, role: Role) -> dict[str, Any]:
+        """Returns the values of the options with `role`, as JSON types."""
+        names = {name for name, field in type(self).model_fields.items() if option_extra(field)["role"] == role}
+        return self.model_dump(mode="json", include=names)
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    role: Role = "free",
+    panel: str = "Options",
+    advanced: bool = False,
+    aliases: tuple[str, ...] = (),
+    paths_key: str | None = None,
+    **constraints: Any,
+) -> Any:
+    """Declares one option; `...` as default makes it required.
+
+    `panel` is the heading in --help; `advanced` options show in --help-all only; `aliases` are further spellings
+    without dashes; `paths_key` is the key of project.toml [paths] that fills a missing value; `constraints` are
+    pydantic's (ge, le, gt, lt, min_length, pattern).
+    """
+    extra = {"role": role, "panel": panel, "advanced": advanced, "aliases": list(aliases), "paths_key": paths_key}
+    return Field(default, description=help, json_schema_extra=extra, **constraints)
+
+
+def option_extra(field: FieldInfo) -> dict[str, Any]:
+    """Returns what `option` stored beside pydantic's own attributes."""
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict), "declare options with option()"
+    return extra
