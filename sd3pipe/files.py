@@ -76,7 +76,7 @@ def atomic_file(path: Path, *, temporary_in: Path | None = None) -> Iterator[IO[
             with open(temporary, "xb") as handle:
                 yield handle
                 sync_file(handle)
-            os.replace(temporary, path)
+            temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
@@ -112,7 +112,7 @@ def publish_once(temporary: Path, final: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        os.replace(temporary, final)
+        temporary.replace(final)
     else:
         temporary.unlink()
     sync_folder(final.parent)

@@ -33,17 +33,26 @@ def option(
     role: Role = "free",
     panel: str = "Options",
     advanced: bool = False,
+    positional: bool = False,
     aliases: tuple[str, ...] = (),
     paths_key: str | None = None,
     **constraints: Any,
 ) -> Any:
     """Declares one option; `...` as default makes it required.
 
-    `panel` is the heading in --help; `advanced` options show in --help-all only; `aliases` are further spellings
+    `panel` is the heading in --help; `advanced` options show in --help-all only; `positional` ones are
+    arguments without a name on the command line; `aliases` are further spellings
     without dashes; `paths_key` is the key of project.toml [paths] that fills a missing value; `constraints` are
     pydantic's (ge, le, gt, lt, min_length, pattern).
     """
-    extra = {"role": role, "panel": panel, "advanced": advanced, "aliases": list(aliases), "paths_key": paths_key}
+    extra = {
+        "role": role,
+        "panel": panel,
+        "advanced": advanced,
+        "positional": positional,
+        "aliases": list(aliases),
+        "paths_key": paths_key,
+    }
     return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 

@@ -1,0 +1,192 @@
+"""What the user sees: progress, warnings, one summary line per stage, and the stage's report file. Only this uses rich."""
+
+import contextlib
+import importlib.metadata
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from sd3pipe.errors import ExitCode, Sd3pipeError
+from sd3pipe.files import make_folder, write_json
+
+log = logging.getLogger(__name__)
+
+_LINE_SHARE = 0.1  # without a terminal, one line per tenth of the work
+
+
+def version() -> str:
+    """Returns the installed version of sd3pipe."""
+    return importlib.metadata.version("sd3pipe")
+
+
+def setup_logging(*, verbose: bool = False) -> None:
+    """Sends the package's log to stderr as plain lines, so that stdout stays for results."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_LineFormatter())
+    root = logging.getLogger("sd3pipe")
+    root.handlers[:] = [handler]
+    root.setLevel(logging.DEBUG if verbose else logging.INFO)
+    root.propagate = False
+
+
+class _LineFormatter(logging.Formatter):
+    """Formats a record as its message, with the level in front from WARNING on."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return prefix + record.getMessage()
+
+
+def one_line(text: str) -> str:
+    """Returns `text` with control characters escaped, so that a name with a newline stays on its line."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """Returns '1 picture', '2 pictures'."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def readable_bytes(number: float) -> str:
+    """Returns a size with three digits at the most and a decimal unit: '16.1 GB'."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} B" if unit == "B" else f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+def readable_seconds(seconds: float) -> str:
+    """Returns a duration as people say it: '18.2 s', '4 min 10 s', '3 h 05 min'."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+class Progress(Protocol):
+    def advance(self, number: int = 1, **fields: object) -> None:
+        """Counts `number` more units; `fields` (loss, rate, memory) are shown behind the bar."""
+        ...
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int, unit: str) -> Iterator[Progress]:
+    """Shows how far a loop has come: a bar on a terminal, one line per tenth of the work otherwise."""
+    if sys.stderr.isatty():
+        with _bar(description, total, unit) as bar:
+            yield bar
+    else:
+        yield _ProgressLines(description, total, unit)
+
+
+class _ProgressLines:
+    def __init__(self, description: str, total: int, unit: str) -> None:
+        self._description, self._total, self._unit = description, total, unit
+        self._done = 0
+        self._next_line = max(1, round(total * _LINE_SHARE))
+        self._start = time.monotonic()
+
+    def advance(self, number: int = 1, **fields: object) -> None:
+        self._done += number
+        if self._done < self._next_line and self._done < self._total:
+            return
+        self._next_line = self._done + max(1, round(self._total * _LINE_SHARE))
+        seconds = time.monotonic() - self._start
+        rate = self._done / seconds if seconds > 0 else 0.0
+        eta = readable_seconds((self._total - self._done) / rate) if rate else "?"
+        shown = "".join(f", {name} {value}" for name, value in fields.items())
+        log.info(
+            "%s: %d/%d %s, %.3g/s, %s left%s",
+            self._description, self._done, self._total, self._unit, rate, eta, shown,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _bar(description: str, total: int, unit: str) -> Iterator[Progress]:
+    from rich import progress as rich_progress  # rich takes 60 ms to import and is needed on a terminal only
+    from rich.console import Console
+
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn(unit),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(),
+        rich_progress.TextColumn("{task.fields[shown]}"),
+    )
+    with rich_progress.Progress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task(description, total=total, shown="")
+        yield _ProgressBar(bars, task)
+
+
+class _ProgressBar:
+    def __init__(self, bars: Any, task: Any) -> None:
+        self._bars, self._task = bars, task
+
+    def advance(self, number: int = 1, **fields: object) -> None:
+        shown = "  ".join(f"{name} {value}" for name, value in fields.items())
+        self._bars.update(self._task, advance=number, **({"shown": shown} if shown else {}))
+
+
+class StageReport:
+    """Measures a stage, prints its summary line and writes its report file, also when the stage fails.
+
+    The report holds stage, version, seconds, exit_code, inputs and whatever `update` was given. `summary` is the text
+    of the line without stage and seconds.
+    """
+
+    def __init__(self, stage: str, path: Path, inputs: dict[str, Any]) -> None:
+        self.stage, self.path, self.inputs = stage, path, inputs
+        self.summary = ""
+        self.values: dict[str, Any] = {}
+
+    def update(self, **values: Any) -> None:
+        """Adds values (JSON types) to the report."""
+        self.values.update(values)
+
+    def __enter__(self) -> Self:
+        self._start = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        seconds = time.monotonic() - self._start
+        if error is None:
+            print(f"{self.stage}: {self.summary}, {readable_seconds(seconds)}" if self.summary else
+                  f"{self.stage}: done, {readable_seconds(seconds)}", flush=True)  # fmt: skip
+        with contextlib.suppress(Sd3pipeError) if error is not None else contextlib.nullcontext():
+            self._write(seconds, error)
+
+    def _write(self, seconds: float, error: BaseException | None) -> None:
+        report = {
+            "stage": self.stage,
+            "version": version(),
+            "seconds": round(seconds, 3),
+            "exit_code": _exit_code(error),
+            "inputs": self.inputs,
+            **self.values,
+        }
+        if error is not None:
+            report["error"] = one_line(str(error))
+        make_folder(self.path.parent)
+        write_json(self.path, report)
+
+
+def _exit_code(error: BaseException | None) -> int:
+    if error is None:
+        return ExitCode.DONE
+    if isinstance(error, Sd3pipeError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return ExitCode.STOPPED
+    return ExitCode.BUG

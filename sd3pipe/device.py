@@ -1,0 +1,61 @@
+"""The device to compute on. Imports torch, so commands import it when they have something to compute."""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from sd3pipe.errors import ParameterError
+
+log = logging.getLogger(__name__)
+
+
+def choose_device(name: str, threads: int | None = None) -> torch.device:
+    """Returns the device that `--device` names and sets the number of CPU threads.
+
+    `auto` is CUDA where torch can use it, else the CPU; an NVIDIA card that this torch build cannot use is named in
+    a warning. `threads` = None takes all cores this process may run on, also under torchrun, which would set one.
+    Raises ParameterError for an unknown or absent device.
+    """
+    torch.set_num_threads(threads or usable_cores())
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        _tell_about_unusable_card()
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ParameterError(f"--device {name}: unknown device: use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ParameterError(f"--device {name}: {_why_no_cuda()}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ParameterError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s), from cuda:0"
+        )
+    return device
+
+
+def usable_cores() -> int:
+    """Returns the number of cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def has_nvidia_card() -> bool:
+    """Returns whether the machine's driver shows an NVIDIA card (Linux, WSL2), whatever torch can do."""
+    return any(Path(path).exists() for path in ("/proc/driver/nvidia/gpus", "/dev/nvidia0", "/dev/dxg"))
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is built without CUDA: install a CUDA build as pytorch.org/get-started says, "
+            "then run again"
+        )
+    return f"torch {torch.__version__} finds no usable CUDA device: check the driver with nvidia-smi"
+
+
+def _tell_about_unusable_card() -> None:
+    if has_nvidia_card():
+        log.warning("there is an NVIDIA card, but %s; going on with the CPU", _why_no_cuda())
