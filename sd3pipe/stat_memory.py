@@ -1,0 +1,110 @@
+"""What was found out about files, remembered while their stat stays the same. Machine-local, never authoritative."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sd3pipe.errors import StorageError
+from sd3pipe.files import write_bytes
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+_FINE_CLOCK_NS = 20_000_000  # two ticks of a kernel's 100 Hz clock: a file changed within one may keep its stat
+_COARSE_CLOCK_NS = 2_000_000_000  # FAT, the coarsest, counts in two seconds
+
+Stamp = tuple[int, int, int, int, int]  # size, mtime_ns, ctime_ns, device, inode
+
+
+class StatMemory:
+    """A file of JSON values, each tied to one file and a name for what was found out about it ("picture", "tensors").
+
+    A value is recalled only while real path, size, mtime, ctime, device and inode are what they were when `recall` (or,
+    without one, `remember`) looked. So call `recall` first, then read the file, then `remember`: a file that changes in
+    between is found changed. With `trust=False` nothing is recalled, but what is remembered is saved.
+    """
+
+    def __init__(self, file: Path, trust: bool = True) -> None:
+        self._file = file
+        self._trust = trust
+        self._entries = _read_entries(file)
+        self._looked: dict[str, Stamp] = {}
+        self._new: dict[str, dict[str, Any]] = {}
+        self._real_folders: dict[Path, Path] = {}
+
+    def recall(self, path: Path, what: str) -> Any | None:
+        """Returns the value remembered about an unchanged file, else None; None for a missing file, too."""
+        try:
+            real, stamp = self._look(path)
+        except OSError:
+            return None
+        if self._looked.setdefault(real, stamp) != stamp:
+            self._looked[real] = stamp
+            self._new.pop(real, None)
+        if what in self._new.get(real, {}):
+            return self._new[real][what]
+        known_stamp, values = self._entries.get(real, (None, {}))
+        return values.get(what) if self._trust and known_stamp == stamp else None
+
+    def remember(self, path: Path, what: str, value: Any) -> None:
+        """Ties a JSON value to the file as it was when last recalled. Raises OSError for a missing file."""
+        real = str(self._real_path(path))
+        if real not in self._looked:
+            self._looked[real] = self._look(path)[1]
+        self._new.setdefault(real, {})[what] = value
+
+    def save(self) -> None:
+        """Merges what is new into the memory file, dropping files that are gone. A failure costs only a warning."""
+        if not self._new:
+            return
+        entries = {real: entry for real, entry in _read_entries(self._file).items() if os.path.lexists(real)}
+        for real, values in self._new.items():
+            stamp = self._looked[real]
+            if _may_change_unseen(stamp):
+                continue
+            known_stamp, known = entries.get(real, (None, {}))
+            entries[real] = (stamp, {**known, **values} if known_stamp == stamp else values)
+        try:
+            write_bytes(self._file, json.dumps({"format": _FORMAT, "files": entries}).encode("utf-8", "surrogatepass"))
+        except StorageError as error:
+            log.warning("file hashes are not remembered for the next run: %s", error)
+            return
+        self._entries, self._new = entries, {}
+
+    def _look(self, path: Path) -> tuple[str, Stamp]:
+        real = self._real_path(path)
+        return str(real), stamp_of(real.stat())
+
+    def _real_path(self, path: Path) -> Path:
+        """Returns the resolved path; folders are resolved once, which is what makes 10,000 files cheap."""
+        folder = self._real_folders.get(path.parent)
+        if folder is None:
+            folder = self._real_folders[path.parent] = path.parent.resolve()
+        real = folder / path.name
+        return real.resolve() if real.is_symlink() else real
+
+
+def stamp_of(stat: os.stat_result) -> Stamp:
+    """Returns the part of a stat that changes whenever a file's content does."""
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino
+
+
+def _may_change_unseen(stamp: Stamp) -> bool:
+    """Whether the file is so young that a further change could leave its times as they are."""
+    coarse = stamp[1] % 1_000_000_000 == 0 and stamp[2] % 1_000_000_000 == 0
+    return 0 <= time.time_ns() - stamp[2] < (_COARSE_CLOCK_NS if coarse else _FINE_CLOCK_NS)
+
+
+def _read_entries(file: Path) -> dict[str, tuple[Stamp, dict[str, Any]]]:
+    """Returns the saved entries; a missing, damaged or foreign memory file is an empty one."""
+    try:
+        content = json.loads(file.read_bytes().decode("utf-8", "surrogatepass"))
+        if not isinstance(content, Mapping) or content.get("format") != _FORMAT:
+            return {}
+        return {real: (tuple(stamp), dict(values)) for real, (stamp, values) in content["files"].items()}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return {}

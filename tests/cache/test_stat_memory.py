@@ -1,0 +1,147 @@
+"""Remembered facts live exactly as long as a file stays what it was."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from sd3pipe.stat_memory import StatMemory
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    return old_file(tmp_path / "picture.png", b"pixels")
+
+
+def old_file(path: Path, data: bytes) -> Path:
+    """Writes a file and waits until its times are old enough to be trusted."""
+    path.write_bytes(data)
+    time.sleep(0.03)
+    return path
+
+
+def remembered(tmp_path: Path, picture: Path) -> Path:
+    memory = StatMemory(tmp_path / "memory.json")
+    memory.remember(picture, "hash", "abc")
+    memory.save()
+    return tmp_path / "memory.json"
+
+
+def test_a_value_is_recalled_while_the_file_is_unchanged(tmp_path, picture):
+    file = remembered(tmp_path, picture)
+    assert StatMemory(file).recall(picture, "hash") == "abc"
+    assert StatMemory(file).recall(picture, "size") is None
+
+
+def test_same_size_and_restored_mtime_do_not_deceive(tmp_path, picture):
+    file = remembered(tmp_path, picture)
+    before = picture.stat()
+    picture.write_bytes(b"PIXELS")
+    os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert picture.stat().st_mtime_ns == before.st_mtime_ns
+    assert StatMemory(file).recall(picture, "hash") is None
+
+
+def test_a_replaced_file_is_another_file(tmp_path, picture):
+    file = remembered(tmp_path, picture)
+    other = old_file(tmp_path / "other.png", b"pixels")
+    other.replace(picture)
+    assert StatMemory(file).recall(picture, "hash") is None
+
+
+def test_distrust_recalls_nothing_but_saves(tmp_path, picture):
+    file = remembered(tmp_path, picture)
+    memory = StatMemory(file, trust=False)
+    assert memory.recall(picture, "hash") is None
+    memory.remember(picture, "hash", "def")
+    assert memory.recall(picture, "hash") == "def"
+    memory.save()
+    assert StatMemory(file).recall(picture, "hash") == "def"
+
+
+def test_a_change_between_recall_and_remember_is_noticed(tmp_path, picture):
+    file = tmp_path / "memory.json"
+    memory = StatMemory(file)
+    assert memory.recall(picture, "hash") is None
+    old_file(picture, b"other pixels")
+    memory.remember(picture, "hash", "hash of the first content")
+    memory.save()
+    assert StatMemory(file).recall(picture, "hash") is None
+
+
+def test_a_file_of_this_very_moment_is_not_saved(tmp_path):
+    picture = tmp_path / "picture.png"
+    memory = StatMemory(tmp_path / "memory.json")
+    for attempt in range(5):  # a loaded machine may take longer than the clock's tick once, not five times
+        picture.write_bytes(b"pixels %d" % attempt)
+        memory.recall(picture, "hash")
+        memory.remember(picture, "hash", "abc")
+        memory.save()
+        if StatMemory(tmp_path / "memory.json").recall(picture, "hash") is None:
+            return
+    raise AssertionError("a file younger than the clock's tick was trusted")
+
+
+def test_a_link_and_its_target_are_one_file(tmp_path, picture):
+    file = remembered(tmp_path, picture)
+    link = tmp_path / "link.png"
+    link.symlink_to(picture)
+    assert StatMemory(file).recall(link, "hash") == "abc"
+
+
+def test_values_of_two_processes_are_merged(tmp_path, picture):
+    other = old_file(tmp_path / "other.png", b"other")
+    first, second = StatMemory(tmp_path / "memory.json"), StatMemory(tmp_path / "memory.json")
+    first.remember(picture, "hash", 1)
+    second.remember(other, "hash", 2)
+    second.remember(picture, "width", 3)
+    first.save()
+    second.save()
+    memory = StatMemory(tmp_path / "memory.json")
+    assert [memory.recall(picture, "hash"), memory.recall(other, "hash"), memory.recall(picture, "width")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"format": 99, "files": {}}', b'{"format": 1, "files": {"a": 1}}']
+)
+def test_a_damaged_memory_is_an_empty_one(tmp_path, picture, content):
+    (tmp_path / "memory.json").write_bytes(content)
+    memory = StatMemory(tmp_path / "memory.json")
+    assert memory.recall(picture, "hash") is None
+    memory.remember(picture, "hash", "abc")
+    memory.save()
+    assert StatMemory(tmp_path / "memory.json").recall(picture, "hash") == "abc"
+
+
+def test_files_that_are_gone_are_forgotten(tmp_path, picture):
+    file = remembered(tmp_path, picture)
+    picture.unlink()
+    memory = StatMemory(file)
+    memory.remember(old_file(tmp_path / "other.png", b"x"), "hash", "def")
+    memory.save()
+    assert b"picture.png" not in file.read_bytes()
+
+
+def test_a_memory_that_cannot_be_written_only_warns(tmp_path, picture, caplog):
+    (tmp_path / "file").write_bytes(b"")
+    memory = StatMemory(tmp_path / "file" / "memory.json")
+    memory.remember(picture, "hash", "abc")
+    memory.save()
+    assert "not remembered" in caplog.text
+
+
+def test_ten_thousand_recalls_take_under_a_second(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    paths = [folder / f"{number:05}.jpg" for number in range(10_000)]
+    memory = StatMemory(tmp_path / "memory.json")
+    for path in paths:
+        path.touch()
+        memory.remember(path, "picture", {"hash": "0" * 64, "width": 1024, "height": 768})
+    time.sleep(0.03)
+    memory.save()
+    start = time.process_time()
+    memory = StatMemory(tmp_path / "memory.json")
+    assert all(memory.recall(path, "picture") for path in paths)
+    assert time.process_time() - start < 1.0
