@@ -1,4 +1,4 @@
-"""What the user sees: progress, warnings, one summary line per stage, and the stage's report file. Only this uses rich."""
+"""What the user sees: progress, one summary line per stage and the stage's report file. Only this module uses rich."""
 
 import contextlib
 import importlib.metadata

@@ -1,0 +1,183 @@
+"""The command line: wires each command to its option set and its program, both imported only when it runs.
+
+Typer builds the commands; the options come from the pydantic models in params/, so that each is declared once. Every
+failure ends here, as one line on stderr and the exit code of errors.py.
+"""
+
+import importlib
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import Abort, TyperException
+
+from sd3pipe.console import one_line, setup_logging, version
+from sd3pipe.errors import ExitCode, Sd3pipeError, Stopped
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One row of the command table; `name` has two words for a command of a group."""
+
+    name: str
+    params: str  # "module:Class" below sd3pipe.params
+    program: str  # "module:function" below sd3pipe.commands
+    help: str
+
+
+def _stage(name: str, help: str) -> Command:
+    module = name.replace("-", "_")
+    class_name = "".join(word.title() for word in name.split("-")) + "Params"
+    return Command(name=name, params=f"{module}:{class_name}", program=f"{module}:main", help=help)
+
+
+def _part(group: str, name: str, help: str) -> Command:
+    class_name = f"{group.title()}{name.title()}Params"
+    return Command(name=f"{group} {name}", params=f"{group}:{class_name}", program=f"{group}:{name}", help=help)
+
+
+COMMANDS = (
+    _stage("init", "Write a project for your own pictures and model."),
+    _stage("doctor", "Show on one screen what is here: torch, device, memory, disk, tokenizers."),
+    _stage("demo", "Run the whole pipeline on the embedded demo."),
+    _stage("preview", "Draw what training will see, before anything is encoded."),
+    _stage("plan", "Tell memory, time and disk beforehand, and which settings fit."),
+    _stage("run", "Do every stage that is not up to date, each in its own process."),
+    _stage("encode-text", "Encode captions or sample prompts into a cache."),
+    _stage("encode-latents", "Encode pictures into a cache."),
+    _stage("train", "Train an adapter from the caches."),
+    _stage("export", "Write an adapter for ComfyUI, sd-scripts or diffusers."),
+    _stage("sample", "Draw pictures with a model and an adapter."),
+    _stage("report", "Write one HTML page about one run or two."),
+    _part("cache", "ls", "List a cache: recipe, rows, sizes."),
+    _part("cache", "verify", "Check every checksum and key."),
+    _part("cache", "why", "Say why a picture's or caption's row is a hit or a miss."),
+    _part("cache", "gc", "Delete unused rows."),
+    _part("cache", "merge", "Unite caches from several machines."),
+    _part("cache", "export", "Write a cache as plain zarr arrays."),
+    _part("adapter", "inspect", "Show rank, norms, metadata and what base an adapter fits."),
+    _part("adapter", "convert", "Convert an adapter between formats, losslessly."),
+    _part("adapter", "resize", "Change an adapter's rank."),
+    _part("adapter", "merge", "Merge several adapters into one."),
+    _part("adapter", "extract", "Extract an adapter from the difference of two checkpoints."),
+    _stage("tokenizers", "Fetch the three tokenizers into a folder."),
+    _stage("pack", "List what another machine needs, with sizes and minutes."),
+    _stage("from-kohya", "Turn an sd-scripts command or config into a project."),
+)
+STAGES = ("encode-text", "encode-latents", "train", "export")
+_CONTEXT = {"token_normalize_func": lambda token: token.replace("_", "-"), "help_option_names": ["--help", "-h"]}
+_GROUP_HELP = {
+    "cache": "Look into caches, check them, unite them.",
+    "adapter": "Inspect, convert, resize and merge adapters.",
+}
+
+
+def main() -> None:
+    """Runs the command line and exits with the code of docs/errors.md."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command line and returns its exit code."""
+    setup_logging()
+    app = typer.main.get_command(build_app(arguments))
+    try:
+        result = app.main(arguments, prog_name="sd3pipe", standalone_mode=False)
+    except Sd3pipeError as error:
+        return _fail(str(error), error.exit_code)
+    except TyperException as error:
+        return _fail(error.format_message(), ExitCode.PARAMETERS)
+    except (KeyboardInterrupt, Abort):
+        return _fail("stopped: the same command goes on from here", ExitCode.STOPPED)
+    except Exception as error:  # the outermost frame: whatever arrives here is our own bug
+        return _fail(_keep_traceback(error), ExitCode.BUG)
+    return result if isinstance(result, int) else ExitCode.DONE
+
+
+def build_app(arguments: list[str]) -> typer.Typer:
+    """Returns the Typer app with the options of the one command that `arguments` names, the others only by name."""
+    app = typer.Typer(
+        name="sd3pipe",
+        help="Train LoRA adapters for Stable Diffusion 3 and 3.5: encode once, anywhere; train anywhere else.",
+        no_args_is_help=True,
+        add_completion=False,
+        context_settings=_CONTEXT,
+    )
+    app.callback()(_show_version)
+    groups: dict[str, typer.Typer] = {}
+    for command in COMMANDS:
+        *group, word = command.name.split()
+        parent = _group(app, groups, group[0]) if group else app
+        chosen = _words(arguments)[: len(group) + 1] == [*group, word]
+        body = _command_body(command, arguments) if chosen else _do_nothing
+        parent.command(word, help=command.help, context_settings=_CONTEXT)(body)
+    return app
+
+
+def _group(app: typer.Typer, groups: dict[str, typer.Typer], name: str) -> typer.Typer:
+    if name not in groups:
+        groups[name] = typer.Typer(help=_GROUP_HELP[name], no_args_is_help=True)
+        app.add_typer(groups[name], name=name)
+    return groups[name]
+
+
+def _words(arguments: list[str]) -> list[str]:
+    return [word for word in arguments if not word.startswith("-")]
+
+
+def _do_nothing() -> None:
+    """Stands for a command that the command line does not name."""
+
+
+def _show_version(
+    show: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if show:
+        print(version())
+        raise typer.Exit
+
+
+def _command_body(command: Command, arguments: list[str]) -> Callable[..., None]:
+    """Returns the function that Typer makes a command of: its signature is the option set's."""
+    from sd3pipe.params import command_line  # pydantic takes 100 ms; plain `sd3pipe --help` does without
+
+    model = command_line.load_model(command.params)
+    show_all = "--help-all" in arguments
+    spread = command_line.spread_lists(model, arguments)
+    arguments[:] = ["--help" if word == "--help-all" else word for word in spread]
+
+    def body(**given: Any) -> None:
+        _run_program(command, command_line.options_given(command.name, model, given))
+
+    body.__signature__ = command_line.signature(model, show_all=show_all)  # pyright: ignore[reportFunctionMemberAccess]
+    return body
+
+
+def _run_program(command: Command, params: Any) -> None:
+    signal.signal(signal.SIGTERM, _stop)
+    module_name, function_name = command.program.split(":")
+    module = importlib.import_module(f"sd3pipe.commands.{module_name}")
+    getattr(module, function_name)(params)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped("stopped by SIGTERM: the same command goes on from here")
+
+
+def _fail(message: str, code: int) -> int:
+    for line in message.splitlines() or [""]:
+        print(f"error: {one_line(line)}", file=sys.stderr)
+    return code
+
+
+def _keep_traceback(error: Exception) -> str:
+    """Returns the line for a bug of ours, after writing its traceback to a file."""
+    with tempfile.NamedTemporaryFile("w", prefix="sd3pipe-traceback-", suffix=".txt", delete=False) as file:
+        traceback.print_exception(error, file=file)
+    return f"{type(error).__name__}: {error}: this is a bug in sd3pipe; please report it with {file.name}"

@@ -1,0 +1,157 @@
+"""The bridge from option sets to Typer: a signature whose parameters are the fields, all taken as text."""
+
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from sd3pipe.config import find_project
+from sd3pipe.params.fields import Params, option_extra
+from sd3pipe.params.resolve import option_name, resolve
+
+CONFIG_OPTION = "config"
+STAGE_MODELS = {
+    "encode_text": "encode_text:EncodeTextParams",
+    "encode_latents": "encode_latents:EncodeLatentsParams",
+    "train": "train:TrainParams",
+    "export": "export:ExportParams",
+}
+
+
+def load_model(reference: str) -> type[Params]:
+    """Returns the option set that 'module:Class' names below sd3pipe.params."""
+    module, name = reference.split(":")
+    return getattr(importlib.import_module(f"sd3pipe.params.{module}"), name)
+
+
+def load_stage_models() -> dict[str, type[Params]]:
+    """Returns the option sets of all stages by their module names."""
+    return {stage: load_model(reference) for stage, reference in STAGE_MODELS.items()}
+
+
+def signature(model: type[Params], *, show_all: bool) -> inspect.Signature:
+    """Returns the Typer signature of an option set; advanced options are hidden unless `show_all`."""
+    fields = model.model_fields.items()
+    ordered = sorted(fields, key=lambda item: not option_extra(item[1])["positional"])
+    parameters = [_parameter(name, field, show_all=show_all) for name, field in ordered]
+    hidden = sum(option_extra(field)["advanced"] for field in model.model_fields.values())
+    return inspect.Signature([*parameters, _config_parameter(), *([_help_all_parameter(hidden)] if hidden else [])])
+
+
+def options_given(command_name: str, model: type[Params], given: Mapping[str, Any]) -> Params:
+    """Returns the checked options from what Typer collected. Raises ParameterError."""
+    values = {name: value for name, value in given.items() if name in model.model_fields and value not in (None, [])}
+    config = given.get(CONFIG_OPTION)
+    return resolve(
+        model,
+        command_name,
+        values,
+        config=Path(config) if config else None,
+        project=find_project(Path.cwd()),
+        stage_models=load_stage_models,
+    )
+
+
+def spread_lists(model: type[Params], arguments: list[str]) -> list[str]:
+    """Returns the arguments with '--network-args a b' written as '--network-args a --network-args b'."""
+    several = {option_name(name) for name, field in model.model_fields.items() if _takes_several(field)}
+    spread: list[str] = []
+    current: str | None = None
+    for word in arguments:
+        if word.startswith("--"):
+            name = word.replace("_", "-")
+            current = name if name in several else None
+            if current is None:
+                spread.append(word)
+        elif current is not None:
+            spread += [current, word]
+        else:
+            spread.append(word)
+    return spread
+
+
+def _parameter(name: str, field: FieldInfo, *, show_all: bool) -> inspect.Parameter:
+    extra = option_extra(field)
+    kind: Any = list[str] if _takes_several(field) else bool if field.annotation is bool else str
+    info: Any
+    if extra["positional"]:
+        info = typer.Argument(help=_help(field), metavar=name.upper(), show_default=_shown_default(field))
+    else:
+        info = typer.Option(
+            *_spellings(name, field),
+            help=_help(field),
+            metavar=None if kind is bool else _metavar(field),
+            show_default=_shown_default(field),
+            rich_help_panel=extra["panel"],
+            hidden=extra["advanced"] and not show_all,
+        )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
+    )
+
+
+def _config_parameter() -> inspect.Parameter:
+    info = typer.Option("--config", help="Parameter file to use instead of the project's own.", metavar="FILE")
+    return inspect.Parameter(
+        CONFIG_OPTION, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, info]
+    )
+
+
+def _help_all_parameter(hidden: int) -> inspect.Parameter:
+    info = typer.Option("--help-all", help=f"Show the other {hidden} options, too.")
+    return inspect.Parameter(
+        "help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, info]
+    )
+
+
+def _spellings(name: str, field: FieldInfo) -> list[str]:
+    names = [option_name(name), *(option_name(alias) for alias in option_extra(field)["aliases"])]
+    if field.annotation is bool:
+        return ["/".join([names[0], "--no-" + names[0][2:]]), *names[1:]]
+    return names
+
+
+def _help(field: FieldInfo) -> str:
+    return (field.description or "").replace("[", "\\[")  # Typer reads brackets as rich markup
+
+
+def _shown_default(field: FieldInfo) -> str | bool:
+    if field.is_required() or field.default in (None, "", ()):
+        return False
+    if isinstance(field.default, bool):
+        return "on" if field.default else "off"
+    return str(field.default)
+
+
+def _metavar(field: FieldInfo) -> str:
+    """Returns what stands for the value in the help: choices, or the type's name."""
+    parts = [_metavar_of(kind) for kind in _alternatives(field.annotation)]
+    return "|".join(dict.fromkeys(part for part in parts if part))
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    if get_origin(annotation) in (types.UnionType, typing.Union):
+        return tuple(kind for part in get_args(annotation) for kind in _alternatives(part))
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    return (annotation,)
+
+
+def _metavar_of(kind: Any) -> str:
+    if kind is type(None):
+        return ""
+    if get_origin(kind) is Literal:
+        return "|".join(str(choice) for choice in get_args(kind))
+    if get_origin(kind) in (list, tuple):
+        return f"{_metavar_of(get_args(kind)[0])}..."
+    return {int: "N", float: "X", str: "TEXT", Path: "PATH"}.get(kind, "VALUE")
+
+
+def _takes_several(field: FieldInfo) -> bool:
+    return any(get_origin(kind) in (list, tuple) for kind in _alternatives(field.annotation))

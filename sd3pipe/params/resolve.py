@@ -1,0 +1,167 @@
+"""Makes one set of options from the command line, a parameter file, project.toml and the defaults.
+
+Precedence: option > --config FILE or stages/COMMAND.toml > project.toml [paths] > default. All problems are collected
+and shown together.
+"""
+
+import difflib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from sd3pipe.config import Project, flatten, read_toml, relative_to
+from sd3pipe.errors import ParameterError
+from sd3pipe.params.fields import Params, option_extra
+from sd3pipe.params.refused import ALREADY_SO, REFUSED
+
+log = logging.getLogger(__name__)
+
+P = TypeVar("P", bound=Params)
+
+
+def option_name(field_name: str) -> str:
+    """Returns how a field is spelled on the command line: 'network_dim' -> '--network-dim'."""
+    return "--" + field_name.replace("_", "-")
+
+
+def resolve(
+    model: type[P],
+    command: str,
+    given: Mapping[str, Any],
+    *,
+    config: Path | None = None,
+    project: Project | None = None,
+    stage_models: Callable[[], Mapping[str, type[Params]]] = dict,
+) -> P:
+    """Returns the options of one command. Raises ParameterError with one line per problem.
+
+    `given` holds the command line's values: strings (a list of them for options that take several) or bools.
+    `stage_models` gives the option sets of all stages, to say where a misplaced key belongs.
+    """
+    source = _ConfigSource(model, stage_models)
+    if config is None and project is not None and project.stage_file(command).is_file():
+        config = project.stage_file(command)
+    values, problems = source.read(config, project.folder if project else None) if config else ({}, [])
+    origins = {name: f"{config}: {name}" for name in values}
+    for name, value in _project_paths(model, project).items():
+        if name not in values:
+            values[name], origins[name] = (
+                value,
+                f"project.toml: paths.{option_extra(model.model_fields[name])['paths_key']}",
+            )
+    for name, value in given.items():
+        values[name], origins[name] = value, option_name(name)
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        try:
+            checked[name] = _check(model.model_fields[name], value, from_text=name in given)
+        except ValidationError as error:
+            problems.append(_problem(origins[name], value, error))
+    problems += _missing(model, command, {*checked, *values})
+    if problems:
+        raise ParameterError("\n".join(problems))
+    return _build(model, checked, origins)
+
+
+class _ConfigSource:
+    """Reads a parameter file and explains keys that do not belong in it."""
+
+    def __init__(self, model: type[Params], stage_models: Callable[[], Mapping[str, type[Params]]]) -> None:
+        self.model, self.stage_models = model, stage_models
+        self.names = _spellings(model)
+
+    def read(self, path: Path, project_folder: Path | None) -> tuple[dict[str, Any], list[str]]:
+        values: dict[str, Any] = {}
+        problems: list[str] = []
+        for key, value in flatten(read_toml(path)):
+            name = self.names.get(key)
+            if name is None:
+                problem = self._explain(path, key, value)
+                problems += [problem] if problem else []
+            elif name in values:
+                problems.append(f"{path}: {key}: {name} is set twice")
+            else:
+                values[name] = self._located(name, value, project_folder)
+        return values, problems
+
+    def _located(self, name: str, value: Any, project_folder: Path | None) -> Any:
+        is_path = option_extra(self.model.model_fields[name])["role"] == "path"
+        return relative_to(project_folder, value) if is_path and project_folder and isinstance(value, str) else value
+
+    def _explain(self, path: Path, key: str, value: Any) -> str | None:
+        """Returns the problem with a key that is not an option here; None if its wish is met anyway."""
+        if key in ALREADY_SO:
+            reason = ALREADY_SO[key].answer(value)
+            if reason.accepted:
+                log.info("%s: %s: %s", path, key, reason.text)
+                return None
+            return f"{path}: {key} = {value!r}: {reason.text}"
+        if key in REFUSED:
+            return f"{path}: {key}: not supported: {REFUSED[key]}"
+        for stage, model in self.stage_models().items():
+            if key in _spellings(model):
+                return f"{path}: {key}: belongs to the stage {stage.replace('_', '-')}: move it to stages/{stage}.toml"
+        return f"{path}: {key}: unknown key{nearest(key, self.names)}"
+
+
+def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """Returns ' (did you mean X?)' for the nearest known word, or nothing."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def _spellings(model: type[Params]) -> dict[str, str]:
+    """Returns every accepted spelling of every option with the field it stands for."""
+    names: dict[str, str] = {}
+    for name, field in model.model_fields.items():
+        for spelling in (name, *option_extra(field)["aliases"]):
+            names[spelling.replace("-", "_")] = name
+    return names
+
+
+def _project_paths(model: type[Params], project: Project | None) -> dict[str, str]:
+    if project is None:
+        return {}
+    keys = {name: option_extra(field)["paths_key"] for name, field in model.model_fields.items()}
+    return {name: project.paths[key] for name, key in keys.items() if key in project.paths}
+
+
+def _check(field: FieldInfo, value: Any, *, from_text: bool) -> Any:
+    """Returns `value` as the field's type: strict for a file's values, parsed for the command line's strings."""
+    adapter: TypeAdapter[Any] = TypeAdapter(field.rebuild_annotation(), config=ConfigDict(strict=not from_text))
+    return adapter.validate_python(value)
+
+
+def _problem(origin: str, value: Any, error: ValidationError) -> str:
+    reasons = {item["msg"].removeprefix("Value error, ") for item in error.errors()}
+    shown = repr(value) if not isinstance(value, str) or not value else value
+    return f"{origin} = {shown}: {'; '.join(sorted(reasons))}"
+
+
+def _missing(model: type[Params], command: str, present: set[str]) -> list[str]:
+    problems = []
+    for name, field in model.model_fields.items():
+        if field.is_required() and name not in present:
+            key = option_extra(field)["paths_key"]
+            where = f", or paths.{key} in project.toml" if key else ""
+            shown = name.upper() if option_extra(field)["positional"] else option_name(name)
+            problems.append(
+                f"{command}: {shown} is missing: {field.description}{' Give it' + where[1:] if where else ''}"
+            )
+    return problems
+
+
+def _build(model: type[P], checked: dict[str, Any], origins: Mapping[str, str]) -> P:
+    """Returns the model from checked values; only rules over several options can fail here."""
+    try:
+        return model.model_validate(checked)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            where = ".".join(str(part) for part in item["loc"])
+            lines.append(f"{origins.get(where, where) or model.__name__}: {item['msg'].removeprefix('Value error, ')}")
+        raise ParameterError("\n".join(lines)) from error
