@@ -65,7 +65,7 @@ def check_scheme(weighting_scheme: WeightingScheme, loss_form: LossForm) -> None
     if weighting_scheme == "sigma_sqrt" and loss_form == "velocity":
         raise ParameterError(
             "weighting_scheme = sigma_sqrt with loss_form = velocity: sigma_sqrt undoes the sigma^2 weight of the x0 "
-            "form, and the velocity form has none: choose loss_form = x0, or weighting_scheme = uniform for the same loss"
+            "form, and the velocity form has none: choose loss_form = x0, or weighting_scheme = uniform (the same loss)"
         )
 
 
