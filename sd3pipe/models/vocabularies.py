@@ -1,0 +1,186 @@
+"""The vocabularies of CLIP and T5, read from any of their file formats and identified by content.
+
+CLIP: vocab.json with merges.txt, or tokenizer.json. T5: spiece.model (sentencepiece) or tokenizer.json. Two folders
+with equal content in different formats have one identity, so it does not matter from where a tokenizer came.
+"""
+
+import base64
+import contextlib
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sd3pipe.errors import InputError
+from sd3pipe.fingerprint import hash_bytes, hash_json
+from sd3pipe.stat_memory import StatMemory
+
+VocabularyKind = Literal["clip", "t5"]
+
+CLIP_START = "<|startoftext|>"
+CLIP_END = "<|endoftext|>"
+T5_SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2
+
+_SENTINEL = "<extra_id_"  # of T5's pre-training; tokenizer.json lists the 100 of them as pieces, spiece.model does not
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipVocabulary:
+    """A byte-level byte-pair vocabulary."""
+
+    ids: dict[str, int]
+    merges: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class T5Vocabulary:
+    """A unigram vocabulary with the normaliser's table of sentencepiece; sentinels are left out."""
+
+    pieces: tuple[tuple[str, float], ...]
+    normalizer_table: bytes  # empty: text is not normalised
+
+
+def has_vocabulary(folder: Path, kind: VocabularyKind) -> bool:
+    """Returns whether `folder` holds a vocabulary of this kind in a known file format."""
+    return bool(_files(folder, kind))
+
+
+def vocabulary_identity(folder: Path, kind: VocabularyKind, memory: StatMemory | None = None) -> str:
+    """Returns the content hash of a vocabulary, remembered by the files' stats. Raises InputError."""
+    files = _files(folder, kind)
+    if memory is None or not files:
+        return _identity(_read(folder, kind))
+    anchor, what = files[-1], "vocabulary " + " ".join(_stamp(file) for file in files)
+    known = memory.recall(anchor, what)
+    if isinstance(known, str):
+        return known
+    identity = _identity(_read(folder, kind))
+    memory.remember(anchor, what, identity)
+    return identity
+
+
+def read_clip_vocabulary(folder: Path) -> ClipVocabulary:
+    """Reads vocab.json with merges.txt, or tokenizer.json. Raises InputError."""
+    files = _files(folder, "clip")
+    if not files:
+        raise InputError(f"{folder}: no CLIP tokenizer (vocab.json with merges.txt, or tokenizer.json)")
+    with _readable(folder):
+        if len(files) == 2:
+            ids = _json(files[0])
+            lines = files[1].read_text(encoding="utf-8").split("\n")
+            merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        else:
+            model = _json(files[0])["model"]
+            ids = model["vocab"]
+            merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        vocabulary = ClipVocabulary(
+            ids={str(piece): int(number) for piece, number in ids.items()},
+            merges=tuple((str(left), str(right)) for left, right in merges),
+        )
+    if CLIP_START not in vocabulary.ids or CLIP_END not in vocabulary.ids:
+        raise InputError(f"{folder}: the tokenizer lacks {CLIP_START} or {CLIP_END}: it is not CLIP's")
+    return vocabulary
+
+
+def read_t5_vocabulary(folder: Path) -> T5Vocabulary:
+    """Reads spiece.model or tokenizer.json. Raises InputError."""
+    files = _files(folder, "t5")
+    if not files:
+        raise InputError(f"{folder}: no T5 tokenizer (spiece.model or tokenizer.json)")
+    with _readable(folder):
+        pieces, table = _read_sentencepiece(files[0]) if files[0].suffix == ".model" else _read_unigram(files[0])
+    if tuple(piece for piece, _ in pieces[:3]) != T5_SPECIAL:
+        raise InputError(f"{folder}: the tokenizer does not begin with {' '.join(T5_SPECIAL)}: it is not T5's")
+    kept = tuple((piece, score) for piece, score in pieces if not piece.startswith(_SENTINEL))
+    return T5Vocabulary(pieces=kept, normalizer_table=table)
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Turns whatever a damaged vocabulary file raises into an InputError that names its folder."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        raise InputError(f"{folder}: the tokenizer's files cannot be read ({error})") from error
+
+
+def _files(folder: Path, kind: VocabularyKind) -> tuple[Path, ...]:
+    """Returns the files that a vocabulary would be read from, best first; none where there is no vocabulary."""
+    if kind == "t5" and (folder / "spiece.model").is_file():
+        return (folder / "spiece.model",)
+    if kind == "clip" and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return (folder / "vocab.json", folder / "merges.txt")
+    return (folder / "tokenizer.json",) if (folder / "tokenizer.json").is_file() else ()
+
+
+def _stamp(file: Path) -> str:
+    stat = file.stat()
+    return f"{file.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+
+
+def _read(folder: Path, kind: VocabularyKind) -> ClipVocabulary | T5Vocabulary:
+    return read_clip_vocabulary(folder) if kind == "clip" else read_t5_vocabulary(folder)
+
+
+def _identity(vocabulary: ClipVocabulary | T5Vocabulary) -> str:
+    if isinstance(vocabulary, ClipVocabulary):
+        return hash_json({"kind": "clip", "ids": vocabulary.ids, "merges": vocabulary.merges})
+    table = hash_bytes(vocabulary.normalizer_table)
+    return hash_json({"kind": "t5", "pieces": vocabulary.pieces, "normalizer": table})
+
+
+def _json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _read_unigram(file: Path) -> tuple[list[tuple[str, float]], bytes]:
+    content = _json(file)
+    pieces = [(str(piece), float(score)) for piece, score in content["model"]["vocab"]]
+    normalizer = content["normalizer"] or {}
+    tables = [part.get("precompiled_charsmap") for part in normalizer.get("normalizers", [normalizer])]
+    return pieces, base64.b64decode(next((table for table in tables if table), ""))
+
+
+def _read_sentencepiece(file: Path) -> tuple[list[tuple[str, float]], bytes]:
+    """Reads sentencepiece's ModelProto: field 1 the pieces (1 text, 2 score), field 3 the normaliser (2 its table)."""
+    pieces: list[tuple[str, float]] = []
+    table = b""
+    for field, value in _protobuf_fields(file.read_bytes()):
+        if field == 1:
+            piece = dict(_protobuf_fields(value))
+            pieces.append((piece[1].decode("utf-8"), struct.unpack("<f", piece.get(2, bytes(4)))[0]))
+        elif field == 3:
+            table = dict(_protobuf_fields(value)).get(2, b"")
+    return pieces, table
+
+
+def _protobuf_fields(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yields (field number, raw value) of one protobuf message; varints come as their own bytes."""
+    position = 0
+    while position < len(data):
+        tag, position = _varint(data, position)
+        kind, start = tag & 7, position
+        if kind == 2:
+            length, start = _varint(data, position)
+            position = start + length
+        elif kind == 0:
+            position = _varint(data, position)[1]
+        elif kind in (1, 5):
+            position += 8 if kind == 1 else 4
+        else:
+            raise ValueError(f"wire type {kind} at byte {position}")
+        if position > len(data):
+            raise ValueError("the file is cut short")
+        yield tag >> 3, data[start:position]
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[position]
+        value |= (byte & 127) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 128:
+            return value, position
