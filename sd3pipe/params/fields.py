@@ -40,10 +40,10 @@ def option(
 ) -> Any:
     """Declares one option; `...` as default makes it required.
 
-    `panel` is the heading in --help; `advanced` options show in --help-all only; `positional` ones are
-    arguments without a name on the command line; `aliases` are further spellings
-    without dashes; `paths_key` is the key of project.toml [paths] that fills a missing value; `constraints` are
-    pydantic's (ge, le, gt, lt, min_length, pattern).
+    `panel` is the heading in --help; `advanced` options show in --help-all only; `positional` ones are arguments
+    without a name on the command line; `aliases` are further spellings without dashes; `paths_key` is the key of
+    project.toml [paths] that fills a missing value ('caches/text' is the folder text/ below the one that `caches`
+    names); `constraints` are pydantic's (ge, le, gt, lt, min_length, pattern).
     """
     extra = {
         "role": role,

@@ -119,7 +119,8 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(
         (
             "deepspeed", "zero_stage", "offload_optimizer_device", "offload_optimizer_nvme_path",
-            "offload_param_device", "offload_param_nvme_path", "zero3_init_flag", "zero3_save_16bit_model", "fp16_master_weights_and_gradients",
+            "offload_param_device", "offload_param_nvme_path", "zero3_init_flag", "zero3_save_16bit_model",
+            "fp16_master_weights_and_gradients",
         ),
         _DEEPSPEED,
     ),

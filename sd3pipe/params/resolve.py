@@ -124,14 +124,19 @@ def _spellings(model: type[Params]) -> dict[str, str]:
 
 
 def _project_paths(model: type[Params], project: Project | None) -> dict[str, str]:
-    if project is None:
-        return {}
-    keys = {name: option_extra(field)["paths_key"] for name, field in model.model_fields.items()}
-    return {name: project.paths[key] for name, key in keys.items() if key in project.paths}
+    """Returns what project.toml gives for the options of `model`; the key 'caches/text' is text/ below `caches`."""
+    found: dict[str, str] = {}
+    for name, field in model.model_fields.items():
+        key, _, below = (option_extra(field)["paths_key"] or "").partition("/")
+        if project is not None and key in project.paths:
+            found[name] = str(Path(project.paths[key], below)) if below else project.paths[key]
+    return found
 
 
 def _check(field: FieldInfo, value: Any, *, from_text: bool) -> Any:
     """Returns `value` as the field's type: strict for a file's values, parsed for the command line's strings."""
+    if isinstance(value, list):
+        value = tuple(value)  # options that take several values are tuples; TOML has lists only
     adapter: TypeAdapter[Any] = TypeAdapter(field.rebuild_annotation(), config=ConfigDict(strict=not from_text))
     return adapter.validate_python(value)
 

@@ -1,0 +1,153 @@
+"""Options come from the command line, a file, project.toml and defaults; every problem is named at once."""
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from sd3pipe.config import Project, find_project
+from sd3pipe.errors import ParameterError
+from sd3pipe.params.fields import OptionPath, Params, option
+from sd3pipe.params.resolve import resolve
+
+
+class ToyParams(Params):
+    model: str = option(
+        ..., "Model to use.", role="path", paths_key="model", aliases=("pretrained_model_name_or_path",)
+    )
+    text: OptionPath | None = option(None, "Cache.", role="path", paths_key="caches/text")
+    network_dim: int = option(16, "Rank.", ge=1)
+    learning_rate: float = option(1e-4, "Step size.", gt=0)
+    training_shift: float | Literal["auto"] = option("auto", "Shift.")
+    gradient_checkpointing: bool = option(True, "Recompute.")
+    optimizer_args: tuple[str, ...] = option((), "Arguments.")
+    mixed_precision: Literal["auto", "no", "bf16"] = option("auto", "Precision.")
+
+
+class OtherStageParams(Params):
+    latent_mode: str = option("moments", "What to keep.")
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def resolved(given: dict | None = None, **kwargs) -> ToyParams:
+    stages = {"encode_latents": OtherStageParams, "train": ToyParams}
+    return resolve(ToyParams, "train", {"model": "m", **(given or {})}, stage_models=lambda: stages, **kwargs)
+
+
+def test_command_line_text_is_parsed():
+    params = resolved(
+        {
+            "network_dim": "8",
+            "learning_rate": "1e-3",
+            "training_shift": "3",
+            "optimizer_args": ["a=1", "b=2"],
+            "text": "t",
+        }
+    )
+    assert (params.network_dim, params.learning_rate, params.training_shift) == (8, 1e-3, 3.0)
+    assert params.optimizer_args == ("a=1", "b=2")
+    assert params.text == Path("t")
+
+
+def test_precedence_is_option_file_project_default(tmp_path):
+    config = write(tmp_path / "c.toml", 'network_dim = 4\nlearning_rate = 2e-4\nmodel = "from-file"\n')
+    project = Project(folder=tmp_path, paths={"model": "from-project", "caches": "c"})
+    stages = {"train": ToyParams}
+    params = resolve(
+        ToyParams, "train", {"network_dim": "32"}, config=config, project=project, stage_models=lambda: stages
+    )
+    assert params.network_dim == 32
+    assert params.learning_rate == 2e-4
+    assert Path(params.model) == tmp_path / "from-file"
+    assert params.text == Path("c/text")
+    assert params.gradient_checkpointing is True
+
+
+def test_table_names_are_headings_only(tmp_path):
+    config = write(
+        tmp_path / "c.toml", "[network]\nnetwork_dim = 4\n[optimizer]\n[optimizer.deep]\nlearning_rate = 1\n"
+    )
+    params = resolved(config=config)
+    assert (params.network_dim, params.learning_rate) == (4, 1.0)
+
+
+def test_alias_is_taken_in_a_file(tmp_path):
+    config = write(tmp_path / "c.toml", 'pretrained_model_name_or_path = "other"\n')
+    params = resolve(ToyParams, "train", {}, config=config)
+    assert params.model == "other"
+
+
+def test_every_problem_of_a_file_is_named_at_once(tmp_path):
+    config = write(
+        tmp_path / "c.toml",
+        'network_dmi = 8\nlearning_rate = "fast"\ngradient_checkpointing = 1\nlatent_mode = "mean"\n'
+        'noise_offset = 0.1\nmixed_precision = "fp8"\nnetwork_dim = 0\n',
+    )
+    with pytest.raises(ParameterError) as caught:
+        resolved(config=config)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 7
+    text = "\n".join(lines)
+    assert "network_dmi: unknown key (did you mean network_dim?)" in text
+    assert "learning_rate = fast" in text
+    assert "gradient_checkpointing = 1" in text
+    assert "latent_mode: belongs to the stage encode-latents: move it to stages/encode_latents.toml" in text
+    assert "noise_offset: not supported" in text
+    assert all(str(config) in line for line in lines)
+
+
+def test_met_wishes_are_taken_with_a_line(tmp_path, caplog):
+    config = write(
+        tmp_path / "c.toml",
+        'sdpa = true\ncache_latents = true\nnetwork_module = "networks.lora_sd3"\nnetwork_dim = 2\n',
+    )
+    with caplog.at_level("INFO"):
+        assert resolved(config=config).network_dim == 2
+    assert sum("c.toml" in record.getMessage() for record in caplog.records) == 3
+
+
+def test_unmet_wish_is_refused(tmp_path):
+    config = write(tmp_path / "c.toml", 'network_module = "networks.lora"\n')
+    with pytest.raises(ParameterError, match=r"only networks\.lora_sd3"):
+        resolved(config=config)
+
+
+def test_missing_required_option_names_its_places():
+    with pytest.raises(ParameterError, match=r"--model is missing.*paths\.model in project\.toml"):
+        resolve(ToyParams, "train", {})
+
+
+def test_project_is_found_in_a_folder_above_and_its_paths_are_its_own(tmp_path, monkeypatch):
+    write(tmp_path / "project.toml", '[paths]\nmodel = "models/sd3.safetensors"\nvae = "owner/name"\n')
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    project = find_project(Path.cwd())
+    assert project is not None and project.folder == tmp_path
+    assert Path(project.paths["model"]) == tmp_path / "models" / "sd3.safetensors"
+    assert project.paths["vae"] == "owner/name"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[paths]\nmodel = 3\n", "must be a string"),
+        ("[path]\n", "unknown table"),
+        ("a = [\n", "not valid TOML"),
+    ],
+)
+def test_bad_project_file_is_one_line(tmp_path, text, expected):
+    write(tmp_path / "project.toml", text)
+    with pytest.raises(ParameterError, match=expected):
+        find_project(tmp_path)
+
+
+def test_non_utf8_file_is_named(tmp_path):
+    (tmp_path / "c.toml").write_bytes(b"network_dim = 1 # \xff\n")
+    with pytest.raises(ParameterError, match=r"c\.toml: is not UTF-8"):
+        resolved(config=tmp_path / "c.toml")
