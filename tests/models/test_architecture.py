@@ -84,7 +84,7 @@ def test_a_missing_block_is_told_from_the_width():
 
 
 def test_a_foreign_tensor_is_not_ignored():
-    with pytest.raises(InputError, match="not understood: joint_blocks.0.x_block.attn.qkv.scale_weight"):
+    with pytest.raises(InputError, match=r"not understood: joint_blocks\.0\.x_block\.attn\.qkv\.scale_weight"):
         detect_mmdit(_tiny_shapes() | {"joint_blocks.0.x_block.attn.qkv.scale_weight": ()})
 
 
