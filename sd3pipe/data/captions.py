@@ -1,0 +1,125 @@
+"""The whole caption pipeline of sd-scripts, run before encoding and repeatable.
+
+What is random (a line of several, {wildcards}, tag order, dropped tags) is a function of (seed, picture, variant), so
+`variants` rows per picture stand for the draws that sd-scripts makes anew at every access. Dropping whole captions is
+no part of this: it is a weight of the subset, and the empty caption is a row of its own.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from sd3pipe.data.dataset_file import CaptionRules
+from sd3pipe.data.scan import Picture
+from sd3pipe.fingerprint import hash_json
+
+_JOINER = ", "  # sd-scripts joins tags with it, whatever caption_separator is
+_WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+
+
+def processed_captions(picture: Picture, *, variants: int, seed: int) -> tuple[str, ...]:
+    """Returns the captions to encode for a picture: `variants` of them, or one where nothing is random.
+
+    Equal pictures get equal captions from equal text, wherever they lie.
+    """
+    rules = picture.subset.captions
+    drawn = tuple(process_caption(picture.caption, rules, _rng(seed, picture.image_hash, n)) for n in range(variants))
+    return drawn[:1] if len(set(drawn)) == 1 else drawn
+
+
+def process_caption(text: str, rules: CaptionRules, rng: random.Random) -> str:
+    """Returns one caption from the raw text of a caption file.
+
+    Order: line, prefix and suffix, wildcards, tags (fixed ones stay in place, the others are shuffled, then dropped),
+    secondary separator. Two holes of sd-scripts are closed: prefix and suffix reach every line that enable_wildcard may
+    choose, and keep_tokens_separator never stays in the text.
+    """
+    caption = _line(text, rules, rng)
+    caption = f"{rules.caption_prefix} {caption}" if rules.caption_prefix else caption
+    caption = f"{caption} {rules.caption_suffix}" if rules.caption_suffix else caption
+    if rules.enable_wildcard:
+        caption = _wildcards(caption, rng)
+    if _works_on_tags(caption, rules):
+        caption = _tags(caption, rules, rng)
+    if rules.secondary_separator:
+        caption = caption.replace(rules.secondary_separator, rules.caption_separator)
+    return caption.strip()
+
+
+def caption_lines(text: str) -> list[str]:
+    """Returns the non-empty lines of a caption file, without the blanks around them."""
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def tag_frequency(captions: Iterable[str], separator: str = ",") -> Mapping[str, int]:
+    """Returns how many captions hold each tag, most frequent first, ties in alphabetical order."""
+    counts: Counter[str] = Counter()
+    for caption in captions:
+        counts.update({tag.strip() for tag in caption.split(separator) if tag.strip()})
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _rng(seed: int, image_hash: str, variant: int) -> random.Random:
+    """Returns the generator of one variant. Only its random() is used, the one method Python keeps stable."""
+    return random.Random(int(hash_json([seed, image_hash, variant])[:16], 16))
+
+
+def _choice(options: list[str], rng: random.Random) -> str:
+    return options[int(rng.random() * len(options))]
+
+
+def _line(text: str, rules: CaptionRules, rng: random.Random) -> str:
+    lines = caption_lines(text)
+    if not lines:
+        return ""
+    return _choice(lines, rng) if rules.enable_wildcard and len(lines) > 1 else lines[0]
+
+
+def _wildcards(caption: str, rng: random.Random) -> str:
+    """Replaces each {a|b|c} by one of its options; {{ and }} stand for braces, options do not nest."""
+
+    def replacement(match: re.Match[str]) -> str:
+        options = match.group(1)
+        return _choice(options.split("|"), rng) if options is not None else match.group()[0]
+
+    return _WILDCARD.sub(replacement, caption)
+
+
+def _works_on_tags(caption: str, rules: CaptionRules) -> bool:
+    marked = bool(rules.keep_tokens_separator) and rules.keep_tokens_separator in caption
+    return rules.shuffle_caption or rules.caption_tag_dropout_rate > 0 or marked
+
+
+def _tags(caption: str, rules: CaptionRules, rng: random.Random) -> str:
+    head, free, tail = _split(caption, rules)
+    if rules.shuffle_caption:
+        free = _shuffled(free, rng)
+    if rules.caption_tag_dropout_rate > 0:
+        free = [tag for tag in free if rng.random() >= rules.caption_tag_dropout_rate]
+    return _JOINER.join([*head, *free, *tail])
+
+
+def _split(caption: str, rules: CaptionRules) -> tuple[list[str], list[str], list[str]]:
+    """Returns the tags that stay in front, those that may move or go, and those that stay at the end."""
+    mark = rules.keep_tokens_separator
+    if mark and mark in caption:
+        head, free, *rest = caption.split(mark, 2)
+        tail = _JOINER.join(rest).replace(mark, rules.caption_separator)
+        return _tag_list(head, rules), _tag_list(free, rules), _tag_list(tail, rules)
+    tags = _tag_list(caption, rules)
+    return tags[: rules.keep_tokens], tags[rules.keep_tokens :], []
+
+
+def _tag_list(text: str, rules: CaptionRules) -> list[str]:
+    parts = text.split(rules.caption_separator) if rules.caption_separator else [text]
+    return [tag.strip() for tag in parts if tag.strip()]
+
+
+def _shuffled(tags: list[str], rng: random.Random) -> list[str]:
+    """Returns the tags in random order (Fisher-Yates)."""
+    tags = list(tags)
+    for last in range(len(tags) - 1, 0, -1):
+        other = int(rng.random() * (last + 1))
+        tags[last], tags[other] = tags[other], tags[last]
+    return tags

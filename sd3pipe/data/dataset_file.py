@@ -1,0 +1,371 @@
+"""Reads a dataset file as sd-scripts writes it (TOML or JSON) into plain, complete descriptions of its subsets.
+
+A value is looked up in the subset, then its dataset, then [general], then the default. Nothing here looks at pictures.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3pipe.config import read_toml
+from sd3pipe.data.dataset_keys import ELSEWHERE, KEYS, Key, Level, refusal, remark
+from sd3pipe.data.dataset_values import check_value
+from sd3pipe.errors import ParameterError
+
+DEFAULT_CAPTION_EXTENSIONS = (".txt", ".caption")
+MODEL_STEP_PX = 16  # the VAE divides a side by 8, the MMDiT's patches by 2 more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucketing:
+    """How pictures of a dataset are sorted into sizes, in pixels; with `enable_bucket` off, one size for all."""
+
+    width: int
+    height: int
+    enable_bucket: bool
+    min_bucket_reso: int
+    max_bucket_reso: int
+    bucket_reso_steps: int
+    bucket_no_upscale: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionRules:
+    """What happens to a caption before it is encoded."""
+
+    caption_prefix: str
+    caption_suffix: str
+    enable_wildcard: bool
+    shuffle_caption: bool
+    caption_separator: str
+    keep_tokens: int
+    keep_tokens_separator: str
+    secondary_separator: str
+    caption_tag_dropout_rate: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subset:
+    """One [[datasets.subsets]] with everything it inherits. `dataset` numbers its [[datasets]] from 0."""
+
+    name: str
+    dataset: int
+    image_dir: Path | None
+    metadata_file: Path | None
+    conditioning_data_dir: Path | None
+    recursive: bool
+    caption_extensions: tuple[str, ...]
+    class_tokens: str | None
+    captions: CaptionRules
+    bucketing: Bucketing
+    resize_interpolation: str | None
+    flip_aug: bool
+    random_crop: bool
+    face_crop_aug_range: tuple[float, float] | None
+    alpha_mask: bool
+    alpha_background: tuple[int, int, int] | None
+    is_reg: bool
+    num_repeats: int
+    prior_loss_weight: float
+    loss_weight: float
+    caption_dropout_rate: float
+    caption_dropout_every_n_epochs: int
+    validation_split: float
+    validation_seed: int
+
+    def weighting(self) -> dict[str, Any]:
+        """Returns what only weights or orders samples: it goes to the manifest, per subset, and into no key."""
+        return {
+            "dataset": self.dataset,
+            "num_repeats": self.num_repeats,
+            "is_reg": self.is_reg,
+            "prior_loss_weight": self.prior_loss_weight,
+            "loss_weight": self.loss_weight,
+            "caption_dropout_rate": self.caption_dropout_rate,
+            "caption_dropout_every_n_epochs": self.caption_dropout_every_n_epochs,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """A whole dataset file. `remarks` are lines to show the user: keys that act elsewhere, subsets that are dropped."""
+
+    path: Path
+    subsets: tuple[Subset, ...]
+    remarks: tuple[str, ...]
+
+
+def load_dataset(path: Path) -> Dataset:
+    """Returns the dataset that a file describes. Raises ParameterError with one line per problem."""
+    return _Reader(path).read()
+
+
+class _Reader:
+    """Collects problems and remarks on the way through one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.problems: list[str] = []
+        self.remarks: list[str] = []
+
+    def read(self) -> Dataset:
+        content = _parse(self.path)
+        for key in content:
+            if key not in ("general", "datasets"):
+                where = ELSEWHERE.get(key)
+                hint = (
+                    f": belongs to {where}" if where else ": unknown table or key: only general and datasets stand here"
+                )
+                self.problems.append(f"{self.path}: {_shown(key)}{hint}")
+        general = self._table(content.get("general") or {}, "general", "[general]")
+        subsets = self._datasets(content.get("datasets"), general)
+        if self.problems:
+            raise ParameterError("\n".join(self.problems))
+        return Dataset(path=self.path, subsets=tuple(subsets), remarks=tuple(dict.fromkeys(self.remarks)))
+
+    def _datasets(self, tables: Any, general: Mapping[str, Any]) -> list[Subset]:
+        drafts: list[_Draft] = []
+        for number, (where, table) in enumerate(self._list(tables, "datasets", "")):
+            inherited = {**general, **self._table(table, "datasets", where, skip=("subsets",))}
+            bucketing = self._bucketing(inherited, where)
+            drafts += self._subsets(table.get("subsets"), inherited, bucketing, number, where)
+        names = _subset_names(drafts, self.problems, self.path)
+        return [] if self.problems else [self._subset(draft, name) for draft, name in zip(drafts, names, strict=True)]
+
+    def _subsets(
+        self, tables: Any, inherited: Mapping[str, Any], bucketing: Bucketing | None, number: int, where: str
+    ) -> Iterator["_Draft"]:
+        seen: set[str] = set()
+        for here, table in self._list(tables, "datasets.subsets", f"{where} "):
+            values = {**inherited, **self._table(table, "subsets", here)}
+            source = values.get("metadata_file") or values.get("image_dir")
+            if source is None:
+                self.problems.append(f"{self.path}: {here}: image_dir: is missing: name the folder of the pictures")
+                continue
+            if source in seen and "name" not in values:
+                self.remarks.append(
+                    f"{here}: {source} stands in this dataset already and is left out, as sd-scripts does; "
+                    "give the subset a name to use the pictures twice"
+                )
+                continue
+            seen.add(source)
+            yield _Draft(values=values, bucketing=bucketing, dataset=number, where=here)
+
+    def _list(self, tables: Any, what: str, prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yields each table of an array of tables with the words that name it; a missing array is a problem."""
+        if not isinstance(tables, list) or not tables:
+            self.problems.append(f"{self.path}: {prefix}[[{what}]]: there must be at least one such table")
+            return
+        for number, table in enumerate(tables, start=1):
+            where = f"{prefix}[[{what}]] {number}"
+            if isinstance(table, Mapping):
+                yield where, table
+            else:
+                self.problems.append(f"{self.path}: {where}: must be a table, not {type(table).__name__}")
+
+    def _table(self, table: Any, level: Level, where: str, skip: Sequence[str] = ()) -> dict[str, Any]:
+        """Returns the checked values of one table; what cannot be used becomes a problem."""
+        if not isinstance(table, Mapping):
+            self.problems.append(f"{self.path}: {where}: must be a table, not {type(table).__name__}")
+            return {}
+        values = {}
+        for key, value in table.items():
+            if key in skip or value is None:
+                continue
+            problem, checked = self._value(key, value, level)
+            if problem:
+                self.problems.append(f"{self.path}: {where}: {_shown(key)}: {problem}")
+                continue
+            values[key] = checked
+            if told := remark(key, checked):
+                self.remarks.append(f"{where}: {key}: {told}")
+        return values
+
+    def _value(self, key: str, value: Any, level: Level) -> tuple[str | None, Any]:
+        spec = KEYS.get(key)
+        if spec is None:
+            return _unknown_key(key), None
+        if level not in spec.levels:
+            return f"cannot stand here: {_places(spec)}", None
+        problem, checked = check_value(spec, value)
+        return problem or refusal(key, checked), checked
+
+    def _bucketing(self, values: Mapping[str, Any], where: str) -> Bucketing | None:
+        """Returns the sizes of one dataset, adjusted to the step as sd-scripts adjusts them."""
+        size = values.get("resolution")
+        if size is None:
+            if not any("resolution" in problem for problem in self.problems):
+                self.problems.append(f"{self.path}: {where}: resolution: is missing: write resolution = 1024, say")
+            return None
+        names = ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
+        picked: dict[str, Any] = {name: values.get(name, KEYS[name].default) for name in names}
+        bucketing = Bucketing(width=size[0], height=size[1], **picked)
+        if not bucketing.enable_bucket:
+            self._check_fixed_size(bucketing, where)
+            return bucketing
+        return self._adjusted(bucketing, where)
+
+    def _check_fixed_size(self, bucketing: Bucketing, where: str) -> None:
+        size = (bucketing.width, bucketing.height)
+        if any(side % MODEL_STEP_PX for side in size):
+            near = [max(1, round(side / MODEL_STEP_PX)) * MODEL_STEP_PX for side in size]
+            self.problems.append(
+                f"{self.path}: {where}: resolution = {list(size)}: without enable_bucket both sides must be multiples "
+                f"of {MODEL_STEP_PX}: write {near}, or enable_bucket = true"
+            )
+
+    def _adjusted(self, bucketing: Bucketing, where: str) -> Bucketing:
+        steps = bucketing.bucket_reso_steps
+        if steps % MODEL_STEP_PX:
+            self.problems.append(
+                f"{self.path}: {where}: bucket_reso_steps = {steps}: must be a multiple of {MODEL_STEP_PX}, as the "
+                "model works on 8 x 8 pixels per latent and 2 x 2 latents per token"
+            )
+            return bucketing
+        low = bucketing.min_bucket_reso // steps * steps
+        high = -(-bucketing.max_bucket_reso // steps) * steps
+        for name, given, used in (
+            ("min_bucket_reso", bucketing.min_bucket_reso, low),
+            ("max_bucket_reso", bucketing.max_bucket_reso, high),
+        ):
+            if given != used:
+                self.remarks.append(f"{where}: {name} = {given} is taken as {used}, a multiple of the step {steps}")
+        shortest, longest = sorted((bucketing.width, bucketing.height))
+        if low > shortest or low == 0:
+            self.problems.append(
+                f"{self.path}: {where}: min_bucket_reso = {bucketing.min_bucket_reso}: must be at least the step "
+                f"{steps} and at most the shorter side of the resolution, {shortest}"
+            )
+        if high < longest:
+            self.problems.append(
+                f"{self.path}: {where}: max_bucket_reso = {bucketing.max_bucket_reso}: must be at least the longer "
+                f"side of the resolution, {longest}"
+            )
+        return Bucketing(
+            width=bucketing.width,
+            height=bucketing.height,
+            enable_bucket=True,
+            min_bucket_reso=low,
+            max_bucket_reso=high,
+            bucket_reso_steps=steps,
+            bucket_no_upscale=bucketing.bucket_no_upscale,
+        )
+
+    def _subset(self, draft: "_Draft", name: str) -> Subset:
+        assert draft.bucketing is not None, "a dataset without resolution is a problem"
+        rule_names = CaptionRules.__dataclass_fields__
+        rules = CaptionRules(**{rule: draft.get(rule) for rule in rule_names})
+        plain = (
+            "recursive", "class_tokens", "resize_interpolation", "flip_aug", "random_crop", "face_crop_aug_range",
+            "alpha_mask", "alpha_background", "is_reg", "num_repeats", "prior_loss_weight", "loss_weight",
+            "caption_dropout_rate", "caption_dropout_every_n_epochs", "validation_split",
+        )  # fmt: skip
+        return Subset(
+            name=name,
+            dataset=draft.dataset,
+            image_dir=self._path(draft.get("image_dir")),
+            metadata_file=self._path(draft.get("metadata_file")),
+            conditioning_data_dir=self._path(draft.get("conditioning_data_dir")),
+            caption_extensions=draft.get("caption_extension") or DEFAULT_CAPTION_EXTENSIONS,
+            captions=rules,
+            bucketing=draft.bucketing,
+            validation_seed=draft.get("validation_seed") or 0,
+            **{key: draft.get(key) for key in plain},
+        )
+
+    def _path(self, value: str | None) -> Path | None:
+        """Returns a path of the file: from the file's folder, or from the current one if it exists only there."""
+        if value is None:
+            return None
+        path = Path(value).expanduser()
+        beside = self.path.parent / path
+        return path if not beside.exists() and path.exists() else beside
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Draft:
+    """A subset's own and inherited values before it has its name."""
+
+    values: Mapping[str, Any]
+    bucketing: Bucketing | None
+    dataset: int
+    where: str
+
+    def get(self, key: str) -> Any:
+        return self.values.get(key, KEYS[key].default)
+
+
+def _subset_names(drafts: Sequence[_Draft], problems: list[str], path: Path) -> list[str]:
+    """Returns a name for every subset: its own, else its folder's, with -2, -3 and so on where that is taken."""
+    taken: set[str] = set()
+    for draft in drafts:
+        if (name := draft.values.get("name")) is not None:
+            if name in taken:
+                problems.append(f"{path}: {draft.where}: name = {name!r}: another subset has this name")
+            taken.add(name)
+    names = []
+    for draft in drafts:
+        name = draft.values.get("name")
+        if name is None:
+            name = _unused(_folder_name(draft), taken)
+            taken.add(name)
+        names.append(name)
+    return names
+
+
+def _folder_name(draft: _Draft) -> str:
+    folder = draft.values.get("image_dir")
+    path = Path(folder) if folder is not None else Path(draft.values["metadata_file"]).with_suffix("")
+    return path.name or path.resolve().name or "pictures"
+
+
+def _unused(stem: str, taken: set[str]) -> str:
+    name, number = stem, 2
+    while name in taken:
+        name, number = f"{stem}-{number}", number + 1
+    return name
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    """Returns the file's tables. Raises ParameterError."""
+    if path.suffix.lower() != ".json":
+        return read_toml(path)
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError as error:
+        raise ParameterError(f"{path}: there is no such file") from error
+    except OSError as error:
+        raise ParameterError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ParameterError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    except (ValueError, RecursionError) as error:
+        raise ParameterError(f"{path}: is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ParameterError(f"{path}: must hold a table with general and datasets")
+    return content
+
+
+def _unknown_key(key: str) -> str:
+    if key in ELSEWHERE:
+        return f"belongs to {ELSEWHERE[key]}"
+    return f"unknown key{_nearest_key(key)}"
+
+
+def _nearest_key(key: str) -> str:
+    """Returns ' (did you mean X?)' for the nearest known key; there is always one that is nearest."""
+    import difflib  # only needed where something is wrong
+
+    near = max(KEYS, key=lambda known: difflib.SequenceMatcher(None, key, known).ratio())
+    return f" (the nearest known key is {near})"
+
+
+def _places(spec: Key) -> str:
+    names = {"general": "[general]", "datasets": "[[datasets]]", "subsets": "[[datasets.subsets]]"}
+    return "it belongs in " + " or ".join(names[level] for level in spec.levels)
+
+
+def _shown(key: Any) -> str:
+    """Returns a key as it can stand on one line."""
+    return key if isinstance(key, str) and key.isprintable() and key else ascii(key)

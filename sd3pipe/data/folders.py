@@ -1,0 +1,138 @@
+"""Lists picture files with their caption files, as sd-scripts finds them in an image_dir."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sd3pipe.data.dataset_file import Subset
+from sd3pipe.errors import InputError
+
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl", ".heic", ".heif")
+_FACE_PARTS = 4  # NAME_width_height_centre-x_centre-y, as face cutting tools name pictures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A picture file of a subset before anybody looked into it; `problem` says why that is useless."""
+
+    path: Path
+    name: str
+    caption: str | None
+    problem: str | None = None
+
+
+class CaptionError(InputError):
+    """Captions or folders cannot be used; `problems` has one line for each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def folder_entries(subset: Subset, with_captions: bool) -> list[Entry]:
+    """Returns the pictures of a subset's image_dir in the order of their names. Raises CaptionError."""
+    folder = subset.image_dir
+    assert folder is not None, "a subset without metadata_file has an image_dir"
+    entries: list[Entry] = []
+    problems: list[str] = []
+    for prefix, here, files in _folders(folder, subset.recursive):
+        names = set(files)
+        for name, problem in files.items():
+            if not is_picture_name(name):
+                continue
+            caption = None
+            if with_captions and (caption_name := _caption_name(name, names, subset.caption_extensions)):
+                try:
+                    caption = read_caption(here / caption_name)
+                except InputError as error:
+                    problems.append(str(error))
+            entries.append(Entry(path=here / name, name=prefix + name, caption=caption, problem=problem))
+    if problems:
+        raise CaptionError(problems)
+    return sorted(entries, key=lambda entry: entry.name)
+
+
+def mask_files(folder: Path) -> dict[str, Path]:
+    """Returns the pictures of a conditioning_data_dir by their name without ending."""
+    for _, here, files in _folders(folder, recursive=False):
+        return {Path(name).stem: here / name for name in sorted(files) if is_picture_name(name)}
+    return {}
+
+
+def is_picture_name(name: str) -> bool:
+    """Returns whether a file's name says that it is a picture; hidden files are none."""
+    return name.lower().endswith(PICTURE_ENDINGS) and not name.startswith(".")
+
+
+def read_caption(path: Path) -> str:
+    """Returns a caption file's text without BOM, with Unix line ends. Raises InputError unless it is UTF-8."""
+    try:
+        with open(path, "rb", buffering=0) as handle:
+            data = handle.read()
+    except OSError as error:
+        raise InputError(f"{path}: the caption cannot be read ({error.strerror})") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: the caption is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    return normalised(text)
+
+
+def normalised(text: str) -> str:
+    """Returns a text with Unix line ends and without blanks around it."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+def _folders(folder: Path, recursive: bool) -> Iterator[tuple[str, Path, Mapping[str, str | None]]]:
+    """Yields (prefix of names, folder, {file name: why it cannot be opened or None}); each real folder once."""
+    waiting = [("", folder)]
+    visited: set[tuple[int, int]] = set()
+    while waiting:
+        prefix, here = waiting.pop()
+        files: dict[str, str | None] = {}
+        try:
+            stat = here.stat()
+            if (stat.st_dev, stat.st_ino) in visited:
+                continue
+            visited.add((stat.st_dev, stat.st_ino))
+            with os.scandir(here) as listing:
+                for entry in listing:
+                    if recursive and _is_folder(entry):
+                        if not entry.name.startswith("."):
+                            waiting.append((f"{prefix}{entry.name}/", here / entry.name))
+                    elif not _is_folder(entry):
+                        files[entry.name] = _file_problem(entry)
+        except OSError as error:
+            if prefix:
+                continue
+            raise CaptionError([f"{folder}: the folder cannot be read ({error.strerror})"]) from error
+        yield prefix, here, files
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _file_problem(entry: os.DirEntry[str]) -> str | None:
+    try:
+        if entry.is_file():
+            return None
+        return "it is a link to nowhere" if entry.is_symlink() else "it is no regular file"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+
+
+def _caption_name(name: str, names: set[str], endings: tuple[str, ...]) -> str | None:
+    """Returns the caption file of a picture among the names of its folder."""
+    stem = name[: name.rindex(".")]
+    parts = stem.rsplit("_", _FACE_PARTS)
+    stems = (stem, parts[0]) if len(parts) > _FACE_PARTS else (stem,)
+    for candidate in stems:
+        for ending in endings:
+            if candidate + ending in names:
+                return candidate + ending
+    return None

@@ -1,0 +1,134 @@
+"""What a picture's header says, without decoding it. The only part of a scan that needs Pillow."""
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 200_000_000  # larger than the largest cameras' 150 MP; 600 MB as RGB
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JXL", "MPO", "PNG", "TIFF", "WEBP")  # none runs programs
+PLUGINS = {
+    ".jxl": ("JXL", "pillow_jxl", "pillow-jxl-plugin"),
+    ".heic": ("HEIF", "pillow_heif", "pillow-heif"),
+    ".heif": ("HEIF", "pillow_heif", "pillow-heif"),
+}
+DECODER_ERRORS = (
+    OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError,
+    MemoryError, AssertionError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+_ORIENTATION = 0x0112
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+class UnreadablePicture(Exception):
+    """A picture cannot be used; the message is the reason, the same words on every machine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """Size after EXIF orientation; whether there is transparency; whether there are further frames."""
+
+    width: int
+    height: int
+    has_alpha: bool
+    animated: bool
+
+
+def open_picture(data: bytes, suffix: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Returns the picture opened but not decoded. Raises UnreadablePicture."""
+    if not data:
+        raise UnreadablePicture("the file is empty")
+    _load_plugin(suffix)
+    formats = [name for name in FORMATS if name in _known_formats()]
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None  # this module has its own limit, which says what to do
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError as error:
+        raise UnreadablePicture(_unknown_format(suffix)) from error
+    except DECODER_ERRORS as error:
+        raise UnreadablePicture(f"its header is damaged ({reason(error)})") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    if image.width * image.height > max_pixels:
+        raise UnreadablePicture(
+            f"it claims {image.width} x {image.height} pixels, more than the limit of {max_pixels / 1e6:g} megapixels"
+        )
+    if image.width < 1 or image.height < 1:
+        raise UnreadablePicture("it has no pixels")
+    return image
+
+
+def read_header(data: bytes, suffix: str = "") -> Header:
+    """Returns what the header of a picture file says. Raises UnreadablePicture."""
+    image = open_picture(data, suffix)
+    width, height = image.size
+    if orientation(image) in _TURNED:
+        width, height = height, width
+    return Header(width=width, height=height, has_alpha=has_alpha(image), animated=_is_animated(image))
+
+
+def orientation(image: Image.Image) -> int:
+    """Returns the EXIF orientation that stands before the pixels, 1 where there is none or it is damaged."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # Pillow would decode the whole picture to look behind it
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = image.getexif().get(_ORIENTATION, 1)
+    except DECODER_ERRORS:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Returns whether the picture carries transparency in any form."""
+    return "A" in image.getbands() or "transparency" in image.info
+
+
+def _is_animated(image: Image.Image) -> bool:
+    """Returns whether frames after the first are left out; a camera's MPO holds previews, no animation."""
+    try:
+        return image.format != "MPO" and getattr(image, "n_frames", 1) > 1
+    except DECODER_ERRORS:
+        return False
+
+
+def reason(error: BaseException) -> str:
+    """Returns an error's text without memory addresses and on one line, so that it is the same in every run."""
+    text = " ".join(str(error).split())
+    return type(error).__name__ if not text or " at 0x" in text else text
+
+
+def _known_formats() -> Mapping[str, object]:
+    Image.init()
+    return Image.OPEN
+
+
+def _load_plugin(suffix: str) -> None:
+    """Imports the Pillow plugin that a file's ending asks for, if it is installed."""
+    if suffix.lower() not in PLUGINS:
+        return
+    name, module, _ = PLUGINS[suffix.lower()]
+    if name in _known_formats():
+        return
+    import contextlib  # together with the plugin, only for these endings
+    import importlib
+
+    with contextlib.suppress(ImportError):
+        plugin = importlib.import_module(module)
+        getattr(plugin, "register_heif_opener", lambda: None)()
+
+
+def _unknown_format(suffix: str) -> str:
+    if suffix.lower() in PLUGINS:
+        name, _, package = PLUGINS[suffix.lower()]
+        if name not in _known_formats():
+            return f"Pillow needs a plugin for {suffix.lower()} files: pip install {package}"
+    return "it is no picture in a format that is read here"

@@ -1,0 +1,111 @@
+"""Reads metadata files: sd-scripts' .json and .jsonl, and the file_name/text records of imagefolder datasets."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sd3pipe.data.dataset_file import Subset
+from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, Entry, normalised
+
+_PATH_FIELDS = ("image_path", "file_name")
+_TEXT_FIELDS = ("caption", "text")
+
+
+def metadata_entries(subset: Subset) -> list[Entry]:
+    """Returns the pictures that a metadata file lists, in the order of their names. Raises CaptionError."""
+    file = subset.metadata_file
+    assert file is not None
+    if subset.image_dir is not None and not subset.image_dir.is_dir():
+        raise CaptionError([f"{subset.image_dir}: there is no such folder"])
+    problems: list[str] = []
+    entries: dict[str, Entry] = {}
+    for where, name, record in _records(file):
+        if not isinstance(name, str) or not isinstance(record, Mapping) or "\0" in name:
+            problems.append(f"{where}: must name a picture ({' or '.join(_PATH_FIELDS)})")
+            continue
+        caption = _caption(record, subset)
+        if caption is None:
+            problems.append(f"{where}: {name!r} has neither caption nor tags")
+            continue
+        path, problem = _locate(name, subset, file)
+        entries[name] = Entry(path=path, name=name, caption=caption or None, problem=problem)
+    if problems:
+        raise CaptionError(problems[:20])
+    return [entries[name] for name in sorted(entries)]
+
+
+def _records(file: Path) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (place in the file, picture name, fields). Raises CaptionError."""
+    text = _text(file)
+    ending = file.suffix.lower()
+    try:
+        if ending == ".json":
+            content = json.loads(text)
+            if not isinstance(content, Mapping):
+                raise CaptionError([f"{file}: must be a table from picture names to captions and tags"])
+            for name, record in content.items():
+                yield f"{file}: {name!r}", name, record
+        elif ending == ".jsonl":
+            for number, line in enumerate(text.split("\n"), start=1):
+                if line.strip():
+                    record = json.loads(line)
+                    yield f"{file}: line {number}", _first(record, _PATH_FIELDS), record
+        elif ending == ".csv":
+            for number, record in enumerate(csv.DictReader(io.StringIO(text)), start=2):
+                yield f"{file}: line {number}", _first(record, _PATH_FIELDS), record
+        else:
+            raise CaptionError([f"{file}: a metadata_file ends in .json, .jsonl or .csv"])
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise CaptionError([f"{file}: is not valid {ending[1:]}: {error}"]) from error
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except OSError as error:
+        raise CaptionError([f"{file}: cannot be read ({error.strerror})"]) from error
+    except UnicodeDecodeError as error:
+        raise CaptionError([f"{file}: is not UTF-8 text (byte {error.start})"]) from error
+
+
+def _first(record: Any, fields: tuple[str, ...]) -> Any:
+    if not isinstance(record, Mapping):
+        return None
+    return next((record[field] for field in fields if record.get(field) is not None), None)
+
+
+def _caption(record: Mapping[str, Any], subset: Subset) -> str | None:
+    """Returns caption and tags in one text as sd-scripts joins them; None if both are missing or no text."""
+    separator = subset.captions.caption_separator
+    caption, tags = _first(record, _TEXT_FIELDS), record.get("tags")
+    if isinstance(tags, list):
+        tags = separator.join(str(tag) for tag in tags)
+    texts = [part for part in (caption, tags) if part is not None]
+    if not texts or not all(isinstance(part, str) for part in texts):
+        return None
+    caption, tags = normalised(caption or ""), normalised(tags or "").replace("\n", separator)
+    if not caption or not tags:
+        return caption or tags
+    lines = [line for line in caption.split("\n") if line.strip()] if subset.captions.enable_wildcard else [caption]
+    return "\n".join(f"{line}{separator}{tags}" for line in lines)
+
+
+def _locate(name: str, subset: Subset, file: Path) -> tuple[Path, str | None]:
+    """Returns the file of a listed picture: as named, or below image_dir or the metadata file, or with an ending."""
+    folders = [folder for folder in (subset.image_dir, file.parent) if folder is not None]
+    candidates = [folder / name for folder in folders]
+    if subset.image_dir is None:
+        candidates.append(Path(name))
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate, None
+    for candidate in candidates:
+        for ending in PICTURE_ENDINGS:
+            for spelled in (ending, ending.upper()):
+                with_ending = candidate.parent / (candidate.name + spelled)
+                if with_ending.is_file():
+                    return with_ending, None
+    return candidates[0], f"there is no such file (listed in {file.name})"

@@ -1,0 +1,233 @@
+"""Finds the pictures of a dataset: files, sizes, content hashes, masks and raw captions. Decodes nothing.
+
+What a picture file's header says and its hash are remembered by the file's stat, so that a second scan reads captions
+only and imports no Pillow.
+"""
+
+import functools
+import importlib.metadata
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sd3pipe.data.dataset_file import Dataset, Subset
+from sd3pipe.data.folders import CaptionError, Entry, folder_entries, mask_files
+from sd3pipe.data.metadata import metadata_entries
+from sd3pipe.errors import InputError
+from sd3pipe.fingerprint import hash_bytes, hash_json
+from sd3pipe.stat_memory import StatMemory
+
+log = logging.getLogger(__name__)
+
+Split = Literal["train", "validation"]
+_SHOWN = 5  # how many files a message names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """One picture of one subset. Width and height are after EXIF orientation.
+
+    `name` is the path below the subset's folder; `occurrence` counts pictures of equal content in one subset from 0;
+    `caption` is the raw text; `has_caption` says whether there was a caption (not class_tokens or nothing).
+    """
+
+    path: Path
+    name: str
+    subset: Subset
+    occurrence: int
+    image_hash: str
+    mask_path: Path | None
+    mask_hash: str | None
+    width: int
+    height: int
+    has_alpha: bool
+    animated: bool
+    caption: str
+    has_caption: bool
+    split: Split
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnreadablePicture:
+    """A picture that is left out, with the reason; its place in the join of text and latents is as for Picture."""
+
+    path: Path
+    name: str
+    subset: str
+    image_hash: str | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scan:
+    """All pictures in a fixed order (subsets as in the file, then by name) and the unreadable ones."""
+
+    pictures: list[Picture]
+    unreadable: list[UnreadablePicture]
+
+
+def scan(dataset: Dataset, memory: StatMemory, *, with_captions: bool = True) -> Scan:
+    """Returns what a dataset consists of. Raises InputError for missing folders, bad captions and an empty dataset.
+
+    Without `with_captions` no caption file is read, and every caption is class_tokens or empty.
+    Call `memory.save()` afterwards; it is not called here.
+    """
+    pictures: list[Picture] = []
+    unreadable: list[UnreadablePicture] = []
+    problems: list[str] = []
+    for subset in dataset.subsets:
+        try:
+            entries = _entries(subset, with_captions)
+        except CaptionError as error:
+            problems += error.problems
+            continue
+        masks = mask_files(subset.conditioning_data_dir) if subset.conditioning_data_dir else None
+        seen: Counter[str] = Counter()
+        for entry in entries:
+            found = _examine(entry, subset, masks, seen, memory)
+            if isinstance(found, Picture):
+                pictures.append(found)
+            else:
+                unreadable.append(found)
+    if problems:
+        raise InputError("\n".join(problems))
+    if not pictures and not unreadable:
+        folders = ", ".join(str(subset.image_dir or subset.metadata_file) for subset in dataset.subsets)
+        raise InputError(f"{dataset.path}: the dataset is empty: no png, jpg, webp, bmp or avif picture in {folders}")
+    return Scan(pictures=pictures, unreadable=unreadable)
+
+
+def remember_unreadable(memory: StatMemory, path: Path, reason: str) -> None:
+    """Lets the next scan leave out a picture whose header is good but whose content turned out to be broken."""
+    known = memory.recall(path, "picture") or {}
+    memory.remember(path, "picture", {"hash": known.get("hash"), "unreadable": reason, "decoder": _decoder()})
+
+
+def tell_about(found: Scan) -> None:
+    """Logs what a user may not expect of the pictures: missing captions, further lines and frames, left-out files."""
+    pictures = found.pictures
+    wordless = [picture for picture in pictures if not picture.has_caption and not picture.caption]
+    _tell(wordless, "pictures have no caption and are trained with the empty one")
+    cut = [p for p in pictures if not p.subset.captions.enable_wildcard and len(p.caption.split("\n", 2)) > 1]
+    _tell(cut, "captions have several lines; without enable_wildcard only the first counts")
+    _tell([picture for picture in pictures if picture.animated], "animated pictures: only the first frame is used")
+    for broken in found.unreadable:
+        log.warning("%s: left out: %s", ascii_path(broken.path), broken.reason)
+
+
+def ascii_path(path: Path) -> str:
+    """Returns a path on one printable line, whatever bytes its name is made of."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(path))
+
+
+def _tell(pictures: Sequence[Picture], what: str) -> None:
+    if pictures:
+        names = ", ".join(ascii_path(picture.path) for picture in pictures[:_SHOWN])
+        more = ", ..." if len(pictures) > _SHOWN else ""
+        log.warning("%d %s: %s%s", len(pictures), what, names, more)
+
+
+def _entries(subset: Subset, with_captions: bool) -> list[Entry]:
+    if subset.metadata_file is not None:
+        return metadata_entries(subset)
+    return folder_entries(subset, with_captions)
+
+
+def _examine(
+    entry: Entry, subset: Subset, masks: dict[str, Path] | None, seen: Counter[str], memory: StatMemory
+) -> Picture | UnreadablePicture:
+    """Returns the picture behind a file, or why it cannot be used."""
+    known: Mapping[str, Any] = {"unreadable": entry.problem} if entry.problem else _known(entry.path, memory)
+    mask_path = masks.get(Path(entry.name).stem) if masks is not None else None
+    mask_hash, problem = None, known.get("unreadable")
+    if problem is None and masks is not None:
+        if mask_path is None:
+            problem = f"there is no mask for it in {subset.conditioning_data_dir}"
+        else:
+            known_mask = _known(mask_path, memory)
+            mask_hash, problem = known_mask.get("hash"), _mask_problem(known, known_mask)
+    if problem is not None:
+        return UnreadablePicture(
+            path=entry.path, name=entry.name, subset=subset.name, image_hash=known.get("hash"), reason=problem
+        )
+    image_hash = known["hash"]
+    seen[image_hash] += 1
+    return Picture(
+        path=entry.path,
+        name=entry.name,
+        subset=subset,
+        occurrence=seen[image_hash] - 1,
+        image_hash=image_hash,
+        mask_path=mask_path,
+        mask_hash=mask_hash,
+        width=known["width"],
+        height=known["height"],
+        has_alpha=known["has_alpha"],
+        animated=known["animated"],
+        caption=entry.caption if entry.caption is not None else subset.class_tokens or "",
+        has_caption=entry.caption is not None,
+        split=split_of(image_hash, subset),
+    )
+
+
+def split_of(image_hash: str, subset: Subset) -> Split:
+    """Returns the part a picture belongs to, by its content: equal pictures never fall into both parts.
+
+    Regularisation pictures are for training only, as in sd-scripts.
+    """
+    if subset.is_reg or subset.validation_split <= 0:
+        return "train"
+    place = int(hash_json(["validation", subset.validation_seed, image_hash])[:13], 16) / 16**13
+    return "validation" if place < subset.validation_split else "train"
+
+
+def _mask_problem(picture: Mapping[str, Any], mask: Mapping[str, Any]) -> str | None:
+    if mask.get("unreadable"):
+        return f"its mask cannot be used: {mask['unreadable']}"
+    if (mask["width"], mask["height"]) != (picture["width"], picture["height"]):
+        return (
+            f"its mask has {mask['width']} x {mask['height']} pixels, but it has "
+            f"{picture['width']} x {picture['height']}"
+        )
+    return None
+
+
+def _known(path: Path, memory: StatMemory) -> Mapping[str, Any]:
+    """Returns hash and header of a picture file, or its hash and why it is unreadable; from memory where possible."""
+    known = memory.recall(path, "picture")
+    if known is not None and known.get("decoder", _decoder()) == _decoder():
+        return known
+    known = _look_into(path)
+    if known.get("hash"):
+        memory.remember(path, "picture", known)
+    return known
+
+
+def _look_into(path: Path) -> dict[str, Any]:
+    from sd3pipe.data.headers import UnreadablePicture as Broken  # imports Pillow, which a second scan does not need
+    from sd3pipe.data.headers import read_header
+
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return {"unreadable": f"it cannot be read ({error.strerror})"}
+    try:
+        header = read_header(data, path.suffix)
+    except Broken as error:
+        return {"hash": hash_bytes(data), "unreadable": str(error), "decoder": _decoder()}
+    return {
+        "hash": hash_bytes(data),
+        "width": header.width,
+        "height": header.height,
+        "has_alpha": header.has_alpha,
+        "animated": header.animated,
+    }
+
+
+@functools.cache
+def _decoder() -> str:
+    """Returns the version of Pillow: another one may read what this one does not."""
+    return importlib.metadata.version("pillow")
