@@ -19,7 +19,7 @@ class ExitCode(IntEnum):
 class Sd3pipeError(Exception):
     """Base of all expected failures. The message is one line: what is wrong, where, what to do."""
 
-    exit_code = ExitCode.BUG
+    exit_code: int = ExitCode.BUG
 
 
 class ParameterError(Sd3pipeError):

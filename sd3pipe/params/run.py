@@ -1,0 +1,17 @@
+"""Options of `sd3pipe run`."""
+
+from typing import Literal
+
+from sd3pipe.params.fields import OptionPath, Params, option
+
+StageName = Literal["encode-text", "encode-prompts", "encode-latents", "train", "export"]
+
+
+class RunParams(Params):
+    stages: tuple[StageName, ...] = option(
+        (), "Stages to run (encode-text, encode-prompts, encode-latents, train, export); default: all.", positional=True
+    )
+    dry_run: bool = option(False, "Print the commands, and run none of them.")
+    project: OptionPath | None = option(
+        None, "Folder of the project; default: the current one or the nearest above it.", role="path"
+    )

@@ -1,0 +1,71 @@
+"""Writes a stage's parameter file from its option set: what people change first, the rest commented out."""
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from sd3pipe.params.fields import Params, option_extra
+
+_WIDTH = 118
+_MACHINE_OPTIONS = {"device", "threads"}  # of a machine, not of a project
+
+
+def render_stage_file(
+    model: type[Params], command: str, values: Mapping[str, Any] | None = None, notes: Mapping[str, str] | None = None
+) -> str:
+    """Returns the text of stages/COMMAND.toml.
+
+    `values` replaces defaults, `notes` adds a line (a value's source) above a key. Common options stand with their
+    values; advanced ones, and those without a value, are commented out. Paths are left to project.toml.
+    """
+    values, notes = values or {}, notes or {}
+    lines = [
+        f"# Options of `sd3pipe {command}`. A key is the option's full name; `sd3pipe {command} --help-all` explains all.",
+        "# Commented lines show defaults. Paths stand in project.toml.",
+    ]
+    fields = {name: field for name, field in model.model_fields.items() if _belongs(name, field)}
+    for panel in dict.fromkeys(option_extra(field)["panel"] for field in fields.values()):
+        lines += ["", f"# {panel}"]
+        for name, field in fields.items():
+            if option_extra(field)["panel"] == panel:
+                lines += _entry(name, field, values, notes)
+    return "\n".join(lines) + "\n"
+
+
+def toml_value(value: Any) -> str:
+    """Returns a value as TOML text."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    escaped = "".join(_escaped(char) for char in str(value))
+    return f'"{escaped}"'
+
+
+def _escaped(char: str) -> str:
+    if char in '"\\':
+        return "\\" + char
+    return char if char.isprintable() else f"\\u{ord(char):04X}"
+
+
+def _belongs(name: str, field: FieldInfo) -> bool:
+    return (
+        option_extra(field)["role"] != "path" and name not in _MACHINE_OPTIONS and not option_extra(field)["positional"]
+    )
+
+
+def _entry(name: str, field: FieldInfo, values: Mapping[str, Any], notes: Mapping[str, str]) -> list[str]:
+    value = values.get(name, field.default)
+    if isinstance(value, Mapping):
+        return []  # tables of their own, such as [subsets.NAME]
+    comment = f"{field.description}" + (f" {notes[name]}" if name in notes else "")
+    lines = [f"# {line}" for line in textwrap.wrap(comment, _WIDTH - 2)]
+    if value is None:
+        return [*lines, f"# {name} ="]
+    shown = f"{name} = {toml_value(value)}"
+    active = name in values or not option_extra(field)["advanced"]
+    return [*lines, shown if active else f"# {shown}"]
