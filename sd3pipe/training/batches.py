@@ -1,0 +1,153 @@
+"""Which pictures, rows and captions each step sees: a pure function of (items, seed, epoch), without any state.
+
+An epoch's occurrences (picture x repeat) are put in a random order, cut into batches of equal latent and text shape,
+and the batches are put in a random order. Epochs follow one another without a gap; a step takes the next
+accumulation x processes micro-batches, which its processes share out.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from sd3pipe.training.draws import Ids, hashes, mix, uniforms
+from sd3pipe.training.items import Items, Rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """The samples of one forward and backward pass. `ids` key every random number that belongs to a sample."""
+
+    epoch: int
+    index: int  # of the batch in its epoch
+    pictures: Rows
+    ids: Ids
+    latent_rows: Rows
+    text_rows: Rows
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Position:
+    """The next micro-batch of a run."""
+
+    epoch: int = 0
+    index: int = 0
+
+
+def epoch_batches(items: Items, *, seed: int, epoch: int, batch_size: int) -> list[MicroBatch]:
+    """Returns the micro-batches of one epoch in their order. The last batch of a shape may be smaller."""
+    pictures, repeats = _occurrences(items, seed, epoch)
+    ids = mix(items.ids[pictures] ^ mix(repeats.astype(np.uint64)))
+    latent_rows = _latent_rows(items, pictures, ids, seed, epoch)
+    text_rows = _text_rows(items, pictures, repeats, ids, seed, epoch)
+    batches = []
+    for chosen in _cut(_shapes(items, latent_rows, text_rows), hashes(ids, seed, "order", epoch), batch_size):
+        batches.append((pictures[chosen], ids[chosen], latent_rows[chosen], text_rows[chosen]))
+    order = np.argsort(hashes(np.array([part[1][0] for part in batches]), seed, "batch order", epoch), kind="stable")
+    return [
+        MicroBatch(epoch=epoch, index=index, pictures=p, ids=i, latent_rows=latents, text_rows=texts)
+        for index, (p, i, latents, texts) in enumerate(batches[number] for number in order)
+    ]
+
+
+def steps_from(
+    items: Items, start: Position, *, seed: int, batch_size: int, micro_batches: int
+) -> Iterator[tuple[list[MicroBatch], Position]]:
+    """Yields for each step its micro-batches, of all processes together, and the position behind them."""
+    epoch, index = start.epoch, start.index
+    step: list[MicroBatch] = []
+    while True:
+        batches = epoch_batches(items, seed=seed, epoch=epoch, batch_size=batch_size)
+        for batch in batches[index:]:
+            step.append(batch)
+            if len(step) == micro_batches:
+                yield step, Position(epoch=batch.epoch, index=batch.index + 1)
+                step = []
+        epoch, index = epoch + 1, 0
+
+
+def steps_of_epochs(items: Items, epochs: int, *, seed: int, batch_size: int, micro_batches: int) -> int:
+    """Returns how many steps it takes until `epochs` epochs are complete."""
+    batches = sum(len(epoch_batches(items, seed=seed, epoch=e, batch_size=batch_size)) for e in range(epochs))
+    return -(-batches // micro_batches)
+
+
+def fixed_batches(items: Items, *, batch_size: int) -> list[MicroBatch]:
+    """Returns every picture once with its first latent and caption row, in equal-shape batches: for validation."""
+    pictures = np.arange(len(items))
+    first = np.zeros_like(pictures)
+    latent_rows, text_rows = items.latents.pick(pictures, first), items.captions.pick(pictures, first)
+    return [
+        MicroBatch(
+            epoch=0,
+            index=index,
+            pictures=pictures[chosen],
+            ids=items.ids[chosen],
+            latent_rows=latent_rows[chosen],
+            text_rows=text_rows[chosen],
+        )
+        for index, chosen in enumerate(_cut(_shapes(items, latent_rows, text_rows), items.ids, batch_size))
+    ]
+
+
+def _occurrences(items: Items, seed: int, epoch: int) -> tuple[Rows, Rows]:
+    """Returns picture and repeat number of each occurrence in the epoch.
+
+    Regularisation pictures are repeated until there are as many of them as of the others, as in sd-scripts; which of
+    them are left over is drawn anew in each epoch.
+    """
+    is_reg = items.rule("is_reg") > 0
+    repeats = items.rule("num_repeats").astype(np.int64)
+    train, reg = np.flatnonzero(~is_reg), np.flatnonzero(is_reg)
+    pictures = np.repeat(train, repeats[train])
+    numbers = _count_up(repeats[train])
+    wanted = len(pictures)
+    if len(reg) == 0 or wanted == 0:
+        return (pictures, numbers) if wanted else (np.repeat(reg, repeats[reg]), _count_up(repeats[reg]))
+    cycles = -(-wanted // int(repeats[reg].sum()))
+    reg_pictures = np.repeat(reg, repeats[reg] * cycles)
+    reg_numbers = _count_up(repeats[reg] * cycles)
+    keys = hashes(items.ids[reg_pictures] ^ mix(reg_numbers.astype(np.uint64)), seed, "regularisation", epoch)
+    # whole cycles first, so that no picture comes twice while another has not come once
+    chosen = np.sort(np.lexsort((keys, reg_numbers // repeats[reg_pictures]))[:wanted])
+    return np.concatenate([pictures, reg_pictures[chosen]]), np.concatenate([numbers, reg_numbers[chosen]])
+
+
+def _count_up(counts: Rows) -> Rows:
+    """Returns 0 .. n - 1 for each n, end to end."""
+    starts = np.cumsum(counts) - counts
+    return np.arange(int(counts.sum())) - np.repeat(starts, counts)
+
+
+def _latent_rows(items: Items, pictures: Rows, ids: Ids, seed: int, epoch: int) -> Rows:
+    """Returns one of the picture's crops and flips, drawn anew for each occurrence."""
+    which = (uniforms(ids, seed, "latent row", epoch) * items.latents.counts(pictures)).astype(np.int64)
+    return items.latents.pick(pictures, which)
+
+
+def _text_rows(items: Items, pictures: Rows, repeats: Rows, ids: Ids, seed: int, epoch: int) -> Rows:
+    """Returns the caption variant that is next in the picture's turn, or the empty caption where it is dropped."""
+    counts = items.captions.counts(pictures)
+    first = (uniforms(items.ids[pictures], seed, "caption variant") * counts).astype(np.int64)
+    turn = epoch * items.rule("num_repeats").astype(np.int64)[pictures] + repeats
+    rows = items.captions.pick(pictures, (first + turn) % counts)
+    dropped = uniforms(ids, seed, "caption dropout", epoch) < items.rule("caption_dropout_rate")[pictures]
+    every = items.rule("caption_dropout_every_n_epochs")[pictures]
+    dropped |= (every > 0) & ((epoch + 1) % np.maximum(every, 1) == 0)
+    return np.where(dropped, items.empty_caption, rows)
+
+
+def _shapes(items: Items, latent_rows: Rows, text_rows: Rows) -> np.ndarray:
+    """Returns (h, w, T5 tokens) of each occurrence, as columns."""
+    return np.column_stack([items.latent_shapes[latent_rows], items.text_lengths[text_rows]])
+
+
+def _cut(shapes: np.ndarray, keys: Ids, batch_size: int) -> list[Rows]:
+    """Returns the occurrences of each batch: equal shapes together, inside a shape in the order of the keys."""
+    order = np.lexsort((keys, *shapes.T[::-1]))
+    is_new = np.any(shapes[order][1:] != shapes[order][:-1], axis=1)
+    groups = np.split(order, np.flatnonzero(is_new) + 1)
+    return [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]

@@ -1,0 +1,72 @@
+"""What can be trained on: pictures with their latent rows, caption rows and subset, as flat arrays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sd3pipe.training.draws import Ids
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubsetRules:
+    """How one subset is weighed and sampled; in no cache key, so it may change without encoding."""
+
+    name: str
+    num_repeats: int = 1
+    is_reg: bool = False
+    loss_weight: float = 1.0
+    caption_dropout_rate: float = 0.0
+    caption_dropout_every_n_epochs: int = 0
+    diff_output_preservation: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowLists:
+    """Row numbers of every picture, end to end: picture i has rows[starts[i]:starts[i + 1]]."""
+
+    rows: Rows
+    starts: Rows
+
+    @classmethod
+    def of(cls, lists: Sequence[Sequence[int]]) -> "RowLists":
+        """Returns the rows of each picture from one list per picture."""
+        starts = np.cumsum([0, *map(len, lists)])
+        return cls(rows=np.array([row for rows in lists for row in rows], dtype=np.int64), starts=starts)
+
+    def counts(self, pictures: Rows) -> Rows:
+        return self.starts[pictures + 1] - self.starts[pictures]
+
+    def pick(self, pictures: Rows, which: Rows) -> Rows:
+        """Returns the which-th row of each picture."""
+        return self.rows[self.starts[pictures] + which]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Items:
+    """All pictures of a training run, or its held-out ones.
+
+    `ids` identify a picture by content and subset, whatever else is in the dataset. `latents` lists its crops and
+    flips, `captions` its caption variants. `latent_shapes` (h, w of each latent row) and `text_lengths` (T5 tokens of
+    each text row) decide what fits into one batch. `pixels` is width x height of each latent row's bucket.
+    """
+
+    names: Sequence[str]
+    ids: Ids
+    subsets: Rows
+    rules: tuple[SubsetRules, ...]
+    latents: RowLists
+    captions: RowLists
+    empty_caption: int
+    latent_shapes: NDArray[np.int64]
+    text_lengths: Rows
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rule(self, name: str) -> NDArray[np.float64]:
+        """Returns a number of each picture's subset."""
+        return np.array([getattr(rules, name) for rules in self.rules], dtype=np.float64)[self.subsets]
