@@ -1,0 +1,115 @@
+"""Finds a component's tensors in a diffusers folder, be it on the disk or on the hub. Free of torch."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+from sd3pipe.errors import InputError
+from sd3pipe.models.layouts import OPTIONS, TITLES, Component
+from sd3pipe.models.safetensors_header import PICKLE_SUFFIXES, StoredTensor, read_header
+
+Fetch = Callable[[str], Path | None]  # the local path of a file of the folder, None if there is none
+
+SUBFOLDERS: dict[Component, str] = {
+    "mmdit": "transformer",
+    "vae": "vae",
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+    "t5xxl": "text_encoder_3",
+}
+_STEMS: dict[Component, tuple[str, ...]] = {
+    "mmdit": ("diffusion_pytorch_model",),
+    "vae": ("diffusion_pytorch_model",),
+    "clip_l": ("model",),
+    "clip_g": ("model",),
+    "t5xxl": ("model",),
+}
+_MAX_INDEX_BYTES = 10_000_000
+_LISTED = 4  # files that an error message names
+
+
+def folder_tensors(component: Component, fetch: Fetch, subfolder: str) -> dict[str, StoredTensor] | None:
+    """Returns a component's tensors by diffusers name, None if the folder has no weights for it.
+
+    Full precision comes before fp16 where a folder has both. Raises InputError for damaged files.
+    """
+    for stem in _STEMS[component]:
+        for variant in ("", ".fp16"):
+            index = fetch(_joined(subfolder, f"{stem}.safetensors.index{variant}.json"))
+            if index is not None:
+                return _sharded_tensors(index, lambda name: fetch(_joined(subfolder, name)))
+            file = fetch(_joined(subfolder, f"{stem}{variant}.safetensors"))
+            if file is not None:
+                return read_header(file)
+    return None
+
+
+def local_fetch(folder: Path) -> Fetch:
+    """Returns the function that finds files of a folder on the disk."""
+    return lambda name: folder / name if (folder / name).is_file() else None
+
+
+def missing_in_folder(folder: Path, component: Component) -> InputError:
+    """Returns the error for a folder without weights of a component, saying what there is instead."""
+    title, option = TITLES[component], OPTIONS[component]
+    subfolder = folder / SUBFOLDERS[component]
+    if pickled := _files(subfolder, PICKLE_SUFFIXES):
+        return InputError(
+            f"{subfolder}: only {_listed(pickled)}, which is not read, because it can run code when it is opened: "
+            "get the .safetensors files of this model"
+        )
+    if single := _files(folder, {".safetensors"}):
+        return InputError(f"{folder}: not a diffusers folder; it has {_listed(single)}: pass one of them as {option}")
+    if subfolder.is_dir():
+        return InputError(f"{subfolder}: no weights in it (.safetensors): download the folder again")
+    if any((folder / name).is_dir() for name in SUBFOLDERS.values()):
+        way_out = "pass a folder that has it" if component == "mmdit" else f"pass {option} FILE"
+        return InputError(f"{folder}: holds no {title} (no {SUBFOLDERS[component]}/): {way_out}")
+    return InputError(f"{folder}: not a diffusers folder (no {SUBFOLDERS[component]}/ in it): pass a .safetensors file")
+
+
+def _sharded_tensors(index: Path, fetch: Fetch) -> dict[str, StoredTensor]:
+    shards: dict[str, dict[str, StoredTensor]] = {}
+    tensors: dict[str, StoredTensor] = {}
+    for name, shard in _weight_map(index):
+        if shard not in shards:
+            path = fetch(shard)
+            if path is None:
+                raise InputError(f"{index}: names the file {shard}, which is missing: download the folder again")
+            shards[shard] = read_header(path)
+        if name not in shards[shard]:
+            raise InputError(f"{index}: says that {shard} holds {name}, but it does not: download the folder again")
+        tensors[name] = shards[shard][name]
+    return tensors
+
+
+def _weight_map(index: Path) -> Iterator[tuple[str, str]]:
+    """Yields tensor name and file name; a file name that leaves the folder is refused."""
+    try:
+        if index.stat().st_size > _MAX_INDEX_BYTES:
+            raise ValueError("too large")
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        pairs = list(weight_map.items())
+    except OSError as error:
+        raise InputError(f"{index}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{index}: damaged: no weight_map in it: download the folder again") from error
+    for name, shard in pairs:
+        if not isinstance(shard, str) or shard != PurePosixPath(shard).name or "\\" in shard or not shard:
+            raise InputError(f"{index}: names a file outside its folder: {ascii(shard)[:80]}")
+        yield name, shard
+
+
+def _joined(subfolder: str, name: str) -> str:
+    return f"{subfolder}/{name}" if subfolder else name
+
+
+def _files(folder: Path, suffixes: set[str]) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in suffixes and path.is_file())
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,145 @@
+"""Reads the header of a safetensors file and believes nothing in it: every offset is checked against the file's size.
+
+Free of torch. Format: 8 bytes little-endian header length, that many bytes of JSON, then the tensors' bytes, gapless.
+"""
+
+import json
+import math
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3pipe.errors import InputError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+DTYPE_BYTES: Mapping[str, int] = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+
+_PICKLE_REFUSED = (
+    "is not read, because a .ckpt/.pt file can run code when it is opened: take the model's .safetensors file, or "
+    "convert it on a machine without secrets (torch.load(..., weights_only=True), then safetensors.torch.save_file)"
+)
+_CUT_SHORT = "the file is cut short or damaged: download or copy it again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """One tensor as it lies in a file; `offset` counts from the start of the file."""
+
+    path: Path
+    name: str
+    dtype: str  # as safetensors spells it: F32, BF16, F8_E4M3
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Returns the tensors of a safetensors file by name. Raises InputError for anything else."""
+    refuse_foreign_file(path)
+    try:
+        with open(path, "rb") as handle:
+            file_bytes = handle.seek(0, 2)
+            handle.seek(0)
+            header_bytes = int.from_bytes(handle.read(8), "little")
+            _check_header_length(path, header_bytes, file_bytes)
+            text = handle.read(header_bytes)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    start = 8 + header_bytes
+    tensors = _tensors(path, _parse(path, text), start)
+    _check_layout(path, tensors, start, file_bytes)
+    return tensors
+
+
+def refuse_foreign_file(path: Path) -> None:
+    """Raises InputError for what is no readable file, a pickle, a GGUF file or an empty one, saying the way out."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder: give a .safetensors file")
+    if not path.is_file():
+        raise InputError(f"{path}: is not a regular file: give a .safetensors file")
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise InputError(f"{path}: {_PICKLE_REFUSED}")
+    try:
+        with open(path, "rb") as handle:
+            start = handle.read(4)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if path.suffix.lower() == ".gguf" or start == b"GGUF":
+        raise InputError(f"{path}: GGUF is not supported: take the model's .safetensors file (bf16, fp16 or fp8)")
+    if start == b"PK\x03\x04" and zipfile.is_zipfile(path):
+        raise InputError(f"{path}: {_PICKLE_REFUSED}")
+    if not start:
+        raise InputError(f"{path}: the file is empty: download or copy it again")
+
+
+def _check_header_length(path: Path, header_bytes: int, file_bytes: int) -> None:
+    if file_bytes < 8 + 2 or not 2 <= header_bytes <= MAX_HEADER_BYTES:
+        raise InputError(f"{path}: not a safetensors file (its header would be {header_bytes:,} bytes long)")
+    if 8 + header_bytes > file_bytes:
+        raise InputError(f"{path}: {file_bytes:,} bytes, but its header alone takes {8 + header_bytes:,}: {_CUT_SHORT}")
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8, bad JSON and duplicate keys
+        raise InputError(f"{path}: not a safetensors file (its header is not valid JSON: {_short(error)})") from error
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: not a safetensors file (its header is no JSON object)")
+    return header
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return result
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _tensors(path: Path, header: Mapping[str, Any], start: int) -> dict[str, StoredTensor]:
+    return {name: _tensor(path, name, entry, start) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _tensor(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
+    shown = ascii(name)[:120]
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise InputError(f"{path}: damaged header: {shown} lacks dtype, shape or data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise InputError(f"{path}: tensor {shown} has the number format {ascii(dtype)[:40]}, which is not supported")
+    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise InputError(f"{path}: damaged header: shape or offsets of {shown} make no sense")
+    nbytes = offsets[1] - offsets[0]
+    if math.prod(shape) * DTYPE_BYTES[dtype] != nbytes:
+        raise InputError(f"{path}: damaged header: {shown} of shape {shape} in {dtype} does not take {nbytes:,} bytes")
+    return StoredTensor(path=path, name=name, dtype=dtype, shape=tuple(shape), offset=start + offsets[0], nbytes=nbytes)
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def _check_layout(path: Path, tensors: Mapping[str, StoredTensor], start: int, file_bytes: int) -> None:
+    """Checks that the tensors fill the file without gap or overlap."""
+    position = start
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        if tensor.offset != position:
+            raise InputError(f"{path}: damaged header: the bytes of {ascii(tensor.name)[:120]} overlap or leave a gap")
+        position += tensor.nbytes
+    if position > file_bytes:
+        raise InputError(f"{path}: {file_bytes:,} bytes, but its header promises {position:,}: {_CUT_SHORT}")
+    if position < file_bytes:
+        raise InputError(f"{path}: {file_bytes - position:,} bytes too many at its end: {_CUT_SHORT}")

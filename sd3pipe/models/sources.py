@@ -1,0 +1,224 @@
+"""Where the tensors of a model component lie: one checkpoint, files apart, a diffusers folder or a hub repository.
+
+Whatever the layout, a component is a map from canonical key (native MMDiT and VAE keys, transformers' text encoder
+names) to byte ranges of files. Nothing is read here but headers, so this needs no torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sd3pipe.errors import InputError
+from sd3pipe.models.diffusers_keys import mmdit_modules_of, native_names, vae_modules_of
+from sd3pipe.models.fp8_scales import FP8_DTYPES, take_scales
+from sd3pipe.models.hub import HubRepository, is_hub_id
+from sd3pipe.models.layouts import (
+    OPTIONS,
+    TITLES,
+    Component,
+    Part,
+    canonical_text_names,
+    components_in,
+    find_part,
+    foreign_kind,
+    names_of_part,
+)
+from sd3pipe.models.model_folder import SUBFOLDERS, folder_tensors, local_fetch, missing_in_folder
+from sd3pipe.models.safetensors_header import StoredTensor, read_header
+from sd3pipe.models.tensor_entry import ByteRange, TensorEntry
+from sd3pipe.models.tensor_hash import hash_tensors
+from sd3pipe.stat_memory import StatMemory
+
+_FLOATS = {"F64", "F32", "F16", "BF16", *FP8_DTYPES}
+_CLIP_WIDTHS: dict[int, Component] = {768: "clip_l", 1280: "clip_g"}  # the published sizes, to catch an exchange
+_TOKEN_EMBEDDING = "text_model.embeddings.token_embedding.weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentSource:
+    """One component of a model: where it was found, and its tensors by canonical key."""
+
+    component: Component
+    where: str  # for messages
+    tensors: Mapping[str, TensorEntry]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of every canonical key."""
+        return {key: entry.shape for key, entry in self.tensors.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the tensors take on the disk."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that hold the tensors, each once."""
+        return tuple(dict.fromkeys(path for entry in self.tensors.values() for path in entry.paths))
+
+    def fingerprint(self, memory: StatMemory | None = None) -> str:
+        """Returns the hash over name, dtype, shape and bytes of all tensors, as 64 hex digits.
+
+        With a memory, unchanged files are not read again; saving the memory is the caller's. Raises InputError.
+        """
+        return hash_tensors(self.tensors, memory)
+
+
+def find_component(component: Component, *, model: str | Path | None, file: Path | None = None) -> ComponentSource:
+    """Returns where a component lies: in `file` if given, else in `model` (file, diffusers folder or hub id).
+
+    Raises InputError, in one line with the way out, if it is not there or what is there is of another kind, and
+    NetworkError for a hub id that cannot be had.
+    """
+    if file is not None:
+        return _in_path(component, Path(file).expanduser(), is_model=False)
+    if model is None:
+        raise InputError(f"nothing to take the {TITLES[component]} from: pass --model, or {OPTIONS[component]} FILE")
+    path = Path(model).expanduser()
+    if not path.exists() and is_hub_id(str(model)):
+        return _in_hub(component, HubRepository(str(model)))
+    return _in_path(component, path, is_model=True)
+
+
+def _in_path(component: Component, path: Path, *, is_model: bool) -> ComponentSource:
+    if not path.is_dir():
+        return _component(component, read_header(path), str(path), is_model=is_model)
+    subfolder = SUBFOLDERS[component] if (path / SUBFOLDERS[component]).is_dir() else ""
+    tensors = folder_tensors(component, local_fetch(path), subfolder)
+    if tensors is None:
+        raise missing_in_folder(path, component)
+    return _component(component, tensors, str(path / subfolder), is_model=is_model)
+
+
+def _in_hub(component: Component, repository: HubRepository) -> ComponentSource:
+    subfolder = SUBFOLDERS[component]
+    tensors = folder_tensors(component, repository.fetch, subfolder)
+    if tensors is not None:
+        return _component(component, tensors, f"{repository.repo}/{subfolder} on the hub", is_model=True)
+    if repository.unreachable:
+        raise repository.offline_error(TITLES[component])
+    raise InputError(
+        f"{repository.repo}: this hub repository has no {subfolder}/ with .safetensors weights: name one in the "
+        "diffusers layout, or download its single file and pass that"
+    )
+
+
+def _component(
+    component: Component, stored: Mapping[str, StoredTensor], where: str, *, is_model: bool
+) -> ComponentSource:
+    """Returns the component among stored tensors under canonical keys."""
+    if kind := foreign_kind(stored.keys()):
+        raise InputError(f"{where}: {_with_way_out(kind, component)}")
+    part = find_part(stored.keys(), component)
+    if part is None:
+        raise _not_in_file(component, stored, where, is_model=is_model)
+    named = {name: stored[full_name] for name, full_name in names_of_part(stored, part).items()}
+    weights, scales = take_scales(named, where)
+    entries = _entries(part, weights, scales, where)
+    _check_numbers(entries, where)
+    _check_not_exchanged(component, entries, where)
+    return ComponentSource(component=component, where=where, tensors=entries)
+
+
+def _entries(
+    part: Part, weights: Mapping[str, StoredTensor], scales: Mapping[str, StoredTensor], where: str
+) -> dict[str, TensorEntry]:
+    if part.component in ("mmdit", "vae") and part.naming == "diffusers":
+        if scales:
+            raise InputError(f"{where}: scaled fp8 in diffusers' names is not supported: pass the bf16 or fp16 weights")
+        return _entries_from_diffusers(part.component, weights, where)
+    names = (
+        canonical_text_names(weights.keys(), part.component)
+        if part.component in ("clip_l", "clip_g", "t5xxl")
+        else {name: name for name in weights}
+    )
+    return {key: _entry(weights[name], scales.get(name)) for key, name in names.items()}
+
+
+def _entry(tensor: StoredTensor, scale: StoredTensor | None = None) -> TensorEntry:
+    return TensorEntry(
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        ranges=(ByteRange(tensor.path, tensor.offset, tensor.nbytes),),
+        scale=None if scale is None else _entry(scale),
+    )
+
+
+def _entries_from_diffusers(
+    component: Component, stored: Mapping[str, StoredTensor], where: str
+) -> dict[str, TensorEntry]:
+    modules = (mmdit_modules_of if component == "mmdit" else vae_modules_of)(stored.keys())
+    natives = native_names(stored.keys(), modules)
+    used = {name for found in natives.values() for name in found.names}
+    if missing := sorted(used - stored.keys()):
+        raise InputError(f"{where}: {missing[0]} is missing: download the folder again")
+    if unknown := sorted(stored.keys() - used):
+        raise InputError(f"{where}: the {TITLES[component]} has tensors that are not understood: {unknown[0]}")
+    entries = {}
+    for key, found in natives.items():
+        entry = _joined([stored[name] for name in found.names], where)
+        entries[key] = _halves_swapped(entry, where) if found.halves_swapped else _unsqueezed(key, entry)
+    return entries
+
+
+def _joined(parts: list[StoredTensor], where: str) -> TensorEntry:
+    """Returns the tensor whose rows are those of the parts, one after the other."""
+    first = parts[0]
+    if any(part.dtype != first.dtype or part.shape[1:] != first.shape[1:] or not part.shape for part in parts):
+        raise InputError(f"{where}: {first.name} and its companions differ in width or number format")
+    shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+    ranges = tuple(ByteRange(part.path, part.offset, part.nbytes) for part in parts)
+    return TensorEntry(dtype=first.dtype, shape=shape, ranges=ranges)
+
+
+def _halves_swapped(entry: TensorEntry, where: str) -> TensorEntry:
+    """Returns the tensor with the second half of its rows first: diffusers has scale before shift."""
+    (whole,) = entry.ranges
+    if entry.shape[0] % 2:
+        raise InputError(f"{where}: a modulation of {entry.shape[0]} rows cannot be halved: the file is damaged")
+    half = whole.nbytes // 2
+    ranges = (ByteRange(whole.path, whole.offset + half, half), ByteRange(whole.path, whole.offset, half))
+    return TensorEntry(dtype=entry.dtype, shape=entry.shape, ranges=ranges)
+
+
+def _unsqueezed(key: str, entry: TensorEntry) -> TensorEntry:
+    """Returns the VAE's attention matrices as the 1 x 1 convolutions that they natively are."""
+    if ".attn_1." not in key or len(entry.shape) != 2:
+        return entry
+    return TensorEntry(dtype=entry.dtype, shape=(*entry.shape, 1, 1), ranges=entry.ranges)
+
+
+def _check_numbers(entries: Mapping[str, TensorEntry], where: str) -> None:
+    for key, entry in entries.items():
+        if entry.dtype not in _FLOATS:
+            raise InputError(
+                f"{where}: {key} is stored as {entry.dtype}, so it is quantised in a way that is not understood: "
+                "pass the bf16, fp16 or fp8 file"
+            )
+
+
+def _check_not_exchanged(component: Component, entries: Mapping[str, TensorEntry], where: str) -> None:
+    """Raises InputError if the published CLIP-L was given as CLIP-G or the other way round."""
+    embedding = entries.get(_TOKEN_EMBEDDING)
+    found = _CLIP_WIDTHS.get(embedding.shape[-1]) if embedding is not None and embedding.shape else None
+    if found is not None and found != component:
+        raise InputError(
+            f"{where}: is {TITLES[found]} (its width tells), not {TITLES[component]}: pass it as {OPTIONS[found]}"
+        )
+
+
+def _with_way_out(kind: str, component: Component) -> str:
+    return kind if ":" in kind else f"{kind}, not Stable Diffusion 3 or 3.5: pass an SD3 file as {OPTIONS[component]}"
+
+
+def _not_in_file(component: Component, stored: Mapping[str, StoredTensor], where: str, *, is_model: bool) -> InputError:
+    title, option = TITLES[component], OPTIONS[component]
+    held = components_in(stored.keys())
+    if not held:
+        example = f" (it begins with {ascii(min(stored))[:80]})" if stored else " (it has no tensors)"
+        return InputError(f"{where}: holds no part of Stable Diffusion 3{example}: pass another file as {option}")
+    holds = " and ".join((", ".join(held[:-1]), held[-1])) if len(held) > 1 else held[0]
+    if component == "mmdit":
+        return InputError(f"{where}: holds no MMDiT (it holds {holds}): pass a checkpoint that has it as --model")
+    way_out = f"pass {option} FILE" if is_model else f"pass another file as {option}"
+    return InputError(f"{where}: holds no {title} (it holds {holds}): {way_out}")

@@ -1,0 +1,87 @@
+"""A tensor under its canonical key, as byte ranges of files. Free of torch."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from sd3pipe.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """Consecutive bytes of one file; `offset` counts from the start of the file."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorEntry:
+    """One canonical tensor: the bytes of its ranges, one after the other, are its content in row-major order."""
+
+    dtype: str  # as safetensors spells it: F32, BF16, F8_E4M3
+    shape: tuple[int, ...]
+    ranges: tuple[ByteRange, ...]
+    scale: "TensorEntry | None" = None  # the weight is this, one number or one a row, times what is stored
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.ranges)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that the tensor lies in, each once."""
+        return tuple(dict.fromkeys(part.path for part in self.ranges))
+
+
+class RangeReader:
+    """Reads byte ranges by pread, keeping each file open. A context manager; safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._handles: dict[Path, int] = {}
+        self._closing = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.close()
+        self._handles.clear()
+
+    def open(self, path: Path) -> None:
+        """Opens a file ahead of reading; `read_bytes` does so itself, but not from several threads at once."""
+        if path in self._handles:
+            return
+        try:
+            handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+        self._closing.callback(os.close, handle)
+        self._handles[path] = handle
+
+    def read_bytes(self, buffer: memoryview, part: ByteRange) -> None:
+        """Fills `buffer` with the first len(buffer) bytes of the range. Raises InputError if the file is too short."""
+        self.open(part.path)
+        handle, done = self._handles[part.path], 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(handle, [buffer[done:]], part.offset + done)
+            except OSError as error:
+                raise InputError(f"{part.path}: reading failed ({error.strerror or error})") from error
+            if not count:
+                raise InputError(f"{part.path}: became shorter while it was read: copy it again")
+            done += count
+
+
+def chunks(ranges: tuple[ByteRange, ...], chunk_bytes: int) -> Iterator[ByteRange]:
+    """Yields the ranges cut into pieces of at most `chunk_bytes`, in order."""
+    for part in ranges:
+        for start in range(0, part.nbytes, chunk_bytes):
+            yield ByteRange(part.path, part.offset + start, min(chunk_bytes, part.nbytes - start))

@@ -1,0 +1,124 @@
+"""Reads a component's tensors straight into their final place and number format, each byte once.
+
+A tensor that keeps its format on the CPU is read into its own memory without any copy; all others go through one
+small buffer, so the peak is what is kept plus that buffer.
+"""
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from sd3pipe.errors import InputError
+from sd3pipe.models.sources import ComponentSource
+from sd3pipe.models.tensor_entry import ByteRange, RangeReader, TensorEntry
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_STAGING_BYTES = 8 << 20
+
+
+def read_tensors(
+    source: ComponentSource,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str = "cpu",
+    keys: Collection[str] | None = None,
+) -> dict[str, Tensor]:
+    """Returns the tensors of a component, or those of `keys`, by canonical key, in `dtype` on `device`.
+
+    With dtype None each keeps its stored format; scaled fp8 weights become float32 then. fp8 is cast, and multiplied by
+    its scale if it has one, in float32. Raises InputError for a file that ends too early, KeyError for an unknown key.
+    """
+    wanted = list(source.tensors) if keys is None else list(keys)
+    entries = {key: source.tensors[key] for key in wanted}
+    tensors: dict[str, Tensor] = {}
+    with TensorReader() as reader:
+        for key in sorted(entries, key=lambda key: _place(entries[key])):
+            entry = entries[key]
+            tensor = torch.empty(entry.shape, dtype=dtype or _kept_dtype(entry), device=device)
+            reader.read_into(entry, tensor)
+            tensors[key] = tensor
+    return {key: tensors[key] for key in wanted}
+
+
+class TensorReader(RangeReader):
+    """Reads tensors into given memory: pinned host buffers, parts of flat buffers, device tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._staging = torch.empty(0, dtype=torch.uint8)
+
+    def read_into(self, entry: TensorEntry, destination: Tensor) -> None:
+        """Fills `destination`, a contiguous tensor of the entry's shape, in its own number format and on its device."""
+        if tuple(destination.shape) != entry.shape or not destination.is_contiguous():
+            raise ValueError(f"destination {list(destination.shape)} is not a contiguous {list(entry.shape)}")
+        stored = TORCH_DTYPES[entry.dtype]
+        if destination.dtype == stored and destination.device.type == "cpu" and entry.scale is None:
+            self._read_as_is(entry, destination)
+        else:
+            self._read_converted(entry, stored, destination)
+
+    def _read_as_is(self, entry: TensorEntry, destination: Tensor) -> None:
+        view, done = _bytes_of(destination), 0
+        for part in entry.ranges:
+            self.read_bytes(view[done : done + part.nbytes], part)
+            done += part.nbytes
+
+    def _read_converted(self, entry: TensorEntry, stored: torch.dtype, destination: Tensor) -> None:
+        flat, scale, done = destination.view(-1), self._scale(entry), 0
+        row_length = math.prod(entry.shape[1:])
+        for part in entry.ranges:
+            for start in range(0, part.nbytes, _STAGING_BYTES):
+                values = self._staged(part, start, stored)
+                if scale is not None:
+                    values = _scaled(values, scale, done, row_length)
+                flat[done : done + values.numel()].copy_(values)
+                done += values.numel()
+
+    def _staged(self, part: ByteRange, start: int, stored: torch.dtype) -> Tensor:
+        """Returns the next piece of a range as it is stored; valid until the next call."""
+        count = min(_STAGING_BYTES, part.nbytes - start)
+        if self._staging.numel() < count:
+            self._staging = torch.empty(_STAGING_BYTES if count > 4096 else 4096, dtype=torch.uint8)
+        piece = self._staging[:count]
+        self.read_bytes(_bytes_of(piece), ByteRange(part.path, part.offset + start, count))
+        return piece.view(stored)
+
+    def _scale(self, entry: TensorEntry) -> Tensor | None:
+        if entry.scale is None:
+            return None
+        scale = torch.empty(entry.scale.shape, dtype=torch.float32)
+        self.read_into(entry.scale, scale)
+        if not bool(torch.isfinite(scale).all()):
+            raise InputError(f"{entry.scale.paths[0]}: an fp8 scale is not a finite number: the file is damaged")
+        return scale.view(-1)
+
+
+def _scaled(values: Tensor, scale: Tensor, done: int, row_length: int) -> Tensor:
+    """Returns stored fp8 values times their scale in float32; `done` values of the tensor came before."""
+    if scale.numel() == 1:
+        return values.float() * scale
+    rows = torch.arange(done, done + values.numel()) // row_length
+    return values.float() * scale[rows]
+
+
+def _kept_dtype(entry: TensorEntry) -> torch.dtype:
+    return TORCH_DTYPES[entry.dtype] if entry.scale is None else torch.float32
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Returns the memory of a contiguous CPU tensor."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def _place(entry: TensorEntry) -> tuple[str, int]:
+    first = entry.ranges[0]
+    return str(first.path), first.offset
