@@ -125,16 +125,10 @@ def _after_prefix(*starts: str) -> re.Pattern[str]:
 
 _FOREIGN = (
     (_LORA.search, "is a LoRA adapter, not a model: pass the base model as --model"),
-    (
-        _after_prefix(r"double_blocks\.", r"single_blocks\.", r"single_transformer_blocks\.").match,
-        "is a Flux checkpoint",
-    ),
+    (_after_prefix("double_blocks", "single_blocks", "single_transformer_blocks").match, "is a Flux checkpoint"),
     (re.compile(r"^conditioner\.embedders\.").match, "is an SDXL checkpoint"),
     (re.compile(r"^cond_stage_model\.").match, "is a checkpoint of Stable Diffusion 1 or 2"),
-    (
-        _after_prefix(r"input_blocks\.", r"down_blocks\.\d+\.(resnets|attentions)\.").match,
-        "is a UNet of SDXL or SD 1/2",
-    ),
+    (_after_prefix("input_blocks", "down_blocks").match, "is a UNet of SDXL or SD 1/2"),
     (re.compile(r"^controlnet_blocks\.|^control_model\.").match, "is a ControlNet, not a model"),
     (
         re.compile(r"\.(absmax|quant_map|quant_state\.\S+|qweight|qzeros|SCB)$").search,
