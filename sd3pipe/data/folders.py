@@ -9,7 +9,7 @@ from sd3pipe.data.dataset_file import Subset
 from sd3pipe.errors import InputError
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl", ".heic", ".heif")
-_FACE_PARTS = 4  # NAME_width_height_centre-x_centre-y, as face cutting tools name pictures
+_FACE_PARTS = 4  # NAME_centrex_centrey_width_height, as face cutting tools name pictures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,107 @@
+"""Which size a picture is trained at, and how it gets there: sd-scripts' rules, picture by picture.
+
+Reference: sd-scripts revision 48d368fa, its bucket manager. All arithmetic is in double precision in the same order, so
+that ties fall the same way.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+from sd3pipe.data.dataset_file import Bucketing
+
+Size = tuple[int, int]  # width, height
+
+
+class NoBucket(Exception):
+    """A picture fits no bucket; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """A picture is resized to `resized` and cut to `bucket`; both are (width, height) in pixels."""
+
+    bucket: Size
+    resized: Size
+
+
+def place(width: int, height: int, bucketing: Bucketing) -> Placement:
+    """Returns where a picture of this size (after EXIF orientation) goes. Raises NoBucket."""
+    if bucketing.enable_bucket and bucketing.bucket_no_upscale:
+        placement = _shrunk_only(width, height, bucketing.width * bucketing.height, bucketing.bucket_reso_steps)
+    else:
+        placement = _nearest_listed(width, height, bucket_sizes(bucketing))
+    if min(placement.bucket) < 1:
+        raise NoBucket(
+            f"{width} x {height} pixels: a side would be shorter than bucket_reso_steps = "
+            f"{bucketing.bucket_reso_steps}, and bucket_no_upscale forbids to enlarge it"
+        )
+    return placement
+
+
+@functools.cache
+def bucket_sizes(bucketing: Bucketing) -> tuple[Size, ...]:
+    """Returns the list of bucket sizes, sorted: with the area of the resolution at the most, in steps."""
+    if not bucketing.enable_bucket:
+        return ((bucketing.width, bucketing.height),)
+    area, step = bucketing.width * bucketing.height, bucketing.bucket_reso_steps
+    square = int(math.sqrt(area) // step) * step
+    sizes = {(square, square)}
+    for side in range(bucketing.min_bucket_reso, bucketing.max_bucket_reso + 1, step):
+        other = min(bucketing.max_bucket_reso, area // side // step * step)
+        if other >= bucketing.min_bucket_reso:
+            sizes |= {(side, other), (other, side)}
+    return tuple(sorted(sizes))
+
+
+def smaller_than_asked(bucketing: Bucketing) -> str | None:
+    """Returns a line about shapes that max_bucket_reso trains far below the resolution's area, or None."""
+    if not bucketing.enable_bucket or bucketing.bucket_no_upscale:
+        return None
+    area = bucketing.width * bucketing.height
+    width, height = _nearest_listed(1920, 1080, bucket_sizes(bucketing)).bucket
+    if width * height >= 0.8 * area:
+        return None
+    return (
+        f"16:9 pictures train at {width} x {height}, {width * height / area:.0%} of the pixels of "
+        f"{bucketing.width} x {bucketing.height}: max_bucket_reso = {bucketing.max_bucket_reso} cuts the longer side; "
+        f"with max_bucket_reso = {2 * bucketing.max_bucket_reso} it would not"
+    )
+
+
+def _nearest_listed(width: int, height: int, sizes: tuple[Size, ...]) -> Placement:
+    """Takes the bucket of the nearest aspect ratio (the first of equals) and covers it."""
+    aspect = width / height
+    bucket = (width, height)
+    if bucket not in sizes:
+        bucket = min(sizes, key=lambda size: abs(size[0] / size[1] - aspect))
+    scale = bucket[1] / height if aspect > bucket[0] / bucket[1] else bucket[0] / width
+    return Placement(bucket=bucket, resized=(int(width * scale + 0.5), int(height * scale + 0.5)))
+
+
+def _shrunk_only(width: int, height: int, area: int, step: int) -> Placement:
+    """Shrinks to the area if need be, one side to a multiple of the step, and cuts what stands over."""
+    resized = _shrunk(width / height, area, step) if width * height > area else (width, height)
+    return Placement(bucket=(resized[0] - resized[0] % step, resized[1] - resized[1] % step), resized=resized)
+
+
+def _shrunk(aspect: float, area: int, step: int) -> Size:
+    ideal_width = math.sqrt(area * aspect)
+    by_width = _floor_to_step(ideal_width, step)
+    by_height = _floor_to_step(area / ideal_width, step)
+    errors = (
+        _aspect_error(by_width, _floor_to_step(by_width / aspect, step), aspect),
+        _aspect_error(_floor_to_step(by_height * aspect, step), by_height, aspect),
+    )
+    if errors[0] < errors[1]:
+        return by_width, int(by_width / aspect + 0.5)
+    return int(by_height * aspect + 0.5), by_height
+
+
+def _aspect_error(width: int, height: int, aspect: float) -> float:
+    return abs(width / height - aspect) if height else math.inf  # sd-scripts divides by zero here
+
+
+def _floor_to_step(value: float, step: int) -> int:
+    rounded = int(value + 0.5)
+    return rounded - rounded % step

@@ -1,0 +1,79 @@
+"""What a worker process does: one file in, the pixels and mask of one row out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sd3pipe.data.geometry import Cut
+from sd3pipe.data.headers import MAX_PIXELS, UnreadablePicture
+from sd3pipe.data.images import composited, decode
+from sd3pipe.data.masks import latent_mask
+from sd3pipe.data.resize import resize
+from sd3pipe.fingerprint import hash_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One row to decode. The hashes are those of the scan: a file that changed since is refused."""
+
+    path: Path
+    image_hash: str
+    mask_path: Path | None
+    mask_hash: str | None
+    cut: Cut
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pixels:
+    """uint8 RGB [height, width, 3] and, where the subset has masks, float16 [height / 8, width / 8]."""
+
+    rgb: np.ndarray
+    mask: np.ndarray | None
+
+
+def decode_row(job: Job, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """Returns the pixels of one row. Raises UnreadablePicture."""
+    cut = job.cut
+    keep_alpha = cut.mask == "alpha" or cut.background is not None
+    pixels = decode(_bytes(job.path, job.image_hash), job.path.suffix, keep_alpha=keep_alpha, max_pixels=max_pixels)
+    pixels = _cut_out(pixels, cut)
+    mask = None
+    if cut.mask == "alpha":
+        mask = latent_mask(pixels[..., 3])
+    elif cut.mask == "picture":
+        mask = latent_mask(_mask_levels(job, max_pixels))
+    if cut.background is not None:
+        pixels = composited(pixels, cut.background)
+    return Pixels(rgb=np.ascontiguousarray(pixels[..., :3]), mask=mask)
+
+
+def _mask_levels(job: Job, max_pixels: int) -> np.ndarray:
+    """Returns the red channel of the mask picture, cut like the picture itself."""
+    assert job.mask_path is not None and job.mask_hash is not None
+    try:
+        data = _bytes(job.mask_path, job.mask_hash)
+        levels = decode(data, job.mask_path.suffix, keep_alpha=False, max_pixels=max_pixels)
+    except UnreadablePicture as error:
+        raise UnreadablePicture(f"its mask cannot be used: {error}") from error
+    return _cut_out(levels, job.cut)[..., 0]
+
+
+def _cut_out(pixels_HWC: np.ndarray, cut: Cut) -> np.ndarray:
+    if cut.resize_filter is not None:
+        pixels_HWC = resize(pixels_HWC, cut.resized, cut.resize_filter)
+    height, width = pixels_HWC.shape[:2]
+    if (width, height) != cut.resized:
+        raise UnreadablePicture(f"it decodes to {width} x {height} pixels, other than its header says")
+    pixels_HWC = pixels_HWC[cut.top : cut.top + cut.size[1], cut.left : cut.left + cut.size[0]]
+    return pixels_HWC[:, ::-1] if cut.flip else pixels_HWC
+
+
+def _bytes(path: Path, expected_hash: str) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UnreadablePicture(f"it cannot be read ({error.strerror})") from error
+    if hash_bytes(data) != expected_hash:
+        raise UnreadablePicture("it changed while it was being encoded: run again")
+    return data

@@ -1,0 +1,114 @@
+"""What is cut out of a picture for one row: bucket, resized size, crop, flip and mask, and nothing else.
+
+These are the fields that enter a row's key, so a changed option leaves all rows alone whose numbers it does not touch.
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sd3pipe.data.buckets import Placement, Size, place
+from sd3pipe.data.faces import face_placement
+from sd3pipe.data.filters import filter_name
+from sd3pipe.data.scan import Picture
+from sd3pipe.fingerprint import hash_json
+
+MaskSource = Literal["alpha", "picture"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """One row's view of a picture, in pixels: resize to `resized`, take `size` from (left, top), then maybe mirror."""
+
+    resized: Size
+    left: int
+    top: int
+    size: Size
+    flip: bool
+    resize_filter: str | None
+    mask: MaskSource | None
+    background: tuple[int, int, int] | None
+
+    def recipe(self) -> dict[str, Any]:
+        """Returns the JSON that stands for this cut in a row's key."""
+        return {
+            "resized": list(self.resized),
+            "crop": [self.left, self.top, *self.size],
+            "flip": self.flip,
+            "filter": self.resize_filter,
+            "mask": self.mask,
+            "background": list(self.background) if self.background else None,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """A cut with its place among the cuts of its picture."""
+
+    crop: int
+    flip: int
+    cut: Cut
+
+
+def views(picture: Picture, *, crop_variants: int, seed: int) -> list[View]:
+    """Returns every row that a picture gives: crops x flips. Raises NoBucket.
+
+    Random crops (random_crop, face_crop_aug_range) give `crop_variants` rows, a function of (seed, picture, number).
+    """
+    subset = picture.subset
+    faces = subset.face_crop_aug_range
+    drawn = subset.random_crop or (faces is not None and not subset.bucketing.enable_bucket)
+    found = []
+    for crop in range(crop_variants if drawn else 1):
+        rng = random.Random(int(hash_json(["crop", seed, picture.image_hash, crop])[:16], 16))
+        placement, left, top = _position(picture, rng)
+        for flip in (0, 1) if subset.flip_aug else (0,):
+            found.append(View(crop=crop, flip=flip, cut=_cut(picture, placement, left, top, bool(flip))))
+    return found
+
+
+def _position(picture: Picture, rng: random.Random) -> tuple[Placement, int, int]:
+    """Returns how a picture is resized and where its cut begins."""
+    bucketing, faces = picture.subset.bucketing, picture.subset.face_crop_aug_range
+    size = (picture.width, picture.height)
+    if faces is not None and not bucketing.enable_bucket:
+        placed = face_placement(
+            Path(picture.name).stem, size, bucketing, faces, random_crop=picture.subset.random_crop, rng=rng
+        )
+        if placed is not None:
+            return placed
+    placement = place(*size, bucketing)
+    if picture.subset.random_crop and not bucketing.enable_bucket and _covers(size, placement.bucket):
+        placement = Placement(bucket=placement.bucket, resized=size)  # sd-scripts cuts from the full size then
+    spare = [placement.resized[axis] - placement.bucket[axis] for axis in (0, 1)]
+    if picture.subset.random_crop:
+        left, top = (int(rng.random() * (rest + 1)) for rest in spare)
+    else:
+        left, top = (rest // 2 for rest in spare)
+    return placement, left, top
+
+
+def _covers(size: Size, target: Size) -> bool:
+    return size[0] >= target[0] and size[1] >= target[1]
+
+
+def _cut(picture: Picture, placement: Placement, left: int, top: int, flip: bool) -> Cut:
+    subset = picture.subset
+    mask: MaskSource | None = None
+    if picture.mask_hash is not None:
+        mask = "picture"
+    elif subset.alpha_mask:
+        mask = "alpha"
+    size = (picture.width, picture.height)
+    resized = placement.resized != size
+    return Cut(
+        resized=placement.resized,
+        left=left,
+        top=top,
+        size=placement.bucket,
+        flip=flip,
+        resize_filter=filter_name(*size, placement.resized, subset.resize_interpolation) if resized else None,
+        mask=mask,
+        background=subset.alpha_background if picture.has_alpha else None,
+    )
