@@ -22,7 +22,7 @@ def render_stage_file(
     """
     values, notes = values or {}, notes or {}
     lines = [
-        f"# Options of `sd3pipe {command}`. A key is the option's full name; `sd3pipe {command} --help-all` explains all.",
+        f"# Options of `sd3pipe {command}`; a key is an option's full name (`sd3pipe {command} --help-all`).",
         "# Commented lines show defaults. Paths stand in project.toml.",
     ]
     fields = {name: field for name, field in model.model_fields.items() if _belongs(name, field)}

@@ -1,0 +1,154 @@
+"""`sd3pipe init`: a project of the user's own, with every value that was chosen for them explained beside it."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from sd3pipe.config import PROJECT_FILE
+from sd3pipe.console import count
+from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.files import make_folder, write_text
+from sd3pipe.models.architecture import detect_mmdit
+from sd3pipe.models.sources import find_component
+from sd3pipe.params.command_line import load_stage_models
+from sd3pipe.params.init import InitParams
+from sd3pipe.params.stage_file import render_stage_file, toml_value
+from sd3pipe.project.pictures import PictureFolder, dataset_toml, look_into, prompts_txt
+from sd3pipe.project.pipeline import dvc_yaml
+from sd3pipe.project.recipes import Recipe, Variant, recipe
+
+_ENCODER_NAMES = {  # as ComfyUI's and Stability's downloads are called, best first
+    "clip_l": ("clip_l.safetensors",),
+    "clip_g": ("clip_g.safetensors",),
+    "t5xxl": ("t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors", "t5xxl_fp8_e4m3fn.safetensors"),
+}
+_ENCODER_FOLDERS = (".", "text_encoders", "clip", "../text_encoders", "../clip")
+_GITIGNORE = "/caches/\n/runs/\n/exports/\n*.report.json\n.sd3pipe/\n"
+_DVCIGNORE = ".sd3pipe/\n*.report.json\n"
+
+
+def main(params: InitParams) -> None:
+    """Writes the project; asks on a terminal for what is missing; overwrites nothing."""
+    model = params.model or _ask("Checkpoint file, diffusers folder or hub id", "--model")
+    pictures = look_into(params.images or Path(_ask("Folder with the pictures", "--images")))
+    variant = params.variant or _detect_variant(model)
+    paths = _paths(params, model)
+    advice = recipe(variant, params.goal)
+    texts = {
+        PROJECT_FILE: _project_toml(paths),
+        "dataset.toml": dataset_toml(
+            pictures, _as_seen_from(params.folder, pictures.path), resolution=params.resolution, trigger=params.trigger
+        ),
+        "sample_prompts.txt": prompts_txt(params.trigger, params.resolution),
+        **_stage_files(params, variant, advice),
+        "dvc.yaml": dvc_yaml(paths, [_as_seen_from(params.folder, pictures.path)]),
+        ".gitignore": _GITIGNORE,
+        ".dvcignore": _DVCIGNORE,
+    }
+    _write_all(params.folder, texts)
+    _tell(params.folder, pictures, variant, texts)
+
+
+def _ask(question: str, option: str) -> str:
+    if not sys.stdin.isatty():
+        raise ParameterError(f"init: {option} is missing: {question.lower()}")
+    return typer.prompt(question)
+
+
+def _detect_variant(model: str) -> Variant:
+    try:
+        return detect_mmdit(find_component("mmdit", model=model).shapes()).variant
+    except InputError as error:
+        raise InputError(f"{error} (for a model that is not here yet, say which one it is with --for)") from error
+
+
+def _paths(params: InitParams, model: str) -> dict[str, str]:
+    name = params.name or _file_name(params.trigger or params.folder.resolve().name)
+    found = _encoders_near(model)
+    given: dict[str, str | Path | None] = {
+        "model": model,
+        "clip_l": params.clip_l or found.get("clip_l"),
+        "clip_g": params.clip_g or found.get("clip_g"),
+        "t5xxl": params.t5xxl or found.get("t5xxl"),
+        "vae": params.vae,
+        "tokenizers": params.tokenizers,
+        "loras_dir": params.loras_dir,
+    }
+    located = {key: _as_seen_from(params.folder, value) for key, value in given.items() if value is not None}
+    return {
+        **located,
+        "dataset": "dataset.toml",
+        "sample_prompts": "sample_prompts.txt",
+        "caches": "caches",
+        "run": f"runs/{name}",
+        "export": f"exports/{name}.safetensors",
+    }
+
+
+def _file_name(text: str) -> str:
+    return "".join(char if char.isalnum() or char in "-_." else "_" for char in text) or "lora"
+
+
+def _encoders_near(model: str) -> dict[str, Path]:
+    """Returns text encoder files beside a checkpoint file, or in ComfyUI's folders for them."""
+    file = Path(model)
+    if not file.is_file():
+        return {}
+    found: dict[str, Path] = {}
+    for encoder, names in _ENCODER_NAMES.items():
+        candidates = [file.parent / folder / name for name in names for folder in _ENCODER_FOLDERS]
+        path = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if path is not None:
+            found[encoder] = path.resolve()
+    return found
+
+
+def _as_seen_from(folder: Path, value: str | Path) -> str:
+    """Returns a path as project.toml should say it: relative if it lies in the project, else absolute."""
+    path = Path(value)
+    if isinstance(value, str) and not path.exists():
+        return value  # a hub id
+    absolute = path.absolute()
+    return str(absolute.relative_to(folder.absolute())) if absolute.is_relative_to(folder.absolute()) else str(absolute)
+
+
+def _project_toml(paths: dict[str, str]) -> str:
+    lines = [f"{key} = {toml_value(value)}" for key, value in paths.items()]
+    return (
+        "# Where things are; relative paths start here. dvc.yaml reads this file, too.\n[paths]\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
+def _stage_files(params: InitParams, variant: Variant, advice: Recipe) -> dict[str, str]:
+    texts = {}
+    for stage, model in load_stage_models().items():
+        mine = {key: item for key, item in advice.items() if key in model.model_fields}
+        values: dict[str, Any] = {key: item.value for key, item in mine.items()}
+        notes = {key: f"Chosen for {variant}, {params.goal}: {item.source}" for key, item in mine.items()}
+        texts[f"stages/{stage}.toml"] = render_stage_file(model, stage.replace("_", "-"), values, notes)
+    return texts
+
+
+def _write_all(folder: Path, texts: dict[str, str]) -> None:
+    there = [name for name in texts if (folder / name).exists()]
+    if there:
+        raise ParameterError(
+            f"{folder}: {', '.join(there)} exist already: init overwrites nothing; name another folder"
+        )
+    for name, text in texts.items():
+        make_folder((folder / name).parent)
+        write_text(folder / name, text)
+
+
+def _tell(folder: Path, pictures: PictureFolder, variant: Variant, texts: dict[str, str]) -> None:
+    without = pictures.pictures - pictures.captions
+    print(
+        f"{pictures.path}: {count(pictures.pictures, 'picture')}, {pictures.captions} with a caption, {without} without"
+    )
+    print(f"{folder}: {count(len(texts), 'file')} written for {variant}")
+    go = "" if folder.resolve() == Path.cwd() else f"cd {folder} && "
+    print(f"next: {go}sd3pipe preview (draws what training will see), then {go}sd3pipe run")

@@ -1,0 +1,27 @@
+"""Options of `sd3pipe init`."""
+
+from typing import Literal
+
+from sd3pipe.params.fields import OptionPath, Params, option
+
+
+class InitParams(Params):
+    folder: OptionPath = option(".", "Folder of the new project.", positional=True, role="path", validate_default=True)
+    model: str | None = option(None, "Checkpoint file, diffusers folder or hub id.", role="path", panel="Model")
+    clip_l: OptionPath | None = option(None, "CLIP-L file, if not in the model.", role="path", panel="Model")
+    clip_g: OptionPath | None = option(None, "CLIP-G file, if not in the model.", role="path", panel="Model")
+    t5xxl: OptionPath | None = option(None, "T5-XXL file, if not in the model.", role="path", panel="Model")
+    vae: OptionPath | None = option(None, "VAE file, if not the one in the model.", role="path", panel="Model")
+    tokenizers: OptionPath | None = option(None, "Folder with the tokenizers.", role="path", panel="Model")
+    variant: Literal["sd3-medium", "sd35-medium", "sd35-large", "sd35-large-turbo"] | None = option(
+        None, "Model variant; read from the file unless it is a hub id or large-turbo.", aliases=("for",), panel="Model"
+    )
+    images: OptionPath | None = option(None, "Folder with pictures and captions.", role="path", panel="Pictures")
+    trigger: str | None = option(None, "Word that stands for what is learnt.", panel="Pictures")
+    resolution: int = option(1024, "Side of the square whose area pictures are scaled to.", ge=256, panel="Pictures")
+    goal: Literal["subject", "style", "concepts"] = option("subject", "What the adapter is to learn.", panel="Training")
+    vram: str | None = option(None, "Memory of the training card, as 12GB.", panel="Training")
+    name: str | None = option(None, "Name of the adapter; default: the trigger or the folder's name.", panel="Training")
+    loras_dir: OptionPath | None = option(
+        None, "Folder that every saved adapter is copied to (ComfyUI's models/loras).", role="path", panel="Training"
+    )
