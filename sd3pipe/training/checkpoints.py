@@ -1,0 +1,190 @@
+"""Checkpoints: a folder of safetensors and one JSON file that appears whole or not at all, and is checked when read."""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sd3pipe.errors import InputError
+from sd3pipe.files import make_folder, storage_errors, sync_file, sync_folder, temporary_name, write_json
+from sd3pipe.fingerprint import hash_file
+
+log = logging.getLogger(__name__)
+
+ADAPTER_FILE = "adapter.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+CHECKPOINTS_FOLDER = "checkpoints"
+FORMAT_VERSION = 1
+
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint whose files are the ones its state.json names."""
+
+    path: Path
+    step: int
+    state: Mapping[str, Any]
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / ADAPTER_FILE
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether the optimizer's state has not been deleted to save space."""
+        return OPTIMIZER_FILE in self.state["files"]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the trained tensors and the optimizer's, as they were saved."""
+        return load_file(self.path / OPTIMIZER_FILE)
+
+
+def step_name(step: int) -> str:
+    """Returns the folder name of a step's checkpoint; it sorts by step."""
+    return f"step-{step:08d}"
+
+
+def write_checkpoint(
+    run: Path,
+    *,
+    step: int,
+    write_adapter: Callable[[Path], object],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> Checkpoint:
+    """Writes a step's checkpoint under a temporary name, then renames it; replaces one of the same step."""
+    folder = make_folder(run / CHECKPOINTS_FOLDER)
+    final, temporary = folder / step_name(step), temporary_name(folder)
+    with storage_errors(final):
+        temporary.mkdir()
+        try:
+            write_adapter(temporary / ADAPTER_FILE)
+            save_file(dict(tensors), temporary / OPTIMIZER_FILE)
+            files = {name: _identity(temporary / name) for name in (ADAPTER_FILE, OPTIMIZER_FILE)}
+            content = {**state, "format": FORMAT_VERSION, "step": step, "files": files}
+            write_json(temporary / STATE_FILE, content)
+            replaced = temporary.with_name(f"{temporary.name}-replaced")
+            if final.exists():
+                final.rename(replaced)
+            temporary.rename(final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+        sync_folder(folder)
+    return Checkpoint(path=final, step=step, state=content)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Returns the checkpoint in a folder after checking its files' bytes. Raises InputError that says what is wrong."""
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        if state["format"] != FORMAT_VERSION:
+            raise InputError(f"{path} has checkpoint format {state['format']}, this sd3pipe reads {FORMAT_VERSION}")
+        for name, identity in state["files"].items():
+            if _size(path / name) != identity["bytes"] or hash_file(path / name) != identity["blake3"]:
+                raise InputError(f"{path} is torn: {name} is not the file that {STATE_FILE} describes")
+        return Checkpoint(path=path, step=state["step"], state=state)
+    except OSError as error:
+        raise InputError(f"{path} is no whole checkpoint: {error.filename}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"{path} is torn: {STATE_FILE} is damaged ({error})") from error
+
+
+def checkpoint_paths(run: Path) -> list[Path]:
+    """Returns the checkpoint folders of a run, the oldest first, whole or not."""
+    folder = run / CHECKPOINTS_FOLDER
+    paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def newest_checkpoint(run: Path, *, up_to: int | None = None) -> Checkpoint | None:
+    """Returns the newest whole checkpoint that a run can go on from; torn ones are named in a warning."""
+    for path in reversed(checkpoint_paths(run)):
+        if up_to is not None and int(path.name.removeprefix("step-")) > up_to:
+            continue
+        try:
+            checkpoint = read_checkpoint(path)
+        except InputError as error:
+            log.warning("%s; going back to the checkpoint before it", error)
+            continue
+        if checkpoint.can_resume:
+            return checkpoint
+    return None
+
+
+def set_aside_later(run: Path, step: int) -> None:
+    """Renames checkpoints after `step` to *.superseded, so that a run that goes on from `step` never continues them."""
+    for path in checkpoint_paths(run):
+        if int(path.name.removeprefix("step-")) > step:
+            target = path.with_name(f"{path.name}.superseded")
+            shutil.rmtree(target, ignore_errors=True)
+            with storage_errors(path):
+                path.rename(target)
+            log.info("%s: renamed to %s", path, target.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """Which older checkpoints go: None keeps all. Steps and epochs count back from the newest checkpoint."""
+
+    last_steps: int | None = None
+    last_steps_state: int | None = None
+    last_epochs: int | None = None
+    last_epochs_state: int | None = None
+    num_states: int = 2
+
+    def keeps_adapter(self, state: Mapping[str, Any], newest: Mapping[str, Any]) -> bool:
+        if self.last_steps is not None and state["step"] < newest["step"] - self.last_steps:
+            return False
+        return self.last_epochs is None or state["position"][0] > newest["position"][0] - self.last_epochs
+
+    def keeps_optimizer(self, state: Mapping[str, Any], newest: Mapping[str, Any], age: int) -> bool:
+        if self.last_steps_state is not None:
+            return state["step"] >= newest["step"] - self.last_steps_state
+        if self.last_epochs_state is not None:
+            return state["position"][0] > newest["position"][0] - self.last_epochs_state
+        return age < self.num_states
+
+
+def prune(run: Path, newest: Checkpoint, retention: Retention, *, keep_steps: Sequence[int] = ()) -> None:
+    """Deletes what `retention` lets go of, but never `newest`, which is whole, nor the adapters of `keep_steps`."""
+    older = [path for path in checkpoint_paths(run) if path != newest.path]
+    for age, path in enumerate(reversed(older), start=1):
+        try:
+            state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # a torn checkpoint is left for the user to look at
+        if not retention.keeps_adapter(state, newest.state) and state["step"] not in keep_steps:
+            with storage_errors(path):
+                shutil.rmtree(path)
+        elif OPTIMIZER_FILE in state["files"] and not retention.keeps_optimizer(state, newest.state, age):
+            _drop_optimizer(path, state)
+
+
+def _drop_optimizer(path: Path, state: dict[str, Any]) -> None:
+    """Deletes the optimizer's state; the JSON goes first, so that a crash in between leaves a whole checkpoint."""
+    del state["files"][OPTIMIZER_FILE]
+    write_json(path / STATE_FILE, state)
+    with storage_errors(path):
+        (path / OPTIMIZER_FILE).unlink(missing_ok=True)
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    with open(path, "rb+") as handle:
+        sync_file(handle)
+    return {"bytes": _size(path), "blake3": hash_file(path)}
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size

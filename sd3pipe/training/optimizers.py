@@ -1,0 +1,201 @@
+"""Makes the optimizer that the user named, and turns its state into plain tensors and JSON and back, bit for bit."""
+
+import ast
+import importlib
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sd3pipe.errors import InputError, ParameterError
+
+log = logging.getLogger(__name__)
+
+
+ParameterGroups = Sequence[dict[str, Any]]  # params and lr, as torch's optimizers take them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerClass:
+    """Where an optimizer's class lies, and the arguments that its short name stands for."""
+
+    path: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+
+_OWN = "sd3pipe.training"
+# Adafactor's own default is to choose its learning rate itself; here learning_rate acts unless relative_step=True
+_NAMES = {
+    "adamw": OptimizerClass(path="torch.optim.AdamW"),
+    "adam": OptimizerClass(path="torch.optim.Adam"),
+    "sgdnesterov": OptimizerClass(path="torch.optim.SGD", args={"momentum": 0.9, "nesterov": True}),
+    "lion": OptimizerClass(path=f"{_OWN}.lion.Lion"),
+    "adafactor": OptimizerClass(
+        path=f"{_OWN}.adafactor.Adafactor", args={"relative_step": False, "scale_parameter": False}
+    ),
+    "prodigy": OptimizerClass(path=f"{_OWN}.prodigy.Prodigy"),
+    "adamwschedulefree": OptimizerClass(path=f"{_OWN}.schedule_free.AdamWScheduleFree"),
+    "radamschedulefree": OptimizerClass(path=f"{_OWN}.schedule_free.RAdamScheduleFree"),
+    "sgdschedulefree": OptimizerClass(path=f"{_OWN}.schedule_free.SGDScheduleFree"),
+    "adamw8bit": OptimizerClass(path="bitsandbytes.optim.AdamW8bit"),
+    "pagedadamw": OptimizerClass(path="bitsandbytes.optim.PagedAdamW"),
+    "pagedadamw8bit": OptimizerClass(path="bitsandbytes.optim.PagedAdamW8bit"),
+    "pagedadamw32bit": OptimizerClass(path="bitsandbytes.optim.PagedAdamW32bit"),
+    "lion8bit": OptimizerClass(path="bitsandbytes.optim.Lion8bit"),
+    "pagedlion8bit": OptimizerClass(path="bitsandbytes.optim.PagedLion8bit"),
+    "ademamix8bit": OptimizerClass(path="bitsandbytes.optim.AdEMAMix8bit"),
+    "sgdnesterov8bit": OptimizerClass(path="bitsandbytes.optim.SGD8bit", args={"momentum": 0.9, "nesterov": True}),
+    "dadaptation": OptimizerClass(path="dadaptation.experimental.DAdaptAdamPreprint"),
+    "dadaptadampreprint": OptimizerClass(path="dadaptation.experimental.DAdaptAdamPreprint"),
+    "dadaptadagrad": OptimizerClass(path="dadaptation.DAdaptAdaGrad"),
+    "dadaptadam": OptimizerClass(path="dadaptation.DAdaptAdam"),
+    "dadaptadan": OptimizerClass(path="dadaptation.DAdaptAdan"),
+    "dadaptadanip": OptimizerClass(path="dadaptation.experimental.DAdaptAdanIP"),
+    "dadaptlion": OptimizerClass(path="dadaptation.DAdaptLion"),
+    "dadaptsgd": OptimizerClass(path="dadaptation.DAdaptSGD"),
+}
+_ESTIMATE_THEIR_RATE = ("prodigy", "dadapt")  # their learning_rate multiplies an estimate, and belongs near 1
+
+
+def make_optimizer(name: str, groups: ParameterGroups, args: Mapping[str, Any]) -> Optimizer:
+    """Returns the optimizer for `name`: a short name, a class of torch.optim, or any dotted class path."""
+    optimizer_class, defaults = _find(name)
+    options = {**_fast_kernels(optimizer_class, groups), **defaults, **args}
+    _check_args(name, optimizer_class, args)
+    _advise(name, groups, options)
+    try:
+        optimizer = optimizer_class([dict(group) for group in groups], **options)
+    except (TypeError, ValueError) as error:
+        raise ParameterError(f"optimizer_type = {name}, optimizer_args = {dict(args)}: {error}") from error
+    set_training(optimizer, training=True)  # schedule-free optimizers of other packages begin in neither mode
+    return optimizer
+
+
+def set_training(optimizer: Optimizer, *, training: bool) -> None:
+    """Switches a schedule-free optimizer's weights between the trained ones and their average; others have no modes."""
+    switch = getattr(optimizer, "train" if training else "eval", None)
+    if switch is not None:
+        switch()
+
+
+def parse_args(option: str, args: Sequence[str]) -> dict[str, Any]:
+    """Returns key=value pairs with the values read as Python literals. Raises ParameterError."""
+    parsed: dict[str, Any] = {}
+    for arg in args:
+        key, separator, value = arg.partition("=")
+        if not separator:
+            raise ParameterError(f"{option}: {arg}: write key=value")
+        try:
+            parsed[key.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError) as error:
+            raise ParameterError(f"{option}: {arg}: {value!r} is not a number, True, False, None or a tuple") from error
+    return parsed
+
+
+def _find(name: str) -> tuple[type[Optimizer], Mapping[str, Any]]:
+    known = _NAMES.get(name.lower())
+    path = known.path if known else name if "." in name else f"torch.optim.{name}"
+    module_name, _, class_name = path.rpartition(".")
+    try:
+        optimizer_class = getattr(importlib.import_module(module_name), class_name)
+    except ImportError as error:
+        package = module_name.partition(".")[0]
+        raise ParameterError(
+            f"optimizer_type = {name}: the package {package} cannot be imported ({error}): "
+            f"pip install {package}, or choose AdamW"
+        ) from error
+    except AttributeError as error:
+        raise ParameterError(
+            f"optimizer_type = {name}: unknown: use a class of torch.optim, a dotted class path, or one of "
+            + ", ".join(sorted(_NAMES))
+        ) from error
+    return optimizer_class, known.args if known else {}
+
+
+def _check_args(name: str, optimizer_class: type[Optimizer], args: Mapping[str, Any]) -> None:
+    accepted = inspect.signature(optimizer_class).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values()):
+        return
+    unknown = [key for key in args if key not in accepted]
+    if unknown:
+        known = ", ".join(key for key in accepted if key not in ("params", "lr"))
+        raise ParameterError(f"optimizer_args: {name} does not know {', '.join(unknown)}: it takes {known}")
+    if "lr" in args:
+        raise ParameterError(f"optimizer_args: lr={args['lr']}: set learning_rate instead")
+
+
+def _fast_kernels(optimizer_class: type[Optimizer], groups: ParameterGroups) -> dict[str, Any]:
+    """Returns fused=True where torch has a fused kernel, for it runs once over all tensors."""
+    if not optimizer_class.__module__.startswith("torch.optim"):
+        return {}
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    fused = "fused" in inspect.signature(optimizer_class).parameters and devices <= {"cuda", "cpu"}
+    return {"fused": True} if fused else {}
+
+
+def _advise(name: str, groups: ParameterGroups, options: Mapping[str, Any]) -> None:
+    if name.lower().startswith(_ESTIMATE_THEIR_RATE) and max(group["lr"] for group in groups) < 0.1:
+        log.warning("learning_rate = %g: %s estimates the step itself, so set it near 1", groups[0]["lr"], name)
+    if name.lower() == "adafactor" and options.get("relative_step"):
+        log.warning("learning_rate and lr_scheduler do not act: relative_step=True makes Adafactor choose its own rate")
+
+
+def export_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the optimizer's state as tensors on the CPU, and the rest of it as JSON types."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            _put(f"state/{names[parameter]}/{key}", value, tensors, values)
+    for number, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if key != "params":
+                _put(f"group/{number}/{key}", value, tensors, values)
+    return tensors, values
+
+
+def import_state(
+    optimizer: Optimizer,
+    names: Mapping[Tensor, str],
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
+) -> None:
+    """Puts back what `export_state` returned. Unlike load_state_dict, no tensor changes its dtype."""
+    parameters = {name: parameter for parameter, name in names.items()}
+    fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    optimizer.state.clear()
+    for path, value in {**tensors, **values}.items():
+        kind, rest = path.split("/", 1)
+        owner, key = rest.rsplit("/", 1)
+        if kind == "group":
+            _restore_group(optimizer, int(owner), key, value)
+            continue
+        if owner not in parameters:
+            raise InputError(f"the checkpoint's optimizer state has {owner}, which this adapter does not")
+        parameter = parameters[owner]
+        if isinstance(value, Tensor):
+            # torch keeps step counters on the CPU unless a kernel on the device reads them
+            value = value.clone() if key == "step" and not fused else value.to(parameter.device, copy=True)
+        optimizer.state[parameter][key] = value
+
+
+def _restore_group(optimizer: Optimizer, number: int, key: str, value: Any) -> None:
+    group = optimizer.param_groups[number]
+    group[key] = tuple(value) if isinstance(value, list) else value
+
+
+def _put(path: str, value: Any, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().to("cpu", copy=True).contiguous()
+    elif _is_json(value):
+        values[path] = value
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, bool | int | float | str)
