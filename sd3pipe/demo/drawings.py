@@ -1,0 +1,159 @@
+"""Drawings of one shape on a plain background, and the captions that describe them, all made by code.
+
+The grammar is small on purpose: SIZE COLOUR SHAPE on BACKGROUND. Every caption says all four, in one of three
+wordings, so that a picture can be measured against its prompt (sd3pipe.demo.measure).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+Colour = tuple[int, int, int]
+
+COLOURS: dict[str, Colour] = {
+    "red": (214, 38, 40),
+    "orange": (247, 140, 30),
+    "yellow": (250, 225, 60),
+    "green": (40, 160, 65),
+    "blue": (40, 80, 215),
+    "purple": (140, 50, 175),
+    "black": (22, 22, 26),
+    "white": (246, 246, 242),
+}
+BACKGROUNDS: dict[str, Colour] = {**COLOURS, "grey": (135, 138, 142)}
+RADII: dict[str, float] = {"small": 0.21, "large": 0.38}  # of the picture's shorter side, before jitter
+
+_SUPERSAMPLING = 4
+_COLOUR_JITTER = 8  # levels of 255
+_RADIUS_JITTER = 0.08
+_PLACE_JITTER = 0.11  # of each side
+
+Coordinates = NDArray[np.floating]
+Outline = Callable[[Coordinates, Coordinates], NDArray[np.bool_]]
+
+
+def _triangle(x: Coordinates, y: Coordinates) -> NDArray[np.bool_]:
+    return (y <= 0.8) & (np.abs(x) <= (y + 1) * 0.56)
+
+
+def _cross(x: Coordinates, y: Coordinates) -> NDArray[np.bool_]:
+    return (np.minimum(np.abs(x), np.abs(y)) <= 0.3) & (np.maximum(np.abs(x), np.abs(y)) <= 1)
+
+
+def _ring(x: Coordinates, y: Coordinates) -> NDArray[np.bool_]:
+    return (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.52**2)
+
+
+def _heart(x: Coordinates, y: Coordinates) -> NDArray[np.bool_]:
+    lobes = (np.abs(x) - 0.48) ** 2 + (y + 0.38) ** 2 <= 0.5**2
+    point = (np.abs(x) <= np.minimum(0.95, 0.94 * (0.95 - y) / 1.13)) & (y >= -0.25)
+    return lobes | point
+
+
+# Each outline says which points belong to the shape; the shape fills about [-1, 1] x [-1, 1], y grows downwards.
+OUTLINES: dict[str, Outline] = {
+    "circle": lambda x, y: x**2 + y**2 <= 1,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) <= 0.86,
+    "triangle": _triangle,
+    "cross": _cross,
+    "ring": _ring,
+    "diamond": lambda x, y: np.abs(x) * 1.35 + np.abs(y) <= 1.1,
+}
+NEW_WORD = "wubble"  # the base has never met the word, nor the shape: a heart
+NEW_OUTLINE: Outline = _heart
+WORDINGS = (
+    "a {size} {colour} {shape} on a {background} background",
+    "{colour} {shape}, {size}, {background} background",
+    "a {background} picture with a {size} {colour} {shape}",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What a drawing shows, in the words of the grammar."""
+
+    shape: str
+    colour: str
+    size: str
+    background: str
+
+    def caption(self, wording: int = 0) -> str:
+        """Returns the caption in one of the wordings."""
+        return WORDINGS[wording].format(
+            shape=self.shape, colour=self.colour, size=self.size, background=self.background
+        )
+
+
+def all_subjects(shapes: tuple[str, ...] = tuple(OUTLINES)) -> list[Subject]:
+    """Returns every subject whose colour differs from its background, in a fixed order."""
+    return [
+        Subject(shape=shape, colour=colour, size=size, background=background)
+        for shape, colour, size, background in product(shapes, COLOURS, RADII, BACKGROUNDS)
+        if colour != background
+    ]
+
+
+def outline_of(shape: str) -> Outline:
+    """Returns the outline of a shape of the grammar, or of the new word."""
+    return NEW_OUTLINE if shape == NEW_WORD else OUTLINES[shape]
+
+
+def coverage(outline: Outline, *, height: int, width: int, y: float, x: float, radius: float) -> NDArray[np.float32]:
+    """Returns how much of each pixel the shape covers, 0 to 1, [height, width]; places and radius are in pixels."""
+    ys, xs = (
+        (np.arange(pixels * _SUPERSAMPLING, dtype=np.float32) + 0.5) / _SUPERSAMPLING for pixels in (height, width)
+    )
+    inside = outline((xs[None, :] - x) / radius, (ys[:, None] - y) / radius)
+    fine = inside.reshape(height, _SUPERSAMPLING, width, _SUPERSAMPLING)
+    return fine.mean(axis=(1, 3), dtype=np.float32)
+
+
+def paint(mask: NDArray[np.float32], colour: NDArray[np.float32], background: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Returns the picture [height, width, 3] of a colour laid over a background through a coverage mask."""
+    blend = mask[..., None]
+    return np.rint(blend * colour + (1 - blend) * background).clip(0, 255).astype(np.uint8)
+
+
+def draw(subject: Subject, *, height: int, width: int, generator: np.random.Generator) -> NDArray[np.uint8]:
+    """Returns a drawing of the subject; place, radius and both colours vary a little with the generator."""
+    side = min(height, width)
+    radius = RADII[subject.size] * side * generator.uniform(1 - _RADIUS_JITTER, 1 + _RADIUS_JITTER)
+    y, x = (_place(pixels, radius, generator) for pixels in (height, width))
+    mask = coverage(outline_of(subject.shape), height=height, width=width, y=y, x=x, radius=radius)
+    return paint(mask, _shade(COLOURS[subject.colour], generator), _shade(BACKGROUNDS[subject.background], generator))
+
+
+def draw_blob(*, height: int, width: int, generator: np.random.Generator) -> NDArray[np.uint8]:
+    """Returns a random blob in random colours: from these a VAE learns outlines beyond the grammar's shapes."""
+    corners = int(generator.integers(3, 9))
+    radii = generator.uniform(0.35, 1.0, corners)
+    smooth = bool(generator.integers(2))
+
+    def outline(x: Coordinates, y: Coordinates) -> NDArray[np.bool_]:
+        turns = (np.arctan2(y, x) / (2 * np.pi) % 1.0) * corners
+        before = np.floor(turns).astype(int) % corners
+        part = turns % 1.0
+        part = part * part * (3 - 2 * part) if smooth else part
+        return np.hypot(x, y) <= radii[before] * (1 - part) + radii[(before + 1) % corners] * part
+
+    radius = generator.uniform(0.15, 0.48) * min(height, width)
+    y, x = (pixels * generator.uniform(0.3, 0.7) for pixels in (height, width))
+    mask = coverage(outline, height=height, width=width, y=y, x=x, radius=radius)
+    names = list(BACKGROUNDS)
+    colour, background = (
+        _shade(BACKGROUNDS[names[i]], generator) for i in generator.choice(len(names), 2, replace=False)
+    )
+    return paint(mask, colour, background)
+
+
+def _place(pixels: int, radius: float, generator: np.random.Generator) -> float:
+    """Returns a coordinate near the middle at which a shape of this radius stays inside the picture."""
+    jitter = min(_PLACE_JITTER * pixels, pixels / 2 - radius - 1)
+    return pixels / 2 + float(generator.uniform(-jitter, jitter))
+
+
+def _shade(colour: Colour, generator: np.random.Generator) -> NDArray[np.float32]:
+    return (np.asarray(colour) + generator.uniform(-_COLOUR_JITTER, _COLOUR_JITTER, 3)).astype(np.float32)
