@@ -1,0 +1,174 @@
+"""The plan of the house: imports go downward only, rooms of a floor do not know each other, nothing heavy leaks."""
+
+import ast
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "sd3pipe"
+FLOORS = {
+    "cli": 5, "__main__": 5, "commands": 4, "training": 3, "project": 3, "demo": 3,
+    "cache": 2, "data": 2, "models": 2, "memory": 2, "adapters": 2, "params": 1,
+    "config": 0, "console": 0, "device": 0, "errors": 0, "files": 0, "fingerprint": 0, "stat_memory": 0,
+}  # fmt: skip
+TEXT_ENCODER_LIBRARIES = {"transformers", "tokenizers", "sentencepiece"}
+ORACLES = {"diffusers", "peft", "skimage", "hypothesis", "pytest"}
+
+
+def module_files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(file: Path) -> str:
+    name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+@cache
+def imports_of(file: Path, *, top_level_only: bool = False) -> frozenset[str]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{file}: relative import"
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(found)
+
+
+def package_imports(file: Path, modules: frozenset[str]) -> set[str]:
+    return {name for name in imports_of(file) if name in modules}
+
+
+@cache
+def modules() -> frozenset[str]:
+    return frozenset(module_name(file) for file in module_files())
+
+
+def test_every_module_has_a_floor():
+    assert {room_of(name) for name in modules()} - {""} <= set(FLOORS)
+
+
+def test_imports_go_downward_only():
+    wrong = []
+    for file in module_files():
+        here = room_of(module_name(file))
+        for target in package_imports(file, modules()):
+            there = room_of(target)
+            if there in ("", here):
+                continue
+            allowed = FLOORS[there] < FLOORS[here] or FLOORS[there] == FLOORS[here] == 0
+            if not allowed:
+                wrong.append(f"{module_name(file)} -> {target}")
+    assert not wrong
+
+
+def test_floor_two_takes_plain_arguments():
+    wrong = [
+        f"{module_name(file)} -> {target}"
+        for file in module_files()
+        if FLOORS.get(room_of(module_name(file))) == 2
+        for target in package_imports(file, modules())
+        if room_of(target) == "params"
+    ]
+    assert not wrong
+
+
+def test_commands_do_not_import_each_other():
+    wrong = [
+        f"{module_name(file)} -> {target}"
+        for file in (PACKAGE / "commands").glob("*.py")
+        for target in package_imports(file, modules())
+        if room_of(target) == "commands" and target not in ("sd3pipe.commands", module_name(file))
+    ]
+    assert not wrong
+
+
+def test_there_are_no_import_rings():
+    graph = {module_name(file): package_imports(file, modules()) - {module_name(file)} for file in module_files()}
+    done: set[str] = set()
+    path: list[str] = []
+
+    def visit(name: str) -> None:
+        if name in done:
+            return
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        path.append(name)
+        for target in graph[name]:
+            visit(target)
+        path.pop()
+        done.add(name)
+
+    for name in graph:
+        visit(name)
+
+
+def test_every_init_file_is_empty():
+    assert all(not file.read_text() for file in PACKAGE.rglob("__init__.py"))
+
+
+def test_oracles_stay_in_tests():
+    wrong = {
+        module_name(file): found
+        for file in module_files()
+        if (found := {n.split(".")[0] for n in imports_of(file)} & ORACLES)
+    }
+    assert not wrong
+
+
+def reachable(module: str) -> set[str]:
+    files = {module_name(file): file for file in module_files()}
+    seen: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += package_imports(files[name], modules())
+    return seen
+
+
+def test_train_cannot_reach_the_text_encoders():
+    files = {module_name(file): file for file in module_files()}
+    libraries = {
+        f"{name} imports {library}"
+        for name in reachable("sd3pipe.commands.train")
+        for library in {n.split(".")[0] for n in imports_of(files[name])} & TEXT_ENCODER_LIBRARIES
+    }
+    assert not libraries
+
+
+def loaded_by(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_help_imports_no_torch():
+    loaded = loaded_by("from sd3pipe.cli import run\nassert run(['--help']) == 0")
+    assert not loaded & {"torch", "zarr", "transformers", "PIL", "numpy"}
+
+
+@pytest.mark.parametrize("stage", ["encode-text", "encode-latents", "train", "export"])
+def test_help_of_a_stage_imports_no_torch(stage):
+    loaded = loaded_by(f"from sd3pipe.cli import run\nassert run(['{stage}', '--help']) == 0")
+    assert not loaded & {"torch", "zarr", "transformers", "PIL"}
+
+
+def test_names_say_what_they_hold():
+    vague = re.compile(r"^(utils?|common|helpers?|misc)$")
+    wrong = [name for name in modules() if vague.match(name.split(".")[-1]) and name != "sd3pipe.params.common"]
+    assert not wrong
