@@ -7,7 +7,8 @@ from pathlib import Path
 
 from sd3pipe.models.architecture import MMDiTArchitecture, MMDiTVariant
 from sd3pipe.models.text_architecture import ClipArchitecture, ClipName, EncoderName, T5Architecture
-from sd3pipe.models.tokenizers import find_tokenizers, load_tokenizer
+from sd3pipe.models.tokenizer_folders import find_tokenizers
+from sd3pipe.models.tokenizers import load_tokenizer
 from sd3pipe.models.vae_architecture import VAEArchitecture
 
 _CLIP_WIDTHS: dict[EncoderName, int] = {"clip_l": 64, "clip_g": 128}

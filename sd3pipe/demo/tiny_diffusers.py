@@ -12,7 +12,7 @@ from sd3pipe.demo.tiny_architecture import TinyArchitecture
 from sd3pipe.files import write_json
 from sd3pipe.models.diffusers_keys import DiffusersModules, diffusers_names, mmdit_modules, vae_modules
 from sd3pipe.models.text_architecture import CLIP_ACTIVATIONS, ClipArchitecture, ClipName, T5Architecture
-from sd3pipe.models.tokenizers import find_tokenizers
+from sd3pipe.models.tokenizer_folders import find_tokenizers
 
 Tensors = dict[str, Tensor]
 

@@ -19,7 +19,6 @@ HEAD_WIDTH = 64  # every head of every encoder
 CLIP_ACTIVATIONS: dict[ClipName, str] = {"clip_l": "quick_gelu", "clip_g": "gelu"}  # the tensors do not tell
 
 _NAMED_KEYS = 4  # keys that an error message spells out before it counts the rest
-_STRAY_KEYS = {"text_model.embeddings.position_ids", "logit_scale", "scaled_fp8", "encoder.embed_tokens.weight"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +96,7 @@ class T5Architecture:
 
 
 def detect_clip(shapes: Mapping[str, tuple[int, ...]], where: str) -> ClipArchitecture:
-    """Returns the architecture that has exactly these keys and shapes, strays aside. Raises InputError."""
+    """Returns the architecture that has exactly these keys and shapes. Raises InputError."""
     vocabulary, width = _matrix(shapes, "text_model.embeddings.token_embedding.weight", "a CLIP text encoder", where)
     projection = shapes.get("text_projection.weight")
     architecture = ClipArchitecture(
@@ -115,10 +114,7 @@ def detect_clip(shapes: Mapping[str, tuple[int, ...]], where: str) -> ClipArchit
 
 
 def detect_t5(shapes: Mapping[str, tuple[int, ...]], where: str) -> T5Architecture:
-    """Returns the architecture that has exactly these keys and shapes, strays aside. Raises InputError."""
-    shapes = dict(shapes)
-    if "shared.weight" not in shapes and "encoder.embed_tokens.weight" in shapes:
-        shapes["shared.weight"] = shapes["encoder.embed_tokens.weight"]
+    """Returns the architecture that has exactly these keys and shapes. Raises InputError."""
     vocabulary, width = _matrix(shapes, "shared.weight", "a T5 encoder", where)
     bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     buckets, heads = _matrix(shapes, bias, "a T5 encoder", where)
@@ -158,7 +154,7 @@ def _depth(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
 
 def _compare(expected: Shapes, found: Mapping[str, tuple[int, ...]], kind: str, where: str) -> None:
     missing = [key for key in expected if key not in found]
-    excess = sorted(found.keys() - expected.keys() - _STRAY_KEYS)
+    excess = sorted(found.keys() - expected.keys())
     other = [key for key, shape in expected.items() if key in found and tuple(found[key]) != shape]
     if missing:
         raise InputError(f"{where}: the {kind} lacks {_listed(missing)}: the file is incomplete")

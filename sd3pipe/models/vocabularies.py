@@ -15,9 +15,11 @@ from typing import Any, Literal
 
 from sd3pipe.errors import InputError
 from sd3pipe.fingerprint import hash_bytes, hash_json
+from sd3pipe.models.text_architecture import EncoderName
 from sd3pipe.stat_memory import StatMemory
 
 VocabularyKind = Literal["clip", "t5"]
+VOCABULARY_KINDS: dict[EncoderName, VocabularyKind] = {"clip_l": "clip", "clip_g": "clip", "t5xxl": "t5"}
 
 CLIP_START = "<|startoftext|>"
 CLIP_END = "<|endoftext|>"
