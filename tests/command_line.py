@@ -1,0 +1,25 @@
+"""Runs `sd3pipe` as a user does: in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def sd3pipe(
+    *arguments: object, cwd: Path | None = None, expect: int = 0, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs one command line and checks its exit code; a failure shows what the command printed."""
+    command = [sys.executable, "-m", "sd3pipe", *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=600, env={**os.environ, **(env or {})}, check=False
+    )
+    assert done.returncode == expect, f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def report_of(out: Path) -> dict[str, Any]:
+    """Returns the report that an encode stage or export wrote beside `out`."""
+    return json.loads(Path(f"{out}.report.json").read_text(encoding="utf-8"))
