@@ -1,0 +1,81 @@
+"""Dropout masks that are a pure function of (key of the sample, layer, element): no generator, no state, any device.
+
+A key stands for (seed, step, sample). So a mask depends neither on the batch that a sample falls into, nor on whether
+the forward pass runs a second time for gradient checkpointing, and a resumed run draws what the first one drew.
+"""
+
+# B batch; the other axes of a mask are free
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014): the constants of splitmix64
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+_FLOAT_BITS = 24  # an fp32 uniform number carries no more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropoutRates:
+    """Probabilities of being dropped: single rank activations, whole ranks of a sample, a sample's whole layer."""
+
+    neuron: float = 0.0
+    rank: float = 0.0
+    module: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("neuron", "rank", "module"):
+            rate = getattr(self, name)
+            if not 0.0 <= rate < 1.0:
+                raise ValueError(f"{name} dropout is {rate}, and must be at least 0 and below 1")
+
+    @property
+    def active(self) -> bool:
+        return max(self.neuron, self.rank, self.module) > 0.0
+
+
+@dataclass(slots=True)
+class DropoutKeys:
+    """The keys of the samples in the batch at hand, int64 [B]; all layers of a network share one such object."""
+
+    keys: Tensor | None = field(default=None)
+
+
+def uniform(keys_B: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+    """Returns fp32 numbers in [0, 1) of `shape` [B, ...]; row b depends on keys_B[b], `stream` and the place in it.
+
+    `stream` separates the layers and the kinds of dropout that share a sample's key.
+    """
+    assert shape[0] == keys_B.shape[0], f"{keys_B.shape[0]} dropout keys for a batch of {shape[0]}"
+    per_sample = math.prod(shape[1:])
+    states_B = _mix(keys_B.to(torch.int64) + _signed(stream * _GOLDEN))
+    counters_N = torch.arange(1, per_sample + 1, dtype=torch.int64, device=keys_B.device) * _signed(_GOLDEN)
+    bits_BN = _mix(states_B[:, None] + counters_N[None, :])
+    numbers_BN = _shift(bits_BN, 64 - _FLOAT_BITS).to(torch.float32) * 2.0**-_FLOAT_BITS
+    return numbers_BN.view(shape)
+
+
+def kept(keys_B: Tensor, stream: int, shape: tuple[int, ...], rate: float) -> Tensor:
+    """Returns a boolean mask of `shape` [B, ...] that is False with probability `rate`."""
+    return uniform(keys_B, stream, shape) >= rate
+
+
+def _mix(bits: Tensor) -> Tensor:
+    bits = (bits ^ _shift(bits, 30)) * _signed(_MIX_1)
+    bits = (bits ^ _shift(bits, 27)) * _signed(_MIX_2)
+    return bits ^ _shift(bits, 31)
+
+
+def _shift(bits: Tensor, count: int) -> Tensor:
+    """Returns the logical right shift; torch's own keeps the sign."""
+    return (bits >> count) & ((1 << (64 - count)) - 1)
+
+
+def _signed(number: int) -> int:
+    """Returns the int64 with the same low 64 bits."""
+    number &= (1 << 64) - 1
+    return number - (1 << 64) if number >= 1 << 63 else number

@@ -1,0 +1,252 @@
+"""Attaches adapter layers to a model, and holds them together: parameters, strength, dropout keys, state."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sd3pipe.adapters.deltas import Adapter, Delta, merged_weight
+from sd3pipe.adapters.dora import DoRA
+from sd3pipe.adapters.dropout import DropoutKeys, DropoutRates
+from sd3pipe.adapters.layers import AdaptedLinear, AdapterLayer, LayerSetup, LoRA, SplitLoRA
+from sd3pipe.adapters.lycoris import LoHa, LoKr, lokr_shapes
+from sd3pipe.adapters.targets import AdapterSpec, learning_rates, target_ranks
+from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.fingerprint import digest_bytes
+
+_NAMED = 3  # modules that a message spells out
+
+
+class LinearSlot(AdaptedLinear, Protocol):
+    """A linear layer of the model with the place where an adapter goes."""
+
+    in_features: int
+    out_features: int
+    adapter: Any  # the layer's own callable type, which this room does not import
+    weight: nn.Parameter
+
+
+class AdaptableModel(Protocol):
+    def linears(self) -> Iterator[tuple[str, Any]]:
+        """Yields every linear layer (a LinearSlot) with its native module path."""
+        ...
+
+
+class AdapterNetwork(nn.Module):
+    """The layers of one adapter, by module path. They act as long as they are attached."""
+
+    def __init__(self, layers: Mapping[str, AdapterLayer], slots: Mapping[str, LinearSlot], keys: DropoutKeys) -> None:
+        super().__init__()
+        self.layers = dict(layers)
+        self._slots = dict(slots)  # a plain dict: the base model's layers are no submodules of the adapter
+        self._keys = keys
+        for path, layer in layers.items():
+            self.add_module(path.replace(".", "_"), layer)
+        self.attach()
+
+    def attach(self) -> None:
+        """Puts every layer into its place in the model."""
+        for path, layer in self.layers.items():
+            assert self._slots[path].adapter in (None, layer), f"{path} already has an adapter: detach it first"
+            self._slots[path].adapter = layer
+
+    def detach(self) -> None:
+        """Takes every layer out of the model, which then is the base model again."""
+        for slot in self._slots.values():
+            slot.adapter = None
+
+    @contextlib.contextmanager
+    def detached(self) -> Iterator[None]:
+        """Makes the model the base model for the length of a block."""
+        self.detach()
+        try:
+            yield
+        finally:
+            self.attach()
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """Sets the strength at which all layers act."""
+        for layer in self.layers.values():
+            layer.multiplier = multiplier
+
+    def set_dropout_keys(self, keys_B: Tensor | None) -> None:
+        """Gives each sample of the next batch the int64 key that its dropout masks are made from."""
+        self._keys.keys = keys_B
+
+    def parameter_groups(
+        self, spec: AdapterSpec, learning_rate: float, *, loraplus_lr_ratio: float = 1.0
+    ) -> list[dict[str, Any]]:
+        """Returns the optimizer's groups, one per learning rate; LoRA+ (arXiv:2402.12354) multiplies that of `up`."""
+        if loraplus_lr_ratio != 1.0 and spec.algorithm not in ("lora", "dora"):
+            raise ParameterError(f"loraplus_lr_ratio is for LoRA and DoRA, not for {spec.algorithm}")
+        rates = learning_rates(self.layers, spec, learning_rate)
+        groups: dict[float, list[nn.Parameter]] = {}
+        for path, layer in self.layers.items():
+            for name, parameter in layer.named_parameters():
+                rate = rates[path] * (loraplus_lr_ratio if name == "up" else 1.0)
+                groups.setdefault(rate, []).append(parameter)
+        return [{"params": parameters, "lr": rate} for rate, parameters in groups.items() if rate > 0.0]
+
+    def deltas(self) -> dict[str, Delta]:
+        """Returns the adapter as factors on the CPU, by module path: what file formats write."""
+        return {path: layer.delta() for path, layer in self.layers.items()}
+
+    def load(self, adapter: Adapter) -> None:
+        """Takes over the factors of an adapter of exactly this shape. Raises InputError."""
+        missing, excess = self.layers.keys() - adapter.keys(), adapter.keys() - self.layers.keys()
+        if missing or excess:
+            raise InputError(f"the adapter does not fit the network: {_listed('lacks', missing, excess)}")
+        for path, layer in self.layers.items():
+            try:
+                layer.load(adapter[path])
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from error
+
+    @torch.no_grad()
+    def limit_norms(self, largest: float) -> tuple[Tensor, Tensor]:
+        """Shrinks every LoRA whose |scale up down| exceeds `largest`; returns how many, and the mean norm after."""
+        limited = [layer.limit_norm(largest) for layer in self.layers.values() if isinstance(layer, LoRA)]
+        if len(limited) != len(self.layers):
+            raise ParameterError("scale_weight_norms is for LoRA and DoRA alone")
+        return torch.stack([shrunk for _, shrunk in limited]).sum(), torch.stack([norm for norm, _ in limited]).mean()
+
+
+def attach(
+    model: AdaptableModel,
+    spec: AdapterSpec,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> AdapterNetwork:
+    """Attaches a fresh adapter, which changes nothing; start values depend on the seed and the module path alone."""
+    slots: dict[str, LinearSlot] = dict(model.linears())
+    keys = DropoutKeys()
+    layers: dict[str, AdapterLayer] = {}
+    for path, rank in target_ranks(slots, spec).items():
+        setup = LayerSetup(
+            in_features=slots[path].in_features,
+            out_features=slots[path].out_features,
+            rank=rank,
+            alpha=_alpha(spec, rank),
+            dropout=spec.dropout,
+            keys=keys,
+            stream=_number(path),
+            device=device,
+            dtype=dtype,
+        )
+        layers[path] = _layer(path, setup, spec)
+        layers[path].reset(torch.Generator().manual_seed(_number(f"{spec.seed}/{path}")))
+        _measure(layers[path], slots[path])
+    return AdapterNetwork(layers, {path: slots[path] for path in layers}, keys)
+
+
+def attach_deltas(
+    model: AdaptableModel,
+    adapter: Adapter,
+    *,
+    dropout: DropoutRates | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> AdapterNetwork:
+    """Attaches an adapter with the kinds, ranks and alphas it was saved with. Raises InputError if it does not fit."""
+    slots: dict[str, LinearSlot] = dict(model.linears())
+    check_fit(slots, adapter)
+    keys = DropoutKeys()
+    layers: dict[str, AdapterLayer] = {}
+    for path, delta in adapter.items():
+        setup = LayerSetup(
+            in_features=delta.shape[1],
+            out_features=delta.shape[0],
+            rank=delta.rank or 1,
+            alpha=delta.alpha,
+            dropout=dropout or DropoutRates(),
+            keys=keys,
+            stream=_number(path),
+            device=device,
+            dtype=dtype,
+        )
+        layers[path] = _layer_of(delta, setup)
+        layers[path].load(delta)
+    return AdapterNetwork(layers, {path: slots[path] for path in layers}, keys)
+
+
+@torch.no_grad()
+def merge_into(model: AdaptableModel, adapter: Adapter, multiplier: float = 1.0) -> None:
+    """Adds an adapter to the weights of a model for good. Raises InputError if it does not fit."""
+    slots: dict[str, LinearSlot] = dict(model.linears())
+    check_fit(slots, adapter)
+    for path, delta in adapter.items():
+        weight = slots[path].weight
+        if not weight.is_floating_point():
+            raise ParameterError("base_weights need a base in 16 or 32 bit: they are added before it is quantised")
+        merged = merged_weight(weight.detach().flatten(1).to("cpu"), delta, multiplier)
+        weight.copy_(merged.view_as(weight))
+
+
+def check_fit(slots: Mapping[str, LinearSlot], adapter: Adapter) -> None:
+    """Raises InputError where the model lacks a module of the adapter, or has it in another size."""
+    foreign = adapter.keys() - slots.keys()
+    if foreign:
+        raise InputError(f"the adapter does not fit the model, which has no {_listed('', foreign, set())}")
+    for path, delta in adapter.items():
+        size = (slots[path].out_features, slots[path].in_features)
+        if delta.shape != size:
+            raise InputError(
+                f"the adapter does not fit the model: {path} is {list(size)} there, {list(delta.shape)} in the adapter"
+            )
+
+
+def _layer(path: str, setup: LayerSetup, spec: AdapterSpec) -> AdapterLayer:
+    match spec.algorithm:
+        case "lora":
+            return SplitLoRA(setup) if spec.split_qkv and path.endswith(".qkv") else LoRA(setup)
+        case "dora":
+            return DoRA(setup)
+        case "loha":
+            return LoHa(setup)
+        case "lokr":
+            shapes = lokr_shapes(setup.out_features, setup.in_features, setup.rank, spec.lokr_factor)
+            return LoKr(setup, shapes)
+
+
+def _layer_of(delta: Delta, setup: LayerSetup) -> AdapterLayer:
+    match delta.algorithm:
+        case "lora":
+            return LoRA(setup)
+        case "dora":
+            return DoRA(setup)
+        case "loha":
+            return LoHa(setup)
+        case "lokr":
+            return LoKr(setup, {name: tuple(tensor.shape) for name, tensor in delta.tensors().items()})
+
+
+def _measure(layer: AdapterLayer, slot: LinearSlot) -> None:
+    if isinstance(layer, DoRA):
+        layer.measure(slot)
+
+
+def _alpha(spec: AdapterSpec, rank: int) -> float:
+    """Returns the alpha that files carry: it gives the right strength as alpha / rank, and is rounded as files do."""
+    alpha = float(rank if spec.alpha is None else spec.alpha)
+    if spec.rs_lora:
+        alpha *= math.sqrt(rank)  # rsLoRA (arXiv:2312.03732) divides by sqrt(rank)
+    return float(torch.tensor(alpha, dtype=torch.float32))
+
+
+def _number(text: str) -> int:
+    """Returns 63 bits that depend on `text` alone."""
+    return int.from_bytes(digest_bytes(text.encode())[:8], "little") >> 1
+
+
+def _listed(verb: str, missing: set[str], excess: set[str]) -> str:
+    parts = []
+    for word, paths in ((verb, missing), ("has more", excess)):
+        if paths:
+            shown = ", ".join(sorted(paths)[:_NAMED])
+            rest = len(paths) - _NAMED
+            parts.append(f"{word} {shown}".strip() + (f" and {rest} more" if rest > 0 else ""))
+    return "; ".join(parts)
