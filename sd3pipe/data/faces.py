@@ -47,10 +47,8 @@ def face_placement(
     offsets = []
     for axis in (1, 0):  # sd-scripts draws for the height first
         centre = int(face[axis] * scale + 0.5)
-        start = (
-            centre - target[axis] // 2 + _shift(resized[axis], centre, face_px, target, face_range, random_crop, rng)
-        )
-        offsets.append(max(0, min(start, resized[axis] - target[axis])))
+        shift = _shift(resized[axis], centre, face_px, target, face_range, random_crop, rng)
+        offsets.append(max(0, min(centre - target[axis] // 2 + shift, resized[axis] - target[axis])))
     return Placement(bucket=target, resized=resized), offsets[1], offsets[0]
 
 

@@ -18,6 +18,7 @@ from sd3pipe.data.headers import DECODER_ERRORS, MAX_PIXELS, UnreadablePicture, 
 
 _AHEAD_BYTES = 512 << 20  # decoded pixels waiting for the encoder, at most
 _AHEAD_PER_WORKER = 4
+_THREADS = "OPENBLAS_NUM_THREADS"  # what numpy's products go by
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,8 @@ class _Feed:
 
     def __init__(self, workers: int, max_pixels: int) -> None:
         self.workers, self.max_pixels = workers, max_pixels
+        self.threads_before = os.environ.get(_THREADS)
+        os.environ[_THREADS] = "1"  # for the workers: they are as many as the cores
         self.pool = self._new_pool(workers)
         self.waiting: deque[tuple[Job, Future[Pixels | Broken]]] = deque()
 
@@ -67,6 +70,10 @@ class _Feed:
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
+        if self.threads_before is None:
+            os.environ.pop(_THREADS, None)
+        else:
+            os.environ[_THREADS] = self.threads_before
 
     def _next(self) -> Pixels | Broken:
         job, future = self.waiting.popleft()
@@ -77,7 +84,7 @@ class _Feed:
 
     def _after_a_death(self, job: Job) -> Pixels | Broken:
         """Decodes one job alone in a fresh worker, then sets the others going again."""
-        self.close()
+        self.pool.shutdown(wait=False, cancel_futures=True)
         lone = self._new_pool(1)
         try:
             result = lone.submit(_attempt, job, self.max_pixels).result()
@@ -102,7 +109,7 @@ class _Feed:
 
 
 def _start_worker() -> None:
-    """Leaves Ctrl-C to the parent and takes one thread, since there are as many workers as cores."""
+    """Leaves Ctrl-C to the parent, which ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

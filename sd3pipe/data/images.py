@@ -26,7 +26,7 @@ _FLIPS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SRGB_NAMES = ("sRGB", "c2")  # c2 is the name of a much used small sRGB profile
-_ICC_SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+_ICC_SPACES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}  # bytes 16 to 19 of a profile
 
 
 def decode(data: bytes, suffix: str = "", *, keep_alpha: bool, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -96,8 +96,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def _by_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
     """Returns the picture converted to sRGB; None where it is sRGB already or the profile does not fit the picture."""
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if _ICC_SPACES.get(source.profile.xcolor_space) != image.mode or _is_srgb(source):
+        source = ImageCms.getOpenProfile(io.BytesIO(profile))
+        if _ICC_SPACES.get(profile[16:20]) != image.mode or _is_srgb(source):
             return None
         return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, *DECODER_ERRORS):
@@ -105,5 +105,5 @@ def _by_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
 
 
 def _is_srgb(profile: ImageCms.ImageCmsProfile) -> bool:
-    name = (profile.profile.profile_description or "").strip()
+    name = ImageCms.getProfileDescription(profile).strip()
     return name.startswith(_SRGB_NAMES[0]) or name == _SRGB_NAMES[1]

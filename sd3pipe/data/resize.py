@@ -1,8 +1,8 @@
 """Resizing as sd-scripts does it: Pillow for Lanczos and box, and OpenCV's other filters rebuilt here with numpy.
 
 Each filter is a pair of matrices, one per axis, with few non-zero numbers in a row, so it is applied in blocks of rows
-by dense products of small matrices. Differences from OpenCV: at most one level, where a sum in single precision (or, for
-linear and cubic, OpenCV's 11-bit weights) falls on the other side of a half.
+by dense products of small matrices. Differences from OpenCV: at most one level, where a sum in single precision (or,
+for linear and cubic, OpenCV's 11-bit weights) falls on the other side of a half.
 """
 
 import functools
