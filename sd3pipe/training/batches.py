@@ -39,7 +39,7 @@ class Position:
 
 def epoch_batches(items: Items, *, seed: int, epoch: int, batch_size: int) -> list[MicroBatch]:
     """Returns the micro-batches of one epoch in their order. The last batch of a shape may be smaller."""
-    pictures, repeats = _occurrences(items, seed, epoch)
+    pictures, repeats = _occurrences(items)
     ids = mix(items.ids[pictures] ^ mix(repeats.astype(np.uint64)))
     latent_rows = _latent_rows(items, pictures, ids, seed, epoch)
     text_rows = _text_rows(items, pictures, repeats, ids, seed, epoch)
@@ -93,27 +93,9 @@ def fixed_batches(items: Items, *, batch_size: int) -> list[MicroBatch]:
     ]
 
 
-def _occurrences(items: Items, seed: int, epoch: int) -> tuple[Rows, Rows]:
-    """Returns picture and repeat number of each occurrence in the epoch.
-
-    Regularisation pictures are repeated until there are as many of them as of the others, as in sd-scripts; which of
-    them are left over is drawn anew in each epoch.
-    """
-    is_reg = items.rule("is_reg") > 0
-    repeats = items.rule("num_repeats").astype(np.int64)
-    train, reg = np.flatnonzero(~is_reg), np.flatnonzero(is_reg)
-    pictures = np.repeat(train, repeats[train])
-    numbers = _count_up(repeats[train])
-    wanted = len(pictures)
-    if len(reg) == 0 or wanted == 0:
-        return (pictures, numbers) if wanted else (np.repeat(reg, repeats[reg]), _count_up(repeats[reg]))
-    cycles = -(-wanted // int(repeats[reg].sum()))
-    reg_pictures = np.repeat(reg, repeats[reg] * cycles)
-    reg_numbers = _count_up(repeats[reg] * cycles)
-    keys = hashes(items.ids[reg_pictures] ^ mix(reg_numbers.astype(np.uint64)), seed, "regularisation", epoch)
-    # whole cycles first, so that no picture comes twice while another has not come once
-    chosen = np.sort(np.lexsort((keys, reg_numbers // repeats[reg_pictures]))[:wanted])
-    return np.concatenate([pictures, reg_pictures[chosen]]), np.concatenate([numbers, reg_numbers[chosen]])
+def _occurrences(items: Items) -> tuple[Rows, Rows]:
+    """Returns picture and repeat number of each occurrence in an epoch."""
+    return np.repeat(np.arange(len(items)), items.repeats), _count_up(items.repeats)
 
 
 def _count_up(counts: Rows) -> Rows:
@@ -132,7 +114,7 @@ def _text_rows(items: Items, pictures: Rows, repeats: Rows, ids: Ids, seed: int,
     """Returns the caption variant that is next in the picture's turn, or the empty caption where it is dropped."""
     counts = items.captions.counts(pictures)
     first = (uniforms(items.ids[pictures], seed, "caption variant") * counts).astype(np.int64)
-    turn = epoch * items.rule("num_repeats").astype(np.int64)[pictures] + repeats
+    turn = epoch * items.repeats[pictures] + repeats
     rows = items.captions.pick(pictures, (first + turn) % counts)
     dropped = uniforms(ids, seed, "caption dropout", epoch) < items.rule("caption_dropout_rate")[pictures]
     every = items.rule("caption_dropout_every_n_epochs")[pictures]

@@ -16,9 +16,7 @@ class SubsetRules:
     """How one subset is weighed and sampled; in no cache key, so it may change without encoding."""
 
     name: str
-    num_repeats: int = 1
-    is_reg: bool = False
-    loss_weight: float = 1.0
+    loss_weight: float = 1.0  # with the prior loss weight of regularisation pictures in it
     caption_dropout_rate: float = 0.0
     caption_dropout_every_n_epochs: int = 0
     diff_output_preservation: bool = False
@@ -49,14 +47,15 @@ class RowLists:
 class Items:
     """All pictures of a training run, or its held-out ones.
 
-    `ids` identify a picture by content and subset, whatever else is in the dataset. `latents` lists its crops and
-    flips, `captions` its caption variants. `latent_shapes` (h, w of each latent row) and `text_lengths` (T5 tokens of
-    each text row) decide what fits into one batch. `pixels` is width x height of each latent row's bucket.
+    `ids` identify a picture by content and subset, whatever else is in the dataset; `repeats` says how often it comes
+    in an epoch. `latents` lists its crops and flips, `captions` its caption variants. `latent_shapes` (h, w of each
+    latent row) and `text_lengths` (T5 tokens of each text row) decide what fits into one batch.
     """
 
     names: Sequence[str]
     ids: Ids
     subsets: Rows
+    repeats: Rows
     rules: tuple[SubsetRules, ...]
     latents: RowLists
     captions: RowLists
