@@ -68,7 +68,7 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         converted = _by_profile(plain, profile)
         if converted is not None:
             return converted
-    return plain.convert("RGB")
+    return plain if plain.mode == "RGB" else plain.convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
