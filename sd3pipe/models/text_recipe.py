@@ -43,7 +43,3 @@ class TextRecipe:
     def fields(self) -> dict[str, Any]:
         """Returns the settings as JSON types, for keys and the manifest."""
         return asdict(self)
-
-    def t5_length(self, tokens: int) -> int:
-        """Returns how many T5 positions a caption of so many tokens takes."""
-        return max(self.t5_pad_to, min(tokens, self.t5xxl_max_token_length))

@@ -67,6 +67,37 @@ class TextTokenizer:
         return TokenBatch(ids=padded, mask=mask)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedTexts:
+    """The token ids of some texts for one encoder, cut to its maximum."""
+
+    tokenizer: TextTokenizer
+    ids: Sequence[Sequence[int]]
+    counts: Sequence[int]  # tokens with start and end before cutting
+    lengths: Sequence[int]  # positions after padding
+
+    def batch(self, numbers: Sequence[int]) -> TokenBatch:
+        """Returns the padded ids of some texts, which must have one length."""
+        (length,) = {self.lengths[number] for number in numbers}
+        return self.tokenizer.pad([self.ids[number] for number in numbers], length)
+
+    def is_cut(self, number: int) -> bool:
+        """Returns whether a text lost tokens."""
+        return self.counts[number] > len(self.ids[number])
+
+
+def tokenize_texts(tokenizer: TextTokenizer, texts: Sequence[str], *, max_length: int, pad_to: int) -> TokenizedTexts:
+    """Returns the ids of texts, each cut to `max_length` and meant to be padded to `pad_to` or to its own length."""
+    whole = tokenizer.encode(texts)
+    ids = [tokenizer.cut(numbers, max_length) for numbers in whole]
+    return TokenizedTexts(
+        tokenizer=tokenizer,
+        ids=ids,
+        counts=[len(numbers) for numbers in whole],
+        lengths=[max(pad_to, len(numbers)) for numbers in ids],
+    )
+
+
 def load_tokenizer(encoder: EncoderName, folder: Path) -> TextTokenizer:
     """Makes the tokenizer of one encoder from the vocabulary in `folder`. Raises InputError."""
     if VOCABULARY_KINDS[encoder] == "clip":

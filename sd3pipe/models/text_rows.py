@@ -1,0 +1,200 @@
+"""Runs texts through the three encoders, one loaded at a time, and gives their rows in the order of the texts."""
+
+# L tokens, D width
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from sd3pipe.errors import InputError
+from sd3pipe.models.layouts import TITLES
+from sd3pipe.models.sources import ComponentSource
+from sd3pipe.models.text_architecture import ClipName, EncoderName
+from sd3pipe.models.text_encoders import ClipEncoder, T5Encoder
+from sd3pipe.models.text_recipe import TextDtype, TextRecipe
+from sd3pipe.models.tokenizers import TokenizedTexts
+
+TORCH_DTYPES: dict[TextDtype, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+_WINDOW_BYTES = 512 << 20  # T5's hidden states that are on the device at a time
+
+
+class Counter(Protocol):
+    def advance(self, number: int = 1) -> None:
+        """Counts `number` more units."""
+        ...
+
+
+Progress = Callable[[str, int, str], AbstractContextManager[Counter]]  # what runs, how many units, the unit
+Row = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodingMachine:
+    """How rows are computed, as far as that does not change what they are."""
+
+    device: torch.device
+    batch_rows: int
+    stream_t5: bool
+    scratch: Path  # a folder on a disk, for CLIP's outputs until T5's are there
+
+
+def encode_rows(
+    tokens: Mapping[EncoderName, TokenizedTexts],
+    *,
+    sources: Mapping[EncoderName, ComponentSource],
+    recipe: TextRecipe,
+    machine: EncodingMachine,
+    progress: Progress,
+) -> Iterator[Row]:
+    """Yields each text's row on the CPU: clip_l, clip_g, t5xxl [L, D]; pooled_l, pooled_g; mask_l, mask_g, mask_t5.
+
+    Raises InputError for tensors that are no such encoder, and for states that are not finite.
+    """
+    if not len(tokens["t5xxl"].ids):
+        return
+    with _StoredRows(machine.scratch) as clip_l, _StoredRows(machine.scratch) as clip_g:
+        clips: tuple[tuple[ClipName, _StoredRows], ...] = (("clip_l", clip_l), ("clip_g", clip_g))
+        for name, stored in clips:
+            for row in _clip_rows(name, tokens[name], sources[name], recipe, machine, progress):
+                stored.append(row)
+        for number, t5 in enumerate(_t5_rows(tokens["t5xxl"], sources["t5xxl"], recipe, machine, progress)):
+            yield clip_l.read(number) | clip_g.read(number) | t5
+
+
+def row_bytes(widths: Mapping[EncoderName, int], *, clip_length: int, t5_length: int, item_bytes: int) -> int:
+    """Returns the size of a row whose states and pooled vectors have these widths."""
+    clips = widths["clip_l"] + widths["clip_g"]
+    numbers = (clip_length + 1) * clips + t5_length * widths["t5xxl"]
+    return numbers * item_bytes + 2 * clip_length + t5_length
+
+
+def _clip_rows(
+    name: ClipName,
+    tokens: TokenizedTexts,
+    source: ComponentSource,
+    recipe: TextRecipe,
+    machine: EncodingMachine,
+    progress: Progress,
+) -> Iterator[Row]:
+    dtype = TORCH_DTYPES[recipe.text_dtype]
+    encoder = ClipEncoder(source, dtype=dtype, device=machine.device)
+    letter = name.removeprefix("clip_")
+    with progress(f"encode-text {TITLES[name]}", len(tokens.ids), "captions") as counter:
+        for numbers in _batches(range(len(tokens.ids)), machine.batch_rows):
+            batch = tokens.batch(_filled_up(numbers, machine.batch_rows))
+            hidden_BLD, pooled_BP = encoder.encode(batch, masked=recipe.apply_lg_attn_mask)
+            masks_BL = torch.from_numpy(batch.mask)
+            for hidden_LD, pooled, mask, _ in zip(hidden_BLD.cpu(), pooled_BP.cpu(), masks_BL, numbers, strict=False):
+                hidden_LD = _with_padding(hidden_LD, mask, recipe, source)
+                yield {name: hidden_LD, f"pooled_{letter}": _finite(pooled, recipe, source), f"mask_{letter}": mask}
+            counter.advance(len(numbers))
+
+
+def _t5_rows(
+    tokens: TokenizedTexts,
+    source: ComponentSource,
+    recipe: TextRecipe,
+    machine: EncodingMachine,
+    progress: Progress,
+) -> Iterator[Row]:
+    dtype = t5_compute_dtype(recipe.text_dtype)
+    encoder = T5Encoder(source, dtype=dtype, device=machine.device, streamed=machine.stream_t5)
+    row_bytes = max(tokens.lengths) * encoder.architecture.width * dtype.itemsize
+    window = max(1, _WINDOW_BYTES // (row_bytes * machine.batch_rows)) * machine.batch_rows
+    windows = [_same_lengths(numbers, tokens) for numbers in _batches(range(len(tokens.ids)), window)]
+    batches = [[b for numbers in groups for b in _batches(numbers, machine.batch_rows)] for groups in windows]
+    passes = sum(map(len, batches)) * machine.batch_rows * encoder.architecture.depth
+    with progress(f"encode-text {TITLES['t5xxl']}", passes, "caption layers") as counter:
+        for window_batches in batches:
+            padded = [tokens.batch(_filled_up(numbers, machine.batch_rows)) for numbers in window_batches]
+            states = encoder.encode(padded, masked=recipe.apply_t5_attn_mask, advance=counter.advance)
+            rows: dict[int, Row] = {}
+            for numbers, batch, hidden_BLD in zip(window_batches, padded, states, strict=True):
+                masks_BL = torch.from_numpy(batch.mask)
+                stored_BLD = hidden_BLD.to("cpu", TORCH_DTYPES[recipe.text_dtype])
+                for number, hidden_LD, mask in zip(numbers, stored_BLD, masks_BL, strict=False):
+                    rows[number] = {"t5xxl": _with_padding(hidden_LD, mask, recipe, source), "mask_t5": mask}
+            del states
+            for number in sorted(rows):
+                yield rows.pop(number)
+
+
+def t5_compute_dtype(text_dtype: TextDtype) -> torch.dtype:
+    """Returns the number format that T5 computes in: its activations leave float16's range."""
+    return torch.float32 if text_dtype == "float16" else TORCH_DTYPES[text_dtype]
+
+
+def _batches(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+
+def _filled_up(numbers: Sequence[int], size: int) -> list[int]:
+    """Returns the numbers, the last one repeated, so that every batch has one shape."""
+    return [*numbers, *[numbers[-1]] * (size - len(numbers))]
+
+
+def _same_lengths(numbers: Sequence[int], tokens: TokenizedTexts) -> list[list[int]]:
+    """Returns the numbers in groups of texts that are padded to one length."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for number in numbers:
+        groups[tokens.lengths[number]].append(number)
+    return [groups[length] for length in sorted(groups)]
+
+
+def _with_padding(hidden_LD: Tensor, mask_L: Tensor, recipe: TextRecipe, source: ComponentSource) -> Tensor:
+    """Returns the states with those at padding positions kept or zeroed, as the recipe says."""
+    hidden_LD = _finite(hidden_LD, recipe, source)
+    return hidden_LD.clone() if recipe.padding == "keep" else hidden_LD * mask_L[:, None]
+
+
+def _finite(states: Tensor, recipe: TextRecipe, source: ComponentSource) -> Tensor:
+    if not bool(torch.isfinite(states).all()):
+        raise InputError(
+            f"{source.where}: {TITLES[source.component]} puts out values that are not finite with --text-dtype "
+            f"{recipe.text_dtype}: check the file with --verify-weights, or choose another --text-dtype"
+        )
+    return states
+
+
+class _StoredRows:
+    """Rows of one shape in a temporary file: 0.3 MB a text, too much for the memory when there are many texts."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
+        self._like: Row = {}
+        self._row_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def append(self, row: Row) -> None:
+        """Writes a row behind the others."""
+        if not self._like:
+            self._like = {name: torch.empty_like(tensor, device="meta") for name, tensor in row.items()}
+            self._row_bytes = sum(tensor.nbytes for tensor in row.values())
+        for tensor in row.values():
+            self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def read(self, number: int) -> Row:
+        """Returns the row that was written as the `number`-th."""
+        self._file.seek(number * self._row_bytes)
+        data = bytearray(self._file.read(self._row_bytes))
+        row, start = {}, 0
+        for name, like in self._like.items():
+            row[name] = torch.frombuffer(data, dtype=like.dtype, count=like.numel(), offset=start).view(like.shape)
+            start += like.nbytes
+        return row
