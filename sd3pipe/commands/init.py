@@ -9,15 +9,15 @@ import typer
 from sd3pipe.config import PROJECT_FILE
 from sd3pipe.console import count
 from sd3pipe.errors import InputError, ParameterError
-from sd3pipe.files import make_folder, write_text
 from sd3pipe.models.architecture import detect_mmdit
 from sd3pipe.models.sources import find_component
 from sd3pipe.params.command_line import load_stage_models
 from sd3pipe.params.init import InitParams
-from sd3pipe.params.stage_file import render_stage_file, toml_value
+from sd3pipe.params.stage_file import render_stage_file
 from sd3pipe.project.pictures import PictureFolder, dataset_toml, look_into, prompts_txt
 from sd3pipe.project.pipeline import dvc_yaml
 from sd3pipe.project.recipes import Recipe, Variant, recipe
+from sd3pipe.project.writer import project_toml, write_project
 
 _ENCODER_NAMES = {  # as ComfyUI's and Stability's downloads are called, best first
     "clip_l": ("clip_l.safetensors",),
@@ -37,7 +37,7 @@ def main(params: InitParams) -> None:
     paths = _paths(params, model)
     advice = recipe(variant, params.goal)
     texts = {
-        PROJECT_FILE: _project_toml(paths),
+        PROJECT_FILE: project_toml(paths),
         "dataset.toml": dataset_toml(
             pictures, _as_seen_from(params.folder, pictures.path), resolution=params.resolution, trigger=params.trigger
         ),
@@ -47,7 +47,7 @@ def main(params: InitParams) -> None:
         ".gitignore": _GITIGNORE,
         ".dvcignore": _DVCIGNORE,
     }
-    _write_all(params.folder, texts)
+    write_project(params.folder, texts)
     _tell(params.folder, pictures, variant, texts)
 
 
@@ -114,15 +114,6 @@ def _as_seen_from(folder: Path, value: str | Path) -> str:
     return str(absolute.relative_to(folder.absolute())) if absolute.is_relative_to(folder.absolute()) else str(absolute)
 
 
-def _project_toml(paths: dict[str, str]) -> str:
-    lines = [f"{key} = {toml_value(value)}" for key, value in paths.items()]
-    return (
-        "# Where things are; relative paths start here. dvc.yaml reads this file, too.\n[paths]\n"
-        + "\n".join(lines)
-        + "\n"
-    )
-
-
 def _stage_files(params: InitParams, variant: Variant, advice: Recipe) -> dict[str, str]:
     texts = {}
     for stage, model in load_stage_models().items():
@@ -131,17 +122,6 @@ def _stage_files(params: InitParams, variant: Variant, advice: Recipe) -> dict[s
         notes = {key: f"Chosen for {variant}, {params.goal}: {item.source}" for key, item in mine.items()}
         texts[f"stages/{stage}.toml"] = render_stage_file(model, stage.replace("_", "-"), values, notes)
     return texts
-
-
-def _write_all(folder: Path, texts: dict[str, str]) -> None:
-    there = [name for name in texts if (folder / name).exists()]
-    if there:
-        raise ParameterError(
-            f"{folder}: {', '.join(there)} exist already: init overwrites nothing; name another folder"
-        )
-    for name, text in texts.items():
-        make_folder((folder / name).parent)
-        write_text(folder / name, text)
 
 
 def _tell(folder: Path, pictures: PictureFolder, variant: Variant, texts: dict[str, str]) -> None:

@@ -1,0 +1,105 @@
+"""`sd3pipe from-kohya`: a project that does what a command or config of sd-scripts does, and what it does otherwise."""
+
+from pathlib import Path
+from typing import Any
+
+from sd3pipe.config import PROJECT_FILE
+from sd3pipe.models.architecture import detect_mmdit
+from sd3pipe.models.sources import find_component
+from sd3pipe.params.command_line import load_stage_models
+from sd3pipe.params.fields import option_extra
+from sd3pipe.params.from_kohya import FromKohyaParams
+from sd3pipe.params.stage_file import render_stage_file
+from sd3pipe.project.kohya import SCRIPT, Translation, read_command, read_config, translate
+from sd3pipe.project.kohya_dataset import dataset_text
+from sd3pipe.project.pipeline import dvc_yaml
+from sd3pipe.project.writer import write_project
+
+_HEADINGS = {
+    "dropped": "Not trained any more:",
+    "refused": "Refused:",
+    "changed": "Acts differently:",
+    "same": "The same:",
+}
+
+
+def main(params: FromKohyaParams) -> None:
+    """Writes project, stage and dataset files; overwrites nothing."""
+    given = _read(params.source)
+    translation = translate(given, load_stage_models())
+    _check_blocks(translation)
+    if params.modernize:
+        _modernize(given, translation)
+    texts = _texts(params.out, translation)
+    if not params.dry_run:
+        write_project(params.out, texts)
+    _tell(params, translation, texts)
+
+
+def _read(source: tuple[str, ...]) -> dict[str, Any]:
+    if len(source) == 1 and source[0].endswith(".toml") and SCRIPT not in source[0]:
+        return read_config(Path(source[0]))
+    return read_command(" ".join(source))
+
+
+def _check_blocks(translation: Translation) -> None:
+    """Compares blocks_to_swap with what the model has, where the model is here."""
+    wanted = translation.values["train"].get("blocks_to_swap") or 0
+    model = translation.paths.get("model")
+    if not wanted or not model or not Path(model).exists():
+        return
+    depth = detect_mmdit(find_component("mmdit", model=model).shapes()).depth
+    if wanted > depth:
+        translation.values["train"]["blocks_to_swap"] = depth
+        translation.changed.append(
+            f"blocks_to_swap = {wanted}: the model has {depth} blocks, all of which are streamed"
+        )
+
+
+def _modernize(given: dict[str, Any], translation: Translation) -> None:
+    """Leaves to our own defaults what the command does not say."""
+    for stage, model in load_stage_models().items():
+        for key in list(translation.values[stage]):
+            if key not in given:
+                ours, theirs = model.model_fields[key].default, translation.values[stage].pop(key)
+                if ours != theirs:
+                    translation.changed.append(f"{key} = {ours}: sd3pipe's default, instead of {theirs}")
+    translation.same = [line for line in translation.same if not line.startswith("loss_form")]
+
+
+def _texts(folder: Path, translation: Translation) -> dict[str, str]:
+    paths = {key: _absolute(value) for key, value in translation.paths.items()}
+    paths |= {
+        "dataset": "dataset.toml",
+        "caches": "caches",
+        "run": f"runs/{translation.name}",
+        "export": f"exports/{translation.name}.safetensors",
+    }
+    dataset = dataset_text(translation)
+    entries = "".join(f"{key} = {toml_value(value)}\n" for key, value in paths.items())
+    texts = {
+        PROJECT_FILE: f"# Where things are; relative paths start here.\n[paths]\n{entries}",
+        "dataset.toml": dataset,
+    }
+    for stage, model in load_stage_models().items():
+        values = {
+            key: value
+            for key, value in translation.values[stage].items()
+            if option_extra(model.model_fields[key])["role"] != "path"
+        }
+        texts[f"stages/{stage}.toml"] = render_stage_file(model, stage.replace("_", "-"), values)
+    texts["dvc.yaml"] = dvc_yaml(paths, [])
+    return texts
+
+
+def _absolute(value: str) -> str:
+    return str(Path(value).absolute()) if Path(value).exists() else value
+
+
+def _tell(params: FromKohyaParams, translation: Translation, texts: dict[str, str]) -> None:
+    for kind, heading in _HEADINGS.items():
+        lines = getattr(translation, kind)
+        if lines:
+            print(heading, *(f"  {line}" for line in lines), sep="\n")
+    done = "would be written" if params.dry_run else "written"
+    print(f"{params.out}: {len(texts)} files {done}: {', '.join(texts)}")

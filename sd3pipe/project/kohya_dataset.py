@@ -1,0 +1,84 @@
+"""Writes sd-scripts' dataset file, or its --train_data_dir folders, as ours: every value explicit."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sd3pipe.config import read_toml
+from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.params.stage_file import toml_value
+from sd3pipe.project.kohya import Translation
+
+_PATH_KEYS = ("image_dir", "metadata_file", "conditioning_data_dir")
+_REPEATS = re.compile(r"(\d+)_(.*)")  # sd-scripts' folder names: 10_mycat
+
+
+def dataset_text(translation: Translation) -> str:
+    """Returns the dataset file; takes its batch size into the train stage. Raises InputError, ParameterError."""
+    tables = _tables(translation)
+    general = {**translation.dataset, **tables.get("general", {})}
+    _take_batch_size(tables, general, translation)
+    lines = ["# Translated from sd-scripts, with its defaults written out.", "[general]", *_entries(general)]
+    for dataset in tables.get("datasets", []):
+        lines += ["", "[[datasets]]", *_entries({key: value for key, value in dataset.items() if key != "subsets"})]
+        for subset in dataset.get("subsets", []):
+            lines += ["", "[[datasets.subsets]]", *_entries(_located(subset))]
+    return "\n".join(lines) + "\n"
+
+
+def _tables(translation: Translation) -> dict[str, Any]:
+    file = translation.dataset_file
+    if file is not None:
+        if not file.is_file():
+            raise InputError(f"{file}: the dataset file of the command is not here: run this where it is, or copy it")
+        if file.suffix == ".json":
+            return json.loads(file.read_text(encoding="utf-8"))
+        return read_toml(file)
+    if translation.picture_folders:
+        subsets = [subset for folder, is_reg in translation.picture_folders for subset in _subsets(folder, is_reg)]
+        return {"datasets": [{"subsets": subsets}]}
+    raise ParameterError("the command names no pictures: it has neither --dataset_config nor --train_data_dir")
+
+
+def _subsets(folder: Path, is_reg: bool) -> list[dict[str, Any]]:
+    """Returns one subset per '<repeats>_<class>' folder, sd-scripts' way of saying repeats without a file."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: the picture folder of the command is not here: run this where it is")
+    found = []
+    for path in sorted(folder.iterdir()):
+        match = _REPEATS.fullmatch(path.name)
+        if path.is_dir() and match:
+            subset = {"image_dir": str(path), "num_repeats": int(match[1]), "class_tokens": match[2]}
+            found.append({**subset, "is_reg": True} if is_reg else subset)
+    if not found:
+        raise InputError(f"{folder}: holds no folder named <repeats>_<class>, as sd-scripts wants them")
+    return found
+
+
+def _take_batch_size(tables: Mapping[str, Any], general: dict[str, Any], translation: Translation) -> None:
+    sizes = [general.pop("batch_size", None)]
+    sizes += [dataset.pop("batch_size", None) for dataset in tables.get("datasets", [])]
+    given = sorted({size for size in sizes if size is not None})
+    if given:
+        translation.values["train"]["train_batch_size"] = given[-1]
+    if len(given) > 1:
+        translation.changed.append(
+            f"batch_size: the file has {given}; one size serves all here, train_batch_size = {given[-1]}"
+        )
+
+
+def _located(subset: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a subset whose paths hold wherever the new file lies; sd-scripts takes them from the current folder."""
+    return {key: str(Path(value).absolute()) if key in _PATH_KEYS else value for key, value in subset.items()}
+
+
+def _entries(table: Mapping[str, Any]) -> list[str]:
+    return [f"{key} = {_inline(value)}" for key, value in table.items()]
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_inline(item)}" for key, item in value.items()) + " }"
+    return toml_value(value)
