@@ -76,11 +76,7 @@ def _texts(folder: Path, translation: Translation) -> dict[str, str]:
         "export": f"exports/{translation.name}.safetensors",
     }
     dataset = dataset_text(translation)
-    entries = "".join(f"{key} = {toml_value(value)}\n" for key, value in paths.items())
-    texts = {
-        PROJECT_FILE: f"# Where things are; relative paths start here.\n[paths]\n{entries}",
-        "dataset.toml": dataset,
-    }
+    texts = {PROJECT_FILE: project_toml(paths), "dataset.toml": dataset}
     for stage, model in load_stage_models().items():
         values = {
             key: value
