@@ -1,0 +1,127 @@
+"""Where the parts of a cache lie: what is published, and the machine-local folder beside it."""
+
+import contextlib
+import os
+import shutil
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sd3pipe.errors import InputError, StorageError
+from sd3pipe.files import make_folder, storage_errors
+
+MANIFEST = "manifest.json"
+SEGMENTS = "segments"
+INDEX = "index"
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".zarr"
+
+
+def machine_folder(cache: Path) -> Path:
+    """Returns the folder of a cache's machine-local files: beside it, on its file system, never in a repository."""
+    real = cache.resolve()
+    return real.parent / ".sd3pipe" / real.name
+
+
+class CacheFolder:
+    """The paths of one cache folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = path / MANIFEST
+        self.segments = path / SEGMENTS
+        self.indexes = path / INDEX
+        self.machine = machine_folder(path)
+        self.attic = self.machine / "attic"
+        self.damaged = self.machine / "damaged"
+        self.writers = self.machine / "writers"
+        self.unreadable = self.machine / "unreadable"
+
+    def segment(self, plan_id: str) -> Path:
+        """Returns where a segment of the plan lies."""
+        return self.segments / (plan_id + SUFFIX)
+
+    def index(self, digest: str) -> Path:
+        """Returns where an index lies."""
+        return self.indexes / (digest + INDEX_SUFFIX)
+
+    def create(self) -> None:
+        """Makes the folders that a writer needs. Raises StorageError where they cannot be written."""
+        for path in (self.segments, self.indexes, self.attic, self.damaged, self.writers, self.unreadable):
+            make_folder(path)
+        if self.segments.stat().st_dev != self.writers.stat().st_dev:
+            raise StorageError(
+                f"{self.path} and {self.machine} are on two file systems: mount their common parent instead"
+            )
+
+    def check_ours(self) -> None:
+        """Raises InputError if the folder holds something that no cache has: it would be published with the cache."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file, not a folder: choose another --out")
+        foreign = sorted(entry.name for entry in _entries(self.path) if entry.name not in (MANIFEST, SEGMENTS, INDEX))
+        visible = [name for name in foreign if not name.startswith(".")]
+        if visible:
+            names = ", ".join(visible[:3]) + (f" and {len(visible) - 3} more" if len(visible) > 3 else "")
+            raise InputError(f"{self.path} holds {names}, no part of a cache: move that away or choose another --out")
+
+    def segment_ids(self) -> dict[str, Path]:
+        """Returns the plan id and path of every segment that lies in the published folder, of the plan or not."""
+        return {path.name.removesuffix(SUFFIX): path for path in _entries(self.segments) if is_segment(path)}
+
+    def attic_segments(self) -> list[Path]:
+        """Returns the displaced segments, those displaced last first."""
+        days = sorted((path for path in _entries(self.attic) if path.is_dir()), reverse=True)
+        return [path for day in days for path in sorted(_entries(day)) if is_segment(path)]
+
+    def find_segment(self, plan_id: str) -> Path | None:
+        """Returns where a segment lies, in the published folder or, if it was displaced, in the attic."""
+        published = self.segment(plan_id)
+        if published.exists():
+            return published
+        return next((path for path in self.attic_segments() if path.name == published.name), None)
+
+    def displace(self, path: Path) -> None:
+        """Moves a segment that the plan no longer needs to the attic, under today's date."""
+        day = make_folder(self.attic / datetime.now(UTC).date().isoformat())
+        with storage_errors(path), contextlib.suppress(FileNotFoundError):  # another writer may have moved it
+            path.replace(day / path.name)
+
+    def set_aside(self, path: Path) -> Path:
+        """Moves a damaged or foreign file or folder where nothing reads it, and returns its new place."""
+        target = make_folder(self.damaged) / f"{path.name}.{uuid.uuid4().hex[:8]}"
+        with storage_errors(path), contextlib.suppress(FileNotFoundError):
+            path.replace(target)
+        return target
+
+    def strays(self, live_segments: set[str], index: str | None) -> list[Path]:
+        """Returns what lies in segments/ and index/ without being part of the published cache."""
+        names = {plan_id + SUFFIX for plan_id in live_segments}
+        segments = [path for path in _entries(self.segments) if path.name not in names]
+        return segments + [path for path in _entries(self.indexes) if path.name != f"{index}{INDEX_SUFFIX}"]
+
+
+def is_segment(path: Path) -> bool:
+    """Whether a file has the name of a segment: 64 hex digits and the suffix."""
+    stem = path.name.removesuffix(SUFFIX)
+    return stem != path.name and len(stem) == 64 and all(digit in "0123456789abcdef" for digit in stem)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a file or a folder with its content; what is gone already is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Returns the paths in a folder; none if it is missing. Raises InputError if it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry.path) for entry in entries]
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError:
+        raise InputError(f"{folder} is a file where a cache has a folder: move it away") from None
+    except PermissionError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror})") from error

@@ -1,0 +1,46 @@
+"""A row's key: what went into its numbers, and nothing else. Known before anything is encoded."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from sd3pipe.fingerprint import hash_bytes, hash_json
+
+Kind = Literal["latents", "text", "prompts"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+FORMAT_VERSION = 1  # of keys, segments, index and manifest together
+
+
+def row_key(
+    *,
+    kind: Kind,
+    source: str,
+    recipe: Mapping[str, Any],
+    recipe_version: int,
+    fingerprints: Mapping[str, str],
+) -> str:
+    """Returns 64 hex digits that change with anything that can change the row's numbers.
+
+    `source` is the hash of the input's bytes; `recipe` holds what is done to it, as JSON; `recipe_version` counts
+    changes of our own code that move numbers; `fingerprints` identify weights and tokenizers.
+    """
+    ingredients = {
+        "format": FORMAT_VERSION,
+        "kind": kind,
+        "source": source,
+        "recipe": recipe,
+        "recipe_version": recipe_version,
+        "fingerprints": fingerprints,
+    }
+    return hash_json(ingredients)
+
+
+def latents_source(image_hash: str, mask_hash: str | None = None) -> str:
+    """Returns the source of a latents row: the bytes of the picture file and of its mask file, if it has one."""
+    return image_hash if mask_hash is None else hash_json({"image": image_hash, "mask": mask_hash})
+
+
+def text_source(caption: str) -> str:
+    """Returns the source of a text row: the processed caption, whatever its line ends and byte order mark."""
+    text = caption.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    return hash_bytes(text.encode("utf-8", "surrogatepass"))

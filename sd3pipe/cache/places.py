@@ -1,0 +1,126 @@
+"""Where a cache is read from: a folder, or the same files in a bucket behind a URL."""
+
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from sd3pipe.cache.folder import SUFFIX, CacheFolder
+from sd3pipe.errors import InputError, NetworkError
+
+_MOST_OPEN = 128  # segments a process keeps open; systems allow 1024 files and up
+
+
+class Place(Protocol):
+    """The files of one cache. Every method may be called in any process and raises FileNotFoundError or EOFError."""
+
+    def read(self, name: str) -> Any:
+        """Returns a whole file's bytes."""
+        ...
+
+    def read_segment(self, plan_id: str, start: int, size: int) -> memoryview:
+        """Returns part of a segment as memory that the caller owns."""
+        ...
+
+
+class FolderPlace:
+    """A cache folder. Segments stay open per process, and are looked for in the attic before they count as missing."""
+
+    def __init__(self, path: Path) -> None:
+        self._folder = CacheFolder(path)
+        self._handles: OrderedDict[str, int] = OrderedDict()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> Path:
+        return self._folder.path
+
+    def __setstate__(self, path: Path) -> None:
+        self.__init__(path)
+
+    def __del__(self) -> None:
+        for handle in getattr(self, "_handles", {}).values():
+            os.close(handle)
+
+    def read(self, name: str) -> Any:
+        path = self._folder.path / name
+        return np.memmap(path, np.uint8, "r") if path.stat().st_size else b""
+
+    def read_segment(self, plan_id: str, start: int, size: int) -> memoryview:
+        data = np.empty(size, np.uint8).data
+        handle, done = self._handle(plan_id), 0
+        while done < size:
+            count = os.preadv(handle, [data[done:]], start + done)
+            if count == 0:
+                raise EOFError(f"segment {plan_id} ends {size - done} bytes early")
+            done += count
+        return data
+
+    def _handle(self, plan_id: str) -> int:
+        if self._process != os.getpid():  # after a fork: a parent's handles are shared, and closing is not ours
+            self._handles, self._process = OrderedDict(), os.getpid()
+        handle = self._handles.get(plan_id)
+        if handle is None:
+            path = self._folder.find_segment(plan_id)
+            if path is None:
+                raise FileNotFoundError(f"segment {plan_id}{SUFFIX} is neither in the cache nor among its unused rows")
+            handle = self._handles[plan_id] = os.open(path, os.O_RDONLY)
+            if len(self._handles) > _MOST_OPEN:
+                os.close(self._handles.popitem(last=False)[1])
+        else:
+            self._handles.move_to_end(plan_id)
+        return handle
+
+
+class UrlPlace:
+    """A cache behind an fsspec URL such as s3://bucket/caches/latents. Each process makes its own connection."""
+
+    def __init__(self, url: str, options: dict[str, Any] | None = None) -> None:
+        self._url, self._options = url.rstrip("/"), options or {}
+        self._files: Any = None
+        self._process = 0
+
+    def __getstate__(self) -> tuple[str, dict[str, Any]]:
+        return self._url, self._options
+
+    def __setstate__(self, state: tuple[str, dict[str, Any]]) -> None:
+        self.__init__(*state)
+
+    def read(self, name: str) -> Any:
+        return self._ask("cat_file", f"{self._url}/{name}")
+
+    def read_segment(self, plan_id: str, start: int, size: int) -> memoryview:
+        name = f"{self._url}/segments/{plan_id}{SUFFIX}"
+        data = self._ask("cat_file", name, start=start, end=start + size)
+        if len(data) != size:
+            raise EOFError(f"{name} ends {size - len(data)} bytes early")
+        return memoryview(bytearray(data))
+
+    def _ask(self, method: str, path: str, **arguments: Any) -> Any:
+        if self._process != os.getpid():
+            self._files, self._process = _connect(self._url, self._options), os.getpid()
+        try:
+            return getattr(self._files, method)(path, **arguments)
+        except (FileNotFoundError, EOFError):
+            raise
+        except OSError as error:
+            raise NetworkError(f"{path} cannot be read: {error}") from error
+
+
+def place_of(where: str | Path) -> Place:
+    """Returns the place of a folder or URL. Raises InputError where a URL's file system is not installed."""
+    text = str(where)
+    return UrlPlace(text) if "://" in text else FolderPlace(Path(where))
+
+
+def _connect(url: str, options: dict[str, Any]) -> Any:
+    """Returns a fresh file system object: the cached ones of a parent process hang in a forked one."""
+    try:
+        import fsspec  # only for URLs
+    except ImportError as error:
+        raise InputError(f"{url} needs fsspec: pip install 'sd3pipe[s3]'") from error
+    try:
+        return fsspec.filesystem(url.partition("://")[0], skip_instance_cache=True, **options)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{url} cannot be opened ({error}): pip install 'sd3pipe[s3]'") from error

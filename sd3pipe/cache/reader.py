@@ -1,0 +1,123 @@
+"""Reads rows of a published cache, in any process, in any order, each with one read from one file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from sd3pipe.cache.folder import INDEX, INDEX_SUFFIX, MANIFEST
+from sd3pipe.cache.index import Index, read_index
+from sd3pipe.cache.manifest import Manifest, parse_manifest
+from sd3pipe.cache.places import place_of
+from sd3pipe.cache.rows import Tensor, row_from_bytes
+from sd3pipe.cache.samples import Samples
+from sd3pipe.errors import InputError
+from sd3pipe.fingerprint import digest_bytes
+
+VerifyReads = Literal["first", "always", "never"]
+
+
+class CacheReader:
+    """A published cache, open for reading. Safe to pickle and to fork; every process opens the files for itself.
+
+    `verify_reads` says when a row's bytes are compared with its digest: on its first read here, always, or never.
+    Raises InputError for anything that is no whole cache.
+    """
+
+    def __init__(self, where: str | Path, *, verify_reads: VerifyReads = "first") -> None:
+        if verify_reads not in get_args(VerifyReads):
+            raise ValueError(f"verify_reads is {verify_reads}, not one of {get_args(VerifyReads)}")
+        self.where = str(where)
+        self._verify: VerifyReads = verify_reads
+        self._place = place_of(where)
+        self.manifest, self._index = self._open()
+        self._plan_ids = self._index.plan_ids()
+        self._verified = np.zeros(len(self._index), bool)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"where": self.where, "verify": self._verify, "index": self.manifest.index}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__init__(state["where"], verify_reads=state["verify"])
+        if self.manifest.index != state["index"]:
+            raise InputError(f"{self.where} was encoded again while it was being read: start again")
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def samples(self) -> Samples:
+        """The samples table."""
+        return self._index.samples
+
+    @property
+    def keys(self) -> np.ndarray:
+        """The keys of all rows, ascending: uint8 [rows, 32]."""
+        return self._index.arrays["row_key"]
+
+    @property
+    def index(self) -> Index:
+        """The index itself, for those who check it."""
+        return self._index
+
+    def number(self, key: str) -> int:
+        """Returns the number of the row with a key of 64 hex digits. Raises InputError if there is none."""
+        number = self._index.number(key)
+        if number is None:
+            raise InputError(f"{self.where} has no row {key}")
+        return number
+
+    def shapes(self, row: int | str) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of a row's tensors without reading it."""
+        number = self.number(row) if isinstance(row, str) else row
+        return {name: shape for name, _, shape in self._index.layouts[self._index.arrays["row_layout"][number]]}
+
+    def row(self, row: int | str) -> dict[str, Tensor]:
+        """Returns a row by number or key, in memory that belongs to the caller.
+
+        Raises InputError if its segment is missing or cut short, or if its bytes are not what was encoded.
+        """
+        number = self.number(row) if isinstance(row, str) else int(row)
+        arrays = self._index.arrays
+        plan_id = self._plan_ids[arrays["row_segment"][number]]
+        try:
+            data = self._place.read_segment(
+                plan_id, int(arrays["row_offset"][number]), int(arrays["row_bytes"][number])
+            )
+        except (OSError, EOFError) as error:
+            raise InputError(f"{self.where}: row {number} cannot be read ({error}): {_CURE}") from error
+        if self._verify == "always" or (self._verify == "first" and not self._verified[number]):
+            if digest_bytes(data) != arrays["row_digest"][number].tobytes():
+                raise InputError(f"{self.where}: row {number} in segment {plan_id} is damaged: {_CURE}")
+            self._verified[number] = True
+        return row_from_bytes(self._index.layouts[arrays["row_layout"][number]], data)
+
+    def _open(self) -> tuple[Manifest, Index]:
+        """Reads manifest and index; once more if a writer swapped them in between."""
+        manifest = self._read_manifest()
+        try:
+            return manifest, self._read_index(manifest)
+        except InputError:
+            newer = self._read_manifest()
+            if newer.index == manifest.index:
+                raise
+            return newer, self._read_index(newer)
+
+    def _read_manifest(self) -> Manifest:
+        try:
+            data = bytes(self._place.read(MANIFEST))
+        except FileNotFoundError:
+            raise InputError(f"{self.where} holds no finished cache: encode first, or name another folder") from None
+        except OSError as error:
+            raise InputError(f"{self.where} cannot be read ({error.strerror})") from error
+        return parse_manifest(data, f"{self.where}/{MANIFEST}")
+
+    def _read_index(self, manifest: Manifest) -> Index:
+        folder = f"{INDEX}/{manifest.index}{INDEX_SUFFIX}"
+        return read_index(
+            manifest.kind, manifest.index, lambda name: self._place.read(f"{folder}/{name}"), f"{self.where}/{folder}"
+        )
+
+
+_CURE = "run cache verify --repair, then encode again"

@@ -1,0 +1,96 @@
+"""What a row is: a few named tensors as raw bytes. numpy has no bfloat16, so bytes carry their type's name."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+DType = Literal["F32", "F16", "BF16", "U8"]
+
+ITEM_BYTES: dict[str, int] = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+_NUMPY_DTYPES: dict[str, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "|u1"}
+
+Layout = tuple[
+    tuple[str, DType, tuple[int, ...]], ...
+]  # name, dtype and shape of each tensor, in the order of the bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A dense little-endian tensor in C order, as safetensors stores it."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    data: Any  # whatever has the buffer protocol
+
+    def numpy(self) -> np.ndarray:
+        """Returns the values: float32, float16 or uint8 without a copy, bfloat16 widened to float32 without loss."""
+        values = np.frombuffer(self.data, dtype=_NUMPY_DTYPES[self.dtype]).reshape(self.shape)
+        if self.dtype == "BF16":
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values
+
+
+Row = Mapping[str, Tensor]
+
+
+def from_numpy(array: np.ndarray) -> Tensor:
+    """Returns a tensor that holds a float32, float16 or uint8 array's bytes."""
+    for dtype in get_args(DType):
+        if dtype != "BF16" and array.dtype == np.dtype(_NUMPY_DTYPES[dtype]):
+            return Tensor(dtype, array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    raise ValueError(f"rows hold float32, float16 and uint8 arrays, not {array.dtype}")
+
+
+def layout_of(row: Row) -> Layout:
+    """Returns the order of a row's tensors in a file: wide items first, so that each is aligned, then by name.
+
+    Raises ValueError for a tensor whose bytes do not fit its type and shape.
+    """
+    for name, tensor in row.items():
+        expected, present = tensor_bytes(tensor.dtype, tensor.shape), memoryview(tensor.data).nbytes
+        if expected != present:
+            raise ValueError(f"tensor {name} {tensor.dtype} {list(tensor.shape)} has {present} bytes, not {expected}")
+    names = sorted(row, key=lambda name: (-ITEM_BYTES[row[name].dtype], name))
+    return tuple((name, row[name].dtype, tuple(row[name].shape)) for name in names)
+
+
+def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Returns the size of a tensor."""
+    return ITEM_BYTES[dtype] * math.prod(shape)
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Returns the size of a row."""
+    return sum(tensor_bytes(dtype, shape) for _, dtype, shape in layout)
+
+
+def row_from_bytes(layout: Layout, data: memoryview) -> dict[str, Tensor]:
+    """Returns a row whose tensors are views into its bytes."""
+    row, start = {}, 0
+    for name, dtype, shape in layout:
+        end = start + tensor_bytes(dtype, shape)
+        row[name] = Tensor(dtype, shape, data[start:end])
+        start = end
+    return row
+
+
+def layout_to_json(layout: Layout) -> list[list[Any]]:
+    """Returns a layout as JSON has it: [name, dtype, shape] of each tensor."""
+    return [[name, dtype, list(shape)] for name, dtype, shape in layout]
+
+
+def layout_from_json(value: Any) -> Layout:
+    """Returns the layout that `layout_to_json` wrote. Raises ValueError for anything else."""
+    layout = []
+    for name, dtype, shape in value:
+        if (
+            not isinstance(name, str)
+            or dtype not in ITEM_BYTES
+            or not all(type(size) is int and size >= 0 for size in shape)
+        ):
+            raise ValueError(f"{[name, dtype, shape]} is no tensor of a row")
+        layout.append((name, dtype, tuple(shape)))
+    return tuple(layout)

@@ -1,0 +1,233 @@
+"""A segment: one immutable safetensors file with the rows of one leaf of the plan, and what is known about each.
+
+docs/cache-format.md describes the bytes.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3pipe.cache.keys import FORMAT_VERSION, KINDS, Kind, row_key
+from sd3pipe.cache.plan import plan_id
+from sd3pipe.cache.rows import Layout, layout_bytes, layout_from_json, layout_to_json, tensor_bytes
+from sd3pipe.errors import InputError
+from sd3pipe.files import publish_once, storage_errors, sync_file, temporary_name
+from sd3pipe.fingerprint import canonical_json, digest_bytes, hash_json
+
+METADATA_KEY = "sd3pipe"
+_HEADER_UNIT = 4096  # data starts on a page, and texts of nearly equal length do not move it
+_MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ingredients:
+    """What a row's key is made of, beside its source; shared by many rows."""
+
+    recipe: Mapping[str, Any]
+    recipe_version: int
+    fingerprints: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "fingerprints": dict(self.fingerprints),
+            "recipe": dict(self.recipe),
+            "recipe_version": self.recipe_version,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowInfo:
+    """One row of a segment without its bytes."""
+
+    key: str
+    layout: Layout
+    digest: bytes
+    source: str
+    ingredients: Ingredients
+    made_with: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRow:
+    """One row with its bytes, ready to be written."""
+
+    info: RowInfo
+    buffers: Sequence[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentHeader:
+    """What a segment says about itself. `offsets` count from the start of the file, one more than there are rows."""
+
+    kind: Kind
+    group: str
+    nbytes: int
+    rows: tuple[RowInfo, ...]
+    offsets: tuple[int, ...]
+
+    @property
+    def file_bytes(self) -> int:
+        return self.offsets[-1]
+
+
+def write_segment(path: Path, *, kind: Kind, group: str, nbytes: int, rows: Sequence[StoredRow], scratch: Path) -> bool:
+    """Writes a segment under a temporary name in `scratch`, then gives it its name unless another writer did.
+
+    Returns whether this call gave it. Raises StorageError, with nothing left behind.
+    """
+    ordered = sorted(rows, key=lambda row: row.info.key)
+    header = _header_bytes(kind, group, nbytes, [row.info for row in ordered])
+    with storage_errors(path):
+        temporary = temporary_name(scratch)
+        try:
+            with open(temporary, "xb", buffering=0) as handle:
+                for data in _pieces(header, ordered):
+                    _write_all(handle.fileno(), memoryview(data).cast("B"))
+                sync_file(handle)
+            return publish_once(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_header(path: Path) -> SegmentHeader:
+    """Returns a segment's header, checked against its own hash, the file's size and name. Raises InputError."""
+    try:
+        with open(path, "rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            length = int.from_bytes(handle.read(8), "little")
+            if not 2 <= length <= min(_MOST_HEADER_BYTES, size - 8):
+                raise ValueError("it is cut short or no safetensors file")
+            header = parse_header(handle.read(length), 8 + length)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise InputError(f"{path}: not a whole segment of a cache ({error})") from error
+    if header.file_bytes != size:
+        raise InputError(f"{path}: {size} bytes where its header says {header.file_bytes}: the file was cut or changed")
+    if path.name.split(".")[0] != plan_id(header.kind, [row.key for row in header.rows]):
+        raise InputError(f"{path}: its name is not the hash of the keys in it")
+    return header
+
+
+def parse_header(data: bytes, data_start: int) -> SegmentHeader:
+    """Returns the header in the JSON of a safetensors file. Raises ValueError, KeyError and their like if damaged."""
+    tensors = json.loads(data)
+    facts = json.loads(tensors.pop("__metadata__")[METADATA_KEY])
+    check = facts.pop("check")
+    if facts["format"] != FORMAT_VERSION or facts["kind"] not in KINDS:
+        raise ValueError(f"format {facts['format']}, kind {facts['kind']} is unknown")
+    if hash_json([facts, tensors]) != check:
+        raise ValueError("its header was changed")
+    ingredients = [Ingredients(**item) for item in facts["ingredients"]]
+    layouts = [layout_from_json(item) for item in facts["layouts"]]
+    rows = tuple(
+        RowInfo(
+            key=key,
+            layout=layouts[layout],
+            digest=bytes.fromhex(digest),
+            source=source,
+            ingredients=ingredients[ingredient],
+            made_with=facts["versions"][version],
+        )
+        for key, layout, digest, source, ingredient, version in facts["rows"]
+    )
+    offsets = [data_start]
+    for row in rows:
+        offsets.append(offsets[-1] + layout_bytes(row.layout))
+    return SegmentHeader(
+        kind=facts["kind"], group=facts["group"], nbytes=facts["nbytes"], rows=rows, offsets=tuple(offsets)
+    )
+
+
+def read_exactly(handle: int, count: int, offset: int) -> bytes:
+    """Returns `count` bytes at `offset` of an open file. Raises EOFError if the file ends before."""
+    data = os.pread(handle, count, offset)
+    while len(data) < count:
+        more = os.pread(handle, count - len(data), offset + len(data))
+        if not more:
+            raise EOFError(f"the file ends {count - len(data)} bytes early")
+        data += more
+    return data
+
+
+def read_rows(path: Path, header: SegmentHeader) -> Iterator[tuple[RowInfo, bytes, bool]]:
+    """Yields each row of a segment with its bytes and whether they have the row's digest. Raises OSError, EOFError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        for info, start, end in zip(header.rows, header.offsets[:-1], header.offsets[1:], strict=True):
+            data = read_exactly(handle, end - start, start)
+            yield info, data, digest_bytes(data) == info.digest
+    finally:
+        os.close(handle)
+
+
+def key_is_true(kind: Kind, info: RowInfo) -> bool:
+    """Whether a row's key is the one that its ingredients give."""
+    parts = info.ingredients
+    return info.key == row_key(
+        kind=kind,
+        source=info.source,
+        recipe=parts.recipe,
+        recipe_version=parts.recipe_version,
+        fingerprints=parts.fingerprints,
+    )
+
+
+def _header_bytes(kind: Kind, group: str, nbytes: int, infos: Sequence[RowInfo]) -> bytes:
+    """Returns length and JSON of a safetensors header, padded with blanks to whole pages."""
+    tensors: dict[str, Any] = {}
+    position = 0
+    for info in infos:
+        for name, dtype, shape in info.layout:
+            end = position + tensor_bytes(dtype, shape)
+            tensors[f"{info.key}.{name}"] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+            position = end
+    facts = _facts(kind, group, nbytes, infos)
+    facts["check"] = hash_json([facts, tensors])
+    metadata = {METADATA_KEY: canonical_json(facts).decode()}
+    data = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":"), ensure_ascii=False).encode()
+    data += b" " * (-(8 + len(data)) % _HEADER_UNIT)
+    return len(data).to_bytes(8, "little") + data
+
+
+def _facts(kind: Kind, group: str, nbytes: int, infos: Sequence[RowInfo]) -> dict[str, Any]:
+    """Returns the rows' facts as JSON; what rows share is listed once and numbered."""
+    layouts = _numbered(canonical_json(layout_to_json(info.layout)) for info in infos)
+    ingredients = _numbered(canonical_json(info.ingredients.to_json()) for info in infos)
+    versions = _numbered(canonical_json(info.made_with) for info in infos)
+    rows = [
+        [info.key, layout, info.digest.hex(), info.source, ingredient, version]
+        for info, layout, ingredient, version in zip(infos, layouts[1], ingredients[1], versions[1], strict=True)
+    ]
+    return {
+        "format": FORMAT_VERSION,
+        "group": group,
+        "ingredients": ingredients[0],
+        "kind": kind,
+        "layouts": layouts[0],
+        "nbytes": nbytes,
+        "rows": rows,
+        "versions": versions[0],
+    }
+
+
+def _numbered(texts: Iterator[bytes]) -> tuple[list[Any], list[int]]:
+    """Returns the distinct JSON texts in order, parsed, and each text's number among them."""
+    all_texts = list(texts)
+    distinct = sorted(set(all_texts))
+    numbers = {text: number for number, text in enumerate(distinct)}
+    return [json.loads(text) for text in distinct], [numbers[text] for text in all_texts]
+
+
+def _pieces(header: bytes, rows: Sequence[StoredRow]) -> Iterator[Any]:
+    yield header
+    for row in rows:
+        yield from row.buffers
+
+
+def _write_all(handle: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(handle, data) :]

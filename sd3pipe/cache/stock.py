@@ -1,0 +1,91 @@
+"""Rows at hand: in segments that the plan no longer has, in the attic, or in other caches."""
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sd3pipe.cache.folder import CacheFolder, is_segment
+from sd3pipe.cache.keys import Kind
+from sd3pipe.cache.segment import RowInfo, StoredRow, read_exactly, read_header
+from sd3pipe.errors import InputError
+from sd3pipe.fingerprint import digest_bytes
+
+log = logging.getLogger(__name__)
+
+Origin = Literal["copied", "attic"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    path: Path
+    start: int
+    size: int
+    info: RowInfo
+    origin: Origin
+
+
+class Stock:
+    """Where to copy rows from, by key. Reads the headers of all segments outside the plan, once.
+
+    `spoiled` collects the keys of rows whose bytes proved damaged; their copies are not taken again.
+    """
+
+    def __init__(
+        self,
+        folder: CacheFolder,
+        kind: Kind,
+        planned: set[str],
+        others: Iterable[Path] = (),
+        spoiled: set[str] | None = None,
+    ) -> None:
+        self._folder = folder
+        self._spoiled = set() if spoiled is None else spoiled
+        self._places: dict[str, _Place] = {}
+        unplanned = [path for plan_id, path in folder.segment_ids().items() if plan_id not in planned]
+        for path in [*unplanned, *(path for other in others for path in CacheFolder(other).segment_ids().values())]:
+            self._add(path, kind, "copied")
+        for path in folder.attic_segments():
+            self._add(path, kind, "attic")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places and key not in self._spoiled
+
+    def take(self, key: str) -> tuple[StoredRow, Origin] | None:
+        """Returns a row and where it came from; None, for good, if its bytes are not what they were."""
+        place = self._places[key]
+        path = place.path if place.path.exists() else self._folder.find_segment(place.path.name.split(".")[0])
+        try:
+            data = _read(path or place.path, place)
+        except (OSError, EOFError) as error:
+            log.warning("%s cannot be read (%s): its rows are encoded again", place.path, error)
+        else:
+            if digest_bytes(data) == place.info.digest:
+                return StoredRow(place.info, [data]), place.origin
+            log.warning("%s has a damaged row: it is encoded again", place.path)
+        self._spoiled.add(key)
+        return None
+
+    def _add(self, path: Path, kind: Kind, origin: Origin) -> None:
+        if not is_segment(path):
+            return
+        try:
+            header = read_header(path)
+        except FileNotFoundError:  # another writer moved it to the attic, where it is found next
+            return
+        except InputError as error:
+            log.warning("%s: not used", error)
+            return
+        if header.kind == kind:
+            for info, start, end in zip(header.rows, header.offsets[:-1], header.offsets[1:], strict=True):
+                self._places.setdefault(info.key, _Place(path, start, end - start, info, origin))
+
+
+def _read(path: Path, place: _Place) -> bytes:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        return read_exactly(handle, place.size, place.start)
+    finally:
+        os.close(handle)

@@ -1,0 +1,266 @@
+"""The encode driver: fills a cache with the rows that a dataset needs, whatever is there already and whoever helps."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sd3pipe.cache.census import Census
+from sd3pipe.cache.folder import CacheFolder
+from sd3pipe.cache.plan import Leaf, plan_id
+from sd3pipe.cache.publish import check_kind, publish
+from sd3pipe.cache.rows import Row, layout_of
+from sd3pipe.cache.segment import RowInfo, StoredRow, read_header, write_segment
+from sd3pipe.cache.stock import Stock
+from sd3pipe.cache.wanted import Wanted
+from sd3pipe.cache.writers import writing
+from sd3pipe.errors import InputError, StorageError
+from sd3pipe.files import free_bytes, storage_errors
+from sd3pipe.fingerprint import hash_chunks
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """What an encoder yields instead of a row that cannot be made from its source."""
+
+    reason: str
+
+
+Encode = Callable[[Sequence[str]], Iterator[tuple[str, Row | Unreadable]]]
+Outcome = Literal["in_place", "copied", "attic", "encoded", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FillCounts:
+    """What became of the wanted rows. Together the first six are all of them."""
+
+    in_place: int  # in a segment that was kept unread
+    copied: int  # from segments of an earlier plan, or of another cache
+    attic: int  # from segments displaced earlier
+    encoded: int
+    failed: int  # rows that cannot be made; their pictures are quarantined
+    left: int  # rows that other shards make, or made
+    quarantined: int  # pictures that the manifest lists as unreadable
+    published: bool  # false while other shards have rows to make
+
+    @property
+    def reused(self) -> int:
+        """Rows that were not run through an encoder."""
+        return self.in_place + self.copied + self.attic
+
+    def as_report(self) -> dict[str, int]:
+        """Returns the counts for the stage's report."""
+        names = ("in_place", "copied", "attic", "encoded", "failed", "left", "quarantined")
+        return {"reused": self.reused} | {name: getattr(self, name) for name in names}
+
+    def summary(self) -> str:
+        """Returns the counts in the user's words."""
+        text = f"{self.reused} reused, {self.encoded} encoded, {self.quarantined} quarantined"
+        return text if self.published else text + f", {self.left} left to the other shards"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Missing:
+    """What a run would have to encode."""
+
+    keys: tuple[str, ...]
+    nbytes: int  # nominal size of all segments that would be written, copied rows included
+    free_bytes: int
+
+
+def fill_cache(
+    out: Path,
+    wanted: Wanted,
+    encode: Encode,
+    *,
+    made_with: str,
+    shard: tuple[int, int] = (0, 1),
+    retry_unreadable: bool = False,
+    others: Sequence[Path] = (),
+) -> FillCounts:
+    """Makes `out` hold exactly the wanted rows and returns what it took.
+
+    `encode` is called, once unless rows at hand prove damaged, with the keys that this process must make, in the order
+    in which it has to yield them. With `shard` (i, n) the process makes every n-th segment from the i-th on, and
+    whoever finds the cache complete publishes it. `others` are caches to copy rows from. `made_with` names the library
+    versions, recorded beside each row.
+
+    Raises InputError for a folder that is no cache of this kind, StaleError if another plan is being filled in it,
+    StorageError if the disk is full or not writable; whatever was complete by then is used by the next run.
+    """
+    folder = CacheFolder(out)
+    folder.check_ours()
+    check_kind(folder, wanted.kind)
+    folder.create()
+    with writing(folder, wanted.identity) as scratch:
+        fill = _Fill(folder, wanted, scratch, made_with, retry_unreadable, others)
+        fill.work(encode, shard)
+        return fill.finish()
+
+
+def missing_rows(out: Path, wanted: Wanted) -> Missing:
+    """Returns what `fill_cache` would encode, touching nothing. Raises InputError like `fill_cache`."""
+    folder = CacheFolder(out)
+    folder.check_ours()
+    census = Census(folder, wanted, read_only=True)
+    lacking = [leaf for leaf in census.plan() if not census.present(leaf)]
+    stock = Stock(folder, wanted.kind, {leaf.plan_id for leaf in census.plan()}) if lacking else ()
+    return Missing(
+        keys=tuple(key for leaf in lacking for key in leaf.keys if key not in stock),
+        nbytes=sum(leaf.nbytes * len(leaf.keys) for leaf in lacking),
+        free_bytes=free_bytes(out),
+    )
+
+
+class _Fill:
+    """One writer at work."""
+
+    def __init__(
+        self,
+        folder: CacheFolder,
+        wanted: Wanted,
+        scratch: Path,
+        made_with: str,
+        retry_unreadable: bool,
+        others: Sequence[Path],
+    ) -> None:
+        self._folder, self._wanted, self._scratch = folder, wanted, scratch
+        self._made_with, self._others = made_with, others
+        self._census = Census(folder, wanted, retry_unreadable=retry_unreadable)
+        self._outcomes: dict[str, Outcome] = {}
+        self._spoiled: set[str] = set()  # rows of which a copy at hand is damaged
+
+    def work(self, encode: Encode, shard: tuple[int, int]) -> None:
+        """Makes this process's share, then completes what rows at hand are enough for."""
+        for leaf in self._census.plan():
+            if self._census.present(leaf):
+                self._count(leaf.keys, "in_place")
+        share = {key for leaf in self._census.plan()[shard[0] :: shard[1]] for key in leaf.keys}
+        while self._round(encode, share, settle=False):
+            pass
+        while self._round(encode, share, settle=True):
+            pass
+
+    def finish(self) -> FillCounts:
+        """Publishes a complete cache and returns the counts."""
+        complete = all(self._census.present(leaf) for leaf in self._census.plan())
+        if complete:
+            publish(self._folder, self._wanted, self._census.readable(), self._census.holdings(), self._scratch)
+        self._count(tuple(self._census.unreadable), "failed")
+        counts = Counter(self._outcomes.values())
+        return FillCounts(
+            **{name: counts[name] for name in ("in_place", "copied", "attic", "encoded", "failed")},
+            left=len(self._wanted.row_by_key) - len(self._outcomes),
+            quarantined=len(self._census.readable().quarantined),
+            published=complete,
+        )
+
+    def _round(self, encode: Encode, share: set[str], *, settle: bool) -> bool:
+        """Makes what can be made now; returns whether there was anything. Another round sees the plan that results."""
+        self._census.learn_unreadable()
+        lacking = self._bring_back([leaf for leaf in self._census.plan() if not self._census.present(leaf)])
+        if not lacking:
+            return False
+        planned = {leaf.plan_id for leaf in self._census.plan()}
+        stock = Stock(self._folder, self._wanted.kind, planned, self._others, self._spoiled)
+        jobs: list[tuple[Leaf, list[str]]] = []
+        for leaf in lacking:
+            missing = [key for key in leaf.keys if key not in stock]
+            mine = [key for key in missing if key in share]
+            if mine or (not missing and (settle or leaf.keys[0] in share)):
+                jobs.append((leaf, mine))
+        self._check_space(leaf for leaf, _ in jobs)
+        keys = [key for _, mine in jobs for key in mine]
+        rows = iter(encode(keys)) if keys else iter(())
+        try:
+            for leaf, mine in jobs:
+                self._make(leaf, mine, rows, stock)
+        finally:
+            getattr(rows, "close", lambda: None)()
+        return bool(jobs)
+
+    def _make(self, leaf: Leaf, mine: list[str], rows: Iterator[tuple[str, Row | Unreadable]], stock: Stock) -> None:
+        """Writes one segment; an incomplete one, under its own id, if others must make some of its rows."""
+        fresh = [row for key in mine if (row := self._encoded(key, rows)) is not None]
+        copies = [taken for key in leaf.keys if key in stock and (taken := stock.take(key)) is not None]
+        stored = fresh + [row for row, _ in copies]
+        complete = len(stored) == len(leaf.keys)
+        if not complete:
+            stored = fresh
+        if not stored:
+            return
+        name = plan_id(self._wanted.kind, [row.info.key for row in stored])
+        write_segment(
+            self._folder.segment(name),
+            kind=self._wanted.kind,
+            group=leaf.group,
+            nbytes=leaf.nbytes,
+            rows=stored,
+            scratch=self._scratch,
+        )
+        self._count([row.info.key for row in fresh], "encoded")
+        if complete:
+            for row, origin in copies:
+                self._count([row.info.key], origin)
+
+    def _encoded(self, key: str, rows: Iterator[tuple[str, Row | Unreadable]]) -> StoredRow | None:
+        """Returns the encoder's next row, which must be `key`; None, noted for all writers, if it is unreadable."""
+        yielded, row = next(rows, (None, Unreadable("")))
+        if yielded != key:
+            raise AssertionError(f"the encoder yielded row {yielded}, asked for was {key}")
+        if isinstance(row, Unreadable):
+            self._census.note_unreadable(key, row.reason)
+            return None
+        layout = layout_of(row)
+        buffers = [memoryview(row[name].data).cast("B") for name, _, _ in layout]
+        info = RowInfo(
+            key=key,
+            layout=layout,
+            digest=bytes.fromhex(hash_chunks(buffers)),
+            source=self._wanted.row_by_key[key].source,
+            ingredients=self._wanted.ingredients(key),
+            made_with=self._made_with,
+        )
+        return StoredRow(info, buffers)
+
+    def _bring_back(self, lacking: list[Leaf]) -> list[Leaf]:
+        """Moves whole segments back from the attic and returns those that it does not have."""
+        attic = {path.name: path for path in self._folder.attic_segments()} if lacking else {}
+        still_lacking = []
+        for leaf in lacking:
+            final = self._folder.segment(leaf.plan_id)
+            if final.name in attic and self._bring_back_one(attic[final.name], final) and self._census.present(leaf):
+                self._count(leaf.keys, "attic")
+            else:
+                still_lacking.append(leaf)
+        return still_lacking
+
+    def _bring_back_one(self, path: Path, final: Path) -> bool:
+        try:
+            read_header(path)
+            with storage_errors(path):
+                path.replace(final)
+        except FileNotFoundError:  # another writer brought it back
+            return True
+        except InputError as error:
+            log.warning("%s: moved to %s", error, self._folder.set_aside(path))
+            return False
+        return True
+
+    def _check_space(self, leaves: Iterator[Leaf]) -> None:
+        """Raises StorageError before anything is encoded if the disk cannot take it."""
+        needed = sum(leaf.nbytes * len(leaf.keys) for leaf in leaves)
+        free = free_bytes(self._folder.path)
+        if needed > free:
+            raise StorageError(
+                f"{self._folder.path}: {needed / 1e9:.1f} GB to be written, {free / 1e9:.1f} GB free: "
+                "free space (`sd3pipe cache gc` empties unused rows), or choose another --out"
+            )
+
+    def _count(self, keys: Sequence[str], outcome: Outcome) -> None:
+        for key in keys:
+            self._outcomes.setdefault(key, outcome)
