@@ -13,7 +13,7 @@ from sd3pipe.params.stage_file import render_stage_file
 from sd3pipe.project.kohya import SCRIPT, Translation, read_command, read_config, translate
 from sd3pipe.project.kohya_dataset import dataset_text
 from sd3pipe.project.pipeline import dvc_yaml
-from sd3pipe.project.writer import write_project
+from sd3pipe.project.writer import project_toml, write_project
 
 _HEADINGS = {
     "dropped": "Not trained any more:",

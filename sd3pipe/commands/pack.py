@@ -1,0 +1,54 @@
+"""`sd3pipe pack`: what a machine that only trains needs of a project, with sizes and minutes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from sd3pipe.config import PROJECT_FILE, Project, find_project, read_project
+from sd3pipe.console import count, readable_bytes, readable_seconds
+from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.params.pack import PackParams
+
+_CACHES = ("text", "latents", "prompts")
+_MACHINE_FOLDER = ".sd3pipe"  # what an encode stage remembers about this machine's files
+
+
+def main(params: PackParams) -> None:
+    """Prints the files for rsync, and what sending them takes."""
+    project = read_project(params.project) if params.project else find_project(Path.cwd())
+    if project is None:
+        raise ParameterError(f"there is no {PROJECT_FILE} here or above: pass --project DIR")
+    files = list(_files(project, with_model=params.with_model))
+    names = [_name(file, project.folder) for file in files]
+    if params.list_only:
+        print(*names, sep="\n")
+        return
+    sizes = [file.stat().st_size for file in files]
+    for name, size in zip(names, sizes, strict=True):
+        print(f"{readable_bytes(size):>9}  {name}")
+    seconds = sum(sizes) * 8 / (params.uplink * 1e6)
+    print(
+        f"{count(len(files), 'file')}, {readable_bytes(sum(sizes))}: {readable_seconds(seconds)} at {params.uplink:g} Mbit/s. "
+        "Send them from the project's folder: sd3pipe pack --list-only | rsync -a --files-from=- . HOST:FOLDER"
+    )
+
+
+def _files(project: Project, *, with_model: bool) -> Iterator[Path]:
+    yield project.file
+    yield from sorted((project.folder / "stages").glob("*.toml"))
+    caches = Path(project.paths.get("caches", "caches"))
+    for name in _CACHES:
+        folder = caches / name
+        if (folder / "manifest.json").is_file():
+            yield from sorted(
+                path for path in folder.rglob("*") if path.is_file() and _MACHINE_FOLDER not in path.parts
+            )
+        elif name != "prompts":
+            raise InputError(f"{folder}: holds no cache yet: run `sd3pipe run encode-text encode-latents` first")
+    if with_model and "model" in project.paths:
+        model = Path(project.paths["model"])
+        yield from [model] if model.is_file() else sorted(path for path in model.rglob("*.safetensors"))
+
+
+def _name(file: Path, folder: Path) -> str:
+    path = file.absolute()
+    return str(path.relative_to(folder.absolute())) if path.is_relative_to(folder.absolute()) else str(path)
