@@ -27,8 +27,8 @@ def main(params: PackParams) -> None:
         print(f"{readable_bytes(size):>9}  {name}")
     seconds = sum(sizes) * 8 / (params.uplink * 1e6)
     print(
-        f"{count(len(files), 'file')}, {readable_bytes(sum(sizes))}: {readable_seconds(seconds)} at {params.uplink:g} Mbit/s. "
-        "Send them from the project's folder: sd3pipe pack --list-only | rsync -a --files-from=- . HOST:FOLDER"
+        f"{count(len(files), 'file')}, {readable_bytes(sum(sizes))}: {readable_seconds(seconds)} at "
+        f"{params.uplink:g} Mbit/s. Send them from the project's folder: sd3pipe pack --list-only | rsync -a --files-from=- . HOST:FOLDER"
     )
 
 
