@@ -69,19 +69,23 @@ def refuse_foreign_file(path: Path) -> None:
         raise InputError(f"{path}: {_PICKLE_REFUSED}")
     try:
         with open(path, "rb") as handle:
-            start = handle.read(4)
+            start = handle.read(24)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if path.suffix.lower() == ".gguf" or start == b"GGUF":
+    if path.suffix.lower() == ".gguf" or start.startswith(b"GGUF"):
         raise InputError(f"{path}: GGUF is not supported: take the model's .safetensors file (bf16, fp16 or fp8)")
-    if start == b"PK\x03\x04" and zipfile.is_zipfile(path):
+    if start.startswith(b"PK\x03\x04") and zipfile.is_zipfile(path):
         raise InputError(f"{path}: {_PICKLE_REFUSED}")
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder")
+    if start.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+        raise InputError(f"{path}: is a web page, not a model: the download failed (is the model gated?), do it again")
     if not start:
         raise InputError(f"{path}: the file is empty: download or copy it again")
 
 
 def _check_header_length(path: Path, header_bytes: int, file_bytes: int) -> None:
-    if file_bytes < 8 + 2 or not 2 <= header_bytes <= MAX_HEADER_BYTES:
+    if file_bytes < 8 or not 2 <= header_bytes <= MAX_HEADER_BYTES:
         raise InputError(f"{path}: not a safetensors file (its header would be {header_bytes:,} bytes long)")
     if 8 + header_bytes > file_bytes:
         raise InputError(f"{path}: {file_bytes:,} bytes, but its header alone takes {8 + header_bytes:,}: {_CUT_SHORT}")

@@ -1,4 +1,4 @@
-"""The VAE computes what diffusers' AutoencoderKL computes, encoding and decoding, and its keys map as diffusers maps them."""
+"""The VAE computes what diffusers' AutoencoderKL computes, encoding and decoding."""
 
 import pytest
 import torch
