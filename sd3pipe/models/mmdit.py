@@ -121,7 +121,12 @@ class MMDiT(nn.Module):
                 f"pooled text is {pooled_BP.shape[-1]} wide, the model takes {self.architecture.pooled_width}: "
                 "encode it with the text encoders that belong to the model"
             )
-        return functional.silu(self.t_embedder(sinusoid(timesteps_B)) + self.y_embedder(pooled_BP))
+        return self.embed_condition(self.t_embedder, self.y_embedder, timesteps_B, pooled_BP)
+
+    @staticmethod
+    def embed_condition(t_embedder: nn.Module, y_embedder: nn.Module, timesteps_B: Tensor, pooled_BP: Tensor) -> Tensor:
+        """Returns SiLU(c) by the given embedders, which may be copies on another device."""
+        return functional.silu(t_embedder(sinusoid(timesteps_B)) + y_embedder(pooled_BP))
 
     def run_block(self, index: int, context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Returns context and x after joint block `index`, recomputed in the backward pass if so configured.

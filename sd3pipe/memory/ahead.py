@@ -1,0 +1,131 @@
+"""Modulation vectors computed on the host, one step ahead: their weights need no device memory and no copies."""
+
+# B batch, D width, P pooled width, K modulation width
+
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from sd3pipe.errors import ParameterError
+
+Pair = tuple[Tensor, Tensor]
+_SIDES = ("context_block", "x_block")
+
+
+class ModulationTicket:
+    """Modulation vectors that are being computed; inside the `with`, the model's forward pass uses them."""
+
+    def __init__(self, owner: "AheadModulation", vectors: Future[dict[int, Pair]]) -> None:
+        self._owner = owner
+        self.vectors = vectors
+
+    def __enter__(self) -> Self:
+        self._owner.ticket = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._owner.ticket = None
+
+
+class AheadModulation:
+    """Computes base modulation on the host; an adapter on adaLN adds its term on the device.
+
+    Vectors computed on another device kind differ from the device's own by rounding. Embedders must be frozen and
+    without adapters, since no gradient reaches them from here.
+    """
+
+    def __init__(self, mmdit: nn.Module, blocks: Sequence[int], device: torch.device) -> None:
+        model: Any = mmdit
+        self._model = model
+        self._device = device
+        self._embedders = (model.t_embedder, model.y_embedder)
+        self._on_host = tuple(copy.deepcopy(m).to("cpu") for m in self._embedders) if device.type != "cpu" else None
+        self._sides = {i: tuple(getattr(model.joint_blocks[i], side) for side in _SIDES) for i in blocks}
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="modulation")
+        self.ticket: ModulationTicket | None = None
+
+    def close(self) -> None:
+        """Ends the worker thread."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def prepare(self, timesteps_B: Tensor, pooled_BP: Tensor) -> ModulationTicket:
+        """Starts computing all vectors for a coming forward pass from tensors on the host.
+
+        Autocast, where the forward pass runs under it, must be on here, too.
+        """
+        embedders = self._on_host or self._embedders
+
+        def condition() -> Tensor:
+            return self._model.embed_condition(*embedders, timesteps_B, pooled_BP)
+
+        return ModulationTicket(self, self._worker.submit(self._compute, condition, self._autocast()))
+
+    def modulation(self, index: int, condition_BD: Tensor) -> Pair:
+        """Returns the vectors of one block on the device, with its adapters' terms."""
+        self._refuse_trained_embedders(condition_BD)
+        if self.ticket is not None:
+            base = self.ticket.vectors.result()[index]
+        else:
+            on_host_BD = condition_BD.detach().to("cpu")
+            base = self._worker.submit(self._block, index, on_host_BD, self._autocast()).result()
+        sides = zip(self._sides[index], base, strict=True)
+        context_BK, x_BK = (self._adapted(side, vector_BK, condition_BD) for side, vector_BK in sides)
+        return context_BK, x_BK
+
+    def _compute(self, condition: Callable[[], Tensor], autocast: torch.dtype | None) -> dict[int, Pair]:
+        with _host_autocast(autocast), torch.no_grad():
+            condition_BD = condition()
+        return {index: self._block(index, condition_BD, autocast) for index in self._sides}
+
+    @torch.no_grad()
+    def _block(self, index: int, condition_BD: Tensor, autocast: torch.dtype | None) -> Pair:
+        with _host_autocast(autocast):
+            context_BK, x_BK = (side.adaLN_modulation[1].base(condition_BD) for side in self._sides[index])
+        return context_BK, x_BK
+
+    def _adapted(self, side: Any, base_BK: Tensor, condition_BD: Tensor) -> Tensor:
+        linear = side.adaLN_modulation[1]
+        base_BK = base_BK.to(self._device, non_blocking=True)
+        return base_BK if linear.adapter is None else linear.adapter(condition_BD, _Computed(linear, base_BK))
+
+    def _refuse_trained_embedders(self, condition_BD: Tensor) -> None:
+        layers = (layer for embedder in self._embedders for layer in embedder.modules())
+        if condition_BD.requires_grad or any(getattr(layer, "adapter", None) is not None for layer in layers):
+            raise ParameterError(
+                "modulation = ahead computes without the adapters of t_embedder and y_embedder: "
+                "use modulation = stream or resident, or train no embedders"
+            )
+
+    def _autocast(self) -> torch.dtype | None:
+        kind = self._device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+class _Computed:
+    """A linear layer to an adapter's eyes, whose base product is known already."""
+
+    def __init__(self, linear: Any, base_BK: Tensor) -> None:
+        self._linear = linear
+        self._base_BK = base_BK
+
+    @property
+    def bias(self) -> Tensor:
+        return self._linear.bias.to(self._base_BK.device)
+
+    def base(self, x: Tensor) -> Tensor:
+        return self._base_BK
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        return cast(Tensor, self._linear.dense_weight(dtype))
+
+
+def _host_autocast(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object]:
+    return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)

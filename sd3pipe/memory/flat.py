@@ -1,0 +1,98 @@
+"""One block's weights in one flat buffer of bytes, so that one copy moves them all."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 256  # bytes; what cudaMalloc promises, and enough for every kernel's widest load
+MODULATION = "adaLN_modulation"  # part of the name of every modulation weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlatTensor:
+    """Where one tensor lies in a flat buffer."""
+
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+    def view(self, buffer: Tensor) -> Tensor:
+        """Returns the tensor inside `buffer`."""
+        return buffer[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlatLayout:
+    """The places of all tensors of a block: first the body, then the modulation, each tensor aligned.
+
+    Two blocks with equal layouts can take turns in one ring.
+    """
+
+    tensors: tuple[FlatTensor, ...]
+    body_bytes: int
+    total_bytes: int
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """Returns every tensor inside `buffer`, in order."""
+        return [tensor.view(buffer) for tensor in self.tensors]
+
+
+def is_modulation(name: str) -> bool:
+    """Returns whether a parameter of a block depends on the timestep and the pooled text only."""
+    return MODULATION in name
+
+
+def flat_layout(parameters: Sequence[tuple[str, Tensor]]) -> FlatLayout:
+    """Returns the layout of named parameters, the modulation after the body."""
+    tensors, end, body_end = [], 0, 0
+    for name, parameter in sorted(parameters, key=lambda item: is_modulation(item[0])):
+        tensor = FlatTensor(name=name, offset=end, shape=tuple(parameter.shape), dtype=parameter.dtype)
+        tensors.append(tensor)
+        end = _aligned(end + tensor.nbytes)
+        if not is_modulation(name):
+            body_end = end
+    return FlatLayout(tensors=tuple(tensors), body_bytes=body_end, total_bytes=end)
+
+
+class FlatBlock:
+    """A block whose streamed parameters lie in one host buffer, and may be bound to a copy on the device for a while.
+
+    `with_modulation` says whether the modulation is part of the buffer; otherwise those parameters are left alone.
+    The parameters stay the same objects for good: only the memory behind them changes.
+    """
+
+    def __init__(self, block: nn.Module, buffer: "Tensor | None", *, with_modulation: bool) -> None:
+        self._parameters = dict(streamed_parameters(block, with_modulation=with_modulation))
+        self.layout = flat_layout(list(self._parameters.items()))
+        assert buffer is None or buffer.numel() == self.layout.total_bytes
+        self.host = torch.empty(self.layout.total_bytes, dtype=torch.uint8) if buffer is None else buffer
+        self._host_views = self.layout.views(self.host)
+        self._ordered = [self._parameters[tensor.name] for tensor in self.layout.tensors]
+        for parameter, view in zip(self._ordered, self._host_views, strict=True):
+            view.copy_(parameter.data)
+            parameter.data = view  # the parameter's former memory is freed here, tensor by tensor
+
+    def bind(self, views: Sequence[Tensor]) -> None:
+        """Lets the parameters read from `views`, which hold a copy of the host buffer."""
+        for parameter, view in zip(self._ordered, views, strict=True):
+            parameter.data = view
+
+    def unbind(self) -> None:
+        """Lets the parameters read from the host buffer again."""
+        self.bind(self._host_views)
+
+
+def streamed_parameters(block: nn.Module, *, with_modulation: bool) -> list[tuple[str, nn.Parameter]]:
+    """Returns the parameters that travel with a block."""
+    return [(name, p) for name, p in block.named_parameters() if with_modulation or not is_modulation(name)]
+
+
+def _aligned(end: int) -> int:
+    return -(-end // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,141 @@
+"""A few slots on the device that blocks of one shape share, and the decision what to copy into them next."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sd3pipe.memory.flat import FlatBlock, FlatLayout
+from sd3pipe.memory.lanes import Lane
+from sd3pipe.memory.schedule import Copy, Part
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """Device memory for one block at a time."""
+
+    buffer: Tensor
+    views: list[Tensor]
+    block: int | None = None
+    has_modulation: bool = False
+    ready: object = None  # mark of the last copy into it
+    done: object = None  # mark of the last computation that read it
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A block that will be needed, and whether with its modulation."""
+
+    block: int
+    with_modulation: bool
+
+
+class Ring:
+    """The slots for all streamed blocks of one layout."""
+
+    def __init__(self, blocks: dict[int, FlatBlock], slots: int, device: torch.device) -> None:
+        self.blocks = blocks
+        self.layout: FlatLayout = next(iter(blocks.values())).layout
+        self.slots = [self._new_slot(device) for _ in range(min(slots, len(blocks)))]
+
+    def find(self, block: int) -> Slot | None:
+        """Returns the slot that holds `block`, or whose copy is on its way."""
+        return next((slot for slot in self.slots if slot.block == block), None)
+
+    def bytes(self) -> int:
+        """Returns the device memory of the ring."""
+        return sum(slot.buffer.numel() for slot in self.slots)
+
+    def _new_slot(self, device: torch.device) -> Slot:
+        buffer = torch.empty(self.layout.total_bytes, dtype=torch.uint8, device=device)
+        return Slot(buffer=buffer, views=self.layout.views(buffer))
+
+
+class Rings:
+    """All rings of a model: brings blocks in ahead of their use, and binds them while they are used.
+
+    One block at a time is bound. `copies` is the log of what was copied, in order.
+    """
+
+    def __init__(self, blocks: dict[int, FlatBlock], *, slots: int, device: torch.device, lane: Lane) -> None:
+        by_layout: dict[tuple[object, ...], dict[int, FlatBlock]] = {}
+        for index, block in sorted(blocks.items()):
+            key = tuple((t.name, t.shape, t.dtype) for t in block.layout.tensors)
+            by_layout.setdefault(key, {})[index] = block
+        self.rings = [Ring(members, slots, device) for members in by_layout.values()]
+        self.copies: list[Copy] = []
+        self.copied_bytes = 0
+        self._lane = lane
+        self._slots = slots
+        self._of_block = {index: ring for ring in self.rings for index in ring.blocks}
+        self._bound: int | None = None
+
+    def members(self) -> list[list[int]]:
+        """Returns the block numbers of every ring."""
+        return [sorted(ring.blocks) for ring in self.rings]
+
+    def bytes(self) -> int:
+        """Returns the device memory of all slots."""
+        return sum(ring.bytes() for ring in self.rings)
+
+    def acquire(self, use: Use) -> None:
+        """Binds a block's parameters to the device, after the copies that this needs."""
+        if self._bound != use.block:
+            self.release()
+        ring = self._of_block[use.block]
+        slot = ring.find(use.block)
+        if slot is None or (use.with_modulation and not slot.has_modulation):
+            self._bring(ring, use, {use.block})
+            slot = ring.find(use.block)
+        assert slot is not None
+        self._lane.wait(slot.ready)  # copies happen in order, so this is the last one
+        ring.blocks[use.block].bind(slot.views)
+        self._bound = use.block
+
+    def release(self) -> None:
+        """Gives the bound block's parameters back to the host; its slot may be filled once the work so far is done."""
+        if self._bound is None:
+            return
+        ring = self._of_block[self._bound]
+        slot = ring.find(self._bound)
+        assert slot is not None
+        slot.done = self._lane.mark()
+        ring.blocks[self._bound].unbind()
+        self._bound = None
+
+    def prefetch(self, upcoming: Iterable[Use]) -> None:
+        """Starts the copies for the nearest uses: as many blocks as a ring has slots, the bound one included."""
+        uses: list[Use] = []
+        wanted: set[int] = set()
+        for use in upcoming:
+            if use.block not in wanted and len(wanted) == self._slots:
+                break
+            wanted.add(use.block)
+            uses.append(use)
+        for use in uses:
+            self._bring(self._of_block[use.block], use, wanted)
+
+    def _bring(self, ring: Ring, use: Use, wanted: set[int]) -> None:
+        """Copies what is missing of a block into its slot, or into one whose block is not `wanted`, if there is one."""
+        slot = ring.find(use.block)
+        if slot is not None:
+            if use.with_modulation and not slot.has_modulation:
+                self._copy(ring, slot, use.block, "modulation")
+            return
+        slot = self._free(ring.slots, wanted)
+        if slot is not None:
+            slot.block, slot.has_modulation = use.block, False
+            self._copy(ring, slot, use.block, "whole" if use.with_modulation else "body")
+
+    def _free(self, slots: Sequence[Slot], wanted: set[int]) -> Slot | None:
+        return next((s for s in slots if s.block is None or (s.block != self._bound and s.block not in wanted)), None)
+
+    def _copy(self, ring: Ring, slot: Slot, block: int, part: Part) -> None:
+        start = ring.layout.body_bytes if part == "modulation" else 0
+        end = ring.layout.body_bytes if part == "body" else ring.layout.total_bytes
+        source = ring.blocks[block].host
+        slot.ready = self._lane.copy(slot.buffer[start:end], source[start:end], slot.done)
+        slot.has_modulation = part != "body"
+        self.copied_bytes += end - start
+        self.copies.append(Copy(block, part))

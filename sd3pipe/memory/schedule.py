@@ -1,0 +1,61 @@
+"""Which blocks are streamed, and which copies one training step needs. Plain arithmetic, without torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+ModulationMode = Literal["stream", "resident", "ahead"]
+Part = Literal["whole", "body", "modulation"]
+RING_SLOTS = 2  # one slot computes while the other is filled
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Copy:
+    """One copy from host to device: a part of one block."""
+
+    block: int
+    part: Part
+
+
+def spread_evenly(num_streamed: int, depth: int) -> tuple[int, ...]:
+    """Returns the numbers of the blocks to stream, as far from each other as possible.
+
+    A resident block between two streamed ones gives the next copy twice the time. Raises ValueError.
+    """
+    if not 0 <= num_streamed <= depth:
+        raise ValueError(f"{num_streamed} of {depth} blocks cannot be streamed")
+    return tuple((2 * k + 1) * depth // (2 * num_streamed) for k in range(num_streamed))
+
+
+def step_copies(
+    rings: Sequence[Sequence[int]],
+    *,
+    modulation: ModulationMode,
+    backward: bool = True,
+    first: bool = False,
+    slots: int = RING_SLOTS,
+) -> list[Copy]:
+    """Returns the copies of one step (forward, and backward unless False) in the order in which they are needed.
+
+    `rings` has the streamed blocks of each shape, ascending. The forward pass leaves the last blocks of each ring in
+    its slots and the backward pass starts with them; it leaves the first blocks there, of which the next step's
+    forward pass needs the modulation only. The `first` step finds the slots empty. Forward passes alone bring every
+    block anew, but for rings that have a slot for each of their blocks.
+    """
+    whole: Part = "whole" if modulation == "stream" else "body"
+    forward = sorted(block for ring in rings for block in ring)
+    at_turn = {block for ring in rings for block in ring[-slots:]}
+    at_start = {block for ring in rings for block in ring[:slots]}
+    if not backward:
+        at_start = {block for ring in rings for block in ring if len(ring) <= slots}
+    if first:
+        at_start = set()
+    copies = []
+    for block in forward:
+        if block not in at_start:
+            copies.append(Copy(block, whole))
+        elif modulation == "stream" and block not in at_turn:  # those came whole, and never left
+            copies.append(Copy(block, "modulation"))
+    if backward:
+        copies += [Copy(block, "body") for block in reversed(forward) if block not in at_turn]
+    return copies

@@ -1,0 +1,264 @@
+"""Frozen blocks that live on the host and visit the device: one way, ahead of time, nothing is ever copied back."""
+
+# B batch, L tokens, D width, K modulation width
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sd3pipe.errors import ParameterError
+from sd3pipe.memory.activations import ActivationStore
+from sd3pipe.memory.ahead import AheadModulation, ModulationTicket
+from sd3pipe.memory.flat import FlatBlock, flat_layout, is_modulation, streamed_parameters
+from sd3pipe.memory.host import HostMemory
+from sd3pipe.memory.lanes import Lane, lane_to
+from sd3pipe.memory.rings import Rings, Use
+from sd3pipe.memory.schedule import RING_SLOTS, ModulationMode, spread_evenly
+
+Pair = tuple[Tensor, Tensor]
+Direction = Literal["forward", "turning", "backward"]  # turning: forward, and a backward pass follows
+
+
+class Block(Protocol):
+    """What a joint block offers to its runner."""
+
+    def modulation(self, condition_BD: Tensor) -> Pair: ...
+
+    def __call__(
+        self, context_BLD: Tensor, x_BLD: Tensor, context_modulation_BK: Tensor, x_modulation_BK: Tensor
+    ) -> Pair: ...
+
+
+class BlockStreamer:
+    """Runs the joint blocks of a model, some of them from weights that are streamed in.
+
+        with BlockStreamer(mmdit, blocks_to_swap=24, device=device) as streamer:
+            for batch in batches:
+                loss(mmdit(**batch)).backward()         # the model is called as ever, in training and in sampling
+            print(streamer.copied_bytes)
+
+    The model must be frozen and lie in host memory; adapters may be attached before or after. Everything but the
+    streamed blocks moves to `device` here. Streamed blocks are always recomputed in the backward pass; resident ones
+    as `mmdit.gradient_checkpointing` says. Each streamed block's weights lie in one flat host buffer, page-locked for
+    CUDA, and take turns in a ring of device slots for each block shape. Without CUDA the same code copies in plain
+    memory. `close` gives every parameter back to the host.
+
+    modulation  stream    adaLN weights travel with the forward pass only; their output is kept for the backward pass
+                resident  adaLN weights of all blocks stay on the device
+                ahead     adaLN weights stay on the host, which computes their outputs: see `prepare`
+    offload_activations   inputs of recomputed blocks wait on the host for the backward pass
+    lane                  how bytes are copied; tests put one here that delays every copy as long as it may
+    """
+
+    def __init__(
+        self,
+        mmdit: nn.Module,
+        *,
+        blocks_to_swap: int,
+        device: torch.device | str,
+        modulation: ModulationMode = "stream",
+        offload_activations: bool = False,
+        slots: int = RING_SLOTS,
+        lane: Lane | None = None,
+    ) -> None:
+        self._model: Any = mmdit
+        self.device = torch.device(device)
+        self.modulation: ModulationMode = modulation
+        self._blocks = cast(Sequence[Block], mmdit.joint_blocks)
+        self.streamed = streamed_numbers(blocks_to_swap, len(self._blocks))
+        self.host = HostMemory(self.device)
+        self._activations = ActivationStore(self.device) if offload_activations else None
+        self._flat = {index: self._settle(index) for index in self.streamed}
+        self._ahead = AheadModulation(mmdit, self.streamed, self.device) if modulation == "ahead" else None
+        move_resident(mmdit, self._flat.keys(), self.device, modulation=modulation)
+        self._rings = Rings(self._flat, slots=slots, device=self.device, lane=lane or lane_to(self.device))
+        self._backward_to_come: list[Use] = []
+        self._model.block_runner = self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets the model run its blocks itself again; streamed weights are back on the host."""
+        self._rings.release()
+        if self._ahead is not None:
+            self._ahead.close()
+        self._model.block_runner = None
+
+    @property
+    def rings(self) -> Rings:
+        """The device slots, with the log of all copies."""
+        return self._rings
+
+    @property
+    def copied_bytes(self) -> int:
+        """All bytes copied to the device so far."""
+        return self._rings.copied_bytes
+
+    @property
+    def ring_bytes(self) -> int:
+        """Device memory that the streamed blocks take in place of their own size."""
+        return self._rings.bytes()
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of the streamed blocks."""
+        return sum(block.layout.total_bytes for block in self._flat.values())
+
+    def prepare(self, timesteps_B: Tensor, pooled_BP: Tensor) -> ModulationTicket:
+        """Starts computing the modulation of a coming forward pass on the host (modulation = "ahead").
+
+        Both tensors lie on the host. Use: `with streamer.prepare(...)` around the forward pass; or keep the ticket
+        while the step before runs, and enter it then. A forward pass outside of any ticket waits for the host.
+        """
+        if self._ahead is None:
+            raise ParameterError(f"modulation is {self.modulation}: nothing can be prepared; use modulation = ahead")
+        return self._ahead.prepare(timesteps_B, pooled_BP)
+
+    def __call__(self, index: int, context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> Pair:
+        """Returns context and x after block `index`; this is what the model calls."""
+        with self._offloading():
+            if index not in self._flat:
+                return self._model.run_block(index, context_BLD, x_BLD, condition_BD)
+            return self._run_streamed(index, context_BLD, x_BLD, condition_BD)
+
+    @contextlib.contextmanager
+    def block(self, use: Use, *, direction: Direction) -> Iterator[Block]:
+        """Lends a block whose weights are on the device inside the `with`, and starts the copies that follow.
+
+        For loops that drive the blocks themselves, such as memory.layer_major.
+        """
+        if use.block in self._flat:
+            self._acquire(use, direction)
+        yield self._blocks[use.block]
+        if use.block in self._flat:
+            self._rings.release()
+            if direction == "turning":
+                self._backward_to_come.append(use)
+
+    def modulation_of(self, index: int, condition_BD: Tensor) -> Pair:
+        """Returns the modulation vectors of a lent block, from wherever its adaLN weights are."""
+        if self._ahead is not None and index in self._flat:
+            return self._ahead.modulation(index, condition_BD)
+        return self._blocks[index].modulation(condition_BD)
+
+    def recomputes_modulation(self, index: int, condition_BD: Tensor) -> bool:
+        """Returns whether a block's backward pass needs its adaLN weights again.
+
+        That is so where the gradient goes on to the embedders. An adapter on adaLN alone does not ask for them.
+        """
+        return self.modulation == "stream" and index in self._flat and condition_BD.requires_grad
+
+    def enter_backward(self, use: Use) -> None:
+        """Brings a block's weights in for its recomputation; the block before it in this direction is done."""
+        self._acquire(use, "backward")
+
+    def _run_streamed(self, index: int, context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> Pair:
+        block = self._blocks[index]
+        self._acquire(Use(index, self.modulation == "stream"), "turning" if torch.is_grad_enabled() else "forward")
+        recompute_modulation = self.recomputes_modulation(index, condition_BD)
+        if recompute_modulation:
+            body = _with_modulation(block)
+            inputs = (context_BLD, x_BLD, condition_BD)
+        else:
+            body = block
+            inputs = (context_BLD, x_BLD, *self.modulation_of(index, condition_BD))
+        if not torch.is_grad_enabled():
+            result = body(*inputs)
+        else:
+            result = cast(Pair, checkpoint(body, *inputs, use_reentrant=False))
+            if result[1].requires_grad:
+                use = Use(index, recompute_modulation)
+                self._backward_to_come.append(use)
+                result = cast(Pair, _Turn.apply(self, use, *result))
+        self._rings.release()
+        return result
+
+    def _acquire(self, use: Use, direction: Direction) -> None:
+        if direction == "backward":
+            if use in self._backward_to_come:
+                self._backward_to_come.remove(use)
+        elif use.block == self.streamed[0]:
+            self._backward_to_come.clear()  # what is left of a graph that was dropped without a backward pass
+        self._rings.acquire(use)
+        self._rings.prefetch(self._upcoming(use, direction))
+
+    def _upcoming(self, use: Use, direction: Direction) -> Iterator[Use]:
+        """Yields the uses that come next; a guess, which costs a copy where it is wrong and nothing else."""
+        whole = self.modulation == "stream"
+        later = [index for index in self.streamed if index > use.block]
+        yield use
+        if direction != "backward":
+            yield from (Use(index, whole) for index in later)
+        if direction == "turning":
+            yield from (Use(index, False) for index in (*reversed(later), use.block))
+        if direction != "forward":
+            yield from reversed(self._backward_to_come)
+        yield from (Use(index, whole) for index in self.streamed)
+
+    def _settle(self, index: int) -> FlatBlock:
+        """Moves a block's weights into its flat host buffer."""
+        block = cast(nn.Module, self._blocks[index])
+        with_modulation = self.modulation == "stream"
+        layout = flat_layout(streamed_parameters(block, with_modulation=with_modulation))
+        return FlatBlock(block, self.host.buffer(layout.total_bytes), with_modulation=with_modulation)
+
+    def _offloading(self) -> contextlib.AbstractContextManager[object]:
+        return self._activations.saving() if self._activations is not None else contextlib.nullcontext()
+
+
+def _with_modulation(block: Block) -> Callable[[Tensor, Tensor, Tensor], Pair]:
+    def body(context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> Pair:
+        return block(context_BLD, x_BLD, *block.modulation(condition_BD))
+
+    return body
+
+
+class _Turn(torch.autograd.Function):
+    """The identity after a streamed block, whose backward brings the block's weights in before it is recomputed."""
+
+    @staticmethod
+    def forward(ctx: Any, streamer: BlockStreamer, use: Use, context_BLD: Tensor, x_BLD: Tensor) -> Pair:
+        ctx.streamer, ctx.use = streamer, use
+        ctx.set_materialize_grads(False)
+        result = context_BLD.view_as(context_BLD), x_BLD.view_as(x_BLD)
+        if not ctx.needs_input_grad[2]:
+            ctx.mark_non_differentiable(result[0])
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, Tensor | None, Tensor | None]:
+        ctx.streamer.enter_backward(ctx.use)
+        context_grad_BLD, x_grad_BLD = grads
+        return None, None, context_grad_BLD, x_grad_BLD
+
+
+def streamed_numbers(blocks_to_swap: int, depth: int) -> tuple[int, ...]:
+    """Returns which blocks are streamed. Raises ParameterError where the model has not that many."""
+    if not 0 <= blocks_to_swap <= depth:
+        raise ParameterError(f"--blocks-to-swap {blocks_to_swap}: the model has {depth} blocks: use 0 to {depth}")
+    return spread_evenly(blocks_to_swap, depth)
+
+
+def move_resident(
+    mmdit: nn.Module, streamed: Collection[int], device: torch.device, *, modulation: ModulationMode
+) -> None:
+    """Moves every parameter and buffer to the device, but those of streamed blocks; resident modulation moves, too."""
+    prefixes = tuple(f"joint_blocks.{index}." for index in streamed)
+    for name, parameter in mmdit.named_parameters():
+        stays = name.startswith(prefixes) if prefixes else False
+        if not stays or (modulation == "resident" and is_modulation(name)):
+            parameter.data = parameter.data.to(device)
+    for module in mmdit.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set)

@@ -1,0 +1,97 @@
+"""A short training run with simple adapters, streamed or not, and a lane that shows every mistake in ordering."""
+
+import contextlib
+
+import torch
+from tiny_mmdit import random_inputs
+from torch import nn
+
+from sd3pipe.memory.streaming import BlockStreamer
+
+
+class SmallTerm(nn.Module):
+    """base(x) + x A B with small random factors of rank 2."""
+
+    def __init__(self, linear, seed=0, scale=0.01):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.down = nn.Parameter(scale * torch.randn(2, linear.in_features, generator=generator))
+        self.up = nn.Parameter(scale * torch.randn(linear.out_features, 2, generator=generator))
+
+    def forward(self, x, linear):
+        low = nn.functional.linear(x, self.down.to(x.dtype))
+        return linear.base(x) + nn.functional.linear(low, self.up.to(x.dtype))
+
+
+class PoisoningLane:
+    """Fills a copy's target with NaN at once and copies as late as it may: when the computation waits for it."""
+
+    def __init__(self):
+        self.copies = 0
+        self._pending = []
+
+    def copy(self, target, source, *after):
+        target.fill_(0xFF)  # NaN in every float format
+        self.copies += 1
+        self._pending.append((self.copies, target, source))
+        return self.copies
+
+    def wait(self, mark):
+        while self._pending and mark is not None and self._pending[0][0] <= mark:
+            _, target, source = self._pending.pop(0)
+            target.copy_(source)
+
+    def mark(self):
+        return None
+
+
+def add_adapters(model, names, scale=0.01):
+    """Attaches adapters to all linears whose path ends in one of `names`."""
+    layers = {}
+    for seed, (path, linear) in enumerate(model.linears()):
+        if path.endswith(tuple(names)):
+            linear.adapter = layers[path] = SmallTerm(linear, seed, scale)
+    return layers
+
+
+def parameters(layers):
+    """All adapter parameters by name, in order."""
+    return [(f"{path}.{name}", p) for path, layer in layers.items() for name, p in layer.named_parameters()]
+
+
+def train(
+    model,
+    *,
+    adapters=("attn.qkv", "adaLN_modulation.1"),
+    blocks_to_swap=None,
+    steps=2,
+    autocast=False,
+    offload_activations=False,
+    **streaming,
+):
+    """Returns losses, gradients and weights of two steps with two micro-batches each; None trains without streamer."""
+    layers = add_adapters(model, adapters)
+    optimizer = torch.optim.AdamW([p for _, p in parameters(layers)], lr=1e-3)
+    model.gradient_checkpointing = True
+    streamer = contextlib.nullcontext()
+    if blocks_to_swap is not None:
+        streamer = BlockStreamer(
+            model,
+            blocks_to_swap=blocks_to_swap,
+            device="cpu",
+            offload_activations=offload_activations,
+            **streaming,
+        )
+    results = {}
+    with streamer:
+        for step in range(steps):
+            optimizer.zero_grad()
+            for micro_batch in range(2):
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                    velocity = model(**random_inputs(seed=10 * step + micro_batch, batch=2, height=4, width=6))
+                loss = velocity.float().square().mean()
+                loss.backward()
+                results[f"loss {step} {micro_batch}"] = loss.detach()
+            results |= {f"gradient {step} {name}": p.grad.clone() for name, p in parameters(layers)}
+            optimizer.step()
+    return results | {f"weight {name}": p.detach() for name, p in parameters(layers)}
