@@ -63,7 +63,7 @@ class TrainParams(StageParams):
         role="path", panel=_PATHS, paths_key="caches/prompts",
     )
     out: OptionPath = option(
-        ..., "Folder of the run.", role="path", panel=_PATHS, paths_key="runs/lora", aliases=("output_dir",)
+        ..., "Folder of the run.", role="path", panel=_PATHS, paths_key="run", aliases=("output_dir",)
     )
     mmdit: OptionPath | None = option(
         None, "MMDiT in a file of its own; beats the one in --model.", role="path", panel=_PATHS, advanced=True
@@ -218,12 +218,8 @@ class TrainParams(StageParams):
     )
     huber_c: float = option(0.1, "Where they turn linear.", role="identity", panel=_LOSS, advanced=True, gt=0)
     huber_scale: float = option(1.0, "Multiplies huber_c.", role="identity", panel=_LOSS, advanced=True, gt=0)
-    masked_loss: bool = option(
-        True, "Weigh the loss by the masks that were encoded with the pictures.",
-        role="identity", panel=_LOSS, advanced=True,
-    )
-    mask_normalisation: Literal["area", "picture"] = option(
-        "area", "Mean over the masked area, or over the whole picture as in sd-scripts.",
+    masked_loss: Literal["mean", "sum", "off"] = option(
+        "mean", "Masks encoded with the pictures: mean over their area, sum over the picture as in sd-scripts, or off.",
         role="identity", panel=_LOSS, advanced=True,
     )
     prior_loss_weight: float = option(
@@ -282,7 +278,7 @@ class TrainParams(StageParams):
         None, "Save and stop with exit code 75 after this time, such as 90m.", panel=_SAVING, advanced=True
     )
     on_bad_loss: Literal["stop", "rollback"] = option(
-        "stop", "At a loss that is no number or spikes: stop, or go back to the last checkpoint and leave the step out.",
+        "stop", "At a loss that is no number or spikes: stop, or leave that step out and go back a checkpoint.",
         panel=_SAVING, advanced=True,
     )
     loss_spike_factor: float | None = option(

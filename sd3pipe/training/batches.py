@@ -53,19 +53,27 @@ def epoch_batches(items: Items, *, seed: int, epoch: int, batch_size: int) -> li
     ]
 
 
-def steps_from(
-    items: Items, start: Position, *, seed: int, batch_size: int, micro_batches: int
-) -> Iterator[tuple[list[MicroBatch], Position]]:
-    """Yields for each step its micro-batches, of all processes together, and the position behind them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """What one step sees on one process, and where the run stands after it."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    end: Position
+
+
+def plan_steps(
+    items: Items, start: Position, *, seed: int, batch_size: int, accumulation: int, rank: int = 0, num_ranks: int = 1
+) -> Iterator[StepPlan]:
+    """Yields the steps of one of `num_ranks` processes, without end; together the ranks see what one alone would."""
     epoch, index = start.epoch, start.index
-    step: list[MicroBatch] = []
+    pending: list[MicroBatch] = []
     while True:
-        batches = epoch_batches(items, seed=seed, epoch=epoch, batch_size=batch_size)
-        for batch in batches[index:]:
-            step.append(batch)
-            if len(step) == micro_batches:
-                yield step, Position(epoch=batch.epoch, index=batch.index + 1)
-                step = []
+        for batch in epoch_batches(items, seed=seed, epoch=epoch, batch_size=batch_size)[index:]:
+            pending.append(batch)
+            if len(pending) == accumulation * num_ranks:
+                end = Position(epoch=batch.epoch, index=batch.index + 1)
+                yield StepPlan(micro_batches=tuple(pending[rank::num_ranks]), end=end)
+                pending = []
         epoch, index = epoch + 1, 0
 
 

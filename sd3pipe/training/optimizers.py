@@ -27,28 +27,24 @@ class OptimizerClass:
     args: Mapping[str, Any] = field(default_factory=dict)
 
 
-_OWN = "sd3pipe.training"
-# Adafactor's own default is to choose its learning rate itself; here learning_rate acts unless relative_step=True
 _NAMES = {
     "adamw": OptimizerClass(path="torch.optim.AdamW"),
     "adam": OptimizerClass(path="torch.optim.Adam"),
+    "adafactor": OptimizerClass(path="torch.optim.Adafactor"),
     "sgdnesterov": OptimizerClass(path="torch.optim.SGD", args={"momentum": 0.9, "nesterov": True}),
-    "lion": OptimizerClass(path=f"{_OWN}.lion.Lion"),
-    "adafactor": OptimizerClass(
-        path=f"{_OWN}.adafactor.Adafactor", args={"relative_step": False, "scale_parameter": False}
-    ),
-    "prodigy": OptimizerClass(path=f"{_OWN}.prodigy.Prodigy"),
-    "adamwschedulefree": OptimizerClass(path=f"{_OWN}.schedule_free.AdamWScheduleFree"),
-    "radamschedulefree": OptimizerClass(path=f"{_OWN}.schedule_free.RAdamScheduleFree"),
-    "sgdschedulefree": OptimizerClass(path=f"{_OWN}.schedule_free.SGDScheduleFree"),
     "adamw8bit": OptimizerClass(path="bitsandbytes.optim.AdamW8bit"),
     "pagedadamw": OptimizerClass(path="bitsandbytes.optim.PagedAdamW"),
     "pagedadamw8bit": OptimizerClass(path="bitsandbytes.optim.PagedAdamW8bit"),
     "pagedadamw32bit": OptimizerClass(path="bitsandbytes.optim.PagedAdamW32bit"),
+    "lion": OptimizerClass(path="bitsandbytes.optim.Lion"),
     "lion8bit": OptimizerClass(path="bitsandbytes.optim.Lion8bit"),
     "pagedlion8bit": OptimizerClass(path="bitsandbytes.optim.PagedLion8bit"),
     "ademamix8bit": OptimizerClass(path="bitsandbytes.optim.AdEMAMix8bit"),
     "sgdnesterov8bit": OptimizerClass(path="bitsandbytes.optim.SGD8bit", args={"momentum": 0.9, "nesterov": True}),
+    "prodigy": OptimizerClass(path="prodigyopt.Prodigy"),
+    "adamwschedulefree": OptimizerClass(path="schedulefree.AdamWScheduleFree"),
+    "radamschedulefree": OptimizerClass(path="schedulefree.RAdamScheduleFree"),
+    "sgdschedulefree": OptimizerClass(path="schedulefree.SGDScheduleFree"),
     "dadaptation": OptimizerClass(path="dadaptation.experimental.DAdaptAdamPreprint"),
     "dadaptadampreprint": OptimizerClass(path="dadaptation.experimental.DAdaptAdamPreprint"),
     "dadaptadagrad": OptimizerClass(path="dadaptation.DAdaptAdaGrad"),
@@ -58,6 +54,7 @@ _NAMES = {
     "dadaptlion": OptimizerClass(path="dadaptation.DAdaptLion"),
     "dadaptsgd": OptimizerClass(path="dadaptation.DAdaptSGD"),
 }
+_IN_EXTRA = ("prodigyopt", "schedulefree")  # pip install sd3pipe[optimizers]
 _ESTIMATE_THEIR_RATE = ("prodigy", "dadapt")  # their learning_rate multiplies an estimate, and belongs near 1
 
 
@@ -66,7 +63,7 @@ def make_optimizer(name: str, groups: ParameterGroups, args: Mapping[str, Any]) 
     optimizer_class, defaults = _find(name)
     options = {**_fast_kernels(optimizer_class, groups), **defaults, **args}
     _check_args(name, optimizer_class, args)
-    _advise(name, groups, options)
+    _advise(name, groups)
     try:
         optimizer = optimizer_class([dict(group) for group in groups], **options)
     except (TypeError, ValueError) as error:
@@ -104,9 +101,10 @@ def _find(name: str) -> tuple[type[Optimizer], Mapping[str, Any]]:
         optimizer_class = getattr(importlib.import_module(module_name), class_name)
     except ImportError as error:
         package = module_name.partition(".")[0]
+        wanted = "'sd3pipe[optimizers]'" if package in _IN_EXTRA else package
         raise ParameterError(
             f"optimizer_type = {name}: the package {package} cannot be imported ({error}): "
-            f"pip install {package}, or choose AdamW"
+            f"pip install {wanted}, or choose AdamW"
         ) from error
     except AttributeError as error:
         raise ParameterError(
@@ -137,11 +135,9 @@ def _fast_kernels(optimizer_class: type[Optimizer], groups: ParameterGroups) -> 
     return {"fused": True} if fused else {}
 
 
-def _advise(name: str, groups: ParameterGroups, options: Mapping[str, Any]) -> None:
+def _advise(name: str, groups: ParameterGroups) -> None:
     if name.lower().startswith(_ESTIMATE_THEIR_RATE) and max(group["lr"] for group in groups) < 0.1:
         log.warning("learning_rate = %g: %s estimates the step itself, so set it near 1", groups[0]["lr"], name)
-    if name.lower() == "adafactor" and options.get("relative_step"):
-        log.warning("learning_rate and lr_scheduler do not act: relative_step=True makes Adafactor choose its own rate")
 
 
 def export_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

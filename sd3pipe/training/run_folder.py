@@ -82,23 +82,6 @@ def set_aside(run: Path, reason: str) -> None:
     log.warning("%s is set aside as %s and a new run starts: %s", run, target.name, reason)
 
 
-def find_adapter(place: Path) -> Path:
-    """Returns the adapter file that a run folder, a checkpoint folder or a file path means. Raises InputError.
-
-    A run means its final adapter; where there is none yet, its newest checkpoint's, with a warning.
-    """
-    if place.is_file():
-        return place
-    for candidate in (place / "adapter.safetensors", place / _FINAL / "adapter.safetensors"):
-        if candidate.is_file():
-            return candidate
-    for path in reversed(checkpoint_paths(place)):
-        if (path / "adapter.safetensors").is_file():
-            log.warning("%s is not finished: taking %s", place, path.name)
-            return path / "adapter.safetensors"
-    raise InputError(f"{place}: there is no adapter: give a .safetensors file, a checkpoint folder or a run folder")
-
-
 def _start_from(place: Path, run: Path, identity: Identity, allow_changes: Sequence[str], total_steps: int) -> Start:
     checkpoint = read_checkpoint(place) if (place / STATE_FILE).is_file() else newest_checkpoint(place)
     if checkpoint is None:

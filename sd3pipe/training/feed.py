@@ -1,0 +1,195 @@
+"""Turns planned micro-batches into tensors: rows from the caches, and every random number of every sample.
+
+It runs in worker processes or in the main one; a batch is a pure function of its plan, so their number changes nothing.
+"""
+
+# B batch, L tokens, D context width, P pooled width, C latent channels, h w latent pixels
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from sd3pipe.cache.reader import CacheReader
+from sd3pipe.cache.rows import Row
+from sd3pipe.cache.tensors import to_torch
+from sd3pipe.models.conditioning import assemble_conditioning
+from sd3pipe.models.vae import to_model_space
+from sd3pipe.training.batches import MicroBatch, StepPlan
+from sd3pipe.training.draws import hashes, normals, uniforms
+from sd3pipe.training.flow import SigmaSampling, sample_sigmas
+from sd3pipe.training.items import Items
+
+PIXELS_PER_LATENT = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One micro-batch as the training step wants it; latents are in the model's space."""
+
+    plan: MicroBatch
+    latents: Tensor  # [B, C, h, w]
+    noise: Tensor  # [B, C, h, w]
+    sigmas: Tensor  # [B]
+    context: Tensor  # [B, L, D]
+    pooled: Tensor  # [B, P]
+    weights: Tensor  # [B]
+    dropout_keys: Tensor  # [B] int64
+    crop_draws: tuple[float, ...]  # three uniform numbers: whether to move the position window, and where to
+    mask: Tensor | None = None  # [B, h, w]
+    preserve: Tensor | None = None  # [B] bool: samples whose target is the base model's own output
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def to(self, device: torch.device) -> "Batch":
+        """Returns the batch on a device; the copy does not wait."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Returns the batch in pinned memory; torch's DataLoader calls this."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """The micro-batches of one step on one process."""
+
+    plan: StepPlan
+    batches: list[Batch]
+
+    def pin_memory(self) -> "Step":
+        return Step(plan=self.plan, batches=[batch.pin_memory() for batch in self.batches])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeedRules:
+    """What changes a batch's numbers, beside the rows."""
+
+    seed: int
+    sampling: SigmaSampling
+    use_masks: bool = True
+    encoder_dropout: tuple[float, float, float] = (0.0, 0.0, 0.0)  # CLIP-L, CLIP-G, T5
+    context_dtype: torch.dtype = torch.float32
+
+
+class Feed(Dataset[Any]):
+    """Makes tensors from plans."""
+
+    def __init__(self, items: Items, latents: CacheReader, text: CacheReader, rules: FeedRules) -> None:
+        self.items, self.latents, self.text, self.rules = items, latents, text, rules
+
+    def __getitem__(self, plan: StepPlan) -> "Step":
+        return Step(plan=plan, batches=[self.batch(micro_batch) for micro_batch in plan.micro_batches])
+
+    def batch(self, plan: MicroBatch) -> Batch:
+        """Returns the training batch of a plan."""
+        seed, epoch = self.rules.seed, plan.epoch
+        latents, mask = self._latents(plan)
+        context, pooled = self._conditioning(plan)
+        return Batch(
+            plan=plan,
+            latents=latents,
+            noise=self.noise(plan, seed, latents.shape[1:]),
+            sigmas=self._sigmas(plan),
+            context=context,
+            pooled=pooled,
+            weights=_floats(self.items.rule("loss_weight")[plan.pictures]),
+            dropout_keys=torch.from_numpy(hashes(plan.ids, seed, "adapter dropout", epoch).view(np.int64)),
+            crop_draws=tuple(uniforms(plan.ids[:1] + np.arange(3, dtype=np.uint64), seed, "position crop", epoch)),
+            mask=mask,
+            preserve=self._preserve(plan),
+        )
+
+    def noise(self, plan: MicroBatch, seed: int, shape: Sequence[int]) -> Tensor:
+        """Returns the noise of each sample."""
+        parts = [normals(tuple(shape), seed, "noise", plan.epoch, int(number)) for number in plan.ids]
+        return torch.from_numpy(np.stack(parts))
+
+    def _sigmas(self, plan: MicroBatch) -> Tensor:
+        draws = uniforms(plan.ids, self.rules.seed, "sigma", plan.epoch)
+        sides = self.items.latent_shapes[plan.latent_rows] * PIXELS_PER_LATENT
+        return sample_sigmas(torch.from_numpy(draws), _floats(sides.prod(axis=1)), self.rules.sampling)
+
+    def _latents(self, plan: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        """Returns a sample of each row's distribution, or its mean where only that was encoded; and the loss masks."""
+        latents, masks = [], []
+        for number, row_number in zip(plan.ids, plan.latent_rows, strict=True):
+            row = self.latents.row(int(row_number))
+            latents.append(self._draw(row, plan.epoch, int(number)))
+            masks.append(to_torch(row["mask"]).float() if "mask" in row else None)
+        latents_BChw = to_model_space(torch.stack(latents))
+        if not self.rules.use_masks or all(mask is None for mask in masks):
+            return latents_BChw, None
+        ones = torch.ones(latents_BChw.shape[-2:])
+        return latents_BChw, torch.stack([ones if mask is None else mask for mask in masks])
+
+    def _draw(self, row: Row, epoch: int, number: int) -> Tensor:
+        if "moments" not in row:
+            return to_torch(row["mean"]).float()
+        mean, logvar = to_torch(row["moments"]).float().chunk(2)
+        return mean + (0.5 * logvar).exp() * torch.from_numpy(
+            normals(tuple(mean.shape), self.rules.seed, "latent", epoch, number)
+        )
+
+    def _conditioning(self, plan: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Returns context and pooled text, with whole encoders replaced by zeros where they are dropped."""
+        rows = {int(number): self.text.row(int(number)) for number in set(plan.text_rows.tolist())}
+        tensors = {number: {name: to_torch(part) for name, part in row.items()} for number, row in rows.items()}
+        seed, epoch = self.rules.seed, plan.epoch
+        keep = np.column_stack(
+            [
+                uniforms(plan.ids, seed, f"{name} dropout", epoch) >= rate
+                for name, rate in zip(("clip_l", "clip_g", "t5xxl"), self.rules.encoder_dropout, strict=True)
+            ]
+        )
+        return assemble_conditioning(
+            [tensors[number] for number in plan.text_rows.tolist()],
+            keep_BE=torch.from_numpy(keep),
+            dtype=self.rules.context_dtype,
+        )
+
+    def _preserve(self, plan: MicroBatch) -> Tensor | None:
+        flags = self.items.rule("diff_output_preservation")[plan.pictures] > 0
+        return torch.from_numpy(flags) if flags.any() else None
+
+
+def load_steps(feed: Feed, plans: Iterator[StepPlan], *, workers: int, pin_memory: bool) -> Iterator[Step]:
+    """Yields the tensors of each step, in order, read ahead by worker processes if there are any."""
+    loader = DataLoader(
+        feed,
+        sampler=_Plans(plans),
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else the loader draws its base seed from the global generator
+    )
+    return iter(loader)
+
+
+class _Plans(Sampler[StepPlan]):
+    """Plans in the place where torch's loader expects indices."""
+
+    def __init__(self, plans: Iterator[StepPlan]) -> None:
+        self._plans = plans
+
+    def __iter__(self) -> Iterator[StepPlan]:
+        return self._plans
+
+
+def _as_it_is(step: Any) -> Any:
+    return step
+
+
+def _floats(values: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
