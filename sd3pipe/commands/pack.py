@@ -26,10 +26,9 @@ def main(params: PackParams) -> None:
     for name, size in zip(names, sizes, strict=True):
         print(f"{readable_bytes(size):>9}  {name}")
     seconds = sum(sizes) * 8 / (params.uplink * 1e6)
-    print(
-        f"{count(len(files), 'file')}, {readable_bytes(sum(sizes))}: {readable_seconds(seconds)} at "
-        f"{params.uplink:g} Mbit/s. Send them from the project's folder: sd3pipe pack --list-only | rsync -a --files-from=- . HOST:FOLDER"
-    )
+    minutes = readable_seconds(seconds)
+    print(f"{count(len(files), 'file')}, {readable_bytes(sum(sizes))}: {minutes} at {params.uplink:g} Mbit/s")
+    print("send them from the project's folder: sd3pipe pack --list-only | rsync -a --files-from=- . HOST:FOLDER")
 
 
 def _files(project: Project, *, with_model: bool) -> Iterator[Path]:
