@@ -1,7 +1,7 @@
 """A zarr v3 group of uncompressed arrays, one chunk each, as files whose bytes depend on the arrays alone.
 
 Written here rather than by the zarr library: its metadata differs between releases, which would give equal caches
-unequal files, and importing it takes longer than checking 10,000 pictures. The tests read these groups with the library.
+unequal files, and importing it takes longer than checking 10,000 pictures. The tests read them with the library.
 """
 
 import json

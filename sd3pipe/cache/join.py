@@ -1,0 +1,162 @@
+"""Pairs each picture's latents with its texts, and refuses caches that do not belong together."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sd3pipe.cache.reader import CacheReader
+from sd3pipe.cache.samples import hex_list
+from sd3pipe.errors import InputError, StaleError
+
+_MOST_NAMED = 5
+
+Picture = tuple[str, str, int]  # image hash, subset, and which one it is among equal pictures of the subset
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinedSample:
+    """One crop of one picture: its rows in both caches."""
+
+    name: str
+    subset: str
+    image_hash: str
+    occurrence: int
+    split: str
+    bucket_h: int
+    bucket_w: int
+    crop: int
+    row: int  # of the latents
+    flipped_row: int | None
+    text_rows: tuple[int, ...]  # by caption variant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinedSamples:
+    """What train trains on, in an order that depends on the caches' content alone."""
+
+    samples: tuple[JoinedSample, ...]
+    left_out: tuple[str, ...]  # one message for each quarantined picture
+
+
+def join_samples(latents: CacheReader, text: CacheReader) -> JoinedSamples:
+    """Returns the samples of two caches joined on (image hash, subset, n-th occurrence).
+
+    Raises InputError for caches of the wrong kinds, StaleError for a picture that only one of them has, unless the
+    other lists it as quarantined.
+    """
+    _check_kinds(latents, text)
+    crops, texts = _crops(latents), _texts(text)
+    left_out = _explained(set(crops) ^ set(texts), crops, texts, latents, text)
+    samples = tuple(
+        replace(crop, text_rows=texts[picture][1])
+        for picture, picture_crops in crops.items()
+        if picture in texts
+        for crop in picture_crops
+    )
+    return JoinedSamples(samples=samples, left_out=left_out)
+
+
+def _check_kinds(latents: CacheReader, text: CacheReader) -> None:
+    for reader, kind in ((latents, "latents"), (text, "text")):
+        if reader.manifest.kind != kind:
+            raise InputError(f"{reader.where} is a cache of {reader.manifest.kind}, not of {kind}")
+
+
+def _pictures(names: list[str], subsets: list[str], hashes: list[str]) -> list[Picture]:
+    """Returns each sample's picture; equal pictures of a subset are counted in the order of their names."""
+    numbers: dict[tuple[str, str, str], int] = {}
+    counts: dict[tuple[str, str], int] = {}
+    pictures = []
+    for name, subset, image_hash in zip(names, subsets, hashes, strict=True):
+        number = numbers.get((name, subset, image_hash))
+        if number is None:
+            number = counts.get((image_hash, subset), 0)
+            counts[image_hash, subset] = number + 1
+            numbers[name, subset, image_hash] = number
+        pictures.append((image_hash, subset, number))
+    return pictures
+
+
+def _crops(latents: CacheReader) -> dict[Picture, list[JoinedSample]]:
+    """Returns the crops of each picture, without their texts."""
+    table = latents.samples
+    names, subsets = table.strings("name").to_list(), table.strings("subset").to_list()
+    pictures = _pictures(names, subsets, hex_list(table.hashes("image_hash")))
+    numbers = {name: table.numbers(name).tolist() for name in ("bucket_h", "bucket_w", "crop", "flip", "row")}
+    splits = table.strings("split").to_list()
+    found: dict[Picture, dict[tuple[int, int, int], JoinedSample]] = {}
+    for place, picture in enumerate(pictures):
+        geometry = (numbers["bucket_h"][place], numbers["bucket_w"][place], numbers["crop"][place])
+        row, crops = numbers["row"][place], found.setdefault(picture, {})
+        if numbers["flip"][place] and geometry in crops:
+            crops[geometry] = replace(crops[geometry], flipped_row=row)
+        else:
+            crops[geometry] = JoinedSample(
+                name=names[place],
+                subset=picture[1],
+                image_hash=picture[0],
+                occurrence=picture[2],
+                split=splits[place],
+                bucket_h=geometry[0],
+                bucket_w=geometry[1],
+                crop=geometry[2],
+                row=row,
+                flipped_row=None,
+                text_rows=(),
+            )
+    return {picture: list(crops.values()) for picture, crops in found.items()}
+
+
+def _texts(text: CacheReader) -> dict[Picture, tuple[str, tuple[int, ...]]]:
+    """Returns the name and the text rows, by variant, of each picture."""
+    table = text.samples
+    names = table.strings("name").to_list()
+    pictures = _pictures(names, table.strings("subset").to_list(), hex_list(table.hashes("image_hash")))
+    found: dict[Picture, tuple[str, dict[int, int]]] = {}
+    for name, picture, variant, row in zip(
+        names, pictures, table.numbers("variant").tolist(), table.numbers("row").tolist(), strict=True
+    ):
+        found.setdefault(picture, (name, {}))[1][variant] = row
+    return {
+        picture: (name, tuple(rows[variant] for variant in sorted(rows))) for picture, (name, rows) in found.items()
+    }
+
+
+def _explained(
+    one_sided: set[Picture],
+    crops: Mapping[Picture, list[JoinedSample]],
+    texts: Mapping[Picture, Any],
+    latents: CacheReader,
+    text: CacheReader,
+) -> tuple[str, ...]:
+    """Returns a message for each one-sided picture that the other side quarantined. Raises StaleError for any other."""
+    messages, unexplained = [], {latents.where: [], text.where: []}
+    quarantine = {reader.where: _quarantine(reader) for reader in (latents, text)}
+    for picture in sorted(one_sided):
+        has_latents = picture in crops
+        name = crops[picture][0].name if has_latents else texts[picture][0]
+        other = text.where if has_latents else latents.where
+        reason = quarantine[other].get(picture[:2])
+        if reason is None:
+            unexplained[other].append(name)
+        else:
+            messages.append(f"{picture[1]}/{name} is left out: {reason}")
+    for where, names in unexplained.items():
+        if names:
+            raise StaleError(
+                f"{where} lacks {_listed(names)}, which the other cache has: "
+                "the two were encoded from different datasets; run both encode stages"
+            )
+    return tuple(messages)
+
+
+def _quarantine(reader: CacheReader) -> dict[tuple[str, str], str]:
+    """Returns the reasons of quarantined pictures by image hash and subset."""
+    entries = reader.manifest.quarantined
+    return {(entry.get("image_hash", ""), entry.get("subset", "")): entry["reason"] for entry in entries}
+
+
+def _listed(names: Iterable[str]) -> str:
+    shown = sorted(names)
+    more = f" and {len(shown) - _MOST_NAMED} more" if len(shown) > _MOST_NAMED else ""
+    return f"{len(shown)} picture{'s' if len(shown) > 1 else ''} ({', '.join(shown[:_MOST_NAMED])}{more})"

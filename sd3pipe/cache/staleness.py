@@ -1,0 +1,108 @@
+"""Did captions or pictures change since they were encoded? For people without DVC: a stat check, machine-local."""
+
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sd3pipe.cache.folder import CacheFolder
+from sd3pipe.cache.manifest import read_manifest
+from sd3pipe.files import write_bytes
+from sd3pipe.fingerprint import hash_bytes, hash_file, hash_json
+from sd3pipe.stat_memory import stamp_of
+
+_FORMAT = 1
+_FILE = "sources.json"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceCheck:
+    """`fresh`: nothing changed. `changed`: `changes` says what. `unknown`: `reason` says why it cannot be checked."""
+
+    state: Literal["fresh", "changed", "unknown"]
+    changes: tuple[str, ...] = ()
+    reason: str = ""
+
+
+def remember_sources(
+    cache: Path,
+    *,
+    dataset_file: Path,
+    files: Mapping[Path, str],
+    folders: Mapping[Path, Collection[str]],
+) -> None:
+    """Notes beside a cache what it was encoded from, unless that is noted already. Raises StorageError.
+
+    `files` maps every picture, mask and caption file that was read to `hash_file` of its bytes. `folders` maps each
+    folder that was listed to the suffixes (".png", ".txt") of the files that mattered in it.
+    """
+    everything = {dataset_file: hash_file(dataset_file), **files}
+    note = {
+        "format": _FORMAT,
+        "cache": _published(cache),
+        "dataset": str(dataset_file.resolve()),
+        "files": {str(path.resolve()): [_stamp(path), digest] for path, digest in everything.items()},
+        "folders": {
+            str(folder.resolve()): [sorted(suffixes), _listing(folder, suffixes)]
+            for folder, suffixes in folders.items()
+        },
+    }
+    data = json.dumps(note, sort_keys=True).encode("utf-8", "surrogatepass")
+    file = CacheFolder(cache).machine / _FILE
+    if not file.exists() or file.read_bytes() != data:
+        write_bytes(file, data)
+
+
+def check_sources(cache: Path) -> SourceCheck:
+    """Compares the files that a cache was encoded from with what they are now. A touched file of equal bytes is fresh."""
+    note = _read_note(CacheFolder(cache).machine / _FILE)
+    if note is None:
+        return SourceCheck("unknown", reason=f"{cache} was not encoded on this machine")
+    if note["cache"] != _published(cache):
+        return SourceCheck("unknown", reason=f"{cache} was replaced since it was encoded on this machine")
+    gone = [path for path in (note["dataset"], *note["folders"]) if not Path(path).exists()]
+    if gone:
+        return SourceCheck("unknown", reason=f"{gone[0]}, which {cache} was encoded from, is not here")
+    changes = tuple(_changes(note))
+    return SourceCheck("changed", changes) if changes else SourceCheck("fresh")
+
+
+def _changes(note: Mapping[str, Any]) -> Iterator[str]:
+    for name, (stamp, digest) in note["files"].items():
+        path = Path(name)
+        try:
+            if _stamp(path) != stamp and hash_file(path) != digest:
+                yield f"{name} was changed"
+        except OSError:
+            yield f"{name} is gone"
+    for name, (suffixes, listing) in note["folders"].items():
+        if _listing(Path(name), suffixes) != listing:
+            yield f"{name} has other files than before"
+
+
+def _published(cache: Path) -> str | None:
+    """Returns the index that the cache has now: a cache that was pulled or restored has another one."""
+    manifest = read_manifest(CacheFolder(cache).manifest)
+    return None if manifest is None else hash_bytes(manifest.to_bytes())
+
+
+def _stamp(path: Path) -> list[int]:
+    return list(stamp_of(path.stat()))
+
+
+def _listing(folder: Path, suffixes: Collection[str]) -> str:
+    """Returns a hash of the names that matter in a folder, not in its sub-folders."""
+    wanted = {suffix.lower() for suffix in suffixes}
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if Path(entry.name).suffix.lower() in wanted)
+    return hash_json(names)
+
+
+def _read_note(file: Path) -> dict[str, Any] | None:
+    try:
+        note = json.loads(file.read_bytes().decode("utf-8", "surrogatepass"))
+    except (OSError, ValueError):
+        return None
+    return note if isinstance(note, dict) and note.get("format") == _FORMAT else None
