@@ -1,0 +1,100 @@
+"""Sample prompt files in sd-scripts' three forms."""
+
+import logging
+
+import pytest
+
+from sd3pipe.data.prompts import SamplePrompt, load_prompts
+from sd3pipe.errors import InputError, ParameterError
+
+
+def written(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+    return path
+
+
+def test_text_lines_carry_options_and_comments(tmp_path):
+    text = (
+        "# samples\n\na cat, sitting --n blurry, low quality --w 768 --h 1024 --d 7 --l 4.5 --s 28\r\n"
+        "a dog -- with dashes\n"
+    )
+    first, second = load_prompts(written(tmp_path, "prompts.txt", text))
+    assert first == SamplePrompt(
+        prompt="a cat, sitting",
+        negative_prompt="blurry, low quality",
+        width=768,
+        height=1024,
+        seed=7,
+        scale=4.5,
+        sample_steps=28,
+    )
+    assert first.settings() == {"width": 768, "height": 1024, "seed": 7, "scale": 4.5, "steps": 28}
+    assert second == SamplePrompt(prompt="a dog -- with dashes")
+    assert second.settings() == {}
+
+
+def test_toml_subsets_inherit_from_prompt(tmp_path):
+    text = (
+        '[prompt]\nwidth = 512\nseed = 1\n[[prompt.subset]]\nprompt = "a"\n[[prompt.subset]]\nprompt = "b"\nseed = 2\n'
+    )
+    assert load_prompts(written(tmp_path, "p.toml", text)) == [
+        SamplePrompt(prompt="a", width=512, seed=1),
+        SamplePrompt(prompt="b", width=512, seed=2),
+    ]
+
+
+def test_json_is_a_list_of_tables(tmp_path):
+    text = '[{"prompt": "a", "negative_prompt": "b", "sample_steps": 4, "scale": 1}]'
+    (prompt,) = load_prompts(written(tmp_path, "p.json", text))
+    assert prompt == SamplePrompt(prompt="a", negative_prompt="b", sample_steps=4, scale=1)
+
+
+def test_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):
+    plain = load_prompts(written(tmp_path, "a.txt", "a cat --w 512\na dog\n"))
+    marked = load_prompts(written(tmp_path, "b.txt", b"\xef\xbb\xbfa cat --w 512\r\na dog\r\n"))
+    assert plain == marked
+
+
+def test_all_problems_are_told_at_once_with_their_place(tmp_path):
+    path = written(tmp_path, "p.txt", "a --w big\nb --q 3\nc --s 0\nd --l -1\ne --d x\n")
+    with pytest.raises(ParameterError) as caught:
+        load_prompts(path)
+    lines = str(caught.value).split("\n")
+    assert len(lines) == 5
+    assert all(line.startswith(f"{path}: line {number}: ") for number, line in enumerate(lines, start=1))
+    assert "unknown key" in lines[1]
+
+
+def test_options_without_effect_are_named(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        load_prompts(written(tmp_path, "p.txt", "a cat --w 500 --ss euler\n"))
+    messages = " ".join(record.getMessage() for record in caplog.records)
+    assert "500 becomes 496" in messages
+    assert "'euler' has no effect" in messages
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("p.txt", b"caf\xe9\n", InputError),
+        ("p.txt", "# nothing\n", InputError),
+        ("p.toml", "[prompt\n", ParameterError),
+        ("p.toml", "[prompts]\n", ParameterError),
+        ("p.toml", "[prompt]\nsubset = 3\n", ParameterError),
+        ("p.toml", "[prompt]\nwidth = 512\n", ParameterError),
+        ("p.json", '{"prompt": "a"}', ParameterError),
+        ("p.json", "[", ParameterError),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, kind):
+    path = written(tmp_path, name, content)
+    with pytest.raises(kind) as caught:
+        load_prompts(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        load_prompts(tmp_path / "none.txt")
