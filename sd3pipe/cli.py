@@ -86,8 +86,8 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Runs one command line and returns its exit code."""
     setup_logging()
-    app = typer.main.get_command(build_app(arguments))
     try:
+        app = typer.main.get_command(build_app(arguments))
         result = app.main(arguments, prog_name="sd3pipe", standalone_mode=False)
     except Sd3pipeError as error:
         return _fail(str(error), error.exit_code)
