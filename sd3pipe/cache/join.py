@@ -12,6 +12,8 @@ _MOST_NAMED = 5
 
 Picture = tuple[str, str, int]  # image hash, subset, and which one it is among equal pictures of the subset
 
+Readers = tuple[CacheReader, CacheReader]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinedSample:
@@ -46,14 +48,14 @@ def join_samples(latents: CacheReader, text: CacheReader) -> JoinedSamples:
     """
     _check_kinds(latents, text)
     crops, texts = _crops(latents), _texts(text)
-    left_out = _explained(set(crops) ^ set(texts), crops, texts, latents, text)
+    _refuse_unexplained(set(crops) ^ set(texts), crops, texts, (latents, text))
     samples = tuple(
         replace(crop, text_rows=texts[picture][1])
         for picture, picture_crops in crops.items()
         if picture in texts
         for crop in picture_crops
     )
-    return JoinedSamples(samples=samples, left_out=left_out)
+    return JoinedSamples(samples=samples, left_out=_quarantine_messages((latents, text)))
 
 
 def _check_kinds(latents: CacheReader, text: CacheReader) -> None:
@@ -122,38 +124,36 @@ def _texts(text: CacheReader) -> dict[Picture, tuple[str, tuple[int, ...]]]:
     }
 
 
-def _explained(
-    one_sided: set[Picture],
-    crops: Mapping[Picture, list[JoinedSample]],
-    texts: Mapping[Picture, Any],
-    latents: CacheReader,
-    text: CacheReader,
-) -> tuple[str, ...]:
-    """Returns a message for each one-sided picture that the other side quarantined. Raises StaleError for any other."""
-    messages, unexplained = [], {latents.where: [], text.where: []}
-    quarantine = {reader.where: _quarantine(reader) for reader in (latents, text)}
-    for picture in sorted(one_sided):
-        has_latents = picture in crops
-        name = crops[picture][0].name if has_latents else texts[picture][0]
-        other = text.where if has_latents else latents.where
-        reason = quarantine[other].get(picture[:2])
-        if reason is None:
-            unexplained[other].append(name)
-        else:
-            messages.append(f"{picture[1]}/{name} is left out: {reason}")
-    for where, names in unexplained.items():
+def _refuse_unexplained(
+    one_sided: set[Picture], crops: Mapping[Picture, list[JoinedSample]], texts: Mapping[Picture, Any], readers: Readers
+) -> None:
+    """Raises StaleError for pictures that one cache has and the other neither has nor quarantined."""
+    latents, text = readers
+    lacking: dict[str, list[str]] = {latents.where: [], text.where: []}
+    for picture in one_sided:
+        other = text if picture in crops else latents
+        if not any(_is_picture(entry, picture) for entry in other.manifest.quarantined):
+            lacking[other.where].append(crops[picture][0].name if picture in crops else texts[picture][0])
+    for where, names in lacking.items():
         if names:
             raise StaleError(
                 f"{where} lacks {_listed(names)}, which the other cache has: "
                 "the two were encoded from different datasets; run both encode stages"
             )
-    return tuple(messages)
 
 
-def _quarantine(reader: CacheReader) -> dict[tuple[str, str], str]:
-    """Returns the reasons of quarantined pictures by image hash and subset."""
-    entries = reader.manifest.quarantined
-    return {(entry.get("image_hash", ""), entry.get("subset", "")): entry["reason"] for entry in entries}
+def _is_picture(entry: Mapping[str, Any], picture: Picture) -> bool:
+    return (entry.get("image_hash"), entry.get("subset")) == picture[:2]
+
+
+def _quarantine_messages(readers: Readers) -> tuple[str, ...]:
+    """Returns one message for each picture that either cache quarantined."""
+    reasons = {
+        f"{entry.get('subset', '')}/{entry.get('name', '')}": entry["reason"]
+        for reader in readers
+        for entry in reader.manifest.quarantined
+    }
+    return tuple(f"{name} is left out: {reason}" for name, reason in sorted(reasons.items()))
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from sd3pipe.stat_memory import stamp_of
 
 _FORMAT = 1
 _FILE = "sources.json"
+_CLOCK_SECONDS = 0.02  # two ticks of a kernel's 100 Hz clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +33,22 @@ def remember_sources(
     dataset_file: Path,
     files: Mapping[Path, str],
     folders: Mapping[Path, Collection[str]],
+    scan_started: float,
 ) -> None:
     """Notes beside a cache what it was encoded from, unless that is noted already. Raises StorageError.
 
     `files` maps every picture, mask and caption file that was read to `hash_file` of its bytes. `folders` maps each
-    folder that was listed to the suffixes (".png", ".txt") of the files that mattered in it.
+    folder that was listed to the suffixes (".png", ".txt") of the files that mattered in it. `scan_started` is
+    time.time() before the first file was read: the stat of a file that changed since then says nothing.
     """
     everything = {dataset_file: hash_file(dataset_file), **files}
+    resolve = _Resolver()
+    oldest_doubt = int((scan_started - _CLOCK_SECONDS) * 1e9)
     note = {
         "format": _FORMAT,
         "cache": _published(cache),
         "dataset": str(dataset_file.resolve()),
-        "files": {str(path.resolve()): [_stamp(path), digest] for path, digest in everything.items()},
+        "files": {resolve(path): [_stamp(path, oldest_doubt), digest] for path, digest in everything.items()},
         "folders": {
             str(folder.resolve()): [sorted(suffixes), _listing(folder, suffixes)]
             for folder, suffixes in folders.items()
@@ -56,7 +61,7 @@ def remember_sources(
 
 
 def check_sources(cache: Path) -> SourceCheck:
-    """Compares the files that a cache was encoded from with what they are now. A touched file of equal bytes is fresh."""
+    """Compares the files that a cache was encoded from with what they are now; a touched file of equal bytes is fresh."""
     note = _read_note(CacheFolder(cache).machine / _FILE)
     if note is None:
         return SourceCheck("unknown", reason=f"{cache} was not encoded on this machine")
@@ -88,8 +93,22 @@ def _published(cache: Path) -> str | None:
     return None if manifest is None else hash_bytes(manifest.to_bytes())
 
 
-def _stamp(path: Path) -> list[int]:
-    return list(stamp_of(path.stat()))
+def _stamp(path: Path, oldest_doubt: int | None = None) -> list[int] | None:
+    """Returns a file's stamp; None if it changed so late that its hash may be that of an earlier content."""
+    stamp = stamp_of(path.stat())
+    return None if oldest_doubt is not None and stamp[2] >= oldest_doubt else list(stamp)
+
+
+class _Resolver:
+    """Returns absolute paths; each folder is resolved once, which is what makes 20,000 files cheap."""
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, Path] = {}
+
+    def __call__(self, path: Path) -> str:
+        if path.parent not in self._folders:
+            self._folders[path.parent] = path.parent.resolve()
+        return str(self._folders[path.parent] / path.name)
 
 
 def _listing(folder: Path, suffixes: Collection[str]) -> str:
