@@ -109,7 +109,7 @@ def build_app(arguments: list[str]) -> typer.Typer:
         add_completion=False,
         context_settings=_CONTEXT,
     )
-    app.callback()(_show_version)
+    app.callback()(_root)
     groups: dict[str, typer.Typer] = {}
     for command in COMMANDS:
         *group, word = command.name.split()
@@ -135,12 +135,17 @@ def _do_nothing() -> None:
     """Stands for a command that the command line does not name."""
 
 
-def _show_version(
-    show: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
-) -> None:
-    if show:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         print(version())
         raise typer.Exit
+
+
+_Version = Annotated[bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)]
+
+
+def _root(show: _Version = False) -> None:
+    """Takes what stands before a command."""
 
 
 def _command_body(command: Command, arguments: list[str]) -> Callable[..., None]:
@@ -149,8 +154,8 @@ def _command_body(command: Command, arguments: list[str]) -> Callable[..., None]
 
     model = command_line.load_model(command.params)
     show_all = "--help-all" in arguments
-    spread = command_line.spread_lists(model, arguments)
-    arguments[:] = ["--help" if word == "--help-all" else word for word in spread]
+    normal = command_line.normalise(model, arguments)
+    arguments[:] = ["--help" if word == "--help-all" else word for word in normal]
 
     def body(**given: Any) -> None:
         _run_program(command, command_line.options_given(command.name, model, given))

@@ -20,7 +20,7 @@ from sd3pipe.console import readable_bytes, version
 from sd3pipe.device import has_nvidia_card, usable_cores
 from sd3pipe.errors import InputError
 from sd3pipe.files import free_bytes
-from sd3pipe.models.tokenizers import find_tokenizers, places_beside
+from sd3pipe.models.tokenizer_folders import find_tokenizers, places_beside
 from sd3pipe.params.doctor import DoctorParams
 
 Verdict = Literal["ok", "note", "problem"]

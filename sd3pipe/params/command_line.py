@@ -16,6 +16,8 @@ from sd3pipe.params.fields import Params, option_extra
 from sd3pipe.params.resolve import option_name, resolve
 
 CONFIG_OPTION = "config"
+MACHINE_PANEL = "Machine"
+_MAX_SHOWN_CHOICES = 4
 STAGE_MODELS = {
     "encode_text": "encode_text:EncodeTextParams",
     "encode_latents": "encode_latents:EncodeLatentsParams",
@@ -38,10 +40,15 @@ def load_stage_models() -> dict[str, type[Params]]:
 def signature(model: type[Params], *, show_all: bool) -> inspect.Signature:
     """Returns the Typer signature of an option set; advanced options are hidden unless `show_all`."""
     fields = model.model_fields.items()
-    ordered = sorted(fields, key=lambda item: not option_extra(item[1])["positional"])
+    ordered = sorted(fields, key=lambda item: _place(option_extra(item[1])))
     parameters = [_parameter(name, field, show_all=show_all) for name, field in ordered]
     hidden = sum(option_extra(field)["advanced"] for field in model.model_fields.values())
     return inspect.Signature([*parameters, _config_parameter(), *([_help_all_parameter(hidden)] if hidden else [])])
+
+
+def _place(extra: Mapping[str, Any]) -> int:
+    """Returns the order in the help: positional arguments first, what concerns the machine last."""
+    return 0 if extra["positional"] else 2 if extra["panel"] == MACHINE_PANEL else 1
 
 
 def options_given(command_name: str, model: type[Params], given: Mapping[str, Any]) -> Params:
@@ -58,17 +65,24 @@ def options_given(command_name: str, model: type[Params], given: Mapping[str, An
     )
 
 
-def spread_lists(model: type[Params], arguments: list[str]) -> list[str]:
-    """Returns the arguments with '--network-args a b' written as '--network-args a --network-args b'."""
+def normalise(model: type[Params], arguments: list[str]) -> list[str]:
+    """Returns the arguments in the one spelling that Typer knows.
+
+    '--output_dir X' becomes '--out X' where that is an alias, and '--network-args a b' becomes
+    '--network-args a --network-args b'.
+    """
+    aliases = _aliases(model)
     several = {option_name(name) for name, field in model.model_fields.items() if _takes_several(field)}
     spread: list[str] = []
     current: str | None = None
     for word in arguments:
         if word.startswith("--"):
-            name = word.replace("_", "-")
-            current = name if name in several else None
+            name, equals, value = word.partition("=")
+            name = name.replace("_", "-")
+            name = aliases.get(name, name)
+            current = name if name in several and not equals else None
             if current is None:
-                spread.append(word)
+                spread.append(name + equals + value)
         elif current is not None:
             spread += [current, word]
         else:
@@ -76,18 +90,26 @@ def spread_lists(model: type[Params], arguments: list[str]) -> list[str]:
     return spread
 
 
+def _aliases(model: type[Params]) -> dict[str, str]:
+    return {
+        option_name(alias): option_name(name)
+        for name, field in model.model_fields.items()
+        for alias in option_extra(field)["aliases"]
+    }
+
+
 def _parameter(name: str, field: FieldInfo, *, show_all: bool) -> inspect.Parameter:
     extra = option_extra(field)
     kind: Any = list[str] if _takes_several(field) else bool if field.annotation is bool else str
     info: Any
     if extra["positional"]:
-        info = typer.Argument(help=_help(field), metavar=name.upper(), show_default=_shown_default(field))
+        info = typer.Argument(help=_help(field), metavar=name.upper(), show_default=False)
     else:
         info = typer.Option(
-            *_spellings(name, field),
+            f"{option_name(name)}/--no-{option_name(name)[2:]}" if kind is bool else option_name(name),
             help=_help(field),
             metavar=None if kind is bool else _metavar(field),
-            show_default=_shown_default(field),
+            show_default=False,
             rich_help_panel=extra["panel"],
             hidden=extra["advanced"] and not show_all,
         )
@@ -110,29 +132,30 @@ def _help_all_parameter(hidden: int) -> inspect.Parameter:
     )
 
 
-def _spellings(name: str, field: FieldInfo) -> list[str]:
-    names = [option_name(name), *(option_name(alias) for alias in option_extra(field)["aliases"])]
-    if field.annotation is bool:
-        return ["/".join([names[0], "--no-" + names[0][2:]]), *names[1:]]
-    return names
-
-
 def _help(field: FieldInfo) -> str:
-    return (field.description or "").replace("[", "\\[")  # Typer reads brackets as rich markup
+    """Returns the description with choices and default; Typer reads brackets as rich markup, so they are escaped."""
+    notes = [f"one of {', '.join(_choices(field))}"] if len(_choices(field)) > _MAX_SHOWN_CHOICES else []
+    if not field.is_required() and field.default not in (None, "", (), {}):
+        notes.append(f"default: {_shown(field.default)}")
+    shown = f"{field.description} [{'; '.join(notes)}]" if notes else field.description or ""
+    return shown.replace("[", "\\[")
 
 
-def _shown_default(field: FieldInfo) -> str | bool:
-    if field.is_required() or field.default in (None, "", ()):
-        return False
-    if isinstance(field.default, bool):
-        return "on" if field.default else "off"
-    return str(field.default)
+def _shown(default: Any) -> str:
+    return ("on" if default else "off") if isinstance(default, bool) else str(default)
 
 
 def _metavar(field: FieldInfo) -> str:
-    """Returns what stands for the value in the help: choices, or the type's name."""
+    """Returns what stands for the value in the help: a few choices, or the type's name."""
+    if len(_choices(field)) > _MAX_SHOWN_CHOICES:
+        return "CHOICE"
     parts = [_metavar_of(kind) for kind in _alternatives(field.annotation)]
     return "|".join(dict.fromkeys(part for part in parts if part))
+
+
+def _choices(field: FieldInfo) -> list[str]:
+    kinds = _alternatives(field.annotation)
+    return [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
