@@ -12,6 +12,8 @@ from sd3pipe.data.dataset_file import Bucketing
 
 Size = tuple[int, int]  # width, height
 
+_MUCH_SMALLER = 0.8  # of the area asked for
+
 
 class NoBucket(Exception):
     """A picture fits no bucket; the message is the reason."""
@@ -54,19 +56,12 @@ def bucket_sizes(bucketing: Bucketing) -> tuple[Size, ...]:
     return tuple(sorted(sizes))
 
 
-def smaller_than_asked(bucketing: Bucketing) -> str | None:
-    """Returns a line about shapes that max_bucket_reso trains far below the resolution's area, or None."""
-    if not bucketing.enable_bucket or bucketing.bucket_no_upscale:
-        return None
-    area = bucketing.width * bucketing.height
-    width, height = _nearest_listed(1920, 1080, bucket_sizes(bucketing)).bucket
-    if width * height >= 0.8 * area:
-        return None
-    return (
-        f"16:9 pictures train at {width} x {height}, {width * height / area:.0%} of the pixels of "
-        f"{bucketing.width} x {bucketing.height}: max_bucket_reso = {bucketing.max_bucket_reso} cuts the longer side; "
-        f"with max_bucket_reso = {2 * bucketing.max_bucket_reso} it would not"
-    )
+def cut_by_limit(placement: Placement, bucketing: Bucketing) -> bool:
+    """Whether max_bucket_reso makes a picture train well below the resolution's area: 16:9 at 1024 squared, say."""
+    width, height = placement.bucket
+    listed = bucketing.enable_bucket and not bucketing.bucket_no_upscale
+    too_small = width * height < _MUCH_SMALLER * bucketing.width * bucketing.height
+    return listed and too_small and max(width, height) == bucketing.max_bucket_reso
 
 
 def _nearest_listed(width: int, height: int, sizes: tuple[Size, ...]) -> Placement:

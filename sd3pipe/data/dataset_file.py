@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3pipe.config import read_toml
-from sd3pipe.data.dataset_keys import ELSEWHERE, KEYS, Key, Level, refusal, remark
+from sd3pipe.data.dataset_keys import ELSEWHERE, KEYS, PRESERVATION, Key, Level, refusal, remark
 from sd3pipe.data.dataset_values import check_value
 from sd3pipe.errors import ParameterError
 
@@ -74,6 +74,7 @@ class Subset:
     caption_dropout_every_n_epochs: int
     validation_split: float
     validation_seed: int
+    diff_output_preservation: bool
 
     def weighting(self) -> dict[str, Any]:
         """Returns what only weights or orders samples: it goes to the manifest, per subset, and into no key."""
@@ -85,6 +86,7 @@ class Subset:
             "loss_weight": self.loss_weight,
             "caption_dropout_rate": self.caption_dropout_rate,
             "caption_dropout_every_n_epochs": self.caption_dropout_every_n_epochs,
+            "diff_output_preservation": self.diff_output_preservation,
         }
 
 
@@ -272,6 +274,7 @@ class _Reader:
             captions=rules,
             bucketing=draft.bucketing,
             validation_seed=draft.get("validation_seed") or 0,
+            diff_output_preservation=(draft.get("custom_attributes") or {}).get(PRESERVATION, False),
             **{key: draft.get(key) for key in plain},
         )
 

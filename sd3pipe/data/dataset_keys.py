@@ -15,6 +15,7 @@ ALL_LEVELS: tuple[Level, ...] = ("general", "datasets", "subsets")
 DATASET_LEVELS: tuple[Level, ...] = ("general", "datasets")
 SUBSET_LEVEL: tuple[Level, ...] = ("subsets",)
 
+PRESERVATION = "diff_output_preservation"  # the one custom attribute that sd-scripts reads
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 
 
@@ -112,8 +113,10 @@ def refusal(key: str, value: Any) -> str | None:
         )
     if key == "network_multiplier" and value != 1.0:
         return "SD3 training in sd-scripts does not use it either: remove it, or weight the subset with loss_weight"
-    if key == "custom_attributes" and value:
-        return f"no custom attribute changes SD3 LoRA training (given: {', '.join(sorted(value))}): remove the table"
+    if key == "custom_attributes" and (strange := sorted(set(value) - {PRESERVATION})):
+        return f"{', '.join(strange)}: nothing reads this: {PRESERVATION} is the only attribute that acts"
+    if key == "custom_attributes" and not isinstance(value.get(PRESERVATION, False), bool):
+        return f"{PRESERVATION} must be true or false"
     return None
 
 

@@ -22,11 +22,12 @@ class Job:
     mask_path: Path | None
     mask_hash: str | None
     cut: Cut
+    latent_px: int = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pixels:
-    """uint8 RGB [height, width, 3] and, where the subset has masks, float16 [height / 8, width / 8]."""
+    """uint8 RGB [height, width, 3] and, where the subset has masks, float16 [h, w] in latents."""
 
     rgb: np.ndarray
     mask: np.ndarray | None
@@ -40,9 +41,9 @@ def decode_row(job: Job, max_pixels: int = MAX_PIXELS) -> Pixels:
     pixels = _cut_out(pixels, cut)
     mask = None
     if cut.mask == "alpha":
-        mask = latent_mask(pixels[..., 3])
+        mask = latent_mask(pixels[..., 3], job.latent_px)
     elif cut.mask == "picture":
-        mask = latent_mask(_mask_levels(job, max_pixels))
+        mask = latent_mask(_mask_levels(job, max_pixels), job.latent_px)
     if cut.background is not None:
         pixels = composited(pixels, cut.background)
     return Pixels(rgb=np.ascontiguousarray(pixels[..., :3]), mask=mask)

@@ -14,6 +14,8 @@ from sd3pipe.data.filters import filter_name
 from sd3pipe.data.scan import Picture
 from sd3pipe.fingerprint import hash_json
 
+RECIPE_VERSION = 1  # raised whenever this package makes other numbers from the same picture and recipe
+
 MaskSource = Literal["alpha", "picture"]
 
 

@@ -100,20 +100,18 @@ def scan(dataset: Dataset, memory: StatMemory, *, with_captions: bool = True) ->
     return Scan(pictures=pictures, unreadable=unreadable)
 
 
-def remember_unreadable(memory: StatMemory, path: Path, reason: str) -> None:
-    """Lets the next scan leave out a picture whose header is good but whose content turned out to be broken."""
-    known = memory.recall(path, "picture") or {}
-    memory.remember(path, "picture", {"hash": known.get("hash"), "unreadable": reason, "decoder": _decoder()})
-
-
-def tell_about(found: Scan) -> None:
-    """Logs what a user may not expect of the pictures: missing captions, further lines and frames, left-out files."""
-    pictures = found.pictures
-    wordless = [picture for picture in pictures if not picture.has_caption and not picture.caption]
+def tell_about_captions(found: Scan) -> None:
+    """Logs what a user may not expect of the captions: missing ones, and further lines that do not count."""
+    wordless = [picture for picture in found.pictures if not picture.has_caption and not picture.caption]
     _tell(wordless, "pictures have no caption and are trained with the empty one")
-    cut = [p for p in pictures if not p.subset.captions.enable_wildcard and len(p.caption.split("\n", 2)) > 1]
+    cut = [p for p in found.pictures if not p.subset.captions.enable_wildcard and "\n" in p.caption]
     _tell(cut, "captions have several lines; without enable_wildcard only the first counts")
-    _tell([picture for picture in pictures if picture.animated], "animated pictures: only the first frame is used")
+
+
+def tell_about_pictures(found: Scan) -> None:
+    """Logs what a user may not expect of the pictures: further frames, files that are left out."""
+    animated = [picture for picture in found.pictures if picture.animated]
+    _tell(animated, "pictures are animated; only the first frame is used")
     for broken in found.unreadable:
         log.warning("%s: left out: %s", ascii_path(broken.path), broken.reason)
 

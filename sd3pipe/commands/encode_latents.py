@@ -1,0 +1,146 @@
+"""`sd3pipe encode-latents`: pictures to VAE latents, one row per picture, crop and flip, in a cache."""
+
+import importlib.metadata
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sd3pipe.cache.folder import machine_folder
+from sd3pipe.cache.rows import Row
+from sd3pipe.cache.store import FillCounts, Unreadable, fill_cache, missing_rows
+from sd3pipe.cache.wanted import Wanted
+from sd3pipe.console import StageReport, count, one_line, progress, readable_bytes, readable_seconds, version
+from sd3pipe.data.buckets import Placement, cut_by_limit
+from sd3pipe.data.dataset_file import load_dataset
+from sd3pipe.data.scan import scan, tell_about_pictures
+from sd3pipe.encoding.latent_plan import Sample, Sources, find_sources, latents_wanted
+from sd3pipe.errors import InputError, QuarantineError
+from sd3pipe.models.sources import ComponentSource, find_component
+from sd3pipe.models.vae_architecture import VAEArchitecture, detect_vae
+from sd3pipe.params.encode_latents import EncodeLatentsParams
+from sd3pipe.stat_memory import StatMemory
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 5  # how many unreadable pictures an error names
+
+
+def main(params: EncodeLatentsParams) -> None:
+    """Fills the latents cache of a dataset. Raises QuarantineError after publishing if too much is unreadable."""
+    inputs = {"dataset": str(params.dataset), "model": params.model, "vae": str(params.vae) if params.vae else None}
+    with StageReport("encode-latents", path=Path(f"{params.out}.report.json"), inputs=inputs) as report:
+        dataset = load_dataset(params.dataset)
+        for remark in dataset.remarks:
+            log.info("%s: %s", dataset.path, remark)
+        memory = StatMemory(machine_folder(params.out) / "stat.json", trust=not params.rehash)
+        found = scan(dataset, memory, with_captions=False)
+        tell_about_pictures(found)
+        sources = _usable(find_sources(found, crop_variants=params.crop_variants, seed=params.seed), params)
+        report.update(**_picture_report(sources))
+        vae = find_component("vae", model=params.model, file=params.vae)
+        architecture = detect_vae(vae.shapes(), vae.where)
+        recipe = {name: getattr(params, name) for name in ("latent_mode", "latent_dtype", "vae_dtype")}
+        wanted = latents_wanted(sources, dataset, architecture, vae.fingerprint(memory), recipe)
+        if params.dry_run:
+            report.summary = _forecast(sources, wanted, architecture, params)
+            return
+        memory.save()
+        counts = fill_cache(
+            params.out,
+            wanted,
+            _encoder(sources, wanted, vae, architecture, params),
+            made_with=f"sd3pipe {version()}, torch {importlib.metadata.version('torch')}",
+            shard=params.shard_numbers(),
+            retry_unreadable=params.rehash,
+        )
+        report.update(**counts.as_report())
+        report.summary = counts.summary() + _below_resolution(sources)
+        _check_quarantine(counts, sources, params)
+
+
+def _usable(sources: Sources, params: EncodeLatentsParams) -> Sources:
+    """Returns the sources again. Raises InputError if no picture can be used."""
+    if not sources.samples:
+        reasons = "; ".join(f"{one_line(str(item.path))}: {item.reason}" for item in sources.left_out[:_SHOWN])
+        raise InputError(f"{params.dataset}: none of {count(sources.pictures, 'picture')} can be used: {reasons}")
+    return sources
+
+
+def _encoder(
+    sources: Sources, wanted: Wanted, vae: ComponentSource, architecture: VAEArchitecture, params: EncodeLatentsParams
+) -> Callable[[Sequence[str]], Iterator[tuple[str, Row | Unreadable]]]:
+    """Returns the function that encodes rows by their keys; only then are torch and the VAE loaded."""
+    sample_by_key = dict(zip(wanted.keys, sources.samples, strict=True))
+
+    def encode(keys: Sequence[str]) -> Iterator[tuple[str, Row | Unreadable]]:
+        from sd3pipe.encoding.latent_rows import encoded_rows  # imports torch, which a run without work never needs
+
+        samples = [sample_by_key[key] for key in keys]
+        with progress("encode-latents", len(keys), "rows") as bar:
+            for key, row in encoded_rows(keys, samples, vae, architecture, params):
+                bar.advance()
+                yield key, row
+
+    return encode
+
+
+def _picture_report(sources: Sources) -> dict[str, Any]:
+    """Returns what the report says about the pictures."""
+    sizes = Counter(sample.view.cut.size for sample in sources.samples)
+    splits = Counter(sample.picture.split for sample in sources.samples)
+    return {
+        "pictures": sources.pictures,
+        "buckets": {f"{width}x{height}": rows for (width, height), rows in sorted(sizes.items())},
+        "train_rows": splits["train"],
+        "validation_rows": splits["validation"],
+    }
+
+
+def _below_resolution(sources: Sources) -> str:
+    """Returns words about rows that max_bucket_reso makes much smaller than the resolution, if there are any."""
+    small = [sample for sample in sources.samples if _is_cut(sample)]
+    if not small:
+        return ""
+    width, height = Counter(sample.view.cut.size for sample in small).most_common(1)[0][0]
+    bucketing = small[0].picture.subset.bucketing
+    return (
+        f", {count(len(small), 'row')} smaller than the resolution ({width} x {height} instead of the area of "
+        f"{bucketing.width} x {bucketing.height}: max_bucket_reso = {bucketing.max_bucket_reso} cuts the longer side)"
+    )
+
+
+def _is_cut(sample: Sample) -> bool:
+    cut = sample.view.cut
+    return cut_by_limit(Placement(bucket=cut.size, resized=cut.resized), sample.picture.subset.bucketing)
+
+
+def _forecast(sources: Sources, wanted: Wanted, architecture: VAEArchitecture, params: EncodeLatentsParams) -> str:
+    """Returns what a run would do: rows, time on this device, size."""
+    missing = missing_rows(params.out, wanted)
+    there = len(wanted.row_by_key) - len(missing.keys)
+    left_out = f"{len(sources.left_out)} of {count(sources.pictures, 'picture')} left out"
+    if not missing.keys:
+        return f"dry run: nothing to encode, {count(there, 'row')} there, {left_out}"
+    from sd3pipe.encoding.latent_rows import device_speed  # imports torch, only to tell the time
+
+    cut_by_key = dict(zip(wanted.keys, (sample.view.cut for sample in sources.samples), strict=True))
+    pixels = sum(cut_by_key[key].size[0] * cut_by_key[key].size[1] for key in missing.keys)
+    device, pixels_per_second = device_speed(architecture, params)
+    return (
+        f"dry run: {count(len(missing.keys), 'row')} to encode, {there} there, {left_out}; about "
+        f"{readable_seconds(pixels / pixels_per_second)} on {device}, {readable_bytes(missing.nbytes)} to write, "
+        f"{readable_bytes(missing.free_bytes)} free"
+    )
+
+
+def _check_quarantine(counts: FillCounts, sources: Sources, params: EncodeLatentsParams) -> None:
+    """Raises QuarantineError if more pictures are unreadable than allowed; the good rows are published by now."""
+    limit = params.quarantine_limit(sources.pictures)
+    if counts.quarantined > limit:
+        allowed = "--strict allows none" if params.strict else f"--max-quarantined allows {limit}"
+        raise QuarantineError(
+            f"{params.out}: {counts.quarantined} of {count(sources.pictures, 'picture')} unreadable, {allowed}: repair "
+            f"or remove them (listed with reasons in {params.out / 'manifest.json'}); the others are encoded"
+        )

@@ -1,0 +1,121 @@
+"""The part of encode-latents that needs torch and Pillow: decoded pictures through the VAE to rows."""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sd3pipe.cache.rows import Row, from_numpy
+from sd3pipe.cache.store import Unreadable
+from sd3pipe.cache.tensors import from_torch
+from sd3pipe.console import one_line
+from sd3pipe.data.decoding import Job, Pixels
+from sd3pipe.data.feed import Broken, decoded_rows, default_workers
+from sd3pipe.device import choose_device
+from sd3pipe.encoding.latent_plan import Sample
+from sd3pipe.models.checkpoint import load_vae
+from sd3pipe.models.latent_encoding import DTYPES, LatentEncoder, encoder_speed
+from sd3pipe.models.sources import ComponentSource
+from sd3pipe.models.vae_architecture import VAEArchitecture
+from sd3pipe.params.encode_latents import EncodeLatentsParams
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Batch:
+    """Rows of one size in the order in which they are to be yielded; broken ones stand between them."""
+
+    keys: list[str]
+    paths: list[str]
+    decoded: list[Pixels | Broken]
+
+    def pictures(self) -> list[Pixels]:
+        return [item for item in self.decoded if isinstance(item, Pixels)]
+
+
+def encoded_rows(
+    keys: Sequence[str],
+    samples: Sequence[Sample],
+    source: ComponentSource,
+    architecture: VAEArchitecture,
+    params: EncodeLatentsParams,
+) -> Iterator[tuple[str, Row | Unreadable]]:
+    """Yields (key, row) of every sample in order. Raises InputError where the VAE's numbers do not fit the rows."""
+    device = choose_device(params.device, params.threads)
+    vae = load_vae(source, dtype=DTYPES[params.vae_dtype], device=device)
+    encoder = LatentEncoder(
+        vae,
+        batch_size=params.vae_batch_size,
+        mode=params.latent_mode,
+        stored_as=DTYPES[params.latent_dtype],
+    )
+    jobs = (_job(sample, architecture.downscale) for sample in samples)
+    workers = default_workers() if params.max_data_loader_n_workers is None else params.max_data_loader_n_workers
+    yield from rows_of(keys, samples, decoded_rows(jobs, workers=min(workers, len(keys))), encoder)
+
+
+def rows_of(
+    keys: Sequence[str], samples: Sequence[Sample], decoded: Iterable[Pixels | Broken], encoder: LatentEncoder
+) -> Iterator[tuple[str, Row | Unreadable]]:
+    """Yields rows in order; each batch is read back after the next one has been started."""
+    waiting = None
+    for batch in _batches(keys, samples, decoded, encoder.batch_size):
+        pictures = batch.pictures()
+        started = encoder.start([item.rgb for item in pictures]) if pictures else None
+        if waiting is not None:
+            yield from _finished(*waiting, encoder)
+        waiting = (batch, started)
+    if waiting is not None:
+        yield from _finished(*waiting, encoder)
+
+
+def device_speed(architecture: VAEArchitecture, params: EncodeLatentsParams) -> tuple[str, float]:
+    """Returns the device's name and about how many pixels per second it encodes."""
+    device = choose_device(params.device, params.threads)
+    return str(device), encoder_speed(architecture, device, DTYPES[params.vae_dtype])
+
+
+def _job(sample: Sample, latent_px: int) -> Job:
+    picture = sample.picture
+    return Job(
+        path=picture.path,
+        image_hash=picture.image_hash,
+        mask_path=picture.mask_path,
+        mask_hash=picture.mask_hash,
+        cut=sample.view.cut,
+        latent_px=latent_px,
+    )
+
+
+def _batches(
+    keys: Sequence[str], samples: Sequence[Sample], decoded: Iterable[Pixels | Broken], batch_size: int
+) -> Iterator[_Batch]:
+    """Yields runs of rows of equal size with `batch_size` readable ones at the most."""
+    batch, size, readable = _Batch(keys=[], paths=[], decoded=[]), None, 0
+    for key, sample, item in zip(keys, samples, decoded, strict=True):
+        if batch.keys and (sample.view.cut.size != size or readable == batch_size):
+            yield batch
+            batch, readable = _Batch(keys=[], paths=[], decoded=[]), 0
+        size = sample.view.cut.size
+        batch.keys.append(key)
+        batch.paths.append(one_line(str(sample.picture.path)))
+        batch.decoded.append(item)
+        readable += isinstance(item, Pixels)
+    if batch.keys:
+        yield batch
+
+
+def _finished(batch: _Batch, started: Tensor | None, encoder: LatentEncoder) -> Iterator[tuple[str, Row | Unreadable]]:
+    names = [path for path, item in zip(batch.paths, batch.decoded, strict=True) if isinstance(item, Pixels)]
+    rows = encoder.finish(started, names) if started is not None else iter(())
+    for key, path, item in zip(batch.keys, batch.paths, batch.decoded, strict=True):
+        if isinstance(item, Broken):
+            log.warning("%s: left out: %s", path, item.reason)
+            yield key, Unreadable(item.reason)
+            continue
+        row = {encoder.mode: from_torch(next(rows))}
+        if item.mask is not None:
+            row["mask"] = from_numpy(item.mask)
+        yield key, row
