@@ -51,6 +51,8 @@ class BlockStreamer:
     modulation  stream    adaLN weights travel with the forward pass only; their output is kept for the backward pass
                 resident  adaLN weights of all blocks stay on the device
                 ahead     adaLN weights stay on the host, which computes their outputs: see `prepare`
+    fill                  called with each block's number, in order, before that block's weights are moved: for a model
+                          that begins on the meta device and is read block by block
     offload_activations   inputs of recomputed blocks wait on the host for the backward pass
     lane                  how bytes are copied; tests put one here that delays every copy as long as it may
     """
@@ -63,6 +65,7 @@ class BlockStreamer:
         device: torch.device | str,
         modulation: ModulationMode = "stream",
         offload_activations: bool = False,
+        fill: Callable[[int], None] | None = None,
         slots: int = RING_SLOTS,
         lane: Lane | None = None,
     ) -> None:
@@ -73,7 +76,7 @@ class BlockStreamer:
         self.streamed = streamed_numbers(blocks_to_swap, len(self._blocks))
         self.host = HostMemory(self.device)
         self._activations = ActivationStore(self.device) if offload_activations else None
-        self._flat = {index: self._settle(index) for index in self.streamed}
+        self._flat = dict(self._settled_blocks(fill))
         self._ahead = AheadModulation(mmdit, self.streamed, self.device) if modulation == "ahead" else None
         move_resident(mmdit, self._flat.keys(), self.device, modulation=modulation)
         self._rings = Rings(self._flat, slots=slots, device=self.device, lane=lane or lane_to(self.device))
@@ -206,6 +209,15 @@ class BlockStreamer:
             yield from reversed(self._backward_to_come)
         yield from (Use(index, whole) for index in self.streamed)
 
+    def _settled_blocks(self, fill: Callable[[int], None] | None) -> Iterator[tuple[int, FlatBlock]]:
+        for index in range(len(self._blocks)):
+            if fill is not None:
+                fill(index)
+            if index in self.streamed:
+                yield index, self._settle(index)
+            else:
+                cast(nn.Module, self._blocks[index]).to(self.device)
+
     def _settle(self, index: int) -> FlatBlock:
         """Moves a block's weights into its flat host buffer."""
         block = cast(nn.Module, self._blocks[index])
@@ -256,9 +268,11 @@ def move_resident(
     """Moves every parameter and buffer to the device, but those of streamed blocks; resident modulation moves, too."""
     prefixes = tuple(f"joint_blocks.{index}." for index in streamed)
     for name, parameter in mmdit.named_parameters():
-        stays = name.startswith(prefixes) if prefixes else False
-        if not stays or (modulation == "resident" and is_modulation(name)):
+        streams = name.startswith(prefixes) if prefixes else False
+        if not streams or (modulation == "resident" and is_modulation(name)):
             parameter.data = parameter.data.to(device)
+        elif modulation == "ahead" and is_modulation(name):
+            parameter.data = parameter.data.to("cpu")
     for module in mmdit.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set)
