@@ -2,19 +2,23 @@
 
 import importlib.metadata
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd3pipe.cache.folder import machine_folder
+from sd3pipe.cache.folder import MANIFEST, machine_folder
+from sd3pipe.cache.manifest import read_manifest
 from sd3pipe.cache.rows import Row
+from sd3pipe.cache.staleness import remember_sources
 from sd3pipe.cache.store import FillCounts, Unreadable, fill_cache, missing_rows
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.console import StageReport, count, one_line, progress, readable_bytes, readable_seconds, version
 from sd3pipe.data.buckets import Placement, cut_by_limit
-from sd3pipe.data.dataset_file import load_dataset
-from sd3pipe.data.scan import scan, tell_about_pictures
+from sd3pipe.data.dataset_file import Dataset, load_dataset
+from sd3pipe.data.scan import Scan, scan, source_files, tell_about_pictures
 from sd3pipe.encoding.latent_plan import Sample, Sources, find_sources, latents_wanted
 from sd3pipe.errors import InputError, QuarantineError
 from sd3pipe.models.sources import ComponentSource, find_component
@@ -27,59 +31,91 @@ log = logging.getLogger(__name__)
 _SHOWN = 5  # how many unreadable pictures an error names
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """Everything that is known before anything is encoded."""
+
+    dataset: Dataset
+    found: Scan
+    scan_started: float
+    sources: Sources
+    vae: ComponentSource
+    architecture: VAEArchitecture
+    wanted: Wanted
+
+
 def main(params: EncodeLatentsParams) -> None:
     """Fills the latents cache of a dataset. Raises QuarantineError after publishing if too much is unreadable."""
+    if params.dry_run:
+        print(_forecast(_prepare(params), params))
+        return
     inputs = {"dataset": str(params.dataset), "model": params.model, "vae": str(params.vae) if params.vae else None}
     with StageReport("encode-latents", path=Path(f"{params.out}.report.json"), inputs=inputs) as report:
-        dataset = load_dataset(params.dataset)
-        for remark in dataset.remarks:
-            log.info("%s: %s", dataset.path, remark)
-        memory = StatMemory(machine_folder(params.out) / "stat.json", trust=not params.rehash)
-        found = scan(dataset, memory, with_captions=False)
-        tell_about_pictures(found)
-        sources = _usable(find_sources(found, crop_variants=params.crop_variants, seed=params.seed), params)
-        report.update(**_picture_report(sources))
-        vae = find_component("vae", model=params.model, file=params.vae)
-        architecture = detect_vae(vae.shapes(), vae.where)
-        recipe = {name: getattr(params, name) for name in ("latent_mode", "latent_dtype", "vae_dtype")}
-        wanted = latents_wanted(sources, dataset, architecture, vae.fingerprint(memory), recipe)
-        if params.dry_run:
-            report.summary = _forecast(sources, wanted, architecture, params)
-            return
-        memory.save()
+        ready = _prepare(params)
+        report.update(**_picture_report(ready.sources))
         counts = fill_cache(
             params.out,
-            wanted,
-            _encoder(sources, wanted, vae, architecture, params),
+            ready.wanted,
+            _encoder(ready, params),
             made_with=f"sd3pipe {version()}, torch {importlib.metadata.version('torch')}",
             shard=params.shard_numbers(),
             retry_unreadable=params.rehash,
         )
         report.update(**counts.as_report())
-        report.summary = counts.summary() + _below_resolution(sources)
-        _check_quarantine(counts, sources, params)
+        seen = source_files(ready.found, ready.dataset, captions=False)
+        remember_sources(
+            params.out,
+            dataset_file=params.dataset,
+            files=seen.files,
+            folders=seen.folders,
+            scan_started=ready.scan_started,
+        )
+        report.summary = counts.summary() + _below_resolution(ready.sources)
+        _check_quarantine(counts, ready.sources, params)
 
 
-def _usable(sources: Sources, params: EncodeLatentsParams) -> Sources:
-    """Returns the sources again. Raises InputError if no picture can be used."""
+def _prepare(params: EncodeLatentsParams) -> _Prepared:
+    """Reads the dataset and the headers of pictures and VAE. Raises InputError if no picture can be used."""
+    dataset = load_dataset(params.dataset)
+    for remark in dataset.remarks:
+        log.info("%s: %s", dataset.path, remark)
+    memory = StatMemory(machine_folder(params.out) / "stat.json", trust=not params.rehash)
+    scan_started = time.time()
+    found = scan(dataset, memory, with_captions=False)
+    tell_about_pictures(found)
+    sources = find_sources(found, crop_variants=params.crop_variants, seed=params.seed)
     if not sources.samples:
         reasons = "; ".join(f"{one_line(str(item.path))}: {item.reason}" for item in sources.left_out[:_SHOWN])
         raise InputError(f"{params.dataset}: none of {count(sources.pictures, 'picture')} can be used: {reasons}")
-    return sources
+    vae = find_component("vae", model=params.model, file=params.vae)
+    architecture = detect_vae(vae.shapes(), vae.where)
+    recipe = {name: getattr(params, name) for name in ("latent_mode", "latent_dtype", "vae_dtype")}
+    wanted = latents_wanted(sources, dataset, architecture, vae.fingerprint(memory), recipe)
+    if not params.dry_run:
+        memory.save()
+    return _Prepared(
+        dataset=dataset,
+        found=found,
+        scan_started=scan_started,
+        sources=sources,
+        vae=vae,
+        architecture=architecture,
+        wanted=wanted,
+    )
 
 
 def _encoder(
-    sources: Sources, wanted: Wanted, vae: ComponentSource, architecture: VAEArchitecture, params: EncodeLatentsParams
+    ready: _Prepared, params: EncodeLatentsParams
 ) -> Callable[[Sequence[str]], Iterator[tuple[str, Row | Unreadable]]]:
     """Returns the function that encodes rows by their keys; only then are torch and the VAE loaded."""
-    sample_by_key = dict(zip(wanted.keys, sources.samples, strict=True))
+    sample_by_key = dict(zip(ready.wanted.keys, ready.sources.samples, strict=True))
 
     def encode(keys: Sequence[str]) -> Iterator[tuple[str, Row | Unreadable]]:
         from sd3pipe.encoding.latent_rows import encoded_rows  # imports torch, which a run without work never needs
 
         samples = [sample_by_key[key] for key in keys]
         with progress("encode-latents", len(keys), "rows") as bar:
-            for key, row in encoded_rows(keys, samples, vae, architecture, params):
+            for key, row in encoded_rows(keys, samples, ready.vae, ready.architecture, params):
                 bar.advance()
                 yield key, row
 
@@ -116,20 +152,20 @@ def _is_cut(sample: Sample) -> bool:
     return cut_by_limit(Placement(bucket=cut.size, resized=cut.resized), sample.picture.subset.bucketing)
 
 
-def _forecast(sources: Sources, wanted: Wanted, architecture: VAEArchitecture, params: EncodeLatentsParams) -> str:
+def _forecast(ready: _Prepared, params: EncodeLatentsParams) -> str:
     """Returns what a run would do: rows, time on this device, size."""
-    missing = missing_rows(params.out, wanted)
-    there = len(wanted.row_by_key) - len(missing.keys)
-    left_out = f"{len(sources.left_out)} of {count(sources.pictures, 'picture')} left out"
+    missing = missing_rows(params.out, ready.wanted)
+    there = len(ready.wanted.row_by_key) - len(missing.keys)
+    left_out = f"{len(ready.sources.left_out)} of {count(ready.sources.pictures, 'picture')} left out"
     if not missing.keys:
-        return f"dry run: nothing to encode, {count(there, 'row')} there, {left_out}"
+        return f"encode-latents, dry run: nothing to encode, {count(there, 'row')} there, {left_out}"
     from sd3pipe.encoding.latent_rows import device_speed  # imports torch, only to tell the time
 
-    cut_by_key = dict(zip(wanted.keys, (sample.view.cut for sample in sources.samples), strict=True))
+    cut_by_key = {key: sample.view.cut for key, sample in zip(ready.wanted.keys, ready.sources.samples, strict=True)}
     pixels = sum(cut_by_key[key].size[0] * cut_by_key[key].size[1] for key in missing.keys)
-    device, pixels_per_second = device_speed(architecture, params)
+    device, pixels_per_second = device_speed(ready.architecture, params)
     return (
-        f"dry run: {count(len(missing.keys), 'row')} to encode, {there} there, {left_out}; about "
+        f"encode-latents, dry run: {count(len(missing.keys), 'row')} to encode, {there} there, {left_out}; about "
         f"{readable_seconds(pixels / pixels_per_second)} on {device}, {readable_bytes(missing.nbytes)} to write, "
         f"{readable_bytes(missing.free_bytes)} free"
     )
@@ -138,9 +174,13 @@ def _forecast(sources: Sources, wanted: Wanted, architecture: VAEArchitecture, p
 def _check_quarantine(counts: FillCounts, sources: Sources, params: EncodeLatentsParams) -> None:
     """Raises QuarantineError if more pictures are unreadable than allowed; the good rows are published by now."""
     limit = params.quarantine_limit(sources.pictures)
-    if counts.quarantined > limit:
-        allowed = "--strict allows none" if params.strict else f"--max-quarantined allows {limit}"
-        raise QuarantineError(
-            f"{params.out}: {counts.quarantined} of {count(sources.pictures, 'picture')} unreadable, {allowed}: repair "
-            f"or remove them (listed with reasons in {params.out / 'manifest.json'}); the others are encoded"
-        )
+    if counts.quarantined <= limit:
+        return
+    manifest = read_manifest(params.out / MANIFEST)
+    names = ", ".join(one_line(entry["name"]) for entry in manifest.quarantined[:_SHOWN]) if manifest else ""
+    allowed = "--strict allows none" if params.strict else f"--max-quarantined allows {limit}"
+    raise QuarantineError(
+        f"{params.out}: {counts.quarantined} of {count(sources.pictures, 'picture')} unreadable, {allowed}: {names}"
+        f"{', ...' if counts.quarantined > _SHOWN else ''}: repair or remove them (their reasons stand in "
+        f"{params.out / MANIFEST}); the others are encoded"
+    )

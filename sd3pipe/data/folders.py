@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sd3pipe.data.dataset_file import Subset
 from sd3pipe.errors import InputError
+from sd3pipe.fingerprint import hash_bytes
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl", ".heic", ".heif")
 _FACE_PARTS = 4  # NAME_centrex_centrey_width_height, as face cutting tools name pictures
@@ -19,6 +20,8 @@ class Entry:
     path: Path
     name: str
     caption: str | None
+    caption_path: Path | None = None
+    caption_hash: str | None = None
     problem: str | None = None
 
 
@@ -41,13 +44,13 @@ def folder_entries(subset: Subset, with_captions: bool) -> list[Entry]:
         for name, problem in files.items():
             if not is_picture_name(name):
                 continue
-            caption = None
+            entry = Entry(path=here / name, name=prefix + name, caption=None, problem=problem)
             if with_captions and (caption_name := _caption_name(name, names, subset.caption_extensions)):
                 try:
-                    caption = read_caption(here / caption_name)
+                    entry = _with_caption(entry, here / caption_name)
                 except InputError as error:
                     problems.append(str(error))
-            entries.append(Entry(path=here / name, name=prefix + name, caption=caption, problem=problem))
+            entries.append(entry)
     if problems:
         raise CaptionError(problems)
     return sorted(entries, key=lambda entry: entry.name)
@@ -65,18 +68,18 @@ def is_picture_name(name: str) -> bool:
     return name.lower().endswith(PICTURE_ENDINGS) and not name.startswith(".")
 
 
-def read_caption(path: Path) -> str:
-    """Returns a caption file's text without BOM, with Unix line ends. Raises InputError unless it is UTF-8."""
+def _with_caption(entry: Entry, path: Path) -> Entry:
+    """Returns the entry with its caption file's text. Raises InputError unless that is UTF-8."""
     try:
         with open(path, "rb", buffering=0) as handle:
             data = handle.read()
     except OSError as error:
         raise InputError(f"{path}: the caption cannot be read ({error.strerror})") from error
     try:
-        text = data.decode("utf-8-sig")
+        text = normalised(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: the caption is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
-    return normalised(text)
+    return replace(entry, caption=text, caption_path=path, caption_hash=hash_bytes(data))
 
 
 def normalised(text: str) -> str:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sd3pipe.data.dataset_file import Dataset, Subset
-from sd3pipe.data.folders import CaptionError, Entry, folder_entries, mask_files
+from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, Entry, folder_entries, mask_files
 from sd3pipe.data.metadata import metadata_entries
 from sd3pipe.errors import InputError
-from sd3pipe.fingerprint import hash_bytes, hash_json
+from sd3pipe.fingerprint import hash_bytes, hash_file, hash_json
 from sd3pipe.stat_memory import StatMemory
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,8 @@ class Picture:
     animated: bool
     caption: str
     has_caption: bool
+    caption_path: Path | None
+    caption_hash: str | None
     split: Split
 
 
@@ -98,6 +100,38 @@ def scan(dataset: Dataset, memory: StatMemory, *, with_captions: bool = True) ->
         folders = ", ".join(str(subset.image_dir or subset.metadata_file) for subset in dataset.subsets)
         raise InputError(f"{dataset.path}: the dataset is empty: no png, jpg, webp, bmp or avif picture in {folders}")
     return Scan(pictures=pictures, unreadable=unreadable)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceFiles:
+    """The files that a scan went by with their hashes, and the folders it listed with the endings that mattered."""
+
+    files: dict[Path, str]
+    folders: dict[Path, tuple[str, ...]]
+
+
+def source_files(found: Scan, dataset: Dataset, *, captions: bool) -> SourceFiles:
+    """Returns what a cache of the scanned pictures depends on, with caption files or without."""
+    files: dict[Path, str] = {item.path: item.image_hash for item in found.unreadable if item.image_hash}
+    for picture in found.pictures:
+        files[picture.path] = picture.image_hash
+        if picture.mask_path is not None and picture.mask_hash is not None:
+            files[picture.mask_path] = picture.mask_hash
+        if captions and picture.caption_path is not None and picture.caption_hash is not None:
+            files[picture.caption_path] = picture.caption_hash
+    folders: dict[Path, tuple[str, ...]] = {}
+    for subset in dataset.subsets:
+        if subset.metadata_file is not None:
+            files[subset.metadata_file] = hash_file(subset.metadata_file)
+        elif subset.image_dir is not None:
+            endings = PICTURE_ENDINGS + (subset.caption_extensions if captions else ())
+            for folder in {subset.image_dir, *_folders_of(found, subset)}:
+                folders[folder] = tuple(dict.fromkeys((*folders.get(folder, ()), *endings)))
+    return SourceFiles(files=files, folders=folders)
+
+
+def _folders_of(found: Scan, subset: Subset) -> set[Path]:
+    return {picture.path.parent for picture in found.pictures if picture.subset is subset}
 
 
 def tell_about_captions(found: Scan) -> None:
@@ -167,6 +201,8 @@ def _examine(
         animated=known["animated"],
         caption=entry.caption if entry.caption is not None else subset.class_tokens or "",
         has_caption=entry.caption is not None,
+        caption_path=entry.caption_path,
+        caption_hash=entry.caption_hash,
         split=split_of(image_hash, subset),
     )
 
