@@ -59,6 +59,7 @@ class StepPlan:
 
     micro_batches: tuple[MicroBatch, ...]
     end: Position
+    epochs_done: int  # complete epochs after the step
 
 
 def plan_steps(
@@ -68,11 +69,15 @@ def plan_steps(
     epoch, index = start.epoch, start.index
     pending: list[MicroBatch] = []
     while True:
-        for batch in epoch_batches(items, seed=seed, epoch=epoch, batch_size=batch_size)[index:]:
+        batches = epoch_batches(items, seed=seed, epoch=epoch, batch_size=batch_size)
+        for batch in batches[index:]:
             pending.append(batch)
             if len(pending) == accumulation * num_ranks:
-                end = Position(epoch=batch.epoch, index=batch.index + 1)
-                yield StepPlan(micro_batches=tuple(pending[rank::num_ranks]), end=end)
+                yield StepPlan(
+                    micro_batches=tuple(pending[rank::num_ranks]),
+                    end=Position(epoch=epoch, index=batch.index + 1),
+                    epochs_done=epoch + (batch.index + 1 == len(batches)),
+                )
                 pending = []
         epoch, index = epoch + 1, 0
 

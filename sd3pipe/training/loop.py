@@ -1,0 +1,146 @@
+"""The training loop: steps, and what happens between them."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from sd3pipe.console import Progress, progress, readable_bytes
+from sd3pipe.device_memory import peak_device_bytes
+from sd3pipe.errors import InputError, Stopped
+from sd3pipe.training.batches import Position
+from sd3pipe.training.feed import Step
+from sd3pipe.training.processes import Processes
+from sd3pipe.training.progressed import Every, Progressed
+from sd3pipe.training.records import Records
+from sd3pipe.training.saving import Saver
+from sd3pipe.training.step_runner import StepResult, StepRunner
+from sd3pipe.training.stopping import StopRequest
+
+log = logging.getLogger(__name__)
+
+_MAX_ROLLBACKS = 3
+
+
+class Occasion(Protocol):
+    """Something that is done now and then with the adapter as it stands: validation, sample pictures."""
+
+    def __call__(self, progressed: Progressed) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """When what happens."""
+
+    total_steps: int
+    save: Every
+    sample: Every
+    validate: Every
+    sample_at_first: bool
+    roll_back: bool  # at a bad loss; else stop
+
+
+class Loop:
+    """A run under way. `steps_from` yields the tensors of each step from a position on."""
+
+    def __init__(
+        self,
+        *,
+        runner: StepRunner,
+        progressed: Progressed,
+        plan: Plan,
+        steps_from: Callable[[Position], Iterator[Step]],
+        saver: Saver,
+        records: Records | None,
+        validate: Occasion | None,
+        sample: Occasion | None,
+        processes: Processes,
+    ) -> None:
+        self.runner, self.progressed, self.plan = runner, progressed, plan
+        self.steps_from, self.saver, self.records = steps_from, saver, records
+        self.validate, self.sample, self.processes = validate, sample, processes
+        self.seconds_per_step: list[float] = []
+
+    def run(self, time_limit_seconds: float | None = None) -> None:
+        """Trains to the last step and saves. Raises Stopped, after saving, when asked to stop on the way."""
+        state = self.progressed
+        with progress("train", self.plan.total_steps, "steps") as bar, StopRequest(time_limit_seconds) as stop:
+            bar.advance(state.step)
+            if state.step == 0:
+                self._before_the_first_step()
+            steps = self.steps_from(state.position)
+            while state.step < self.plan.total_steps:
+                start = time.monotonic()
+                step = next(steps)
+                if state.step in state.skipped_steps:
+                    state.passed(step.plan, None)
+                    continue
+                result = self.runner.step(state.step, step.batches, loss_mean=state.loss_mean, stop=bool(stop.reason))
+                if result.bad:
+                    steps = self._after_bad_loss(result, step)
+                    continue
+                self._after_step(step, result, bar, time.monotonic() - start)
+                if result.stop_wanted and state.step < self.plan.total_steps:
+                    self._stop(stop.reason)
+        self.saver.save(state)
+
+    def _before_the_first_step(self) -> None:
+        if self.validate:
+            self.validate(self.progressed)
+        if self.sample and self.plan.sample_at_first:
+            self.sample(self.progressed)
+
+    def _after_step(self, step: Step, result: StepResult, bar: Progress, seconds: float) -> None:
+        state, epochs_before = self.progressed, self.progressed.epochs_done
+        state.passed(step.plan, result.loss)
+        self.seconds_per_step.append(seconds)
+        if self.records:
+            self.records.step(
+                state.step,
+                epoch=state.position.epoch,
+                loss=result.loss,
+                loss_mean=state.loss_mean,
+                grad_norm=result.grad_norm,
+                learning_rate=result.learning_rate,
+                subset_loss=result.subset_losses,
+                seconds=round(seconds, 4),
+            )
+        bar.advance(loss=f"{state.loss_mean:.4f}", **self._memory())
+        now = (state.step, epochs_before, state.epochs_done)
+        last = state.step == self.plan.total_steps
+        if self.validate and (self.plan.validate.due(*now) or last):
+            self.validate(state)
+        if self.sample and (self.plan.sample.due(*now) or last):
+            self.sample(state)
+        if self.plan.save.due(*now) or last:
+            self.saver.save(state)
+
+    def _memory(self) -> dict[str, str]:
+        peak = peak_device_bytes(self.processes.device)
+        return {"memory": readable_bytes(peak)} if peak else {}
+
+    def _stop(self, reason: str) -> None:
+        self.saver.save(self.progressed)
+        raise Stopped(
+            f"stopped by {reason or 'another process'} at step {self.progressed.step} of {self.plan.total_steps}, "
+            "everything is saved: the same command goes on"
+        )
+
+    def _after_bad_loss(self, result: StepResult, step: Step) -> Iterator[Step]:
+        """Goes back to the last checkpoint, and from there on without the step at fault; or ends the run."""
+        number = self.progressed.step
+        names = ", ".join(self.saver.picture_names(step))
+        message = f"step {number + 1}: {result.bad}; its pictures: {names}"
+        if self.records:
+            self.records.event(number + 1, bad_loss=result.bad, pictures=self.saver.picture_names(step))
+        skipped = [*self.progressed.skipped_steps, number]
+        if not self.plan.roll_back or len(skipped) > _MAX_ROLLBACKS or not self.saver.can_roll_back:
+            raise InputError(
+                f"{message}. Nothing was learnt from it. Look at these pictures, lower learning_rate or max_grad_norm, "
+                "or let the run go on without such steps: --on-bad-loss rollback"
+            )
+        self.saver.roll_back(self.progressed)
+        self.progressed.skipped_steps = skipped
+        log.warning("%s. Going on from step %d without it", message, self.progressed.step)
+        return self.steps_from(self.progressed.position)

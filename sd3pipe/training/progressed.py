@@ -1,0 +1,64 @@
+"""How far a run is: the small numbers that go into every checkpoint beside the tensors."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sd3pipe.training.batches import Position, StepPlan
+
+_MEAN_OVER = 50  # steps that the shown loss is averaged over, exponentially
+
+
+@dataclass(slots=True, kw_only=True)
+class Progressed:
+    """`step` counts the steps done; `skipped_steps` are those that a bad loss made the run leave out."""
+
+    step: int = 0
+    position: Position = field(default_factory=Position)
+    epochs_done: int = 0
+    loss_first: float | None = None
+    loss_last: float | None = None
+    loss_mean: float | None = None
+    skipped_steps: list[int] = field(default_factory=list)
+    best_step: int | None = None
+    best_loss: float | None = None
+
+    def passed(self, plan: StepPlan, loss: float | None) -> None:
+        """Counts a step; `loss` is None where it was skipped."""
+        if loss is not None:
+            self.loss_first = loss if self.loss_first is None else self.loss_first
+            self.loss_last = loss
+            weight = 1 / min(self.step + 1, _MEAN_OVER)
+            self.loss_mean = loss if self.loss_mean is None else self.loss_mean + weight * (loss - self.loss_mean)
+        self.step += 1
+        self.position, self.epochs_done = plan.end, plan.epochs_done
+
+    def become(self, other: "Progressed") -> None:
+        """Takes over all numbers of another one."""
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(other, name))
+
+    def to_state(self) -> dict[str, Any]:
+        """Returns JSON types."""
+        return {**asdict(self), "position": [self.position.epoch, self.position.index]}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Progressed":
+        """Returns what `to_state` was made from; other keys of the state are passed over."""
+        values = {name: state[name] for name in cls.__dataclass_fields__ if name != "position"}
+        epoch, index = state["position"]
+        return cls(**values, position=Position(epoch=epoch, index=index))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Every:
+    """Something that is due every so many steps, or every so many epochs."""
+
+    steps: int | None = None
+    epochs: int | None = None
+
+    def due(self, step: int, epochs_before: int, epochs_done: int) -> bool:
+        """Returns whether it is due after `step`, during which the number of complete epochs went up as given."""
+        by_steps = bool(self.steps) and step % (self.steps or 1) == 0
+        by_epochs = bool(self.epochs) and epochs_done // (self.epochs or 1) > epochs_before // (self.epochs or 1)
+        return by_steps or by_epochs

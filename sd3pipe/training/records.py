@@ -1,0 +1,97 @@
+"""What a run writes down about itself: metrics.jsonl as it goes, metrics.json and plots/*.csv for DVC, trackers."""
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sd3pipe.files import make_folder, storage_errors, write_json, write_text
+
+log = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Records:
+    """The lines of metrics.jsonl; `trackers` is an accelerate Accelerator with trackers, or None."""
+
+    def __init__(self, run: Path, trackers: Any | None = None) -> None:
+        self._run, self._trackers = run, trackers
+        make_folder(run)
+
+    def step(self, step: int, **values: Any) -> None:
+        """Records one training step."""
+        self._write("step", step, values)
+
+    def validation(self, step: int, **values: Any) -> None:
+        """Records one validation."""
+        self._write("validation", step, values)
+
+    def event(self, step: int, **values: Any) -> None:
+        """Records something that happens seldom: a resume, a rollback."""
+        self._write("event", step, values)
+
+    def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        line = json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n"
+        path = self._run / METRICS_FILE
+        with storage_errors(path), open(path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(line)
+        if self._trackers is not None and kind != "event":
+            self._trackers.log(dict(_flat(f"{kind}/", values)), step=step)
+
+
+def read_records(run: Path) -> Iterator[dict[str, Any]]:
+    """Yields the lines of metrics.jsonl; a line cut short by a crash ends them."""
+    try:
+        with open(run / METRICS_FILE, encoding="utf-8") as file:
+            for line in file:
+                yield json.loads(line)
+    except (FileNotFoundError, ValueError):
+        return
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Drops the lines of steps after `step`, which a resumed run takes again."""
+    kept = [record for record in read_records(run) if record["step"] <= step]
+    if kept or (run / METRICS_FILE).exists():
+        write_text(run / METRICS_FILE, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+
+
+def write_summaries(run: Path) -> None:
+    """Writes metrics.json (one number per name) and plots/loss.csv, plots/validation.csv from metrics.jsonl."""
+    records = list(read_records(run))
+    steps = [record for record in records if record["kind"] == "step"]
+    validations = [record for record in records if record["kind"] == "validation"]
+    if not steps:
+        return
+    metrics = {"steps": steps[-1]["step"], "loss_first": steps[0]["loss"], "loss_last": steps[-1]["loss"]}
+    metrics["loss_mean"] = steps[-1]["loss_mean"]
+    if validations:
+        metrics["validation_loss"] = validations[-1]["loss"]
+        metrics["validation_loss_best"] = min(record["loss"] for record in validations)
+    write_json(run / "metrics.json", metrics)
+    _write_table(run / "plots" / "loss.csv", steps)
+    if validations:
+        _write_table(run / "plots" / "validation.csv", validations)
+
+
+def _write_table(path: Path, records: list[dict[str, Any]]) -> None:
+    rows = [dict(_flat("", {key: value for key, value in record.items() if key != "seconds"})) for record in records]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:
+    """Yields the numbers of nested mappings with names such as "subset_loss/cats"."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(f"{prefix}{name}/", value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{name}", value

@@ -1,0 +1,129 @@
+"""Writes checkpoints, copies adapters to the folder where programs look for them, goes back to a checkpoint."""
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+from sd3pipe.adapters.files import save_adapter
+from sd3pipe.adapters.network import AdapterNetwork
+from sd3pipe.adapters.precision import StoredDtype
+from sd3pipe.files import atomic_file, storage_errors, write_json
+from sd3pipe.training.checkpoints import (
+    ADAPTER_FILE,
+    Checkpoint,
+    Retention,
+    prune,
+    read_checkpoint,
+    write_checkpoint,
+)
+from sd3pipe.training.feed import Step
+from sd3pipe.training.optimizers import export_state, import_state
+from sd3pipe.training.processes import Processes
+from sd3pipe.training.progressed import Progressed
+from sd3pipe.training.records import forget_after
+from sd3pipe.training.trained_weights import TrainedWeights
+
+log = logging.getLogger(__name__)
+
+FINAL_FOLDER = "final"
+INPUTS_FILE = "inputs.json"
+
+
+class Saver:
+    """Keeps one run's checkpoints. All processes call it alike; the main one writes."""
+
+    def __init__(
+        self,
+        *,
+        run: Path,
+        processes: Processes,
+        network: AdapterNetwork,
+        weights: TrainedWeights,
+        optimizer: Optimizer,
+        state: Mapping[str, Any],
+        metadata: Callable[[Progressed], Mapping[str, str]],
+        dtype: StoredDtype,
+        retention: Retention,
+        names: Sequence[str],
+        output_name: str,
+        loras_dir: Path | None = None,
+        newest: Checkpoint | None = None,
+    ) -> None:
+        self._run, self._processes = run, processes
+        self._network, self._weights, self._optimizer = network, weights, optimizer
+        self._state, self._metadata, self._dtype = state, metadata, dtype
+        self._retention, self._names = retention, names
+        self._loras_dir, self._output_name = loras_dir, output_name
+        self._newest = newest.path if newest else None
+        self._newest_step = newest.step if newest else None
+
+    @property
+    def can_roll_back(self) -> bool:
+        return self._newest is not None
+
+    def picture_names(self, step: Step) -> list[str]:
+        """Returns the names of this process's pictures in a step."""
+        return [self._names[number] for batch in step.batches for number in batch.plan.pictures.tolist()]
+
+    def save(self, progressed: Progressed) -> None:
+        """Writes a checkpoint of this step, unless there is one, and lets older ones go."""
+        if self._newest_step == progressed.step:
+            return
+        path = self._write(progressed) if self._processes.is_main else None
+        self._newest, self._newest_step = self._processes.same(path), progressed.step
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Puts weights and optimizer back to what they were."""
+        tensors = checkpoint.tensors()
+        self._weights.restore(tensors)
+        state = {name: tensor for name, tensor in tensors.items() if name.startswith(("state/", "group/"))}
+        import_state(self._optimizer, self._weights.optimized, state, checkpoint.state["optimizer"])
+
+    def roll_back(self, progressed: Progressed) -> None:
+        """Goes back to the newest checkpoint: weights, optimizer, progress, records."""
+        assert self._newest is not None
+        checkpoint = read_checkpoint(self._newest)
+        self.restore(checkpoint)
+        progressed.become(Progressed.from_state(checkpoint.state))
+        if self._processes.is_main:
+            forget_after(self._run, checkpoint.step)
+
+    def finish(self, inputs: Mapping[str, Any]) -> None:
+        """Makes final/ from the newest checkpoint: the adapter, and what it was made from."""
+        assert self._newest is not None
+        if not self._processes.is_main:
+            return
+        copy_file(self._newest / ADAPTER_FILE, self._run / FINAL_FOLDER / ADAPTER_FILE)
+        write_json(self._run / FINAL_FOLDER / INPUTS_FILE, inputs)
+        if self._loras_dir is not None:
+            copy_file(self._newest / ADAPTER_FILE, self._loras_dir / f"{self._output_name}.safetensors")
+
+    def _write(self, progressed: Progressed) -> Path:
+        tensors, values = export_state(self._optimizer, self._weights.optimized)
+        with self._weights.delivered(self._optimizer):
+            deltas = self._network.deltas()
+        checkpoint = write_checkpoint(
+            self._run,
+            step=progressed.step,
+            write_adapter=lambda path: save_adapter(
+                path, deltas, dtype=self._dtype, metadata=self._metadata(progressed)
+            ),
+            tensors={**self._weights.export(), **tensors},
+            state={**self._state, **progressed.to_state(), "optimizer": values},
+        )
+        if self._loras_dir is not None:
+            name = f"{self._output_name}-step{progressed.step:08d}.safetensors"
+            copy_file(checkpoint.adapter, self._loras_dir / name)
+        best = [progressed.best_step] if progressed.best_step is not None else []
+        prune(self._run, checkpoint, self._retention, keep_steps=best)
+        return checkpoint.path
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Replaces `target` by a copy of `source` atomically. Raises StorageError."""
+    with storage_errors(target), open(source, "rb") as original, atomic_file(target) as copy:
+        shutil.copyfileobj(original, copy)

@@ -1,0 +1,129 @@
+"""One training step: forward and backward over its micro-batches, checks, and the update of the adapter."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sd3pipe.adapters.network import AdapterNetwork
+from sd3pipe.training.feed import Batch
+from sd3pipe.training.objective import Objective
+from sd3pipe.training.processes import Processes
+from sd3pipe.training.schedules import Schedule
+from sd3pipe.training.trained_weights import TrainedWeights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one step measured, over all processes."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    subset_losses: dict[str, float]
+    stop_wanted: bool
+    bad: str = ""  # why the step was not applied
+
+
+class StepRunner:
+    """Takes single training steps."""
+
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        network: AdapterNetwork,
+        weights: TrainedWeights,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        processes: Processes,
+        subset_names: Sequence[str],
+        max_grad_norm: float,
+        max_weight_norm: float | None = None,
+        loss_spike_factor: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self.objective, self.network, self.weights = objective, network, weights
+        self.optimizer, self.schedule, self.processes = optimizer, schedule, processes
+        self._subset_names = subset_names
+        self._max_grad_norm, self._max_weight_norm = max_grad_norm, max_weight_norm
+        self._spike = loss_spike_factor
+        self.scaler = scaler
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+
+    def step(self, number: int, batches: Sequence[Batch], *, loss_mean: float | None, stop: bool) -> StepResult:
+        """Runs forward and backward over the micro-batches and, if all is well, updates the adapter."""
+        self.network.train()
+        sums = self._accumulate(batches)
+        sums[-1, 0] = stop
+        self.processes.mean_gradients(self.weights.parameters)
+        optimized = self.weights.begin_update()
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(optimized, self._max_grad_norm or math.inf)
+        numbers = torch.cat([self.processes.sum(sums).flatten(), norm.double().view(1)]).tolist()  # the only host sync
+        result = self._result(number, numbers, len(batches), loss_mean)
+        if result.bad:
+            self._clear_gradients()
+            return result
+        self._update(number)
+        return result
+
+    def _accumulate(self, batches: Sequence[Batch]) -> Tensor:
+        """Returns sums [subsets + 2, 2]: per subset loss and samples, then the weighted mean loss, then flags."""
+        device = self.processes.device
+        sums = torch.zeros(len(self._subset_names) + 2, 2, dtype=torch.float64, device=device)
+        for batch in batches:
+            batch = batch.to(device)
+            losses_B = self.objective.losses(batch)
+            loss = (losses_B * batch.weights).mean() / len(batches)
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            sums[:, 0].index_add_(0, batch.subsets, losses_B.detach().double())
+            sums[:, 1].index_add_(0, batch.subsets, torch.ones_like(losses_B, dtype=torch.float64))
+            sums[-2, 0] += loss.detach().double()
+        return sums
+
+    def _result(self, number: int, numbers: list[float], accumulation: int, loss_mean: float | None) -> StepResult:
+        *sums, norm = numbers
+        pairs = list(zip(sums[0::2], sums[1::2], strict=True))
+        loss = pairs[-2][0] / self.processes.count
+        per_subset = zip(self._subset_names, pairs, strict=False)
+        return StepResult(
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=self._rates[0] * self.schedule.factor(number),
+            subset_losses={name: total / count for name, (total, count) in per_subset if count},
+            stop_wanted=pairs[-1][0] > 0,
+            bad=self._complaint(loss, norm, loss_mean),
+        )
+
+    def _complaint(self, loss: float, norm: float, loss_mean: float | None) -> str:
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if self.scaler is None and not math.isfinite(norm):
+            return f"the norm of the gradients is {norm}"
+        if self._spike is not None and loss_mean is not None and loss > self._spike * loss_mean:
+            return f"the loss is {loss:.4g}, {loss / loss_mean:.3g} times its running mean"
+        return ""
+
+    def _update(self, number: int) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self.schedule.factor(number)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.weights.end_update(number)
+        if self._max_weight_norm is not None:
+            self.network.limit_norms(self._max_weight_norm)
+        self.weights.move_average(number)
+        self._clear_gradients()
+
+    def _clear_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.weights.parameters:
+            parameter.grad = None

@@ -1,0 +1,176 @@
+"""Opens the two caches and joins them into what can be trained on and what is held out."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sd3pipe.cache.join import JoinedSample, join_samples
+from sd3pipe.cache.reader import CacheReader
+from sd3pipe.data.weighting import sample_repeats
+from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.fingerprint import digest_bytes, hash_bytes, hash_json
+from sd3pipe.params.train import TrainParams
+from sd3pipe.training.items import Items, RowLists, SubsetRules
+
+log = logging.getLogger(__name__)
+
+_PIXELS_PER_LATENT = 8
+_EMPTY_CAPTION = "empty_caption"  # the text manifest's name for the key of the row of ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingData:
+    """The opened caches with the pictures to train on and those held out."""
+
+    latents: CacheReader
+    text: CacheReader
+    train: Items
+    validation: Items
+    resolutions: tuple[tuple[int, int], ...]  # width, height of every bucket
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what a run's identity says about its rows, component by component, so that a difference is named."""
+        fingerprints = {**self.latents.manifest.fingerprints, **self.text.manifest.fingerprints}
+        return {
+            **{f"encoded_with.{name}": value for name, value in sorted(fingerprints.items())},
+            "latents_recipe": hash_json(dict(self.latents.manifest.recipe)),
+            "text_recipe": hash_json(dict(self.text.manifest.recipe)),
+            "training_rows": _digest(self.train, self.latents, self.text),
+        }
+
+
+def open_data(params: TrainParams) -> TrainingData:
+    """Returns the joined caches. Raises InputError for a damaged or wrong cache, StaleError where they do not match."""
+    latents = CacheReader(params.latents, verify_reads=params.verify_reads)
+    text = CacheReader(params.text, verify_reads=params.verify_reads)
+    joined = join_samples(latents, text)
+    for message in joined.left_out:
+        log.warning("left out: %s", message)
+    subsets = _subsets(latents, text, params)
+    pictures = _pictures(joined.samples)
+    train = {key: crops for key, crops in pictures.items() if crops[0].split == "train"}
+    held_out = {key: crops for key, crops in pictures.items() if crops[0].split == "validation"}
+    if not train:
+        raise InputError(f"{params.latents} and {params.text} have no picture in common to train on")
+    shapes = _latent_shapes(latents)
+    items = _items(train, subsets, params, text, shapes)
+    if not items.repeats.any():
+        raise ParameterError("every subset has num_repeats = 0: there is nothing to train on")
+    return TrainingData(
+        latents=latents,
+        text=text,
+        train=items,
+        validation=_items(held_out, subsets, params, text, shapes),
+        resolutions=tuple(sorted({(sample.bucket_w, sample.bucket_h) for sample in joined.samples})),
+    )
+
+
+Picture = tuple[str, str, int]  # subset, image hash, occurrence
+
+
+def _pictures(samples: Iterable[JoinedSample]) -> dict[Picture, list[JoinedSample]]:
+    """Returns the crops of each picture."""
+    pictures: dict[Picture, list[JoinedSample]] = {}
+    for sample in samples:
+        pictures.setdefault((sample.subset, sample.image_hash, sample.occurrence), []).append(sample)
+    return pictures
+
+
+def _items(
+    pictures: Mapping[Picture, Sequence[JoinedSample]],
+    subsets: Mapping[str, Mapping[str, Any]],
+    params: TrainParams,
+    text: CacheReader,
+    latent_shapes: np.ndarray,
+) -> Items:
+    names = sorted(subsets)
+    rows = [
+        [row for crop in crops for row in (crop.row, crop.flipped_row) if row is not None]
+        for crops in pictures.values()
+    ]
+    repeats = sample_repeats(subsets, [subset for subset, _, _ in pictures])
+    return Items(
+        names=[crops[0].name for crops in pictures.values()],
+        ids=np.array([_picture_id(picture) for picture in pictures], dtype=np.uint64),
+        subsets=np.array([names.index(subset) for subset, _, _ in pictures], dtype=np.int64),
+        repeats=np.array(repeats, dtype=np.int64),
+        rules=tuple(_rules(name, subsets[name], params) for name in names),
+        latents=RowLists.of(rows),
+        captions=RowLists.of([crops[0].text_rows for crops in pictures.values()]),
+        empty_caption=_empty_caption(text),
+        latent_shapes=latent_shapes,
+        text_lengths=_text_lengths(text),
+    )
+
+
+def _picture_id(picture: Picture) -> int:
+    return int.from_bytes(digest_bytes("\0".join(map(str, picture)).encode("utf-8", "surrogateescape"))[:8], "little")
+
+
+def _subsets(latents: CacheReader, text: CacheReader, params: TrainParams) -> dict[str, dict[str, Any]]:
+    """Returns the weighting of each subset: caption dropout from the text's manifest, the rest from the latents'."""
+    subsets = {name: dict(values) for name, values in latents.manifest.subsets.items()}
+    unknown = [name for name in params.subsets if name not in subsets]
+    if unknown:
+        raise ParameterError(
+            f"subsets.{unknown[0]}: {params.latents} has no such subset; it has {', '.join(sorted(subsets))}"
+        )
+    for name, values in subsets.items():
+        of_text = text.manifest.subsets.get(name, {})
+        for key in ("caption_dropout_rate", "caption_dropout_every_n_epochs"):
+            values[key] = of_text.get(key, 0)
+        if name in params.subsets:
+            values |= params.subsets[name].model_dump(exclude_none=True)
+    return subsets
+
+
+def _rules(name: str, values: Mapping[str, Any], params: TrainParams) -> SubsetRules:
+    prior = values.get("prior_loss_weight")
+    prior = params.prior_loss_weight if prior is None else prior
+    return SubsetRules(
+        name=name,
+        loss_weight=float(values.get("loss_weight") or 1.0) * (prior if values["is_reg"] else 1.0),
+        caption_dropout_rate=float(values["caption_dropout_rate"]),
+        caption_dropout_every_n_epochs=int(values["caption_dropout_every_n_epochs"]),
+        diff_output_preservation=bool(values.get("diff_output_preservation")),
+    )
+
+
+def _empty_caption(text: CacheReader) -> int:
+    key = text.manifest.extra.get(_EMPTY_CAPTION)
+    if not isinstance(key, str):
+        raise InputError(f"{text.where} does not say which row the empty caption is: encode the text again")
+    return text.number(key)
+
+
+def _latent_shapes(latents: CacheReader) -> np.ndarray:
+    """Returns h, w of every latent row."""
+    layouts = []
+    for layout in latents.index.layouts:
+        shapes = {name: shape for name, _, shape in layout}
+        layouts.append((shapes.get("moments") or shapes["mean"])[-2:])
+    return np.array(layouts, dtype=np.int64).reshape(-1, 2)[latents.index.arrays["row_layout"]]
+
+
+def _text_lengths(text: CacheReader) -> np.ndarray:
+    """Returns the number of T5 positions of every text row."""
+    lengths = [next(shape[0] for name, _, shape in layout if name == "t5xxl") for layout in text.index.layouts]
+    return np.array(lengths, dtype=np.int64)[text.index.arrays["row_layout"]]
+
+
+def _digest(items: Items, latents: CacheReader, text: CacheReader) -> str:
+    """Returns a hash over everything of the items that training reads, with row keys in place of row numbers."""
+    parts = [
+        items.ids.tobytes(),
+        items.subsets.tobytes(),
+        items.repeats.tobytes(),
+        latents.keys[items.latents.rows].tobytes(),
+        items.latents.starts.tobytes(),
+        text.keys[items.captions.rows].tobytes(),
+        items.captions.starts.tobytes(),
+        hash_json([{name: getattr(rules, name) for name in SubsetRules.__slots__} for rules in items.rules]).encode(),
+    ]
+    return hash_bytes(b"".join(parts))
