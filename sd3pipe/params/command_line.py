@@ -2,8 +2,6 @@
 
 import importlib
 import inspect
-import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -12,7 +10,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from sd3pipe.config import find_project
-from sd3pipe.params.fields import Params, option_extra
+from sd3pipe.params.fields import Params, alternatives, option_extra, takes_several
 from sd3pipe.params.resolve import option_name, resolve
 
 CONFIG_OPTION = "config"
@@ -72,7 +70,7 @@ def normalise(model: type[Params], arguments: list[str]) -> list[str]:
     '--network-args a --network-args b'.
     """
     aliases = _aliases(model)
-    several = {option_name(name) for name, field in model.model_fields.items() if _takes_several(field)}
+    several = {option_name(name) for name, field in model.model_fields.items() if takes_several(field)}
     spread: list[str] = []
     current: str | None = None
     for word in arguments:
@@ -100,7 +98,7 @@ def _aliases(model: type[Params]) -> dict[str, str]:
 
 def _parameter(name: str, field: FieldInfo, *, show_all: bool) -> inspect.Parameter:
     extra = option_extra(field)
-    kind: Any = list[str] if _takes_several(field) else bool if field.annotation is bool else str
+    kind: Any = list[str] if takes_several(field) else bool if field.annotation is bool else str
     info: Any
     if extra["positional"]:
         info = typer.Argument(help=_help(field), metavar=name.upper(), show_default=False)
@@ -149,21 +147,13 @@ def _metavar(field: FieldInfo) -> str:
     """Returns what stands for the value in the help: a few choices, or the type's name."""
     if len(_choices(field)) > _MAX_SHOWN_CHOICES:
         return "CHOICE"
-    parts = [_metavar_of(kind) for kind in _alternatives(field.annotation)]
+    parts = [_metavar_of(kind) for kind in alternatives(field.annotation)]
     return "|".join(dict.fromkeys(part for part in parts if part))
 
 
 def _choices(field: FieldInfo) -> list[str]:
-    kinds = _alternatives(field.annotation)
+    kinds = alternatives(field.annotation)
     return [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-
-
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    if get_origin(annotation) in (types.UnionType, typing.Union):
-        return tuple(kind for part in get_args(annotation) for kind in _alternatives(part))
-    if get_origin(annotation) is Annotated:
-        return _alternatives(get_args(annotation)[0])
-    return (annotation,)
 
 
 def _metavar_of(kind: Any) -> str:
@@ -174,7 +164,3 @@ def _metavar_of(kind: Any) -> str:
     if get_origin(kind) in (list, tuple):
         return f"{_metavar_of(get_args(kind)[0])}..."
     return {int: "N", float: "X", str: "TEXT", Path: "PATH"}.get(kind, "VALUE")
-
-
-def _takes_several(field: FieldInfo) -> bool:
-    return any(get_origin(kind) in (list, tuple) for kind in _alternatives(field.annotation))

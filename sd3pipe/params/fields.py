@@ -1,7 +1,9 @@
 """How an option is declared: one pydantic field that carries type, default, range, help and what depends on it."""
 
+import types
+import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -61,3 +63,17 @@ def option_extra(field: FieldInfo) -> dict[str, Any]:
     extra = field.json_schema_extra
     assert isinstance(extra, dict), "declare options with option()"
     return extra
+
+
+def takes_several(field: FieldInfo) -> bool:
+    """Returns whether an option takes a list of values; such fields are tuples."""
+    return any(get_origin(kind) is tuple for kind in alternatives(field.annotation))
+
+
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    """Returns the types that a union offers, without what Annotated adds to them."""
+    if get_origin(annotation) in (types.UnionType, typing.Union):
+        return tuple(kind for part in get_args(annotation) for kind in alternatives(part))
+    if get_origin(annotation) is Annotated:
+        return alternatives(get_args(annotation)[0])
+    return (annotation,)

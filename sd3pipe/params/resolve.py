@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from sd3pipe.config import Project, flatten, read_toml, relative_to
 from sd3pipe.errors import ParameterError
-from sd3pipe.params.fields import Params, option_extra
+from sd3pipe.params.fields import Params, option_extra, takes_several
 from sd3pipe.params.refused import ALREADY_SO, REFUSED
 
 log = logging.getLogger(__name__)
@@ -135,8 +135,8 @@ def _project_paths(model: type[Params], project: Project | None) -> dict[str, st
 
 def _check(field: FieldInfo, value: Any, *, from_text: bool) -> Any:
     """Returns `value` as the field's type: strict for a file's values, parsed for the command line's strings."""
-    if isinstance(value, list):
-        value = tuple(value)  # options that take several values are tuples; TOML has lists only
+    if takes_several(field):  # TOML has lists only, and one path of project.toml may stand for several
+        value = tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
     adapter: TypeAdapter[Any] = TypeAdapter(field.rebuild_annotation(), config=ConfigDict(strict=not from_text))
     return adapter.validate_python(value)
 

@@ -59,8 +59,13 @@ metrics:
 
 plots:
   - loss:
-      x: {"${paths.run}/metrics.csv": step}
-      y: {"${paths.run}/metrics.csv": loss}
+      x: step
+      y:
+        ${paths.run}/plots/loss.csv: [loss, loss_mean]
+  - learning_rate:
+      x: step
+      y:
+        ${paths.run}/plots/loss.csv: learning_rate
 """
 
 

@@ -1,0 +1,82 @@
+"""Reads what a run folder tells about itself."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3pipe.errors import InputError
+
+_SAMPLE_NAME = re.compile(r"step-?(\d+)")
+_PICTURES = (".png", ".jpg", ".webp")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One sample picture: which prompt it answers, and after how many steps."""
+
+    prompt: str
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """A run as its folder describes it; whatever is missing is empty."""
+
+    folder: Path
+    report: dict[str, Any]
+    inputs: dict[str, Any]
+    steps: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    samples: list[Sample]
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Returns the record of a run. Raises InputError if the folder holds no run."""
+    records = _records(folder / "metrics.jsonl")
+    report, inputs = _json(folder / "report.json"), _json(folder / "final" / "inputs.json")
+    if not records and not report:
+        raise InputError(f"{folder}: is no run folder: it has neither metrics.jsonl nor report.json")
+    return RunRecord(
+        folder=folder,
+        report=report,
+        inputs=inputs,
+        steps=[record for record in records if record["kind"] == "step"],
+        validations=[record for record in records if record["kind"] == "validation"],
+        events=[record for record in records if record["kind"] == "event"],
+        samples=_samples(folder / "samples"),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """Returns the whole lines; a line cut short by a crash ends them."""
+    records: list[dict[str, Any]] = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                records.append(json.loads(line))
+    except (OSError, ValueError):
+        pass
+    return records
+
+
+def _samples(folder: Path) -> list[Sample]:
+    """Returns the pictures whose names, or folders' names, say a step; the rest of the name stands for the prompt."""
+    found = []
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
+        name = str(path.relative_to(folder))
+        match = _SAMPLE_NAME.search(name)
+        if path.suffix.lower() in _PICTURES and match:
+            prompt = (name[: match.start()] + name[match.end() :]).strip("-_/ ").removesuffix(path.suffix).strip("-_/ ")
+            found.append(Sample(prompt=prompt or "sample", step=int(match[1]), path=path))
+    return found
