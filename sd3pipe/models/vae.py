@@ -15,8 +15,9 @@ from sd3pipe.models.vae_architecture import VAEArchitecture
 SCALE = 1.5305  # model latents = (latents - SHIFT) * SCALE
 SHIFT = 0.0609
 
+LOGVAR_RANGE = (-30.0, 20.0)
+
 _GROUPS = 32
-_LOGVAR_RANGE = (-30.0, 20.0)
 
 
 class VAE(nn.Module):
@@ -25,26 +26,27 @@ class VAE(nn.Module):
     def __init__(self, architecture: VAEArchitecture) -> None:
         super().__init__()
         self.architecture = architecture
-        self.encoder = _Encoder(architecture)
-        self.decoder = _Decoder(architecture)
+        self.encoder = Encoder(architecture)
+        self.decoder = Decoder(architecture)
 
     def encode(self, pixels_BChw: Tensor) -> tuple[Tensor, Tensor]:
         """Returns mean and log-variance, each [B, 16, H/8, W/8], of the unscaled latents of pixels in [-1, 1]."""
-        self._check(pixels_BChw, self.architecture.image_channels, self.architecture.downscale, "pixels")
+        self.check_pixels(pixels_BChw)
         mean, logvar = self.encoder(pixels_BChw).chunk(2, dim=1)
-        return mean, logvar.clamp(*_LOGVAR_RANGE)
+        return mean, logvar.clamp(*LOGVAR_RANGE)
 
     def decode(self, latents_BChw: Tensor) -> Tensor:
         """Returns pixels [B, 3, 8h, 8w], about [-1, 1], of unscaled latents."""
-        self._check(latents_BChw, self.architecture.latent_channels, 1, "latents")
+        self.check_latents(latents_BChw)
         return self.decoder(latents_BChw)
 
-    def _check(self, values_BChw: Tensor, channels: int, multiple: int, name: str) -> None:
-        shape = values_BChw.shape
-        if len(shape) != 4 or shape[1] != channels or shape[2] % multiple or shape[3] % multiple:
-            raise ValueError(
-                f"{name} of shape {list(shape)}: expected [B, {channels}, h, w] with h and w multiples of {multiple}"
-            )
+    def check_pixels(self, pixels_BChw: Tensor) -> None:
+        """Raises ValueError unless the VAE can encode something of this shape."""
+        _check(pixels_BChw, self.architecture.image_channels, self.architecture.downscale, "pixels")
+
+    def check_latents(self, latents_BChw: Tensor) -> None:
+        """Raises ValueError unless the VAE can decode something of this shape."""
+        _check(latents_BChw, self.architecture.latent_channels, 1, "latents")
 
 
 def sample_latents(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
@@ -62,19 +64,19 @@ def from_model_space(latents: Tensor) -> Tensor:
     return latents / SCALE + SHIFT
 
 
-class _Encoder(nn.Module):
+class Encoder(nn.Module):
     def __init__(self, architecture: VAEArchitecture) -> None:
         super().__init__()
         widths, last = architecture.level_widths, architecture.level_widths[-1]
         self.conv_in = _conv3(architecture.image_channels, widths[0])
         self.down = nn.ModuleList(
-            _Level(
+            Level(
                 _resnets(width_in, width, architecture.blocks_per_level),
-                downsample=_Downsample(width) if level < len(widths) - 1 else None,
+                downsample=Downsample(width) if level < len(widths) - 1 else None,
             )
             for level, (width_in, width) in enumerate(zip(architecture.encoder_inputs(), widths, strict=True))
         )
-        self.mid = _Middle(last)
+        self.mid = Middle(last)
         self.norm_out = _norm(last)
         self.conv_out = _conv3(last, 2 * architecture.latent_channels)
 
@@ -85,16 +87,16 @@ class _Encoder(nn.Module):
         return self.conv_out(functional.silu(self.norm_out(self.mid(x))))
 
 
-class _Decoder(nn.Module):
+class Decoder(nn.Module):
     def __init__(self, architecture: VAEArchitecture) -> None:
         super().__init__()
         widths, last = architecture.level_widths, architecture.level_widths[-1]
         self.conv_in = _conv3(architecture.latent_channels, last)
-        self.mid = _Middle(last)
+        self.mid = Middle(last)
         self.up = nn.ModuleList(  # numbered as in the encoder, the finest level first; run from the coarsest
-            _Level(
+            Level(
                 _resnets(width_in, width, architecture.blocks_per_level + 1),
-                upsample=_Upsample(width) if level else None,
+                upsample=Upsample(width) if level else None,
             )
             for level, (width_in, width) in enumerate(zip(architecture.decoder_inputs(), widths, strict=True))
         )
@@ -108,11 +110,11 @@ class _Decoder(nn.Module):
         return self.conv_out(functional.silu(self.norm_out(x)))
 
 
-class _Level(nn.Module):
+class Level(nn.Module):
     """The blocks of one resolution, then the way to the next."""
 
     def __init__(
-        self, block: nn.ModuleList, *, downsample: "_Downsample | None" = None, upsample: "_Upsample | None" = None
+        self, block: nn.ModuleList, *, downsample: "Downsample | None" = None, upsample: "Upsample | None" = None
     ) -> None:
         super().__init__()
         self.block = block
@@ -127,7 +129,7 @@ class _Level(nn.Module):
         return x if self.upsample is None else self.upsample(x)
 
 
-class _Resnet(nn.Module):
+class Resnet(nn.Module):
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
         self.norm1 = _norm(width_in)
@@ -142,7 +144,7 @@ class _Resnet(nn.Module):
         return self.nin_shortcut(x) + residual
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
     """Self-attention over all latent pixels, one head as wide as the channels."""
 
     def __init__(self, width: int) -> None:
@@ -161,18 +163,18 @@ class _Attention(nn.Module):
         return x_BChw + self.proj_out(attended_BChw)
 
 
-class _Middle(nn.Module):
+class Middle(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.block_1 = _Resnet(width, width)
-        self.attn_1 = _Attention(width)
-        self.block_2 = _Resnet(width, width)
+        self.block_1 = Resnet(width, width)
+        self.attn_1 = Attention(width)
+        self.block_2 = Resnet(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
-class _Downsample(nn.Module):
+class Downsample(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, stride=2)
@@ -181,7 +183,7 @@ class _Downsample(nn.Module):
         return self.conv(functional.pad(x, (0, 1, 0, 1)))  # zeros right and below only, as it was trained
 
 
-class _Upsample(nn.Module):
+class Upsample(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = _conv3(width, width)
@@ -190,8 +192,16 @@ class _Upsample(nn.Module):
         return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+def _check(values_BChw: Tensor, channels: int, multiple: int, name: str) -> None:
+    shape = values_BChw.shape
+    if len(shape) != 4 or shape[1] != channels or not shape.numel() or shape[2] % multiple or shape[3] % multiple:
+        raise ValueError(
+            f"{name} of shape {list(shape)}: expected [B, {channels}, h, w] with h and w multiples of {multiple}"
+        )
+
+
 def _resnets(width_in: int, width: int, count: int) -> nn.ModuleList:
-    return nn.ModuleList(_Resnet(width if index else width_in, width) for index in range(count))
+    return nn.ModuleList(Resnet(width if index else width_in, width) for index in range(count))
 
 
 def _norm(width: int) -> nn.GroupNorm:
