@@ -7,7 +7,7 @@ An adapter is a mapping from module path ("joint_blocks.0.x_block.attn.qkv") to 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -18,12 +18,17 @@ Algorithm = Literal["lora", "dora", "loha", "lokr"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LoRADelta:
-    """W + (alpha / R) up down, of up [O, R] and down [R, I]; a magnitude [O] is the norm of its rows then (DoRA)."""
+    """W + (alpha / R) up down, of up [O, R] and down [R, I]; with a magnitude [O] (DoRA) its rows are then scaled.
+
+    They are scaled by magnitude / |row of the sum|, as in the paper and in peft; or, where `base_norm` is set, by
+    magnitude / |row of W|, which is what ComfyUI does with a magnitude per output row.
+    """
 
     down: Tensor
     up: Tensor
     alpha: float
     magnitude: Tensor | None = None
+    base_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.down.ndim != 2 or self.up.ndim != 2 or self.up.shape[1] != self.down.shape[0]:
@@ -173,9 +178,17 @@ def multiplied(factor: Factor, dtype: torch.dtype | None = None) -> Tensor:
     return factor.to(dtype or factor.dtype)
 
 
-def row_norms(weight_OI: Tensor, delta: LoRADelta) -> Tensor:
-    """Returns the norms of the rows of W + (alpha / R) up down in fp32, without forming the sum."""
-    return merged_row_norms(weight_OI, delta.down, delta.up, delta.scale)
+def with_norm_of(delta: LoRADelta, weight_OI: Tensor, *, base_norm: bool) -> LoRADelta:
+    """Returns the same change of `weight_OI` with a magnitude over the norms of the other kind."""
+    if delta.magnitude is None or delta.base_norm == base_norm:
+        return delta
+    ratio_O = _row_norms(weight_OI, delta) / _row_norms(weight_OI, replace(delta, base_norm=base_norm))
+    return replace(delta, magnitude=delta.magnitude.float() / ratio_O, base_norm=base_norm)
+
+
+def _row_norms(weight_OI: Tensor, delta: LoRADelta) -> Tensor:
+    """Returns the norms that the magnitude of `delta` is divided by."""
+    return merged_row_norms(weight_OI, delta.down, delta.up, 0.0 if delta.base_norm else delta.scale)
 
 
 def merged_row_norms(weight_OI: Tensor, down_RI: Tensor, up_OR: Tensor, scale: float) -> Tensor:
@@ -192,7 +205,7 @@ def merged_weight(weight_OI: Tensor, delta: Delta, strength: float = 1.0) -> Ten
     weight_OI = weight_OI.float()
     change_OI = delta.dense()
     if isinstance(delta, LoRADelta) and delta.magnitude is not None:
-        gain_O = delta.magnitude.float() / row_norms(weight_OI, delta)
+        gain_O = delta.magnitude.float() / _row_norms(weight_OI, delta)
         change_OI = gain_O[:, None] * (weight_OI + change_OI) - weight_OI
     return weight_OI + strength * change_OI
 
@@ -227,7 +240,7 @@ def _lora_difference(first: LoRADelta, second: LoRADelta) -> float:
     left_OR = torch.cat([first.up.double() * first.scale, second.up.double() * -second.scale], dim=1)
     right_RI = torch.cat([first.down.double(), second.down.double()])
     direction = _ratio(product_norm(left_OR, right_RI), delta_norm(first))
-    if (first.magnitude is None) != (second.magnitude is None):
+    if first.algorithm != second.algorithm or first.base_norm != second.base_norm:
         return math.inf
     if first.magnitude is None or second.magnitude is None:
         return direction
@@ -244,8 +257,12 @@ def _ratio(apart: float, norm: float) -> float:
 def _same_factors(first: Delta, second: Delta) -> bool:
     ours, theirs = first.tensors(), second.tensors()
     return (
-        first.algorithm == second.algorithm
+        (first.algorithm, _base_norm(first)) == (second.algorithm, _base_norm(second))
         and first.scale == second.scale
         and ours.keys() == theirs.keys()
         and all(torch.equal(tensor.float(), theirs[name].float()) for name, tensor in ours.items())
     )
+
+
+def _base_norm(delta: Delta) -> bool:
+    return isinstance(delta, LoRADelta) and delta.base_norm

@@ -1,0 +1,235 @@
+"""Adapter files: read from any known form, written in three, read back and compared before they get their name."""
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sd3pipe.adapters.deltas import Adapter, Delta, LoRADelta, difference
+from sd3pipe.adapters.forms import Strength, parse, prepared, tensors_of
+from sd3pipe.adapters.keymap import Form, is_text_encoder
+from sd3pipe.adapters.precision import StoredDtype, check_error, rounded_adapter
+from sd3pipe.adapters.recognise import describe, foreign_kind
+from sd3pipe.adapters.sizes import depth_of, fitting_variants
+from sd3pipe.adapters.tensor_file import DTYPE_NAMES, data_sha256, in_file_order, write_tensors
+from sd3pipe.errors import InputError
+from sd3pipe.files import atomic_file
+
+log = logging.getLogger(__name__)
+
+DORA_NORM_KEY = "sd3pipe_dora_norm"
+PEFT_CONFIG_KEY = "lora_adapter_metadata"
+
+_PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+_KEPT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_SHOWN_KEYS = 6
+_UP = ".lora_B.weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFile:
+    """An adapter as it was read: factors by native module path, whatever form the file has."""
+
+    path: Path
+    forms: tuple[Form, ...]
+    adapter: dict[str, Delta]
+    metadata: dict[str, str]
+    unknown: tuple[str, ...]
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        return {path: delta.shape for path, delta in self.adapter.items()}
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks of the model that it fits; 0 where it adapts text encoders alone."""
+        return depth_of(self.sizes)
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The public models that have all its modules."""
+        return fitting_variants(self.sizes)
+
+    @property
+    def model_part(self) -> dict[str, Delta]:
+        """The part that changes the MMDiT."""
+        return {path: delta for path, delta in self.adapter.items() if not is_text_encoder(path)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedAdapter:
+    """What was written, and how far the written changes are from those that were to be written."""
+
+    path: Path
+    form: Form
+    dtypes: tuple[str, ...]
+    modules: int
+    nbytes: int
+    largest_difference: float
+    largest_at: str
+
+
+def read_adapter(path: Path, *, ignore_unknown: bool = False) -> AdapterFile:
+    """Returns the adapter in a safetensors file of any known form.
+
+    Raises InputError for a damaged or foreign file, saying what it seems to be, and for keys that stand for nothing in
+    an SD3 model unless `ignore_unknown`, which lists them in a warning.
+    """
+    tensors, metadata = _read_tensors(path)
+    try:
+        parsed = parse(tensors, strength=_strength(metadata), base_norm=metadata.get(DORA_NORM_KEY) == "base")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    if not parsed.adapter:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        raise InputError(f"{path}: is no SD3 adapter: it seems to be {describe(shapes)}")
+    if parsed.unknown:
+        message = f"{path}: {len(parsed.unknown)} keys stand for nothing in an SD3 model: {_listed(parsed.unknown)}"
+        if not ignore_unknown:
+            raise InputError(f"{message}; `sd3pipe adapter convert --ignore-unknown` leaves them out")
+        log.warning("%s: left out", message)
+    return AdapterFile(
+        path=path,
+        forms=tuple(sorted(parsed.forms)),
+        adapter=parsed.adapter,
+        metadata=metadata,
+        unknown=tuple(parsed.unknown),
+    )
+
+
+def save_adapter(
+    path: Path,
+    adapter: Adapter,
+    *,
+    form: Form = "comfyui",
+    dtype: StoredDtype = "fp32",
+    metadata: Mapping[str, str] | None = None,
+) -> SavedAdapter:
+    """Writes an adapter under a temporary name, reads it back, compares every module, and only then names it.
+
+    Without `metadata` only what is needed to load it is written beside the tensors. Raises ParameterError where the
+    form or the dtype cannot hold the adapter, StorageError.
+    """
+    held = prepared(adapter, form)
+    stored = rounded_adapter(held, dtype)
+    for place, delta in stored.items():
+        check_error(place, difference(held[place], delta), dtype)
+    tensors = in_file_order(tensors_of(stored, form))
+    header = {"format": "pt"} | _needed_metadata(stored, tensors, form)
+    if metadata is not None:
+        digest = data_sha256(tensors)
+        header = {**metadata, "sshs_model_hash": digest, "modelspec.hash_sha256": "0x" + digest} | header
+    with atomic_file(path) as handle:
+        write_tensors(handle, tensors, header)
+        handle.flush()
+        nbytes = handle.tell()
+        error, where = compare(adapter, read_adapter(Path(handle.name)).adapter)
+        check_error(where, error, dtype)
+    return SavedAdapter(
+        path=path,
+        form=form,
+        dtypes=tuple(sorted({DTYPE_NAMES[tensor.dtype] for tensor in tensors.values() if tensor.ndim > 1})),
+        modules=len(adapter),
+        nbytes=nbytes,
+        largest_difference=error,
+        largest_at=where,
+    )
+
+
+def compare(source: Adapter, written: Adapter) -> tuple[float, str]:
+    """Returns the largest relative difference of a module's change, and the module; infinity where one is missing."""
+    odd = sorted(source.keys() ^ written.keys())
+    if odd:
+        return float("inf"), odd[0]
+    errors = {path: difference(delta, written[path]) for path, delta in source.items()}
+    where = max(errors, key=lambda path: errors[path])
+    return errors[where], where
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the tensors and the metadata of a file, once its names and shapes say that it may be an adapter."""
+    if path.suffix.lower() in _PICKLES:
+        raise InputError(f"{path}: is not read, because a {path.suffix} file can run code: take a .safetensors file")
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            kind = foreign_kind(shapes)
+            if kind:
+                raise InputError(f"{path}: is no SD3 adapter: it seems to be {kind}")
+            return {name: _kept(file.get_tensor(name)) for name in shapes}, dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{path}: is damaged, cut short or no safetensors file ({reason})") from error
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in _KEPT_DTYPES else tensor.float()
+
+
+def _strength(metadata: Mapping[str, str]) -> Strength:
+    """Returns what diffusers' adapter metadata says of each module's strength, alpha over rank."""
+    config: dict[str, Any] = {}
+    with suppress(ValueError):  # not JSON: written by somebody else, under the same key
+        config = json.loads(metadata.get(PEFT_CONFIG_KEY, "{}"))
+
+    def strength(name: str, rank: int) -> float | None:
+        prefix, _, module = name.partition(".")
+        if not isinstance(config, dict) or not isinstance(config.get(f"{prefix}.lora_alpha"), int | float):
+            return None
+        patterns = config.get(f"{prefix}.alpha_pattern") or {}
+        found = (alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module))
+        alpha = next(found, config[f"{prefix}.lora_alpha"])
+        return float(alpha) / (rank**0.5 if config.get(f"{prefix}.use_rslora") else rank)
+
+    return strength
+
+
+def _needed_metadata(adapter: Adapter, tensors: Mapping[str, Tensor], form: Form) -> dict[str, str]:
+    """Returns the metadata without which the file would be loaded wrongly."""
+    needed: dict[str, str] = {}
+    if any(isinstance(delta, LoRADelta) and delta.base_norm for delta in adapter.values()):
+        needed[DORA_NORM_KEY] = "base"
+    if form == "diffusers":
+        ranks = {name.removesuffix(_UP): tensor.shape[1] for name, tensor in tensors.items() if name.endswith(_UP)}
+        if len(set(ranks.values())) > 1:
+            needed[PEFT_CONFIG_KEY] = json.dumps(
+                _peft_config(ranks, dora=len(tensors) > 2 * len(ranks)), sort_keys=True
+            )
+    return needed
+
+
+def _peft_config(ranks: Mapping[str, int], *, dora: bool) -> dict[str, object]:
+    """Returns peft's configuration for modules of several ranks, each at strength 1.
+
+    Without it older diffusers takes the first module's rank for everybody's alpha. ComfyUI does not read it.
+    """
+    config: dict[str, object] = {}
+    for prefix in sorted({name.partition(".")[0] for name in ranks}):
+        modules = {name.partition(".")[2]: rank for name, rank in ranks.items() if name.startswith(prefix + ".")}
+        (usual, _), *_ = Counter(modules.values()).most_common(1)
+        pattern = {f"^{module}": rank for module, rank in sorted(modules.items()) if rank != usual}
+        config |= {
+            f"{prefix}.r": usual,
+            f"{prefix}.lora_alpha": usual,
+            f"{prefix}.rank_pattern": pattern,
+            f"{prefix}.alpha_pattern": pattern,
+            f"{prefix}.target_modules": sorted(modules),
+            f"{prefix}.use_dora": dora,
+        }
+    return config
+
+
+def _listed(keys: Sequence[str]) -> str:
+    rest = len(keys) - _SHOWN_KEYS
+    return ", ".join(ascii(key)[1:101] for key in keys[:_SHOWN_KEYS]) + (f" and {rest} more" if rest > 0 else "")

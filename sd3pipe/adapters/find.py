@@ -1,0 +1,45 @@
+"""Where an adapter lies: in a run, in one of its checkpoints, or in a file. Free of torch."""
+
+import logging
+import re
+from pathlib import Path
+
+from sd3pipe.errors import InputError
+
+log = logging.getLogger(__name__)
+
+ADAPTER_NAME = "adapter.safetensors"
+_STEP = re.compile(r"step-(\d+)")
+
+
+def find_adapter(path: Path) -> Path:
+    """Returns the adapter file that a run, a checkpoint or a file name stands for.
+
+    A run stands for its finished adapter; where there is none, for that of its newest checkpoint, with a warning.
+    Raises InputError where there is neither.
+    """
+    if path.is_file():
+        return path
+    for candidate in (path / ADAPTER_NAME, path / "final" / ADAPTER_NAME):
+        if candidate.is_file():
+            return candidate
+    found = checkpoint_adapters(path)
+    if found:
+        newest = max(found)
+        log.warning("%s is not finished: its newest checkpoint is taken, %s", path, found[newest].parent.name)
+        return found[newest]
+    if path.is_dir():
+        raise InputError(
+            f"{path}: holds no adapter: neither final/{ADAPTER_NAME} nor a checkpoint, and is no checkpoint"
+        )
+    raise InputError(f"{path}: there is no such run, checkpoint or file")
+
+
+def checkpoint_adapters(run: Path) -> dict[int, Path]:
+    """Returns the adapters in a run's checkpoints by step, in order."""
+    found: dict[int, Path] = {}
+    for folder in run.glob("checkpoints/step-*"):
+        match = _STEP.fullmatch(folder.name)
+        if match and (folder / ADAPTER_NAME).is_file():
+            found[int(match[1])] = folder / ADAPTER_NAME
+    return dict(sorted(found.items()))

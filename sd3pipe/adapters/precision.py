@@ -1,0 +1,79 @@
+"""Storing an adapter in fewer bits: what it costs, module by module, and a form that costs less."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sd3pipe.adapters.deltas import Adapter, Delta, LoHaDelta, LoKrDelta, LoRADelta, difference
+from sd3pipe.errors import ParameterError
+
+StoredDtype = Literal["auto", "same", "fp32", "fp16", "bf16"]
+
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FP16_TOLERANCE = 1e-3  # relative error of a module's change up to which `auto` stores fp16
+_TOLERANCES: Mapping[str, float] = {"auto": FP16_TOLERANCE, "same": 1e-6, "fp32": 1e-6, "fp16": 1e-2, "bf16": 2e-2}
+
+
+def rounded_adapter(adapter: Adapter, dtype: StoredDtype) -> dict[str, Delta]:
+    """Returns the adapter as it will be stored; `auto` is fp16 where every module keeps within FP16_TOLERANCE."""
+    if dtype == "same":
+        return dict(adapter)
+    if dtype != "auto":
+        return {path: rounded(delta, DTYPES[dtype]) for path, delta in adapter.items()}
+    halves: dict[str, Delta] = {}
+    for path, delta in adapter.items():
+        halves[path] = rounded(delta, torch.float16)
+        if not difference(delta, halves[path]) < FP16_TOLERANCE:
+            return rounded_adapter(adapter, "fp32")
+    return halves
+
+
+def rounded(delta: Delta, dtype: torch.dtype) -> Delta:
+    """Returns the delta with its factors in `dtype`; fp16 LoRA factors are brought to one magnitude if that helps."""
+    plain = _cast(delta, dtype)
+    if dtype != torch.float16 or not isinstance(delta, LoRADelta) or difference(delta, plain) < FP16_TOLERANCE / 2:
+        return plain
+    balanced = _cast(_balanced(delta), dtype)
+    return balanced if difference(delta, balanced) < difference(delta, plain) else plain
+
+
+def check_error(path: str, error: float, dtype: StoredDtype) -> None:
+    """Raises ParameterError where a module's change differs by more than its number format explains."""
+    if not error <= _TOLERANCES[dtype]:
+        raise ParameterError(
+            f"{path} would change by {error:.1e} of itself when stored as {dtype}, and at most "
+            f"{_TOLERANCES[dtype]:.0e} is accepted: use --dtype fp32"
+        )
+
+
+def _balanced(delta: LoRADelta) -> LoRADelta:
+    """Returns the same product with a power of two moved between the factors, away from fp16's subnormal numbers."""
+    largest_down, largest_up = float(delta.down.abs().max()), float(delta.up.abs().max())
+    if not largest_down or not largest_up:
+        return delta
+    factor = 2.0 ** round(math.log2(largest_down / largest_up) / 2)
+    return replace(delta, down=delta.down.float() / factor, up=delta.up.float() * factor)
+
+
+def _cast(delta: Delta, dtype: torch.dtype) -> Delta:
+    match delta:
+        case LoRADelta():  # magnitudes stay in fp32: they are few, and their error would act on the whole weight
+            return replace(delta, down=delta.down.to(dtype), up=delta.up.to(dtype))
+        case LoHaDelta():
+            return replace(
+                delta,
+                w1_a=delta.w1_a.to(dtype),
+                w1_b=delta.w1_b.to(dtype),
+                w2_a=delta.w2_a.to(dtype),
+                w2_b=delta.w2_b.to(dtype),
+            )
+        case LoKrDelta():
+            return replace(delta, w1=_cast_factor(delta.w1, dtype), w2=_cast_factor(delta.w2, dtype))
+
+
+def _cast_factor(factor: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor | tuple[Tensor, Tensor]:
+    return (factor[0].to(dtype), factor[1].to(dtype)) if isinstance(factor, tuple) else factor.to(dtype)

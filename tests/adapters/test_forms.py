@@ -1,0 +1,504 @@
+"""Adapter files: round trips over all forms, foreign names, what other programs find in them."""
+
+import json
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_adapters import linear_sizes, random_adapter, random_delta
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_mmdit import tiny_architecture
+
+from sd3pipe.adapters.deltas import LoRADelta, difference
+from sd3pipe.adapters.files import compare, read_adapter, save_adapter
+from sd3pipe.adapters.forms import parse, prepared, tensors_of
+from sd3pipe.adapters.fusing import join_qkv, split_qkv
+from sd3pipe.adapters.keymap import (
+    BLOCK_MODULES,
+    OTHER_MODULES,
+    WRITTEN_FORMS,
+    Place,
+    find_place,
+    halves_swapped,
+    module_names,
+)  # fmt: skip
+from sd3pipe.errors import InputError, ParameterError
+
+VARIANTS = ("sd3-medium", "sd35-medium", "sd35-large")
+TEXT_MODULES = (
+    "text_encoders.clip_l.transformer.text_model.encoder.layers.11.self_attn.out_proj",
+    "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1",
+    "text_encoders.clip_g.transformer.text_projection",
+    "text_encoders.t5xxl.transformer.encoder.block.3.layer.0.SelfAttention.q",
+    "text_encoders.t5xxl.transformer.encoder.block.23.layer.1.DenseReluDense.wi_1",
+)
+
+
+def converted(adapter, form):
+    """The adapter after one trip through the tensors of a form."""
+    return parse(tensors_of(prepared(adapter, form), form)).adapter
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("first", WRITTEN_FORMS)
+@pytest.mark.parametrize("second", WRITTEN_FORMS)
+@pytest.mark.parametrize("every", [1, 4])
+def test_any_two_forms_in_turn_keep_the_effective_change(variant, first, second, every):
+    adapter = random_adapter(tiny_architecture(variant), every=every)
+    back = converted(converted(converted(adapter, first), second), "comfyui")
+    error, where = compare(adapter, back)
+    assert error <= (1e-6 if "diffusers" in (first, second) else 0.0), where
+
+
+@pytest.mark.parametrize("form", ["comfyui", "comfyui-generic"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
+def test_native_forms_hold_every_kind_bit_for_bit(form, kind):
+    adapter = random_adapter(tiny_architecture("sd35-medium"), kind)
+    assert compare(adapter, converted(adapter, form)) == (0.0, next(iter(adapter)))
+
+
+def test_diffusers_form_holds_dora_and_refuses_the_rest():
+    dora = random_adapter(tiny_architecture("sd35-medium"), "dora")
+    assert compare(dora, converted(dora, "diffusers"))[0] < 1e-6
+    for kind in ("loha", "lokr"):
+        with pytest.raises(ParameterError, match="adapter resize"):
+            prepared(random_adapter(tiny_architecture("sd3-medium"), kind), "diffusers")
+
+
+def test_split_of_one_down_and_of_three_is_exact():
+    generator = torch.Generator().manual_seed(0)
+    shared = random_delta("lora", (192, 64), rank=4, alpha=3.0, generator=generator)
+    assert {part.rank for part in split_qkv(shared)} == {4}
+    assert difference(shared, join_qkv(dict(enumerate(split_qkv(shared))))) == 0.0
+    apart = {i: random_delta("lora", (64, 64), rank=2, alpha=1.0, generator=generator) for i in range(3)}
+    joined = join_qkv(apart)
+    assert (joined.rank, joined.alpha) == (6, 3.0)
+    for index, part in enumerate(split_qkv(joined)):
+        assert difference(apart[index], part) == 0.0
+
+
+def test_parts_of_other_ranks_and_strengths_join():
+    generator = torch.Generator().manual_seed(0)
+    parts = {i: random_delta("lora", (64, 64), rank=i + 1, alpha=2.0, generator=generator) for i in range(3)}
+    dense = torch.cat([part.dense() for part in parts.values()])
+    torch.testing.assert_close(join_qkv(parts).dense(), dense)
+    del parts[1]
+    dense[64:128] = 0
+    joined = join_qkv(parts)
+    assert joined.rank == 4
+    torch.testing.assert_close(joined.dense(), dense)
+
+
+def test_parts_of_a_loha_join():
+    generator = torch.Generator().manual_seed(0)
+    parts = {i: random_delta("loha", (64, 32), rank=i + 1, alpha=2.0, generator=generator) for i in range(3)}
+    torch.testing.assert_close(join_qkv(parts).dense(), torch.cat([part.dense() for part in parts.values()]))
+
+
+def test_diffusers_swaps_halves_of_two_modulations():
+    architecture = tiny_architecture("sd35-medium")
+    adapter = random_adapter(architecture)
+    tensors = tensors_of(prepared(adapter, "diffusers"), "diffusers")
+    swapped = {path for path in adapter if halves_swapped(path, architecture.depth)}
+    assert swapped == {"final_layer.adaLN_modulation.1", "joint_blocks.2.context_block.adaLN_modulation.1"}
+    for path in swapped | {"joint_blocks.1.context_block.adaLN_modulation.1"}:
+        (name,) = module_names(path, "diffusers")
+        written = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+        expected = adapter[path].dense()
+        if path in swapped:
+            expected = torch.cat(expected.chunk(2)[::-1])
+        torch.testing.assert_close(written, expected)
+
+
+# --- an independent statement of what ComfyUI looks for, from the reference page alone ---
+
+COMFY_BLOCK = {
+    "norm1.linear": "x_block.adaLN_modulation.1", "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.to_q": ("x_block.attn.qkv", 0), "attn.to_k": ("x_block.attn.qkv", 1), "attn.to_v": ("x_block.attn.qkv", 2),
+    "attn.add_q_proj": ("context_block.attn.qkv", 0), "attn.add_k_proj": ("context_block.attn.qkv", 1),
+    "attn.add_v_proj": ("context_block.attn.qkv", 2),
+    "attn2.to_q": ("x_block.attn2.qkv", 0), "attn2.to_k": ("x_block.attn2.qkv", 1),
+    "attn2.to_v": ("x_block.attn2.qkv", 2),
+    "attn.to_out.0": "x_block.attn.proj", "attn.to_add_out": "context_block.attn.proj",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "ff.net.0.proj": "x_block.mlp.fc1", "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1", "ff_context.net.2": "context_block.mlp.fc2",
+}  # fmt: skip
+COMFY_TOP = {
+    "context_embedder": "context_embedder", "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "proj_out": "final_layer.linear", "norm_out.linear": "final_layer.adaLN_modulation.1",
+}  # fmt: skip
+
+
+def comfy_key_map(weights, depth):
+    """Module name in a file -> (weight, row offset or None, halves swapped)."""
+    keys = {}
+    for weight in weights:
+        keys["lora_unet_" + weight.replace(".", "_")] = (weight, None, False)
+        keys["diffusion_model." + weight] = (weight, None, False)
+    diffusers = {name: (weight, None, weight.endswith("adaLN_modulation.1")) for name, weight in COMFY_TOP.items()}
+    for block in range(depth):
+        for name, target in COMFY_BLOCK.items():
+            weight, part = target if isinstance(target, tuple) else (target, None)
+            offset = None if part is None else part * 64 * depth
+            swapped = name == "norm1_context.linear" and block == depth - 1
+            diffusers[f"transformer_blocks.{block}.{name}"] = (f"joint_blocks.{block}.{weight}", offset, swapped)
+    for name, (weight, offset, swapped) in diffusers.items():
+        if weight in weights:
+            keys["transformer." + name] = (weight, offset, swapped)
+            keys["base_model.model." + name] = (weight, offset, swapped)
+            keys["lora_transformer_" + name.replace(".", "_")] = (weight, offset, swapped)
+            keys["lycoris_" + name.replace(".", "_")] = (weight, offset, swapped)
+    return keys
+
+
+def comfy_deltas(tensors, sizes, depth):
+    """The change of every weight as ComfyUI computes it, and the keys that it did not use."""
+    deltas, used = {}, set()
+    for name, (weight, offset, swapped) in comfy_key_map(sizes, depth).items():
+        for up_name, down_name in ((".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.weight")):
+            if name + up_name not in tensors:
+                continue
+            up, down = tensors[name + up_name].flatten(1), tensors[name + down_name].flatten(1)
+            used |= {name + up_name, name + down_name}
+            alpha = tensors.get(f"{name}.alpha")
+            used |= {f"{name}.alpha"} if alpha is not None else set()
+            change = up.float() @ down.float() * (1.0 if alpha is None else alpha.item() / down.shape[0])
+            change = torch.cat(change.chunk(2)[::-1]) if swapped else change
+            whole = deltas.setdefault(weight, torch.zeros(sizes[weight]))
+            start = offset or 0
+            whole[start : start + change.shape[0]] += change
+    return deltas, set(tensors) - used
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("form", WRITTEN_FORMS)
+def test_comfyui_finds_every_key_and_the_same_change(tmp_path, variant, form):
+    architecture = tiny_architecture(variant)
+    adapter = random_adapter(architecture)
+    save_adapter(tmp_path / "a.safetensors", adapter, form=form)
+    tensors = load_file(tmp_path / "a.safetensors")
+    deltas, unused = comfy_deltas(tensors, linear_sizes(architecture), architecture.depth)
+    assert unused == set()
+    assert deltas.keys() == adapter.keys()
+    for path, delta in adapter.items():
+        torch.testing.assert_close(deltas[path], delta.dense(), rtol=1e-5, atol=1e-6)
+
+
+def renamed(tensors, prefix, *, underscored, up, down):
+    """diffusers tensors under the names of another program."""
+    result = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.removeprefix("transformer.").partition(".lora_")
+        name = name.replace(".", "_") if underscored else name
+        result[prefix + name + (up if part.startswith("B") else down)] = tensor
+    return result
+
+
+FOREIGN_FORMS = {
+    "onetrainer": ("lora_transformer_", True, ".lora_up.weight", ".lora_down.weight"),
+    "lycoris": ("lycoris_", True, ".lora_up.weight", ".lora_down.weight"),
+    "diffusers": ("base_model.model.", False, ".lora_B.weight", ".lora_A.weight"),
+    "diffusers, old": ("transformer.", False, ".lora.up.weight", ".lora.down.weight"),
+    "diffusers, linear": ("transformer.", False, ".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight"),
+    "diffusers, named": ("transformer.", False, ".lora_B.default.weight", ".lora_A.default.weight"),
+    "diffusers, bare": ("", False, ".lora_B.weight", ".lora_A.weight"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN_FORMS)
+def test_names_of_other_programs_are_read(name):
+    prefix, underscored, up, down = FOREIGN_FORMS[name]
+    architecture = tiny_architecture("sd35-medium")
+    adapter = random_adapter(architecture)
+    tensors = renamed(
+        tensors_of(prepared(adapter, "diffusers"), "diffusers"), prefix, underscored=underscored, up=up, down=down
+    )
+    parsed = parse(tensors)
+    assert parsed.forms == {name.partition(",")[0]}
+    assert parsed.unknown == []
+    assert compare(adapter, parsed.adapter)[0] < 1e-6
+    if not re.search(r"\.lora\.|linear|default|^transformer_blocks", next(iter(tensors))) and prefix:
+        deltas, unused = comfy_deltas(tensors, linear_sizes(architecture), architecture.depth)
+        assert unused == set() and deltas.keys() == adapter.keys()
+
+
+def test_onetrainer_alpha_counts_and_a_missing_alpha_is_the_rank():
+    down, up = torch.randn(4, 192), torch.randn(192, 4)
+    name = "lora_transformer_transformer_blocks_0_attn_to_out_0"
+    pair = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+    for extra, scale in (({}, 1.0), ({f"{name}.alpha": torch.tensor(1.0)}, 0.25)):
+        (delta,) = parse(pair | extra).adapter.values()
+        torch.testing.assert_close(delta.dense(), scale * up @ down)
+
+
+def test_strength_of_diffusers_own_metadata_is_honoured(tmp_path):
+    tensors = {}
+    for block, rank in ((0, 4), (1, 2)):
+        tensors[f"transformer.transformer_blocks.{block}.attn.to_out.0.lora_A.weight"] = torch.randn(rank, 192)
+        tensors[f"transformer.transformer_blocks.{block}.attn.to_out.0.lora_B.weight"] = torch.randn(192, rank)
+    config = {"transformer.r": 4, "transformer.lora_alpha": 2, "transformer.rank_pattern": {"1.attn.to_out.0": 2},
+              "transformer.alpha_pattern": {"1.attn.to_out.0": 6}}  # fmt: skip
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(config)})
+    adapter = read_adapter(tmp_path / "a.safetensors").adapter
+    assert [delta.scale for delta in adapter.values()] == [0.5, 3.0]
+
+
+def test_a_lokr_of_another_program_is_read():
+    generator = torch.Generator().manual_seed(0)
+    delta = random_delta("lokr", (192, 192), rank=2, alpha=1.0, generator=generator)
+    name = "lycoris_transformer_blocks_0_attn_to_out_0"
+    tensors = {f"{name}.lokr_{part}": tensor for part, tensor in delta.tensors().items()}
+    (read,) = parse(tensors | {f"{name}.alpha": torch.tensor(1.0)}).adapter.values()
+    assert difference(delta, read) == 0.0
+
+
+@pytest.mark.parametrize("form", ["comfyui", "comfyui-generic"])
+def test_text_encoder_layers_travel_along(form):
+    generator = torch.Generator().manual_seed(0)
+    adapter = {path: random_delta("lora", (64, 64), rank=2, alpha=1.0, generator=generator) for path in TEXT_MODULES}
+    assert compare(adapter, converted(adapter, form))[0] == 0.0
+    clips = {path: delta for path, delta in adapter.items() if "t5" not in path}
+    assert compare(clips, converted(clips, "diffusers"))[0] < 1e-6
+    with pytest.raises(ParameterError, match="T5"):
+        prepared(adapter, "diffusers")
+
+
+# --- the key maps are bijections ---
+
+native_paths = st.one_of(
+    st.sampled_from(sorted(OTHER_MODULES)),
+    st.builds("joint_blocks.{}.{}".format, st.integers(0, 999), st.sampled_from(sorted(BLOCK_MODULES))),
+    st.sampled_from(TEXT_MODULES),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(path=native_paths, form=st.sampled_from(WRITTEN_FORMS))
+def test_every_module_has_names_of_its_own_that_lead_back(path, form):
+    if form == "diffusers" and "t5xxl" in path:
+        return
+    names = module_names(path, form)
+    places = [find_place(name) for name in names]
+    parts = (None,) if len(names) == 1 else range(3)
+    assert places == [Place(form, path, part) for part in parts]
+
+
+@settings(max_examples=200, deadline=None)
+@given(first=native_paths, second=native_paths, form=st.sampled_from(["comfyui", "comfyui-generic"]))
+def test_two_modules_never_share_a_name(first, second, form):
+    assert (module_names(first, form) == module_names(second, form)) == (first == second)
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=st.text(alphabet="abcdefghijklmnopqrstuvwxyz_.0123456789", max_size=60))
+def test_other_names_stand_for_nothing(name):
+    assert find_place(name) is None
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize("form", WRITTEN_FORMS)
+def test_saved_file_is_compared_and_reported(tmp_path, form):
+    adapter = random_adapter(tiny_architecture("sd35-medium"))
+    saved = save_adapter(tmp_path / "a.safetensors", adapter, form=form, metadata={"ss_seed": "1"})
+    assert saved.largest_difference <= 1e-6 and saved.modules == len(adapter)
+    assert saved.nbytes == (tmp_path / "a.safetensors").stat().st_size
+    read = read_adapter(tmp_path / "a.safetensors")
+    assert read.forms == (form,) and read.metadata["ss_seed"] == "1"
+    assert compare(adapter, read.adapter)[0] == saved.largest_difference
+    assert read.depth == 3
+
+
+def test_half_precision_is_chosen_where_it_is_good_enough(tmp_path):
+    adapter = random_adapter(tiny_architecture("sd35-large"), every=3)
+    saved = save_adapter(tmp_path / "a.safetensors", adapter, dtype="auto")
+    assert saved.dtypes == ("F16",) and 0 < saved.largest_difference < 1e-3
+
+
+def test_half_precision_of_small_factors_is_saved_by_balancing(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    path = "joint_blocks.0.x_block.attn.proj"
+    delta = random_delta("lora", (192, 192), rank=2, alpha=1.0, generator=generator)
+    small = {path: LoRADelta(down=delta.down, up=delta.up * 1e-6, alpha=1.0)}
+    saved = save_adapter(tmp_path / "a.safetensors", small, dtype="auto")
+    assert saved.dtypes == ("F16",) and saved.largest_difference < 1e-3
+
+
+def test_half_precision_is_left_where_it_is_not(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    path = "joint_blocks.0.x_block.attn.proj"
+    delta = random_delta("lora", (192, 192), rank=2, alpha=1.0, generator=generator)
+    wide = torch.logspace(-7, 7, 192)
+    uneven = {path: LoRADelta(down=delta.down * wide, up=delta.up * wide[:, None], alpha=1.0)}
+    assert save_adapter(tmp_path / "a.safetensors", uneven, dtype="auto").dtypes == ("F32",)
+    with pytest.raises(ParameterError, match="use --dtype fp32"):
+        save_adapter(tmp_path / "b.safetensors", uneven, dtype="fp16")
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_kept_dtype_is_kept(tmp_path):
+    adapter = random_adapter(tiny_architecture("sd35-large"), every=5)
+    save_adapter(tmp_path / "a.safetensors", adapter, dtype="bf16")
+    halves = read_adapter(tmp_path / "a.safetensors").adapter
+    saved = save_adapter(tmp_path / "b.safetensors", halves, form="comfyui-generic", dtype="same")
+    assert saved.dtypes == ("BF16",) and saved.largest_difference == 0.0
+
+
+def test_a_file_that_differs_from_its_source_never_gets_its_name(tmp_path, monkeypatch):
+    from sd3pipe.adapters import files
+
+    adapter = random_adapter(tiny_architecture("sd35-large"), every=5)
+    monkeypatch.setattr(files, "tensors_of", lambda stored, form: {
+        name: tensor * (1.01 if "lora_up" in name else 1.0) for name, tensor in tensors_of(stored, form).items()
+    })  # fmt: skip
+    with pytest.raises(ParameterError, match="would change by 1"):
+        save_adapter(tmp_path / "a.safetensors", adapter)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensor_hash_is_that_of_sd_scripts(tmp_path):
+    import hashlib
+
+    path = tmp_path / "a.safetensors"
+    save_adapter(path, random_adapter(tiny_architecture("sd35-large"), every=5), metadata={})
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    assert start % 8 == 0
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["sshs_model_hash"] == hashlib.sha256(data[start:]).hexdigest()
+
+
+def test_without_metadata_only_what_loading_needs_is_left(tmp_path):
+    adapter = random_adapter(tiny_architecture("sd35-large"), every=5)
+    save_adapter(tmp_path / "a.safetensors", adapter)
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_the_same_adapter_gives_the_same_bytes(tmp_path):
+    adapter = random_adapter(tiny_architecture("sd35-large"))
+    backwards = dict(reversed(adapter.items()))
+    for name, chosen in (("a", adapter), ("b", backwards)):
+        save_adapter(tmp_path / name, chosen, metadata={"x": "1"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+# --- files that are something else ---
+
+FOREIGN_FILES = {
+    "a LoRA for SDXL": {
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight": (4, 2048),
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_up.weight": (640, 4),
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (4, 1280),
+    },
+    "a LoRA for SD 1.5": {
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight": (4, 768)
+    },
+    "a LoRA for Flux": {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": (4, 3072)},
+    "a LoRA for Flux ": {
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 3072),
+        "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": (3072, 4),
+    },
+    "a LoRA for Wan": {"diffusion_model.blocks.0.cross_attn.q.lora_A.weight": (4, 1536)},
+    "a LoRA for another model": {"transformer.foo.bar.lora_A.weight": (4, 64)},
+    "a textual-inversion embedding": {"clip_l": (3, 768), "clip_g": (3, 1280)},
+    "a whole SD3 checkpoint": {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (4608, 1536)},
+    "a whole SD or SDXL checkpoint": {"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.x": (4, 4)},
+    "a VAE": {"first_stage_model.decoder.up.0.block.0.conv1.weight": (4, 4)},
+    "something else": {"foo": (1,)},
+    "an empty file": {},
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN_FILES)
+def test_foreign_files_are_refused_with_what_they_seem_to_be(tmp_path, what):
+    save_file({name: torch.zeros(shape) for name, shape in FOREIGN_FILES[what].items()}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=f"seems to be {what.strip()}"):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+@pytest.fixture
+def adapter_path(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_adapter(path, random_adapter(tiny_architecture("sd35-large"), every=4))
+    return path
+
+
+def test_unknown_keys_are_listed_or_left_out_with_a_warning(adapter_path, caplog):
+    tensors = load_file(adapter_path) | {
+        "lora_unet_strange_layer.lora_up.weight": torch.zeros(2, 2),
+        "odd": torch.ones(1),
+    }
+    save_file(tensors, adapter_path)
+    with pytest.raises(InputError, match=r"2 keys stand for nothing.*odd.*strange_layer"):
+        read_adapter(adapter_path)
+    assert len(read_adapter(adapter_path, ignore_unknown=True).unknown) == 2
+    assert "strange_layer" in caplog.text
+
+
+@pytest.mark.parametrize("length", [0, 4, 8, 100, 5000, -1])
+def test_files_cut_short_are_refused(adapter_path, length):
+    adapter_path.write_bytes(adapter_path.read_bytes()[:length])
+    with pytest.raises(InputError, match="damaged, cut short"):
+        read_adapter(adapter_path)
+
+
+def test_pickles_and_missing_files_are_refused(tmp_path):
+    with pytest.raises(InputError, match="can run code"):
+        read_adapter(tmp_path / "a.pt")
+    with pytest.raises(InputError, match="no such file"):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+QKV = "lora_unet_joint_blocks_0_x_block_attn_qkv"
+
+
+def pair(name, rows, columns, up="lora_up", down="lora_down"):
+    return {f"{name}.{down}.weight": torch.zeros(2, columns), f"{name}.{up}.weight": torch.zeros(rows, 2)}
+
+
+CONTRADICTIONS = {
+    "up missing beside": {f"{QKV}.lora_up.weight": None},
+    "do not match": {f"{QKV}.lora_up.weight": torch.zeros(576, 9)},
+    "not finite": {f"{QKV}.lora_up.weight": torch.full((576, 2), torch.nan)},
+    "per input column": {f"{QKV}.dora_scale": torch.ones(1, 192)},
+    "two sets of keys": pair("diffusion_model.joint_blocks.0.x_block.attn.qkv", 576, 192, "lora_B", "lora_A"),
+    "no SD3 model of width 192": pair("lora_unet_joint_blocks_7_x_block_attn_proj", 192, 192),
+    "different width": pair("lora_unet_joint_blocks_1_x_block_attn_proj", 128, 128),
+    "as a whole and in parts": pair("transformer.transformer_blocks.0.attn.to_q", 192, 192, "lora_B", "lora_A"),
+}
+
+
+@pytest.mark.parametrize("message", CONTRADICTIONS)
+def test_contradictions_in_a_file_are_named(tmp_path, message):
+    adapter = random_adapter(tiny_architecture("sd35-large"), embedders=False)
+    tensors = tensors_of(adapter, "comfyui") | CONTRADICTIONS[message]
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=message):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("tiny", "paths", "fits"),
+    [
+        (False, ["joint_blocks.0.x_block.attn.proj"], ("sd3-medium", "sd35-medium")),
+        (False, ["joint_blocks.0.x_block.attn2.proj"], ("sd35-medium",)),
+        (True, ["joint_blocks.0.x_block.attn.proj"], ()),
+    ],
+)
+def test_fitting_variants_follow_from_shapes(tmp_path, tiny, paths, fits):
+    width = 192 if tiny else 1536
+    generator = torch.Generator().manual_seed(0)
+    adapter = {path: random_delta("lora", (width, width), rank=2, alpha=1.0, generator=generator) for path in paths}
+    save_adapter(tmp_path / "a.safetensors", adapter)
+    assert read_adapter(tmp_path / "a.safetensors").variants == fits

@@ -1,0 +1,57 @@
+"""Random adapters for tests: every factor non-zero, alpha unlike the rank, of any kind."""
+
+import torch
+
+from sd3pipe.adapters.deltas import Delta, LoHaDelta, LoKrDelta, LoRADelta
+from sd3pipe.adapters.lycoris import lokr_shapes
+from sd3pipe.models.architecture import MMDiTArchitecture
+
+RANKS = (2, 3, 5)  # by turns, so that neighbours differ
+
+
+def linear_sizes(architecture: MMDiTArchitecture) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear layer by native path, the patch embedder flattened."""
+    sizes = {}
+    for key, shape in architecture.shapes().items():
+        if key.endswith(".weight") and len(shape) > 1:
+            sizes[key.removesuffix(".weight")] = (shape[0], torch.Size(shape[1:]).numel())
+    return sizes
+
+
+def random_adapter(
+    architecture: MMDiTArchitecture, kind: str = "lora", *, every: int = 1, seed: int = 0, embedders: bool = True
+) -> dict[str, Delta]:
+    """An adapter on every n-th linear layer."""
+    sizes = linear_sizes(architecture)
+    if not embedders:
+        sizes = {path: size for path, size in sizes.items() if path.startswith("joint_blocks")}
+    generator = torch.Generator().manual_seed(seed)
+    chosen = list(sizes.items())[::every]
+    return {
+        path: random_delta(kind, size, rank=RANKS[number % 3], alpha=1.5, generator=generator)
+        for number, (path, size) in enumerate(chosen)
+    }
+
+
+def random_delta(kind: str, size: tuple[int, int], *, rank: int, alpha: float, generator: torch.Generator) -> Delta:
+    rows, columns = size
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    match kind:
+        case "lora":
+            return LoRADelta(down=draw(rank, columns), up=draw(rows, rank), alpha=alpha)
+        case "dora":
+            return LoRADelta(down=draw(rank, columns), up=draw(rows, rank), alpha=alpha, magnitude=1 + 0.1 * draw(rows))
+        case "loha":
+            return LoHaDelta(
+                w1_a=draw(rows, rank), w1_b=draw(rank, columns), w2_a=draw(rows, rank), w2_b=draw(rank, columns),
+                alpha=alpha,
+            )  # fmt: skip
+        case "lokr":
+            shapes = lokr_shapes(rows, columns, rank, 4)
+            drawn = {name: draw(*shape) for name, shape in shapes.items()}
+            w2 = drawn["w2"] if "w2" in drawn else (drawn["w2_a"], drawn["w2_b"])
+            return LoKrDelta(w1=drawn["w1"], w2=w2, alpha=alpha)
+    raise AssertionError(kind)
