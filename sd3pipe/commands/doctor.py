@@ -20,7 +20,7 @@ from sd3pipe.console import readable_bytes, version
 from sd3pipe.device import has_nvidia_card, usable_cores
 from sd3pipe.errors import InputError
 from sd3pipe.files import free_bytes
-from sd3pipe.models.tokenizer_folders import find_tokenizers, places_beside
+from sd3pipe.models.tokenizer_folders import find_tokenizers
 from sd3pipe.params.doctor import DoctorParams
 
 Verdict = Literal["ok", "note", "problem"]
@@ -47,7 +47,7 @@ def main(params: DoctorParams) -> None:
         _precision(),
         _memory(),
         _disk(params.caches or Path.cwd()),
-        _tokenizers(params.tokenizers),
+        _tokenizers(params.tokenizers, params.model),
         _bitsandbytes(),
         _dvc(),
     ]
@@ -110,9 +110,10 @@ def _disk(folder: Path) -> Finding:
     return Finding(what="disk", verdict="ok" if roomy else "note", text=text)
 
 
-def _tokenizers(folder: Path | None) -> Finding:
+def _tokenizers(folder: Path | None, model: str | None) -> Finding:
+    beside = Path(model) if model and Path(model).exists() else Path.cwd()  # a hub repository is not asked here
     try:
-        found = find_tokenizers(folder=folder, beside=places_beside(Path.cwd()))
+        found = find_tokenizers(folder=folder, model=beside)
     except InputError as error:
         return Finding(what="tokenizers", verdict="note", text=str(error))
     places = sorted({str(path.parent) for path in found.values()})

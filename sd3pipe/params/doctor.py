@@ -4,6 +4,7 @@ from sd3pipe.params.fields import OptionPath, Params, option
 
 
 class DoctorParams(Params):
+    model: str | None = option(None, "Model beside which tokenizers are looked for.", role="path", paths_key="model")
     tokenizers: OptionPath | None = option(
         None, "Folder with clip_l/, clip_g/ and t5xxl/.", role="path", paths_key="tokenizers"
     )
