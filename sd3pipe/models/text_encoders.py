@@ -44,6 +44,8 @@ class ClipEncoder:
             num_attention_heads=architecture.heads,
             max_position_embeddings=architecture.positions,
             hidden_act=CLIP_ACTIVATIONS[name],
+            bos_token_id=0,
+            pad_token_id=1,
             eos_token_id=_CLIP_EOS_RULE,
             **_ATTENTION,
         )

@@ -2,13 +2,14 @@
 
 # L tokens, D width
 
+import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ TORCH_DTYPES: dict[TextDtype, torch.dtype] = {
     "float32": torch.float32,
 }
 _WINDOW_BYTES = 512 << 20  # T5's hidden states that are on the device at a time
+_ACTIVATION_BYTES = 2 << 30  # what a window of T5-XXL takes beside the weights
 
 
 class Counter(Protocol):
@@ -72,11 +74,26 @@ def encode_rows(
             yield clip_l.read(number) | clip_g.read(number) | t5
 
 
-def row_bytes(widths: Mapping[EncoderName, int], *, clip_length: int, t5_length: int, item_bytes: int) -> int:
-    """Returns the size of a row whose states and pooled vectors have these widths."""
-    clips = widths["clip_l"] + widths["clip_g"]
-    numbers = (clip_length + 1) * clips + t5_length * widths["t5xxl"]
-    return numbers * item_bytes + 2 * clip_length + t5_length
+def streams_t5(
+    wish: Literal["auto", "on", "off"], source: ComponentSource, recipe: TextRecipe, device: torch.device
+) -> bool:
+    """Returns whether T5 is to be read block by block: with "auto", where it would not fit with room to spare."""
+    if wish != "auto":
+        return wish == "on"
+    numbers = sum(math.prod(shape) for shape in source.shapes().values())
+    needed = 1.15 * numbers * t5_compute_dtype(recipe.text_dtype).itemsize + _ACTIVATION_BYTES
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    return free is not None and needed > free
+
+
+def _free_memory() -> int | None:
+    """Returns the memory that processes can still get, where the system tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        (available,) = (line for line in lines if line.startswith("MemAvailable:"))
+        return int(available.split()[1]) * 1024
+    except (OSError, ValueError):
+        return None
 
 
 def _clip_rows(

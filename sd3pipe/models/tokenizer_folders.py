@@ -1,11 +1,12 @@
 """Where the three tokenizers are looked for, and what identifies them. Free of torch and of the tokenizers library."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from sd3pipe.errors import InputError
 from sd3pipe.fingerprint import hash_json
+from sd3pipe.models.hub import HubRepository, is_hub_id
 from sd3pipe.models.text_architecture import ENCODERS, EncoderName
 from sd3pipe.models.vocabularies import VOCABULARY_KINDS, has_vocabulary, vocabulary_identity
 from sd3pipe.stat_memory import StatMemory
@@ -23,6 +24,12 @@ _FOLDERS: dict[EncoderName, tuple[str, ...]] = {
     "clip_g": ("clip_g", "tokenizer_2", "clip_l", "tokenizer"),
     "t5xxl": ("t5xxl", "tokenizer_3"),
 }
+_REPOSITORY_FILES = (
+    "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+    "tokenizer_3/spiece.model",
+    "tokenizer_3/tokenizer.json",
+)
 
 
 def tokenizers_identity(folders: Mapping[EncoderName, Path], memory: StatMemory | None = None) -> str:
@@ -30,11 +37,14 @@ def tokenizers_identity(folders: Mapping[EncoderName, Path], memory: StatMemory 
     return hash_json({name: vocabulary_identity(folders[name], VOCABULARY_KINDS[name], memory) for name in ENCODERS})
 
 
-def find_tokenizers(*, folder: Path | None, beside: Sequence[Path] = ()) -> dict[EncoderName, Path]:
+def find_tokenizers(
+    *, folder: Path | None, model: str | Path | None = None, files: Iterable[Path | None] = ()
+) -> dict[EncoderName, Path]:
     """Returns the folder of each encoder's vocabulary, from the first place that has it.
 
-    A `folder` given by hand, else the one that SD3PIPE_TOKENIZERS names, must have all; else each is looked for in the
-    places `beside` the model, then in the local hub cache. Raises InputError.
+    A `folder` given by hand, else the one that SD3PIPE_TOKENIZERS names, must have all. Else each is looked for beside
+    the model, beside the encoders' own `files`, and in the local hub cache. Raises InputError; NetworkError for a model
+    that is a gated hub repository.
     """
     named = folder or (Path(value) if (value := os.environ.get(TOKENIZERS_VARIABLE)) else None)
     if named is not None:
@@ -47,7 +57,7 @@ def find_tokenizers(*, folder: Path | None, beside: Sequence[Path] = ()) -> dict
             )
         return found
     found = {}
-    for place in _places(beside):
+    for place in _places(model, [file for file in files if file is not None]):
         found = place | found
         if len(found) == len(ENCODERS):
             return found
@@ -58,16 +68,26 @@ def find_tokenizers(*, folder: Path | None, beside: Sequence[Path] = ()) -> dict
     )
 
 
-def places_beside(model: Path) -> list[Path]:
-    """Returns the folders in which a model on this disk may have its tokenizers."""
-    folder = model if model.is_dir() else model.parent
-    return [folder, folder / "tokenizers"]
-
-
-def _places(beside: Sequence[Path]) -> Iterator[dict[EncoderName, Path]]:
-    for place in beside:
-        yield _in_place(place)
+def _places(model: str | Path | None, files: Iterable[Path]) -> Iterator[dict[EncoderName, Path]]:
+    paths = [Path(model).expanduser()] if model is not None else []
+    for path in (*paths, *files):
+        if path.exists():
+            folder = path if path.is_dir() else path.parent
+            yield _in_place(folder)
+            yield _in_place(folder / "tokenizers")
+    if paths and not paths[0].exists() and is_hub_id(str(model)):
+        yield _in_repository(HubRepository(str(model)))
     yield _in_hub_cache()
+
+
+def _in_repository(repository: HubRepository) -> dict[EncoderName, Path]:
+    """Fetches the tokenizers of a hub repository in the diffusers layout."""
+    for name in _REPOSITORY_FILES:
+        if (path := repository.fetch(name)) is not None:
+            place = path.parents[1]
+            if len(found := _in_place(place)) == len(ENCODERS):
+                return found
+    return {}
 
 
 def _in_place(place: Path) -> dict[EncoderName, Path]:

@@ -5,14 +5,16 @@ transformers makes of CLIP-G's own folder, which declares its pad token "!" as s
 into padding; Stability's reference, ComfyUI and sd-scripts do not, and neither does CLIP-L's folder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from sd3pipe.models.text_architecture import EncoderName
+from sd3pipe.errors import InputError
+from sd3pipe.models.text_architecture import ENCODERS, EncoderName
+from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.models.vocabularies import (
     CLIP_END,
     CLIP_START,
@@ -24,6 +26,7 @@ from sd3pipe.models.vocabularies import (
     read_t5_vocabulary,
 )
 
+_SPARE_PIECES = 256  # T5's embedding has rows for 100 sentinels and is rounded up to a multiple of 128
 _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -96,6 +99,33 @@ def tokenize_texts(tokenizer: TextTokenizer, texts: Sequence[str], *, max_length
         counts=[len(numbers) for numbers in whole],
         lengths=[max(pad_to, len(numbers)) for numbers in ids],
     )
+
+
+def tokenize_for_encoders(
+    texts: Sequence[str],
+    folders: Mapping[EncoderName, Path],
+    vocabularies: Mapping[EncoderName, int],
+    *,
+    clip_length: int,
+    recipe: TextRecipe,
+) -> dict[EncoderName, TokenizedTexts]:
+    """Returns the texts' ids for each encoder. `vocabularies` are the numbers of rows of the encoders' embeddings.
+
+    Raises InputError for tokenizers that belong to other encoders.
+    """
+    tokens: dict[EncoderName, TokenizedTexts] = {}
+    for name in ENCODERS:
+        tokenizer = load_tokenizer(name, folders[name])
+        spare = vocabularies[name] - tokenizer.size
+        if spare < 0 or spare > (_SPARE_PIECES if name == "t5xxl" else 0):
+            raise InputError(
+                f"{folders[name]}: this tokenizer has {tokenizer.size} tokens, the model's {name} {vocabularies[name]}"
+                ": they do not belong together: pass the model's own as --tokenizers"
+            )
+        max_length = recipe.t5xxl_max_token_length if name == "t5xxl" else clip_length
+        pad_to = recipe.t5_pad_to if name == "t5xxl" else clip_length
+        tokens[name] = tokenize_texts(tokenizer, texts, max_length=max_length, pad_to=pad_to)
+    return tokens
 
 
 def load_tokenizer(encoder: EncoderName, folder: Path) -> TextTokenizer:
