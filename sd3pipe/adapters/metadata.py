@@ -1,0 +1,193 @@
+"""What a file says of itself: modelspec 1.0.1, sd-scripts' ss_ keys, and under one key what it was made from.
+
+modelspec: github.com/Stability-AI/ModelSpec. All values are strings. No value depends on the time or the machine, but
+for the date, which is written only where SOURCE_DATE_EPOCH gives it.
+"""
+
+import base64
+import datetime
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sd3pipe.adapters.targets import AdapterSpec
+from sd3pipe.errors import InputError, ParameterError
+
+PROVENANCE_KEY = "sd3pipe"
+PROVENANCE_FORMAT = 1
+
+_ARCHITECTURES = {
+    "sd3-medium": "stable-diffusion-3-medium",
+    "sd35-medium": "stable-diffusion-3-5-medium",
+    "sd35-large": "stable-diffusion-3-5-large",
+}
+_KOHYA_VERSIONS = {"sd3-medium": "medium", "sd35-medium": "5-medium", "sd35-large": "5-large"}
+_IMPLEMENTATION = "https://github.com/Stability-AI/sd3.5"
+_PICTURE_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
+_LARGEST_THUMBNAIL = 1 << 20
+
+# Options that sd-scripts writes as ss_NAME, under the same name.
+_KOHYA_OPTIONS = (
+    "learning_rate", "lr_scheduler", "lr_warmup_steps", "max_train_steps", "seed", "mixed_precision", "max_grad_norm",
+    "gradient_checkpointing", "gradient_accumulation_steps", "weighting_scheme", "logit_mean", "logit_std",
+    "mode_scale", "loss_type", "huber_schedule", "huber_c", "huber_scale", "scale_weight_norms", "prior_loss_weight",
+    "network_dropout", "training_shift", "loss_form", "min_timestep", "max_timestep", "training_comment",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What people want to say about their adapter."""
+
+    title: str | None = None
+    author: str | None = None
+    description: str | None = None
+    license: str | None = None
+    tags: str | None = None
+    trigger_phrase: str | None = None
+    usage_hint: str | None = None
+    thumbnail: str | None = None  # a data URL, see thumbnail_url
+
+    def keys(self) -> dict[str, str]:
+        """Returns the modelspec keys of the fields that are set."""
+        return {f"modelspec.{name}": value for name, value in asdict(self).items() if value}
+
+
+def training_metadata(
+    *,
+    variant: str,
+    spec: AdapterSpec,
+    options: Mapping[str, object],
+    step: int,
+    epoch: int,
+    output_name: str,
+    resolution: tuple[int, int] | None,
+    provenance: Mapping[str, object],
+    description: Description | None = None,
+) -> dict[str, str]:
+    """Returns the metadata of an adapter in training.
+
+    `options` are the options of train by name, `resolution` is (width, height) of the largest bucket, `provenance` what
+    `provenance` returns.
+    """
+    kohya: dict[str, object] = {name: options[name] for name in _KOHYA_OPTIONS if options.get(name) is not None}
+    kohya |= {
+        "network_module": "networks.lora_sd3",
+        "network_dim": spec.rank,
+        "network_alpha": spec.rank if spec.alpha is None else spec.alpha,
+        "network_args": json.dumps(network_args(spec), sort_keys=True),
+        "base_model_version": _KOHYA_VERSIONS.get(variant, variant),
+        "unet_lr": options.get("learning_rate"),
+        "optimizer": options.get("optimizer_type"),
+        "steps": step,
+        "epoch": epoch,
+        "output_name": output_name,
+        "v2": False,
+    }
+    keys = {f"ss_{name}": _text(value) for name, value in sorted(kohya.items()) if value is not None}
+    if resolution is not None:
+        keys["ss_resolution"] = f"({resolution[0]}, {resolution[1]})"
+    named = description or Description()
+    keys |= modelspec(variant, resolution) | {"modelspec.title": output_name} | named.keys()
+    return keys | {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True, ensure_ascii=False)}
+
+
+def modelspec(variant: str, resolution: tuple[int, int] | None) -> dict[str, str]:
+    """Returns the keys that follow from the model: SD3 predicts a flow, not noise."""
+    architecture = _ARCHITECTURES.get(variant)
+    if architecture is None:
+        raise ParameterError(f"{variant} is no SD3 model: one of {', '.join(_ARCHITECTURES)}")
+    keys = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": _IMPLEMENTATION,
+        "modelspec.prediction_type": "flow",
+    }
+    if resolution is not None:
+        keys["modelspec.resolution"] = f"{resolution[0]}x{resolution[1]}"
+    date = source_date()
+    return keys | ({"modelspec.date": date} if date else {})
+
+
+def provenance(
+    *,
+    version: str,
+    step: int,
+    seed: int,
+    fingerprints: Mapping[str, str],
+    parameters: Mapping[str, Mapping[str, object]],
+    versions: Mapping[str, str],
+) -> dict[str, object]:
+    """Returns what an adapter was made from, enough to make it again.
+
+    `fingerprints` names base, encoders, tokenizers and caches by content; `parameters` are the options of each command
+    ("train", "encode-text", "encode-latents") without paths; `versions` the libraries.
+    """
+    return {
+        "format": PROVENANCE_FORMAT,
+        "version": version,
+        "step": step,
+        "seed": seed,
+        "fingerprints": dict(fingerprints),
+        "parameters": {command: dict(options) for command, options in parameters.items()},
+        "versions": dict(versions),
+    }
+
+
+def read_provenance(metadata: Mapping[str, str], path: Path) -> dict[str, object]:
+    """Returns the provenance in a file's metadata. Raises InputError where there is none that is understood."""
+    try:
+        value = json.loads(metadata.get(PROVENANCE_KEY, "null"))
+    except ValueError as error:
+        raise InputError(f"{path}: its provenance is damaged") from error
+    if not isinstance(value, dict) or value.get("format") != PROVENANCE_FORMAT:
+        raise InputError(f"{path}: does not say how it was made: it was not trained by sd3pipe, or without metadata")
+    return value
+
+
+def network_args(spec: AdapterSpec) -> dict[str, str]:
+    """Returns what differs from a plain LoRA, under sd-scripts' names for --network_args."""
+    found: dict[str, object] = {f"{part}_dim": rank for part, rank in spec.part_ranks.items()}
+    found |= {
+        "emb_dims": list(spec.embedder_ranks) or None,
+        "train_block_indices": None if spec.blocks == "all" else spec.blocks,
+        "split_qkv": spec.split_qkv or None,
+        "rank_dropout": spec.dropout.rank or None,
+        "module_dropout": spec.dropout.module or None,
+        "rs_lora": spec.rs_lora or None,
+        "algo": None if spec.algorithm == "lora" else spec.algorithm,
+        "rank_rules": [f"{pattern}={rank}" for pattern, rank in spec.rank_rules] or None,
+        "lr_rules": [f"{pattern}={rate:g}" for pattern, rate in spec.learning_rate_rules] or None,
+    }
+    return {name: _text(value) for name, value in found.items() if value is not None}
+
+
+def source_date() -> str | None:
+    """Returns the date that SOURCE_DATE_EPOCH gives, else None, so that equal runs make equal files."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if not epoch:
+        return None
+    if not epoch.isdecimal():
+        raise ParameterError(f"SOURCE_DATE_EPOCH is {epoch!r}: it must be seconds since 1970")
+    return datetime.datetime.fromtimestamp(int(epoch), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def thumbnail_url(path: Path) -> str:
+    """Returns a PNG, JPEG or WebP file as a data URL. Raises InputError for other files, and for large ones."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: the thumbnail cannot be read ({error.strerror})") from error
+    kind = next((kind for start, kind in _PICTURE_TYPES.items() if data.startswith(start)), None)
+    if kind is None:
+        raise InputError(f"{path}: a thumbnail is a PNG, JPEG or WebP picture")
+    if len(data) > _LARGEST_THUMBNAIL:
+        raise InputError(f"{path}: {len(data):,} bytes; a thumbnail is small, 512 x 512 pixels and at most 1 MiB")
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _text(value: object) -> str:
+    """Returns a value as sd-scripts writes it: Python's own notation, lists as JSON."""
+    return json.dumps(value) if isinstance(value, list) else str(value)
