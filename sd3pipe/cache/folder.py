@@ -58,7 +58,7 @@ class CacheFolder:
         """Raises InputError if the folder holds something that no cache has: it would be published with the cache."""
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file, not a folder: choose another --out")
-        foreign = sorted(entry.name for entry in _entries(self.path) if entry.name not in (MANIFEST, SEGMENTS, INDEX))
+        foreign = sorted(entry.name for entry in entries_of(self.path) if entry.name not in (MANIFEST, SEGMENTS, INDEX))
         visible = [name for name in foreign if not name.startswith(".")]
         if visible:
             names = ", ".join(visible[:3]) + (f" and {len(visible) - 3} more" if len(visible) > 3 else "")
@@ -66,12 +66,12 @@ class CacheFolder:
 
     def segment_ids(self) -> dict[str, Path]:
         """Returns the plan id and path of every segment that lies in the published folder, of the plan or not."""
-        return {path.name.removesuffix(SUFFIX): path for path in _entries(self.segments) if is_segment(path)}
+        return {path.name.removesuffix(SUFFIX): path for path in entries_of(self.segments) if is_segment(path)}
 
     def attic_segments(self) -> list[Path]:
         """Returns the displaced segments, those displaced last first."""
-        days = sorted((path for path in _entries(self.attic) if path.is_dir()), reverse=True)
-        return [path for day in days for path in sorted(_entries(day)) if is_segment(path)]
+        days = sorted((path for path in entries_of(self.attic) if path.is_dir()), reverse=True)
+        return [path for day in days for path in sorted(entries_of(day)) if is_segment(path)]
 
     def find_segment(self, plan_id: str) -> Path | None:
         """Returns where a segment lies, in the published folder or, if it was displaced, in the attic."""
@@ -82,13 +82,12 @@ class CacheFolder:
 
     def displace(self, path: Path) -> None:
         """Moves a segment that the plan no longer needs to the attic, under today's date."""
-        day = make_folder(self.attic / datetime.now(UTC).date().isoformat())
         with storage_errors(path), contextlib.suppress(FileNotFoundError):  # another writer may have moved it
-            path.replace(day / path.name)
+            path.replace(_today(self.attic) / path.name)
 
     def set_aside(self, path: Path) -> Path:
         """Moves a damaged or foreign file or folder where nothing reads it, and returns its new place."""
-        target = make_folder(self.damaged) / f"{path.name}.{uuid.uuid4().hex[:8]}"
+        target = _today(self.damaged) / f"{path.name}.{uuid.uuid4().hex[:8]}"
         with storage_errors(path), contextlib.suppress(FileNotFoundError):
             path.replace(target)
         return target
@@ -96,8 +95,13 @@ class CacheFolder:
     def strays(self, live_segments: set[str], index: str | None) -> list[Path]:
         """Returns what lies in segments/ and index/ without being part of the published cache."""
         names = {plan_id + SUFFIX for plan_id in live_segments}
-        segments = [path for path in _entries(self.segments) if path.name not in names]
-        return segments + [path for path in _entries(self.indexes) if path.name != f"{index}{INDEX_SUFFIX}"]
+        segments = [path for path in entries_of(self.segments) if path.name not in names]
+        return segments + [path for path in entries_of(self.indexes) if path.name != f"{index}{INDEX_SUFFIX}"]
+
+
+def _today(folder: Path) -> Path:
+    """Returns the sub-folder of what was moved into a folder today."""
+    return make_folder(folder / datetime.now(UTC).date().isoformat())
 
 
 def is_segment(path: Path) -> bool:
@@ -114,7 +118,7 @@ def remove_tree(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _entries(folder: Path) -> list[Path]:
+def entries_of(folder: Path) -> list[Path]:
     """Returns the paths in a folder; none if it is missing. Raises InputError if it cannot be read."""
     try:
         with os.scandir(folder) as entries:

@@ -153,7 +153,7 @@ def _quarantine_messages(readers: Readers) -> tuple[str, ...]:
         for reader in readers
         for entry in reader.manifest.quarantined
     }
-    return tuple(f"{name} is left out: {reason}" for name, reason in sorted(reasons.items()))
+    return tuple(f"{name}: {reason}" for name, reason in sorted(reasons.items()))
 
 
 def _listed(names: Iterable[str]) -> str:

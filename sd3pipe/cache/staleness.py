@@ -61,7 +61,7 @@ def remember_sources(
 
 
 def check_sources(cache: Path) -> SourceCheck:
-    """Compares the files that a cache was encoded from with what they are now; a touched file of equal bytes is fresh."""
+    """Compares the files that a cache was encoded from with what they are now. A touched file alone is fresh."""
     note = _read_note(CacheFolder(cache).machine / _FILE)
     if note is None:
         return SourceCheck("unknown", reason=f"{cache} was not encoded on this machine")

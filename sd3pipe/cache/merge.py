@@ -1,0 +1,131 @@
+"""Unites caches that were encoded on several machines into one, without encoding anything."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sd3pipe.cache.folder import CacheFolder
+from sd3pipe.cache.keys import Kind
+from sd3pipe.cache.plan import WantedRow
+from sd3pipe.cache.reader import CacheReader
+from sd3pipe.cache.samples import COLUMNS
+from sd3pipe.cache.segment import read_header
+from sd3pipe.cache.store import FillCounts, fill_cache
+from sd3pipe.cache.wanted import Wanted
+from sd3pipe.errors import InputError
+
+_SAME = ("kind", "recipe", "recipe_version", "fingerprints", "extra")
+_PLACE = ("subset", "name", "crop", "flip", "variant", "bucket_h", "bucket_w")  # what names a sample in a dataset
+
+
+def merge_caches(caches: Sequence[Path], out: Path) -> FillCounts:
+    """Makes `out` the cache of all samples that any of the caches has. Returns the counts.
+
+    Raises InputError for caches that were made from other weights or by another recipe, that disagree on a sample or a
+    subset, or that are damaged; also if `out` is a cache but not one of them.
+    """
+    readers = [CacheReader(cache) for cache in caches]
+    if CacheFolder(out).manifest.exists() and out.resolve() not in {cache.resolve() for cache in caches}:
+        raise InputError(f"{out} is a cache already: name it among the caches to unite, or choose another --out")
+    _check_same(readers)
+    wanted = united(readers, caches)
+    return fill_cache(out, wanted, _cannot_encode, made_with="", others=caches)
+
+
+def united(readers: Sequence[CacheReader], caches: Sequence[Path]) -> Wanted:
+    """Returns the content of all caches together."""
+    first = readers[0].manifest
+    samples = _united_samples(first.kind, readers)
+    named = set(zip(samples.get("subset", samples["name"]), samples["name"], strict=True))
+    return Wanted(
+        kind=first.kind,
+        recipe_version=first.recipe_version,
+        fingerprints=first.fingerprints,
+        recipe=first.recipe,
+        rows=list(_rows(readers, caches).values()),
+        samples=samples,
+        subsets=_united_subsets(readers),
+        quarantined=[
+            entry for entry in _quarantined(readers) if (entry.get("subset", entry["name"]), entry["name"]) not in named
+        ],
+        extra=first.extra,
+    )
+
+
+def _check_same(readers: Sequence[CacheReader]) -> None:
+    first = readers[0]
+    for other in readers[1:]:
+        for name in _SAME:
+            mine, theirs = getattr(first.manifest, name), getattr(other.manifest, name)
+            if mine != theirs:
+                raise InputError(
+                    f"{first.where} and {other.where} differ in {_first_difference(name, mine, theirs)}: "
+                    "only caches of equal recipe and weights can be united"
+                )
+
+
+def _first_difference(name: str, mine: Any, theirs: Any) -> str:
+    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+        for key in sorted({*mine, *theirs}):
+            if mine.get(key) != theirs.get(key):
+                return _first_difference(f"{name}.{key}", mine.get(key), theirs.get(key))
+    return f"{name} ({mine} and {theirs})"
+
+
+def _rows(readers: Sequence[CacheReader], caches: Sequence[Path]) -> dict[str, WantedRow]:
+    """Returns the live rows of all caches, from their segments' headers."""
+    rows: dict[str, WantedRow] = {}
+    for reader, cache in zip(readers, caches, strict=True):
+        for plan_id in reader.index.plan_ids():
+            path = CacheFolder(cache).find_segment(plan_id)
+            if path is None:
+                raise InputError(f"{cache} lacks segment {plan_id}: run cache verify --repair, then encode again")
+            header = read_header(path)
+            for info in header.rows:
+                recipe = info.ingredients.recipe
+                rows[info.key] = WantedRow(source=info.source, recipe=recipe, group=header.group, nbytes=header.nbytes)
+    return rows
+
+
+def _united_samples(kind: Kind, readers: Sequence[CacheReader]) -> dict[str, list[Any]]:
+    """Returns the samples of all caches, each once. Raises InputError if two caches disagree on one."""
+    names = list(COLUMNS[kind])
+    place = [names.index(name) for name in _PLACE if name in names]
+    found: dict[tuple[Any, ...], tuple[CacheReader, tuple[Any, ...]]] = {}
+    for reader in readers:
+        columns = reader.samples.to_columns(reader.keys)
+        for line in zip(*(columns[name] for name in names), strict=True):
+            known, other = found.setdefault(tuple(line[number] for number in place), (reader, line))
+            if other != line:
+                raise InputError(
+                    f"{known.where} and {reader.where} have different rows for {line[0]}: encode one dataset"
+                )
+    lines = [line for _, line in found.values()]
+    return {name: [line[number] for line in lines] for number, name in enumerate(names)}
+
+
+def _united_subsets(readers: Sequence[CacheReader]) -> dict[str, Mapping[str, Any]]:
+    """Returns the settings of all subsets. Raises InputError if two caches disagree on one."""
+    found: dict[str, tuple[CacheReader, Mapping[str, Any]]] = {}
+    for reader in readers:
+        for name, settings in reader.manifest.subsets.items():
+            known, other = found.setdefault(name, (reader, settings))
+            if other != settings:
+                difference = _first_difference(f"subsets.{name}", other, settings)
+                raise InputError(
+                    f"{known.where} and {reader.where} differ in {difference}: encode them from one dataset file"
+                )
+    return {name: settings for name, (_, settings) in found.items()}
+
+
+def _quarantined(readers: Sequence[CacheReader]) -> list[Mapping[str, Any]]:
+    entries: list[Mapping[str, Any]] = []
+    for manifest in (reader.manifest for reader in readers):
+        entries += [entry for entry in manifest.quarantined if entry not in entries]
+    return entries
+
+
+def _cannot_encode(keys: Sequence[str]) -> NoReturn:
+    raise InputError(
+        f"{len(keys)} rows are damaged or missing in every cache: run cache verify --repair on each, then encode again"
+    )
