@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sd3pipe.memory.host import HostMemory
 from sd3pipe.memory.lanes import Lane, lane_to
 
-_MINIMUM_BYTES = 1 << 20  # modulation vectors and the like are not worth a trip
+_STREAM_AXES = 3  # [B, L, D]; vectors per picture [B, K] are not worth a trip
 
 
 class Parcel:
@@ -29,29 +29,35 @@ class ActivationStore:
     """Keeps what autograd saves inside `saving()` on the host, in page-locked buffers that are used again.
 
     Copies leave on a lane of their own (the direction that one-way streaming leaves idle) and come back on another,
-    one ahead of the backward pass. Everything smaller than `minimum_bytes`, and every weight, stays where it is.
+    one ahead of the backward pass. Only streams of tokens travel; vectors and weights stay where they are.
     """
 
-    def __init__(self, device: torch.device, *, minimum_bytes: int = _MINIMUM_BYTES) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._minimum_bytes = minimum_bytes
         self._out: Lane = lane_to(device)
         self._back: Lane = lane_to(device)
         self._host = HostMemory(device)
         self._free: dict[int, list[tuple[Tensor, list[object]]]] = defaultdict(list)
         self._waiting: list[weakref.ref[Parcel]] = []
         self.bytes_out = 0
+        self.host_bytes = 0
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
         """Sends what autograd saves in this block to the host."""
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+        with torch.autograd.graph.saved_tensors_hooks(self.put_away, self._unpack):
             yield
+
+    def put_away(self, tensor: Tensor) -> Tensor | Parcel:
+        """Sends a tensor to the host if it is a stream of tokens."""
+        if tensor.ndim < _STREAM_AXES or isinstance(tensor, nn.Parameter) or tensor.device != self._device:
+            return tensor
+        return self.store(tensor)
 
     def store(self, tensor: Tensor) -> Parcel:
         """Starts a tensor's way to the host; its device memory is free once the copy is done."""
         nbytes = tensor.numel() * tensor.element_size()
-        buffer, marks = self._free[nbytes].pop() if self._free[nbytes] else (self._host.buffer(nbytes), [])
+        buffer, marks = self._free[nbytes].pop() if self._free[nbytes] else self._new_buffer(nbytes)
         source = tensor.detach().contiguous()
         target = buffer.view(tensor.dtype).view(tensor.shape)
         parcel = Parcel(buffer, tensor, self._out.copy(target, source, self._out.mark(), *marks))
@@ -70,6 +76,10 @@ class ActivationStore:
         self._prefetch(parcel)
         return tensor
 
+    def _new_buffer(self, nbytes: int) -> tuple[Tensor, list[object]]:
+        self.host_bytes += nbytes
+        return self._host.buffer(nbytes), []
+
     def _start_back(self, parcel: Parcel) -> None:
         if parcel.returning is None:
             tensor = torch.empty(parcel.shape, dtype=parcel.dtype, device=parcel.device)
@@ -85,12 +95,6 @@ class ActivationStore:
             waiting = reference()
             if waiting is not None:
                 self._start_back(waiting)
-
-    def _pack(self, tensor: Tensor) -> Tensor | Parcel:
-        small = tensor.numel() * tensor.element_size() < self._minimum_bytes
-        if small or isinstance(tensor, nn.Parameter) or tensor.device != self._device:
-            return tensor
-        return self.store(tensor)
 
     def _unpack(self, saved: Tensor | Parcel) -> Tensor:
         return saved if isinstance(saved, Tensor) else self.load(saved)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sd3pipe.errors import ParameterError
-from sd3pipe.memory.activations import ActivationStore
+from sd3pipe.memory.activations import ActivationStore, Parcel
 from sd3pipe.memory.ahead import AheadModulation, ModulationTicket
 from sd3pipe.memory.flat import FlatBlock, flat_layout, is_modulation, streamed_parameters
 from sd3pipe.memory.host import HostMemory
@@ -118,6 +118,16 @@ class BlockStreamer:
         """Host memory of the streamed blocks."""
         return sum(block.layout.total_bytes for block in self._flat.values())
 
+    @property
+    def offloaded_bytes(self) -> int:
+        """All bytes of activations sent to the host so far."""
+        return 0 if self._activations is None else self._activations.bytes_out
+
+    @property
+    def activation_host_bytes(self) -> int:
+        """Host memory of the buffers for activations."""
+        return 0 if self._activations is None else self._activations.host_bytes
+
     def prepare(self, timesteps_B: Tensor, pooled_BP: Tensor) -> ModulationTicket:
         """Starts computing the modulation of a coming forward pass on the host (modulation = "ahead").
 
@@ -132,6 +142,7 @@ class BlockStreamer:
         """Returns context and x after block `index`; this is what the model calls."""
         with self._offloading():
             if index not in self._flat:
+                self._check_recomputation()
                 return self._model.run_block(index, context_BLD, x_BLD, condition_BD)
             return self._run_streamed(index, context_BLD, x_BLD, condition_BD)
 
@@ -161,6 +172,17 @@ class BlockStreamer:
         That is so where the gradient goes on to the embedders. An adapter on adaLN alone does not ask for them.
         """
         return self.modulation == "stream" and index in self._flat and condition_BD.requires_grad
+
+    def keep(self, tensor: Tensor) -> Tensor | Parcel:
+        """Puts a block's input away until `fetch`: on the host, where activations are offloaded."""
+        return tensor if self._activations is None else self._activations.put_away(tensor)
+
+    def fetch(self, kept: Tensor | Parcel) -> Tensor:
+        """Returns what `keep` took."""
+        if self._activations is None or isinstance(kept, Tensor):
+            assert isinstance(kept, Tensor)
+            return kept
+        return self._activations.load(kept)
 
     def enter_backward(self, use: Use) -> None:
         """Brings a block's weights in for its recomputation; the block before it in this direction is done."""
@@ -224,6 +246,12 @@ class BlockStreamer:
         with_modulation = self.modulation == "stream"
         layout = flat_layout(streamed_parameters(block, with_modulation=with_modulation))
         return FlatBlock(block, self.host.buffer(layout.total_bytes), with_modulation=with_modulation)
+
+    def _check_recomputation(self) -> None:
+        if self._activations is not None and torch.is_grad_enabled() and not self._model.gradient_checkpointing:
+            raise ParameterError(
+                "offload_activations needs gradient_checkpointing: only block inputs are worth the trip"
+            )
 
     def _offloading(self) -> contextlib.AbstractContextManager[object]:
         return self._activations.saving() if self._activations is not None else contextlib.nullcontext()

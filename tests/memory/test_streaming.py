@@ -69,6 +69,20 @@ def test_offloaded_activations_come_back_unchanged():
         _same(train(model, blocks_to_swap=count, offload_activations=True), resident)
 
 
+def test_every_block_s_streams_leave_and_their_buffers_are_used_again():
+    model = tiny_mmdit("sd35-medium", depth=DEPTH)
+    add_adapters(model, ["context_embedder"])  # so that every block's context and x are saved
+    inputs = random_inputs(batch=2, height=8, width=8, tokens=10)
+    with BlockStreamer(model, blocks_to_swap=DEPTH, device="cpu", offload_activations=True) as streamer:
+        velocity = model(**inputs)
+        streams = DEPTH * 2 * (10 + 16) * model.architecture.width * 4
+        assert streamer.offloaded_bytes == streams
+        velocity.sum().backward()
+        model(**inputs).sum().backward()
+        assert streamer.offloaded_bytes == 2 * streams
+        assert streamer.activation_host_bytes == streams  # the second step uses the first one's buffers
+
+
 @pytest.mark.parametrize("count", [7, 8])
 @pytest.mark.parametrize("modulation", ["stream", "resident"])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -154,6 +168,16 @@ def test_ring_memory_is_two_blocks_per_shape():
         body = sum(p.numel() * 4 for name, p in model.joint_blocks[0].named_parameters() if "adaLN" not in name)
         last = sum(p.numel() * 4 for name, p in model.joint_blocks[7].named_parameters() if "adaLN" not in name)
         assert 0 <= streamer.ring_bytes - (2 * body + last) < 3 * 256 * 40  # alignment of at most 40 tensors a block
+
+
+def test_offloading_resident_blocks_that_are_not_recomputed_is_refused():
+    model = tiny_mmdit("sd3-medium")
+    add_adapters(model, ["attn.qkv"])
+    with (
+        BlockStreamer(model, blocks_to_swap=1, device="cpu", offload_activations=True),
+        pytest.raises(ParameterError, match="offload_activations needs gradient_checkpointing"),
+    ):
+        model(**random_inputs())
 
 
 def test_more_blocks_than_there_are_is_refused():

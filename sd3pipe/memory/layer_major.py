@@ -1,0 +1,187 @@
+"""Gradient accumulation block by block: all micro-batches pass through a block before the next block is fetched.
+
+With A micro-batches a step, the bytes that streaming copies fall A-fold. The numbers are those of the ordinary order:
+every parameter receives its A gradients in the order of the micro-batches.
+"""
+
+# B batch, L tokens, D width, K modulation width
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sd3pipe.memory.activations import Parcel
+from sd3pipe.memory.rings import Use
+from sd3pipe.memory.streaming import Block, BlockStreamer, Pair
+
+Kept = Tensor | Parcel
+
+
+@dataclass(slots=True)
+class _Passage:
+    """One micro-batch on its way: its streams, what they came from, and what its backward pass will need."""
+
+    inputs: Mapping[str, Any]
+    embedded: Pair  # context and x as embedded, with their graphs
+    condition: Tensor  # with its graph
+    condition_leaf: Tensor  # collects the gradient of all blocks
+    streams: Pair
+    streams_need_gradient: tuple[bool, bool]
+    kept: dict[int, tuple[Kept, Kept]] = field(default_factory=dict)  # each block's inputs
+    needs: dict[int, tuple[bool, bool]] = field(default_factory=dict)
+    modulation: dict[int, Pair] = field(default_factory=dict)
+    gradients: tuple[Tensor | None, Tensor | None] = (None, None)
+
+
+def run_layer_major(
+    mmdit: nn.Module,
+    streamer: BlockStreamer,
+    micro_batches: Sequence[Mapping[str, Any]],
+    loss: Callable[[int, Tensor], Tensor],
+    select: Callable[[int], None] = lambda number: None,
+) -> list[Tensor]:
+    """Runs forward and backward of all micro-batches and returns their losses, detached.
+
+    `micro_batches` are the keyword arguments of the model's forward. `loss` takes a micro-batch's number and its
+    velocity and returns the scalar to differentiate, already divided by A. `select` is called with its number whenever
+    a micro-batch continues, for state such as dropout keys. Gradients are added to `.grad`. Autocast may be on; under
+    DistributedDataParallel, call this in `no_sync()` and average the gradients afterwards.
+    """
+    model: Any = mmdit
+    depth = len(model.joint_blocks)
+    with _uncached_autocast(streamer.device):
+        passages = []
+        for number, inputs in enumerate(micro_batches):
+            select(number)
+            passages.append(_embedded(model, inputs))
+        for index in range(depth):
+            _forward_through(streamer, index, passages, select)
+        losses = []
+        for number, passage in enumerate(passages):
+            select(number)
+            losses.append(_finished(model, passage, loss, number))
+        for index in reversed(range(depth)):
+            if index in passages[0].kept:
+                _backward_through(streamer, index, passages, select)
+        for passage in passages:
+            _backward_of_embedding(passage)
+    return losses
+
+
+def _embedded(model: Any, inputs: Mapping[str, Any]) -> _Passage:
+    with torch.enable_grad():
+        x_BLD = model.embed_latents(inputs["latents_BChw"], inputs.get("crop_offset"))
+        context_BLD = model.embed_context(inputs["context_BLD"])
+        condition_BD = model.condition(inputs["timesteps_B"], inputs["pooled_BP"])
+    return _Passage(
+        inputs=inputs,
+        embedded=(context_BLD, x_BLD),
+        condition=condition_BD,
+        condition_leaf=_leaf(condition_BD, condition_BD.requires_grad),
+        streams=(context_BLD.detach(), x_BLD.detach()),
+        streams_need_gradient=(context_BLD.requires_grad, x_BLD.requires_grad),
+    )
+
+
+def _forward_through(
+    streamer: BlockStreamer, index: int, passages: Sequence[_Passage], select: Callable[[int], None]
+) -> None:
+    with streamer.block(Use(index, with_modulation=True), direction="turning") as block:
+        for number, passage in enumerate(passages):
+            if index in passage.inputs.get("skip_blocks", ()):
+                continue
+            select(number)
+            with torch.enable_grad():
+                modulation = streamer.modulation_of(index, passage.condition_leaf)
+            streams, needs = passage.streams, passage.streams_need_gradient
+            passage.streams, passage.streams_need_gradient = _outputs(block, streams, modulation, needs)
+            if any(passage.streams_need_gradient):
+                passage.kept[index] = (streamer.keep(streams[0]), streamer.keep(streams[1]))
+                passage.needs[index] = needs
+                if not streamer.recomputes_modulation(index, passage.condition_leaf):
+                    passage.modulation[index] = modulation
+
+
+def _outputs(block: Block, streams: Pair, modulation: Pair, needs: tuple[bool, bool]) -> tuple[Pair, tuple[bool, bool]]:
+    """Returns a block's outputs without graph, and which of them depend on something trained."""
+    if all(needs):
+        with torch.no_grad():
+            return block(*streams, *(vector_BK.detach() for vector_BK in modulation)), needs
+    with torch.enable_grad():  # where training begins is seen by building the graph once
+        context_BLD, x_BLD = block(_leaf(streams[0], needs[0]), _leaf(streams[1], needs[1]), *modulation)
+    return (context_BLD.detach(), x_BLD.detach()), (context_BLD.requires_grad, x_BLD.requires_grad)
+
+
+def _finished(model: Any, passage: _Passage, loss: Callable[[int, Tensor], Tensor], number: int) -> Tensor:
+    context_BLD, x_BLD = passage.streams
+    x_leaf_BLD = _leaf(x_BLD, passage.streams_need_gradient[1])
+    with torch.enable_grad():
+        velocity_BChw = model.finish(x_leaf_BLD, passage.condition_leaf, passage.inputs["latents_BChw"])
+        value = loss(number, velocity_BChw)
+    _backward([(value, None)])
+    passage.streams = (context_BLD, x_BLD[:0])  # the last output is not needed any more
+    passage.gradients = (None, x_leaf_BLD.grad)
+    return value.detach()
+
+
+def _backward_through(
+    streamer: BlockStreamer, index: int, passages: Sequence[_Passage], select: Callable[[int], None]
+) -> None:
+    recompute = index not in passages[0].modulation
+    with streamer.block(Use(index, with_modulation=recompute), direction="backward") as block:
+        for number, passage in enumerate(passages):
+            if index not in passage.kept:
+                continue
+            select(number)
+            kept = (streamer.fetch(tensor) for tensor in passage.kept.pop(index))
+            streams = list(map(_leaf, kept, passage.needs[index]))
+            with torch.enable_grad():
+                modulation = (
+                    streamer.modulation_of(index, passage.condition_leaf)
+                    if recompute
+                    else passage.modulation.pop(index)
+                )
+                vectors = [_leaf(vector_BK, vector_BK.requires_grad) for vector_BK in modulation]
+                outputs = block(*streams, *vectors)
+            _backward(zip(outputs, passage.gradients, strict=True))
+            passage.gradients = (streams[0].grad, streams[1].grad)
+            for vector_BK, leaf_BK in reversed(list(zip(modulation, vectors, strict=True))):
+                _backward([(vector_BK, leaf_BK.grad)])  # x before context, as autograd does by age
+
+
+def _backward_of_embedding(passage: _Passage) -> None:
+    context_BLD, x_BLD = passage.embedded
+    context_gradient_BLD, x_gradient_BLD = passage.gradients
+    _backward(
+        [
+            (context_BLD, context_gradient_BLD),
+            (x_BLD, x_gradient_BLD),
+            (passage.condition, passage.condition_leaf.grad),
+        ]
+    )
+
+
+def _backward(pairs: Any) -> None:
+    """Differentiates the outputs that depend on something trained; a scalar without a gradient counts as a loss."""
+    chosen = [(o, g) for o, g in pairs if o.requires_grad and (g is not None or o.ndim == 0)]
+    if chosen:
+        outputs, gradients = zip(*chosen, strict=True)
+        with torch.autocast(outputs[0].device.type, enabled=False):
+            torch.autograd.backward(outputs, gradients)
+
+
+def _leaf(tensor: Tensor, needs_gradient: bool) -> Tensor:
+    return tensor.detach().requires_grad_(needs_gradient)
+
+
+@contextlib.contextmanager
+def _uncached_autocast(device: torch.device) -> Iterator[None]:
+    """Keeps autocast as it is, but for its cache: a cast made without gradient must not be found again with one."""
+    kind = device.type
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, dtype=dtype, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
+        yield
