@@ -1,9 +1,10 @@
 """Encodes and decodes pictures that are too large for the device in strips of rows, with no seams.
 
 Tiles that run through the whole network differ at their borders, because group norms, attention and padding see the
-tile instead of the picture. Here each layer runs over the picture strip by strip: norms use the statistics of the whole
-picture, and convolutions get the neighbouring rows. So the result is VAE.encode's and VAE.decode's up to rounding, while
-the device holds one strip and the activations lie in host memory. The middle, 1/8 of the size, runs whole.
+tile instead of the picture. Here each layer runs over the picture strip by strip: norms use the statistics of the
+whole picture, and convolutions get the neighbouring rows. So the result is that of VAE.encode and VAE.decode up to
+rounding, while the device holds one strip and the activations lie in host memory. The middle, 1/8 of the size, runs
+whole.
 """
 
 # B batch, C channels, G groups, H W pixels, h rows of a strip
