@@ -11,7 +11,7 @@ from typing import Any
 
 from sd3pipe.config import read_toml
 from sd3pipe.data.dataset_keys import ELSEWHERE, KEYS, PRESERVATION, Key, Level, refusal, remark
-from sd3pipe.data.dataset_values import check_value
+from sd3pipe.data.dataset_values import check_value, shown_value
 from sd3pipe.errors import ParameterError
 
 DEFAULT_CAPTION_EXTENSIONS = (".txt", ".caption")
@@ -178,7 +178,7 @@ class _Reader:
                 continue
             problem, checked = self._value(key, value, level)
             if problem:
-                self.problems.append(f"{self.path}: {where}: {_shown(key)}: {problem}")
+                self.problems.append(f"{self.path}: {where}: {problem}")
                 continue
             values[key] = checked
             if told := remark(key, checked):
@@ -188,11 +188,12 @@ class _Reader:
     def _value(self, key: str, value: Any, level: Level) -> tuple[str | None, Any]:
         spec = KEYS.get(key)
         if spec is None:
-            return _unknown_key(key), None
+            return f"{_shown(key)}: {_unknown_key(key)}", None
         if level not in spec.levels:
-            return f"cannot stand here: {_places(spec)}", None
+            return f"{key}: cannot stand here: {_places(spec)}", None
         problem, checked = check_value(spec, value)
-        return problem or refusal(key, checked), checked
+        problem = problem or refusal(key, checked)
+        return (f"{key} = {shown_value(value)}: {problem}", None) if problem else (None, checked)
 
     def _bucketing(self, values: Mapping[str, Any], where: str) -> Bucketing | None:
         """Returns the sizes of one dataset, adjusted to the step as sd-scripts adjusts them."""

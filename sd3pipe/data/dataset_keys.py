@@ -114,7 +114,7 @@ def refusal(key: str, value: Any) -> str | None:
     if key == "network_multiplier" and value != 1.0:
         return "SD3 training in sd-scripts does not use it either: remove it, or weight the subset with loss_weight"
     if key == "custom_attributes" and (strange := sorted(set(value) - {PRESERVATION})):
-        return f"{', '.join(strange)}: nothing reads this: {PRESERVATION} is the only attribute that acts"
+        return f"{', '.join(map(ascii, strange))}: nothing reads this: {PRESERVATION} is the only attribute that acts"
     if key == "custom_attributes" and not isinstance(value.get(PRESERVATION, False), bool):
         return f"{PRESERVATION} must be true or false"
     return None

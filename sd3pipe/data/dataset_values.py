@@ -5,6 +5,7 @@ from typing import Any
 
 from sd3pipe.data.dataset_keys import Key
 
+_SHOWN_LENGTH = 60
 _COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0), "grey": (128, 128, 128)}
 
 
@@ -14,7 +15,7 @@ def check_value(key: Key, value: Any) -> tuple[str | None, Any]:
     problem = problem or _out_of_range(key, checked)
     if problem is None and key.choices and checked not in key.choices:
         problem = f"must be one of {', '.join(key.choices)}"
-    return (f"{_shown(value)}: {problem}", None) if problem else (None, checked)
+    return (problem, None) if problem else (None, checked)
 
 
 def _out_of_range(key: Key, checked: Any) -> str | None:
@@ -28,9 +29,10 @@ def _out_of_range(key: Key, checked: Any) -> str | None:
     return None
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """Returns a value as it can stand in a message: on one line, cut if it is long."""
     text = ascii(value)
-    return f"= {text if len(text) <= 60 else text[:57] + '...'}"
+    return text if len(text) <= _SHOWN_LENGTH else text[: _SHOWN_LENGTH - 3] + "..."
 
 
 def _is_int(value: Any) -> bool:
