@@ -20,6 +20,10 @@ from sd3pipe.stat_memory import StatMemory
 
 VocabularyKind = Literal["clip", "t5"]
 VOCABULARY_KINDS: dict[EncoderName, VocabularyKind] = {"clip_l": "clip", "clip_g": "clip", "t5xxl": "t5"}
+GENUINE_IDENTITIES: dict[VocabularyKind, str] = {  # of openai/clip-vit-large-patch14 and google/t5-v1_1-xxl
+    "clip": "c015895def079d274e79dd66f20dfc16d220879968d1197920b4651fabd8c0ab",
+    "t5": "1e06f519a901c898c2abf444384493e38b091b401c003b1fd9fb4782a9979e58",
+}
 
 CLIP_START = "<|startoftext|>"
 CLIP_END = "<|endoftext|>"
