@@ -40,11 +40,11 @@ class SubsetOverride(Params):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    num_repeats: int | None = Field(None, ge=0)
-    loss_weight: float | None = Field(None, ge=0)
-    prior_loss_weight: float | None = Field(None, ge=0)
-    caption_dropout_rate: float | None = Field(None, ge=0, le=1)
-    caption_dropout_every_n_epochs: int | None = Field(None, ge=0)
+    num_repeats: int | None = Field(default=None, ge=0)
+    loss_weight: float | None = Field(default=None, ge=0)
+    prior_loss_weight: float | None = Field(default=None, ge=0)
+    caption_dropout_rate: float | None = Field(default=None, ge=0, le=1)
+    caption_dropout_every_n_epochs: int | None = Field(default=None, ge=0)
     diff_output_preservation: bool | None = None
 
 

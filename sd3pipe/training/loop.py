@@ -85,6 +85,11 @@ class Loop:
                     self._stop(stop.reason)
         self.saver.save(state)
 
+    def close(self) -> None:
+        """Writes the summaries of what was recorded."""
+        if self.records:
+            self.records.close()
+
     def _before_the_first_step(self) -> None:
         if self.validate:
             self.validate(self.progressed)
@@ -106,7 +111,7 @@ class Loop:
                 subset_loss=result.subset_losses,
                 seconds=round(seconds, 4),
             )
-        bar.advance(loss=f"{state.loss_mean:.4f}", **self._memory())
+        bar.advance(1, loss=f"{state.loss_mean:.4f}", **self._memory())
         now = (state.step, epochs_before, state.epochs_done)
         last = state.step == self.plan.total_steps
         if self.validate and (self.plan.validate.due(*now) or last):

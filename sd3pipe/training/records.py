@@ -34,6 +34,12 @@ class Records:
         """Records something that happens seldom: a resume, a rollback."""
         self._write("event", step, values)
 
+    def close(self) -> None:
+        """Writes the summaries for DVC and ends the trackers."""
+        write_summaries(self._run)
+        if self._trackers is not None:
+            self._trackers.end_training()
+
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         line = json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n"
         path = self._run / METRICS_FILE

@@ -1,5 +1,6 @@
 """Where a run begins: afresh, or from which checkpoint; and what becomes of an older run in the same folder."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from sd3pipe.training.checkpoints import (
 log = logging.getLogger(__name__)
 
 Identity = Mapping[str, Any]
-_FINAL = "final"
+_FINAL, _INPUTS, _ADAPTER = "final", "inputs.json", "adapter.safetensors"
 _METRICS = "metrics.jsonl"
 
 
@@ -56,6 +57,17 @@ def choose_start(
         set_aside(run, f"its {describe(changes)}")
         return Start(checkpoint=None, changes={})
     return Start(checkpoint=checkpoint, changes=changes)
+
+
+def is_finished(run: Path, start: Start, identity: Identity, total_steps: int) -> bool:
+    """Returns whether the run has done all its steps and final/ holds their result."""
+    if start.checkpoint is None or start.checkpoint.step != total_steps or start.changes:
+        return False
+    try:
+        made_from = json.loads((run / _FINAL / _INPUTS).read_text(encoding="utf-8"))
+        return made_from == {"identity": dict(identity), "steps": total_steps} and (run / _FINAL / _ADAPTER).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def differences(old: Identity, new: Identity) -> dict[str, list[Any]]:

@@ -67,6 +67,10 @@ class TextCondition:
         """Returns the condition of one prompt for a batch of pictures."""
         return TextCondition(context=self.context.expand(batch, -1, -1), pooled=self.pooled.expand(batch, -1))
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> "TextCondition":
+        """Returns the condition on a device, in the number format that the model computes in."""
+        return TextCondition(context=self.context.to(device, dtype), pooled=self.pooled.to(device, dtype))
+
 
 def sampling_sigmas(steps: int, shift: float = SHIFT) -> Tensor:
     """Returns the steps + 1 noise levels from 1 to 0, fp32.

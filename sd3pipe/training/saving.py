@@ -55,7 +55,8 @@ class Saver:
     ) -> None:
         self._run, self._processes = run, processes
         self._network, self._weights, self._optimizer = network, weights, optimizer
-        self._state, self._metadata, self._dtype = state, metadata, dtype
+        self._state, self._metadata = state, metadata
+        self._dtype: StoredDtype = dtype
         self._retention, self._names = retention, names
         self._loras_dir, self._output_name = loras_dir, output_name
         self._newest = newest.path if newest else None
@@ -67,7 +68,8 @@ class Saver:
 
     def picture_names(self, step: Step) -> list[str]:
         """Returns the names of this process's pictures in a step."""
-        return [self._names[number] for batch in step.batches for number in batch.plan.pictures.tolist()]
+        numbers = [int(number) for batch in step.batches for number in batch.plan.pictures]
+        return [self._names[number] for number in numbers]
 
     def save(self, progressed: Progressed) -> None:
         """Writes a checkpoint of this step, unless there is one, and lets older ones go."""

@@ -1,0 +1,150 @@
+"""`sd3pipe train`: caches and a frozen MMDiT to an adapter, resumable to the bit."""
+
+import contextlib
+import logging
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from sd3pipe.cache.folder import machine_folder
+from sd3pipe.cache.staleness import check_sources
+from sd3pipe.console import StageReport, count
+from sd3pipe.device_memory import peak_device_bytes, peak_rss_bytes
+from sd3pipe.errors import DeviceMemoryError, StaleError
+from sd3pipe.models.sources import ComponentSource, find_component
+from sd3pipe.params.train import TrainParams
+from sd3pipe.stat_memory import StatMemory
+from sd3pipe.training.identity import RunInputs, resolve_inputs, run_identity
+from sd3pipe.training.loop import Loop
+from sd3pipe.training.precision import resolve_precision
+from sd3pipe.training.processes import Processes, join_processes
+from sd3pipe.training.progressed import Progressed
+from sd3pipe.training.run_folder import Start, choose_start, is_finished
+from sd3pipe.training.setup import build_loop
+from sd3pipe.training.stopping import parse_duration
+from sd3pipe.training.training_data import open_data
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 5  # how many changed files an error names
+
+
+def main(params: TrainParams) -> None:
+    """Trains, or goes on training, until the last step. Raises Stopped when asked to stop on the way."""
+    processes = join_processes(params.device, params.threads)
+    if params.deterministic:
+        torch.use_deterministic_algorithms(True)
+    inputs = {"model": params.model, "text": str(params.text), "latents": str(params.latents)}
+    report = StageReport("train", path=params.out / "report.json", inputs=inputs)
+    with report if processes.is_main else contextlib.nullcontext(), _memory_advice(params):
+        _train(params, processes, report)
+    processes.leave()
+
+
+def _train(params: TrainParams, processes: Processes, report: StageReport) -> None:
+    freshness = _check_freshness(params)
+    data = open_data(params)
+    source = find_component("mmdit", model=params.model, file=params.mmdit)
+    run = resolve_inputs(
+        params,
+        data,
+        base=_fingerprint(params, source),
+        precision=resolve_precision(params.mixed_precision, processes.device),
+        num_processes=processes.count,
+    )
+    identity = run_identity(params, data, run)
+    start = processes.same(_start(params, identity, run) if processes.is_main else None)
+    assert start is not None
+    report.update(options=params.model_dump(mode="json"), identity=identity, sources_checked=freshness)
+    if is_finished(params.out, start, identity, run.total_steps):
+        report.update(steps=run.total_steps, steps_now=0)
+        report.summary = f"nothing to do, all {count(run.total_steps, 'step')} are done"
+        return
+    loop = build_loop(params, processes, data, source, run, identity, start)
+    steps_before = loop.progressed.step
+    try:
+        loop.run(parse_duration(params.time_limit) if params.time_limit else None)
+        loop.saver.finish({"identity": identity, "steps": run.total_steps})
+    finally:
+        loop.close()
+        report.update(**_figures(loop, processes, steps_before))
+    report.summary = _summary(loop.progressed, steps_before, freshness)
+
+
+def _start(params: TrainParams, identity: dict[str, Any], run: RunInputs) -> Start:
+    allowed = [name.strip() for text in params.allow_changes for name in text.split(",") if name.strip()]
+    return choose_start(params.out, params.resume, identity, allow_changes=allowed, total_steps=run.total_steps)
+
+
+def _check_freshness(params: TrainParams) -> str:
+    """Returns what the check of the encoded files said. Raises StaleError if they changed, unless that is fine."""
+    states = []
+    for cache in (params.text, params.latents):
+        check = check_sources(cache)
+        states.append(check.state)
+        if check.state == "changed":
+            shown = "; ".join(check.changes[:_SHOWN])
+            more = f" and {len(check.changes) - _SHOWN} more" if len(check.changes) > _SHOWN else ""
+            message = f"{cache} is older than what it was encoded from: {shown}{more}"
+            if not params.stale_ok:
+                raise StaleError(f"{message}: encode again, or train all the same with --stale-ok")
+            log.warning("%s", message)
+    return "changed" if "changed" in states else "fresh" if set(states) == {"fresh"} else "unknown"
+
+
+def _fingerprint(params: TrainParams, source: ComponentSource) -> str:
+    memory = StatMemory(machine_folder(params.out).parent / "stat.json", trust=not params.verify_weights)
+    fingerprint = source.fingerprint(memory)
+    memory.save()
+    return fingerprint
+
+
+def _figures(loop: Loop, processes: Processes, steps_before: int) -> dict[str, Any]:
+    """Returns what the report says about the run; the time of a step is the median, for the first one warms up."""
+    state = loop.progressed
+    return {
+        "steps": state.step,
+        "steps_now": state.step - steps_before,
+        "epochs": state.epochs_done,
+        "seconds_per_step": statistics.median(loop.seconds_per_step) if loop.seconds_per_step else None,
+        "loss_first": state.loss_first,
+        "loss_last": state.loss_last,
+        "loss_mean": state.loss_mean,
+        "best_step": state.best_step,
+        "skipped_steps": list(state.skipped_steps),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": peak_device_bytes(processes.device),
+    }
+
+
+def _summary(state: Progressed, steps_before: int, freshness: str) -> str:
+    went_on = f" (from step {steps_before})" if steps_before else ""
+    unchecked = ", captions and pictures not checked: they are not here" if freshness == "unknown" else ""
+    return f"{count(state.step, 'step')}{went_on}, loss {state.loss_mean:.4f}{unchecked}"
+
+
+@contextlib.contextmanager
+def _memory_advice(params: TrainParams) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            "the device ran out of memory: "
+            + "; ".join(_cures(params))
+            + " (`sd3pipe plan` tells beforehand what fits)"
+        ) from error
+
+
+def _cures(params: TrainParams) -> Iterator[str]:
+    if not params.gradient_checkpointing:
+        yield "set --gradient-checkpointing"
+    if params.train_batch_size > 1:
+        yield (
+            f"set --train-batch-size 1 --gradient-accumulation-steps "
+            f"{params.train_batch_size * params.gradient_accumulation_steps}, which learns the same"
+        )
+    if not params.optimizer_type.lower().endswith("8bit"):
+        yield "set --optimizer-type AdamW8bit"
+    yield "or train at a lower resolution"

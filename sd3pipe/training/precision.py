@@ -1,0 +1,18 @@
+"""Number formats: what `auto` means on a device, and what the base model is loaded in."""
+
+from typing import Literal
+
+import torch
+
+Precision = Literal["no", "fp16", "bf16"]
+
+BASE_DTYPES: dict[Precision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def resolve_precision(mixed_precision: Literal["auto", "no", "fp16", "bf16"], device: torch.device) -> Precision:
+    """Returns bf16 where CUDA computes in it, fp16 on older cards, float32 on the CPU; or what was asked for."""
+    if mixed_precision != "auto":
+        return mixed_precision
+    if device.type != "cuda":
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

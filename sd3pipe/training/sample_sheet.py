@@ -1,0 +1,129 @@
+"""What `sd3pipe sample` draws: columns of adapters, rows of seeds, and which pictures of them are there already.
+
+A picture's file name carries a hash of everything that it is made from, so pictures that exist are never drawn again and
+never taken for others. sheet.json in the folder remembers the layout, so that latents can be decoded on another machine.
+Free of torch.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3pipe.adapters.find import checkpoint_adapters, find_adapter
+from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.files import write_json
+from sd3pipe.fingerprint import hash_file, hash_json
+
+SHEET_FILE = "sheet.json"
+FORMAT = 1
+_ID_DIGITS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """One way to draw: the base alone, or with an adapter file at some strength."""
+
+    label: str
+    adapter: Path | None = None
+    adapter_hash: str = ""
+    multiplier: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptCells:
+    """A prompt's picture names, [row][column], without folder and ending."""
+
+    name: str
+    title: str
+    rows: tuple[str, ...]
+    cells: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sheet:
+    """The layout of all grids of a folder."""
+
+    columns: tuple[str, ...]
+    prompts: tuple[PromptCells, ...]
+
+    def save(self, out: Path) -> None:
+        """Writes the layout into the folder of the pictures."""
+        write_json(out / SHEET_FILE, {"format": FORMAT, **asdict(self)})
+
+
+def read_sheet(out: Path) -> Sheet:
+    """Returns the layout that an earlier run left in a folder. Raises InputError."""
+    file = out / SHEET_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise InputError(f"{file}: format {content['format']} is not {FORMAT}: draw again with this version")
+        prompts = tuple(
+            PromptCells(
+                name=str(prompt["name"]),
+                title=str(prompt["title"]),
+                rows=tuple(map(str, prompt["rows"])),
+                cells=tuple(tuple(map(_plain_name, line)) for line in prompt["cells"]),
+            )
+            for prompt in content["prompts"]
+        )
+        return Sheet(columns=tuple(map(str, content["columns"])), prompts=prompts)
+    except FileNotFoundError:
+        raise InputError(f"{out}: no {SHEET_FILE}: draw the latents with `sd3pipe sample` first") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{file} cannot be read ({error}): draw again") from error
+
+
+def choose_columns(adapter: Path | None, checkpoints: str | None, multipliers: Sequence[float]) -> list[Column]:
+    """Returns the base, then each adapter at each strength. Raises InputError, ParameterError."""
+    columns = [Column(label="base")]
+    if adapter is None:
+        return columns
+    for label, file in _adapters(adapter, checkpoints).items():
+        digest = hash_file(file)
+        for multiplier in multipliers:
+            strength = f" x {multiplier:g}" if len(multipliers) > 1 or multiplier != 1 else ""
+            columns.append(Column(label=label + strength, adapter=file, adapter_hash=digest, multiplier=multiplier))
+    return columns
+
+
+def cell_name(prompt: str, column: Column, seed: int, made_from: Mapping[str, Any]) -> str:
+    """Returns a picture's file name without ending: readable words, then the hash of what it is made from."""
+    identity = {"adapter": column.adapter_hash, "multiplier": column.multiplier, "seed": seed, **made_from}
+    if column.adapter is None:
+        identity["multiplier"] = 0.0
+    words = re.sub(r"[^a-z0-9.]+", "-", column.label.lower()).strip("-")
+    return f"{prompt}-{words}-seed{seed}-{hash_json(identity)[:_ID_DIGITS]}"
+
+
+def _adapters(adapter: Path, checkpoints: str | None) -> dict[str, Path]:
+    """Returns label -> adapter file."""
+    if checkpoints is None:
+        return {adapter.name if adapter.is_dir() else adapter.stem: find_adapter(adapter)}
+    found = checkpoint_adapters(adapter)
+    if not found:
+        raise InputError(f"--checkpoints {checkpoints}: {adapter} has no checkpoints: name a run folder as --adapter")
+    if checkpoints == "all":
+        steps = list(found)
+    elif checkpoints.startswith("every:"):
+        every = int(checkpoints.removeprefix("every:"))
+        steps = list(found)[every - 1 :: every]
+    else:
+        steps = [int(step) for step in checkpoints.split(",")]
+    missing = [step for step in steps if step not in found]
+    if missing or not steps:
+        raise ParameterError(
+            f"--checkpoints {checkpoints}: {adapter} has the steps {', '.join(map(str, found))}"
+            + (f", not {', '.join(map(str, missing))}" if missing else "")
+        )
+    return {f"step {step}": found[step] for step in steps}
+
+
+def _plain_name(name: Any) -> str:
+    """Returns a file name of our own making; a sheet may come from another machine, and no path in it is trusted."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._ -]+", name) or name.startswith("."):
+        raise ValueError(f"{name!r} is no picture's name")
+    return name

@@ -1,0 +1,221 @@
+"""Builds a run from its options: base, adapter, optimizer, feed, saver, and the loop that drives them."""
+
+import functools
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from sd3pipe.adapters.files import read_adapter
+from sd3pipe.adapters.network import AdapterNetwork, attach, attach_deltas, merge_into
+from sd3pipe.adapters.precision import StoredDtype
+from sd3pipe.models.checkpoint import load_mmdit
+from sd3pipe.models.mmdit import MMDiT
+from sd3pipe.models.pos_embed import ScaledPositions
+from sd3pipe.models.sources import ComponentSource
+from sd3pipe.params.train import TrainParams
+from sd3pipe.training.adapter_options import adapter_spec, loraplus_ratio
+from sd3pipe.training.batches import Position, plan_steps
+from sd3pipe.training.checkpoints import Retention
+from sd3pipe.training.feed import Feed, FeedRules, Step, load_steps
+from sd3pipe.training.flow import Huber, SigmaSampling
+from sd3pipe.training.identity import RunInputs, continued, make_schedule
+from sd3pipe.training.loop import Loop, Plan
+from sd3pipe.training.objective import LossRules, Objective
+from sd3pipe.training.optimizers import make_optimizer, parse_args
+from sd3pipe.training.precision import BASE_DTYPES
+from sd3pipe.training.processes import Processes
+from sd3pipe.training.progressed import Every, Progressed
+from sd3pipe.training.records import Records, forget_after
+from sd3pipe.training.run_folder import Start
+from sd3pipe.training.saving import Saver
+from sd3pipe.training.step_runner import StepRunner
+from sd3pipe.training.trained_weights import TrainedWeights
+from sd3pipe.training.training_data import TrainingData
+
+log = logging.getLogger(__name__)
+
+_SAVED_DTYPES: Mapping[str | None, StoredDtype] = {None: "fp32", "float": "fp32", "fp16": "fp16", "bf16": "bf16"}
+
+
+def build_loop(
+    params: TrainParams,
+    processes: Processes,
+    data: TrainingData,
+    source: ComponentSource,
+    run: RunInputs,
+    identity: Mapping[str, Any],
+    start: Start,
+) -> Loop:
+    """Returns a loop that is ready to run, from the checkpoint of `start` if there is one."""
+    checkpoint = start.checkpoint
+    schedule = make_schedule(params, run.total_steps)
+    if checkpoint is not None:
+        schedule = continued(schedule, checkpoint.state["warmup_steps"])
+    mmdit = _load_base(params, data, source, run, processes.device)
+    network = _attach_adapter(params, mmdit, run, processes.device)
+    weights = TrainedWeights(network, seed=params.seed, ema_decay=params.ema_decay)
+    groups = network.parameter_groups(
+        adapter_spec(params), params.learning_rate, loraplus_lr_ratio=loraplus_ratio(params)
+    )
+    optimizer = make_optimizer(
+        params.optimizer_type, weights.optimizer_groups(groups), parse_args("optimizer_args", params.optimizer_args)
+    )
+    saver = Saver(
+        run=params.out,
+        processes=processes,
+        network=network,
+        weights=weights,
+        optimizer=optimizer,
+        state=_state(identity, schedule.warmup_steps, start),
+        metadata=lambda progressed: {"ss_steps": str(progressed.step)},
+        dtype=_SAVED_DTYPES[params.save_precision],
+        retention=_retention(params),
+        names=data.train.names,
+        output_name=params.output_name or params.out.name,
+        loras_dir=params.loras_dir,
+        newest=checkpoint,
+    )
+    progressed = Progressed()
+    if checkpoint is not None:
+        saver.restore(checkpoint)
+        progressed = Progressed.from_state(checkpoint.state)
+    runner = StepRunner(
+        objective=Objective(mmdit, network, _loss_rules(params)),
+        network=network,
+        weights=weights,
+        optimizer=optimizer,
+        schedule=schedule,
+        processes=processes,
+        subset_names=[rules.name for rules in data.train.rules],
+        max_grad_norm=params.max_grad_norm,
+        max_weight_norm=params.scale_weight_norms,
+        loss_spike_factor=params.loss_spike_factor,
+        scaler=torch.amp.GradScaler(processes.device.type) if run.precision == "fp16" else None,
+    )
+    return Loop(
+        runner=runner,
+        progressed=progressed,
+        plan=_plan(params, run.total_steps),
+        steps_from=functools.partial(_steps_from, params, data, mmdit, processes),
+        saver=saver,
+        records=_records(params, processes, start),
+        validate=None,
+        sample=None,
+        processes=processes,
+    )
+
+
+def _load_base(
+    params: TrainParams, data: TrainingData, source: ComponentSource, run: RunInputs, device: torch.device
+) -> MMDiT:
+    mmdit = load_mmdit(source, dtype=BASE_DTYPES[run.precision], device=device)
+    mmdit.gradient_checkpointing = params.gradient_checkpointing
+    if params.enable_scaled_pos_embed:
+        mmdit.scaled_positions = ScaledPositions(data.resolutions, mmdit.architecture.width)
+    multipliers = [*params.base_weights_multiplier, *[1.0] * len(run.base_weights)]
+    for path, multiplier in zip(run.base_weights, multipliers, strict=False):
+        merge_into(mmdit, read_adapter(path).model_part, multiplier)
+        log.info("merged into the base at strength %g: %s", multiplier, path)
+    return mmdit
+
+
+def _attach_adapter(params: TrainParams, mmdit: MMDiT, run: RunInputs, device: torch.device) -> AdapterNetwork:
+    """Returns the adapter that will be trained: fresh, or with the weights of another one."""
+    spec = adapter_spec(params)
+    dtype = torch.bfloat16 if params.full_bf16 else torch.float32
+    given = read_adapter(run.network_weights).model_part if run.network_weights else None
+    if given is not None and params.dim_from_weights:
+        return attach_deltas(mmdit, given, dropout=spec.dropout, device=device, dtype=dtype)
+    network = attach(mmdit, spec, device=device, dtype=dtype)
+    if given is not None:
+        network.load(given)
+    return network
+
+
+def _steps_from(
+    params: TrainParams, data: TrainingData, mmdit: MMDiT, processes: Processes, position: Position
+) -> Iterator[Step]:
+    """Returns the tensors of the steps from a position on, for this process."""
+    on_gpu = processes.device.type == "cuda"
+    workers = params.max_data_loader_n_workers
+    plans = plan_steps(
+        data.train,
+        position,
+        seed=params.seed,
+        batch_size=params.train_batch_size,
+        accumulation=params.gradient_accumulation_steps,
+        rank=processes.rank,
+        num_ranks=processes.count,
+    )
+    rules = FeedRules(
+        seed=params.seed,
+        sampling=_sampling(params),
+        use_masks=params.masked_loss != "off",
+        encoder_dropout=(params.clip_l_dropout_rate, params.clip_g_dropout_rate, params.t5_dropout_rate),
+        context_dtype=mmdit.context_embedder.compute_dtype,
+    )
+    feed = Feed(data.train, data.latents, data.text, rules)
+    return load_steps(feed, plans, workers=(2 if on_gpu else 0) if workers is None else workers, pin_memory=on_gpu)
+
+
+def _sampling(params: TrainParams) -> SigmaSampling:
+    return SigmaSampling(
+        weighting_scheme=params.weighting_scheme,
+        loss_form=params.loss_form,
+        logit_mean=params.logit_mean,
+        logit_std=params.logit_std,
+        mode_scale=params.mode_scale,
+        training_shift=params.training_shift,
+        min_timestep=params.min_timestep,
+        max_timestep=params.max_timestep,
+    )
+
+
+def _loss_rules(params: TrainParams) -> LossRules:
+    return LossRules(
+        weighting_scheme=params.weighting_scheme,
+        loss_form=params.loss_form,
+        loss_type=params.loss_type,
+        huber=Huber(schedule=params.huber_schedule, c=params.huber_c, scale=params.huber_scale),
+        mask_normalisation="picture" if params.masked_loss == "sum" else "area",
+        position_crop_rate=params.pos_emb_random_crop_rate,
+    )
+
+
+def _plan(params: TrainParams, total_steps: int) -> Plan:
+    return Plan(
+        total_steps=total_steps,
+        save=Every(steps=params.save_every_n_steps, epochs=params.save_every_n_epochs),
+        sample=Every(steps=params.sample_every_n_steps, epochs=params.sample_every_n_epochs),
+        validate=Every(steps=params.validate_every_n_steps, epochs=params.validate_every_n_epochs),
+        sample_at_first=params.sample_at_first,
+        roll_back=params.on_bad_loss == "rollback",
+    )
+
+
+def _retention(params: TrainParams) -> Retention:
+    return Retention(
+        last_steps=params.save_last_n_steps,
+        last_steps_state=params.save_last_n_steps_state,
+        last_epochs=params.save_last_n_epochs,
+        last_epochs_state=params.save_last_n_epochs_state,
+    )
+
+
+def _state(identity: Mapping[str, Any], warmup_steps: int, start: Start) -> dict[str, Any]:
+    """Returns what every checkpoint of the run says, wherever it stands."""
+    state: dict[str, Any] = {"identity": dict(identity), "warmup_steps": warmup_steps}
+    changes = list(start.checkpoint.state.get("changes", [])) if start.checkpoint else []
+    if start.checkpoint and start.changes:
+        changes.append({"step": start.checkpoint.step, **start.changes})
+    return {**state, "changes": changes}
+
+
+def _records(params: TrainParams, processes: Processes, start: Start) -> Records | None:
+    """Returns where the main process writes what happens; lines of steps that are taken again go."""
+    if not processes.is_main:
+        return None
+    forget_after(params.out, start.checkpoint.step if start.checkpoint else 0)
+    return Records(params.out)
