@@ -1,0 +1,68 @@
+"""`init` writes a project that the other commands take as it is."""
+
+import tomllib
+
+import pytest
+from command_line import sd3pipe
+from photographs import write_photographs
+
+from sd3pipe.demo.tiny import write_tiny_base
+from sd3pipe.params.command_line import load_stage_models
+from sd3pipe.params.resolve import resolve
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("init")
+    base = write_tiny_base(folder / "models", variant="sd35-medium", layout="separate")
+    images = write_photographs(folder / "photos", ("chelsea.png", "coffee.png", "rocket.jpg"), 96)
+    (images / "rocket.txt").unlink()
+    done = sd3pipe(
+        "init", "mycat", "--model", base.model, "--images", images, "--trigger", "mycat",
+        "--tokenizers", base.tokenizers, "--resolution", 256, "--vram", "12GB", "--loras-dir", folder / "loras", cwd=folder,
+    )  # fmt: skip
+    return folder / "mycat", done.stdout
+
+
+def test_it_counts_what_it_found(made):
+    assert "3 pictures, 2 with a caption, 1 without" in made[1]
+
+
+def test_encoders_beside_the_model_are_found(made):
+    paths = tomllib.loads((made[0] / "project.toml").read_text())["paths"]
+    assert paths["clip_l"].endswith("clip_l.safetensors") and paths["t5xxl"].endswith("t5xxl_fp16.safetensors")
+    assert (paths["caches"], paths["run"], paths["export"]) == ("caches", "runs/mycat", "exports/mycat.safetensors")
+
+
+def test_dataset_file_has_the_trigger_before_every_caption(made):
+    tables = tomllib.loads((made[0] / "dataset.toml").read_text())
+    assert tables["general"]["bucket_no_upscale"] is True
+    assert tables["datasets"][0]["subsets"][0]["caption_prefix"] == "mycat,"
+
+
+def test_every_stage_file_is_accepted_by_its_stage(made):
+    for stage, model in load_stage_models().items():
+        given = {name: "x" for name, field in model.model_fields.items() if field.is_required()}
+        resolve(model, stage, given, config=made[0] / "stages" / f"{stage}.toml")
+
+
+def test_chosen_values_say_where_they_come_from(made):
+    text = (made[0] / "stages" / "train.toml").read_text()
+    assert "Chosen for sd35-medium, subject:" in text
+
+
+def test_a_second_init_overwrites_nothing(made):
+    folder, _ = made
+    base = folder.parent / "models" / "sd35-medium.safetensors"
+    done = sd3pipe("init", "mycat", "--model", base, "--images", folder.parent / "photos", cwd=folder.parent, expect=2)
+    assert "are not overwritten" in done.stderr
+
+
+def test_missing_answers_are_asked_for_by_option(tmp_path):
+    assert "--model is missing" in sd3pipe("init", "x", cwd=tmp_path, expect=2).stderr
+
+
+def test_a_folder_without_pictures_is_told(tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = sd3pipe("init", "x", "--model", "m", "--for", "sd35-large", "--images", "empty", cwd=tmp_path, expect=3)
+    assert "holds no picture" in done.stderr
