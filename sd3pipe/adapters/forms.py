@@ -19,7 +19,8 @@ from sd3pipe.errors import InputError, ParameterError
 
 Strength: TypeAlias = Callable[[str, int], float | None]  # (module name, rank) -> factor of up down
 
-PATCH = 2  # the x_embedder is a 2 x 2 convolution, whose factors files keep with those axes
+PATCH_EMBEDDER = "x_embedder.proj"  # a 2 x 2 convolution, whose factors files keep with those axes
+PATCH = 2
 DIFFUSERS_ORDER: tuple[Form, ...] = ("diffusers", "onetrainer", "lycoris")
 
 _NAMES_OF_PARTS = {
@@ -28,8 +29,8 @@ _NAMES_OF_PARTS = {
     "up": ("lora_up.weight", "lora_B.weight", "lora_B.default.weight", "lora_B", "lora.up.weight",
            "lora_linear_layer.up.weight"),
     "alpha": ("alpha",),
-    "magnitude": ("dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight",
-                  "lora_magnitude_vector.default.weight"),
+    "dora_scale": ("dora_scale",),
+    "magnitude": ("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight"),
     **{f"hada_{name}": (f"hada_{name}",) for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
     **{f"lokr_{name}": (f"lokr_{name}",) for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
 }  # fmt: skip
@@ -37,6 +38,7 @@ _SUFFIXES = {f".{name}": part for part, names in _NAMES_OF_PARTS.items() for nam
     "_lora.down.weight": "down",
     "_lora.up.weight": "up",
 }
+_MATRICES = ("down", "up", "hada_", "lokr_")
 _SUFFIX = re.compile("|".join(re.escape(suffix) + "$" for suffix in sorted(_SUFFIXES, key=len, reverse=True)))
 
 
@@ -144,12 +146,12 @@ def _delta(name: str, parts: Mapping[str, Tensor], strength: Strength, *, base_n
 
 
 def _delta_of(parts: Mapping[str, Tensor], strength: Callable[[int], float | None], *, base_norm: bool) -> Delta:
-    kinds = {"lora" if part in ("down", "up") else part[:4] for part in parts} - {"alph", "magn"}
+    kinds = {"lora" if part in ("down", "up") else part[:4] for part in parts} - {"alph", "dora", "magn"}
     if len(kinds) != 1:
         raise ValueError(f"its tensors ({', '.join(sorted(parts))}) make no adapter layer")
-    matrices = {part: tensor.flatten(1) for part, tensor in parts.items() if part not in ("alpha", "magnitude")}
+    matrices = {part: tensor.flatten(1) for part, tensor in parts.items() if part.startswith(_MATRICES)}
     alpha = float(parts["alpha"].float()) if "alpha" in parts and parts["alpha"].numel() == 1 else None
-    magnitude = _magnitude(parts.get("magnitude"))
+    magnitude = _magnitude(parts)
     match kinds.pop():
         case "lora":
             _require(parts, "down", "up")
@@ -187,12 +189,13 @@ def _factor(matrices: Mapping[str, Tensor], name: str) -> Factor:
     return matrices[f"{name}_a"], matrices[f"{name}_b"]
 
 
-def _magnitude(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None:
-        return None
-    if tensor.ndim > 1 and tensor.shape[0] != tensor.numel():
+def _magnitude(parts: Mapping[str, Tensor]) -> Tensor | None:
+    """Returns DoRA's magnitudes [O]; LyCORIS can also have them per input column, which nothing here computes."""
+    scale = parts.get("dora_scale")
+    if scale is not None and scale.ndim > 1 and scale.shape[0] != scale.numel():
         raise ValueError("its DoRA magnitudes are per input column, and only those per output row are supported")
-    return tensor.flatten()
+    found = parts.get("magnitude", scale)
+    return None if found is None else found.flatten()
 
 
 def _require(parts: Mapping[str, object], *names: str) -> None:
@@ -219,7 +222,8 @@ def _native_parts(path: str, delta: Delta, form: Form) -> dict[str, Tensor]:
     if isinstance(delta, LoRADelta):
         names = ("lora_down.weight", "lora_up.weight") if form == "comfyui" else ("lora_A.weight", "lora_B.weight")
         pair = dict(zip(names, _with_patch_axes(path, delta), strict=True))
-        magnitude = {} if delta.magnitude is None else {"dora_scale": delta.magnitude[:, None]}
+        axes = (-1, 1, 1, 1) if path == PATCH_EMBEDDER else (-1, 1)  # one per axis of the weight, for broadcasting
+        magnitude = {} if delta.magnitude is None else {"dora_scale": delta.magnitude.view(axes)}
         return pair | alpha | magnitude
     prefix = "hada" if isinstance(delta, LoHaDelta) else "lokr"
     return {f"{prefix}_{name}": tensor for name, tensor in delta.tensors().items()} | alpha
@@ -239,13 +243,14 @@ def _diffusers_tensors(adapter: Adapter) -> dict[str, Tensor]:
             down, up = _with_patch_axes(path, part)
             tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
             if part.magnitude is not None:
-                tensors[f"{name}.lora_magnitude_vector.weight"] = part.magnitude
+                axes = (1, -1, 1, 1) if path == PATCH_EMBEDDER else (-1,)  # as peft has them
+                tensors[f"{name}.lora_magnitude_vector.weight"] = part.magnitude.view(axes)
     return tensors
 
 
 def _with_patch_axes(path: str, delta: LoRADelta) -> tuple[Tensor, Tensor]:
     """Returns down and up, for the patch embedder as the convolutions that other programs have there."""
-    if path != "x_embedder.proj":
+    if path != PATCH_EMBEDDER:
         return delta.down, delta.up
     return delta.down.unflatten(1, (-1, PATCH, PATCH)), delta.up[:, :, None, None]
 
