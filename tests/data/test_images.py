@@ -1,0 +1,156 @@
+"""Decoding: whatever a picture was saved as, upright sRGB pixels of eight bits come out."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageOps
+
+from sd3pipe.data.headers import UnreadablePicture, read_header
+from sd3pipe.data.images import composited, decode
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
+
+
+def saved(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def rgb(data, **options):
+    return decode(data, keep_alpha=False, **options)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_exif_orientation_is_applied(orientation, format):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if format == "WEBP" else {"quality": 100, "subsampling": 0} if format == "JPEG" else {}
+    data = saved(Image.fromarray(PIXELS), format, exif=exif, **options)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    assert np.array_equal(rgb(data), expected)
+    header = read_header(data)
+    assert (header.height, header.width) == expected.shape[:2]
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 300])
+def test_a_nonsensical_orientation_is_no_orientation(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(rgb(saved(Image.fromarray(PIXELS), exif=exif)), PIXELS)
+
+
+def wide_gamut_profile():
+    """An RGB profile other than sRGB: Pillow makes none, so sRGB's own red and green columns are swapped."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    tags = {bytes(data[p : p + 4]): p for p in range(132, 132 + 12 * int.from_bytes(data[128:132], "big"), 12)}
+    red, green = tags[b"rXYZ"], tags[b"gXYZ"]
+    data[red : red + 4], data[green : green + 4] = b"gXYZ", b"rXYZ"
+    start = int.from_bytes(data[tags[b"desc"] + 4 : tags[b"desc"] + 8], "big")
+    size = int.from_bytes(data[tags[b"desc"] + 8 : tags[b"desc"] + 12], "big")
+    text = bytes(data[start : start + size])
+    data[start : start + size] = text.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be")).replace(
+        b"sRGB", b"swap"
+    )
+    return bytes(data)
+
+
+def test_colours_are_converted_to_srgb_by_the_profile():
+    plain = np.full((4, 4, 3), (250, 20, 30), np.uint8)
+    converted = rgb(saved(Image.fromarray(plain), icc_profile=wide_gamut_profile()))[0, 0]
+    assert converted[1] > 200 > 100 > converted[0]  # the profile calls the first channel green
+
+
+def test_an_srgb_profile_changes_nothing():
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert np.array_equal(rgb(saved(Image.fromarray(PIXELS), icc_profile=profile)), PIXELS)
+
+
+@pytest.mark.parametrize("profile", [b"", b"nonsense", b"\0" * 200])
+def test_a_broken_profile_is_none(profile):
+    assert np.array_equal(rgb(saved(Image.fromarray(PIXELS), icc_profile=profile)), PIXELS)
+
+
+def test_sixteen_bits_are_rounded_to_eight():
+    levels = np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16)
+    assert rgb(saved(Image.fromarray(levels)))[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255]
+
+
+def test_grey_is_equal_in_all_channels():
+    decoded = rgb(saved(Image.fromarray(PIXELS[..., 0])))
+    assert np.array_equal(decoded, np.repeat(PIXELS[..., :1], 3, axis=2))
+
+
+def test_one_bit_is_black_and_white():
+    assert set(rgb(saved(Image.fromarray(PIXELS[..., 0] > 100))).flatten()) == {0, 255}
+
+
+def test_palettes_are_looked_up_with_and_without_transparency():
+    image = Image.fromarray(PIXELS).convert("P", palette=Image.Palette.ADAPTIVE, colors=8)
+    expected = np.asarray(image.convert("RGB"))
+    assert np.array_equal(rgb(saved(image)), expected)
+    assert np.array_equal(rgb(saved(image, transparency=0)), expected)
+    kept = decode(saved(image, transparency=0), keep_alpha=True)
+    assert set(kept[..., 3].flatten()) == {0, 255}
+
+
+def test_cmyk_becomes_rgb():
+    image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    decoded = rgb(saved(image, "JPEG", quality=100)).astype(int)
+    assert np.abs(decoded - (255, 0, 0)).max() <= 3
+
+
+def test_alpha_is_dropped_kept_or_composited():
+    rgba = np.dstack([PIXELS, np.full(PIXELS.shape[:2], 51, np.uint8)])
+    rgba[0, 0, 3] = 0
+    data = saved(Image.fromarray(rgba))
+    assert np.array_equal(rgb(data), PIXELS)  # the colours below stay, as in sd-scripts
+    assert np.array_equal(decode(data, keep_alpha=True), rgba)
+    mixed = composited(decode(data, keep_alpha=True), (255, 255, 255)).astype(float)
+    assert mixed[0, 0].tolist() == [255, 255, 255]
+    assert np.abs(mixed[1:] - (PIXELS[1:] * 0.2 + 255 * 0.8)).max() <= 0.5
+
+
+def test_pictures_without_alpha_are_opaque():
+    assert (decode(saved(Image.fromarray(PIXELS)), keep_alpha=True)[..., 3] == 255).all()
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+def test_of_an_animation_the_first_frame_counts(format):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    data = saved(
+        frames[0], format, save_all=True, append_images=frames[1:], **({"lossless": True} if format == "WEBP" else {})
+    )
+    assert read_header(data).animated
+    assert rgb(data)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_avif_is_read():
+    decoded = rgb(saved(Image.new("RGB", (32, 32), (200, 30, 40)), "AVIF", quality=95)).astype(int)
+    assert np.abs(decoded - (200, 30, 40)).max() < 12
+
+
+def test_a_picture_beyond_the_limit_is_refused_before_it_is_decoded():
+    data = saved(Image.new("1", (3000, 2000)))
+    with pytest.raises(UnreadablePicture, match="3000 x 2000 pixels, more than the limit of 5 megapixels"):
+        decode(data, keep_alpha=False, max_pixels=5_000_000)
+
+
+def test_a_cut_off_picture_is_refused():
+    noise = RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    with pytest.raises(UnreadablePicture, match="cannot be decoded"):
+        rgb(saved(Image.fromarray(noise))[:2000])
+
+
+def test_formats_that_run_programs_are_no_pictures():
+    with pytest.raises(UnreadablePicture, match="no picture"):
+        rgb(saved(Image.fromarray(PIXELS), "EPS"))
+
+
+def test_a_missing_plugin_is_named():
+    jxl = b"\xff\x0a" + b"\0" * 40
+    with pytest.raises(UnreadablePicture, match="pip install pillow-jxl-plugin|damaged|no picture"):
+        decode(jxl, ".jxl", keep_alpha=False)
