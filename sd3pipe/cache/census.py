@@ -57,6 +57,14 @@ class Census:
         """Returns the segments of all rows that can be made."""
         return self._plan()[2]
 
+    def share(self, shard: tuple[int, int]) -> set[str]:
+        """Returns the rows that one of n processes makes: every n-th segment of the plan for all wanted rows.
+
+        Unreadable rows count here: processes that start later know of more of them, and must not share out otherwise.
+        """
+        rows = ((key, row.group, row.nbytes) for key, row in self._wanted.row_by_key.items())
+        return {key for leaf in plan_leaves(self._wanted.kind, rows)[shard[0] :: shard[1]] for key in leaf.keys}
+
     def _plan(self) -> tuple[int, Readable, list[Leaf]]:
         if self._planned is None or self._planned[0] != len(self.unreadable):
             readable = self._wanted.without(self.unreadable)

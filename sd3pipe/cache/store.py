@@ -139,7 +139,7 @@ class _Fill:
         for leaf in self._census.plan():
             if self._census.present(leaf):
                 self._count(leaf.keys, "in_place")
-        share = {key for leaf in self._census.plan()[shard[0] :: shard[1]] for key in leaf.keys}
+        share = self._census.share(shard)
         while self._round(encode, share, settle=False):
             pass
         while self._round(encode, share, settle=True):

@@ -13,6 +13,7 @@ from pathlib import Path
 from sd3pipe.cache.folder import CacheFolder, remove_tree
 from sd3pipe.errors import StaleError
 from sd3pipe.files import make_folder, storage_errors, write_json
+from sd3pipe.fingerprint import hash_bytes
 
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0  # a writer of another machine that has not touched its file for so long is dead
@@ -28,7 +29,6 @@ class Writer:
     identity: str  # hash of all that it means to publish
     host: str
     pid: int
-    started: str  # distinguishes processes that had one pid; empty where the system does not tell
 
 
 @contextlib.contextmanager
@@ -37,12 +37,13 @@ def writing(folder: CacheFolder, identity: str) -> Iterator[Path]:
 
     Raises StaleError if a living writer fills this cache from another plan, StorageError if the folder is not writable.
     """
-    me = Writer(identity=identity, host=host_name(), pid=os.getpid(), started=_start_mark(os.getpid()))
-    scratch = make_folder(folder.writers / f"{me.pid}-{uuid.uuid4().hex}")
+    me = Writer(identity=identity, host=socket.gethostname(), pid=os.getpid())
+    scratch = make_folder(folder.writers / _folder_name(me.pid))
     stop = threading.Event()
     beat = threading.Thread(target=_beat, args=(scratch / _BEAT, stop), daemon=True)
     try:
-        _touch(scratch / _BEAT)
+        with storage_errors(scratch):
+            (scratch / _BEAT).touch()
         write_json(scratch / _CARD, asdict(me))
         _bury_the_dead_and_refuse(folder, me, scratch)
         beat.start()
@@ -54,43 +55,40 @@ def writing(folder: CacheFolder, identity: str) -> Iterator[Path]:
         remove_tree(scratch)
 
 
-def living_writers(folder: CacheFolder, beat_now: float) -> dict[Path, Writer]:
-    """Returns the writers that live, by their folders. `beat_now` is the present time on the cache's file system."""
-    found = {}
-    for scratch in _scratch_folders(folder):
-        writer = _read_card(scratch)
-        if writer is not None and _lives(writer, scratch, beat_now):
-            found[scratch] = writer
-    return found
-
-
-def host_name() -> str:
-    """Returns what tells machines apart, and containers that share a machine's name but not its process numbers."""
-    with contextlib.suppress(OSError):
-        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
-    return socket.gethostname()
-
-
 def _bury_the_dead_and_refuse(folder: CacheFolder, me: Writer, scratch: Path) -> None:
     """Removes what dead writers left, and refuses to work beside one that fills another plan."""
-    beat_now = _beat_time(scratch)
-    living = living_writers(folder, beat_now)
-    for other, writer in living.items():
-        if other != scratch and writer.identity != me.identity:
+    now = _beat_time(scratch)
+    for other in _scratch_folders(folder):
+        if not _lives(other, now):
+            remove_tree(other)
+            continue
+        writer = _read_card(other)
+        if writer is not None and writer.identity != me.identity:
             raise StaleError(
                 f"{folder.path} is being filled from another dataset or recipe by process {writer.pid} on "
-                f"{writer.host.split()[0]}: wait for it, stop it, or choose another --out"
+                f"{writer.host}: wait for it, stop it, or choose another --out"
             )
-    for other in _scratch_folders(folder):
-        being_born = _read_card(other) is None and beat_now - _beat_time(other) <= SILENT_SECONDS
-        if other not in living and not being_born:
-            remove_tree(other)
 
 
-def _lives(writer: Writer, scratch: Path, beat_now: float) -> bool:
-    if writer.started and writer.host == host_name():
-        return _start_mark(writer.pid) == writer.started
-    return beat_now - _beat_time(scratch) <= SILENT_SECONDS
+def _folder_name(pid: int) -> str:
+    """Returns a new name that tells whether the process lives: pid, start of the process, machine."""
+    return f"{pid}-{_start_mark(pid)}-{_machine()}-{uuid.uuid4().hex[:16]}"
+
+
+def _machine() -> str:
+    """Returns what tells machines apart, and containers that share a machine's name but not its process numbers."""
+    name = socket.gethostname()
+    with contextlib.suppress(OSError):
+        name += str(Path("/proc/self/ns/pid").readlink())
+    return hash_bytes(name.encode())[:16]
+
+
+def _lives(scratch: Path, now: float) -> bool:
+    """Whether the writer of a folder lives. `now` is the present time by the clock of the cache's file system."""
+    pid, started, machine, *_ = [*scratch.name.split("-"), "", "", ""]
+    if pid.isdigit() and started and machine == _machine():
+        return _start_mark(int(pid)) == started
+    return now - _beat_time(scratch) <= SILENT_SECONDS
 
 
 def _scratch_folders(folder: CacheFolder) -> list[Path]:
@@ -112,11 +110,6 @@ def _beat(file: Path, stop: threading.Event) -> None:
     while not stop.wait(BEAT_SECONDS):
         with contextlib.suppress(OSError):
             file.touch()
-
-
-def _touch(file: Path) -> None:
-    with storage_errors(file):
-        file.touch()
 
 
 def _beat_time(scratch: Path) -> float:
