@@ -65,8 +65,13 @@ def test_the_recipe_of_a_cut_holds_nothing_else(tmp_path):
     narrow = picture(tmp_path, 512, 512, dataset="enable_bucket = true\nbucket_reso_steps = 32")
     assert [cut.recipe() for cut in cuts(wide)] == [cut.recipe() for cut in cuts(narrow)]
     assert cuts(wide)[0].recipe() == {
-        "resized": [512, 512], "crop": [0, 0, 512, 512], "flip": False, "filter": None, "mask": None, "background": None,
-    }  # fmt: skip
+        "resized": [512, 512],
+        "crop": [0, 0, 512, 512],
+        "flip": False,
+        "filter": None,
+        "mask": None,
+        "background": None,
+    }
 
 
 def test_faces_are_told_by_file_names():
@@ -82,7 +87,7 @@ def test_a_face_crop_keeps_the_face_in_the_cut(tmp_path):
         x, y = 1500 * scale - cut.left, 400 * scale - cut.top
         assert 0 <= x <= 512 and 0 <= y <= 512
         assert cut.size == (512, 512)
-        assert 250 * scale + 1 >= 512 / 4.0 and 250 * scale <= 512 / 1.5 + 1  # the face's share of the cut
+        assert 512 / 4.0 - 1 <= 250 * scale <= 512 / 1.5 + 1  # the face's share of the cut
         assert cut.left + 512 <= cut.resized[0] and cut.top + 512 <= cut.resized[1]
 
 
@@ -166,11 +171,11 @@ def test_numbers_move_only_with_the_recipe_version(tmp_path):
         folder.mkdir()
         resolution = 64 if name != "lanczos" else 160
         (row,) = decoded(folder, pixels, f"resize_interpolation = '{name}'", resolution=resolution)
-        found[name] = (row.rgb.astype(int).mean().round(4), hash_bytes(row.rgb.tobytes())[:16])
+        found[name] = hash_bytes(row.rgb.tobytes())[:16]
     assert (RECIPE_VERSION, found) == GOLDEN
 
 
-GOLDEN = (1, {})
+GOLDEN = (1, {"area": "e9e93375ebf04053", "lanczos": "97b048d467dbf624", "bicubic": "d2c0e48c8b1ebd8c"})
 
 
 SUBSETS = {

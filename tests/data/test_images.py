@@ -152,5 +152,5 @@ def test_formats_that_run_programs_are_no_pictures():
 
 def test_a_missing_plugin_is_named():
     jxl = b"\xff\x0a" + b"\0" * 40
-    with pytest.raises(UnreadablePicture, match="pip install pillow-jxl-plugin|damaged|no picture"):
+    with pytest.raises(UnreadablePicture, match=r"pip install pillow-jxl-plugin|damaged|no picture"):
         decode(jxl, ".jxl", keep_alpha=False)
