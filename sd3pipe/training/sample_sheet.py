@@ -1,8 +1,8 @@
 """What `sd3pipe sample` draws: columns of adapters, rows of seeds, and which pictures of them are there already.
 
-A picture's file name carries a hash of everything that it is made from, so pictures that exist are never drawn again and
-never taken for others. sheet.json in the folder remembers the layout, so that latents can be decoded on another machine.
-Free of torch.
+A picture's file name carries a hash of everything that it is made from, so pictures that exist are never drawn again
+and never taken for others. sheet.json in the folder remembers the layout, so that latents can be decoded on another
+machine. Free of torch.
 """
 
 import json
