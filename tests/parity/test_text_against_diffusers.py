@@ -1,19 +1,12 @@
-"""Text conditioning against StableDiffusion3Pipeline.encode_prompt on the same tiny weights, with the real tokenizers."""
-
-import contextlib
-from pathlib import Path
+"""Text conditioning against StableDiffusion3Pipeline.encode_prompt: same tiny weights, the real tokenizers."""
 
 import pytest
 import torch
+from text_encoding import encode
 
 from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.models.conditioning import assemble_conditioning
-from sd3pipe.models.sources import find_component
-from sd3pipe.models.text_architecture import ENCODERS
 from sd3pipe.models.text_recipe import TextRecipe
-from sd3pipe.models.text_rows import EncodingMachine, encode_rows
-from sd3pipe.models.tokenizer_folders import find_tokenizers
-from sd3pipe.models.tokenizers import load_tokenizer, tokenize_texts
 
 PROMPTS = [
     "",
@@ -37,34 +30,11 @@ def pipeline(base):
     return StableDiffusion3Pipeline.from_pretrained(base.model, torch_dtype=torch.float32)
 
 
-@contextlib.contextmanager
-def silent(description, total, unit):
-    class Nothing:
-        def advance(self, number=1):
-            pass
-
-    yield Nothing()
-
-
-def encode(base, texts, recipe, tmp_path: Path, *, batch_rows=3, stream_t5=False):
-    sources = {name: find_component(name, model=base.model, file=getattr(base, name)) for name in ENCODERS}
-    folders = find_tokenizers(folder=base.tokenizers)
-    lengths = {"clip_l": (77, 77), "clip_g": (77, 77), "t5xxl": (recipe.t5xxl_max_token_length, recipe.t5_pad_to)}
-    tokens = {
-        name: tokenize_texts(
-            load_tokenizer(name, folders[name]), texts, max_length=lengths[name][0], pad_to=lengths[name][1]
-        )
-        for name in ENCODERS
-    }
-    machine = EncodingMachine(device=torch.device("cpu"), batch_rows=batch_rows, stream_t5=stream_t5, scratch=tmp_path)
-    return list(encode_rows(tokens, sources=sources, recipe=recipe, machine=machine, progress=silent))
-
-
 @pytest.mark.parametrize("length", [77, 256])
 @pytest.mark.parametrize("stream_t5", [False, True])
 def test_rows_equal_encode_prompt(base, pipeline, tmp_path, length, stream_t5):
     recipe = TextRecipe(text_dtype="float32", t5xxl_max_token_length=length, t5_pad_to=length)
-    rows = encode(base, PROMPTS, recipe, tmp_path, stream_t5=stream_t5)
+    rows = encode(base, PROMPTS, tmp_path, recipe, stream_t5=stream_t5)
     context_BLD, pooled_BP = assemble_conditioning(rows)
     expected_BLD, _, expected_BP, _ = pipeline.encode_prompt(
         PROMPTS, PROMPTS, PROMPTS, do_classifier_free_guidance=False, max_sequence_length=length
