@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Self
 
@@ -45,6 +46,7 @@ class RangeReader:
     def __init__(self) -> None:
         self._handles: dict[Path, int] = {}
         self._closing = ExitStack()
+        self._opening = Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -55,21 +57,9 @@ class RangeReader:
         self._closing.close()
         self._handles.clear()
 
-    def open(self, path: Path) -> None:
-        """Opens a file ahead of reading; `read_bytes` does so itself, but not from several threads at once."""
-        if path in self._handles:
-            return
-        try:
-            handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-        self._closing.callback(os.close, handle)
-        self._handles[path] = handle
-
     def read_bytes(self, buffer: memoryview, part: ByteRange) -> None:
         """Fills `buffer` with the first len(buffer) bytes of the range. Raises InputError if the file is too short."""
-        self.open(part.path)
-        handle, done = self._handles[part.path], 0
+        handle, done = self._open(part.path), 0
         while done < len(buffer):
             try:
                 count = os.preadv(handle, [buffer[done:]], part.offset + done)
@@ -78,6 +68,17 @@ class RangeReader:
             if not count:
                 raise InputError(f"{part.path}: became shorter while it was read: copy it again")
             done += count
+
+    def _open(self, path: Path) -> int:
+        with self._opening:
+            if path not in self._handles:
+                try:
+                    handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                except OSError as error:
+                    raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+                self._closing.callback(os.close, handle)
+                self._handles[path] = handle
+            return self._handles[path]
 
 
 def chunks(ranges: tuple[ByteRange, ...], chunk_bytes: int) -> Iterator[ByteRange]:

@@ -33,18 +33,16 @@ def hash_tensors(tensors: Mapping[str, TensorEntry], memory: StatMemory | None =
         recalled = [memory.recall(path, what) for path in paths]  # every file is asked: each look is also a stamp
         if isinstance(recalled[0], str) and all(found == recalled[0] for found in recalled):
             return recalled[0]
-    fingerprint = _hash(tensors, paths)
+    fingerprint = _hash(tensors)
     if memory is not None:
         for path in paths:
             memory.remember(path, what, fingerprint)
     return fingerprint
 
 
-def _hash(tensors: Mapping[str, TensorEntry], paths: list[Path]) -> str:
+def _hash(tensors: Mapping[str, TensorEntry]) -> str:
     in_file_order = sorted(tensors, key=lambda key: (str(tensors[key].ranges[0].path), tensors[key].ranges[0].offset))
     with RangeReader() as reader, ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
-        for path in paths:
-            reader.open(path)
         found = pool.map(lambda key: _entry_digest(tensors[key], reader), in_file_order)
         digests = dict(zip(in_file_order, found, strict=True))
     return hash_json({"format": _FORMAT, "tensors": {key: digests[key] for key in sorted(digests)}})

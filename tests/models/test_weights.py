@@ -60,7 +60,8 @@ def test_every_byte_is_read_once(model, monkeypatch):
         read.clear()
         read_tensors(source, dtype=dtype)
         assert sum(stop - start for start, stop in read) == source.nbytes
-        assert read == sorted(read), "read from the start of the file to its end"
+        ends = [stop for _, stop in sorted(read)]
+        assert all(start >= end for end, (start, _) in zip(ends, sorted(read)[1:], strict=False))
 
 
 def test_conversion_in_small_pieces_loses_nothing(parts, model, monkeypatch):
