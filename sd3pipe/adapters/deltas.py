@@ -210,6 +210,15 @@ def merged_weight(weight_OI: Tensor, delta: Delta, strength: float = 1.0) -> Ten
     return weight_OI + strength * change_OI
 
 
+def on_device(delta: Delta, device: torch.device | str) -> Delta:
+    """Returns the delta with its factors on a device."""
+    moved = {name: tensor.to(device) for name, tensor in delta.tensors().items()}
+    if not isinstance(delta, LoKrDelta):
+        return replace(delta, **moved)
+    w1, w2 = (moved[name] if name in moved else (moved[f"{name}_a"], moved[f"{name}_b"]) for name in ("w1", "w2"))
+    return LoKrDelta(w1=w1, w2=w2, alpha=delta.alpha)
+
+
 def delta_norm(delta: Delta) -> float:
     """Returns the Frobenius norm of the change of the weight; for a LoRA without forming it."""
     if isinstance(delta, LoRADelta):

@@ -1,0 +1,225 @@
+"""A checkpoint file with an adapter in it, in the base's own layout and number formats, written in a stream.
+
+Tensors that no delta touches are copied in pieces; of the others one is in memory at a time. What was written is read
+back and compared by digest.
+"""
+
+# O out features, I in features of the tensor at hand, which may be q, k or v alone
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Protocol
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from sd3pipe.adapters.deltas import Adapter, Delta, LoRADelta, merged_weight, on_device
+from sd3pipe.adapters.fusing import swap_halves
+from sd3pipe.adapters.keymap import find_place, halves_swapped
+from sd3pipe.adapters.layers import QKV_PARTS
+from sd3pipe.adapters.sizes import depth_of
+from sd3pipe.adapters.tensor_file import DTYPES, tensor_bytes
+from sd3pipe.errors import InputError, StorageError
+
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+_PIECE = 8 << 20
+_HASHES = ("modelspec.hash_sha256", "sshs_model_hash")  # of the base's tensors, so no longer true
+
+
+class Stored(Protocol):
+    """One tensor as it lies in a file; `offset` counts from the start of the file."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The delta that changes a tensor: that of a native module, or of the q, k or v rows of one."""
+
+    path: str
+    part: int | None = None
+    swapped: bool = False
+
+
+@dataclass(slots=True)
+class Merged:
+    """What the base's number format left of the changes."""
+
+    digests: dict[str, bytes] = field(default_factory=dict)
+    changed: int = 0
+    largest_rounding: float = 0.0  # |stored - (W + change)| / |change|, of the module where it is largest
+    largest_at: str = ""
+
+
+def find_targets(tensors: Iterable[Stored], adapter: Adapter) -> dict[str, Target]:
+    """Returns, by tensor name, which tensors the adapter changes. Raises InputError where a weight is quantised."""
+    depth = depth_of({path: delta.shape for path, delta in adapter.items()})
+    targets: dict[str, Target] = {}
+    names = {tensor.name: tensor for tensor in tensors}
+    for name, tensor in names.items():
+        target = _target(name, adapter, depth)
+        if target is None:
+            continue
+        if tensor.dtype not in DTYPES or tensor.dtype == "U8" or _has_scale(name, names):
+            raise InputError(f"{tensor.path}: {name} is quantised: merge into the bf16, fp16 or fp32 model")
+        targets[name] = target
+    return targets
+
+
+def check_complete(targets: Iterable[Target], adapter: Adapter, where: str) -> None:
+    """Raises InputError where a part of the adapter found no tensor that it changes."""
+    missing = sorted(adapter.keys() - {target.path for target in targets})
+    if missing:
+        raise InputError(
+            f"{where}: the adapter does not fit the model, which has no {missing[0]} ({len(missing)} missing)"
+        )
+
+
+def write_merged(
+    handle: IO[bytes],
+    tensors: Mapping[str, Stored],
+    targets: Mapping[str, Target],
+    adapter: Adapter,
+    *,
+    multiplier: float,
+    metadata: Mapping[str, str],
+    device: torch.device | str = "cpu",
+) -> Merged:
+    """Writes one file of the base again, with the changes in it: same names, order, shapes and number formats."""
+    merged = Merged()
+    handle.write(_header(tensors, metadata))
+    with open(next(iter(tensors.values())).path, "rb", buffering=0) as base:
+        for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+            hasher = blake3()
+            if tensor.name in targets:
+                pieces = _changed(base, tensor, targets[tensor.name], adapter, multiplier, device, merged)
+            else:
+                pieces = _pieces(base, tensor)
+            for piece in pieces:
+                handle.write(piece)
+                hasher.update(piece)
+            merged.digests[tensor.name] = hasher.digest()
+    return merged
+
+
+def check_written(tensors: Mapping[str, Stored], merged: Merged) -> None:
+    """Reads a written file's tensors back. Raises StorageError where one is not what was written."""
+    assert tensors.keys() == merged.digests.keys()
+    with open(next(iter(tensors.values())).path, "rb", buffering=0) as handle:
+        for name, tensor in tensors.items():
+            hasher = blake3()
+            for piece in _pieces(handle, tensor):
+                hasher.update(piece)
+            if hasher.digest() != merged.digests[name]:
+                raise StorageError(f"{tensor.path}: {name} reads back otherwise than it was written: check the disk")
+
+
+def merged_metadata(base: Mapping[str, str], added: Mapping[str, str]) -> dict[str, str]:
+    """Returns the base's metadata without the hashes that no longer hold, with more keys."""
+    return {key: value for key, value in base.items() if key not in _HASHES} | dict(added)
+
+
+def _target(name: str, adapter: Adapter, depth: int) -> Target | None:
+    module = name.removesuffix(".weight")
+    if module == name:
+        return None
+    for prefix in _PREFIXES:
+        if module.startswith(prefix) and module.removeprefix(prefix) in adapter:
+            return Target(module.removeprefix(prefix))
+    place = find_place(module)
+    if place is None or place.form != "diffusers" or place.path not in adapter:
+        return None
+    return Target(place.path, place.part, halves_swapped(place.path, depth))
+
+
+def _has_scale(name: str, names: Mapping[str, Stored]) -> bool:
+    module = name.removesuffix(".weight")
+    return any(f"{module}.{scale}" in names for scale in ("scale_weight", "weight_scale", "comfy_quant"))
+
+
+def _header(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:
+    """Returns the header with the base's own order of names and of bytes."""
+    start = min(tensor.offset for tensor in tensors.values())
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, tensor in tensors.items():
+        first = tensor.offset - start
+        header[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [first, first + tensor.nbytes],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _pieces(handle: IO[bytes], tensor: Stored) -> Iterator[bytes]:
+    handle.seek(tensor.offset)
+    left = tensor.nbytes
+    while left:
+        piece = handle.read(min(_PIECE, left))
+        if not piece:
+            raise InputError(f"{tensor.path}: the file ends within {tensor.name}: it is cut short")
+        left -= len(piece)
+        yield piece
+
+
+def _changed(
+    base: IO[bytes],
+    tensor: Stored,
+    target: Target,
+    adapter: Adapter,
+    multiplier: float,
+    device: torch.device | str,
+    merged: Merged,
+) -> Iterator[memoryview]:
+    """Yields the bytes of a tensor with its change, and notes how much of the change its number format keeps."""
+    dtype = DTYPES[tensor.dtype]
+    raw = bytearray().join(_pieces(base, tensor))
+    weight_OI = torch.frombuffer(raw, dtype=dtype).view(tensor.shape).flatten(1).to(device).float()
+    delta = _rows_of(adapter[target.path], target)
+    if delta.shape != tuple(weight_OI.shape):
+        raise InputError(
+            f"{tensor.path}: the adapter does not fit the model: {target.path} has size {list(delta.shape)} in it, "
+            f"{tensor.name} {list(tensor.shape)}"
+        )
+    exact_OI = merged_weight(weight_OI, on_device(delta, device), multiplier)
+    stored_OI = exact_OI.to(dtype)
+    _note(merged, target.path, exact_OI - weight_OI, stored_OI.float() - exact_OI)
+    yield tensor_bytes(stored_OI.cpu())
+
+
+def _note(merged: Merged, path: str, change_OI: Tensor, error_OI: Tensor) -> None:
+    merged.changed += 1
+    norm, error = float(torch.linalg.vector_norm(change_OI)), float(torch.linalg.vector_norm(error_OI))
+    rounding = error / norm if norm else 0.0
+    if rounding > merged.largest_rounding:
+        merged.largest_rounding, merged.largest_at = rounding, path
+
+
+def _rows_of(delta: Delta, target: Target) -> Delta:
+    """Returns the delta of the tensor's rows: of the q, k or v part, or with halves exchanged."""
+    if target.swapped or target.part is not None:
+        if not isinstance(delta, LoRADelta):
+            dense_OI = delta.dense()
+            delta = LoRADelta(down=torch.eye(delta.shape[1]), up=dense_OI, alpha=float(delta.shape[1]))
+        if target.swapped:
+            return swap_halves(delta)
+        assert target.part is not None
+        magnitude = None if delta.magnitude is None else delta.magnitude.chunk(QKV_PARTS)[target.part]
+        return replace(delta, up=delta.up.chunk(QKV_PARTS)[target.part], magnitude=magnitude)
+    return delta

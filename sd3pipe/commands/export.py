@@ -1,0 +1,124 @@
+"""`sd3pipe export`: an adapter in the form of another program, or the base model with the adapter in it."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from sd3pipe.adapters.files import AdapterFile, SavedAdapter, read_adapter, save_adapter
+from sd3pipe.adapters.find import checkpoint_adapters, find_adapter
+from sd3pipe.adapters.metadata import PROVENANCE_KEY
+from sd3pipe.console import StageReport, count, readable_bytes
+from sd3pipe.device import choose_device
+from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.exporting.adapter_files import as_report, as_summary, export_metadata
+from sd3pipe.exporting.base_weights import find_base, for_form
+from sd3pipe.exporting.checkpoints import MergedModel, write_checkpoint
+from sd3pipe.params.export import ExportParams
+
+log = logging.getLogger(__name__)
+
+_FAINT = 0.1  # share of a module's change that rounding may take before the user is told
+
+
+def main(params: ExportParams) -> None:
+    """Writes what was asked for and a report beside it. Raises InputError, ParameterError, StorageError."""
+    inputs = {"adapter": str(params.adapter), "model": params.model, "format": params.format}
+    with StageReport("export", path=Path(f"{params.out}.report.json"), inputs=inputs) as report:
+        device = choose_device(params.device, params.threads)
+        if params.checkpoints is not None:
+            saved = _export_all(params)
+            report.update(files={file.path.name: as_report(file) for file in saved})
+            worst = max(file.largest_difference for file in saved)
+            report.summary = f"{params.out}, {count(len(saved), 'file')}; read back, every change is within {worst:.1e}"
+            return
+        source = _read(find_adapter(params.adapter))
+        if params.format == "checkpoint":
+            merged = _merge(source, params, device)
+            report.update(**_merged_report(merged))
+            report.summary = _merged_summary(merged)
+        else:
+            saved_file = _export(source, params.out, params)
+            report.update(**as_report(saved_file))
+            report.summary = as_summary(saved_file)
+
+
+def _read(path: Path) -> AdapterFile:
+    log.info("export: %s", path)
+    return read_adapter(path)
+
+
+def _export(source: AdapterFile, out: Path, params: ExportParams) -> SavedAdapter:
+    assert params.format != "checkpoint"
+    if out.is_dir():
+        raise ParameterError(f"{out}: is a folder: name a file, such as {out / 'my_lora.safetensors'}")
+    adapter = for_form(source.adapter, params.format, params.model, params.mmdit)
+    metadata = export_metadata(source.metadata, params, params.format, source.variants)
+    return save_adapter(out, adapter, form=params.format, dtype=params.dtype, metadata=metadata)
+
+
+def _export_all(params: ExportParams) -> list[SavedAdapter]:
+    """Writes the adapter of every checkpoint, and the finished one, under names that sort by step."""
+    if params.format == "checkpoint":
+        raise ParameterError("--checkpoints all writes adapters: --format checkpoint makes whole models one at a time")
+    steps = checkpoint_adapters(params.adapter)
+    if not steps:
+        raise InputError(f"{params.adapter}: has no checkpoints: --checkpoints all needs a run folder")
+    name = params.adapter.resolve().name
+    wanted = {f"{name}-step{step:08d}.safetensors": path for step, path in steps.items()}
+    final = params.adapter / "final"
+    if final.is_dir():
+        wanted[f"{name}.safetensors"] = find_adapter(final)
+    return [_export(_read(path), params.out / file, params) for file, path in wanted.items()]
+
+
+def _merge(source: AdapterFile, params: ExportParams, device: torch.device) -> MergedModel:
+    if params.dtype != "auto":
+        raise ParameterError(f"--dtype {params.dtype}: a checkpoint keeps the base's number formats: leave --dtype out")
+    text = sorted(source.adapter.keys() - source.model_part.keys())
+    if text:
+        raise ParameterError(f"--format checkpoint merges into the MMDiT, and the adapter also changes {text[0]}")
+    base = find_base(params.model, params.mmdit, "--format checkpoint merges the adapter into a base model")
+    model = Path(params.model).expanduser() if params.model and params.mmdit is None else None
+    merged = write_checkpoint(
+        params.out,
+        source.model_part,
+        base,
+        model,
+        multiplier=params.multiplier,
+        metadata=_merged_metadata(source.metadata, params),
+        device=device,
+    )
+    if merged.largest_rounding > _FAINT:
+        log.warning(
+            "the base's number format takes %.0f %% of the adapter's change at %s: a base in fp32 would keep it",
+            100 * merged.largest_rounding,
+            merged.largest_at,
+        )
+    return merged
+
+
+def _merged_metadata(source: Mapping[str, str], params: ExportParams) -> dict[str, str]:
+    """Returns what the merged model says of the adapter in it."""
+    if params.no_metadata:
+        return {}
+    provenance = {PROVENANCE_KEY: source[PROVENANCE_KEY]} if PROVENANCE_KEY in source else {}
+    return provenance | {"sd3pipe_merged_multiplier": repr(params.multiplier)}
+
+
+def _merged_report(merged: MergedModel) -> dict[str, object]:
+    return {
+        "form": "checkpoint",
+        "modules": merged.changed,
+        "bytes": merged.nbytes,
+        "largest_difference": merged.largest_rounding,
+        "largest_difference_at": merged.largest_at,
+    }
+
+
+def _merged_summary(merged: MergedModel) -> str:
+    return (
+        f"{merged.path}, {count(merged.changed, 'tensor')} changed, {readable_bytes(merged.nbytes)}; read back, "
+        f"every bit as written; rounding takes at most {merged.largest_rounding:.1%} of a module's change"
+    )

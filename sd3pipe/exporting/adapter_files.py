@@ -1,0 +1,61 @@
+"""What an exported adapter file says of itself, and what is said of it in the report and on the summary line."""
+
+from collections.abc import Mapping
+
+from sd3pipe.adapters.files import SavedAdapter
+from sd3pipe.adapters.keymap import Form
+from sd3pipe.adapters.metadata import Description, modelspec, thumbnail_url
+from sd3pipe.console import count, readable_bytes
+from sd3pipe.params.export import DescriptionParams
+
+_OF_THE_SOURCE_FILE = {"format", "lora_adapter_metadata", "sd3pipe_dora_norm"}
+
+
+def export_metadata(
+    source: Mapping[str, str], words: DescriptionParams, form: Form, variants: tuple[str, ...]
+) -> dict[str, str] | None:
+    """Returns the metadata of an exported file: the source's, what follows from the model, the user's words."""
+    if words.no_metadata:
+        return None
+    kept = {key: value for key, value in source.items() if key not in _OF_THE_SOURCE_FILE}
+    known = modelspec(variants[0], None) if len(variants) == 1 else {}
+    metadata = known | kept | description(words).keys()
+    if form == "diffusers" and "modelspec.implementation" in metadata:
+        metadata["modelspec.implementation"] = "diffusers"
+    return metadata
+
+
+def description(words: DescriptionParams) -> Description:
+    """Returns the user's words. Raises InputError for a thumbnail that is none."""
+    return Description(
+        title=words.metadata_title,
+        author=words.metadata_author,
+        description=words.metadata_description,
+        license=words.metadata_license,
+        tags=words.metadata_tags,
+        trigger_phrase=words.metadata_trigger_phrase,
+        usage_hint=words.metadata_usage_hint,
+        thumbnail=thumbnail_url(words.thumbnail) if words.thumbnail else None,
+    )
+
+
+def as_report(saved: SavedAdapter) -> dict[str, object]:
+    """Returns what a report says of a written file, without its path."""
+    return {
+        "form": saved.form,
+        "dtypes": list(saved.dtypes),
+        "modules": saved.modules,
+        "bytes": saved.nbytes,
+        "largest_difference": saved.largest_difference,
+        "largest_difference_at": saved.largest_at,
+    }
+
+
+def as_summary(saved: SavedAdapter) -> str:
+    """Returns what the summary line says of a written file."""
+    dtypes = " and ".join(saved.dtypes).lower()
+    difference = "equal" if saved.largest_difference == 0.0 else f"within {saved.largest_difference:.1e} of it"
+    return (
+        f"{saved.path}, {saved.form}, {count(saved.modules, 'module')} in {dtypes}, {readable_bytes(saved.nbytes)}; "
+        f"read back, every change is {difference}"
+    )

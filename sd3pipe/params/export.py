@@ -1,0 +1,64 @@
+"""Options of `sd3pipe export`, and those that all commands which write adapters share."""
+
+from typing import Literal
+
+from sd3pipe.params.common import StageParams
+from sd3pipe.params.fields import OptionPath, Params, option
+
+_PATHS, _FILE, _WORDS = "Paths", "File", "What the file says of itself"
+
+AdapterDtype = Literal["auto", "same", "fp32", "fp16", "bf16"]
+
+
+class DescriptionParams(Params):
+    """Words for the metadata; what is not given stays as the source has it."""
+
+    no_metadata: bool = option(False, "Write only what is needed to load the file.", panel=_WORDS)
+    metadata_title: str | None = option(None, "Title.", panel=_WORDS, advanced=True)
+    metadata_author: str | None = option(None, "Author.", panel=_WORDS, advanced=True)
+    metadata_description: str | None = option(None, "Description.", panel=_WORDS, advanced=True)
+    metadata_license: str | None = option(None, "Licence.", panel=_WORDS, advanced=True)
+    metadata_tags: str | None = option(None, "Tags, separated by commas.", panel=_WORDS, advanced=True)
+    metadata_trigger_phrase: str | None = option(None, "Trigger phrase.", panel=_WORDS, advanced=True)
+    metadata_usage_hint: str | None = option(None, "Usage hint.", panel=_WORDS, advanced=True)
+    thumbnail: OptionPath | None = option(
+        None, "Small PNG, JPEG or WebP picture that goes into the file.", role="path", panel=_WORDS, advanced=True
+    )
+
+
+class ExportParams(StageParams, DescriptionParams):
+    adapter: OptionPath = option(
+        ..., "Run folder, checkpoint or adapter file.", role="path", panel=_PATHS, paths_key="run"
+    )
+    out: OptionPath = option(
+        ..., "File to write; a folder with --checkpoints, and for a base in a folder.",
+        role="path", panel=_PATHS, paths_key="export",
+    )  # fmt: skip
+    model: str | None = option(
+        None,
+        "Base model on the disk: for --format checkpoint, and for a DoRA to ComfyUI.",
+        role="path",
+        panel=_PATHS,
+        aliases=("pretrained_model_name_or_path",),
+        paths_key="model",
+    )
+    mmdit: OptionPath | None = option(
+        None, "MMDiT in a file of its own; beats the one in --model.", role="path", panel=_PATHS, advanced=True
+    )
+    format: Literal["comfyui", "comfyui-generic", "diffusers", "checkpoint"] = option(
+        "comfyui",
+        "comfyui: native keys, which sd-scripts reads too; comfyui-generic; diffusers: peft keys; checkpoint: the base "
+        "model with the adapter in it.",
+        role="recipe",
+        panel=_FILE,
+    )
+    dtype: AdapterDtype = option(
+        "auto", "Number format; auto: fp16 where each module's change keeps within 0.1 %, else fp32; same: as it is. "
+        "A checkpoint keeps the base's.", role="recipe", panel=_FILE,
+    )  # fmt: skip
+    multiplier: float = option(
+        1.0, "Strength at which --format checkpoint adds the adapter.", role="recipe", panel=_FILE, advanced=True
+    )
+    checkpoints: Literal["all"] | None = option(
+        None, "all: export every checkpoint of the run into the folder --out, under names that sort.", panel=_FILE
+    )
