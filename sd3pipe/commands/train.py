@@ -25,6 +25,7 @@ from sd3pipe.training.run_folder import Start, choose_start, is_finished
 from sd3pipe.training.setup import build_loop
 from sd3pipe.training.stopping import parse_duration
 from sd3pipe.training.training_data import open_data
+from sd3pipe.training.validation import verdict
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,9 @@ def _train(params: TrainParams, processes: Processes, report: StageReport) -> No
     assert start is not None
     report.update(options=params.model_dump(mode="json"), identity=identity, sources_checked=freshness)
     if is_finished(params.out, start, identity, run.total_steps):
-        report.update(steps=run.total_steps, steps_now=0)
+        done = Progressed.from_state(start.checkpoint.state) if start.checkpoint else Progressed()
+        report.update(**_how_far(done), steps_now=0, seconds_per_step=None, peak_rss_bytes=peak_rss_bytes())
+        report.update(peak_device_bytes=0)
         report.summary = f"nothing to do, all {count(run.total_steps, 'step')} are done"
         return
     loop = build_loop(params, processes, data, source, run, identity, start)
@@ -70,6 +73,10 @@ def _train(params: TrainParams, processes: Processes, report: StageReport) -> No
     finally:
         loop.close()
         report.update(**_figures(loop, processes, steps_before))
+    says = verdict(params.out)
+    if says:
+        log.info("%s", says)
+    report.update(validation=says)
     report.summary = _summary(loop.progressed, steps_before, freshness)
 
 
@@ -103,19 +110,25 @@ def _fingerprint(params: TrainParams, source: ComponentSource) -> str:
 
 def _figures(loop: Loop, processes: Processes, steps_before: int) -> dict[str, Any]:
     """Returns what the report says about the run; the time of a step is the median, for the first one warms up."""
-    state = loop.progressed
+    return {
+        **_how_far(loop.progressed),
+        "steps_now": loop.progressed.step - steps_before,
+        "seconds_per_step": statistics.median(loop.seconds_per_step) if loop.seconds_per_step else None,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": peak_device_bytes(processes.device),
+        "streamed_bytes": loop.streamer.copied_bytes,
+    }
+
+
+def _how_far(state: Progressed) -> dict[str, Any]:
     return {
         "steps": state.step,
-        "steps_now": state.step - steps_before,
         "epochs": state.epochs_done,
-        "seconds_per_step": statistics.median(loop.seconds_per_step) if loop.seconds_per_step else None,
         "loss_first": state.loss_first,
         "loss_last": state.loss_last,
         "loss_mean": state.loss_mean,
         "best_step": state.best_step,
         "skipped_steps": list(state.skipped_steps),
-        "peak_rss_bytes": peak_rss_bytes(),
-        "peak_device_bytes": peak_device_bytes(processes.device),
     }
 
 

@@ -345,6 +345,24 @@ class TrainParams(StageParams):
     gradient_checkpointing: bool = option(
         True, "Recompute activations in the backward pass instead of keeping them.", panel=_MEMORY
     )
+    base_dtype: Literal["fp8", "int8", "nf4"] | None = option(
+        None, "Keep the base's blocks packed: fp8 scaled, int8 or nf4; default: as mixed_precision says.",
+        role="identity", panel=_MEMORY, advanced=True,
+    )
+    blocks_to_swap: int = option(
+        0, "Blocks that stay in host memory and visit the device.", panel=_MEMORY, ge=0
+    )
+    modulation: Literal["stream", "resident", "ahead"] = option(
+        "stream", "Where swapped blocks' adaLN weights are used: streamed, kept on the device, or on the host ahead.",
+        panel=_MEMORY, advanced=True,
+    )
+    activation_offload: bool = option(
+        False, "Let the inputs of recomputed blocks wait in host memory.", panel=_MEMORY, advanced=True
+    )
+    layer_major: bool = option(
+        False, "Take all accumulated batches through a block before the next one is fetched; same result.",
+        panel=_MEMORY, advanced=True,
+    )
     deterministic: bool = option(
         False, "Equal bits on CUDA, too, at equal device and libraries; slower.", panel=_MEMORY, advanced=True
     )

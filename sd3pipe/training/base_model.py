@@ -12,6 +12,8 @@ from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.sources import ComponentSource
 from sd3pipe.models.weights import read_tensors
 
+_TABLE = "pos_embed"  # stays on the host; each step takes a window of it
+
 
 def load_base(
     source: ComponentSource,
@@ -32,8 +34,10 @@ def load_base(
     architecture = mmdit_architecture(source)
     mmdit = MMDiT(architecture, device="meta").eval()
     outside = [key for key in source.tensors if not key.startswith("joint_blocks.")]
+    outside.remove(_TABLE)
     tensors = read_tensors(source, dtype=dtype, device=device, keys=outside)
-    mmdit.load_state_dict(tensors, strict=False, assign=True)
+    table = read_tensors(source, dtype=dtype, device="cpu", keys=[_TABLE])
+    mmdit.load_state_dict(tensors | table, strict=False, assign=True)
     streamer = BlockStreamer(
         mmdit,
         blocks_to_swap=blocks_to_swap,

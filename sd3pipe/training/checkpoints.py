@@ -124,8 +124,9 @@ def newest_checkpoint(run: Path, *, up_to: int | None = None) -> Checkpoint | No
 
 
 def set_aside_later(run: Path, step: int) -> None:
-    """Renames checkpoints after `step` to *.superseded, so that a run that goes on from `step` never continues them."""
-    for path in checkpoint_paths(run):
+    """Renames checkpoints and samples after `step` to *.superseded: a run that goes on from `step` makes them anew."""
+    samples = [path for path in run.glob("samples/step-*") if _NAME.fullmatch(path.name)]
+    for path in [*checkpoint_paths(run), *samples]:
         if int(path.name.removeprefix("step-")) > step:
             target = path.with_name(f"{path.name}.superseded")
             shutil.rmtree(target, ignore_errors=True)

@@ -9,6 +9,7 @@ from typing import Protocol
 from sd3pipe.console import Progress, progress, readable_bytes
 from sd3pipe.device_memory import peak_device_bytes
 from sd3pipe.errors import InputError, Stopped
+from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.training.batches import Position
 from sd3pipe.training.feed import Step
 from sd3pipe.training.processes import Processes
@@ -56,10 +57,12 @@ class Loop:
         validate: Occasion | None,
         sample: Occasion | None,
         processes: Processes,
+        streamer: BlockStreamer,
     ) -> None:
         self.runner, self.progressed, self.plan = runner, progressed, plan
         self.steps_from, self.saver, self.records = steps_from, saver, records
         self.validate, self.sample, self.processes = validate, sample, processes
+        self.streamer = streamer
         self.seconds_per_step: list[float] = []
 
     def run(self, time_limit_seconds: float | None = None) -> None:
@@ -86,7 +89,8 @@ class Loop:
         self.saver.save(state)
 
     def close(self) -> None:
-        """Writes the summaries of what was recorded."""
+        """Writes the summaries of what was recorded, and gives streamed weights back."""
+        self.streamer.close()
         if self.records:
             self.records.close()
 

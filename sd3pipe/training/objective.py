@@ -2,8 +2,9 @@
 
 # B batch, C latent channels, h w latent pixels
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,38 +28,60 @@ class LossRules:
     position_crop_rate: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What the model is asked about a batch, and what it should answer if not the velocity from picture to noise."""
+
+    batch: Batch
+    inputs: Mapping[str, Any]  # arguments of the model's forward
+    target: Tensor | None  # [B, C, h, w]
+
+
 class Objective:
     """Computes losses with one model and the adapter that is attached to it."""
 
     def __init__(self, mmdit: MMDiT, network: AdapterNetwork, rules: LossRules) -> None:
         self.mmdit, self.network, self.rules = mmdit, network, rules
 
-    def losses(self, batch: Batch) -> Tensor:
-        """Returns loss_B of a batch on the model's device, before the samples' own weights."""
-        noisy_BChw = flow.add_noise(batch.latents, batch.noise, batch.sigmas)
-        crop = self._crop_offset(batch.crop_draws, noisy_BChw.shape[-2:])
-        self.network.set_dropout_keys(batch.dropout_keys)
-        velocity_BChw = self._velocity(batch, noisy_BChw, batch.sigmas, crop)
+    def question(self, batch: Batch) -> Question:
+        """Returns the forward pass's arguments; where the base's own output is the target, the base has answered."""
+        inputs = self._inputs(batch, batch.sigmas, self._crop_offset(batch.crop_draws, batch.latents.shape[-2:]))
         target_BChw = None
         if batch.preserve is not None:
             with self.network.detached(), torch.no_grad():
-                base_BChw = self._velocity(batch, noisy_BChw, batch.sigmas, crop)
+                base_BChw = self.mmdit(**inputs)
             wanted_BChw = flow.velocity_target(batch.latents, batch.noise)
             target_BChw = torch.where(batch.preserve[:, None, None, None], base_BChw, wanted_BChw)
-        return self._penalised(velocity_BChw, batch, batch.sigmas, target_BChw)
+        return Question(batch=batch, inputs=inputs, target=target_BChw)
+
+    def answer(self, question: Question) -> Tensor:
+        """Returns the model's velocity."""
+        self.select(question)
+        return self.mmdit(**question.inputs)
+
+    def select(self, question: Question) -> None:
+        """Makes the adapter's dropout that of this batch's samples."""
+        self.network.set_dropout_keys(question.batch.dropout_keys)
+
+    def losses(self, question: Question, velocity_BChw: Tensor) -> Tensor:
+        """Returns loss_B of an answer, before the samples' own weights."""
+        return self._penalised(velocity_BChw, question.batch, question.batch.sigmas, question.target)
 
     @torch.no_grad()
     def losses_at(self, batch: Batch, sigma: float) -> Tensor:
         """Returns loss_B with every sample at one noise level, in eval mode: for validation."""
         sigmas_B = torch.full_like(batch.sigmas, sigma)
-        noisy_BChw = flow.add_noise(batch.latents, batch.noise, sigmas_B)
-        return self._penalised(self._velocity(batch, noisy_BChw, sigmas_B, None), batch, sigmas_B, None)
+        velocity_BChw = self.mmdit(**self._inputs(batch, sigmas_B, None))
+        return self._penalised(velocity_BChw, batch, sigmas_B, None)
 
-    def _velocity(
-        self, batch: Batch, noisy_BChw: Tensor, sigmas_B: Tensor, crop_offset: tuple[int, int] | None
-    ) -> Tensor:
-        timesteps_B = sigmas_B * flow.NUM_TIMESTEPS
-        return self.mmdit(noisy_BChw, timesteps_B, batch.context, batch.pooled, crop_offset=crop_offset)
+    def _inputs(self, batch: Batch, sigmas_B: Tensor, crop_offset: tuple[int, int] | None) -> dict[str, Any]:
+        return {
+            "latents_BChw": flow.add_noise(batch.latents, batch.noise, sigmas_B),
+            "timesteps_B": sigmas_B * flow.NUM_TIMESTEPS,
+            "context_BLD": batch.context,
+            "pooled_BP": batch.pooled,
+            "crop_offset": crop_offset,
+        }
 
     def _penalised(self, velocity_BChw: Tensor, batch: Batch, sigmas_B: Tensor, target_BChw: Tensor | None) -> Tensor:
         return flow.loss(

@@ -2,27 +2,32 @@
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sd3pipe.adapters.files import read_adapter
 from sd3pipe.adapters.network import AdapterNetwork, attach, attach_deltas, merge_into
 from sd3pipe.adapters.precision import StoredDtype
-from sd3pipe.models.checkpoint import load_mmdit
+from sd3pipe.memory.layer_major import run_layer_major
+from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.pos_embed import ScaledPositions
 from sd3pipe.models.sources import ComponentSource
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.adapter_options import adapter_spec, loraplus_ratio
+from sd3pipe.training.base_model import load_base
 from sd3pipe.training.batches import Position, plan_steps
 from sd3pipe.training.checkpoints import Retention
+from sd3pipe.training.description import adapter_metadata
 from sd3pipe.training.feed import Feed, FeedRules, Step, load_steps
 from sd3pipe.training.flow import Huber, SigmaSampling
 from sd3pipe.training.identity import RunInputs, continued, make_schedule
 from sd3pipe.training.loop import Loop, Plan
-from sd3pipe.training.objective import LossRules, Objective
+from sd3pipe.training.objective import LossRules, Objective, Question
+from sd3pipe.training.occasions import make_sampler
 from sd3pipe.training.optimizers import make_optimizer, parse_args
 from sd3pipe.training.precision import BASE_DTYPES
 from sd3pipe.training.processes import Processes
@@ -30,9 +35,11 @@ from sd3pipe.training.progressed import Every, Progressed
 from sd3pipe.training.records import Records, forget_after
 from sd3pipe.training.run_folder import Start
 from sd3pipe.training.saving import Saver
-from sd3pipe.training.step_runner import StepRunner
+from sd3pipe.training.step_runner import LayerMajor, StepRunner
+from sd3pipe.training.trackers import start_trackers
 from sd3pipe.training.trained_weights import TrainedWeights
 from sd3pipe.training.training_data import TrainingData
+from sd3pipe.training.validation import Validator
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +60,11 @@ def build_loop(
     schedule = make_schedule(params, run.total_steps)
     if checkpoint is not None:
         schedule = continued(schedule, checkpoint.state["warmup_steps"])
-    mmdit = _load_base(params, data, source, run, processes.device)
+    mmdit, streamer = _load_base(params, data, source, run, processes.device)
     network = _attach_adapter(params, mmdit, run, processes.device)
     weights = TrainedWeights(network, seed=params.seed, ema_decay=params.ema_decay)
-    groups = network.parameter_groups(
-        adapter_spec(params), params.learning_rate, loraplus_lr_ratio=loraplus_ratio(params)
-    )
+    spec = adapter_spec(params)
+    groups = network.parameter_groups(spec, params.learning_rate, loraplus_lr_ratio=loraplus_ratio(params))
     optimizer = make_optimizer(
         params.optimizer_type, weights.optimizer_groups(groups), parse_args("optimizer_args", params.optimizer_args)
     )
@@ -69,7 +75,9 @@ def build_loop(
         weights=weights,
         optimizer=optimizer,
         state=_state(identity, schedule.warmup_steps, start),
-        metadata=lambda progressed: {"ss_steps": str(progressed.step)},
+        metadata=lambda progressed: adapter_metadata(
+            params, data, run, progressed, variant=mmdit.architecture.variant, spec=spec
+        ),
         dtype=_SAVED_DTYPES[params.save_precision],
         retention=_retention(params),
         names=data.train.names,
@@ -81,8 +89,11 @@ def build_loop(
     if checkpoint is not None:
         saver.restore(checkpoint)
         progressed = Progressed.from_state(checkpoint.state)
+    objective = Objective(mmdit, network, _loss_rules(params))
+    records = _records(params, processes, start, identity)
+    scaler = torch.amp.GradScaler(processes.device.type) if run.precision == "fp16" else None
     runner = StepRunner(
-        objective=Objective(mmdit, network, _loss_rules(params)),
+        objective=objective,
         network=network,
         weights=weights,
         optimizer=optimizer,
@@ -92,7 +103,22 @@ def build_loop(
         max_grad_norm=params.max_grad_norm,
         max_weight_norm=params.scale_weight_norms,
         loss_spike_factor=params.loss_spike_factor,
-        scaler=torch.amp.GradScaler(processes.device.type) if run.precision == "fp16" else None,
+        scaler=scaler,
+        layer_major=_layer_major(objective, streamer) if params.layer_major else None,
+    )
+    validator = Validator(
+        feed=Feed(data.validation, data.latents, data.text, _validation_rules(params, mmdit)),
+        batch_size=params.train_batch_size,
+        max_batches=params.max_validation_steps,
+        objective=objective,
+        weights=weights,
+        optimizer=optimizer,
+        processes=processes,
+        records=records,
+        run=params.out,
+    )
+    sampler = (
+        make_sampler(params, objective, weights, optimizer, processes, run.precision) if processes.is_main else None
     )
     return Loop(
         runner=runner,
@@ -100,17 +126,26 @@ def build_loop(
         plan=_plan(params, run.total_steps),
         steps_from=functools.partial(_steps_from, params, data, mmdit, processes),
         saver=saver,
-        records=_records(params, processes, start),
-        validate=None,
-        sample=None,
+        records=records,
+        validate=validator if len(data.validation) else None,
+        sample=sampler,
         processes=processes,
+        streamer=streamer,
     )
 
 
 def _load_base(
     params: TrainParams, data: TrainingData, source: ComponentSource, run: RunInputs, device: torch.device
-) -> MMDiT:
-    mmdit = load_mmdit(source, dtype=BASE_DTYPES[run.precision], device=device)
+) -> tuple[MMDiT, BlockStreamer]:
+    mmdit, streamer = load_base(
+        source,
+        dtype=BASE_DTYPES[run.precision],
+        device=device,
+        base_format=params.base_dtype,
+        blocks_to_swap=params.blocks_to_swap,
+        modulation=params.modulation,
+        offload_activations=params.activation_offload,
+    )
     mmdit.gradient_checkpointing = params.gradient_checkpointing
     if params.enable_scaled_pos_embed:
         mmdit.scaled_positions = ScaledPositions(data.resolutions, mmdit.architecture.width)
@@ -118,7 +153,22 @@ def _load_base(
     for path, multiplier in zip(run.base_weights, multipliers, strict=False):
         merge_into(mmdit, read_adapter(path).model_part, multiplier)
         log.info("merged into the base at strength %g: %s", multiplier, path)
-    return mmdit
+    return mmdit, streamer
+
+
+def _layer_major(objective: Objective, streamer: BlockStreamer) -> LayerMajor:
+    """Returns what takes all micro-batches of a step through one block after the other."""
+
+    def run(questions: list[Question], weighed: Callable[[Question, Tensor], Tensor]) -> None:
+        run_layer_major(
+            objective.mmdit,
+            streamer,
+            [question.inputs for question in questions],
+            loss=lambda number, velocity_BChw: weighed(questions[number], velocity_BChw),
+            select=lambda number: objective.select(questions[number]),
+        )
+
+    return run
 
 
 def _attach_adapter(params: TrainParams, mmdit: MMDiT, run: RunInputs, device: torch.device) -> AdapterNetwork:
@@ -158,6 +208,16 @@ def _steps_from(
     )
     feed = Feed(data.train, data.latents, data.text, rules)
     return load_steps(feed, plans, workers=(2 if on_gpu else 0) if workers is None else workers, pin_memory=on_gpu)
+
+
+def _validation_rules(params: TrainParams, mmdit: MMDiT) -> FeedRules:
+    """Returns the rules for held-out pictures: nothing is dropped, the noise belongs to the picture."""
+    return FeedRules(
+        seed=params.seed if params.validation_seed is None else params.validation_seed,
+        sampling=_sampling(params),
+        use_masks=params.masked_loss != "off",
+        context_dtype=mmdit.context_embedder.compute_dtype,
+    )
 
 
 def _sampling(params: TrainParams) -> SigmaSampling:
@@ -213,9 +273,9 @@ def _state(identity: Mapping[str, Any], warmup_steps: int, start: Start) -> dict
     return {**state, "changes": changes}
 
 
-def _records(params: TrainParams, processes: Processes, start: Start) -> Records | None:
+def _records(params: TrainParams, processes: Processes, start: Start, identity: Mapping[str, Any]) -> Records | None:
     """Returns where the main process writes what happens; lines of steps that are taken again go."""
     if not processes.is_main:
         return None
     forget_after(params.out, start.checkpoint.step if start.checkpoint else 0)
-    return Records(params.out)
+    return Records(params.out, start_trackers(params, identity))

@@ -1,7 +1,7 @@
 """One training step: forward and backward over its micro-batches, checks, and the update of the adapter."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,13 @@ from torch.optim import Optimizer
 
 from sd3pipe.adapters.network import AdapterNetwork
 from sd3pipe.training.feed import Batch
-from sd3pipe.training.objective import Objective
+from sd3pipe.training.objective import Objective, Question
 from sd3pipe.training.processes import Processes
 from sd3pipe.training.schedules import Schedule
 from sd3pipe.training.trained_weights import TrainedWeights
+
+# runs forward and backward of all questions; the second argument turns an answer into the loss to differentiate
+LayerMajor = Callable[[list[Question], Callable[[Question, Tensor], Tensor]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +48,14 @@ class StepRunner:
         max_weight_norm: float | None = None,
         loss_spike_factor: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        layer_major: LayerMajor | None = None,
     ) -> None:
         self.objective, self.network, self.weights = objective, network, weights
         self.optimizer, self.schedule, self.processes = optimizer, schedule, processes
         self._subset_names = subset_names
         self._max_grad_norm, self._max_weight_norm = max_grad_norm, max_weight_norm
         self._spike = loss_spike_factor
-        self.scaler = scaler
+        self.scaler, self._layer_major = scaler, layer_major
         self._rates = [group["lr"] for group in optimizer.param_groups]
 
     def step(self, number: int, batches: Sequence[Batch], *, loss_mean: float | None, stop: bool) -> StepResult:
@@ -74,16 +78,23 @@ class StepRunner:
 
     def _accumulate(self, batches: Sequence[Batch]) -> Tensor:
         """Returns sums [subsets + 2, 2]: per subset loss and samples, then the weighted mean loss, then flags."""
-        device = self.processes.device
+        device, objective = self.processes.device, self.objective
         sums = torch.zeros(len(self._subset_names) + 2, 2, dtype=torch.float64, device=device)
-        for batch in batches:
-            batch = batch.to(device)
-            losses_B = self.objective.losses(batch)
-            loss = (losses_B * batch.weights).mean() / len(batches)
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-            sums[:, 0].index_add_(0, batch.subsets, losses_B.detach().double())
-            sums[:, 1].index_add_(0, batch.subsets, torch.ones_like(losses_B, dtype=torch.float64))
+        questions = (objective.question(batch.to(device)) for batch in batches)
+
+        def weighed(question: Question, velocity_BChw: Tensor) -> Tensor:
+            losses_B = objective.losses(question, velocity_BChw)
+            loss = (losses_B * question.batch.weights).mean() / len(batches)
+            sums[:, 0].index_add_(0, question.batch.subsets, losses_B.detach().double())
+            sums[:, 1].index_add_(0, question.batch.subsets, torch.ones_like(losses_B, dtype=torch.float64))
             sums[-2, 0] += loss.detach().double()
+            return loss if self.scaler is None else self.scaler.scale(loss)
+
+        if self._layer_major is not None:
+            self._layer_major(list(questions), weighed)
+            return sums
+        for question in questions:
+            weighed(question, objective.answer(question)).backward()
         return sums
 
     def _result(self, number: int, numbers: list[float], accumulation: int, loss_mean: float | None) -> StepResult:

@@ -31,11 +31,14 @@ class TrainingData:
     validation: Items
     resolutions: tuple[tuple[int, int], ...]  # width, height of every bucket
 
+    def fingerprints(self) -> dict[str, str]:
+        """Returns the fingerprints of what the caches were encoded with."""
+        return {**self.latents.manifest.fingerprints, **self.text.manifest.fingerprints}
+
     def identity(self) -> dict[str, Any]:
         """Returns what a run's identity says about its rows, component by component, so that a difference is named."""
-        fingerprints = {**self.latents.manifest.fingerprints, **self.text.manifest.fingerprints}
         return {
-            **{f"encoded_with.{name}": value for name, value in sorted(fingerprints.items())},
+            **{f"encoded_with.{name}": value for name, value in sorted(self.fingerprints().items())},
             "latents_recipe": hash_json(dict(self.latents.manifest.recipe)),
             "text_recipe": hash_json(dict(self.text.manifest.recipe)),
             "training_rows": _digest(self.train, self.latents, self.text),

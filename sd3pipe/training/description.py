@@ -1,0 +1,64 @@
+"""What a saved adapter says of itself."""
+
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
+from sd3pipe.adapters.metadata import Description, provenance, training_metadata
+from sd3pipe.adapters.targets import AdapterSpec
+from sd3pipe.console import version
+from sd3pipe.params.train import TrainParams
+from sd3pipe.training.identity import RunInputs
+from sd3pipe.training.progressed import Progressed
+from sd3pipe.training.training_data import TrainingData
+
+_PARTS = ("title", "author", "description", "license", "tags", "trigger_phrase", "usage_hint")
+_LIBRARIES = ("torch", "numpy", "safetensors")
+
+
+def adapter_metadata(
+    params: TrainParams,
+    data: TrainingData,
+    run: RunInputs,
+    progressed: Progressed,
+    *,
+    variant: str,
+    spec: AdapterSpec,
+) -> Mapping[str, str]:
+    """Returns the metadata of an adapter at the step at hand; no path, time or machine is in it."""
+    options: dict[str, Any] = {
+        **params.with_role("identity"),
+        "mixed_precision": run.precision,
+        "max_train_steps": run.total_steps,
+        "gradient_accumulation_steps": run.micro_batches,
+        "gradient_checkpointing": params.gradient_checkpointing,
+        "training_comment": params.training_comment,
+    }
+    made_from = provenance(
+        version=version(),
+        step=progressed.step,
+        seed=params.seed,
+        fingerprints={
+            "mmdit": run.base,
+            "latents": data.latents.manifest.index,
+            "text": data.text.manifest.index,
+            **data.fingerprints(),
+        },
+        parameters={
+            "train": options,
+            "encode-text": dict(data.text.manifest.recipe),
+            "encode-latents": dict(data.latents.manifest.recipe),
+        },
+        versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
+    )
+    return training_metadata(
+        variant=variant,
+        spec=spec,
+        options=options,
+        step=progressed.step,
+        epoch=progressed.epochs_done,
+        output_name=params.output_name or params.out.name,
+        resolution=max(data.resolutions, key=lambda size: size[0] * size[1]),
+        provenance=made_from,
+        description=Description(**{part: getattr(params, f"metadata_{part}") for part in _PARTS}),
+    )

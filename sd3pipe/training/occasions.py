@@ -1,0 +1,81 @@
+"""What a run does now and then with the adapter as it would be saved: validating and drawing samples."""
+
+import logging
+
+from torch.optim import Optimizer
+
+from sd3pipe.errors import InputError
+from sd3pipe.models.checkpoint import load_vae
+from sd3pipe.models.sources import find_component
+from sd3pipe.models.vae import VAE
+from sd3pipe.params.train import TrainParams
+from sd3pipe.training.objective import Objective
+from sd3pipe.training.precision import BASE_DTYPES, Precision
+from sd3pipe.training.processes import Processes
+from sd3pipe.training.progressed import Progressed
+from sd3pipe.training.sample_prompts import read_prompts
+from sd3pipe.training.sampling import DEFAULTS
+from sd3pipe.training.step_samples import StepSamples
+from sd3pipe.training.trained_weights import TrainedWeights
+
+log = logging.getLogger(__name__)
+
+
+class Sampler:
+    """Draws the sample prompts with the weights as they would be saved."""
+
+    def __init__(
+        self, samples: StepSamples, objective: Objective, weights: TrainedWeights, optimizer: Optimizer
+    ) -> None:
+        self._samples, self._objective = samples, objective
+        self._weights, self._optimizer = weights, optimizer
+
+    def __call__(self, progressed: Progressed) -> None:
+        network, samples = self._objective.network, self._samples
+        network.eval()
+        if samples.vae is not None:
+            samples.vae.to(samples.device)
+        with self._weights.delivered(self._optimizer):
+            samples.draw(progressed.step)
+        if samples.vae is not None:
+            samples.vae.to("cpu")  # its memory belongs to training in between
+        network.train()
+
+
+def make_sampler(
+    params: TrainParams,
+    objective: Objective,
+    weights: TrainedWeights,
+    optimizer: Optimizer,
+    processes: Processes,
+    precision: Precision,
+) -> Sampler | None:
+    """Returns what draws samples, or None without prompts or without an occasion to draw them."""
+    if params.prompts is None or not (params.sample_every_n_steps or params.sample_every_n_epochs):
+        return None
+    if not params.prompts.exists():
+        log.warning(
+            "%s: there are no encoded prompts, so no samples are drawn: encode-text --sample-prompts makes them",
+            params.prompts,
+        )
+        return None
+    samples = StepSamples(
+        params.out,
+        read_prompts(params.prompts),
+        mmdit=objective.mmdit,
+        vae=_find_vae(params),
+        defaults=DEFAULTS[params.variant or objective.mmdit.architecture.variant],
+        device=processes.device,
+        dtype=BASE_DTYPES[precision],
+    )
+    return Sampler(samples, objective, weights, optimizer)
+
+
+def _find_vae(params: TrainParams) -> VAE | None:
+    try:
+        return load_vae(find_component("vae", model=params.model, file=params.vae))
+    except InputError as error:
+        if params.vae is not None:
+            raise
+        log.warning("no VAE at hand, samples are kept as latents: `sd3pipe sample` decodes them elsewhere (%s)", error)
+        return None

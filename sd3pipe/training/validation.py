@@ -1,0 +1,148 @@
+"""Loss on held-out pictures: fixed noise levels, noise keyed by picture, in eval mode, with confidence intervals."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sd3pipe.console import count
+from sd3pipe.files import write_json
+from sd3pipe.training.batches import fixed_batches
+from sd3pipe.training.checkpoints import CHECKPOINTS_FOLDER
+from sd3pipe.training.feed import Feed
+from sd3pipe.training.objective import Objective
+from sd3pipe.training.processes import Processes
+from sd3pipe.training.progressed import Progressed
+from sd3pipe.training.records import Records, read_records
+from sd3pipe.training.trained_weights import TrainedWeights
+
+log = logging.getLogger(__name__)
+
+SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # the middles of five bands of equal width
+_FEW_PICTURES = 30  # below this a difference in validation loss says little
+# 97.5 % quantiles of Student's t by degrees of freedom, and the normal one for more
+_T_QUANTILES = (
+    12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045,
+)  # fmt: skip
+_NORMAL_QUANTILE = 1.96
+
+
+class Validator:
+    """Measures the held-out pictures of `feed` with the weights as they would be saved."""
+
+    def __init__(
+        self,
+        *,
+        feed: Feed,
+        batch_size: int,
+        max_batches: int | None,
+        objective: Objective,
+        weights: TrainedWeights,
+        optimizer: Optimizer,
+        processes: Processes,
+        records: Records | None,
+        run: Path,
+    ) -> None:
+        self._feed, self._objective = feed, objective
+        self._weights, self._optimizer = weights, optimizer
+        self._processes, self._records, self._run = processes, records, run
+        self._batches = fixed_batches(feed.items, batch_size=batch_size)[:max_batches]
+
+    def __call__(self, progressed: Progressed) -> None:
+        """Validates, records the result and marks the best step so far."""
+        losses_PS = self.losses().cpu()
+        measured = ~losses_PS.isnan().any(dim=1)
+        by_picture = losses_PS[measured].mean(dim=1).tolist()
+        loss, half_width = mean_and_half_width(by_picture)
+        if progressed.step and (progressed.best_loss is None or loss < progressed.best_loss):
+            progressed.best_step, progressed.best_loss = progressed.step, loss
+        if self._records is None:
+            return
+        bands = {
+            f"sigma_{sigma}": mean_and_half_width(losses_PS[measured, i].tolist()) for i, sigma in enumerate(SIGMAS)
+        }
+        self._records.validation(
+            progressed.step,
+            loss=loss,
+            ci95=half_width,
+            bands={name: band[0] for name, band in bands.items()},
+            bands_ci95={name: band[1] for name, band in bands.items()},
+            subset_loss=self._by_subset(losses_PS.mean(dim=1), measured),
+            by_picture=by_picture,
+        )
+        if progressed.best_step == progressed.step:
+            write_json(self._run / CHECKPOINTS_FOLDER / "best.json", {"step": progressed.step, "loss": loss})
+
+    @torch.no_grad()
+    def losses(self) -> Tensor:
+        """Returns the loss of each held-out picture (row) at each noise level (column); NaN where not measured."""
+        processes, network = self._processes, self._objective.network
+        losses_PS = torch.full((len(self._feed.items), len(SIGMAS)), math.nan, dtype=torch.float64)
+        shared = torch.zeros_like(losses_PS).to(processes.device)
+        network.eval()
+        network.set_dropout_keys(None)
+        with self._weights.delivered(self._optimizer):
+            for plan in self._batches[processes.rank :: processes.count]:
+                batch = self._feed.batch(plan).to(processes.device)
+                for column, sigma in enumerate(SIGMAS):
+                    rows = torch.from_numpy(plan.pictures).to(processes.device)
+                    shared[rows, column] = self._objective.losses_at(batch, sigma).double()
+        network.train()
+        processes.sum(shared)
+        for plan in self._batches:
+            losses_PS[plan.pictures] = shared.cpu()[plan.pictures]
+        return losses_PS
+
+    def _by_subset(self, by_picture_P: Tensor, measured_P: Tensor) -> dict[str, float]:
+        subsets_P = torch.from_numpy(self._feed.items.subsets)
+        chosen = {rules.name: (subsets_P == i) & measured_P for i, rules in enumerate(self._feed.items.rules)}
+        return {name: by_picture_P[rows].mean().item() for name, rows in chosen.items() if rows.any()}
+
+
+def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
+    """Returns the mean, and half the width of its 95 % confidence interval (Student's t); None for a single value."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    freedom = len(values) - 1
+    quantile = _T_QUANTILES[freedom - 1] if freedom <= len(_T_QUANTILES) else _NORMAL_QUANTILE
+    return mean, quantile * math.sqrt(variance / len(values))
+
+
+def verdict(run: Path) -> str:
+    """Returns one sentence on where over-fitting begins, as far as the run's validations show; "" without any."""
+    records = [record for record in read_records(run) if record["kind"] == "validation"]
+    if len(records) < 2:
+        return ""
+    best, last = min(records, key=lambda record: record["loss"]), records[-1]
+    pictures = len(last["by_picture"])
+    if best is last:
+        return f"validation loss is lowest at the last step ({_shown(last)}): no over-fitting is seen{_weak(pictures)}"
+    rise, half_width = mean_and_half_width(_differences(best, last))
+    certain = half_width is not None and rise > half_width
+    word = "over-fitting begins there" if certain else "that may be chance"
+    margin = "" if half_width is None else f" +- {half_width:.2g}"
+    return (
+        f"validation loss was lowest at step {best['step']} ({_shown(best)}) and has risen by {rise:.2g}{margin} "
+        f"since: {word}{_weak(pictures)}"
+    )
+
+
+def _differences(best: Mapping[str, Any], last: Mapping[str, Any]) -> list[float]:
+    """Returns by how much each picture's loss has risen: pairs are far less noisy than two means."""
+    return [after - before for before, after in zip(best["by_picture"], last["by_picture"], strict=True)]
+
+
+def _shown(record: Mapping[str, Any]) -> str:
+    return f"{record['loss']:.4g}" + ("" if record["ci95"] is None else f" +- {record['ci95']:.2g}")
+
+
+def _weak(pictures: int) -> str:
+    return f" ({count(pictures, 'held-out picture')}: weak evidence)" if pictures < _FEW_PICTURES else ""
