@@ -3,6 +3,7 @@
 Free of torch. Format: 8 bytes little-endian header length, that many bytes of JSON, then the tensors' bytes, gapless.
 """
 
+import difflib
 import json
 import math
 import zipfile
@@ -59,8 +60,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 def refuse_foreign_file(path: Path) -> None:
     """Raises InputError for what is no readable file, a pickle, a GGUF file or an empty one, saying the way out."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
+    if not exists(path):
+        raise InputError(f"{path}: no such file{_nearest_name(path)}")
     if path.is_dir():
         raise InputError(f"{path}: is a folder: give a .safetensors file")
     if not path.is_file():
@@ -84,9 +85,24 @@ def refuse_foreign_file(path: Path) -> None:
         raise InputError(f"{path}: the file is empty: download or copy it again")
 
 
+def exists(path: Path) -> bool:
+    """Whether a file or folder is there; False, where Path.exists raises, for a name that none can have."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _nearest_name(path: Path) -> str:
+    """Returns ' (did you mean X?)' for the file of the folder that has the nearest name, or nothing."""
+    names = [other.name for other in path.parent.iterdir()] if exists(path.parent) and path.parent.is_dir() else []
+    matches = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
+    return f" (did you mean {path.parent / matches[0]}?)" if matches else ""
+
+
 def _check_header_length(path: Path, header_bytes: int, file_bytes: int) -> None:
     if file_bytes < 8 or not 2 <= header_bytes <= MAX_HEADER_BYTES:
-        raise InputError(f"{path}: not a safetensors file (its header would be {header_bytes:,} bytes long)")
+        raise InputError(f"{path}: not a safetensors file (it does not begin with the length of a header)")
     if 8 + header_bytes > file_bytes:
         raise InputError(f"{path}: {file_bytes:,} bytes, but its header alone takes {8 + header_bytes:,}: {_CUT_SHORT}")
 

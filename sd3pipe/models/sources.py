@@ -24,7 +24,7 @@ from sd3pipe.models.layouts import (
     names_of_part,
 )
 from sd3pipe.models.model_folder import SUBFOLDERS, folder_tensors, local_fetch, missing_in_folder
-from sd3pipe.models.safetensors_header import StoredTensor, read_header
+from sd3pipe.models.safetensors_header import StoredTensor, exists, read_header
 from sd3pipe.models.tensor_entry import ByteRange, TensorEntry
 from sd3pipe.models.tensor_hash import hash_tensors
 from sd3pipe.stat_memory import StatMemory
@@ -72,16 +72,18 @@ def find_component(component: Component, *, model: str | Path | None, file: Path
     """
     if file is not None:
         return _in_path(component, Path(file).expanduser(), is_model=False)
+    if isinstance(model, str) and "://" in model:
+        raise InputError(f"{model}: web addresses are not read: pass a hub id (OWNER/NAME) or a downloaded file")
     if model is None:
         raise InputError(f"nothing to take the {TITLES[component]} from: pass --model, or {OPTIONS[component]} FILE")
     path = Path(model).expanduser()
-    if not path.exists() and is_hub_id(str(model)):
+    if not exists(path) and is_hub_id(str(model)):
         return _in_hub(component, HubRepository(str(model)))
     return _in_path(component, path, is_model=True)
 
 
 def _in_path(component: Component, path: Path, *, is_model: bool) -> ComponentSource:
-    if not path.is_dir():
+    if not exists(path) or not path.is_dir():
         return _component(component, read_header(path), str(path), is_model=is_model)
     subfolder = SUBFOLDERS[component] if (path / SUBFOLDERS[component]).is_dir() else ""
     tensors = folder_tensors(component, local_fetch(path), subfolder)

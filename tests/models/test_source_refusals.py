@@ -143,6 +143,23 @@ def test_missing_path_is_named(tmp_path):
     assert "no such file" in _refusal("mmdit", tmp_path / "absent.safetensors")
 
 
+def test_mistyped_file_name_is_answered_with_the_nearest(parts, tmp_path):
+    save_part(tmp_path / "sd3.5_medium.safetensors", parts["mmdit"])
+    message = _refusal("mmdit", tmp_path / "sd3.5-medium.safetensors")
+    assert message.endswith(f"no such file (did you mean {tmp_path / 'sd3.5_medium.safetensors'}?)")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "nul\0byte", "", " ", "/dev/null", "/proc/self/mem"])
+def test_odd_paths_are_input_errors(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    _refusal("mmdit", name)
+
+
+def test_web_address_is_answered_with_what_to_pass():
+    message = _refusal("mmdit", "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium")
+    assert "hub id (OWNER/NAME)" in message
+
+
 def test_mistyped_local_path_never_reaches_the_hub(tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
