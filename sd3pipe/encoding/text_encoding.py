@@ -1,0 +1,102 @@
+"""The part of encode-text that needs torch and transformers: texts through tokenizers and encoders to rows."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sd3pipe.cache.rows import Row
+from sd3pipe.cache.tensors import from_torch
+from sd3pipe.console import progress
+from sd3pipe.device import choose_device
+from sd3pipe.encoding.text_plan import TextEncoders
+from sd3pipe.errors import DeviceMemoryError
+from sd3pipe.models.text_architecture import ENCODERS, EncoderName
+from sd3pipe.models.text_recipe import TextRecipe
+from sd3pipe.models.text_rows import TORCH_DTYPES, EncodingMachine, encode_rows, streams_t5, t5_compute_dtype
+from sd3pipe.models.tokenizers import TokenizedTexts, tokenize_for_encoders
+from sd3pipe.params.encode_text import EncodeTextParams
+
+Tokens = Mapping[EncoderName, TokenizedTexts]
+
+_TIMED_SECONDS = 0.3  # how long a matrix product is timed for a forecast
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutText:
+    """A text of which an encoder reads only the beginning."""
+
+    number: int
+    tokens: Mapping[EncoderName, int]  # how many it has, for the encoders that cut it
+
+
+def tokenized(texts: Sequence[str], encoders: TextEncoders, recipe: TextRecipe) -> tuple[Tokens, list[CutText]]:
+    """Returns the texts' token ids, and which texts are cut. Raises InputError for foreign tokenizers."""
+    tokens = tokenize_for_encoders(
+        texts, encoders.tokenizers, encoders.vocabularies, clip_length=encoders.clip_length, recipe=recipe
+    )
+    cut = [CutText(number=number, tokens=lost) for number in range(len(texts)) if (lost := _lost(tokens, number))]
+    return tokens, cut
+
+
+def _lost(tokens: Tokens, number: int) -> dict[EncoderName, int]:
+    return {name: tokens[name].counts[number] for name in ENCODERS if tokens[name].is_cut(number)}
+
+
+def encoded_texts(
+    tokens: Tokens, encoders: TextEncoders, recipe: TextRecipe, params: EncodeTextParams, scratch: Path
+) -> Iterator[Row]:
+    """Yields the row of each text. Raises InputError, and DeviceMemoryError with the way out."""
+    device = choose_device(params.device, params.threads)
+    machine = EncodingMachine(
+        device=device,
+        batch_rows=params.text_encoder_batch_size,
+        stream_t5=streams_t5(params.t5xxl_streaming, encoders.sources["t5xxl"], recipe, device),
+        scratch=scratch,
+    )
+    rows = encode_rows(tokens, sources=encoders.sources, recipe=recipe, machine=machine, progress=progress)
+    try:
+        for row in rows:
+            yield {name: from_torch(tensor) for name, tensor in row.items()}
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(_way_out(machine)) from error
+
+
+def seconds_to_encode(
+    texts: int, encoders: TextEncoders, recipe: TextRecipe, params: EncodeTextParams
+) -> tuple[str, float]:
+    """Returns the device and about how long it takes for so many texts, by the speed of one matrix product."""
+    device = choose_device(params.device, params.threads)
+    seconds = 0.0
+    for name in ENCODERS:
+        dtype = t5_compute_dtype(recipe.text_dtype) if name == "t5xxl" else TORCH_DTYPES[recipe.text_dtype]
+        length = recipe.t5_pad_to if name == "t5xxl" else encoders.clip_length
+        shapes = encoders.sources[name].shapes()
+        weights = sum(math.prod(shape) for key, shape in shapes.items() if len(shape) == 2 and "embed" not in key)
+        rate = _products_per_second(params.text_encoder_batch_size * length, encoders.widths[name], dtype, device)
+        seconds += texts * length * weights / rate
+    return str(device), seconds
+
+
+def _products_per_second(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Returns how many multiplications with a weight a layer of this width makes per second."""
+    x_BD, weight_DF = (
+        torch.ones(rows, width, dtype=dtype, device=device),
+        torch.ones(width, 4 * width, dtype=dtype, device=device),
+    )
+    done, start = 0, 0.0
+    while done < 2 or time.perf_counter() - start < _TIMED_SECONDS:
+        (x_BD @ weight_DF)[0, 0].item()  # waits for the device
+        start = time.perf_counter() if done == 0 else start  # the first product only warms up
+        done += 1
+    return (done - 1) * rows * width * 4 * width / (time.perf_counter() - start)
+
+
+def _way_out(machine: EncodingMachine) -> str:
+    steps = [] if machine.stream_t5 else ["--t5xxl-streaming on"]
+    if machine.batch_rows > 1:
+        steps.append(f"--text-encoder-batch-size {max(1, machine.batch_rows // 4)}")
+    return f"{machine.device} ran out of memory while encoding texts: pass {' or '.join([*steps, '--device cpu'])}"

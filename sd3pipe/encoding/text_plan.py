@@ -1,0 +1,143 @@
+"""What a text or prompts cache is to hold: rows, their keys and the samples table, before anything is encoded.
+
+Needs no torch: a run with nothing to do ends here.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3pipe.cache.keys import Kind, text_source
+from sd3pipe.cache.plan import WantedRow
+from sd3pipe.cache.wanted import Wanted
+from sd3pipe.data.captions import processed_captions
+from sd3pipe.data.dataset_file import Dataset
+from sd3pipe.data.prompts import SamplePrompt
+from sd3pipe.data.scan import Scan
+from sd3pipe.models.sources import ComponentSource, find_component
+from sd3pipe.models.text_architecture import ENCODERS, EncoderName, detect_clip, detect_t5
+from sd3pipe.models.text_recipe import ITEM_BYTES, RECIPE_VERSION, TextRecipe
+from sd3pipe.models.tokenizer_folders import find_tokenizers, tokenizers_identity
+from sd3pipe.stat_memory import StatMemory
+
+_CAPTION_COLUMNS = ("name", "subset", "image_hash", "caption_hash", "variant", "key")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Texts:
+    """What is to be encoded, and who uses it. Texts go by their hash, which stands for the key in `columns`."""
+
+    kind: Kind
+    text_by_hash: Mapping[str, str]  # equal texts once; the empty one is always there
+    users: Mapping[str, str]  # hash of a text -> the first picture or prompt with it, for messages
+    columns: Mapping[str, list[Any]]  # of the samples table
+    subsets: Mapping[str, Mapping[str, Any]]
+    quarantined: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextEncoders:
+    """The weights and tokenizers that make the rows, as far as headers and file names tell."""
+
+    sources: Mapping[EncoderName, ComponentSource]
+    tokenizers: Mapping[EncoderName, Path]
+    widths: Mapping[EncoderName, int]
+    vocabularies: Mapping[EncoderName, int]  # rows of the embeddings
+    clip_length: int
+
+    def fingerprints(self, memory: StatMemory) -> dict[str, str]:
+        """Returns what identifies the weights and the tokenizers. Raises InputError."""
+        weights = {name: source.fingerprint(memory) for name, source in self.sources.items()}
+        return {**weights, "tokenizers": tokenizers_identity(self.tokenizers, memory)}
+
+
+def find_text_encoders(
+    model: str | None, files: Mapping[EncoderName, Path | None], tokenizers: Path | None
+) -> TextEncoders:
+    """Returns where weights and tokenizers are. Raises InputError, NetworkError."""
+    sources: dict[EncoderName, ComponentSource] = {
+        name: find_component(name, model=model, file=files[name]) for name in ENCODERS
+    }
+    clip_l, clip_g = (detect_clip(sources[name].shapes(), sources[name].where) for name in ("clip_l", "clip_g"))
+    t5xxl = detect_t5(sources["t5xxl"].shapes(), sources["t5xxl"].where)
+    return TextEncoders(
+        sources=sources,
+        tokenizers=find_tokenizers(folder=tokenizers, model=model, files=files.values()),
+        widths={"clip_l": clip_l.width, "clip_g": clip_g.width, "t5xxl": t5xxl.width},
+        vocabularies={"clip_l": clip_l.vocabulary, "clip_g": clip_g.vocabulary, "t5xxl": t5xxl.vocabulary},
+        clip_length=clip_l.positions,
+    )
+
+
+def caption_texts(found: Scan, dataset: Dataset, *, variants: int, seed: int) -> Texts:
+    """Returns the processed captions of a dataset's pictures."""
+    texts, users = {text_source(""): ""}, {}
+    columns: dict[str, list[Any]] = {name: [] for name in _CAPTION_COLUMNS}
+    for picture in found.pictures:
+        for variant, caption in enumerate(processed_captions(picture, variants=variants, seed=seed)):
+            digest = text_source(caption)
+            texts.setdefault(digest, caption)
+            users.setdefault(digest, str(picture.path))
+            values = (picture.name, picture.subset.name, picture.image_hash, digest, variant, digest)
+            for name, value in zip(_CAPTION_COLUMNS, values, strict=True):
+                columns[name].append(value)
+    return Texts(
+        kind="text",
+        text_by_hash=texts,
+        users=users,
+        columns=columns,
+        subsets={subset.name: subset.weighting() for subset in dataset.subsets},
+        quarantined=[
+            {"name": item.name, "subset": item.subset, "image_hash": item.image_hash or "", "reason": item.reason}
+            for item in found.unreadable
+        ],
+    )
+
+
+def prompt_texts(prompts: Sequence[SamplePrompt]) -> Texts:
+    """Returns sample prompts with their negative prompts; size, seed, steps and scale are in no key."""
+    texts, users = {text_source(""): ""}, {}
+    for number, prompt in enumerate(prompts, start=1):
+        for text in (prompt.prompt, prompt.negative_prompt):
+            texts.setdefault(text_source(text), text)
+            users.setdefault(text_source(text), f"prompt {number}")
+    columns: dict[str, list[Any]] = {
+        "name": [f"{number:03d}" for number in range(len(prompts))],
+        "prompt": [prompt.prompt for prompt in prompts],
+        "negative": [prompt.negative_prompt for prompt in prompts],
+        "settings": [json.dumps(prompt.settings(), sort_keys=True) for prompt in prompts],
+        "key": [text_source(prompt.prompt) for prompt in prompts],
+        "negative_key": [text_source(prompt.negative_prompt) for prompt in prompts],
+    }
+    return Texts(kind="prompts", text_by_hash=texts, users=users, columns=columns, subsets={}, quarantined=())
+
+
+def text_wanted(texts: Texts, encoders: TextEncoders, fingerprints: Mapping[str, str], recipe: TextRecipe) -> Wanted:
+    """Returns the whole content of the cache; its rows stand in the order of `text_by_hash`."""
+    fields, nbytes = recipe.fields(), _row_bytes(encoders, recipe)
+    columns, extra = dict(texts.columns), {}
+    wanted = Wanted(
+        kind=texts.kind,
+        recipe_version=RECIPE_VERSION,
+        fingerprints=fingerprints,
+        recipe=fields,
+        rows=[WantedRow(source=digest, recipe=fields, group="text", nbytes=nbytes) for digest in texts.text_by_hash],
+        samples=columns,
+        subsets=texts.subsets,
+        quarantined=texts.quarantined,
+        extra=extra,
+    )
+    keys = dict(zip(texts.text_by_hash, wanted.keys, strict=True))  # computed from the rows, once
+    extra["empty_caption"] = keys[text_source("")]
+    for name in columns.keys() & {"key", "negative_key"}:
+        columns[name] = [keys[digest] for digest in columns[name]]
+    return wanted
+
+
+def _row_bytes(encoders: TextEncoders, recipe: TextRecipe) -> int:
+    """Returns the size of the row of a text that is not longer than t5_pad_to."""
+    clip_width = encoders.widths["clip_l"] + encoders.widths["clip_g"]
+    numbers = (encoders.clip_length + 1) * clip_width + recipe.t5_pad_to * encoders.widths["t5xxl"]
+    return numbers * ITEM_BYTES[recipe.text_dtype] + 2 * encoders.clip_length + recipe.t5_pad_to
