@@ -36,9 +36,8 @@ class Census:
             self._learn(note.stem, json.loads(note.read_text(encoding="utf-8"))["reason"])
         manifest = read_manifest(self._folder.manifest)
         if manifest is not None and manifest != self._distrusted:
-            for entry in manifest.quarantined:
-                for key in entry.get("keys", ()):
-                    self._learn(key, entry["reason"])
+            for key, reason in manifest.unreadable_rows().items():
+                self._learn(key, reason)
 
     def note_unreadable(self, key: str, reason: str) -> None:
         """Makes it known to all writers that a row cannot be made. Raises StorageError."""

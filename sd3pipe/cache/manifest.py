@@ -41,6 +41,10 @@ class Manifest:
     index: str  # the hash that names the present index
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    def unreadable_rows(self) -> dict[str, str]:
+        """Returns the reason for each row, by key, that an encoder could not make."""
+        return {key: entry["reason"] for entry in self.quarantined for key in entry.get("keys", ())}
+
     def to_bytes(self) -> bytes:
         """Returns the file's content."""
         value: dict[str, Any] = {name: getattr(self, name) for name in _OWN if name != "format"}

@@ -15,6 +15,7 @@ from sd3pipe.cache.rows import Row, layout_of
 from sd3pipe.cache.segment import RowInfo, StoredRow, read_header, write_segment
 from sd3pipe.cache.stock import Stock
 from sd3pipe.cache.wanted import Wanted
+from sd3pipe.cache.wishes import note_wish
 from sd3pipe.cache.writers import writing
 from sd3pipe.errors import InputError, StorageError
 from sd3pipe.files import free_bytes, storage_errors
@@ -97,18 +98,20 @@ def fill_cache(
     check_kind(folder, wanted.kind)
     folder.create()
     with writing(folder, wanted.identity) as scratch:
+        note_wish(folder, wanted)
         fill = _Fill(folder, wanted, scratch, made_with, retry_unreadable, others)
         fill.work(encode, shard)
         return fill.finish()
 
 
 def missing_rows(out: Path, wanted: Wanted) -> Missing:
-    """Returns what `fill_cache` would encode, touching nothing. Raises InputError like `fill_cache`."""
+    """Returns what `fill_cache` would encode, without touching the cache. Raises InputError like `fill_cache`."""
     folder = CacheFolder(out)
     folder.check_ours()
     census = Census(folder, wanted, read_only=True)
     lacking = [leaf for leaf in census.plan() if not census.present(leaf)]
     stock = Stock(folder, wanted.kind, {leaf.plan_id for leaf in census.plan()}) if lacking else ()
+    note_wish(folder, wanted)
     return Missing(
         keys=tuple(key for leaf in lacking for key in leaf.keys if key not in stock),
         nbytes=sum(leaf.nbytes * len(leaf.keys) for leaf in lacking),

@@ -1,0 +1,103 @@
+"""A cache as plain zarr arrays, for whoever wants to read it with other tools."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sd3pipe.cache.folder import remove_tree
+from sd3pipe.cache.reader import CacheReader
+from sd3pipe.cache.rows import layout_to_json
+from sd3pipe.errors import InputError
+from sd3pipe.files import make_folder, storage_errors, temporary_name
+
+_CHUNK_BYTES = 16 << 20
+
+
+def export_zarr(cache: Path, out: Path) -> int:
+    """Writes a new zarr group and returns the number of rows.
+
+    Group `rows/N` has the N-th layout: its keys and one array for each tensor, a row each along the first axis;
+    bfloat16 is widened to float32. Group `samples` has the samples table, with `layout` and `position` of each row.
+    Raises InputError for a damaged cache or an `out` that exists, StorageError.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists: remove it or choose another --out")
+    reader = CacheReader(cache, verify_reads="always")
+    make_folder(out.parent)
+    temporary = temporary_name(out.parent, out.name)
+    try:
+        with storage_errors(out):
+            _write(reader, temporary)
+            temporary.rename(out)
+    finally:
+        remove_tree(temporary)
+    return len(reader)
+
+
+def _write(reader: CacheReader, folder: Path) -> None:
+    import zarr  # takes half a second to import, and only this needs it
+
+    root = zarr.create_group(folder, attributes=_attributes(reader))
+    layouts = reader.index.arrays["row_layout"]
+    positions = np.zeros(len(reader), np.uint32)
+    for number, layout in enumerate(reader.index.layouts):
+        rows = np.flatnonzero(layouts == number)
+        positions[rows] = np.arange(len(rows), dtype=np.uint32)
+        group = root.create_group(f"rows/{number}", attributes={"tensors": layout_to_json(layout)})
+        _create(group, "key", reader.keys[rows])
+        arrays = {
+            name: group.create_array(
+                name,
+                shape=(len(rows), *shape),
+                chunks=(_rows_per_chunk(shape), *(max(1, size) for size in shape)),
+                dtype={"F32": "float32", "F16": "float16", "BF16": "float32", "U8": "uint8"}[dtype],
+                compressors=None,
+            )
+            for name, dtype, shape in layout
+        }
+        _fill(reader, rows, arrays)
+    samples = root.create_group("samples")
+    for name, values in reader.samples.to_columns(reader.keys).items():
+        if values and isinstance(values[0], str):
+            _create_texts(samples, name, values)
+        else:
+            _create(samples, name, np.array(values, np.int32))
+    numbers = reader.samples.numbers("row")
+    _create(samples, "layout", layouts[numbers])
+    _create(samples, "position", positions[numbers])
+
+
+def _fill(reader: CacheReader, rows: np.ndarray, arrays: dict[str, Any]) -> None:
+    """Writes rows a chunk of the largest array at a time."""
+    step = min((array.chunks[0] for array in arrays.values()), default=1)
+    for start in range(0, len(rows), step):
+        batch = [reader.row(int(number)) for number in rows[start : start + step]]
+        for name, array in arrays.items():
+            array[start : start + len(batch)] = np.stack([row[name].numpy() for row in batch])
+
+
+def _create(group: Any, name: str, values: np.ndarray) -> None:
+    group.create_array(name, data=values, compressors=None)
+
+
+def _create_texts(group: Any, name: str, values: list[str]) -> None:
+    array = group.create_array(name, shape=(len(values),), dtype=str, compressors=None)
+    clean = [value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for value in values]
+    array[:] = np.array(clean, dtype=object)
+
+
+def _rows_per_chunk(shape: tuple[int, ...]) -> int:
+    return max(1, _CHUNK_BYTES // max(1, 4 * int(np.prod(shape))))
+
+
+def _attributes(reader: CacheReader) -> dict[str, Any]:
+    manifest = reader.manifest
+    return {
+        "kind": manifest.kind,
+        "recipe": dict(manifest.recipe),
+        "recipe_version": manifest.recipe_version,
+        "fingerprints": dict(manifest.fingerprints),
+        "subsets": {name: dict(settings) for name, settings in manifest.subsets.items()},
+        "extra": dict(manifest.extra),
+    }

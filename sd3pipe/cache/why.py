@@ -1,0 +1,185 @@
+"""Why a row is there or not: field by field against the nearest row."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sd3pipe.cache.folder import CacheFolder
+from sd3pipe.cache.keys import text_source
+from sd3pipe.cache.reader import CacheReader
+from sd3pipe.cache.segment import Ingredients, RowInfo, read_header
+from sd3pipe.cache.wishes import Wish, last_wish
+from sd3pipe.errors import InputError
+from sd3pipe.fingerprint import hash_file
+
+State = Literal["hit", "unused", "quarantined", "miss"]
+_GEOMETRY = ("crop", "flip", "variant", "bucket_h", "bucket_w")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """One field in which the row that is wanted and the nearest one differ."""
+
+    field: str
+    wanted: Any
+    nearest: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What became of one wanted row, or of one row that is not wanted any more (`state` is hit, then)."""
+
+    sample: Mapping[str, Any]
+    key: str
+    state: State
+    where: str  # the segment, for hit and unused; the reason, for quarantined
+    nearest: str | None  # key of the nearest row, for a miss
+    differences: tuple[Difference, ...]
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    info: RowInfo
+    path: Path
+    live: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Evidence:
+    """What is known about a cache."""
+
+    wish: Wish | None
+    live_samples: list[dict[str, Any]]
+    rows: Mapping[str, _Known]
+    quarantine: Mapping[str, str]  # reason by key
+
+
+def explain(cache: Path, subject: str) -> list[Explanation]:
+    """Returns one explanation for each row of a picture or caption.
+
+    `subject` is a picture file, a picture's name in the dataset, a caption as it goes into the encoders, or the start
+    of a key. Raises InputError if neither the last encode (or its --dry-run) nor the cache knows it.
+    """
+    evidence = _gather(cache)
+    digest = hash_file(Path(subject)) if Path(subject).is_file() else None
+    chosen = [sample for sample in _samples(evidence) if _is_about(sample, subject, digest)]
+    if not chosen:
+        raise InputError(
+            f"{cache} and its last encode know no picture, caption or key {subject!r}: "
+            "run the encode stage with --dry-run if it is new, then ask again"
+        )
+    return [_explain(sample, digest, evidence) for sample in chosen]
+
+
+def _gather(cache: Path) -> _Evidence:
+    folder = CacheFolder(cache)
+    reader = CacheReader(cache) if folder.manifest.exists() else None
+    live = set() if reader is None else set(reader.index.plan_ids())
+    rows = sorted(_known_rows(folder, live), key=lambda item: item.live)
+    return _Evidence(
+        wish=last_wish(cache),
+        live_samples=[] if reader is None else list(_lines(reader.samples.to_columns(reader.keys))),
+        rows={row.info.key: row for row in rows},
+        quarantine={} if reader is None else reader.manifest.unreadable_rows(),
+    )
+
+
+def _explain(sample: Mapping[str, Any], digest: str | None, evidence: _Evidence) -> Explanation:
+    key, row = sample["key"], evidence.rows.get(sample["key"])
+    changed = digest is not None and sample.get("image_hash") not in (None, digest)
+    state: State = "miss"
+    nearest, differences, where = None, (), ""
+    if row is not None:
+        state, where = ("hit" if row.live else "unused"), row.path.name
+    elif key in evidence.quarantine:
+        state, where = "quarantined", evidence.quarantine[key]
+    elif evidence.wish is not None and key in evidence.wish.rows:
+        same = [entry["key"] for entry in evidence.live_samples if _same_picture(entry, sample)]
+        nearest, differences = _nearest(evidence.wish.rows[key], evidence.rows, same)
+    return Explanation(
+        sample=sample,
+        key=key,
+        state=state,
+        where=where,
+        nearest=nearest,
+        differences=differences,
+        note="the file was changed since the last encode or --dry-run looked at it" if changed else "",
+    )
+
+
+def _nearest(
+    wanted: tuple[str, Ingredients], known: Mapping[str, _Known], same_picture: list[str]
+) -> tuple[str | None, tuple[Difference, ...]]:
+    """Returns the row that differs in the fewest fields, of equals the one of the same picture or caption."""
+    fields = _fields(*wanted)
+    flat: dict[int, dict[str, Any]] = {}
+    best: tuple[tuple[int, bool, str], tuple[Difference, ...]] | None = None
+    for key, row in known.items():
+        parts = row.info.ingredients
+        theirs = flat.setdefault(id(parts), _fields("", parts)) | {"source": row.info.source}
+        differences = tuple(
+            Difference(field=name, wanted=fields.get(name), nearest=theirs.get(name))
+            for name in sorted({*fields, *theirs})
+            if fields.get(name) != theirs.get(name)
+        )
+        rank = (len(differences), key not in same_picture, key)
+        if best is None or rank < best[0]:
+            best = rank, differences
+    return (best[0][2], best[1]) if best is not None else (None, ())
+
+
+def _fields(source: str, ingredients: Ingredients) -> dict[str, Any]:
+    return {"source": source, **_flat(ingredients.to_json())}
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        flat |= _flat(item, f"{prefix}{name}.") if isinstance(item, Mapping) else {prefix + name: item}
+    return flat
+
+
+def _samples(evidence: _Evidence) -> list[dict[str, Any]]:
+    """Returns what was last wanted, and what else the cache has."""
+    wanted = [] if evidence.wish is None else list(_lines(evidence.wish.samples))
+    places = {_place(sample) for sample in wanted}
+    return wanted + [sample for sample in evidence.live_samples if _place(sample) not in places]
+
+
+def _lines(columns: Mapping[str, Iterable[Any]]) -> Iterator[dict[str, Any]]:
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values, strict=True))
+
+
+def _is_about(sample: Mapping[str, Any], subject: str, digest: str | None) -> bool:
+    name = sample["name"]
+    if digest is not None:
+        as_path = Path(subject).as_posix()
+        return sample.get("image_hash") == digest or as_path == name or as_path.endswith(f"/{name}")
+    exact = (name, sample.get("prompt"), sample.get("image_hash"), f"{sample.get('subset')}/{name}")
+    return subject in exact or sample.get("caption_hash") == text_source(subject) or _starts(sample["key"], subject)
+
+
+def _starts(key: str, subject: str) -> bool:
+    return len(subject) >= 8 and key.startswith(subject)
+
+
+def _place(sample: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (sample.get("subset"), sample["name"], *(sample.get(name) for name in _GEOMETRY))
+
+
+def _same_picture(mine: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return (mine.get("subset"), mine["name"]) == (other.get("subset"), other["name"])
+
+
+def _known_rows(folder: CacheFolder, live: set[str]) -> Iterator[_Known]:
+    """Yields every row that lies in the cache or among its unused rows."""
+    for path in [*folder.segment_ids().values(), *folder.attic_segments()]:
+        try:
+            header = read_header(path)
+        except (InputError, FileNotFoundError):
+            continue
+        for info in header.rows:
+            yield _Known(info, path, path.parent == folder.segments and path.name.split(".")[0] in live)

@@ -1,0 +1,62 @@
+"""What an encode stage last wanted, noted machine-locally, so that `cache why` can say what a row would need."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3pipe.cache.folder import CacheFolder
+from sd3pipe.cache.keys import Kind
+from sd3pipe.cache.segment import Ingredients
+from sd3pipe.cache.wanted import Wanted
+from sd3pipe.files import write_bytes
+
+_PREFIX = "wanted-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What was wanted: samples, and for each key its source and ingredients."""
+
+    kind: Kind
+    samples: Mapping[str, Sequence[Any]]
+    rows: Mapping[str, tuple[str, Ingredients]]
+
+
+def note_wish(folder: CacheFolder, wanted: Wanted) -> None:
+    """Writes what is wanted beside the cache, unless it is noted already. Raises StorageError."""
+    file = folder.machine / f"{_PREFIX}{wanted.identity}.json"
+    if file.exists():
+        return
+    recipes, numbers = [], {}
+    for row in wanted.rows:
+        if id(row.recipe) not in numbers:
+            numbers[id(row.recipe)] = len(recipes)
+            recipes.append(dict(row.recipe))
+    note = {
+        "kind": wanted.kind,
+        "recipe_version": wanted.recipe_version,
+        "fingerprints": dict(wanted.fingerprints),
+        "recipes": recipes,
+        "rows": {key: [row.source, numbers[id(row.recipe)]] for key, row in wanted.row_by_key.items()},
+        "samples": {name: list(values) for name, values in wanted.samples.items()},
+    }
+    write_bytes(file, json.dumps(note, separators=(",", ":")).encode("utf-8", "surrogatepass"))
+    for other in folder.machine.glob(f"{_PREFIX}*.json"):
+        if other != file:
+            other.unlink(missing_ok=True)
+
+
+def last_wish(cache: Path) -> Wish | None:
+    """Returns what an encode stage on this machine last wanted in a cache; None if that is not known."""
+    for file in CacheFolder(cache).machine.glob(f"{_PREFIX}*.json"):
+        try:
+            note = json.loads(file.read_bytes().decode("utf-8", "surrogatepass"))
+            shared = {name: note[name] for name in ("recipe_version", "fingerprints")}
+            ingredients = [Ingredients(recipe=recipe, **shared) for recipe in note["recipes"]]
+            rows = {key: (source, ingredients[number]) for key, (source, number) in note["rows"].items()}
+            return Wish(kind=note["kind"], samples=note["samples"], rows=rows)
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            continue
+    return None

@@ -1,0 +1,210 @@
+"""`sd3pipe cache ...` on small caches."""
+
+import json
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+import zarr
+from fake_cache import captions, fake_row, fill, folder_bytes, wanted_texts
+
+from sd3pipe import cli
+from sd3pipe.cache.folder import CacheFolder
+from sd3pipe.cache.reader import CacheReader
+from sd3pipe.cache.store import missing_rows
+
+
+@pytest.fixture
+def out(tmp_path):
+    fill(tmp_path / "caches" / "text", wanted_texts(captions(30), subsets={"photos": {"num_repeats": 2}}))
+    return tmp_path / "caches" / "text"
+
+
+@pytest.fixture
+def sd3pipe(monkeypatch, tmp_path, capsys):
+    """Runs a command line and returns its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        code = cli.run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def flip_last_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_ls_lists_every_cache_of_a_folder(out, sd3pipe):
+    code, printed, _ = sd3pipe("cache", "ls", out.parent)
+    assert code == 0 and "text, 30 rows for 30 samples" in printed and "clip_l" in printed
+    code, printed, _ = sd3pipe("cache", "ls", out, "--json")
+    described = json.loads(printed)[0]
+    assert described["rows"] == 30 and described["subsets"]["photos"] == {"num_repeats": 2, "samples": 30}
+    assert described["bytes"] == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def test_ls_of_no_cache_is_an_input_error(tmp_path, sd3pipe):
+    code, _, message = sd3pipe("cache", "ls", tmp_path)
+    assert code == 3 and "no finished cache" in message
+
+
+def test_verify_of_a_whole_cache_finds_nothing(out, sd3pipe):
+    code, printed, _ = sd3pipe("cache", "verify", out)
+    assert code == 0 and "30 rows" in printed
+
+
+def test_verify_and_repair_lead_back_to_the_same_folder(out, sd3pipe):
+    before = folder_bytes(out)
+    flip_last_bit(sorted((out / "segments").iterdir())[0])
+    code, printed, message = sd3pipe("cache", "verify", out)
+    assert code == 3 and "does not have its digest" in printed and "--repair" in message
+    code, _, message = sd3pipe("cache", "verify", out, "--repair")
+    assert code == 3 and "1 file moved aside" in message
+    counts = fill(out, wanted_texts(captions(30), subsets={"photos": {"num_repeats": 2}}))
+    assert 1 <= counts.encoded <= 4 and folder_bytes(out) == before
+    assert sd3pipe("cache", "verify", out)[0] == 0
+
+
+@pytest.mark.parametrize("victim", ["manifest.json", "index/*.zarr/row_offset/c.0", "index/*.zarr/row_key/zarr.json"])
+def test_repair_of_manifest_and_index_loses_no_row(out, sd3pipe, victim):
+    before = folder_bytes(out)
+    path = next(out.glob(victim))
+    path.write_bytes(path.read_bytes()[:-5])
+    assert sd3pipe("cache", "verify", out, "--repair")[0] == 3
+    counts = fill(out, wanted_texts(captions(30), subsets={"photos": {"num_repeats": 2}}))
+    assert counts.encoded == 0 and folder_bytes(out) == before
+
+
+def test_verify_names_a_missing_segment_and_a_stray_file(out, sd3pipe):
+    victim = sorted((out / "segments").iterdir())[0]
+    victim.unlink()
+    (out / "segments" / "notes.txt").write_text("mine")
+    code, printed, _ = sd3pipe("cache", "verify", out)
+    assert code == 3 and f"{victim} is missing" in printed and "notes.txt is no part of the cache" in printed
+
+
+def test_verify_finds_a_row_whose_key_is_a_lie(out, sd3pipe):
+    path = next(path for path in sorted((out / "segments").iterdir()))
+    data = path.read_bytes()
+    assert b'\\"scale\\":1.0' in data
+    path.write_bytes(data.replace(b'\\"scale\\":1.0', b'\\"scale\\":2.0'))
+    code, printed, _ = sd3pipe("cache", "verify", out)
+    assert code == 3 and "its header was changed" in printed
+
+
+def test_why_names_a_hit(out, sd3pipe):
+    code, printed, _ = sd3pipe("cache", "why", out, "00003.png")
+    assert code == 0 and "photos/00003.png: hit" in printed
+    assert sd3pipe("cache", "why", out, "picture number 3")[1] == printed
+
+
+def test_why_names_the_field_in_which_the_nearest_row_differs(out, sd3pipe):
+    missing_rows(out, wanted_texts(captions(30), weights="w1"))
+    _, printed, _ = sd3pipe("cache", "why", out, "00003.png", "--json")
+    (explanation,) = json.loads(printed)
+    assert explanation["state"] == "miss"
+    assert [(d["field"], d["wanted"], d["nearest"]) for d in explanation["differences"]] == [
+        ("fingerprints.clip_l", "w1", "w0")
+    ]
+    assert explanation["nearest"] == wanted_texts(captions(30)).keys[3]
+
+
+def test_why_compares_a_changed_caption_with_its_own_old_row(out, sd3pipe):
+    missing_rows(out, wanted_texts({**captions(30), "00003.png": "another text"}))
+    _, printed, _ = sd3pipe("cache", "why", out, "another text", "--json")
+    (explanation,) = json.loads(printed)
+    assert [d["field"] for d in explanation["differences"]] == ["source"]
+    assert explanation["nearest"] == wanted_texts(captions(30)).keys[3]
+
+
+def test_why_tells_unused_and_unreadable_rows(out, sd3pipe):
+    changed = wanted_texts({**captions(30), "00003.png": "another text"}, subsets={"photos": {}})
+    fill(out, changed, unreadable={"another text": "cannot be said"})
+    assert "00003.png: unreadable: cannot be said" in sd3pipe("cache", "why", out, "00003.png")[1]
+    missing_rows(out, wanted_texts(captions(30)))
+    assert "unused row" in sd3pipe("cache", "why", out, "00003.png")[1]
+
+
+def test_why_of_an_unknown_picture_is_an_input_error(out, sd3pipe):
+    code, _, message = sd3pipe("cache", "why", out, "nobody.png")
+    assert code == 3 and "nobody.png" in message and "--dry-run" in message
+
+
+def test_gc_empties_all_or_the_old_or_the_oldest(out, sd3pipe):
+    fill(out, wanted_texts(captions(10)))
+    attic = CacheFolder(out).attic
+    (today,) = attic.iterdir()
+    old = attic / "2020-01-01"
+    old.mkdir()
+    moved = sorted(today.iterdir())[:2]
+    for path in moved:
+        path.rename(old / path.name)
+    total = len(CacheFolder(out).attic_segments())
+    assert "would delete" in sd3pipe("cache", "gc", out, "--dry-run")[1]
+    assert len(CacheFolder(out).attic_segments()) == total
+    assert "deleted 2 unused files" in sd3pipe("cache", "gc", out, "--older-than", "30")[1]
+    keep = sum(path.stat().st_size for path in CacheFolder(out).attic_segments()) - 1
+    assert "deleted 1 unused file" in sd3pipe("cache", "gc", out, "--keep-gb", keep / 1e9)[1]
+    before = folder_bytes(out)
+    assert sd3pipe("cache", "gc", out)[0] == 0
+    assert CacheFolder(out).attic_segments() == [] and folder_bytes(out) == before
+
+
+def test_merge_unites_two_machines(tmp_path, sd3pipe):
+    subsets = {"photos": {"num_repeats": 1}}
+    for machine, start in (("a", 0), ("b", 20)):
+        fill(tmp_path / machine / "text", wanted_texts(captions(25, start), subsets=subsets))
+    code, printed, _ = sd3pipe("cache", "merge", "a/text", "b/text", "--out", "all/text")
+    assert code == 0 and "45 rows of 2 caches" in printed
+    fill(tmp_path / "fresh" / "text", wanted_texts(captions(45), subsets=subsets))
+    assert folder_bytes(tmp_path / "all" / "text") == folder_bytes(tmp_path / "fresh" / "text")
+
+
+def test_merge_refuses_other_weights_and_contradictions(tmp_path, sd3pipe):
+    fill(tmp_path / "a" / "text", wanted_texts(captions(3)))
+    fill(tmp_path / "b" / "text", wanted_texts(captions(3, 5), weights="w1"))
+    fill(tmp_path / "c" / "text", wanted_texts({"00001.png": "something else"}))
+    code, _, message = sd3pipe("cache", "merge", "a/text", "b/text", "--out", "all/text")
+    assert code == 3 and "fingerprints.clip_l (w0 and w1)" in message
+    code, _, message = sd3pipe("cache", "merge", "a/text", "c/text", "--out", "all/text")
+    assert code == 3 and "different rows for 00001.png" in message
+    code, _, message = sd3pipe("cache", "merge", "a/text", "--out", "b/text")
+    assert code == 3 and "is a cache already" in message
+
+
+def test_merge_names_damage_instead_of_encoding(tmp_path, sd3pipe):
+    fill(tmp_path / "a" / "text", wanted_texts(captions(5)))
+    for path in (tmp_path / "a" / "text" / "segments").iterdir():
+        flip_last_bit(path)
+    code, _, message = sd3pipe("cache", "merge", "a/text", "--out", "all/text")
+    assert code == 3 and "verify --repair" in message
+
+
+def test_export_writes_arrays_that_zarr_reads(out, sd3pipe):
+    code, printed, _ = sd3pipe("cache", "export", out, "--out", "text.zarr")
+    assert code == 0 and "30 rows" in printed
+    group = zarr.open_group("text.zarr", mode="r")
+    names = list(group["samples/name"][:])
+    for name, layout, position in zip(names, group["samples/layout"][:], group["samples/position"][:], strict=True):
+        source = wanted_texts(captions(30)).rows[int(name[:5])].source
+        for tensor, expected in fake_row(source).items():
+            assert np.array_equal(group[f"rows/{layout}/{tensor}"][position], expected.numpy(), equal_nan=True)
+    assert sd3pipe("cache", "export", out, "--out", "text.zarr")[0] == 3
+
+
+def test_a_copied_cache_reads_like_the_original(out, tmp_path):
+    shutil.copytree(out, tmp_path / "elsewhere" / "text")
+    here, there = CacheReader(out), CacheReader(tmp_path / "elsewhere" / "text", verify_reads="always")
+    shutil.rmtree(out.parent)
+    assert (here.keys == there.keys).all() and there.manifest == here.manifest
+    assert all(there.row(number) for number in range(len(there)))
+    text = b"".join(folder_bytes(tmp_path / "elsewhere" / "text").values())
+    assert str(tmp_path).encode() not in text and os.uname().nodename.encode() not in text
+    assert time.strftime("%Y-%m-%d").encode() not in text
