@@ -1,0 +1,185 @@
+"""`sd3pipe export` to adapter files: where the adapter is found, what is written, what the file says of itself."""
+
+import base64
+import json
+
+import pytest
+import torch
+from command_line import report_of
+from random_adapters import random_adapter
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_whole_checkpoints import single_file
+from tiny_mmdit import tiny_architecture
+
+from sd3pipe.adapters.deltas import with_norm_of
+from sd3pipe.adapters.files import compare, read_adapter, save_adapter
+from sd3pipe.adapters.metadata import modelspec, provenance, training_metadata
+from sd3pipe.adapters.network import attach_deltas
+from sd3pipe.adapters.targets import AdapterSpec
+from sd3pipe.commands.export import main
+from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.models.checkpoint import load_mmdit
+from sd3pipe.params.export import ExportParams
+
+ARCHITECTURE = tiny_architecture("sd35-medium")
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
+
+def metadata_of(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def trained_metadata(step=20):
+    made_from = provenance(
+        version="0.1.0", step=step, seed=42, fingerprints={"mmdit": "ab" * 32}, versions={"torch": "2.13.0"},
+        parameters={"train": {"network_dim": 4, "learning_rate": 1e-4}},
+    )  # fmt: skip
+    return training_metadata(
+        variant="sd35-medium", spec=AdapterSpec(rank=4, alpha=2.0, part_ranks={"x_mlp": 8}), options={"seed": 42},
+        step=step, epoch=2, output_name="cat", resolution=(1024, 768), provenance=made_from,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with three checkpoints; the finished adapter is that of the last."""
+    for step in (10, 20, 100):
+        path = tmp_path / "cat" / "checkpoints" / f"step-{step:08d}" / "adapter.safetensors"
+        save_adapter(path, random_adapter(ARCHITECTURE, seed=step), metadata=trained_metadata(step))
+    save_adapter(tmp_path / "cat" / "final" / "adapter.safetensors", random_adapter(ARCHITECTURE, seed=100))
+    return tmp_path / "cat"
+
+
+def export(adapter, out, **options):
+    main(ExportParams(adapter=adapter, out=out, threads=1, device="cpu", **options))
+    return report_of(out)
+
+
+@pytest.mark.parametrize("form", ["comfyui", "comfyui-generic", "diffusers"])
+def test_run_means_its_finished_adapter(run, tmp_path, form):
+    report = export(run, tmp_path / "out.safetensors", format=form, dtype="fp32")
+    error, _ = compare(random_adapter(ARCHITECTURE, seed=100), read_adapter(tmp_path / "out.safetensors").adapter)
+    assert error == report["largest_difference"] < 1e-6
+    assert report["stage"] == "export" and report["form"] == form and report["dtypes"] == ["F32"]
+    assert report["inputs"]["adapter"] == str(run)
+
+
+def test_unfinished_run_means_its_newest_checkpoint_with_a_warning(run, tmp_path, caplog):
+    (run / "final" / "adapter.safetensors").unlink()
+    export(run, tmp_path / "out.safetensors", dtype="same")
+    assert compare(random_adapter(ARCHITECTURE, seed=100), read_adapter(tmp_path / "out.safetensors").adapter)[0] == 0
+    assert "step-00000100" in caplog.text
+
+
+def test_checkpoints_and_files_are_taken_as_they_are(run, tmp_path):
+    checkpoint = run / "checkpoints" / "step-00000010"
+    for number, adapter in enumerate((checkpoint, checkpoint / "adapter.safetensors")):
+        export(adapter, tmp_path / f"{number}.safetensors", dtype="same")
+        read = read_adapter(tmp_path / f"{number}.safetensors").adapter
+        assert compare(random_adapter(ARCHITECTURE, seed=10), read)[0] == 0
+
+
+def test_all_checkpoints_are_written_under_names_that_sort(run, tmp_path):
+    report = export(run, tmp_path / "all", checkpoints="all")
+    names = sorted(path.name for path in (tmp_path / "all").iterdir())
+    assert names == [f"cat-step{step:08d}.safetensors" for step in (10, 20, 100)] + ["cat.safetensors"]
+    assert report["files"].keys() == set(names)
+
+
+def test_half_precision_is_the_default(run, tmp_path):
+    report = export(run, tmp_path / "out.safetensors")
+    assert report["dtypes"] == ["F16"] and 0 < report["largest_difference"] < 1e-3
+
+
+def test_metadata_is_kept_and_the_users_words_are_added(run, tmp_path):
+    (tmp_path / "cat.png").write_bytes(PNG)
+    adapter = run / "checkpoints" / "step-00000020"
+    export(adapter, tmp_path / "out.safetensors", metadata_author="Ada", thumbnail=tmp_path / "cat.png")
+    found = metadata_of(tmp_path / "out.safetensors")
+    assert found["modelspec.author"] == "Ada"
+    assert found["modelspec.thumbnail"] == "data:image/png;base64," + base64.b64encode(PNG).decode()
+    assert found["modelspec.title"] == found["ss_output_name"] == "cat"
+    assert found["modelspec.architecture"] == "stable-diffusion-3-5-medium/lora"
+    assert (found["modelspec.sai_model_spec"], found["modelspec.prediction_type"]) == ("1.0.1", "flow")
+    assert (found["modelspec.resolution"], found["ss_resolution"]) == ("1024x768", "(1024, 768)")
+    assert (found["ss_network_module"], found["ss_network_dim"], found["ss_network_alpha"]) == (
+        "networks.lora_sd3",
+        "4",
+        "2.0",
+    )
+    assert json.loads(found["ss_network_args"]) == {"x_mlp_dim": "8"}
+    assert found["ss_base_model_version"] == "5-medium" and found["ss_steps"] == "20"
+    assert json.loads(found["sd3pipe"])["fingerprints"] == {"mmdit": "ab" * 32}
+    assert not any("date" in key for key in found)
+
+
+def test_without_metadata_the_file_says_nothing(run, tmp_path):
+    export(run / "checkpoints" / "step-00000020", tmp_path / "out.safetensors", no_metadata=True)
+    assert metadata_of(tmp_path / "out.safetensors") == {"format": "pt"}
+
+
+def test_date_comes_from_the_environment_alone(monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    assert modelspec("sd35-large", None)["modelspec.date"] == "2023-11-14T22:13:20Z"
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    assert "modelspec.date" not in modelspec("sd35-large", None)
+
+
+def comfyui_weight(weight, tensors, name):
+    """ComfyUI's own sum for a DoRA with magnitudes per output row."""
+    up, down = tensors[f"{name}.lora_up.weight"].float(), tensors[f"{name}.lora_down.weight"].float()
+    changed = weight + up @ down * (tensors[f"{name}.alpha"].item() / down.shape[0])
+    return changed * (tensors[f"{name}.dora_scale"].float() / weight.norm(dim=1, keepdim=True))
+
+
+def test_dora_for_comfyui_gives_its_sum_the_trained_weight(tmp_path):
+    base = single_file(tmp_path / "base.safetensors", "sd35-medium")
+    dora = random_adapter(ARCHITECTURE, "dora", every=3)
+    save_adapter(tmp_path / "dora.safetensors", dora)
+    with pytest.raises(ParameterError, match="pass --model"):
+        export(tmp_path / "dora.safetensors", tmp_path / "out.safetensors")
+    export(tmp_path / "dora.safetensors", tmp_path / "out.safetensors", model=str(base), dtype="fp32", no_metadata=True)
+    tensors, model = load_file(tmp_path / "out.safetensors"), load_mmdit(base)
+    weights = {path: linear.dense_weight().clone() for path, linear in model.linears()}
+    attach_deltas(model, dora)
+    linears = dict(model.linears())
+    for path in dora:
+        if path == "x_embedder.proj":
+            continue
+        by_comfyui = comfyui_weight(weights[path], tensors, "lora_unet_" + path.replace(".", "_"))
+        x = torch.randn(1, 4, weights[path].shape[1])
+        ours = linears[path](x) - linears[path].bias
+        torch.testing.assert_close(ours, x @ by_comfyui.T, rtol=1e-4, atol=1e-4)
+    again = read_adapter(tmp_path / "out.safetensors").adapter
+    assert all(delta.base_norm for delta in again.values())
+    back = {path: with_norm_of(delta, weights[path], base_norm=False) for path, delta in again.items()}
+    assert compare(dora, back)[0] < 1e-5
+    export(
+        tmp_path / "out.safetensors",
+        tmp_path / "diffusers.safetensors",
+        model=str(base),
+        format="diffusers",
+        dtype="fp32",
+    )
+    assert compare(dora, read_adapter(tmp_path / "diffusers.safetensors").adapter)[0] < 1e-5
+
+
+@pytest.mark.parametrize(("what", "message"), [("empty", "holds no adapter"), ("nothing", "no such run")])
+def test_folders_without_adapters_are_refused(tmp_path, what, message):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=message):
+        export(tmp_path / what, tmp_path / "out.safetensors")
+    assert report_of(tmp_path / "out.safetensors")["exit_code"] == 3
+
+
+def test_large_or_foreign_thumbnails_are_refused(run, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"GIF89a")
+    with pytest.raises(InputError, match="PNG, JPEG or WebP"):
+        export(run, tmp_path / "out.safetensors", thumbnail=tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(PNG + bytes(2 << 20))
+    with pytest.raises(InputError, match="1 MiB"):
+        export(run, tmp_path / "out.safetensors", thumbnail=tmp_path / "a.png")
