@@ -78,7 +78,7 @@ def _subject(
 
 
 def _best_shape(mask: NDArray[np.bool_]) -> tuple[str, float, float]:
-    """Returns the shape that overlaps the mask best at the mask's area and centre, its radius in pixels, its overlap."""
+    """Returns the shape that overlaps the mask best at the mask's area and centre, its radius (px), its overlap."""
     fits = ((name, *_fit(name, mask)) for name in _SHAPES)
     return max(fits, key=lambda fit: fit[2])
 

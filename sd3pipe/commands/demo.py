@@ -1,0 +1,108 @@
+"""`sd3pipe demo`: the whole pipeline on the embedded demo, from drawings to a LoRA that visibly changes pictures."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sd3pipe.console import StageReport
+from sd3pipe.demo.base_files import MODEL
+from sd3pipe.demo.project import PROMPTED, write_files
+from sd3pipe.errors import ExitCode, InputError, ParameterError, Sd3pipeError
+from sd3pipe.files import make_folder, write_bytes
+from sd3pipe.params.demo import DemoParams
+
+PICTURE = "before-and-after.png"
+_SAMPLES = "samples"
+
+
+class DemoFailed(Sd3pipeError):
+    """A command of the demo ended with an exit code of its own, which becomes the demo's."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = code
+
+
+def main(params: DemoParams) -> None:
+    """Writes the project, runs its stages, draws before and after, and says what was learnt."""
+    folder = params.folder
+    with StageReport("demo", path=folder / "demo.report.json", inputs={"folder": str(folder)}) as report:
+        if not MODEL.is_file():
+            raise InputError(f"{MODEL}: the demo base is missing: `python scripts/make_demo_base.py` makes it")
+        _write(folder, params.steps)
+        _run(folder, "run")
+        seeds = range(1, params.seeds + 1)
+        _run(
+            folder, "sample", "--model", str(MODEL), "--prompts", "caches/prompts", "--adapter", _run_folder(folder),
+            "--out", _SAMPLES, "--seeds", ",".join(map(str, seeds)),
+        )  # fmt: skip
+        figures = _before_and_after(folder, seeds)
+        report.update(**figures)
+        report.summary = (
+            f"the new shape is drawn in {figures['new_after']} of {figures['new_pictures']} pictures "
+            f"({figures['new_before']} before), old prompts in {figures['old_after']} of {figures['old_pictures']} "
+            f"({figures['old_before']} before): see {folder / PICTURE}"
+        )
+
+
+def _write(folder: Path, steps: int) -> None:
+    """Writes the project's files. Raises ParameterError where other files stand in their places."""
+    files = write_files(folder, steps=steps)
+    other = [path for path, content in files.items() if path.exists() and path.read_bytes() != content]
+    if other:
+        raise ParameterError(f"{other[0]} is not the demo's and is not overwritten: name another folder")
+    for path, content in files.items():
+        make_folder(path.parent)
+        if not path.exists():
+            write_bytes(path, content)
+
+
+def _run(folder: Path, *arguments: str) -> None:
+    """Runs one command in the project's folder, in a process of its own."""
+    code = subprocess.run([sys.executable, "-m", "sd3pipe", *arguments], cwd=folder, check=False).returncode
+    if code != ExitCode.DONE:
+        raise DemoFailed(f"`sd3pipe {arguments[0]}` in {folder} ended with exit code {code}", code if code > 0 else 75)
+
+
+def _run_folder(folder: Path) -> str:
+    from sd3pipe.config import read_project
+
+    return read_project(folder).paths["run"]
+
+
+def _before_and_after(folder: Path, seeds: Sequence[int]) -> dict[str, int]:
+    """Lays the pictures out side by side, and counts by the measure how many show what their prompt says."""
+    from sd3pipe.demo.measure import read_picture
+    from sd3pipe.training.picture_grid import Grid, read_picture_file, save_grid
+    from sd3pipe.training.sample_sheet import read_sheet
+
+    sheet = read_sheet(folder / _SAMPLES)
+    figures = {f"{kind}_{when}": 0 for kind in ("new", "old") for when in ("before", "after", "pictures")}
+    lines = []
+    for subject, prompt in zip(PROMPTED, sheet.prompts, strict=True):
+        kind = "new" if subject.shape == PROMPTED[0].shape else "old"
+        columns = [[_picture(folder, row[column]) for row in prompt.cells] for column in range(2)]
+        for when, files in zip(("before", "after"), columns, strict=True):
+            readings = [read_picture(read_picture_file(file)) for file in files]
+            figures[f"{kind}_{when}"] += sum(reading.shape == subject.shape for reading in readings)
+        figures[f"{kind}_pictures"] += len(seeds)
+        lines.append([read_picture_file(file) for files in columns for file in files])
+    grid = Grid(
+        title="The same prompts and seeds, before training (left) and after (right)",
+        columns=[f"{when}, seed {seed}" for when in ("before", "after") for seed in seeds],
+        rows=[prompt.title for prompt in sheet.prompts],
+        pictures=lines,
+    )
+    save_grid(folder / PICTURE, grid)
+    return figures
+
+
+def _picture(folder: Path, name: str) -> Path:
+    """Returns the file of a cell; its name ends with the VAE that decoded it."""
+    found = sorted((folder / _SAMPLES / "pictures").glob(f"{name}-vae*.png"))
+    if not found:
+        report = folder / f"{_SAMPLES}.report.json"
+        raise InputError(f"{name}: was not drawn: {json.loads(report.read_text(encoding='utf-8'))}")
+    return found[-1]

@@ -1,0 +1,66 @@
+"""Drawings and captions: made by seed alone, inside the picture, said in words."""
+
+import numpy as np
+import pytest
+
+from sd3pipe.demo.drawings import NEW_WORD, OUTLINES, WORDINGS, Subject, all_subjects, draw, draw_blob
+from sd3pipe.demo.project import LEARNT, PROMPTED, picture_files, project_texts
+
+RED_RING = Subject(shape="ring", colour="red", size="small", background="grey")
+
+
+def test_a_seed_gives_the_same_drawing():
+    first, again, other = (
+        draw(RED_RING, height=64, width=96, generator=np.random.default_rng(seed)) for seed in (1, 1, 2)
+    )
+    assert first.shape == (64, 96, 3)
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+def test_captions_say_all_four_things():
+    for wording in range(len(WORDINGS)):
+        caption = RED_RING.caption(wording)
+        assert all(word in caption for word in ("ring", "red", "small", "grey"))
+
+
+def test_no_subject_has_the_colour_of_its_background_and_none_comes_twice():
+    subjects = all_subjects()
+    assert len(set(subjects)) == len(subjects) == len(OUTLINES) * 2 * 8 * 8
+    assert all(subject.colour != subject.background for subject in subjects)
+
+
+@pytest.mark.parametrize("shape", [*OUTLINES, NEW_WORD])
+def test_large_shapes_stay_inside_the_picture(shape):
+    generator = np.random.default_rng(3)
+    subject = Subject(shape=shape, colour="black", size="large", background="white")
+    for _ in range(20):
+        picture = draw(subject, height=64, width=64, generator=generator)
+        edge = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+        assert (edge.min(axis=1) < 128).mean() < 0.02  # a diamond is a little taller than wide: its tip may touch
+
+
+def test_blobs_show_two_colours():
+    generator = np.random.default_rng(4)
+    for _ in range(20):
+        assert draw_blob(height=64, width=64, generator=generator).std(axis=(0, 1)).max() > 5
+
+
+def test_the_demo_asks_for_what_it_does_not_show():
+    assert not set(LEARNT) & set(PROMPTED)
+    assert len(LEARNT) == 12
+    assert {subject.shape for subject in LEARNT} == {NEW_WORD}
+
+
+def test_demo_pictures_have_captions_and_several_sizes():
+    files = picture_files()
+    sizes = {name: content for name, content in files.items() if name.endswith(".png")}
+    assert len(sizes) == len(LEARNT)
+    assert all(NEW_WORD in files[name.replace(".png", ".txt")].decode() for name in sizes)
+    assert picture_files() == files
+
+
+def test_demo_prompts_are_lines_of_a_prompt_file():
+    lines = project_texts(steps=10)["sample_prompts.txt"].splitlines()
+    assert len(lines) == len(PROMPTED)
+    assert all("--w 64 --h 64" in line for line in lines)
