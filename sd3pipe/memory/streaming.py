@@ -43,10 +43,10 @@ class BlockStreamer:
             print(streamer.copied_bytes)
 
     The model must be frozen and lie in host memory; adapters may be attached before or after. Everything but the
-    streamed blocks moves to `device` here. Streamed blocks are always recomputed in the backward pass; resident ones
-    as `mmdit.gradient_checkpointing` says. Each streamed block's weights lie in one flat host buffer, page-locked for
-    CUDA, and take turns in a ring of device slots for each block shape. Without CUDA the same code copies in plain
-    memory. `close` gives every parameter back to the host.
+    streamed blocks and the position table moves to `device` here. Streamed blocks are always recomputed in the backward
+    pass; resident ones as `mmdit.gradient_checkpointing` says. Each streamed block's weights lie in one flat host
+    buffer, page-locked for CUDA, and take turns in a ring of device slots for each block shape. Without CUDA the same
+    code copies in plain memory. `close` gives every parameter back to the host.
 
     modulation  stream    adaLN weights travel with the forward pass only; their output is kept for the backward pass
                 resident  adaLN weights of all blocks stay on the device
@@ -293,7 +293,10 @@ def streamed_numbers(blocks_to_swap: int, depth: int) -> tuple[int, ...]:
 def move_resident(
     mmdit: nn.Module, streamed: Collection[int], device: torch.device, *, modulation: ModulationMode
 ) -> None:
-    """Moves every parameter and buffer to the device, but those of streamed blocks; resident modulation moves, too."""
+    """Moves parameters to the device, but those of streamed blocks; resident modulation moves, too.
+
+    Buffers (the position table, of which a step needs a window) stay on the host.
+    """
     prefixes = tuple(f"joint_blocks.{index}." for index in streamed)
     for name, parameter in mmdit.named_parameters():
         streams = name.startswith(prefixes) if prefixes else False
@@ -301,6 +304,3 @@ def move_resident(
             parameter.data = parameter.data.to(device)
         elif modulation == "ahead" and is_modulation(name):
             parameter.data = parameter.data.to("cpu")
-    for module in mmdit.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set)

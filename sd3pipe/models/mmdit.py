@@ -97,13 +97,10 @@ class MMDiT(nn.Module):
                 f"the sides of pictures must be divisible by {8 * patch} pixels"
             )
         rows, columns = height // patch, width // patch
-        if self.scaled_positions is None:
-            table_LD = self.pos_embed[0]
-        else:
-            table_LD = self.scaled_positions.table(rows, columns).to(self.pos_embed)
-        positions_LD = crop_positions(table_LD, rows, columns, crop_offset)
+        table_LD = self.pos_embed[0] if self.scaled_positions is None else self.scaled_positions.table(rows, columns)
         x_BLD = self.x_embedder(latents_BChw)
-        return x_BLD + positions_LD.to(x_BLD.dtype)
+        positions_LD = crop_positions(table_LD, rows, columns, crop_offset)
+        return x_BLD + positions_LD.to(x_BLD)  # the table may stay on the host: 450 MB in SD3.5-medium
 
     def embed_context(self, context_BLD: Tensor) -> Tensor:
         """Returns the text tokens at the model's width."""

@@ -1,0 +1,120 @@
+"""What a model weighs and computes, told from the shapes in its header. Free of torch.
+
+Formulas: a joint block takes 24 D^2 operations per token, and 4 D per pair of tokens for attention; its adaLN weights
+are a third of its bytes and take no time. Dual attention adds 8 D^2 per image token and attention over the image.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+BaseFormat = Literal["dense", "fp8", "int8", "nf4"]
+
+_PATCH_PX = 16  # 8 pixels a latent, 2 latents a patch
+_PACKED_PARTS = (".attn.", ".attn2.", ".mlp.")
+# A frozen weight needs the input's gradient only; flash attention's backward is 2.5 times its forward.
+_ATTENTION_BACKWARD = 2.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockSize:
+    """Weights of one joint block: what may be packed, adaLN, and the small rest."""
+
+    packable: int
+    packable_rows: int
+    modulation: int
+    small: int
+    dual: bool
+
+    def body_bytes(self, dtype_bytes: int, base_format: BaseFormat) -> int:
+        return self.small * dtype_bytes + packed_bytes(self.packable, self.packable_rows, dtype_bytes, base_format)
+
+    def modulation_bytes(self, dtype_bytes: int) -> int:
+        return self.modulation * dtype_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSize:
+    """All that the cost model asks of an MMDiT."""
+
+    width: int
+    qk_norm: bool
+    blocks: tuple[BlockSize, ...]
+    outside: int  # weights outside of the blocks, without the position table
+    position_table: int
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def weights(self) -> int:
+        blocks = sum(block.packable + block.modulation + block.small for block in self.blocks)
+        return blocks + self.outside + self.position_table
+
+    def forward_flop(self, batch: int, image_tokens: int, text_tokens: int) -> float:
+        """Returns the floating point operations of one forward pass."""
+        return sum(sum(self._block_flop(block, batch, image_tokens, text_tokens)) for block in self.blocks)
+
+    def backward_flop(self, batch: int, image_tokens: int, text_tokens: int, *, recompute: bool) -> float:
+        """Returns those of the backward pass over frozen weights, the recomputation included where there is one."""
+        total = 0.0
+        for block in self.blocks:
+            products, attention = self._block_flop(block, batch, image_tokens, text_tokens)
+            total += products + _ATTENTION_BACKWARD * attention + (products + attention if recompute else 0.0)
+        return total
+
+    def _block_flop(self, block: BlockSize, batch: int, image: int, text: int) -> tuple[float, float]:
+        d, tokens = self.width, image + text
+        products, attention = 24.0 * d * d * tokens * batch, 4.0 * tokens * tokens * d * batch
+        if block.dual:
+            products += 8.0 * d * d * image * batch
+            attention += 4.0 * image * image * d * batch
+        return products, attention
+
+
+def model_size(shapes: Mapping[str, tuple[int, ...]]) -> ModelSize:
+    """Returns the sizes of an MMDiT from its native keys and shapes."""
+    numbers = sorted({int(key.split(".")[1]) for key in shapes if key.startswith("joint_blocks.")})
+    outside = sum(_count(s) for key, s in shapes.items() if not key.startswith(("joint_blocks.", "pos_embed")))
+    return ModelSize(
+        width=shapes["x_embedder.proj.weight"][0],
+        qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in shapes,
+        blocks=tuple(_block_size(shapes, number) for number in numbers),
+        outside=outside,
+        position_table=_count(shapes["pos_embed"]),
+    )
+
+
+def image_tokens(width_px: int, height_px: int) -> int:
+    """Returns how many tokens a picture has."""
+    return (width_px // _PATCH_PX) * (height_px // _PATCH_PX)
+
+
+def packed_bytes(weights: int, rows: int, dtype_bytes: int, base_format: BaseFormat) -> int:
+    """Returns the bytes of matrices of `weights` entries in `rows` rows, their scales included."""
+    if base_format == "dense":
+        return weights * dtype_bytes
+    if base_format == "nf4":
+        return weights // 2 + weights // 64 * 4
+    return weights + rows * 4
+
+
+def _block_size(shapes: Mapping[str, tuple[int, ...]], number: int) -> BlockSize:
+    prefix = f"joint_blocks.{number}."
+    block = {key: shape for key, shape in shapes.items() if key.startswith(prefix)}
+    modulation = sum(_count(shape) for key, shape in block.items() if "adaLN_modulation" in key)
+    matrices = [s for key, s in block.items() if len(s) == 2 and any(part in key for part in _PACKED_PARTS)]
+    packable = sum(_count(shape) for shape in matrices)
+    return BlockSize(
+        packable=packable,
+        packable_rows=sum(shape[0] for shape in matrices),
+        modulation=modulation,
+        small=sum(_count(shape) for shape in block.values()) - packable - modulation,
+        dual=f"{prefix}x_block.attn2.qkv.weight" in block,
+    )
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return math.prod(shape)

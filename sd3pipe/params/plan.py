@@ -1,0 +1,95 @@
+"""Options of `sd3pipe plan`."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
+
+from sd3pipe.params.fields import OptionPath, Params, option
+from sd3pipe.params.memory import BlocksToSwap
+
+_PATHS, _MACHINE, _STEP, _MEMORY = "Paths", "Machine", "One step", "Memory and speed"
+_UNITS = {"": 10**9, "G": 10**9, "GB": 10**9, "GIB": 2**30, "M": 10**6, "MB": 10**6, "MIB": 2**20}
+
+
+def _size(value: str) -> str:
+    if not re.fullmatch(r"\s*\d+(\.\d+)?\s*([GM](I?B)?)?\s*", value, flags=re.IGNORECASE):
+        raise ValueError("write a size such as 12GB or 24GiB")
+    return value
+
+
+Size = Annotated[str, AfterValidator(_size)]
+
+
+class PlanParams(Params):
+    # fmt: off
+    model: str | None = option(
+        None, "Base model: a .safetensors file, a diffusers folder or a hub id. Only its header is read.",
+        role="path", panel=_PATHS, paths_key="model", aliases=("pretrained_model_name_or_path",),
+    )
+    mmdit: OptionPath | None = option(
+        None, "MMDiT file; beats the one in the model.", role="path", panel=_PATHS, advanced=True
+    )
+    dataset: OptionPath | None = option(
+        None, "Dataset file: adds the disk space of its caches.", role="path", panel=_PATHS, paths_key="dataset",
+        aliases=("dataset_config",),
+    )
+    vram: Size | None = option(
+        None, "Memory of the card, such as 12GB or 24GiB: shows which settings fit.", panel=_MACHINE
+    )
+    ram: Size | None = option(None, "Memory of the host, such as 32GB.", panel=_MACHINE)
+    tflops: float | None = option(
+        None, "Matrix products that the card achieves, in TFLOP/s: predicts seconds; train reports it.",
+        panel=_MACHINE, gt=0,
+    )
+    copy_gb_per_second: float = option(
+        20.0, "Copies from host to card in GB/s; PCIe 4.0 x16 reaches about 25; train reports it.",
+        panel=_MACHINE, gt=0,
+    )
+    resolution: str = option(
+        "1024,1024", "Width and height of a picture in pixels, or one number for both.",
+        panel=_STEP, pattern=r"^\d+([,x]\d+)?$",
+    )
+    train_batch_size: int = option(1, "Pictures per forward pass.", panel=_STEP, ge=1)
+    gradient_accumulation_steps: int = option(1, "Forward passes per step.", panel=_STEP, ge=1)
+    t5xxl_max_token_length: int = option(256, "Text tokens of T5; CLIP adds 77.", panel=_STEP, ge=1)
+    network_dim: int = option(16, "Rank of the adapter.", panel=_STEP, ge=1)
+    optimizer_type: str = option("AdamW", "AdamW, or a name with 8bit in it for moments of one byte.", panel=_STEP)
+    mixed_precision: Literal["no", "fp16", "bf16"] = option("bf16", "Number format of the base.", panel=_MEMORY)
+    gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass.", panel=_MEMORY)
+    blocks_to_swap: BlocksToSwap = option(
+        "auto", "Joint blocks that are streamed; auto: as few as fit into --vram.", panel=_MEMORY
+    )
+    modulation: Literal["stream", "resident", "ahead"] | None = option(
+        None, "Where the adaLN weights of streamed blocks are.", panel=_MEMORY, advanced=True
+    )
+    base_format: Literal["dense", "fp8", "int8", "nf4"] = option(
+        "dense", "How the frozen attention and MLP weights are stored.", panel=_MEMORY
+    )
+    cpu_offload_checkpointing: bool = option(
+        False, "Keep the inputs of recomputed blocks on the host.", panel=_MEMORY
+    )
+    layer_major: bool = option(False, "Accumulate block by block.", panel=_MEMORY)
+    json_output: bool = option(False, "Print one JSON object instead of text.", aliases=("json",))
+    # fmt: on
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """Width and height of a picture."""
+        numbers = [int(number) for number in re.split("[,x]", self.resolution)]
+        return numbers[0], numbers[-1]
+
+    @property
+    def vram_bytes(self) -> int | None:
+        """Memory of the card; a bare number counts gigabytes."""
+        return None if self.vram is None else _bytes(self.vram)
+
+    @property
+    def ram_bytes(self) -> int | None:
+        """Memory of the host; a bare number counts gigabytes."""
+        return None if self.ram is None else _bytes(self.ram)
+
+
+def _bytes(text: str) -> int:
+    number = re.sub("[A-Za-z ]", "", text)
+    return int(float(number) * _UNITS[text.replace(number, "").strip().upper()])

@@ -1,0 +1,60 @@
+"""`sd3pipe plan` reads headers alone, at the real size, and answers as text or JSON."""
+
+import json
+import struct
+
+import pytest
+
+from sd3pipe import cli
+from sd3pipe.models.architecture import MMDiTArchitecture
+
+
+@pytest.fixture(scope="module")
+def large_file(tmp_path_factory):
+    """A sparse file of the real size: a genuine header, and a hole of 16 GB."""
+    header, end = {}, 0
+    shapes = MMDiTArchitecture(depth=38, pos_embed_max=192, qk_norm=True).shapes()
+    for key, shape in shapes.items():
+        size = 2
+        for axis in shape:
+            size *= axis
+        header[f"model.diffusion_model.{key}"] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    file = tmp_path_factory.mktemp("model") / "sd3.5_large.safetensors"
+    with open(file, "wb") as handle:
+        handle.write(struct.pack("<Q", len(text)) + text)
+        handle.truncate(8 + len(text) + end)
+    return file
+
+
+def test_text_names_what_fits(large_file, capsys):
+    assert cli.run(["plan", "--model", str(large_file), "--vram", "12GB", "--ram", "32GB", "--tflops", "60"]) == 0
+    text = capsys.readouterr().out
+    assert "sd35-large: 8.15 billion weights in 38 blocks; 1024 x 1024 pixels" in text
+    assert "--blocks-to-swap 38 --base-format nf4" in text
+    assert "fits 12 GB and 32 GB of host memory: --blocks-to-swap" in text
+
+
+def test_json_holds_every_part(large_file, capsys):
+    arguments = ["plan", "--model", str(large_file), "--blocks-to-swap", "38", "--vram", "8", "--json"]
+    assert cli.run(arguments) == 0
+    answer = json.loads(capsys.readouterr().out)
+    (row,) = answer["settings"]
+    assert answer["blocks"] == 38
+    assert row["blocks_to_swap"] == 38
+    assert row["device_bytes"] == sum(row["device_parts"].values()) < 6e9
+    assert row["seconds_per_step"] is None  # no --tflops
+    assert answer["fits"] == row
+
+
+def test_a_card_that_is_too_small_is_said_so(large_file, capsys):
+    assert cli.run(["plan", "--model", str(large_file), "--vram", "1GB"]) == 0
+    assert "nothing fits 1 GB" in capsys.readouterr().out
+
+
+def test_more_blocks_than_there_are_exits_2(large_file, capsys):
+    assert cli.run(["plan", "--model", str(large_file), "--blocks-to-swap", "39"]) == 2
+    assert "the model has 38 blocks" in capsys.readouterr().err
+    assert cli.run(["plan", "--model", str(large_file), "--vram", "much"]) == 2
+    assert "12GB" in capsys.readouterr().err

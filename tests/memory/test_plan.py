@@ -1,0 +1,128 @@
+"""The cost model: formulas, bytes against a real model's, what fits, and what it says when nothing does."""
+
+import subprocess
+import sys
+
+import pytest
+from streaming_cases import add_adapters
+from tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
+
+from sd3pipe.memory.plan import Rates, Settings, Workload, advice, fitting_settings, option_text, predict
+from sd3pipe.memory.quantise import quantise
+from sd3pipe.memory.sizes import image_tokens, model_size
+from sd3pipe.memory.streaming import BlockStreamer
+from sd3pipe.models.architecture import MMDiTArchitecture
+
+MEDIUM = model_size(
+    MMDiTArchitecture(depth=24, pos_embed_max=384, qk_norm=True, dual_attention_blocks=tuple(range(13))).shapes()
+)
+LARGE = model_size(MMDiTArchitecture(depth=38, pos_embed_max=192, qk_norm=True).shapes())
+WORK = Workload(image_tokens=4096)
+CARD = Rates(flop_per_second=60e12, copy_bytes_per_second=25e9)  # an RTX 3090, as streaming-math assumes it
+
+
+@pytest.mark.parametrize(
+    "model, px, forward, backward",
+    [(LARGE, 1024, 31.1, 73.1), (LARGE, 512, 8.0, 17.0), (MEDIUM, 1024, 11.2, 28.8), (MEDIUM, 512, 2.4, 5.4)],
+)
+def test_operations_are_those_of_the_sums(model, px, forward, backward):
+    tokens = (1, image_tokens(px, px), 333)
+    # The sums were rounded to a digit, and leave out what the last block does not have.
+    assert model.forward_flop(*tokens) / 1e12 == pytest.approx(forward, abs=0.11)
+    assert model.backward_flop(*tokens, recompute=True) / 1e12 == pytest.approx(backward, abs=0.15)
+
+
+def test_block_bytes_are_the_published_ones():
+    assert LARGE.blocks[0].body_bytes(2, "dense") + LARGE.blocks[0].modulation_bytes(2) == 425_999_360
+    assert MEDIUM.blocks[0].body_bytes(2, "dense") + MEDIUM.blocks[0].modulation_bytes(2) == 203_013_888
+    assert (
+        LARGE.outside * 2
+        + LARGE.position_table * 2
+        + sum(b.body_bytes(2, "dense") + b.modulation_bytes(2) for b in LARGE.blocks)
+        == 16_292_561_536
+    )
+
+
+def test_streaming_is_free_where_copies_hide_behind_computing():
+    everything = predict(LARGE, WORK, Settings(blocks_to_swap=38), CARD)
+    nothing = predict(LARGE, WORK, Settings(), CARD)
+    assert nothing.copied_bytes == 0
+    assert nothing.seconds == nothing.compute_seconds == pytest.approx(1.738, abs=0.005)
+    assert 1.0 < everything.seconds / nothing.seconds < 1.07  # 7 % in the sums, whose backward fetched adaLN, too
+    quarter = Workload(image_tokens=1024)
+    bound = predict(LARGE, quarter, Settings(blocks_to_swap=38), CARD)
+    assert bound.seconds > 2 * bound.compute_seconds  # 512 px: the copies take longer than the products
+
+
+def test_layer_major_copies_once_for_all_micro_batches():
+    work = Workload(image_tokens=1024, accumulation=4)
+    ordinary = predict(LARGE, work, Settings(blocks_to_swap=38), CARD)
+    layer_major = predict(LARGE, work, Settings(blocks_to_swap=38, layer_major=True), CARD)
+    assert ordinary.copied_bytes == 4 * layer_major.copied_bytes
+    assert layer_major.seconds < ordinary.seconds
+
+
+@pytest.mark.parametrize("modulation", ["stream", "resident"])
+@pytest.mark.parametrize("base_format", ["dense", "fp8", "nf4"])
+def test_predicted_bytes_are_those_of_the_streamer(base_format, modulation):
+    model = tiny_mmdit("sd35-medium", depth=8)  # rings of 4, 3 and 1 blocks
+    size = model_size(tiny_architecture("sd35-medium", 8).shapes())
+    if base_format != "dense":
+        quantise(model, base_format)
+    add_adapters(model, ["x_block.attn.qkv"])
+    settings = Settings(blocks_to_swap=8, base_format=base_format, modulation=modulation, dtype_bytes=4)
+    predicted = predict(size, Workload(image_tokens=4), settings)
+    with BlockStreamer(model, blocks_to_swap=8, modulation=modulation, device="cpu") as streamer:
+        alignment = 1.01  # each tensor begins at a multiple of 256 bytes
+        assert predicted.device_parts["ring"] <= streamer.ring_bytes < alignment * predicted.device_parts["ring"]
+        host = predicted.host_parts["streamed blocks"]
+        assert host <= streamer.host_bytes < alignment * host
+        copied = []
+        for _ in range(3):
+            before = streamer.copied_bytes
+            model(**random_inputs(batch=1, height=4, width=4)).sum().backward()
+            copied.append(streamer.copied_bytes - before)
+    assert predicted.copied_bytes <= copied[1] < alignment * predicted.copied_bytes
+    assert copied[2] == copied[1]
+
+
+def test_auto_streams_as_few_blocks_as_it_must():
+    counts = []
+    for gigabytes in (24, 16, 12, 8, 6):
+        found = fitting_settings(LARGE, WORK, Settings(), device_bytes=gigabytes * 10**9)
+        settings, prediction = found
+        assert prediction.device_bytes <= gigabytes * 10**9
+        counts.append(settings.blocks_to_swap)
+    assert counts[0] == 0
+    assert counts == sorted(counts)
+    assert counts[-1] > counts[1] > 0
+    assert fitting_settings(LARGE, WORK, Settings(), device_bytes=10**9) is None
+
+
+def test_a_small_host_limits_what_can_be_streamed():
+    assert fitting_settings(LARGE, WORK, Settings(), device_bytes=8 * 10**9, host_bytes=32 * 10**9) is not None
+    assert fitting_settings(LARGE, WORK, Settings(), device_bytes=8 * 10**9, host_bytes=8 * 10**9) is None
+
+
+def test_advice_names_settings_that_need_clearly_less():
+    text = advice(LARGE, WORK, Settings(), device_bytes=12 * 10**9)
+    assert text.startswith("--blocks-to-swap ")
+    assert "should fit: about" in text
+    tight = advice(LARGE, WORK, Settings(blocks_to_swap=38, cpu_offload_checkpointing=True), device_bytes=3 * 10**9)
+    assert "--base-format" in tight
+    assert "at a lower resolution" in advice(LARGE, WORK, Settings(base_format="nf4"), device_bytes=10**9)
+    many = Workload(image_tokens=4096, batch=8)
+    assert "train_batch_size = 4" in advice(LARGE, many, Settings(base_format="nf4"), device_bytes=2 * 10**9)
+
+
+def test_options_are_written_as_a_user_would():
+    settings = Settings(blocks_to_swap=9, base_format="fp8", modulation="resident", cpu_offload_checkpointing=True)
+    assert (
+        option_text(settings)
+        == "--blocks-to-swap 9 --base-format fp8 --modulation resident --cpu-offload-checkpointing"
+    )
+
+
+def test_planning_imports_no_torch():
+    code = "import sys, sd3pipe.memory.plan, sd3pipe.commands.plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
