@@ -11,6 +11,7 @@ from torch import Tensor
 from sd3pipe.errors import InputError
 from sd3pipe.models.vae import VAE
 from sd3pipe.models.vae_architecture import VAEArchitecture
+from sd3pipe.models.vae_strips import encode_within, usable_memory
 
 LatentMode = Literal["moments", "mean"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -28,6 +29,7 @@ class LatentEncoder:
         self.vae, self.batch_size, self.mode, self.stored_as = vae, batch_size, mode, stored_as
         weight = next(vae.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+        self.memory_bytes = usable_memory(self.device, beside_others=False)
 
     @torch.inference_mode()
     def start(self, pictures: Sequence[np.ndarray]) -> Tensor:
@@ -40,7 +42,7 @@ class LatentEncoder:
         if self.device.type == "cuda":
             pixels_BHWC = pixels_BHWC.pin_memory().to(self.device, non_blocking=True)
         pixels_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(self.dtype).div(127.5).sub(1).contiguous()
-        mean, logvar = self.vae.encode(pixels_BCHW)
+        mean, logvar = encode_within(self.vae, pixels_BCHW, self.memory_bytes)
         latents = mean if self.mode == "mean" else torch.cat([mean, logvar], dim=1)
         return latents[: len(pictures)]
 

@@ -20,6 +20,7 @@ from sd3pipe.models.vae import LOGVAR_RANGE, VAE, Downsample, Level, Resnet, Ups
 from sd3pipe.models.vae_architecture import VAEArchitecture
 
 STRIP_BYTES = 128 << 20  # of a layer's input or output; a strip needs some four times that on the device
+_USABLE = 0.7  # the rest is for weights, convolution workspaces and fragmentation
 
 StripFunction = Callable[[Tensor], Tensor]
 
@@ -48,14 +49,49 @@ def decode_in_strips(vae: VAE, latents_BChw: Tensor, *, strip_bytes: int = STRIP
     return strips.convolve(decoder.conv_out, x, prepare=strips.normalise(decoder.norm_out, x))
 
 
-def whole_bytes(architecture: VAEArchitecture, *, batch: int, height: int, width: int, itemsize: int) -> int:
-    """Returns about what VAE.encode or VAE.decode of so many pixels takes on the device beside the weights.
+def encode_within(vae: VAE, pixels_BCHW: Tensor, memory_bytes: int | None) -> tuple[Tensor, Tensor]:
+    """Returns mean and log-variance, computed in strips if the whole would take more memory. None: no limit."""
+    needed = encode_bytes(
+        vae.architecture, pixels_BCHW.shape[0] * pixels_BCHW[0, 0].numel(), pixels_BCHW.element_size()
+    )
+    in_one = memory_bytes is None or needed <= memory_bytes
+    return vae.encode(pixels_BCHW) if in_one else encode_in_strips(vae, pixels_BCHW)
 
-    Three activations of the finest level are alive inside a residual block; the decoder's finest level is entered by
-    the width of the next one.
+
+def decode_within(vae: VAE, latents_BChw: Tensor, memory_bytes: int | None) -> Tensor:
+    """Returns pixels, computed in strips (and then in host memory) if the whole would take more. None: no limit."""
+    pixels = latents_BChw.shape[0] * latents_BChw[0, 0].numel() * vae.architecture.downscale**2
+    in_one = memory_bytes is None or decode_bytes(vae.architecture, pixels, latents_BChw.element_size()) <= memory_bytes
+    return vae.decode(latents_BChw) if in_one else decode_in_strips(vae, latents_BChw)
+
+
+def usable_memory(device: torch.device, *, beside_others: bool) -> int | None:
+    """Returns what the VAE's activations may take on a device, None where strips would save nothing.
+
+    Of a device for itself alone a fixed share, so that one device always computes alike; `beside_others`, of what is
+    free at the moment.
     """
-    widest = max(architecture.level_widths[:2])
-    return 3 * batch * height * width * widest * itemsize
+    if device.type != "cuda":
+        return None
+    if beside_others:
+        return int(_USABLE * torch.cuda.mem_get_info(device)[0])
+    return int(_USABLE * torch.cuda.get_device_properties(device).total_memory)
+
+
+def encode_bytes(architecture: VAEArchitecture, pixels: int, itemsize: int) -> int:
+    """Returns about what VAE.encode of so many pixels takes beside the weights.
+
+    A residual block of the finest level has its input, its normed input and a convolution's output alive.
+    """
+    return 3 * architecture.level_widths[0] * pixels * itemsize
+
+
+def decode_bytes(architecture: VAEArchitecture, pixels: int, itemsize: int) -> int:
+    """Returns about what VAE.decode to so many pixels takes beside the weights.
+
+    The finest level is entered by the width of the next one; three such activations are alive in its first block.
+    """
+    return 3 * max(architecture.level_widths[:2]) * pixels * itemsize
 
 
 def _through_level(level: nn.Module, x: Tensor, strips: "_Strips") -> Tensor:

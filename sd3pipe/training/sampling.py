@@ -16,6 +16,7 @@ from torch import Tensor
 from sd3pipe.errors import ParameterError
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.vae import VAE, from_model_space
+from sd3pipe.models.vae_strips import decode_within, usable_memory
 from sd3pipe.training.flow import NUM_TIMESTEPS, shift_sigmas
 
 Variant = Literal["sd3-medium", "sd35-medium", "sd35-large", "sd35-large-turbo"]
@@ -127,9 +128,10 @@ def sample_latents(
 
 @torch.no_grad()
 def decode_pictures(vae: VAE, latents_BChw: Tensor) -> Tensor:
-    """Returns pictures [B, H, W, 3], uint8 on the CPU, of unscaled latents."""
+    """Returns pictures [B, H, W, 3], uint8 on the CPU, of unscaled latents; in strips where memory is short."""
     parameter = next(vae.parameters())
-    pixels_BCHW = vae.decode(latents_BChw.to(parameter)).float()
+    memory_bytes = usable_memory(parameter.device, beside_others=True)
+    pixels_BCHW = decode_within(vae, latents_BChw.to(parameter), memory_bytes).float()
     return ((pixels_BCHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 

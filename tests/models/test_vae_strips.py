@@ -7,7 +7,15 @@ from tiny_parts import TINY_VAE, random_tensors
 
 from sd3pipe.models.vae import VAE
 from sd3pipe.models.vae_architecture import VAEArchitecture
-from sd3pipe.models.vae_strips import decode_in_strips, encode_in_strips, whole_bytes
+from sd3pipe.models.vae_strips import (
+    decode_bytes,
+    decode_in_strips,
+    decode_within,
+    encode_bytes,
+    encode_in_strips,
+    encode_within,
+    usable_memory,
+)
 
 ONE_ROW_PAIR = 1  # fewer bytes than any row, so strips of two rows
 SOME_ROWS = 32 * 48 * 4 * 10  # ten rows of the finest level: the last strip is shorter
@@ -85,4 +93,28 @@ def test_wrong_sizes_are_refused_as_by_the_vae(vae):
 
 
 def test_memory_of_a_whole_picture_counts_the_finest_level():
-    assert whole_bytes(VAEArchitecture(), batch=1, height=1024, width=1024, itemsize=4) == 3 * 256 * 2**20 * 4
+    assert encode_bytes(VAEArchitecture(), 1024 * 1024, itemsize=4) == 3 * 128 * 2**20 * 4
+    assert decode_bytes(VAEArchitecture(), 1024 * 1024, itemsize=4) == 3 * 256 * 2**20 * 4
+
+
+def test_strips_are_used_only_where_the_whole_does_not_fit(vae, monkeypatch):
+    taken = []
+    monkeypatch.setattr("sd3pipe.models.vae_strips.encode_in_strips", lambda *_: taken.append("encode"))
+    monkeypatch.setattr("sd3pipe.models.vae_strips.decode_in_strips", lambda *_: taken.append("decode"))
+    pixels_BCHW = torch.zeros(2, 3, 16, 24, dtype=torch.float64)
+    latents_BChw = torch.zeros(2, 16, 2, 3, dtype=torch.float64)
+    to_encode = encode_bytes(TINY_VAE, 2 * 16 * 24, 8)
+    to_decode = decode_bytes(TINY_VAE, 2 * 16 * 24, 8)
+    for limit in (to_encode, None):
+        encode_within(vae, pixels_BCHW, limit)
+    for limit in (to_decode, None):
+        decode_within(vae, latents_BChw, limit)
+    assert taken == []
+    encode_within(vae, pixels_BCHW, to_encode - 1)
+    decode_within(vae, latents_BChw, to_decode - 1)
+    assert taken == ["encode", "decode"]
+
+
+def test_on_the_cpu_there_is_no_limit():
+    assert usable_memory(torch.device("cpu"), beside_others=True) is None
+    assert usable_memory(torch.device("cpu"), beside_others=False) is None
