@@ -1,0 +1,70 @@
+"""Decoding ahead: in order, bounded, and a worker that dies costs one picture."""
+
+import numpy as np
+import pytest
+from deadly_job import DeadlyJob
+from PIL import Image
+
+from sd3pipe.data.decoding import Job, Pixels
+from sd3pipe.data.feed import Broken, decoded_rows
+from sd3pipe.data.geometry import Cut
+from sd3pipe.fingerprint import hash_file
+
+CUT = Cut(resized=(16, 8), left=0, top=0, size=(16, 8), flip=False, resize_filter=None, mask=None, background=None)
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("feed")
+    made = []
+    for number in range(12):
+        path = folder / f"{number}.png"
+        Image.new("RGB", (16, 8), (number, 0, 0)).save(path)
+        made.append(Job(path=path, image_hash=hash_file(path), mask_path=None, mask_hash=None, cut=CUT))
+    made[5].path.write_bytes(made[5].path.read_bytes()[:40])
+    return made
+
+
+def colours(rows):
+    return [row.rgb[0, 0, 0] if isinstance(row, Pixels) else row.reason for row in rows]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_come_in_order_and_broken_ones_keep_their_place(jobs, workers):
+    found = colours(decoded_rows(jobs, workers=workers))
+    assert found[:5] + found[6:] == [n for n in range(12) if n != 5]
+    assert isinstance(found[5], str)
+
+
+def test_a_picture_that_kills_its_worker_costs_only_itself(jobs):
+    deadly = [DeadlyJob(job) if number in (3, 7) else job for number, job in enumerate(jobs)]
+    found = colours(decoded_rows(deadly, workers=2))
+    assert [number for number, row in enumerate(found) if isinstance(row, str)] == [3, 5, 7]
+    assert found[3] == found[7] == "it ended the process that decoded it"
+    assert [row for row in found if not isinstance(row, str)] == [n for n in range(12) if n not in (3, 5, 7)]
+
+
+def test_jobs_are_taken_only_as_far_ahead_as_memory_allows(jobs):
+    taken = []
+
+    def endless():
+        for number in range(10_000):
+            taken.append(number)
+            yield jobs[number % 5]
+
+    rows = decoded_rows(endless(), workers=1)
+    assert isinstance(next(rows), Pixels)
+    assert len(taken) <= 6  # four per worker, the one that is out and the one that is next
+    rows.close()
+
+
+def test_pixels_are_what_the_file_holds(jobs):
+    (row,) = decoded_rows(jobs[:1], workers=1)
+    assert row == Pixels(rgb=row.rgb, mask=None)
+    assert np.array_equal(row.rgb, np.asarray(Image.open(jobs[0].path)))
+
+
+def test_a_missing_file_is_a_broken_row(jobs, tmp_path):
+    gone = Job(path=tmp_path / "gone.png", image_hash="0" * 64, mask_path=None, mask_hash=None, cut=CUT)
+    (row,) = decoded_rows([gone], workers=0)
+    assert isinstance(row, Broken) and "cannot be read" in row.reason

@@ -1,0 +1,225 @@
+"""Scans: which pictures, captions and masks belong to a dataset, and what is remembered of them."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from sd3pipe.data.dataset_file import load_dataset
+from sd3pipe.data.scan import scan, source_files
+from sd3pipe.errors import InputError
+from sd3pipe.fingerprint import hash_file
+from sd3pipe.stat_memory import StatMemory
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "pics").mkdir()
+    return tmp_path
+
+
+def add(folder, name, colour=(9, 9, 9), caption=None, size=(20, 10)):
+    path = folder / "pics" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_bytes(caption if isinstance(caption, bytes) else caption.encode())
+    return path
+
+
+def scanned(folder, extra="", image_dir="image_dir = 'pics'", **options):
+    file = folder / "d.toml"
+    file.write_text(f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{image_dir}\n{extra}", encoding="utf-8")
+    return scan(load_dataset(file), StatMemory(folder / "stat.json"), **options)
+
+
+def names(found):
+    return [picture.name for picture in found.pictures]
+
+
+def test_pictures_are_found_by_their_endings_in_the_order_of_names(folder):
+    for name in ("b.png", "a.JPG", "c.webp", "d.bmp"):
+        add(folder, name)
+    (folder / "pics" / "e.gif").write_bytes(b"GIF89a")
+    add(folder, "sub/f.png")
+    add(folder, "._hidden.png")
+    assert names(scanned(folder)) == ["a.JPG", "b.png", "c.webp", "d.bmp"]
+    assert names(scanned(folder, "recursive = true")) == ["a.JPG", "b.png", "c.webp", "d.bmp", "sub/f.png"]
+
+
+def test_captions_are_found_by_ending_then_by_face_crop_name(folder):
+    add(folder, "a.png", caption="from txt")
+    (folder / "pics" / "a.caption").write_text("from caption")
+    add(folder, "b.png")
+    (folder / "pics" / "b.caption").write_text("only caption")
+    add(folder, "c_10_20_30_40.png")
+    (folder / "pics" / "c.txt").write_text("of the whole")
+    add(folder, "d.png")
+    captions = [picture.caption for picture in scanned(folder).pictures]
+    assert captions == ["from txt", "only caption", "of the whole", ""]
+    assert [p.caption for p in scanned(folder, "class_tokens = 'a cat'").pictures][-1] == "a cat"
+    assert [p.caption for p in scanned(folder, "caption_extension = '.caption'").pictures][:2] == [
+        "from caption",
+        "only caption",
+    ]
+
+
+def test_byte_order_mark_and_line_ends_are_no_part_of_a_caption(folder):
+    add(folder, "a.png", caption=b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert scanned(folder).pictures[0].caption == "one\ntwo"
+
+
+def test_captions_that_are_not_utf8_are_all_named(folder):
+    add(folder, "a.png", caption=b"caf\xe9")
+    add(folder, "b.png", caption=b"\xff")
+    with pytest.raises(InputError) as caught:
+        scanned(folder)
+    told = str(caught.value)
+    assert "a.txt: the caption is not UTF-8 text (byte 3)" in told and "b.txt" in told
+    assert len(scanned(folder, with_captions=False).pictures) == 2
+
+
+@pytest.mark.parametrize("image_dir, told", [("image_dir = 'none'", "none"), ("image_dir = 'd.toml'", "d.toml")])
+def test_a_missing_folder_is_named(folder, image_dir, told):
+    with pytest.raises(InputError, match=told):
+        scanned(folder, image_dir=image_dir)
+
+
+def test_an_empty_dataset_is_an_error(folder):
+    with pytest.raises(InputError, match="the dataset is empty"):
+        scanned(folder)
+
+
+def test_equal_pictures_are_counted_in_order_of_names(folder):
+    for name in ("a.png", "b.png", "c.png"):
+        add(folder, name)
+    assert [(p.name, p.occurrence) for p in scanned(folder).pictures] == [("a.png", 0), ("b.png", 1), ("c.png", 2)]
+
+
+METADATA = {"a": {"caption": "of a", "tags": "x, y"}, "sub/b.png": {"tags": ["t1", "t2"]}, "gone.png": {"caption": "?"}}
+
+
+def test_metadata_files_name_pictures_and_captions(folder):
+    add(folder, "a.png")
+    add(folder, "sub/b.png")
+    (folder / "meta.json").write_text(json.dumps(METADATA))
+    found = scanned(folder, "metadata_file = 'meta.json'")
+    assert [(p.name, p.caption) for p in found.pictures] == [("a", "of a,x, y"), ("sub/b.png", "t1,t2")]
+    assert [(u.name, u.reason) for u in found.unreadable] == [
+        ("gone.png", "there is no such file (listed in meta.json)")
+    ]
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("m.jsonl", '{"file_name": "a.png", "text": "of a"}\n\n{"image_path": "pics/b.png", "caption": "of b"}\n'),
+        ("m.csv", 'file_name,text\na.png,of a\npics/b.png,"of b"\n'),
+    ],
+)
+def test_record_files_follow_the_conventions_of_datasets(folder, name, text):
+    add(folder, "a.png")
+    add(folder, "b.png")
+    (folder / name).write_text(text)
+    found = scanned(folder, f"metadata_file = '{name}'")
+    assert [(p.name, p.caption) for p in found.pictures] == [("a.png", "of a"), ("pics/b.png", "of b")]
+
+
+@pytest.mark.parametrize(
+    "name, text, told",
+    [
+        ("m.json", "[]", "must be a table"),
+        ("m.json", "{", "not valid json"),
+        ("m.jsonl", '{"text": "no name"}', "line 1"),
+        ("m.jsonl", '{"file_name": "a.png"}', "neither caption nor tags"),
+        ("m.txt", "", "ends in .json"),
+    ],
+)
+def test_damaged_metadata_says_where(folder, name, text, told):
+    add(folder, "a.png")
+    (folder / name).write_text(text)
+    with pytest.raises(InputError, match=told):
+        scanned(folder, f"metadata_file = '{name}'")
+
+
+def test_masks_are_found_by_name_and_must_fit(folder):
+    for name, size in (("a.png", (20, 10)), ("b.jpg", (20, 10)), ("c.png", (20, 10))):
+        add(folder, name, size=size)
+    (folder / "masks").mkdir()
+    Image.new("L", (20, 10)).save(folder / "masks" / "a.jpg")
+    Image.new("L", (20, 11)).save(folder / "masks" / "b.png")
+    found = scanned(folder, "conditioning_data_dir = 'masks'")
+    assert names(found) == ["a.png"] and found.pictures[0].mask_hash == hash_file(folder / "masks" / "a.jpg")
+    reasons = {item.name: item.reason for item in found.unreadable}
+    assert "its mask has 20 x 11 pixels, but it has 20 x 10" in reasons["b.jpg"]
+    assert "no mask" in reasons["c.png"]
+
+
+def test_the_validation_split_depends_on_content_alone(folder):
+    for number in range(200):
+        add(folder, f"{number:03d}.png", (number, 0, 0), size=(4, 4))
+    extra = "validation_split = 0.2\nvalidation_seed = 5"
+    before = {p.image_hash: p.split for p in scanned(folder, extra).pictures}
+    assert 20 <= list(before.values()).count("validation") <= 60  # 40 expected; 3.5 standard deviations either way
+    add(folder, "copy of one.png", (7, 0, 0), size=(4, 4))
+    add(folder, "000 new.png", (0, 200, 0), size=(4, 4))
+    after = scanned(folder, extra).pictures
+    assert all(picture.split == before.get(picture.image_hash, picture.split) for picture in after)
+    assert {p.split for p in scanned(folder, extra + "\nis_reg = true").pictures} == {"train"}
+    other = {p.image_hash: p.split for p in scanned(folder, "validation_split = 0.2\nvalidation_seed = 6").pictures}
+    assert other != {**other, **before}
+
+
+def test_links_and_loops_are_no_trap(folder):
+    add(folder, "a.png")
+    pics = folder / "pics"
+    (pics / "again.png").symlink_to("a.png")
+    (pics / "loop.png").symlink_to("loop.png")
+    (pics / "nowhere.png").symlink_to("missing.png")
+    (pics / "round").symlink_to(pics, target_is_directory=True)
+    (pics / "folder.png").mkdir()
+    found = scanned(folder, "recursive = true")
+    assert names(found) == ["a.png", "again.png"]
+    assert {item.name for item in found.unreadable} == {"loop.png", "nowhere.png"}
+
+
+def test_the_second_scan_needs_no_pillow_and_sees_edits(folder):
+    add(folder, "a.png", caption="one")
+    add(folder, "b.png")
+    file = folder / "d.toml"
+    scanned(folder)
+    script = f"""
+import sys
+from pathlib import Path
+from sd3pipe.data.dataset_file import load_dataset
+from sd3pipe.data.scan import scan
+from sd3pipe.stat_memory import StatMemory
+memory = StatMemory(Path({str(folder / "stat.json")!r}))
+found = scan(load_dataset(Path({str(file)!r})), memory)
+memory.save()
+print(found.pictures[0].caption, found.pictures[1].width, 'PIL' in sys.modules, 'torch' in sys.modules)
+"""
+
+    def run():
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+
+    time.sleep(0.05)  # a file that is younger than the clock's tick is not trusted
+    assert run() == ["one", "20", "True", "False"]
+    assert run() == ["one", "20", "False", "False"]
+    (folder / "pics" / "a.txt").write_text("two")
+    add(folder, "b.png", size=(40, 10))
+    assert run() == ["two", "40", "True", "False"]
+
+
+def test_source_files_hold_what_a_cache_depends_on(folder):
+    picture = add(folder, "a.png", caption="x")
+    file = folder / "d.toml"
+    found = scanned(folder)
+    dataset = load_dataset(file)
+    with_captions = source_files(found, dataset, captions=True)
+    assert with_captions.files == {path: hash_file(path) for path in (picture, picture.with_suffix(".txt"))}
+    assert ".txt" in with_captions.folders[folder / "pics"]
+    assert set(source_files(found, dataset, captions=False).files) == {picture}
