@@ -126,6 +126,8 @@ def entries_of(folder: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except NotADirectoryError:
-        raise InputError(f"{folder} is a file where a cache has a folder: move it away") from None
+        if folder.exists():
+            raise InputError(f"{folder} is a file where a cache has a folder: move it away") from None
+        raise StorageError(f"{folder}: a file is where one of its parent folders would be: choose another") from None
     except PermissionError as error:
         raise InputError(f"{folder} cannot be read ({error.strerror})") from error

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from sd3pipe.demo.tiny import TinyBase, write_tiny_base
 
 TWO = ("chelsea.png", "coffee.png")
+TEXT_ENCODER_FILES = {"--clip-l": "clip_l", "--clip-g": "clip_g", "--t5xxl": "t5xxl_fp16"}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,14 @@ def test_t5_that_is_nowhere_is_asked_for(base, dataset, tmp_path):
 
 
 def test_no_tokenizers_names_the_way_to_them(base, dataset, tmp_path):
-    line = one_error(*encode_text(base, dataset, tmp_path / "text", leave_out=("--tokenizers",)), expect=3)
+    for file in base.folder.glob("*.safetensors"):
+        (tmp_path / file.name).symlink_to(file)  # apart from the tokenizers, which are found beside a model
+    files = {name: tmp_path / f"{file}.safetensors" for name, file in TEXT_ENCODER_FILES.items()}
+    options = [word for name, file in files.items() for word in (name, file)]
+    line = one_error(
+        "encode-text", "--model", tmp_path / base.model.name, *options, "--dataset", dataset,
+        "--out", tmp_path / "text", expect=3,
+    )  # fmt: skip
     assert "sd3pipe tokenizers" in line
 
 
@@ -129,11 +137,12 @@ class TestResumeOnOtherCaches:
     """A run resumed by path on caches that were made with another VAE or another T5 stops, and shows what differs."""
 
     @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory, base, dataset) -> Path:
+    @classmethod
+    def folder(cls, tmp_path_factory, base, dataset) -> Path:
         folder = tmp_path_factory.mktemp("resume")
         sd3pipe(*encode_text(base, dataset, folder / "text"))
         sd3pipe(*encode_latents(base.model, dataset, folder / "latents"))
-        sd3pipe(*self.train(base, folder, "text", "latents"))
+        sd3pipe(*cls.train(base, folder, "text", "latents"))
         other = write_tiny_base(folder / "other", variant="sd35-medium", layout="separate", seed=1)
         sd3pipe(*encode_latents(other.model, dataset, folder / "latents-of-other-vae"))
         options = base.encoder_options()

@@ -19,7 +19,8 @@ def made(tmp_path_factory):
     (images / "rocket.txt").unlink()
     done = sd3pipe(
         "init", "mycat", "--model", base.model, "--images", images, "--trigger", "mycat",
-        "--tokenizers", base.tokenizers, "--resolution", 256, "--vram", "12GB", "--loras-dir", folder / "loras", cwd=folder,
+        "--tokenizers", base.tokenizers, "--resolution", 256, "--vram", "12GB",
+        "--loras-dir", folder / "loras", cwd=folder,
     )  # fmt: skip
     return folder / "mycat", done.stdout
 

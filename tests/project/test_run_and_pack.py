@@ -60,8 +60,9 @@ def test_wanted_stages_run_alone(folder):
 
 
 def test_a_stage_that_fails_gives_its_exit_code(folder):
-    done = sd3pipe("run", cwd=folder, expect=3)
-    assert "encode-text ended with exit code 3" in done.stderr
+    done = sd3pipe("run", cwd=folder, expect=2)
+    assert "dataset.toml: there is no such file" in done.stderr
+    assert "encode-text ended with exit code 2" in done.stderr
 
 
 def test_no_project_is_told(tmp_path):
