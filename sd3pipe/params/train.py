@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 
 from sd3pipe.params.common import StageParams
 from sd3pipe.params.fields import OptionPath, Params, option
+from sd3pipe.params.memory import BlocksToSwap
 
 _PATHS, _ADAPTER, _OPTIMISATION, _LOSS = "Paths", "Adapter", "Optimisation", "Noise and loss"
 _TEXT, _SAVING, _SAMPLES, _VALIDATION = "Text and position", "Saving and resuming", "Sample pictures", "Validation"
@@ -131,7 +132,7 @@ class TrainParams(StageParams):
     )
 
     learning_rate: float = option(
-        1e-4, "Learning rate.", role="identity", panel=_OPTIMISATION, ge=0, aliases=("unet_lr",)
+        1e-4, "Learning rate.", role="identity", panel=_OPTIMISATION, gt=0, aliases=("unet_lr",)
     )
     optimizer_type: str = option(
         "AdamW", "AdamW, AdamW8bit, Lion, Adafactor, Prodigy, AdamWScheduleFree, ..., a class of torch.optim, or a "
@@ -349,8 +350,9 @@ class TrainParams(StageParams):
         None, "Keep the base's blocks packed: fp8 scaled, int8 or nf4; default: as mixed_precision says.",
         role="identity", panel=_MEMORY, advanced=True,
     )
-    blocks_to_swap: int = option(
-        0, "Blocks that stay in host memory and visit the device.", panel=_MEMORY, ge=0
+    blocks_to_swap: BlocksToSwap = option(
+        "auto", "Blocks that stay in host memory and visit the device; auto: as few as fit, on CUDA; none on the CPU.",
+        panel=_MEMORY,
     )
     modulation: Literal["stream", "resident", "ahead"] = option(
         "stream", "Where swapped blocks' adaLN weights are used: streamed, kept on the device, or on the host ahead.",
@@ -362,6 +364,13 @@ class TrainParams(StageParams):
     layer_major: bool = option(
         False, "Take all accumulated batches through a block before the next one is fetched; same result.",
         panel=_MEMORY, advanced=True,
+    )
+    tf32: bool = option(
+        True, "Let CUDA round the factors of float32 products to TF32; off under deterministic.",
+        panel=_MEMORY, advanced=True,
+    )
+    torch_compile: bool = option(
+        False, "Compile the joint blocks, one graph for each shape of block.", panel=_MEMORY, advanced=True
     )
     deterministic: bool = option(
         False, "Equal bits on CUDA, too, at equal device and libraries; slower.", panel=_MEMORY, advanced=True

@@ -1,0 +1,214 @@
+"""Exactness: a run that is stopped, killed or extended ends in the bits of one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_training import Inputs, Run, equal, make_inputs, pictures, with_other_vae
+
+from sd3pipe.errors import InputError, ParameterError, StaleError, Stopped
+from sd3pipe.training.stopping import StopRequest
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return pictures(5, captions=("one", "two", "three"), flips=True)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, dataset) -> Inputs:
+    """Five pictures in batches of two: six steps of two micro-batches end in the middle of an epoch."""
+    subsets = {"photos": {"caption_dropout_rate": 0.3}}
+    folder = tmp_path_factory.mktemp("resume")
+    return make_inputs(
+        folder, dataset, subsets=subsets, train_batch_size=2, gradient_accumulation_steps=2, network_dropout=0.2
+    )
+
+
+def assert_same_run(first: Run, second: Run, step: int = STEPS) -> None:
+    assert equal(first.adapter(step), second.adapter(step))
+    assert equal(first.optimizer(step), second.optimizer(step))
+    assert first.losses() == second.losses()
+    states = [{**run.state(step), "files": None} for run in (first, second)]
+    assert states[0] == states[1]
+
+
+def stop_after(monkeypatch, step: int) -> None:
+    """Makes runs see a stop request during the given step."""
+    seen = {"steps": 0}
+
+    def reason(self: StopRequest) -> str:
+        seen["steps"] += 1
+        return "SIGTERM" if seen["steps"] == step else ""
+
+    monkeypatch.setattr(StopRequest, "reason", property(reason))
+
+
+FAMILIES = {
+    "adamw": {},
+    "adamw8bit": {"optimizer_type": "AdamW8bit"},
+    "adafactor": {"optimizer_type": "Adafactor"},
+    "prodigy": {"optimizer_type": "Prodigy", "learning_rate": 1.0},
+    "schedule-free": {"optimizer_type": "AdamWScheduleFree"},
+    "sgd-with-ema": {"optimizer_type": "SGDNesterov", "ema_decay": 0.9},
+    "lion-bf16": {"optimizer_type": "Lion", "full_bf16": True},
+    "dora-cosine": {"adapter_type": "dora", "lr_scheduler": "cosine", "lr_warmup_steps": 2.0},
+    "lokr-max-norm": {"adapter_type": "lokr", "network_dropout": 0.0, "optimizer_args": ("weight_decay=0.1",)},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stopped_run_goes_on_to_the_same_bits(inputs, monkeypatch, family):
+    options = FAMILIES[family] | {"max_train_steps": STEPS, "save_every_n_steps": None}
+    whole = inputs.train(f"{family}-whole", **options)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Stopped, match="step 3 of 6"):
+            inputs.train(f"{family}-parts", output_name=f"{family}-whole", **options)
+    parts = inputs.train(f"{family}-parts", output_name=f"{family}-whole", **options)
+    assert parts.steps() == [3, 6]
+    assert_same_run(whole, parts)
+
+
+def test_worker_processes_change_nothing(inputs):
+    alone = inputs.train("workers-0", max_train_steps=4)
+    helped = inputs.train("workers-2", max_train_steps=4, max_data_loader_n_workers=2, output_name="workers-0")
+    assert_same_run(alone, helped, step=4)
+
+
+def test_more_steps_under_a_constant_schedule_continue_exactly(inputs):
+    """Also with a warm-up given as a ratio: it keeps the length that the run began with."""
+    options = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 0.5}
+    inputs.train("extended", max_train_steps=4, **options)
+    extended = inputs.train("extended", max_train_steps=STEPS, **options)
+    whole = inputs.train("not-extended", max_train_steps=STEPS, output_name="extended", lr_warmup_steps=2.0)
+    assert extended.losses() == whole.losses()
+    assert equal(extended.optimizer(STEPS), whole.optimizer(STEPS))
+    assert not Path(f"{extended.folder}.1").exists()
+
+
+def test_fewer_steps_take_the_checkpoint_there(inputs):
+    longer = inputs.train("shortened", max_train_steps=4)
+    expected = longer.adapter(2)
+    shorter = inputs.train("shortened", max_train_steps=2)
+    assert equal(shorter.adapter(), expected)
+
+
+def test_a_finished_run_has_nothing_to_do(inputs, capsys):
+    run = inputs.train("finished")
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*.safetensors")}
+    inputs.train("finished")
+    assert "nothing to do" in capsys.readouterr().out.splitlines()[-1]
+    assert before == {path: path.stat().st_mtime_ns for path in run.folder.rglob("*.safetensors")}
+    assert run.report()["steps"] == 4
+    assert run.report()["loss_last"] == run.losses()[-1]
+
+
+def test_auto_sets_another_run_aside_and_says_what_differed(inputs, caplog):
+    inputs.train("changed", max_train_steps=2)
+    inputs.train("changed", max_train_steps=2, learning_rate=5e-3)
+    assert "learning_rate was 0.01, is 0.005" in caplog.text
+    assert (inputs.folder / "runs" / "changed.1" / "final" / "adapter.safetensors").is_file()
+
+
+def test_never_starts_afresh(inputs):
+    inputs.train("never", max_train_steps=2)
+    inputs.train("never", max_train_steps=2, resume="never")
+    assert (inputs.folder / "runs" / "never.1").is_dir()
+
+
+def test_a_path_refuses_another_run_and_names_the_difference(inputs):
+    run = inputs.train("refusing", max_train_steps=2)
+    with pytest.raises(StaleError, match="seed was 42, is 43") as caught:
+        inputs.train("refusing", max_train_steps=4, seed=43, resume=str(run.checkpoint(2)))
+    assert caught.value.exit_code == 4
+
+
+def test_a_path_refuses_caches_of_another_vae(inputs, dataset, tmp_path):
+    run = inputs.train("vae-1", max_train_steps=2)
+    other = with_other_vae(inputs, tmp_path, dataset)
+    with pytest.raises(StaleError, match=r"encoded_with\.vae was vae-1, is vae-2"):
+        other.train("vae-2", max_train_steps=4, resume=str(run.folder))
+
+
+def test_allowed_changes_go_on_and_are_recorded(inputs):
+    run = inputs.train("allowed", max_train_steps=2)
+    inputs.train(
+        "allowed", max_train_steps=4, learning_rate=1e-3, resume=str(run.folder), allow_changes=("learning_rate",)
+    )
+    assert run.state(4)["changes"] == [{"step": 2, "learning_rate": [0.01, 0.001]}]
+    assert not Path(f"{run.folder}.1").exists()
+    with pytest.raises(ParameterError, match="no part of a run's identity"):
+        inputs.train("allowed", allow_changes=("colour",))
+
+
+def test_going_back_to_a_checkpoint_sets_the_later_ones_aside(inputs):
+    run = inputs.train("back", max_train_steps=4)
+    expected = run.adapter(4)
+    inputs.train("back", max_train_steps=4, resume=str(run.checkpoint(2)))
+    assert (run.folder / "checkpoints" / "step-00000004.superseded").is_dir()
+    assert equal(run.adapter(4), expected)
+
+
+def test_a_torn_checkpoint_is_named_and_the_one_before_taken(inputs, caplog):
+    run = inputs.train("torn", max_train_steps=4)
+    expected = run.adapter()
+    with open(run.checkpoint(4) / "optimizer.safetensors", "r+b") as file:
+        file.truncate(100)
+    inputs.train("torn", max_train_steps=4)
+    assert "step-00000004 is torn: optimizer.safetensors" in caplog.text
+    assert equal(run.adapter(), expected)
+    with open(run.checkpoint(2) / "adapter.safetensors", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(InputError, match=r"is torn: adapter\.safetensors"):
+        inputs.train("torn", resume=str(run.checkpoint(2)))
+
+
+def test_network_weights_start_a_new_run_from_an_adapter(inputs):
+    first = inputs.train("teacher", max_train_steps=2)
+    pupil = inputs.train("pupil", max_train_steps=2, network_weights=first.folder)
+    fresh = inputs.train("no-teacher", max_train_steps=2)
+    assert pupil.losses() != fresh.losses()
+    wider = inputs.train("wider", max_train_steps=1, network_weights=first.folder, dim_from_weights=True, network_dim=8)
+    assert {name: t.shape for name, t in wider.adapter().items()} == {n: t.shape for n, t in first.adapter().items()}
+
+
+def test_the_time_limit_stops_with_code_75(inputs):
+    with pytest.raises(Stopped, match="time limit") as caught:
+        inputs.train("limited", time_limit="0", max_train_steps=50)
+    assert caught.value.exit_code == 75
+    assert Run(inputs.folder / "runs" / "limited").steps() == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_a_killed_process_goes_on_to_the_same_bits(inputs, number):
+    """The killed process may lose the steps since its last checkpoint; nothing else."""
+    name = number.name.lower()
+    whole = inputs.train(f"{name}-whole", max_train_steps=40, save_every_n_steps=5)
+    params = inputs.params(f"{name}-parts", max_train_steps=40, save_every_n_steps=5, output_name=f"{name}-whole")
+    code = (
+        "import json, sys; from pathlib import Path; from sd3pipe.commands.train import main;"
+        "from sd3pipe.errors import Sd3pipeError; from sd3pipe.params.train import TrainParams\n"
+        "try: main(TrainParams.model_validate_json(sys.argv[1]))\n"
+        "except Sd3pipeError as error: print(error); sys.exit(error.exit_code)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, params.model_dump_json()], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    while not (params.out / "checkpoints" / "step-00000010").is_dir():
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(number)
+    code = process.wait(timeout=60)
+    assert code == (75 if number == signal.SIGTERM else -signal.SIGKILL)
+    main_run = inputs.train(f"{name}-parts", max_train_steps=40, save_every_n_steps=5, output_name=f"{name}-whole")
+    assert_same_run(whole, main_run, step=40)
+    assert json.loads((main_run.folder / "final" / "inputs.json").read_text())["steps"] == 40
