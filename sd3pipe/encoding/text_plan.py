@@ -16,6 +16,7 @@ from sd3pipe.data.captions import processed_captions
 from sd3pipe.data.dataset_file import Dataset
 from sd3pipe.data.prompts import SamplePrompt
 from sd3pipe.data.scan import Scan
+from sd3pipe.errors import InputError
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.models.text_architecture import ENCODERS, EncoderName, detect_clip, detect_t5
 from sd3pipe.models.text_recipe import ITEM_BYTES, RECIPE_VERSION, TextRecipe
@@ -62,6 +63,12 @@ def find_text_encoders(
     }
     clip_l, clip_g = (detect_clip(sources[name].shapes(), sources[name].where) for name in ("clip_l", "clip_g"))
     t5xxl = detect_t5(sources["t5xxl"].shapes(), sources["t5xxl"].where)
+    if clip_l.positions != clip_g.positions or clip_l.width + clip_g.width > t5xxl.width:
+        raise InputError(
+            f"{sources['clip_l'].where} ({clip_l.positions} tokens, {clip_l.width} wide), {sources['clip_g'].where} "
+            f"({clip_g.positions}, {clip_g.width}) and {sources['t5xxl'].where} ({t5xxl.width} wide) are not the "
+            "encoders of one model: pass those that belong together"
+        )
     return TextEncoders(
         sources=sources,
         tokenizers=find_tokenizers(folder=tokenizers, model=model, files=files.values()),

@@ -1,0 +1,279 @@
+"""encode-text from the command line, on photographs and a tiny base."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import report_of, sd3pipe
+from photographs import CAPTIONS, write_dataset_file, write_photographs
+from safetensors.torch import load_file, save_file
+
+from sd3pipe.cache.reader import CacheReader
+from sd3pipe.cache.staleness import check_sources
+from sd3pipe.cli import run
+from sd3pipe.demo.tiny import write_tiny_base
+
+SMALL = ("--t5xxl-max-token-length", "16", "--threads", "1")
+PICTURES = ("astronaut.png", "chelsea.png", "coffee.png")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_tiny_base(tmp_path_factory.mktemp("base"), layout="separate")
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    return write_photographs(tmp_path_factory.mktemp("pictures"), PICTURES, longest_side=48)
+
+
+@pytest.fixture
+def project(tmp_path, photographs):
+    """A folder of one's own with pictures, captions and a dataset file."""
+    pictures = tmp_path / "pictures"
+    shutil.copytree(photographs, pictures)
+    write_dataset_file(tmp_path / "dataset.toml", pictures)
+    return tmp_path
+
+
+def arguments(base, project, *more):
+    model = ("--model", base.model, *base.encoder_options())
+    source = () if "--sample-prompts" in more else ("--dataset", project / "dataset.toml")
+    out = () if "--out" in more else ("--out", project / "caches" / "text")
+    return [str(word) for word in ("encode-text", *model, *source, *out, *SMALL, *more)]
+
+
+def encode(base, project, *more, expect=0):
+    """Runs the command in this process and returns its report."""
+    words = arguments(base, project, *more)
+    assert run(words) == expect
+    return report_of(Path(words[words.index("--out") + 1]))
+
+
+def folder_bytes(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def loaded_modules(words):
+    code = f"import sys\nfrom sd3pipe.cli import run\nassert run({words!r}) == 0\nprint(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_captions_become_rows_and_are_not_encoded_twice(base, project, capsys):
+    first = encode(base, project)
+    assert (first["encoded"], first["reused"], first["texts"], first["uses"]) == (4, 0, 4, 3)
+    before = folder_bytes(project / "caches" / "text")
+    second = encode(base, project)
+    assert (second["encoded"], second["reused"]) == (0, 4)
+    assert folder_bytes(project / "caches" / "text") == before
+    assert "encode-text: 4 reused, 0 encoded, 0 quarantined, " in capsys.readouterr().out
+    loaded = loaded_modules(arguments(base, project))
+    assert not loaded & {"torch", "transformers", "tokenizers", "sentencepiece", "PIL"}
+
+
+def test_samples_name_pictures_and_the_empty_caption_is_a_row(base, project):
+    encode(base, project)
+    reader = CacheReader(project / "caches" / "text")
+    samples = reader.samples.to_columns(reader.keys)
+    assert samples["name"] == sorted(PICTURES)
+    assert samples["subset"] == ["pictures"] * 3
+    assert samples["variant"] == [0, 0, 0]
+    rows = {name: reader.row(key) for name, key in zip(samples["name"], samples["key"], strict=True)}
+    assert rows["coffee.png"]["t5xxl"].shape == (16, 256)
+    assert rows["coffee.png"]["t5xxl"].dtype == "BF16"
+    empty = reader.row(reader.manifest.extra["empty_caption"])
+    assert empty["mask_t5"].numpy().tolist() == [1] + [0] * 15
+    assert reader.manifest.subsets["pictures"]["caption_dropout_rate"] == 0.1
+
+
+def test_an_edited_caption_is_the_only_one_encoded_and_changing_it_back_costs_nothing(base, project):
+    encode(base, project)
+    before = folder_bytes(project / "caches" / "text")
+    caption = project / "pictures" / "coffee.txt"
+    caption.write_text("a mug\n", encoding="utf-8")
+    edited = encode(base, project)
+    assert (edited["encoded"], edited["reused"]) == (1, 3)
+    caption.write_bytes(b"\xef\xbb\xbf" + CAPTIONS["coffee.png"].encode() + b"\r\n")
+    back = encode(base, project)
+    assert (back["encoded"], back["reused"]) == (0, 4)
+    assert folder_bytes(project / "caches" / "text") == before
+
+
+def test_equal_captions_are_one_row(base, project):
+    for name in ("coffee.txt", "chelsea.txt"):
+        (project / "pictures" / name).write_text("the same words", encoding="utf-8")
+    report = encode(base, project)
+    assert (report["texts"], report["uses"], report["encoded"]) == (3, 3, 3)
+    samples = CacheReader(project / "caches" / "text").samples
+    assert len(set(samples.numbers("row").tolist())) == 2
+
+
+def test_random_captions_are_variants_of_their_own(base, project):
+    extra = "shuffle_caption = true\nkeep_tokens = 1"
+    write_dataset_file(project / "dataset.toml", project / "pictures", extra=extra)
+    (project / "pictures" / "coffee.txt").write_text("a, b, c, d, e, f, g", encoding="utf-8")
+    report = encode(base, project, "--caption-variants", "3")
+    samples = CacheReader(project / "caches" / "text").samples
+    assert sorted(samples.numbers("variant").tolist()).count(2) >= 1
+    assert report["texts"] > 4
+    again = encode(base, project, "--caption-variants", "3")
+    assert again["encoded"] == 0
+    other_seed = encode(base, project, "--caption-variants", "3", "--seed", "7")
+    assert other_seed["encoded"] > 0
+
+
+def test_cut_captions_are_named(base, project, caplog):
+    (project / "pictures" / "coffee.txt").write_text("cat " * 100, encoding="utf-8")
+    report = encode(base, project)
+    (cut,) = [item for item in report["cut"] if item["used_by"].endswith("coffee.png") and "clip_l" in item["tokens"]]
+    assert cut["tokens"]["clip_l"] > 100
+    assert cut["tokens"]["t5xxl"] > 100
+
+
+def test_shards_fill_one_cache_that_equals_one_made_at_once(base, project):
+    for number in range(12):
+        shutil.copyfile(project / "pictures" / "coffee.png", project / "pictures" / f"{number}.png")
+        (project / "pictures" / f"{number}.txt").write_text(f"caption number {number}", encoding="utf-8")
+    at_once = encode(base, project)
+    assert at_once["encoded"] == 16
+    parts = [encode(base, project, "--out", project / "sharded", "--shard", f"{part}/2") for part in (0, 1)]
+    assert sum(part["encoded"] for part in parts) == 16
+    assert folder_bytes(project / "sharded") == folder_bytes(project / "caches" / "text")
+
+
+def test_a_dry_run_writes_nothing(base, project, capsys):
+    assert run(arguments(base, project, "--dry-run")) == 0
+    assert "dry run: 4 rows to encode, 0 there; about " in capsys.readouterr().out
+    assert not (project / "caches" / "text").exists()
+    assert not (project / "caches" / "text.report.json").exists()
+
+
+def test_sources_are_remembered_for_the_stat_check(base, project):
+    encode(base, project)
+    assert check_sources(project / "caches" / "text").state == "fresh"
+    (project / "pictures" / "coffee.txt").write_text("a mug", encoding="utf-8")
+    assert check_sources(project / "caches" / "text").state == "changed"
+
+
+def test_an_unreadable_picture_is_listed_and_left_out(base, project):
+    (project / "pictures" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    (project / "pictures" / "broken.txt").write_text("nothing", encoding="utf-8")
+    report = encode(base, project)
+    assert (report["quarantined"], report["encoded"]) == (1, 4)
+    (entry,) = CacheReader(project / "caches" / "text").manifest.quarantined
+    assert entry["name"] == "broken.png"
+
+
+def prompts(project, text):
+    (project / "prompts.txt").write_text(text, encoding="utf-8")
+    return ("--sample-prompts", project / "prompts.txt", "--out", project / "caches" / "prompts")
+
+
+def test_prompts_carry_their_settings_outside_the_keys(base, project):
+    report = encode(base, project, *prompts(project, "a cat --n blurry --w 128 --d 3 --s 4 --l 2.5\na dog\n"))
+    assert (report["encoded"], report["texts"], report["uses"]) == (4, 4, 2)
+    reader = CacheReader(project / "caches" / "prompts")
+    samples = reader.samples.to_columns(reader.keys)
+    assert samples["prompt"] == ["a cat", "a dog"]
+    assert samples["negative"] == ["blurry", ""]
+    assert json.loads(samples["settings"][0]) == {"width": 128, "seed": 3, "steps": 4, "scale": 2.5}
+    assert samples["negative_key"][1] == reader.manifest.extra["empty_caption"]
+    resized = encode(base, project, *prompts(project, "a cat --n blurry --w 256\na dog --d 9\n"))
+    assert (resized["encoded"], resized["reused"]) == (0, 4)
+    added = encode(base, project, *prompts(project, "a cat --n blurry\na dog\na bird\n"))
+    assert (added["encoded"], added["reused"]) == (1, 4)
+
+
+def test_in_a_project_both_caches_are_filled_without_arguments(base, project, monkeypatch):
+    (project / "prompts.txt").write_text("a cat\n", encoding="utf-8")
+    paths = {"model": base.model, "clip_l": base.clip_l, "clip_g": base.clip_g, "t5xxl": base.t5xxl}
+    paths |= {"tokenizers": base.tokenizers, "dataset": "dataset.toml", "sample_prompts": "prompts.txt"}
+    lines = [f'{key} = "{value}"' for key, value in {**paths, "caches": "caches"}.items()]
+    (project / "project.toml").write_text("[paths]\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    monkeypatch.chdir(project)
+    assert run(["encode-text", *SMALL]) == 0
+    assert report_of(project / "caches" / "text")["encoded"] == 4
+    assert report_of(project / "caches" / "prompts")["encoded"] == 2
+    assert run(["encode-text", *SMALL, "--out", "elsewhere"]) == 2
+
+
+def last_line(capsys):
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines, "nothing was said"
+    return lines[-1]
+
+
+def test_a_missing_t5_is_one_line(base, project, capsys):
+    words = arguments(base, project)
+    at = words.index("--t5xxl")
+    assert run(words[:at] + words[at + 2 :]) == 3
+    assert "--t5xxl" in (line := last_line(capsys))
+    assert str(base.model) in line
+    assert "T5" in line
+
+
+def test_missing_tokenizers_are_one_line(base, project, capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("SD3PIPE_TOKENIZERS", raising=False)
+    for name in ("sd35-medium", "clip_l", "clip_g", "t5xxl_fp16"):
+        shutil.copyfile(base.folder / f"{name}.safetensors", tmp_path / f"{name}.safetensors")
+    alone = type(base)(
+        **{name: getattr(base, name) for name in base.__slots__}
+        | {"model": tmp_path / "sd35-medium.safetensors"}
+        | {name: tmp_path / f"{name}.safetensors" for name in ("clip_l", "clip_g")}
+        | {"t5xxl": tmp_path / "t5xxl_fp16.safetensors"}
+    )
+    words = arguments(alone, project)
+    at = words.index("--tokenizers")
+    done = sd3pipe(*words[:at], *words[at + 2 :], expect=3, env={"HF_HUB_CACHE": str(tmp_path / "hub")})
+    assert "sd3pipe tokenizers DIR" in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_caption_that_is_not_utf8_is_named(base, project, capsys):
+    (project / "pictures" / "coffee.txt").write_bytes(b"caf\xe9")
+    assert run(arguments(base, project)) == 3
+    assert str(project / "pictures" / "coffee.txt") in last_line(capsys)
+    assert report_of(project / "caches" / "text")["exit_code"] == 3
+
+
+def test_an_empty_dataset_is_one_line(base, project, capsys):
+    shutil.rmtree(project / "pictures")
+    (project / "pictures").mkdir()
+    assert run(arguments(base, project)) == 3
+    assert "empty" in last_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--t5-pad-to", "32"), "--t5-pad-to 32 is more than --t5xxl-max-token-length 16"),
+        (("--sample-prompts", "p.txt", "--dataset", "d.toml"), "run the command once for each"),
+        (("--padding", "trim"), "padding"),
+        (("--shard", "2/2"), "no part 2"),
+        (("--text-dtype", "float8"), "text-dtype"),
+    ],
+)
+def test_options_that_cannot_be_met_are_refused(base, project, capsys, words, said):
+    assert run(arguments(base, project, *words)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_nothing_to_encode_is_said(base, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert run(["encode-text", "--model", str(base.model), "--out", "x"]) == 2
+    assert "--dataset" in last_line(capsys)
+
+
+def test_one_bit_of_t5_makes_every_row_anew(base, project, tmp_path):
+    encode(base, project)
+    tensors = load_file(base.t5xxl)
+    tensors["encoder.final_layer_norm.weight"].view(dtype=torch.int16)[0] ^= 1
+    save_file(tensors, tmp_path / "t5.safetensors")
+    other = type(base)(
+        **{name: getattr(base, name) for name in base.__slots__} | {"t5xxl": tmp_path / "t5.safetensors"}
+    )
+    assert encode(other, project)["encoded"] == 4
