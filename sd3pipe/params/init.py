@@ -18,7 +18,7 @@ class InitParams(Params):
     )
     images: OptionPath | None = option(None, "Folder with pictures and captions.", role="path", panel="Pictures")
     trigger: str | None = option(None, "Word that stands for what is learnt.", panel="Pictures")
-    resolution: int = option(1024, "Side of the square whose area pictures are scaled to.", ge=256, panel="Pictures")
+    resolution: int = option(1024, "Side of the square whose area pictures are scaled to.", ge=64, panel="Pictures")
     goal: Literal["subject", "style", "concepts"] = option("subject", "What the adapter is to learn.", panel="Training")
     vram: str | None = option(None, "Memory of the training card, as 12GB.", panel="Training")
     name: str | None = option(None, "Name of the adapter; default: the trigger or the folder's name.", panel="Training")

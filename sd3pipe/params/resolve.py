@@ -144,7 +144,8 @@ def _check(field: FieldInfo, value: Any, *, from_text: bool) -> Any:
 def _problem(origin: str, value: Any, error: ValidationError) -> str:
     reasons = {item["msg"].removeprefix("Value error, ") for item in error.errors()}
     shown = repr(value) if not isinstance(value, str) or not value else value
-    return f"{origin} = {shown}: {'; '.join(sorted(reasons))}"
+    joined = " " if origin.startswith("--") else " = "
+    return f"{origin}{joined}{shown}: {'; '.join(sorted(reasons))}"
 
 
 def _missing(model: type[Params], command: str, present: set[str]) -> list[str]:

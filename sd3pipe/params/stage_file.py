@@ -9,7 +9,10 @@ from pydantic.fields import FieldInfo
 from sd3pipe.params.fields import Params, option_extra
 
 _WIDTH = 118
-_MACHINE_OPTIONS = {"device", "threads"}  # of a machine, not of a project
+_NOT_OF_A_PROJECT = {  # of a machine, or of one call
+    "device", "threads", "dry_run", "shard", "rehash", "verify_weights", "stale_ok", "resume", "allow_changes",
+    "time_limit",
+}  # fmt: skip
 
 
 def render_stage_file(
@@ -54,7 +57,9 @@ def _escaped(char: str) -> str:
 
 def _belongs(name: str, field: FieldInfo) -> bool:
     return (
-        option_extra(field)["role"] != "path" and name not in _MACHINE_OPTIONS and not option_extra(field)["positional"]
+        option_extra(field)["role"] != "path"
+        and name not in _NOT_OF_A_PROJECT
+        and not option_extra(field)["positional"]
     )
 
 

@@ -51,6 +51,7 @@ def dataset_toml(folder: PictureFolder, image_dir: str, *, resolution: int, trig
         "",
         "[[datasets]]",
         f"resolution = {resolution}",
+        *_bucket_limits(resolution),
         "",
         "[[datasets.subsets]]",
         f"image_dir = {toml_value(image_dir)}",
@@ -59,6 +60,18 @@ def dataset_toml(folder: PictureFolder, image_dir: str, *, resolution: int, trig
         *_trigger_lines(folder, trigger),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _bucket_limits(resolution: int) -> list[str]:
+    """Buckets may be half to twice as long as the square; sd-scripts' own limits fit 512 to 1024 only."""
+    if 512 <= resolution <= 1024:
+        return []
+    step = 64 if resolution >= 256 else 32
+    return [
+        f"min_bucket_reso = {max(step, resolution // 2 // step * step)}",
+        f"max_bucket_reso = {max(1024, 2 * resolution // step * step)}",
+        *([f"bucket_reso_steps = {step}"] if step != 64 else []),
+    ]
 
 
 def _trigger_lines(folder: PictureFolder, trigger: str | None) -> list[str]:

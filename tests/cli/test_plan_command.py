@@ -32,7 +32,7 @@ def test_text_names_what_fits(large_file, capsys):
     assert cli.run(["plan", "--model", str(large_file), "--vram", "12GB", "--ram", "32GB", "--tflops", "60"]) == 0
     text = capsys.readouterr().out
     assert "sd35-large: 8.15 billion weights in 38 blocks; 1024 x 1024 pixels" in text
-    assert "--blocks-to-swap 38 --base-format nf4" in text
+    assert "--blocks-to-swap 38 --base-dtype nf4" in text
     assert "fits 12 GB and 32 GB of host memory: --blocks-to-swap" in text
 
 

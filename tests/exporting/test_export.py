@@ -118,7 +118,7 @@ def test_metadata_is_kept_and_the_users_words_are_added(run, tmp_path):
 
 
 def test_without_metadata_the_file_says_nothing(run, tmp_path):
-    export(run / "checkpoints" / "step-00000020", tmp_path / "out.safetensors", no_metadata=True)
+    export(run / "checkpoints" / "step-00000020", tmp_path / "out.safetensors", metadata=False)
     assert metadata_of(tmp_path / "out.safetensors") == {"format": "pt"}
 
 
@@ -142,7 +142,7 @@ def test_dora_for_comfyui_gives_its_sum_the_trained_weight(tmp_path):
     save_adapter(tmp_path / "dora.safetensors", dora)
     with pytest.raises(ParameterError, match="pass --model"):
         export(tmp_path / "dora.safetensors", tmp_path / "out.safetensors")
-    export(tmp_path / "dora.safetensors", tmp_path / "out.safetensors", model=str(base), dtype="fp32", no_metadata=True)
+    export(tmp_path / "dora.safetensors", tmp_path / "out.safetensors", model=str(base), dtype="fp32", metadata=False)
     tensors, model = load_file(tmp_path / "out.safetensors"), load_mmdit(base)
     weights = {path: linear.dense_weight().clone() for path, linear in model.linears()}
     attach_deltas(model, dora)

@@ -108,19 +108,16 @@ def test_advice_names_settings_that_need_clearly_less():
     text = advice(LARGE, WORK, Settings(), device_bytes=12 * 10**9)
     assert text.startswith("--blocks-to-swap ")
     assert "should fit: about" in text
-    tight = advice(LARGE, WORK, Settings(blocks_to_swap=38, cpu_offload_checkpointing=True), device_bytes=3 * 10**9)
-    assert "--base-format" in tight
+    tight = advice(LARGE, WORK, Settings(blocks_to_swap=38, activation_offload=True), device_bytes=3 * 10**9)
+    assert "--base-dtype" in tight
     assert "at a lower resolution" in advice(LARGE, WORK, Settings(base_format="nf4"), device_bytes=10**9)
     many = Workload(image_tokens=4096, batch=8)
     assert "train_batch_size = 4" in advice(LARGE, many, Settings(base_format="nf4"), device_bytes=2 * 10**9)
 
 
 def test_options_are_written_as_a_user_would():
-    settings = Settings(blocks_to_swap=9, base_format="fp8", modulation="resident", cpu_offload_checkpointing=True)
-    assert (
-        option_text(settings)
-        == "--blocks-to-swap 9 --base-format fp8 --modulation resident --cpu-offload-checkpointing"
-    )
+    settings = Settings(blocks_to_swap=9, base_format="fp8", modulation="resident", activation_offload=True)
+    assert option_text(settings) == "--blocks-to-swap 9 --base-dtype fp8 --modulation resident --activation-offload"
 
 
 def test_planning_imports_no_torch():

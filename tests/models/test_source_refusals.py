@@ -155,6 +155,12 @@ def test_odd_paths_are_input_errors(tmp_path, monkeypatch, name):
     _refusal("mmdit", name)
 
 
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "model.safetensors.index.json"])
+def test_one_file_of_several_is_answered_with_the_folder(parts, tmp_path, name):
+    save_part(tmp_path / name, parts["t5xxl"])
+    assert _refusal("t5xxl", None, tmp_path / name).endswith(f"is one file of several: pass their folder, {tmp_path}")
+
+
 def test_web_address_is_answered_with_what_to_pass():
     message = _refusal("mmdit", "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium")
     assert "hub id (OWNER/NAME)" in message
