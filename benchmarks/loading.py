@@ -84,7 +84,8 @@ def report(path: Path, variant: str, methods: list[str], *, with_cold: bool) -> 
     versions = f"torch {torch.__version__}, safetensors {safetensors.__version__}"
     print(f"{variant}: {stored / 1e9:.2f} GB in bfloat16; {versions}")
     print(f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, {time.strftime('%Y-%m-%d')}")
-    print(f"{'method':<12} {'cache':<5} {'seconds':>8} {'GB/s':>6} {'kept GB':>8} {'peak GB':>8} {'peak/kept':>9}")
+    columns = ("method", "cache", "seconds", "CPU s", "GB/s", "kept GB", "peak GB", "peak/kept")
+    print("{:<12} {:<5} {:>8} {:>6} {:>6} {:>8} {:>8} {:>9}".format(*columns))
     for method in methods:
         for cache in ("cold", "warm") if with_cold else ("warm",):
             if cache == "cold":
@@ -95,9 +96,9 @@ def report(path: Path, variant: str, methods: list[str], *, with_cold: bool) -> 
                 text=True,
                 check=True,
             ).stdout.splitlines()[-1]
-            seconds, kept, peak = (json.loads(line)[name] for name in ("seconds", "kept", "peak"))
+            seconds, cpu, kept, peak = (json.loads(line)[name] for name in ("seconds", "cpu", "kept", "peak"))
             rate, ratio = stored / seconds / 1e9, f"{peak / kept:9.3f}" if kept else f"{'-':>9}"
-            timing = f"{method:<12} {cache:<5} {seconds:8.2f} {rate:6.2f}"
+            timing = f"{method:<12} {cache:<5} {seconds:8.2f} {cpu:6.2f} {rate:6.2f}"
             print(f"{timing} {kept / 1e9:8.2f} {peak / 1e9:8.2f} {ratio}", flush=True)
 
 
@@ -108,7 +109,7 @@ def drop_from_cache(path: Path) -> None:
 
 
 def measure(method: str, path: Path) -> dict[str, float]:
-    """Returns seconds, bytes kept and the rise of peak memory of one way of loading, in this fresh process."""
+    """Returns time, bytes kept and the rise of peak memory of one way of loading, in this fresh process."""
     import torch
 
     from sd3pipe.models import checkpoint
@@ -116,7 +117,7 @@ def measure(method: str, path: Path) -> dict[str, float]:
     from sd3pipe.models.sources import find_component
 
     architecture = checkpoint.mmdit_architecture(find_component("mmdit", model=path))
-    before, started = peak_bytes(), time.perf_counter()
+    before, started, cpu_started = peak_bytes(), time.perf_counter(), time.process_time()
     model = None
     if method == "ours":
         model = checkpoint.load_mmdit(path, dtype=torch.bfloat16)
@@ -134,9 +135,9 @@ def measure(method: str, path: Path) -> dict[str, float]:
     tensors_kept = model.state_dict().values() if model is not None else []
     if method == "mapped":  # touch every page once, as the first step would
         float(sum(tensor.view(torch.uint8).flatten()[::4096].sum() for tensor in tensors_kept))
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_started
     kept = sum(tensor.nbytes for tensor in tensors_kept)
-    return {"seconds": seconds, "kept": kept, "peak": peak_bytes() - before}
+    return {"seconds": seconds, "cpu": cpu, "kept": kept, "peak": peak_bytes() - before}
 
 
 def peak_bytes() -> int:

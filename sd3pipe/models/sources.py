@@ -4,6 +4,7 @@ Whatever the layout, a component is a map from canonical key (native MMDiT and V
 names) to byte ranges of files. Nothing is read here but headers, so this needs no torch.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from sd3pipe.stat_memory import StatMemory
 
 _FLOATS = {"F64", "F32", "F16", "BF16", *FP8_DTYPES}
 _CLIP_WIDTHS: dict[int, Component] = {768: "clip_l", 1280: "clip_g"}  # the published sizes, to catch an exchange
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$|\.safetensors\.index(\.\w+)?\.json$")
 _TOKEN_EMBEDDING = "text_model.embeddings.token_embedding.weight"
 
 
@@ -84,12 +86,19 @@ def find_component(component: Component, *, model: str | Path | None, file: Path
 
 def _in_path(component: Component, path: Path, *, is_model: bool) -> ComponentSource:
     if not exists(path) or not path.is_dir():
+        _refuse_shard(path)
         return _component(component, read_header(path), str(path), is_model=is_model)
     subfolder = SUBFOLDERS[component] if (path / SUBFOLDERS[component]).is_dir() else ""
     tensors = folder_tensors(component, local_fetch(path), subfolder)
     if tensors is None:
         raise missing_in_folder(path, component)
     return _component(component, tensors, str(path / subfolder), is_model=is_model)
+
+
+def _refuse_shard(path: Path) -> None:
+    """Raises InputError for a part of a sharded component: only the folder tells the whole."""
+    if _SHARD.search(path.name) and exists(path):
+        raise InputError(f"{path}: is one file of several: pass their folder, {path.parent}")
 
 
 def _in_hub(component: Component, repository: HubRepository) -> ComponentSource:
