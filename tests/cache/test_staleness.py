@@ -1,0 +1,111 @@
+"""What an encode stage read is compared with what is there now, by stat first and by bytes where that differs."""
+
+import os
+import shutil
+import time
+
+import pytest
+from fake_cache import captions, fill, wanted_texts
+
+from sd3pipe.cache.folder import machine_folder
+from sd3pipe.cache.staleness import check_sources, remember_sources
+from sd3pipe.fingerprint import hash_file
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A dataset file, a folder of pictures and captions, and a cache that remembers them."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a", "b"):
+        (photos / f"{name}.png").write_bytes(f"pixels of {name}".encode())
+        (photos / f"{name}.txt").write_text(f"a photo of {name}")
+    (tmp_path / "dataset.toml").write_text("[[datasets]]")
+    time.sleep(0.05)
+    fill(tmp_path / "caches" / "text", wanted_texts(captions(3)))
+    remember(tmp_path)
+    return tmp_path
+
+
+def remember(project):
+    remember_sources(
+        project / "caches" / "text",
+        dataset_file=project / "dataset.toml",
+        files={path: hash_file(path) for path in sorted((project / "photos").iterdir())},
+        folders={project / "photos": (".png", ".txt")},
+        scan_started=time.time(),
+    )
+
+
+def check(project):
+    return check_sources(project / "caches" / "text")
+
+
+def test_nothing_changed_is_fresh(project):
+    assert check(project).state == "fresh"
+
+
+@pytest.mark.parametrize("name", ["photos/a.png", "photos/b.txt", "dataset.toml"])
+def test_an_edited_file_is_named(project, name):
+    (project / name).write_bytes((project / name).read_bytes()[::-1])
+    result = check(project)
+    assert result.state == "changed" and result.changes == (f"{project / name} was changed",)
+
+
+def test_a_touched_or_copied_file_of_equal_bytes_is_fresh(project):
+    os.utime(project / "photos" / "a.png", (1, 1))
+    shutil.copy(project / "photos" / "b.png", project / "copy.png")
+    (project / "copy.png").replace(project / "photos" / "b.png")
+    assert check(project).state == "fresh"
+
+
+def test_new_and_removed_files_are_noticed_if_they_matter(project):
+    (project / "photos" / "notes.md").write_text("not read by any stage")
+    (project / "photos" / ".hidden.sd3pipe").write_text("")
+    assert check(project).state == "fresh"
+    (project / "photos" / "c.PNG").write_bytes(b"new")
+    assert check(project).changes == (f"{project / 'photos'} has other files than before",)
+    (project / "photos" / "c.PNG").unlink()
+    (project / "photos" / "a.txt").unlink()
+    assert any("a.txt is gone" in change for change in check(project).changes)
+
+
+@pytest.mark.parametrize("gone", ["photos", "dataset.toml"])
+def test_without_the_sources_there_is_nothing_to_check(project, gone):
+    (project / gone).rename(project / "away")
+    result = check(project)
+    assert result.state == "unknown" and gone in result.reason
+
+
+def test_a_cache_that_came_from_elsewhere_is_unknown(project, tmp_path):
+    shutil.copytree(project / "caches" / "text", tmp_path / "other" / "text")
+    assert check_sources(tmp_path / "other" / "text").state == "unknown"
+
+
+def test_a_cache_that_was_replaced_since_is_unknown(project):
+    shutil.rmtree(project / "caches" / "text")
+    fill(project / "other" / "text", wanted_texts(captions(4)))
+    shutil.copytree(project / "other" / "text", project / "caches" / "text")
+    result = check(project)
+    assert result.state == "unknown" and "was replaced" in result.reason
+
+
+def test_a_file_that_changed_during_the_scan_is_not_taken_for_fresh(project):
+    picture = project / "photos" / "a.png"
+    started, digest = time.time(), hash_file(picture)
+    picture.write_bytes(b"PIXELS of a")
+    remember_sources(
+        project / "caches" / "text",
+        dataset_file=project / "dataset.toml",
+        files={picture: digest},
+        folders={},
+        scan_started=started,
+    )
+    assert check(project).changes == (f"{picture} was changed",)
+
+
+def test_the_note_is_machine_local_and_damage_to_it_only_skips_the_check(project):
+    note = machine_folder(project / "caches" / "text") / "sources.json"
+    assert str(project).encode() in note.read_bytes()
+    note.write_bytes(b"{")
+    assert check(project).state == "unknown"
