@@ -180,7 +180,7 @@ def merge_into(model: AdaptableModel, adapter: Adapter, multiplier: float = 1.0)
     check_fit(slots, adapter)
     for path, delta in adapter.items():
         weight = slots[path].weight
-        if not weight.is_floating_point():
+        if getattr(slots[path], "packing", None) is not None:
             raise ParameterError("base_weights need a base in 16 or 32 bit: they are added before it is quantised")
         merged = merged_weight(weight.detach().flatten(1).to("cpu"), delta, multiplier)
         weight.copy_(merged.view_as(weight))

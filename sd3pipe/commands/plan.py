@@ -13,8 +13,17 @@ from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.scan import scan
 from sd3pipe.encoding.latent_plan import find_sources
 from sd3pipe.errors import InputError, ParameterError
-from sd3pipe.memory.plan import Prediction, Rates, Settings, Workload, fitting_settings, option_text, predict
-from sd3pipe.memory.sizes import ModelSize, image_tokens, model_size
+from sd3pipe.memory.plan import (
+    Prediction,
+    Rates,
+    Settings,
+    Workload,
+    adapter_bytes_per_weight,
+    fitting_settings,
+    option_text,
+    predict,
+)
+from sd3pipe.memory.sizes import ModelSize, adapter_weights, image_tokens, model_size
 from sd3pipe.models.architecture import detect_mmdit
 from sd3pipe.models.sources import find_component
 from sd3pipe.params.plan import PlanParams
@@ -23,8 +32,6 @@ from sd3pipe.stat_memory import StatMemory
 _CLIP_TOKENS = 77
 _TEXT_WIDTHS = (768, 1280, 4096)  # CLIP-L, CLIP-G, T5-XXL
 _MOMENTS = 32  # channels of a latent row, two bytes each
-_WEIGHT_AND_GRADIENT = 8  # bytes per adapter weight in fp32; moments come on top
-_STATE_BYTES = {True: 2, False: 8}  # of AdamW with one byte or four per moment
 
 
 def main(params: PlanParams) -> None:
@@ -59,30 +66,23 @@ def _shapes(params: PlanParams) -> dict[str, tuple[int, ...]]:
 
 def _workload(params: PlanParams, shapes: Mapping[str, tuple[int, ...]]) -> Workload:
     width, height = params.size_px
-    one_byte = "8bit" in params.optimizer_type.lower()
     return Workload(
         image_tokens=image_tokens(width, height),
         text_tokens=_CLIP_TOKENS + params.t5xxl_max_token_length,
         batch=params.train_batch_size,
         accumulation=params.gradient_accumulation_steps,
         adapter_weights=adapter_weights(shapes, params.network_dim),
-        adapter_bytes_per_weight=_WEIGHT_AND_GRADIENT + _STATE_BYTES[one_byte],
+        adapter_bytes_per_weight=adapter_bytes_per_weight(params.optimizer_type),
     )
-
-
-def adapter_weights(shapes: Mapping[str, tuple[int, ...]], rank: int) -> int:
-    """Returns the weights of a LoRA on every linear layer of the joint blocks, which is sd-scripts' default."""
-    matrices = [s for key, s in shapes.items() if key.startswith("joint_blocks.") and len(s) == 2]
-    return sum(rank * (rows + columns) for rows, columns in matrices)
 
 
 def _settings(params: PlanParams) -> Settings:
     return Settings(
-        base_format=params.base_format,
+        base_format=params.base_dtype or "dense",
         blocks_to_swap=0 if params.blocks_to_swap == "auto" else params.blocks_to_swap,
         modulation=params.modulation or "stream",
         gradient_checkpointing=params.gradient_checkpointing,
-        cpu_offload_checkpointing=params.cpu_offload_checkpointing,
+        activation_offload=params.activation_offload,
         layer_major=params.layer_major,
         dtype_bytes=4 if params.mixed_precision == "no" else 2,
     )
@@ -102,7 +102,7 @@ def _rows(
         if params.blocks_to_swap > model.depth:
             raise ParameterError(f"--blocks-to-swap {params.blocks_to_swap}: the model has {model.depth} blocks")
         return [(wanted, predict(model, work, wanted, rates))]
-    formats = ("dense", "fp8", "nf4") if params.base_format == "dense" else (params.base_format,)
+    formats = ("dense", "fp8", "nf4") if params.base_dtype is None else (params.base_dtype,)
     counts = (0, model.depth // 2, model.depth)
     variations = [dataclasses.replace(wanted, base_format=f, blocks_to_swap=n) for f in formats for n in counts]
     return [(settings, predict(model, work, settings, rates)) for settings in variations]
@@ -170,7 +170,7 @@ def _verdict(params: PlanParams, chosen: tuple[Settings, Prediction] | None) -> 
     if params.ram_bytes is not None:
         where += f" and {readable_bytes(params.ram_bytes)} of host memory"
     if chosen is None:
-        return f"nothing fits {where}: try --base-format fp8 or nf4, a smaller picture or batch"
+        return f"nothing fits {where}: try --base-dtype fp8 or nf4, a smaller picture or batch"
     settings, prediction = chosen
     return f"fits {where}: {option_text(settings)} (about {readable_bytes(prediction.device_bytes)} on the device)"
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import statistics
 from collections.abc import Iterator
 from typing import Any
@@ -13,12 +14,14 @@ from sd3pipe.cache.staleness import check_sources
 from sd3pipe.console import StageReport, count
 from sd3pipe.device_memory import peak_device_bytes, peak_rss_bytes
 from sd3pipe.errors import DeviceMemoryError, StaleError
+from sd3pipe.models.checkpoint import mmdit_architecture
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.params.train import TrainParams
 from sd3pipe.stat_memory import StatMemory
 from sd3pipe.training.identity import RunInputs, resolve_inputs, run_identity
 from sd3pipe.training.loop import Loop
-from sd3pipe.training.precision import resolve_precision
+from sd3pipe.training.memory_plan import CLIP_TOKENS, MemoryPlan, run_memory
+from sd3pipe.training.precision import BASE_DTYPES, resolve_precision
 from sd3pipe.training.processes import Processes, join_processes
 from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.run_folder import Start, choose_start, is_finished
@@ -35,11 +38,10 @@ _SHOWN = 5  # how many changed files an error names
 def main(params: TrainParams) -> None:
     """Trains, or goes on training, until the last step. Raises Stopped when asked to stop on the way."""
     processes = join_processes(params.device, params.threads)
-    if params.deterministic:
-        torch.use_deterministic_algorithms(True)
+    _set_numerics(params)
     inputs = {"model": params.model, "text": str(params.text), "latents": str(params.latents)}
     report = StageReport("train", path=params.out / "report.json", inputs=inputs)
-    with report if processes.is_main else contextlib.nullcontext(), _memory_advice(params):
+    with report if processes.is_main else contextlib.nullcontext():
         _train(params, processes, report)
     processes.leave()
 
@@ -65,14 +67,24 @@ def _train(params: TrainParams, processes: Processes, report: StageReport) -> No
         report.update(peak_device_bytes=0)
         report.summary = f"nothing to do, all {count(run.total_steps, 'step')} are done"
         return
-    loop = build_loop(params, processes, data, source, run, identity, start)
-    steps_before = loop.progressed.step
-    try:
-        loop.run(parse_duration(params.time_limit) if params.time_limit else None)
-        loop.saver.finish({"identity": identity, "steps": run.total_steps})
-    finally:
-        loop.close()
-        report.update(**_figures(loop, processes, steps_before))
+    memory = run_memory(
+        params,
+        mmdit_architecture(source),
+        resolutions_px=data.resolutions,
+        text_tokens=CLIP_TOKENS + int(data.train.text_lengths.max()),
+        device=processes.device,
+        dtype=BASE_DTYPES[run.precision],
+    )
+    with _memory_advice(params, memory, processes.device):
+        loop = build_loop(params, processes, data, source, run, identity, start, memory)
+        steps_before = loop.progressed.step
+        try:
+            loop.run(parse_duration(params.time_limit) if params.time_limit else None)
+            loop.saver.finish({"identity": identity, "steps": run.total_steps})
+        finally:
+            loop.close()
+            figures = _figures(loop, processes, steps_before)
+            report.update(**figures, memory=memory.as_report(**_measured(figures)))
     says = verdict(params.out)
     if says:
         log.info("%s", says)
@@ -108,14 +120,17 @@ def _fingerprint(params: TrainParams, source: ComponentSource) -> str:
     return fingerprint
 
 
-def _figures(loop: Loop, processes: Processes, steps_before: int) -> dict[str, Any]:
+def _figures(loop: Loop, memory: MemoryPlan, processes: Processes, steps_before: int) -> dict[str, Any]:
     """Returns what the report says about the run; the time of a step is the median, for the first one warms up."""
+    seconds = statistics.median(loop.seconds_per_step) if loop.seconds_per_step else None
+    peak = peak_device_bytes(processes.device)
     return {
         **_how_far(loop.progressed),
         "steps_now": loop.progressed.step - steps_before,
-        "seconds_per_step": statistics.median(loop.seconds_per_step) if loop.seconds_per_step else None,
+        "seconds_per_step": seconds,
+        "memory": memory.as_report(peak_device_bytes=peak, seconds_per_step=seconds),
         "peak_rss_bytes": peak_rss_bytes(),
-        "peak_device_bytes": peak_device_bytes(processes.device),
+        "peak_device_bytes": peak,
         "streamed_bytes": loop.streamer.copied_bytes,
     }
 
@@ -138,26 +153,22 @@ def _summary(state: Progressed, steps_before: int, freshness: str) -> str:
     return f"{count(state.step, 'step')}{went_on}, loss {state.loss_mean:.4f}{unchecked}"
 
 
+def _measured(figures: dict[str, Any]) -> dict[str, Any]:
+    return {name: figures[name] for name in ("peak_device_bytes", "seconds_per_step")}
+
+
+def _set_numerics(params: TrainParams) -> None:
+    """Switches TF32 on or off, and nondeterministic kernels off where bits are promised."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = params.tf32 and not params.deterministic
+    if params.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace
+        torch.use_deterministic_algorithms(True)
+
+
 @contextlib.contextmanager
-def _memory_advice(params: TrainParams) -> Iterator[None]:
+def _memory_advice(memory: MemoryPlan, device: torch.device) -> Iterator[None]:
+    """Answers out of memory with settings that fit."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise DeviceMemoryError(
-            "the device ran out of memory: "
-            + "; ".join(_cures(params))
-            + " (`sd3pipe plan` tells beforehand what fits)"
-        ) from error
-
-
-def _cures(params: TrainParams) -> Iterator[str]:
-    if not params.gradient_checkpointing:
-        yield "set --gradient-checkpointing"
-    if params.train_batch_size > 1:
-        yield (
-            f"set --train-batch-size 1 --gradient-accumulation-steps "
-            f"{params.train_batch_size * params.gradient_accumulation_steps}, which learns the same"
-        )
-    if not params.optimizer_type.lower().endswith("8bit"):
-        yield "set --optimizer-type AdamW8bit"
-    yield "or train at a lower resolution"
+        raise DeviceMemoryError(f"the device ran out of memory: {memory.advice(device)}") from error

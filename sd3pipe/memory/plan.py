@@ -39,7 +39,7 @@ class Settings:
     blocks_to_swap: int = 0
     modulation: ModulationMode = "stream"
     gradient_checkpointing: bool = True
-    cpu_offload_checkpointing: bool = False
+    activation_offload: bool = False
     layer_major: bool = False
     dtype_bytes: int = 2
 
@@ -86,6 +86,11 @@ def predict(model: ModelSize, work: Workload, settings: Settings, rates: Rates |
     )
 
 
+def adapter_bytes_per_weight(optimizer_type: str) -> int:
+    """Returns the bytes that one adapter weight takes: itself and its gradient in fp32, and the optimizer's moments."""
+    return 4 + 4 + (2 if "8bit" in optimizer_type.lower() else 8)
+
+
 def fitting_settings(
     model: ModelSize,
     work: Workload,
@@ -105,7 +110,7 @@ def fitting_settings(
         prediction = predict(model, work, settings, rates)
         if prediction.device_bytes <= device_bytes and (host_bytes is None or prediction.host_bytes <= host_bytes):
             cost = prediction.copied_bytes if prediction.seconds is None else prediction.seconds
-            cost *= _OFFLOAD_COST if settings.cpu_offload_checkpointing else 1.0
+            cost *= _OFFLOAD_COST if settings.activation_offload else 1.0
             order = (cost, settings.blocks_to_swap, prediction.device_bytes)
             fitting.append((order, settings, prediction))
     if not fitting:
@@ -133,11 +138,11 @@ def option_text(settings: Settings) -> str:
     """Returns the settings as the options that a user would write."""
     words = [f"--blocks-to-swap {settings.blocks_to_swap}"]
     if settings.base_format != "dense":
-        words.append(f"--base-format {settings.base_format}")
+        words.append(f"--base-dtype {settings.base_format}")
     if settings.blocks_to_swap and settings.modulation != "stream":
         words.append(f"--modulation {settings.modulation}")
-    if settings.cpu_offload_checkpointing:
-        words.append("--cpu-offload-checkpointing")
+    if settings.activation_offload:
+        words.append("--activation-offload")
     if not settings.gradient_checkpointing:
         words.append("--no-gradient-checkpointing")
     return " ".join(words)
@@ -145,12 +150,12 @@ def option_text(settings: Settings) -> str:
 
 def _variations(model: ModelSize, wanted: Settings) -> Iterator[Settings]:
     modes: tuple[ModulationMode, ...] = ("resident", "stream")
-    for offload in dict.fromkeys((wanted.cpu_offload_checkpointing, True)):
+    for offload in dict.fromkeys((wanted.activation_offload, True)):
         if offload and not wanted.gradient_checkpointing:
             continue
         for count in range(model.depth + 1):
             for mode in modes if count else (wanted.modulation,):
-                yield replace(wanted, blocks_to_swap=count, modulation=mode, cpu_offload_checkpointing=offload)
+                yield replace(wanted, blocks_to_swap=count, modulation=mode, activation_offload=offload)
 
 
 def _device_parts(model: ModelSize, work: Workload, settings: Settings, streamed: tuple[int, ...]) -> dict[str, int]:
@@ -160,8 +165,8 @@ def _device_parts(model: ModelSize, work: Workload, settings: Settings, streamed
         blocks += sum(model.blocks[number].modulation_bytes(settings.dtype_bytes) for number in streamed)
     tokens = work.batch * (work.image_tokens + work.text_tokens)
     inputs = tokens * model.width * settings.dtype_bytes
-    kept = min(_STAGED_BLOCKS, model.depth) if settings.cpu_offload_checkpointing else model.depth
-    if settings.layer_major and not settings.cpu_offload_checkpointing:
+    kept = min(_STAGED_BLOCKS, model.depth) if settings.activation_offload else model.depth
+    if settings.layer_major and not settings.activation_offload:
         kept *= work.accumulation
     saved = [_saved_bytes(model, block, work, settings) for block in model.blocks]
     return {
@@ -186,7 +191,7 @@ def _host_parts(model: ModelSize, work: Workload, settings: Settings, streamed: 
         _whole_bytes(block, settings) - (0 if with_modulation else block.modulation_bytes(settings.dtype_bytes))
         for block in blocks
     )
-    if settings.cpu_offload_checkpointing:
+    if settings.activation_offload:
         repeats = work.accumulation if settings.layer_major else 1
         parts["block inputs"] = repeats * model.depth * tokens * model.width * settings.dtype_bytes
     parts["one block while loading"] = max(

@@ -87,6 +87,12 @@ def model_size(shapes: Mapping[str, tuple[int, ...]]) -> ModelSize:
     )
 
 
+def adapter_weights(shapes: Mapping[str, tuple[int, ...]], rank: int) -> int:
+    """Returns the weights of a LoRA on every linear layer of the joint blocks, which is sd-scripts' default."""
+    matrices = [shape for key, shape in shapes.items() if key.startswith("joint_blocks.") and len(shape) == 2]
+    return sum(rank * (rows + columns) for rows, columns in matrices)
+
+
 def image_tokens(width_px: int, height_px: int) -> int:
     """Returns how many tokens a picture has."""
     return (width_px // _PATCH_PX) * (height_px // _PATCH_PX)

@@ -63,11 +63,11 @@ class PlanParams(Params):
     modulation: Literal["stream", "resident", "ahead"] | None = option(
         None, "Where the adaLN weights of streamed blocks are.", panel=_MEMORY, advanced=True
     )
-    base_format: Literal["dense", "fp8", "int8", "nf4"] = option(
-        "dense", "How the frozen attention and MLP weights are stored.", panel=_MEMORY
+    base_dtype: Literal["fp8", "int8", "nf4"] | None = option(
+        None, "Keep the base's blocks packed; default: as mixed_precision says.", panel=_MEMORY
     )
-    cpu_offload_checkpointing: bool = option(
-        False, "Keep the inputs of recomputed blocks on the host.", panel=_MEMORY
+    activation_offload: bool = option(
+        False, "Let the inputs of recomputed blocks wait in host memory.", panel=_MEMORY
     )
     layer_major: bool = option(False, "Accumulate block by block.", panel=_MEMORY)
     json_output: bool = option(False, "Print one JSON object instead of text.", aliases=("json",))

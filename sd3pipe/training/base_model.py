@@ -68,3 +68,12 @@ def _filler(
             quantise(block.to(device), base_format)
 
     return fill
+
+
+def compile_blocks(mmdit: MMDiT, backend: str = "inductor") -> None:
+    """Lets torch compile each joint block when it first runs; blocks of one shape share their graphs.
+
+    Weights are inputs of the graphs, so that streamed blocks may change the memory behind them.
+    """
+    for block in mmdit.joint_blocks:
+        block.compile(backend=backend)

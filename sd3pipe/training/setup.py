@@ -12,13 +12,14 @@ from sd3pipe.adapters.files import read_adapter
 from sd3pipe.adapters.network import AdapterNetwork, attach, attach_deltas, merge_into
 from sd3pipe.adapters.precision import StoredDtype
 from sd3pipe.memory.layer_major import run_layer_major
+from sd3pipe.memory.plan import Settings
 from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.pos_embed import ScaledPositions
 from sd3pipe.models.sources import ComponentSource
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.adapter_options import adapter_spec, loraplus_ratio
-from sd3pipe.training.base_model import load_base
+from sd3pipe.training.base_model import compile_blocks, load_base
 from sd3pipe.training.batches import Position, plan_steps
 from sd3pipe.training.checkpoints import Retention
 from sd3pipe.training.description import adapter_metadata
@@ -26,6 +27,7 @@ from sd3pipe.training.feed import Feed, FeedRules, Step, load_steps
 from sd3pipe.training.flow import Huber, SigmaSampling
 from sd3pipe.training.identity import RunInputs, continued, make_schedule
 from sd3pipe.training.loop import Loop, Plan
+from sd3pipe.training.memory_plan import MemoryPlan
 from sd3pipe.training.objective import LossRules, Objective, Question
 from sd3pipe.training.occasions import make_sampler
 from sd3pipe.training.optimizers import make_optimizer, parse_args
@@ -54,13 +56,14 @@ def build_loop(
     run: RunInputs,
     identity: Mapping[str, Any],
     start: Start,
+    memory: MemoryPlan,
 ) -> Loop:
     """Returns a loop that is ready to run, from the checkpoint of `start` if there is one."""
     checkpoint = start.checkpoint
     schedule = make_schedule(params, run.total_steps)
     if checkpoint is not None:
         schedule = continued(schedule, checkpoint.state["warmup_steps"])
-    mmdit, streamer = _load_base(params, data, source, run, processes.device)
+    mmdit, streamer = _load_base(params, data, source, run, memory.settings, processes.device)
     network = _attach_adapter(params, mmdit, run, processes.device)
     weights = TrainedWeights(network, seed=params.seed, ema_decay=params.ema_decay)
     spec = adapter_spec(params)
@@ -135,18 +138,25 @@ def build_loop(
 
 
 def _load_base(
-    params: TrainParams, data: TrainingData, source: ComponentSource, run: RunInputs, device: torch.device
+    params: TrainParams,
+    data: TrainingData,
+    source: ComponentSource,
+    run: RunInputs,
+    memory: Settings,
+    device: torch.device,
 ) -> tuple[MMDiT, BlockStreamer]:
     mmdit, streamer = load_base(
         source,
         dtype=BASE_DTYPES[run.precision],
         device=device,
         base_format=params.base_dtype,
-        blocks_to_swap=params.blocks_to_swap,
-        modulation=params.modulation,
-        offload_activations=params.activation_offload,
+        blocks_to_swap=memory.blocks_to_swap,
+        modulation=memory.modulation,
+        offload_activations=memory.activation_offload,
     )
     mmdit.gradient_checkpointing = params.gradient_checkpointing
+    if params.torch_compile:
+        compile_blocks(mmdit)
     if params.enable_scaled_pos_embed:
         mmdit.scaled_positions = ScaledPositions(data.resolutions, mmdit.architecture.width)
     multipliers = [*params.base_weights_multiplier, *[1.0] * len(run.base_weights)]

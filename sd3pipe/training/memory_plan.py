@@ -1,0 +1,198 @@
+"""Chooses how the base is kept before it is loaded: measures the card, asks the cost model, says what to expect."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sd3pipe.console import readable_bytes
+from sd3pipe.errors import DeviceMemoryError
+from sd3pipe.memory.host import HostMemory
+from sd3pipe.memory.plan import (
+    Prediction,
+    Rates,
+    Settings,
+    Workload,
+    adapter_bytes_per_weight,
+    advice,
+    fitting_settings,
+    option_text,
+    predict,
+)
+from sd3pipe.memory.sizes import adapter_weights, image_tokens, model_size
+from sd3pipe.memory.streaming import streamed_numbers
+from sd3pipe.models.architecture import MMDiTArchitecture
+from sd3pipe.models.joint_block import JointBlock
+from sd3pipe.params.train import TrainParams
+
+log = logging.getLogger(__name__)
+
+CLIP_TOKENS = 77
+_USABLE = 0.92  # of the free device memory; the rest is for fragmentation and sample pictures
+_COPY_BYTES = 128 << 20
+_REPEATS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """How the base is kept, and what that is expected to cost."""
+
+    architecture: MMDiTArchitecture
+    work: Workload
+    settings: Settings
+    rates: Rates | None
+    prediction: Prediction
+
+    def as_report(self, *, peak_device_bytes: int, seconds_per_step: float | None) -> dict[str, Any]:
+        """Returns prediction beside truth, for the run's report."""
+        return {
+            "settings": asdict(self.settings),
+            "rates": None if self.rates is None else asdict(self.rates),
+            "device_bytes": {"predicted": self.prediction.device_bytes, "measured": peak_device_bytes},
+            "seconds_per_step": {"predicted": self.prediction.seconds, "measured": seconds_per_step},
+            "copied_bytes_per_step": self.prediction.copied_bytes,
+        }
+
+    def advice(self, device: torch.device) -> str:
+        """Returns which settings would fit, after the device ran out of memory."""
+        total = torch.cuda.mem_get_info(device)[1]
+        return advice(model_size(self.architecture.shapes()), self.work, self.settings, device_bytes=total)
+
+
+def run_memory(
+    params: TrainParams,
+    architecture: MMDiTArchitecture,
+    *,
+    resolutions_px: Iterable[tuple[int, int]],
+    text_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> MemoryPlan:
+    """Returns the memory plan of a training run, for the largest of its pictures."""
+    work = Workload(
+        image_tokens=max(image_tokens(width, height) for width, height in resolutions_px),
+        text_tokens=text_tokens,
+        batch=params.train_batch_size,
+        accumulation=params.gradient_accumulation_steps,
+        adapter_weights=adapter_weights(architecture.shapes(), params.network_dim),
+        adapter_bytes_per_weight=adapter_bytes_per_weight(params.optimizer_type),
+    )
+    auto = params.blocks_to_swap == "auto"
+    wanted = Settings(
+        base_format=params.base_dtype or "dense",
+        blocks_to_swap=0 if params.blocks_to_swap == "auto" else params.blocks_to_swap,
+        modulation=params.modulation,
+        gradient_checkpointing=params.gradient_checkpointing,
+        activation_offload=params.activation_offload,
+        layer_major=params.layer_major,
+        dtype_bytes=dtype.itemsize,
+    )
+    streamed_numbers(wanted.blocks_to_swap, architecture.depth)  # raises ParameterError for too many
+    return plan_memory(architecture, work, wanted, auto=auto, device=device, dtype=dtype)
+
+
+def plan_memory(
+    architecture: MMDiTArchitecture,
+    work: Workload,
+    wanted: Settings,
+    *,
+    auto: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> MemoryPlan:
+    """Returns the settings to train with: `wanted`, or with as few streamed blocks as fit where `auto`.
+
+    On CUDA with `auto` the copy bandwidth and one block's time are measured, which takes about a second. Without CUDA
+    there is nothing to choose: every block is resident. Raises DeviceMemoryError where nothing fits.
+    """
+    model = model_size(architecture.shapes())
+    if device.type != "cuda":
+        return MemoryPlan(
+            architecture=architecture, work=work, settings=wanted, rates=None, prediction=predict(model, work, wanted)
+        )
+    rates = measure_rates(architecture, work, device=device, dtype=dtype)
+    if not auto:
+        return MemoryPlan(
+            architecture=architecture,
+            work=work,
+            settings=wanted,
+            rates=rates,
+            prediction=predict(model, work, wanted, rates),
+        )
+    free = int(_USABLE * torch.cuda.mem_get_info(device)[0])
+    return choose(architecture, work, wanted, device_bytes=free, rates=rates)
+
+
+def choose(
+    architecture: MMDiTArchitecture, work: Workload, wanted: Settings, *, device_bytes: int, rates: Rates | None
+) -> MemoryPlan:
+    """Returns the quickest settings that fit. Raises DeviceMemoryError where none do."""
+    model = model_size(architecture.shapes())
+    found = fitting_settings(model, work, wanted, device_bytes=device_bytes, rates=rates)
+    if found is None:
+        raise DeviceMemoryError(
+            f"no number of streamed blocks fits {readable_bytes(device_bytes)} of free device memory: "
+            + advice(model, work, replace(wanted, blocks_to_swap=0), device_bytes=device_bytes)
+        )
+    settings, prediction = found
+    seconds = "" if prediction.seconds is None else f", {prediction.seconds:.2f} s a step expected"
+    log.info(
+        "memory: %s (%s of %s expected%s)",
+        option_text(settings),
+        readable_bytes(prediction.device_bytes),
+        readable_bytes(device_bytes),
+        seconds,
+    )
+    return MemoryPlan(architecture=architecture, work=work, settings=settings, rates=rates, prediction=prediction)
+
+
+def measure_rates(
+    architecture: MMDiTArchitecture, work: Workload, *, device: torch.device, dtype: torch.dtype
+) -> Rates:
+    """Returns the copy bandwidth and the operations per second of one block's forward pass at the size of the run."""
+    model = model_size(architecture.shapes())
+    one_block = model.forward_flop(work.batch, work.image_tokens, work.text_tokens) / model.depth
+    return Rates(
+        flop_per_second=one_block / _block_seconds(architecture, work, dtype, device),
+        copy_bytes_per_second=_COPY_BYTES / _copy_seconds(device),
+    )
+
+
+def _block_seconds(architecture: MMDiTArchitecture, work: Workload, dtype: torch.dtype, device: torch.device) -> float:
+    """Returns the seconds of the middle block's body, with random weights."""
+    index = architecture.depth // 2
+    block = JointBlock(architecture, index, device, dtype)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    width = architecture.width
+    context = torch.randn(work.batch, work.text_tokens, width, device=device, dtype=dtype)
+    x = torch.randn(work.batch, work.image_tokens, width, device=device, dtype=dtype)
+    with torch.no_grad():
+        modulation = block.modulation(torch.randn(work.batch, width, device=device, dtype=dtype))
+        return _seconds(lambda: block(context, x, *modulation), device)
+
+
+def _copy_seconds(device: torch.device) -> float:
+    source = HostMemory(device).buffer(_COPY_BYTES)
+    target = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
+    return _seconds(lambda: target.copy_(source, non_blocking=True), device)
+
+
+def _seconds(action: Callable[[], object], device: torch.device) -> float:
+    """Returns the seconds of one call, the first one apart."""
+    action()
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(_REPEATS):
+        action()
+    _wait(device)
+    return (time.perf_counter() - start) / _REPEATS
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
