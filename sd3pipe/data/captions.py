@@ -24,7 +24,8 @@ def processed_captions(picture: Picture, *, variants: int, seed: int) -> tuple[s
     Equal pictures get equal captions from equal text, wherever they lie.
     """
     rules = picture.subset.captions
-    drawn = tuple(process_caption(picture.caption, rules, _rng(seed, picture.image_hash, n)) for n in range(variants))
+    draws = variants if _is_random(rules) else 1
+    drawn = tuple(process_caption(picture.caption, rules, _rng(seed, picture.image_hash, n)) for n in range(draws))
     return drawn[:1] if len(set(drawn)) == 1 else drawn
 
 
@@ -58,6 +59,10 @@ def tag_frequency(captions: Iterable[str], separator: str = ",") -> Mapping[str,
     for caption in captions:
         counts.update({tag.strip() for tag in caption.split(separator) if tag.strip()})
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _is_random(rules: CaptionRules) -> bool:
+    return rules.enable_wildcard or rules.shuffle_caption or rules.caption_tag_dropout_rate > 0
 
 
 def _rng(seed: int, image_hash: str, variant: int) -> random.Random:
