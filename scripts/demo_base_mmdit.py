@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_base_text import encode
+from demo_base_text import SHORT_T5_LENGTH, encode
 from demo_base_vae import SIZE_SHARES, SIZES, Log, as_pixels, set_rate
 from torch import Tensor
 
+from sd3pipe.demo.base_files import T5_LENGTH
 from sd3pipe.demo.drawings import WORDINGS, Subject, all_subjects, draw
 from sd3pipe.demo.measure import Reading, read_picture
 from sd3pipe.models.architecture import MMDiTArchitecture
@@ -28,8 +29,9 @@ from sd3pipe.training.sampling import (
 ARCHITECTURE = MMDiTArchitecture(
     depth=3, pos_embed_max=12, pooled_width=128, context_width=128, qk_norm=True, dual_attention_blocks=(0,)
 )
-STEPS, ANNEAL_STEPS, BATCH = 2000, 600, 32
-LEARNING_RATE, ANNEAL_LEARNING_RATE = 1.5e-3, 5e-4
+STEPS, ANNEAL_STEPS, BATCH = 1500, 400, 32
+LEARNING_RATE, ANNEAL_LEARNING_RATE = 1.5e-3, 8e-4
+FALLS_TO_ZERO_AT = 5000  # the first phase ends long before: the second one takes the rate down
 EMA_DECAY, ANNEAL_EMA_DECAY = 0.999, 0.99
 SAMPLING = flow.SigmaSampling(weighting_scheme="logit_normal", loss_form="velocity", training_shift=1.5)
 CAPTION_DROPOUT = 0.1
@@ -71,22 +73,36 @@ def train_mmdit(work: Path, vae: VAE, log: Log) -> MMDiT:
     """Returns the trained MMDiT, its weights averaged over the last steps."""
     subjects, _ = split_subjects()
     captions = [subject.caption(wording) for subject in subjects for wording in range(len(WORDINGS))] + [""]
-    texts = [Texts(condition=encode(captions, work), numbers=torch.arange(len(captions)))]
-    order = np.random.default_rng(12).permutation(len(captions) - 1)
-    some = [*order[:LONG_CAPTIONS].tolist(), len(captions) - 1]
-    for length in LONG_LENGTHS:  # now and then T5 is padded as other programs pad it, so that padding does no harm
-        condition = encode([captions[i] for i in some], work, t5_length=length)
-        texts.append(Texts(condition=condition, numbers=torch.tensor(some)))
     drawings = draw_latents(vae, subjects)
     log(f"mmdit: {len(captions)} captions, {sum(len(size.subjects) for size in drawings)} drawings")
     mmdit = initial_mmdit()
     log(f"mmdit: {sum(parameter.numel() for parameter in mmdit.parameters())} parameters")
     generator = torch.Generator().manual_seed(9)
-    _run_phase(mmdit, drawings, texts, generator, log, STEPS, LEARNING_RATE, 2.5 * STEPS, EMA_DECAY)
-    _run_phase(
+    texts = encode_texts(captions, work, SHORT_T5_LENGTH)
+    run_phase(mmdit, drawings, texts, generator, log, STEPS, LEARNING_RATE, FALLS_TO_ZERO_AT, EMA_DECAY)
+    anneal(mmdit, drawings, encode_texts(captions, work, T5_LENGTH), generator, log)
+    return mmdit.eval().requires_grad_(False)
+
+
+def anneal(mmdit: MMDiT, drawings: list[Drawings], texts: list[Texts], generator: torch.Generator, log: Log) -> None:
+    """Goes on from the average at a falling rate, and lets the model meet T5's whole captions."""
+    run_phase(
         mmdit, drawings, texts, generator, log, ANNEAL_STEPS, ANNEAL_LEARNING_RATE, ANNEAL_STEPS, ANNEAL_EMA_DECAY
     )
-    return mmdit.eval().requires_grad_(False)
+
+
+def encode_texts(captions: list[str], work: Path, t5_length: int) -> list[Texts]:
+    """Returns all captions at one T5 length, then some of them at the lengths that other programs pad to."""
+    order = np.random.default_rng(12).permutation(len(captions) - 1)
+    some = [*order[:LONG_CAPTIONS].tolist(), len(captions) - 1]
+    chosen = {t5_length: list(range(len(captions))), **dict.fromkeys(LONG_LENGTHS, some)}
+    return [
+        Texts(
+            condition=encode([captions[number] for number in numbers], work, t5_length=length),
+            numbers=torch.tensor(numbers),
+        )
+        for length, numbers in chosen.items()
+    ]
 
 
 @torch.no_grad()
@@ -135,7 +151,7 @@ def measure(
     return {field: count / len(subjects) for field, count in right.items()}
 
 
-def _run_phase(
+def run_phase(
     mmdit: MMDiT,
     drawings: list[Drawings],
     texts: list[Texts],

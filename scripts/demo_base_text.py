@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sd3pipe.console import progress
+from sd3pipe.demo.base_files import T5_LENGTH
 from sd3pipe.demo.drawings import NEW_WORD, WORDINGS, all_subjects
 from sd3pipe.demo.tiny_tokenizers import train_tokenizers
 from sd3pipe.models.conditioning import assemble_conditioning
@@ -25,7 +26,7 @@ from sd3pipe.training.sampling import TextCondition
 
 CLIP_WIDTH, T5_WIDTH = 64, 128  # two CLIPs side by side are as wide as T5
 CLIP_POSITIONS = 14  # the grammar's longest caption has ten words; fewer tokens make training cheap
-T5_LENGTH = 14
+SHORT_T5_LENGTH = 14  # cuts most captions: CLIP has read them in full, and steps cost less
 _SEED = 11
 _DAMPING = 0.25
 _POOLING_GAIN = 3.0

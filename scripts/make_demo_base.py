@@ -24,13 +24,14 @@ from demo_base_mmdit import (
     split_subjects,
     train_mmdit,
 )
-from demo_base_text import encode, write_text_encoders
+from demo_base_text import SHORT_T5_LENGTH, encode, write_text_encoders
 from demo_base_vae import ARCHITECTURE as VAE_ARCHITECTURE
 from demo_base_vae import CROP_STEPS, DECODER_STEPS, WHOLE_STEPS, train_vae
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sd3pipe.console import setup_logging
+from sd3pipe.demo.base_files import T5_LENGTH
 from sd3pipe.demo.drawings import NEW_WORD, OUTLINES, RADII, WORDINGS
 from sd3pipe.models.checkpoint import load_mmdit, load_vae
 from sd3pipe.models.mmdit import MMDiT
@@ -134,7 +135,8 @@ picture.
 
 VAE: {CROP_STEPS} steps on crops, {WHOLE_STEPS} on whole pictures, {DECODER_STEPS} of the decoder alone.
 MMDiT: {STEPS} + {ANNEAL_STEPS} steps of {BATCH} drawings with the velocity loss, logit-normal noise levels and shift
-1.5; one step in 20 with T5 padded to 77 or 256 tokens, the others to 14. Captions are dropped in 10 % of the samples.
+1.5; one step in 20 with T5 padded to 77 or 256 tokens, the others with {SHORT_T5_LENGTH} T5 tokens, in the second phase
+{T5_LENGTH}. Captions are dropped in 10 % of the samples.
 
 ## Accuracy
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sd3pipe.console import StageReport
 from sd3pipe.demo.base_files import MODEL
-from sd3pipe.demo.project import PROMPTED, write_files
+from sd3pipe.demo.project import PROMPTED, RUN, write_files
 from sd3pipe.errors import ExitCode, InputError, ParameterError, Sd3pipeError
 from sd3pipe.files import make_folder, write_bytes
 from sd3pipe.params.demo import DemoParams
@@ -35,7 +35,7 @@ def main(params: DemoParams) -> None:
         _run(folder, "run")
         seeds = range(1, params.seeds + 1)
         _run(
-            folder, "sample", "--model", str(MODEL), "--prompts", "caches/prompts", "--adapter", _run_folder(folder),
+            folder, "sample", "--model", str(MODEL), "--prompts", "caches/prompts", "--adapter", RUN,
             "--out", _SAMPLES, "--seeds", ",".join(map(str, seeds)),
         )  # fmt: skip
         figures = _before_and_after(folder, seeds)
@@ -64,12 +64,6 @@ def _run(folder: Path, *arguments: str) -> None:
     code = subprocess.run([sys.executable, "-m", "sd3pipe", *arguments], cwd=folder, check=False).returncode
     if code != ExitCode.DONE:
         raise DemoFailed(f"`sd3pipe {arguments[0]}` in {folder} ended with exit code {code}", code if code > 0 else 75)
-
-
-def _run_folder(folder: Path) -> str:
-    from sd3pipe.config import read_project
-
-    return read_project(folder).paths["run"]
 
 
 def _before_and_after(folder: Path, seeds: Sequence[int]) -> dict[str, int]:

@@ -101,7 +101,7 @@ def _merge(source: AdapterFile, params: ExportParams, device: torch.device) -> M
 
 def _merged_metadata(source: Mapping[str, str], params: ExportParams) -> dict[str, str]:
     """Returns what the merged model says of the adapter in it."""
-    if params.no_metadata:
+    if not params.metadata:
         return {}
     provenance = {PROVENANCE_KEY: source[PROVENANCE_KEY]} if PROVENANCE_KEY in source else {}
     return provenance | {"sd3pipe_merged_multiplier": repr(params.multiplier)}

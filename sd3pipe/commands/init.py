@@ -25,7 +25,15 @@ _ENCODER_NAMES = {  # as ComfyUI's and Stability's downloads are called, best fi
     "t5xxl": ("t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors", "t5xxl_fp8_e4m3fn.safetensors"),
 }
 _ENCODER_FOLDERS = (".", "text_encoders", "clip", "../text_encoders", "../clip")
-_GITIGNORE = "/caches/\n/runs/\n/exports/\n*.report.json\n.sd3pipe/\n"
+_GITIGNORE = """\
+/caches/
+/exports/
+/runs/*/*
+!/runs/*/metrics.json
+!/runs/*/plots/
+*.report.json
+.sd3pipe/
+"""
 _DVCIGNORE = ".sd3pipe/\n*.report.json\n"
 
 

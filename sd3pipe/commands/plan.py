@@ -116,7 +116,13 @@ def _chosen(
         return None
     if params.blocks_to_swap == "auto":
         return fitting_settings(
-            model, work, wanted, device_bytes=params.vram_bytes, host_bytes=params.ram_bytes, rates=rates
+            model,
+            work,
+            wanted,
+            device_bytes=params.vram_bytes,
+            host_bytes=params.ram_bytes,
+            rates=rates,
+            modes=("resident", "stream") if params.modulation is None else (params.modulation,),
         )
     prediction = predict(model, work, wanted, rates)
     ram = params.ram_bytes

@@ -75,7 +75,7 @@ def _train(params: TrainParams, processes: Processes, report: StageReport) -> No
         device=processes.device,
         dtype=BASE_DTYPES[run.precision],
     )
-    with _memory_advice(params, memory, processes.device):
+    with _memory_advice(memory, processes.device):
         loop = build_loop(params, processes, data, source, run, identity, start, memory)
         steps_before = loop.progressed.step
         try:
@@ -83,8 +83,7 @@ def _train(params: TrainParams, processes: Processes, report: StageReport) -> No
             loop.saver.finish({"identity": identity, "steps": run.total_steps})
         finally:
             loop.close()
-            figures = _figures(loop, processes, steps_before)
-            report.update(**figures, memory=memory.as_report(**_measured(figures)))
+            report.update(**_figures(loop, memory, processes, steps_before))
     says = verdict(params.out)
     if says:
         log.info("%s", says)
@@ -151,10 +150,6 @@ def _summary(state: Progressed, steps_before: int, freshness: str) -> str:
     went_on = f" (from step {steps_before})" if steps_before else ""
     unchecked = ", captions and pictures not checked: they are not here" if freshness == "unknown" else ""
     return f"{count(state.step, 'step')}{went_on}, loss {state.loss_mean:.4f}{unchecked}"
-
-
-def _measured(figures: dict[str, Any]) -> dict[str, Any]:
-    return {name: figures[name] for name in ("peak_device_bytes", "seconds_per_step")}
 
 
 def _set_numerics(params: TrainParams) -> None:

@@ -12,6 +12,7 @@ from sd3pipe.demo.drawings import NEW_WORD, Subject, draw
 
 PICTURE_SIZES = ((192, 192), (288, 192), (192, 288), (256, 256), (320, 208), (144, 144))  # width, height in pixels
 SIDE_PX = 64
+RUN = f"runs/{NEW_WORD}"
 STEPS, SCALE = 28, 3.0  # of the samples
 _SEED = 7
 
@@ -56,7 +57,7 @@ def project_texts(*, steps: int) -> dict[str, str]:
         "dataset": "dataset.toml",
         "sample_prompts": "sample_prompts.txt",
         "caches": "caches",
-        "run": f"runs/{NEW_WORD}",
+        "run": RUN,
         "export": f"exports/{NEW_WORD}.safetensors",
     }
     lines = "".join(f'{key} = "{value}"\n' for key, value in paths.items())

@@ -15,14 +15,14 @@ def export_metadata(
     source: Mapping[str, str], words: DescriptionParams, form: Form, variants: tuple[str, ...]
 ) -> dict[str, str] | None:
     """Returns the metadata of an exported file: the source's, what follows from the model, the user's words."""
-    if words.no_metadata:
+    if not words.metadata:
         return None
     kept = {key: value for key, value in source.items() if key not in _OF_THE_SOURCE_FILE}
     known = modelspec(variants[0], None) if len(variants) == 1 else {}
-    metadata = known | kept | description(words).keys()
-    if form == "diffusers" and "modelspec.implementation" in metadata:
-        metadata["modelspec.implementation"] = "diffusers"
-    return metadata
+    keys = known | kept | description(words).keys()
+    if form == "diffusers" and "modelspec.implementation" in keys:
+        keys["modelspec.implementation"] = "diffusers"
+    return keys
 
 
 def description(words: DescriptionParams) -> Description:

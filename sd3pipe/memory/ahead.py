@@ -4,7 +4,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, cast
@@ -21,7 +21,7 @@ _SIDES = ("context_block", "x_block")
 class ModulationTicket:
     """Modulation vectors that are being computed; inside the `with`, the model's forward pass uses them."""
 
-    def __init__(self, owner: "AheadModulation", vectors: Future[dict[int, Pair]]) -> None:
+    def __init__(self, owner: "AheadModulation", vectors: dict[int, Future[Pair]]) -> None:
         self._owner = owner
         self.vectors = vectors
 
@@ -51,6 +51,7 @@ class AheadModulation:
         self._sides = {i: tuple(getattr(model.joint_blocks[i], side) for side in _SIDES) for i in blocks}
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="modulation")
         self.ticket: ModulationTicket | None = None
+        self._unprepared: tuple[Tensor, dict[int, Future[Pair]]] | None = None
 
     def close(self) -> None:
         """Ends the worker thread."""
@@ -62,33 +63,40 @@ class AheadModulation:
         Autocast, where the forward pass runs under it, must be on here, too.
         """
         embedders = self._on_host or self._embedders
+        autocast = self._autocast()
 
         def condition() -> Tensor:
-            return self._model.embed_condition(*embedders, timesteps_B, pooled_BP)
+            with _host_autocast(autocast), torch.no_grad():
+                return self._model.embed_condition(*embedders, timesteps_B, pooled_BP)
 
-        return ModulationTicket(self, self._worker.submit(self._compute, condition, self._autocast()))
+        return ModulationTicket(self, self._start(self._worker.submit(condition), autocast))
 
     def modulation(self, index: int, condition_BD: Tensor) -> Pair:
-        """Returns the vectors of one block on the device, with its adapters' terms."""
+        """Returns the vectors of one block on the device, with its adapters' terms.
+
+        Without a ticket, the first block asked for starts the host on all of them, so that it stays ahead of the device
+        within the forward pass.
+        """
         self._refuse_trained_embedders(condition_BD)
         if self.ticket is not None:
-            base = self.ticket.vectors.result()[index]
+            vectors = self.ticket.vectors
         else:
-            on_host_BD = condition_BD.detach().to("cpu")
-            base = self._worker.submit(self._block, index, on_host_BD, self._autocast()).result()
-        sides = zip(self._sides[index], base, strict=True)
+            if self._unprepared is None or self._unprepared[0] is not condition_BD:
+                on_host: Future[Tensor] = Future()
+                on_host.set_result(condition_BD.detach().to("cpu"))
+                self._unprepared = (condition_BD, self._start(on_host, self._autocast()))
+            vectors = self._unprepared[1]
+        sides = zip(self._sides[index], vectors[index].result(), strict=True)
         context_BK, x_BK = (self._adapted(side, vector_BK, condition_BD) for side, vector_BK in sides)
         return context_BK, x_BK
 
-    def _compute(self, condition: Callable[[], Tensor], autocast: torch.dtype | None) -> dict[int, Pair]:
-        with _host_autocast(autocast), torch.no_grad():
-            condition_BD = condition()
-        return {index: self._block(index, condition_BD, autocast) for index in self._sides}
+    def _start(self, condition: Future[Tensor], autocast: torch.dtype | None) -> dict[int, Future[Pair]]:
+        return {index: self._worker.submit(self._block, index, condition, autocast) for index in self._sides}
 
     @torch.no_grad()
-    def _block(self, index: int, condition_BD: Tensor, autocast: torch.dtype | None) -> Pair:
+    def _block(self, index: int, condition: Future[Tensor], autocast: torch.dtype | None) -> Pair:
         with _host_autocast(autocast):
-            context_BK, x_BK = (side.adaLN_modulation[1].base(condition_BD) for side in self._sides[index])
+            context_BK, x_BK = (side.adaLN_modulation[1].base(condition.result()) for side in self._sides[index])
         return context_BK, x_BK
 
     def _adapted(self, side: Any, base_BK: Tensor, condition_BD: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Free of torch. Bytes of weights, rings, optimizer and block inputs are exact; wh
 is a measured multiple of its tokens; the allowance for CUDA itself is an estimate. See docs/memory.md.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from sd3pipe.memory.schedule import RING_SLOTS, ModulationMode, spread_evenly, step_copies
@@ -99,14 +99,15 @@ def fitting_settings(
     device_bytes: int,
     host_bytes: int | None = None,
     rates: Rates | None = None,
+    modes: Sequence[ModulationMode] = ("resident", "stream"),
 ) -> tuple[Settings, Prediction] | None:
-    """Returns the quickest variation of blocks_to_swap, modulation and offloading that fits, or None.
+    """Returns the quickest variation of blocks_to_swap, modulation (of `modes`) and offloading that fits, or None.
 
     Without rates, the one with the fewest copied bytes. Offloading activations counts as 2 % dearer, since its own
     copies are not in the model. The base format and all that changes numbers stay as wanted.
     """
     fitting = []
-    for settings in _variations(model, wanted):
+    for settings in _variations(model, wanted, modes):
         prediction = predict(model, work, settings, rates)
         if prediction.device_bytes <= device_bytes and (host_bytes is None or prediction.host_bytes <= host_bytes):
             cost = prediction.copied_bytes if prediction.seconds is None else prediction.seconds
@@ -148,8 +149,7 @@ def option_text(settings: Settings) -> str:
     return " ".join(words)
 
 
-def _variations(model: ModelSize, wanted: Settings) -> Iterator[Settings]:
-    modes: tuple[ModulationMode, ...] = ("resident", "stream")
+def _variations(model: ModelSize, wanted: Settings, modes: Sequence[ModulationMode]) -> Iterator[Settings]:
     for offload in dict.fromkeys((wanted.activation_offload, True)):
         if offload and not wanted.gradient_checkpointing:
             continue

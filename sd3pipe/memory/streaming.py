@@ -132,7 +132,8 @@ class BlockStreamer:
         """Starts computing the modulation of a coming forward pass on the host (modulation = "ahead").
 
         Both tensors lie on the host. Use: `with streamer.prepare(...)` around the forward pass; or keep the ticket
-        while the step before runs, and enter it then. A forward pass outside of any ticket waits for the host.
+        while the step before runs, and enter it then. Outside of any ticket, the
+        host begins with the forward pass and has to stay ahead of the device.
         """
         if self._ahead is None:
             raise ParameterError(f"modulation is {self.modulation}: nothing can be prepared; use modulation = ahead")

@@ -13,7 +13,9 @@ AdapterDtype = Literal["auto", "same", "fp32", "fp16", "bf16"]
 class DescriptionParams(Params):
     """Words for the metadata; what is not given stays as the source has it."""
 
-    no_metadata: bool = option(False, "Write only what is needed to load the file.", panel=_WORDS)
+    metadata: bool = option(
+        True, "Write what the file was made from; without, only what is needed to load it.", panel=_WORDS
+    )
     metadata_title: str | None = option(None, "Title.", panel=_WORDS, advanced=True)
     metadata_author: str | None = option(None, "Author.", panel=_WORDS, advanced=True)
     metadata_description: str | None = option(None, "Description.", panel=_WORDS, advanced=True)
@@ -26,7 +28,7 @@ class DescriptionParams(Params):
     )
 
 
-class ExportParams(StageParams, DescriptionParams):
+class _ExportOptions(Params):
     adapter: OptionPath = option(
         ..., "Run folder, checkpoint or adapter file.", role="path", panel=_PATHS, paths_key="run"
     )
@@ -62,3 +64,7 @@ class ExportParams(StageParams, DescriptionParams):
     checkpoints: Literal["all"] | None = option(
         None, "all: export every checkpoint of the run into the folder --out, under names that sort.", panel=_FILE
     )
+
+
+class ExportParams(StageParams, DescriptionParams, _ExportOptions):
+    """Options of `sd3pipe export`."""

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from sd3pipe.memory.plan import (
     option_text,
     predict,
 )
+from sd3pipe.memory.schedule import ModulationMode
 from sd3pipe.memory.sizes import adapter_weights, image_tokens, model_size
 from sd3pipe.memory.streaming import streamed_numbers
 from sd3pipe.models.architecture import MMDiTArchitecture
@@ -32,6 +33,7 @@ from sd3pipe.params.train import TrainParams
 log = logging.getLogger(__name__)
 
 CLIP_TOKENS = 77
+MODULATION_TO_CHOOSE: Sequence[ModulationMode] = ("resident", "stream")
 _USABLE = 0.92  # of the free device memory; the rest is for fragmentation and sample pictures
 _COPY_BYTES = 128 << 20
 _REPEATS = 5
@@ -92,7 +94,8 @@ def run_memory(
         dtype_bytes=dtype.itemsize,
     )
     streamed_numbers(wanted.blocks_to_swap, architecture.depth)  # raises ParameterError for too many
-    return plan_memory(architecture, work, wanted, auto=auto, device=device, dtype=dtype)
+    modes = (params.modulation,) if "modulation" in params.model_fields_set else MODULATION_TO_CHOOSE
+    return plan_memory(architecture, work, wanted, modes=modes if auto else None, device=device, dtype=dtype)
 
 
 def plan_memory(
@@ -100,14 +103,14 @@ def plan_memory(
     work: Workload,
     wanted: Settings,
     *,
-    auto: bool,
+    modes: Sequence[ModulationMode] | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> MemoryPlan:
-    """Returns the settings to train with: `wanted`, or with as few streamed blocks as fit where `auto`.
+    """Returns the settings to train with: `wanted`, or where `modes` are given, the quickest that fit.
 
-    On CUDA with `auto` the copy bandwidth and one block's time are measured, which takes about a second. Without CUDA
-    there is nothing to choose: every block is resident. Raises DeviceMemoryError where nothing fits.
+    On CUDA the copy bandwidth and one block's time are measured, which takes about a second. Without CUDA there is
+    nothing to choose: the settings stay as wanted. Raises DeviceMemoryError where nothing fits.
     """
     model = model_size(architecture.shapes())
     if device.type != "cuda":
@@ -115,7 +118,7 @@ def plan_memory(
             architecture=architecture, work=work, settings=wanted, rates=None, prediction=predict(model, work, wanted)
         )
     rates = measure_rates(architecture, work, device=device, dtype=dtype)
-    if not auto:
+    if modes is None:
         return MemoryPlan(
             architecture=architecture,
             work=work,
@@ -124,15 +127,21 @@ def plan_memory(
             prediction=predict(model, work, wanted, rates),
         )
     free = int(_USABLE * torch.cuda.mem_get_info(device)[0])
-    return choose(architecture, work, wanted, device_bytes=free, rates=rates)
+    return choose(architecture, work, wanted, device_bytes=free, rates=rates, modes=modes)
 
 
 def choose(
-    architecture: MMDiTArchitecture, work: Workload, wanted: Settings, *, device_bytes: int, rates: Rates | None
+    architecture: MMDiTArchitecture,
+    work: Workload,
+    wanted: Settings,
+    *,
+    device_bytes: int,
+    rates: Rates | None,
+    modes: Sequence[ModulationMode] = MODULATION_TO_CHOOSE,
 ) -> MemoryPlan:
     """Returns the quickest settings that fit. Raises DeviceMemoryError where none do."""
     model = model_size(architecture.shapes())
-    found = fitting_settings(model, work, wanted, device_bytes=device_bytes, rates=rates)
+    found = fitting_settings(model, work, wanted, device_bytes=device_bytes, rates=rates, modes=modes)
     if found is None:
         raise DeviceMemoryError(
             f"no number of streamed blocks fits {readable_bytes(device_bytes)} of free device memory: "
