@@ -1,0 +1,168 @@
+"""`sd3pipe adapter`: look into adapter files, convert, resize, add up and extract them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from sd3pipe.adapters.algebra import mean_kept
+from sd3pipe.adapters.algebra import merge as merged_adapter
+from sd3pipe.adapters.algebra import resize as resized
+from sd3pipe.adapters.deltas import Adapter
+from sd3pipe.adapters.files import AdapterFile, read_adapter, save_adapter
+from sd3pipe.adapters.find import find_adapter
+from sd3pipe.adapters.inspection import Inspection, norm_picture, norm_table, squared_norms
+from sd3pipe.adapters.inspection import inspect as inspected
+from sd3pipe.adapters.metadata import read_provenance
+from sd3pipe.console import count, one_line
+from sd3pipe.errors import ParameterError
+from sd3pipe.exporting.adapter_files import as_summary, export_metadata
+from sd3pipe.exporting.base_weights import for_form
+from sd3pipe.exporting.extraction import extract as extracted_adapter
+from sd3pipe.exporting.reproduction import later_steps, reproduction, with_step
+from sd3pipe.files import write_text
+from sd3pipe.models.checkpoint import mmdit_architecture
+from sd3pipe.models.sources import find_component
+from sd3pipe.params.adapter import (
+    AdapterConvertParams,
+    AdapterExtractParams,
+    AdapterInspectParams,
+    AdapterMergeParams,
+    AdapterResizeParams,
+    WrittenParams,
+)
+
+_LONGEST_VALUE = 200
+
+
+def inspect(params: AdapterInspectParams) -> None:
+    """Prints what a file holds, what it says of itself, and what base it fits."""
+    file = read_adapter(find_adapter(params.adapter), ignore_unknown=params.ignore_unknown)
+    if params.reproduce:
+        print(reproduction(read_provenance(file.metadata, file.path), later_steps(file.metadata)))
+        return
+    found = inspected(file)
+    if params.picture is not None:
+        write_text(params.picture, norm_picture(file.path.name, found.norms, found.depth))
+    print(json.dumps(_as_json(file, found), indent=2) if params.as_json else _as_text(file, found))
+
+
+def convert(params: AdapterConvertParams) -> None:
+    """Writes an adapter of any known form in another, without loss or not at all."""
+    file = read_adapter(find_adapter(params.adapter), ignore_unknown=params.ignore_unknown)
+    _save(params, file.adapter, file.metadata, file.variants)
+
+
+def resize(params: AdapterResizeParams) -> None:
+    """Writes the nearest adapter of another rank, and says how much of the change it holds."""
+    file = read_adapter(find_adapter(params.adapter))
+    found = {path: resized(delta, rank=params.rank, energy=params.energy) for path, delta in file.adapter.items()}
+    kept = mean_kept(found, squared_norms(file.adapter))
+    adapter = {path: approximation.delta for path, approximation in found.items()}
+    options = {"rank": params.rank, "energy": params.energy}
+    _save(params, adapter, with_step(_without_ranks(file.metadata), "adapter resize", options), file.variants)
+    print(f"adapter resize: {kept:.2%} of the squared norm kept, {_ranks(adapter)}")
+
+
+def merge(params: AdapterMergeParams) -> None:
+    """Writes the weighted sum of several adapters: exact, with ranks that add up, unless a rank is asked for."""
+    files = [read_adapter(find_adapter(path)) for path in params.adapters]
+    weights = params.weights or (1.0,) * len(files)
+    if len(weights) != len(files):
+        raise ParameterError(f"{count(len(weights), 'weight')} for {count(len(files), 'adapter')}: give one for each")
+    depths = {file.depth for file in files if file.depth}
+    if len(depths) > 1:
+        raise ParameterError("the adapters belong to models of different size")
+    adapter = merged_adapter([file.adapter for file in files], weights)
+    variants = tuple(variant for variant in files[0].variants if all(variant in file.variants for file in files))
+    told = ""
+    if params.rank is not None:
+        found = {path: resized(delta, rank=params.rank, energy=None) for path, delta in adapter.items()}
+        told = f", {mean_kept(found, squared_norms(adapter)):.2%} of the sum's squared norm kept"
+        adapter = {path: approximation.delta for path, approximation in found.items()}
+    _save(params, adapter, _merged_words(files, weights), variants)
+    print(f"adapter merge: {count(len(files), 'adapter')}, {_ranks(adapter)}{told}")
+
+
+def extract(params: AdapterExtractParams) -> None:
+    """Writes the LoRA nearest to what tuning did to a model."""
+    tuned = find_component("mmdit", model=params.tuned)
+    base = find_component("mmdit", model=params.base)
+    result = extracted_adapter(tuned, base, rank=params.rank, energy=params.energy, embedders=params.embedders)
+    adapter = {path: approximation.delta for path, approximation in result.found.items()}
+    kept = mean_kept(result.found, result.squared_norms)
+    in_layers = sum(result.squared_norms.values())
+    metadata = {"sd3pipe_extracted_from": json.dumps({"tuned": tuned.fingerprint(), "base": base.fingerprint()})}
+    _save(params, adapter, metadata, (mmdit_architecture(base).variant,))
+    print(
+        f"adapter extract: {_ranks(adapter)}, {kept:.2%} of the squared difference of these layers kept; "
+        f"{result.left_out / (in_layers + result.left_out):.2%} of the whole difference lies elsewhere"
+    )
+
+
+def _save(params: WrittenParams, adapter: Adapter, metadata: Mapping[str, str], variants: tuple[str, ...]) -> None:
+    ready = for_form(adapter, params.format, params.model, None)
+    saved = save_adapter(
+        params.out,
+        ready,
+        form=params.format,
+        dtype=params.dtype,
+        metadata=export_metadata(metadata, params, params.format, variants),
+    )
+    print(as_summary(saved))
+
+
+def _without_ranks(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Returns the metadata without what a change of ranks makes untrue."""
+    return {key: value for key, value in metadata.items() if not key.startswith("ss_network_")}
+
+
+def _merged_words(files: Sequence[AdapterFile], weights: Sequence[float]) -> dict[str, str]:
+    """Returns what a merged adapter says of its parts, which may have been trained on anything."""
+    parts = [
+        {"title": file.metadata.get("modelspec.title", file.path.stem), "weight": weight,
+         "sha256": file.metadata.get("sshs_model_hash")}
+        for file, weight in zip(files, weights, strict=True)
+    ]  # fmt: skip
+    return {"sd3pipe_merged_from": json.dumps(parts)}
+
+
+def _ranks(adapter: Adapter) -> str:
+    ranks = [delta.rank for delta in adapter.values()]
+    several = f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else f"{max(ranks)}"
+    return f"{count(len(ranks), 'module')} of rank {several}"
+
+
+def _as_json(file: AdapterFile, found: Inspection) -> dict[str, object]:
+    return {"file": str(file.path), **asdict(found), "metadata": file.metadata}
+
+
+def _as_text(file: AdapterFile, found: Inspection) -> str:
+    fits = " or ".join(found.variants) or (
+        f"a model of {count(found.depth, 'block')}" if found.depth else "text encoders"
+    )
+    lines = [
+        f"{file.path}",
+        f"  form        {', '.join(found.forms)}",
+        f"  fits        {fits}",
+        f"  modules     {_counts(found.algorithms)}, {found.parameters:,} parameters",
+        f"  rank        {_counts(found.ranks)}",
+        f"  alpha/rank  {_counts(found.strengths)}",
+        "",
+        "norm of the change of the weights:",
+        norm_table(found.norms, found.depth),
+        "",
+    ]
+    lines += [f"unknown key: {one_line(key)}" for key in found.unknown]
+    lines += [f"{one_line(key)}: {_shortened(value)}" for key, value in sorted(file.metadata.items())]
+    return "\n".join(lines)
+
+
+def _counts(numbers: Mapping[Any, int]) -> str:
+    """Returns '16 (237 modules)', or several of these."""
+    return ", ".join(f"{value} ({count(number, 'module')})" for value, number in numbers.items())
+
+
+def _shortened(value: str) -> str:
+    text = one_line(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}... ({len(text):,} characters)"

@@ -1,0 +1,82 @@
+"""The commands that would make an adapter again, from the provenance in its metadata."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sd3pipe.params.encode_latents import EncodeLatentsParams
+from sd3pipe.params.encode_text import EncodeTextParams
+from sd3pipe.params.fields import Params
+from sd3pipe.params.train import TrainParams
+
+_PATHS = {
+    "encode-text": "--model MODEL --dataset DATASET --out caches/text",
+    "encode-latents": "--model MODEL --dataset DATASET --out caches/latents",
+    "train": "--model MODEL --text caches/text --latents caches/latents --out runs/NAME",
+}
+
+
+_OPTION_SETS: dict[str, type[Params]] = {
+    "encode-text": EncodeTextParams,
+    "encode-latents": EncodeLatentsParams,
+    "train": TrainParams,
+}
+
+LATER_STEPS_KEY = "sd3pipe_later_steps"
+
+
+def reproduction(provenance: Mapping[str, Any], later: Sequence[str] = ()) -> str:
+    """Returns shell commands, with the hashes of everything that goes into them as comments."""
+    fingerprints, versions = provenance.get("fingerprints", {}), provenance.get("versions", {})
+    lines = [
+        f"# the state after step {provenance.get('step')}, seed {provenance.get('seed')}, sd3pipe {provenance.get('version')}"
+    ]
+    lines += [f"# {name} {version}" for name, version in sorted(versions.items())]
+    lines += ["# made from, by content:"]
+    lines += [f"#   {name:<14} {value}" for name, value in sorted(fingerprints.items())]
+    for command, paths in _PATHS.items():
+        options = provenance.get("parameters", {}).get(command, {})
+        given = {name: value for name, value in options.items() if _is_option(command, name, value)}
+        lines += [f"# {command}: {name} = {json.dumps(value)}" for name, value in _others(options, given)]
+        lines.append(f"sd3pipe {command} {paths} {_options(given)}".rstrip())
+    return "\n".join([*lines, *later])
+
+
+def with_step(metadata: Mapping[str, str], command: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the metadata of a trained adapter that a command has changed since."""
+    step = f"sd3pipe {command} ADAPTER {_options(options)} --out OUT"
+    return {**metadata, LATER_STEPS_KEY: json.dumps([*later_steps(metadata), step])}
+
+
+def later_steps(metadata: Mapping[str, str]) -> list[str]:
+    """Returns the commands that changed an adapter after its training; whatever else stands there is none."""
+    try:
+        steps = json.loads(metadata.get(LATER_STEPS_KEY, "[]"))
+    except ValueError:
+        return []
+    return [step for step in steps if isinstance(step, str)] if isinstance(steps, list) else []
+
+
+def _is_option(command: str, name: str, value: object) -> bool:
+    return name in _OPTION_SETS[command].model_fields and not isinstance(value, Mapping)
+
+
+def _others(options: Mapping[str, Any], given: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Returns what cannot stand on a command line: tables, and parts of a recipe that follow from the inputs."""
+    return [(name, value) for name, value in sorted(options.items()) if name not in given and value not in (None, {})]
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    words: list[str] = []
+    for name, value in sorted(options.items()):
+        option = name.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            words += [f"--{option} {shlex.quote(str(item))}" for item in value]
+        else:
+            words.append(f"--{option} {shlex.quote(str(value))}")
+    return " ".join(words)
