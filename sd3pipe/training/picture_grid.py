@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from sd3pipe.files import write_bytes
 
 _GAP_PX = 6
+_TITLE_LINES = 4
 _SMALLEST_CELL_PX = 96  # tiny pictures are enlarged to this, by whole factors, so that labels fit beside them
 _BACKGROUND, _INK, _EMPTY = (255, 255, 255), (30, 30, 30), (228, 228, 228)
 
@@ -55,7 +56,7 @@ def render_grid(grid: Grid) -> Image.Image:
     row_labels = max((round(font.getlength(label)) for label in grid.rows), default=0) + 2 * _GAP_PX
     total_width = row_labels + len(grid.columns) * (cell_width + _GAP_PX) + _GAP_PX
     letters = max(10, round(total_width / max(1.0, font.getlength("n"))) - 2)
-    title = textwrap.wrap(grid.title, letters)[:4]
+    title = textwrap.wrap(grid.title, letters, max_lines=_TITLE_LINES, placeholder=" ...")
     labels = [textwrap.wrap(label, max(6, round(cell_width / font.getlength("n")))) for label in grid.columns]
     head = (len(title) + max(map(len, labels), default=0)) * line_height + 3 * _GAP_PX
     image = Image.new("RGB", (total_width, head + len(grid.rows) * (cell_height + _GAP_PX)), _BACKGROUND)
