@@ -73,7 +73,7 @@ def _targets(params: EncodeTextParams) -> list[_Target]:
     if not sources:
         raise ParameterError("encode-text: pass --dataset FILE or --sample-prompts FILE: there is nothing to encode")
     if params.out is not None and len(sources) > 1:
-        raise ParameterError("encode-text: --out names one cache: pass --dataset or --sample-prompts with it")
+        del sources["prompts"]  # --out names one cache: that of the captions
     if params.out is None and "caches" not in paths:
         raise ParameterError("encode-text: --out is missing: name the folder of the cache, such as caches/text")
     return [
