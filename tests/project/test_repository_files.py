@@ -52,3 +52,10 @@ def test_train_shows_about_25_options_at_first():
     fields = load_stage_models()["train"].model_fields.values()
     shown = [field for field in fields if not option_extra(field)["advanced"]]
     assert 20 <= len(shown) <= 32
+
+
+def test_the_page_for_sd_scripts_users_is_in_step():
+    page = runpy.run_path(str(ROOT / "scripts" / "write_from_sd_scripts.py"))["page"]()
+    message = "docs/from-sd-scripts.md is not what the code says: run scripts/write_from_sd_scripts.py"
+    assert (ROOT / "docs" / "from-sd-scripts.md").read_text(encoding="utf-8") == page, message
+    assert "no such option" not in page
