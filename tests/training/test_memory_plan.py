@@ -1,0 +1,72 @@
+"""What train expects of a card, and what it says when a card is too small."""
+
+import pytest
+import torch
+from tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
+
+from sd3pipe.errors import DeviceMemoryError
+from sd3pipe.memory.plan import Rates, Settings, Workload
+from sd3pipe.models.architecture import MMDiTArchitecture
+from sd3pipe.training.base_model import compile_blocks
+from sd3pipe.training.memory_plan import choose, measure_rates, plan_memory
+
+LARGE = MMDiTArchitecture(depth=38, pos_embed_max=192, qk_norm=True)
+WORK = Workload(image_tokens=4096, adapter_weights=24_000_000)
+CARD = Rates(flop_per_second=60e12, copy_bytes_per_second=25e9)
+CPU = torch.device("cpu")
+
+
+def test_auto_takes_the_fewest_blocks_that_fit_and_says_so(caplog):
+    caplog.set_level("INFO")
+    plan = choose(LARGE, WORK, Settings(), device_bytes=12 * 10**9, rates=CARD)
+    assert 0 < plan.settings.blocks_to_swap < 38
+    assert plan.prediction.device_bytes <= 12 * 10**9
+    assert f"--blocks-to-swap {plan.settings.blocks_to_swap}" in caplog.text
+    assert choose(LARGE, WORK, Settings(), device_bytes=40 * 10**9, rates=CARD).settings.blocks_to_swap == 0
+
+
+def test_auto_keeps_the_modulation_that_was_asked_for():
+    plan = choose(LARGE, WORK, Settings(), device_bytes=8 * 10**9, rates=CARD, modes=("ahead",))
+    assert plan.settings.modulation == "ahead"
+
+
+def test_nothing_that_fits_is_an_error_with_a_way_out():
+    with pytest.raises(DeviceMemoryError, match=r"no number of streamed blocks fits 1 GB .* lower resolution"):
+        choose(LARGE, WORK, Settings(), device_bytes=10**9, rates=CARD)
+
+
+def test_without_cuda_settings_stay_as_wanted():
+    wanted = Settings(blocks_to_swap=2)
+    plan = plan_memory(
+        tiny_architecture("sd3-medium"), WORK, wanted, modes=("stream",), device=CPU, dtype=torch.float32
+    )
+    assert plan.settings == wanted
+    assert plan.rates is None
+
+
+def test_rates_are_measured_at_the_size_of_the_run():
+    architecture = tiny_architecture("sd35-medium")
+    rates = measure_rates(architecture, Workload(image_tokens=64, text_tokens=20), device=CPU, dtype=torch.float32)
+    assert 1e7 < rates.flop_per_second < 1e14
+    assert 1e7 < rates.copy_bytes_per_second < 1e13
+
+
+def test_the_report_has_prediction_beside_truth():
+    plan = choose(LARGE, WORK, Settings(), device_bytes=12 * 10**9, rates=CARD)
+    report = plan.as_report(peak_device_bytes=11, seconds_per_step=2.5)
+    assert report["device_bytes"] == {"predicted": plan.prediction.device_bytes, "measured": 11}
+    assert report["seconds_per_step"]["measured"] == 2.5
+    assert report["settings"]["blocks_to_swap"] == plan.settings.blocks_to_swap
+
+
+@pytest.mark.slow
+def test_compiled_blocks_stream_and_give_the_same_numbers():
+    from sd3pipe.memory.streaming import BlockStreamer
+
+    inputs = random_inputs()
+    expected = tiny_mmdit("sd35-medium")(**inputs)
+    model = tiny_mmdit("sd35-medium")
+    compile_blocks(model, backend="aot_eager")
+    with BlockStreamer(model, blocks_to_swap=2, device="cpu"):
+        for _ in range(2):
+            torch.testing.assert_close(model(**inputs), expected, rtol=1e-5, atol=1e-5)  # fused sums are reordered
