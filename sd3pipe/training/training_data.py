@@ -131,11 +131,11 @@ def _subsets(latents: CacheReader, text: CacheReader, params: TrainParams) -> di
 
 
 def _rules(name: str, values: Mapping[str, Any], params: TrainParams) -> SubsetRules:
-    prior = values.get("prior_loss_weight")
+    weight, prior = values.get("loss_weight"), values.get("prior_loss_weight")
     prior = params.prior_loss_weight if prior is None else prior
     return SubsetRules(
         name=name,
-        loss_weight=float(values.get("loss_weight") or 1.0) * (prior if values["is_reg"] else 1.0),
+        loss_weight=(1.0 if weight is None else float(weight)) * (prior if values["is_reg"] else 1.0),
         caption_dropout_rate=float(values["caption_dropout_rate"]),
         caption_dropout_every_n_epochs=int(values["caption_dropout_every_n_epochs"]),
         diff_output_preservation=bool(values.get("diff_output_preservation")),
