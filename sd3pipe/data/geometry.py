@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sd3pipe.data.buckets import Placement, Size, place
+from sd3pipe.data.buckets import NoBucket, Placement, Size, place
 from sd3pipe.data.faces import face_placement
 from sd3pipe.data.filters import filter_name
 from sd3pipe.data.scan import Picture
 from sd3pipe.fingerprint import hash_json
 
 RECIPE_VERSION = 1  # raised whenever this package makes other numbers from the same picture and recipe
+
+_MOST_PIXELS = 200_000_000  # of a resized picture, as of a file
 
 MaskSource = Literal["alpha", "picture"]
 
@@ -65,6 +67,11 @@ def views(picture: Picture, *, crop_variants: int, seed: int) -> list[View]:
     for crop in range(crop_variants if drawn else 1):
         rng = random.Random(int(hash_json(["crop", seed, picture.image_hash, crop])[:16], 16))
         placement, left, top = _position(picture, rng)
+        if placement.resized[0] * placement.resized[1] > _MOST_PIXELS:
+            raise NoBucket(
+                f"{picture.width} x {picture.height} pixels: to cover the bucket it would have to be enlarged to "
+                f"{placement.resized[0]} x {placement.resized[1]}"
+            )
         for flip in (0, 1) if subset.flip_aug else (0,):
             found.append(View(crop=crop, flip=flip, cut=_cut(picture, placement, left, top, bool(flip))))
     return found

@@ -1,0 +1,103 @@
+"""`sd3pipe preview`: draws what training will see, from the dataset or, decoded again, from the latents cache."""
+
+import logging
+import re
+from collections.abc import Sequence
+
+from sd3pipe.cache.reader import CacheReader
+from sd3pipe.console import count
+from sd3pipe.data.dataset_file import load_dataset
+from sd3pipe.data.feed import default_workers
+from sd3pipe.data.scan import scan
+from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.files import make_folder, write_bytes, write_text
+from sd3pipe.models.sources import find_component
+from sd3pipe.models.tokenizer_folders import find_tokenizers
+from sd3pipe.models.tokenizers import load_tokenizer
+from sd3pipe.params.preview import PreviewParams
+from sd3pipe.previewing.cards import Preview
+from sd3pipe.previewing.dataset_cards import dataset_preview
+from sd3pipe.previewing.page import render
+from sd3pipe.previewing.sheet import draw_sheet
+from sd3pipe.stat_memory import StatMemory
+
+log = logging.getLogger(__name__)
+
+_CLIP_TOKENS = 77
+
+
+def main(params: PreviewParams) -> None:
+    """Writes OUT/index.html and one PNG per bucket, and prints the warnings."""
+    preview = _of_cache(params) if params.latents is not None else _of_dataset(params)
+    make_folder(params.out)
+    for old in params.out.iterdir():
+        if re.fullmatch(r"\d+x\d+\.png", old.name):
+            old.unlink()
+    for section in preview.sections:
+        write_bytes(params.out / section.file_name, draw_sheet(section))
+    page = params.out / "index.html"
+    write_text(page, render(preview))
+    for warning in preview.warnings:
+        log.warning("%s", warning)
+    pictures = sum(section.pictures for section in preview.sections)
+    left_out = f", {len(preview.left_out)} left out" if preview.left_out else ""
+    print(f"preview: {count(pictures, 'picture')} in {count(len(preview.sections), 'bucket')}{left_out}: {page}")
+
+
+def _of_dataset(params: PreviewParams) -> Preview:
+    if params.dataset is None:
+        raise ParameterError("preview: --dataset or --latents is missing: name what is to be drawn")
+    dataset = load_dataset(params.dataset)
+    for remark in dataset.remarks:
+        log.info("%s: %s", dataset.path, remark)
+    memory = StatMemory(params.out / ".stat.json", trust=False)
+    workers = default_workers() if params.max_data_loader_n_workers is None else params.max_data_loader_n_workers
+    return dataset_preview(
+        scan(dataset, memory),
+        title=f"Preview of {params.dataset.name}",
+        per_bucket=params.pictures_per_bucket,
+        caption_variants=params.caption_variants,
+        crop_variants=params.crop_variants,
+        seed=params.seed,
+        cut_off=lambda captions: _cut_off(captions, params),
+        workers=workers,
+    )
+
+
+def _cut_off(captions: Sequence[str], params: PreviewParams) -> dict[str, str]:
+    """Returns how many tokens the encoders leave out of captions, for those that are too long."""
+    try:
+        folders = find_tokenizers(folder=params.tokenizers, model=params.model, files=())
+    except InputError:
+        if params.tokenizers is not None:
+            raise
+        log.warning("no tokenizers are here, so nobody counted which captions are cut off: pass --tokenizers DIR")
+        return {}
+    limits = {"clip_l": ("CLIP", _CLIP_TOKENS), "t5xxl": ("T5", params.t5xxl_max_token_length)}
+    found: dict[str, list[str]] = {}
+    for encoder, folder in folders.items():
+        if encoder not in limits:
+            continue  # CLIP-G counts as CLIP-L does
+        title, limit = limits[encoder]
+        for caption, ids in zip(captions, load_tokenizer(encoder, folder).encode(captions), strict=True):
+            if len(ids) > limit:
+                found.setdefault(caption, []).append(f"{title} reads {limit} of {len(ids)} tokens")
+    return {caption: "; ".join(parts) for caption, parts in found.items()}
+
+
+def _of_cache(params: PreviewParams) -> Preview:
+    from sd3pipe.device import choose_device  # torch, which a preview of a dataset does not need
+    from sd3pipe.models.checkpoint import load_vae
+    from sd3pipe.previewing.cache_cards import cache_preview
+
+    assert params.latents is not None
+    cache = CacheReader(params.latents)
+    if cache.manifest.kind != "latents":
+        raise InputError(f"{params.latents} is a cache of {cache.manifest.kind}: pass a latents cache")
+    source = find_component("vae", model=params.model, file=params.vae)
+    fingerprint, encoded_with = source.fingerprint(), cache.manifest.fingerprints.get("vae")
+    if fingerprint != encoded_with:
+        log.warning("%s was encoded with VAE %s, this is %s", params.latents, str(encoded_with)[:12], fingerprint[:12])
+    vae = load_vae(source, device=choose_device(params.device, params.threads))
+    title = f"Preview of {params.latents.name}"
+    return cache_preview(cache, vae, title=title, per_bucket=params.pictures_per_bucket)

@@ -1,0 +1,76 @@
+"""Cards of a latents cache: its rows decoded again, which is what training really sees."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from sd3pipe.cache.reader import CacheReader
+from sd3pipe.cache.tensors import to_torch
+from sd3pipe.console import one_line
+from sd3pipe.data.buckets import Size
+from sd3pipe.models.vae import VAE
+from sd3pipe.previewing.cards import CARD_PX, Card, Preview, Section, spread
+
+
+def cache_preview(cache: CacheReader, vae: VAE, *, title: str, per_bucket: int) -> Preview:
+    """Returns the preview of a latents cache, its means decoded by `vae`. Raises InputError for damaged rows."""
+    samples = cache.samples
+    widths, heights = samples.numbers("bucket_w").tolist(), samples.numbers("bucket_h").tolist()
+    buckets: dict[Size, list[int]] = defaultdict(list)
+    for number, size in enumerate(zip(widths, heights, strict=True)):
+        buckets[size].append(number)
+    names = samples.strings("name")
+    sections = []
+    for size, members in buckets.items():
+        cards = tuple(_card(cache, vae, number) for number in spread(members, per_bucket))
+        pictures = len({names[number] for number in members})
+        sections.append(Section(width=size[0], height=size[1], pictures=pictures, rows=len(members), cards=cards))
+    lone = [section.title for section in sections if section.rows == 1]
+    warnings = (f"{len(lone)} of {len(sections)} buckets hold a single row: {', '.join(lone[:8])}",) if lone else ()
+    return Preview(
+        title=title,
+        sections=tuple(sorted(sections, key=lambda section: section.width / section.height)),
+        warnings=warnings,
+        left_out=tuple((entry["name"], entry["reason"]) for entry in cache.manifest.quarantined),
+    )
+
+
+def _card(cache: CacheReader, vae: VAE, number: int) -> Card:
+    samples = cache.samples
+    row = cache.row(int(samples.numbers("row")[number]))
+    name = "moments" if "moments" in row else "mean"
+    latents = to_torch(row[name])[: vae.architecture.latent_channels]
+    picture = _decoded(vae, latents)
+    mask = row["mask"].numpy().astype(np.float32) if "mask" in row else None
+    crop, flip = int(samples.numbers("crop")[number]), bool(samples.numbers("flip")[number])
+    original = f"{samples.numbers('original_w')[number]} x {samples.numbers('original_h')[number]}"
+    facts = [f"from {original}, {name} {' x '.join(map(str, row[name].shape))} {row[name].dtype}"]
+    facts.append(", ".join([f"subset {one_line(samples.strings('subset')[number])}", f"crop {crop}"]))
+    facts[-1] += ", mirrored" if flip else ""
+    facts[-1] += ", validation" if samples.strings("split")[number] == "validation" else ""
+    return Card(
+        name=one_line(samples.strings("name")[number]),
+        picture=picture,
+        mask=None if mask is None else _enlarged(mask, picture.shape[:2]),
+        facts=tuple(facts),
+    )
+
+
+@torch.inference_mode()
+def _decoded(vae: VAE, latents_chw: torch.Tensor) -> np.ndarray:
+    """Returns uint8 pixels at the size of a card."""
+    weight = next(vae.parameters())
+    pixels_BCHW = vae.decode(latents_chw[None].to(weight.device, weight.dtype)).float()
+    shrink = min(1.0, CARD_PX / max(pixels_BCHW.shape[-2:]))
+    size = [max(1, round(side * shrink)) for side in pixels_BCHW.shape[-2:]]
+    small = torch.nn.functional.interpolate(pixels_BCHW, size=size, mode="area")[0]
+    return small.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
+def _enlarged(mask_hw: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Returns the mask at the size of its picture, each latent a square."""
+    rows = np.arange(size[0]) * mask_hw.shape[0] // size[0]
+    columns = np.arange(size[1]) * mask_hw.shape[1] // size[1]
+    return mask_hw[rows[:, None], columns]

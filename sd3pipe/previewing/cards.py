@@ -1,0 +1,69 @@
+"""What a preview shows: a card per picture, a section per bucket. Plain data, drawn by sheet.py and page.py."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+CARD_PX = 240  # the longer side of a cut as it is drawn
+
+Box = tuple[float, float, float, float]  # left, top, width, height as shares of the drawn picture
+ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """One picture: the drawn part of it as uint8 [height, width, 3], the loss mask over it, and the cuts in it."""
+
+    name: str
+    picture: np.ndarray
+    mask: np.ndarray | None = None
+    cuts: tuple[Box, ...] = ()
+    facts: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """One bucket, width x height in pixels."""
+
+    width: int
+    height: int
+    pictures: int
+    rows: int
+    cards: tuple[Card, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.width} x {self.height}"
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.width}x{self.height}.png"
+
+    @property
+    def counts(self) -> str:
+        shown = "" if len(self.cards) >= self.pictures else f", {len(self.cards)} of them shown"
+        noun = "picture" if self.pictures == 1 else "pictures"
+        rows = "row" if self.rows == 1 else "rows"
+        return f"{self.pictures:,} {noun}{shown}; {self.rows:,} {rows} in the cache"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """Everything on the page."""
+
+    title: str
+    sections: tuple[Section, ...]
+    warnings: tuple[str, ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()  # name, reason
+    tags: dict[str, dict[str, int]] = field(default_factory=dict)  # subset -> tag -> captions
+
+
+def spread(items: Sequence[ItemT], most: int) -> list[ItemT]:
+    """Returns at most `most` items, evenly spread over all of them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[number * len(items) // most] for number in range(most)]

@@ -1,0 +1,113 @@
+"""Draws a section as one PNG: a grid of cards with their cuts, masks, captions and warnings."""
+
+import io
+import textwrap
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from sd3pipe.previewing.cards import Card, Section
+
+_INK, _GREY, _ORANGE, _PAPER = (28, 30, 34), (110, 114, 122), (190, 84, 0), (250, 250, 248)
+_CUT_COLOURS = ((0, 200, 120), (255, 196, 0), (0, 160, 255), (255, 92, 138))
+_OUTSIDE = 0.35  # brightness of what is cut off
+_MASKED = (235, 60, 70)
+_STRIPE_PX = 9
+_GAP, _LINE_PX, _TEXT_PX, _TITLE_PX = 16, 15, 12, 20
+_SHEET_PX = 1500
+_MIN_CARD_PX = 230
+_CAPTION_LINES = 5
+
+
+def draw_card(card: Card) -> Image.Image:
+    """Returns a card's picture with what is cut off darkened, what the loss leaves out striped, and cuts outlined."""
+    pixels = card.picture.astype(np.float32)
+    if card.mask is not None:
+        left_out = (1 - np.clip(card.mask.astype(np.float32), 0, 1))[..., None]
+        pixels = pixels * (1 - left_out) + _striped(pixels) * left_out
+    if card.cuts:
+        pixels *= np.where(_inside(card), 1.0, _OUTSIDE)[..., None]
+    image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    for number, (left, top, width, height) in enumerate(card.cuts):
+        corners = (left * image.width, top * image.height, (left + width) * image.width, (top + height) * image.height)
+        box = [round(corner) for corner in corners]
+        draw.rectangle(
+            (box[0], box[1], max(box[0], box[2] - 1), max(box[1], box[3] - 1)),
+            outline=_CUT_COLOURS[number % len(_CUT_COLOURS)],
+            width=2,
+        )
+    return image
+
+
+def _striped(pixels_HWC: np.ndarray) -> np.ndarray:
+    """Returns the picture in dark grey with slanted red stripes."""
+    height, width = pixels_HWC.shape[:2]
+    y, x = np.mgrid[0:height, 0:width]
+    grey = np.repeat(pixels_HWC.mean(axis=2, keepdims=True) * 0.5 + 40, 3, axis=2)
+    return np.where(((x + y) % _STRIPE_PX < 2)[..., None], np.array(_MASKED, np.float32), grey)
+
+
+def draw_sheet(section: Section) -> bytes:
+    """Returns the PNG of one bucket."""
+    font, small = ImageFont.load_default(_TEXT_PX), ImageFont.load_default(_TITLE_PX)
+    images = [draw_card(card) for card in section.cards]
+    cell = max([_MIN_CARD_PX, *(image.width for image in images)])
+    columns = max(1, min(len(images), _SHEET_PX // (cell + _GAP)))
+    lines = [_text_lines(card, cell, font) for card in section.cards]
+    rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
+    tallest = [max(images[number].height for number in row) for row in rows]
+    longest = [max(len(lines[number]) for number in row) for row in rows]
+    heights = [image_px + text * _LINE_PX + 2 * _GAP for image_px, text in zip(tallest, longest, strict=True)]
+    title_px = _TITLE_PX + 2 * _GAP
+    width = max(columns * (cell + _GAP) + _GAP, 560)
+    sheet = Image.new("RGB", (width, title_px + sum(heights)), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_GAP, _GAP), f"{section.title}   {section.counts}", _INK, font=small)
+    top = title_px
+    for row, image_px, height in zip(rows, tallest, heights, strict=True):
+        for column, number in enumerate(row):
+            left = _GAP + column * (cell + _GAP)
+            sheet.paste(images[number], (left, top + image_px - images[number].height))
+            for line, (text, colour) in enumerate(lines[number]):
+                draw.text((left, top + image_px + 6 + line * _LINE_PX), text, colour, font=font)
+        top += height
+    return _png(sheet)
+
+
+def _inside(card: Card) -> np.ndarray:
+    """Returns which pixels of a card lie in any of its cuts."""
+    height, width = card.picture.shape[:2]
+    inside = np.zeros((height, width), bool)
+    for left, top, across, down in card.cuts:
+        rows = slice(round(top * height), round((top + down) * height))
+        inside[rows, round(left * width) : round((left + across) * width)] = True
+    return inside
+
+
+def _text_lines(card: Card, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[tuple[str, tuple]]:
+    lines = [(line, _INK) for line in _wrapped(card.name, width, font, 2)]
+    lines += [(line, _GREY) for fact in card.facts for line in _wrapped(fact, width, font, 2)]
+    shown = card.captions[:1]
+    more = f"  (+{len(card.captions) - 1} variants)" if len(card.captions) > 1 else ""
+    lines += [(line, _INK) for text in shown for line in _wrapped(text + more, width, font, _CAPTION_LINES)]
+    return lines + [(line, _ORANGE) for warning in card.warnings for line in _wrapped(warning, width, font, 2)]
+
+
+def _wrapped(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, most: int) -> list[str]:
+    """Returns at most so many lines that fit the width; what is left out is marked."""
+    letters = max(8, int(width / max(1.0, font.getlength("abcdefghij eno") / 14)))
+    return textwrap.wrap(text, letters, max_lines=most, placeholder=" ...") or []
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def card_jpeg(card: Card) -> bytes:
+    """Returns a card's picture for the page."""
+    buffer = io.BytesIO()
+    draw_card(card).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
