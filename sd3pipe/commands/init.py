@@ -1,6 +1,7 @@
 """`sd3pipe init`: a project of the user's own, with every value that was chosen for them explained beside it."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from sd3pipe.models.architecture import detect_mmdit
 from sd3pipe.models.sources import find_component
 from sd3pipe.params.command_line import load_stage_models
 from sd3pipe.params.init import InitParams
+from sd3pipe.params.memory import size_bytes
 from sd3pipe.params.stage_file import render_stage_file
+from sd3pipe.project.fitting import fitting_advice
 from sd3pipe.project.pictures import PictureFolder, dataset_toml, look_into, prompts_txt
 from sd3pipe.project.pipeline import dvc_yaml
 from sd3pipe.project.recipes import Recipe, Variant, recipe
@@ -41,9 +44,12 @@ def main(params: InitParams) -> None:
     """Writes the project; asks on a terminal for what is missing; overwrites nothing."""
     model = params.model or _ask("Checkpoint file, diffusers folder or hub id", "--model")
     pictures = look_into(params.images or Path(_ask("Folder with the pictures", "--images")))
-    variant = params.variant or _detect_variant(model)
+    shapes = _shapes(model) if params.variant is None or params.vram else {}
+    variant = params.variant or detect_mmdit(shapes).variant
     paths = _paths(params, model)
-    advice = recipe(variant, params.goal)
+    advice = dict(recipe(variant, params.goal))
+    if params.vram is not None:
+        advice |= fitting_advice(shapes, vram_bytes=size_bytes(params.vram), resolution=params.resolution)
     texts = {
         PROJECT_FILE: project_toml(paths),
         "dataset.toml": dataset_toml(
@@ -65,11 +71,13 @@ def _ask(question: str, option: str) -> str:
     return typer.prompt(question)
 
 
-def _detect_variant(model: str) -> Variant:
+def _shapes(model: str) -> Mapping[str, tuple[int, ...]]:
     try:
-        return detect_mmdit(find_component("mmdit", model=model).shapes()).variant
+        return find_component("mmdit", model=model).shapes()
     except InputError as error:
-        raise InputError(f"{error} (for a model that is not here yet, say which one it is with --for)") from error
+        raise InputError(
+            f"{error} (for a model that is not here yet, say --for VARIANT and leave out --vram)"
+        ) from error
 
 
 def _paths(params: InitParams, model: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from sd3pipe.params.fields import OptionPath, Params, option
+from sd3pipe.params.memory import Size
 
 
 class InitParams(Params):
@@ -20,7 +21,7 @@ class InitParams(Params):
     trigger: str | None = option(None, "Word that stands for what is learnt.", panel="Pictures")
     resolution: int = option(1024, "Side of the square whose area pictures are scaled to.", ge=64, panel="Pictures")
     goal: Literal["subject", "style", "concepts"] = option("subject", "What the adapter is to learn.", panel="Training")
-    vram: str | None = option(None, "Memory of the training card, as 12GB.", panel="Training")
+    vram: Size | None = option(None, "Memory of the training card, such as 12GB.", panel="Training")
     name: str | None = option(None, "Name of the adapter; default: the trigger or the folder's name.", panel="Training")
     loras_dir: OptionPath | None = option(
         None, "Folder that every saved adapter is copied to (ComfyUI's models/loras).", role="path", panel="Training"

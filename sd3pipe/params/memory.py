@@ -3,7 +3,9 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+
+_UNITS = {"": 10**9, "G": 10**9, "GB": 10**9, "GIB": 2**30, "M": 10**6, "MB": 10**6, "MIB": 2**20}
 
 
 def _blocks(value: Any) -> Any:
@@ -11,4 +13,17 @@ def _blocks(value: Any) -> Any:
     return int(value) if isinstance(value, str) and re.fullmatch(r"\s*[0-9]+\s*", value) else value
 
 
+def _size(value: str) -> str:
+    if not re.fullmatch(r"\s*\d+(\.\d+)?\s*([GM](I?B)?)?\s*", value, flags=re.IGNORECASE):
+        raise ValueError("write a size such as 12GB or 24GiB")
+    return value
+
+
 BlocksToSwap = Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], BeforeValidator(_blocks)]
+Size = Annotated[str, AfterValidator(_size)]
+
+
+def size_bytes(text: str) -> int:
+    """Returns the bytes of a Size; a bare number counts gigabytes."""
+    number = re.sub("[A-Za-z ]", "", text)
+    return int(float(number) * _UNITS[text.replace(number, "").strip().upper()])

@@ -1,24 +1,12 @@
 """Options of `sd3pipe plan`."""
 
 import re
-from typing import Annotated, Literal
-
-from pydantic import AfterValidator
+from typing import Literal
 
 from sd3pipe.params.fields import OptionPath, Params, option
-from sd3pipe.params.memory import BlocksToSwap
+from sd3pipe.params.memory import BlocksToSwap, Size, size_bytes
 
 _PATHS, _MACHINE, _STEP, _MEMORY = "Paths", "Machine", "One step", "Memory and speed"
-_UNITS = {"": 10**9, "G": 10**9, "GB": 10**9, "GIB": 2**30, "M": 10**6, "MB": 10**6, "MIB": 2**20}
-
-
-def _size(value: str) -> str:
-    if not re.fullmatch(r"\s*\d+(\.\d+)?\s*([GM](I?B)?)?\s*", value, flags=re.IGNORECASE):
-        raise ValueError("write a size such as 12GB or 24GiB")
-    return value
-
-
-Size = Annotated[str, AfterValidator(_size)]
 
 
 class PlanParams(Params):
@@ -82,14 +70,9 @@ class PlanParams(Params):
     @property
     def vram_bytes(self) -> int | None:
         """Memory of the card; a bare number counts gigabytes."""
-        return None if self.vram is None else _bytes(self.vram)
+        return None if self.vram is None else size_bytes(self.vram)
 
     @property
     def ram_bytes(self) -> int | None:
         """Memory of the host; a bare number counts gigabytes."""
-        return None if self.ram is None else _bytes(self.ram)
-
-
-def _bytes(text: str) -> int:
-    number = re.sub("[A-Za-z ]", "", text)
-    return int(float(number) * _UNITS[text.replace(number, "").strip().upper()])
+        return None if self.ram is None else size_bytes(self.ram)

@@ -1,0 +1,46 @@
+"""What a card's memory advises: the planner's settings, and the optimizer that small cards need."""
+
+from collections.abc import Mapping
+
+from sd3pipe.errors import InputError
+from sd3pipe.memory.plan import Settings, Workload, adapter_bytes_per_weight, fitting_settings
+from sd3pipe.memory.sizes import adapter_weights, image_tokens, model_size
+from sd3pipe.project.recipes import Advice, Recipe
+
+_SMALL_CARD_BYTES = 16 * 2**30
+_RANK = 16
+_BASES = ("dense", "fp8", "nf4")  # the gentlest first
+
+
+def fitting_advice(shapes: Mapping[str, tuple[int, ...]], *, vram_bytes: int, resolution: int) -> Recipe:
+    """Returns the memory options that fit a card. Raises InputError if nothing does."""
+    optimizer = "AdamW8bit" if vram_bytes <= _SMALL_CARD_BYTES else "AdamW"
+    model = model_size(shapes)
+    work = Workload(
+        image_tokens=image_tokens(resolution, resolution),
+        adapter_weights=adapter_weights(shapes, _RANK),
+        adapter_bytes_per_weight=adapter_bytes_per_weight(optimizer),
+    )
+    for base in _BASES:
+        found = fitting_settings(model, work, Settings(base_format=base), device_bytes=vram_bytes)
+        if found is not None:
+            settings, prediction = found
+            return _advice(settings, optimizer, f"{prediction.device_bytes / 1e9:.1f} GB of {vram_bytes / 1e9:.1f} GB")
+    raise InputError(
+        f"nothing fits {vram_bytes / 1e9:.1f} GB at {resolution} x {resolution} pixels: take a lower --resolution, or "
+        "look at `sd3pipe plan`"
+    )
+
+
+def _advice(settings: Settings, optimizer: str, needed: str) -> Recipe:
+    source = f"The planner expects {needed} in use at batch 1."
+    advice: dict[str, Advice] = {"blocks_to_swap": Advice(value=settings.blocks_to_swap, source=source)}
+    if optimizer != "AdamW":
+        advice["optimizer_type"] = Advice(value=optimizer, source="8-bit moments, for cards of 16 GB and less.")
+    if settings.base_format != "dense":
+        advice["base_dtype"] = Advice(value=settings.base_format, source=source)
+    if settings.blocks_to_swap and settings.modulation != "stream":
+        advice["modulation"] = Advice(value=settings.modulation, source=source)
+    if settings.activation_offload:
+        advice["activation_offload"] = Advice(value=True, source=source)
+    return advice
