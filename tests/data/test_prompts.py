@@ -3,6 +3,8 @@
 import logging
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sd3pipe.data.prompts import SamplePrompt, load_prompts
 from sd3pipe.errors import InputError, ParameterError
@@ -98,3 +100,16 @@ def test_bad_files_are_named(tmp_path, name, content, kind):
 def test_missing_file_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         load_prompts(tmp_path / "none.txt")
+
+
+@given(text=st.text(max_size=200), ending=st.sampled_from([".txt", ".toml", ".json"]))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_text_gives_prompts_or_an_error_that_names_the_file(tmp_path, text, ending):
+    path = written(tmp_path, "any" + ending, text.encode("utf-8", "surrogatepass"))
+    try:
+        prompts = load_prompts(path)
+    except (InputError, ParameterError) as error:
+        assert all(line.startswith(str(path)) for line in str(error).split("\n"))
+    else:
+        assert prompts == load_prompts(path)
+        assert all(isinstance(prompt.prompt, str) for prompt in prompts)
