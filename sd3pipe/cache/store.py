@@ -61,6 +61,8 @@ class FillCounts:
     def summary(self) -> str:
         """Returns the counts in the user's words."""
         text = f"{self.reused} reused, {self.encoded} encoded, {self.quarantined} quarantined"
+        if self.published and not (self.copied or self.attic or self.encoded or self.failed):
+            text = f"nothing to do: {text}"
         return text if self.published else text + f", {self.left} left to the other shards"
 
 
