@@ -71,7 +71,7 @@ def test_captions_become_rows_and_are_not_encoded_twice(base, project, capsys):
     second = encode(base, project)
     assert (second["encoded"], second["reused"]) == (0, 4)
     assert folder_bytes(project / "caches" / "text") == before
-    assert "encode-text: 4 reused, 0 encoded, 0 quarantined, " in capsys.readouterr().out
+    assert "encode-text: nothing to do: 4 reused, 0 encoded, 0 quarantined, " in capsys.readouterr().out
     loaded = loaded_modules(arguments(base, project))
     assert not loaded & {"torch", "transformers", "tokenizers", "sentencepiece", "PIL"}
 
