@@ -227,15 +227,14 @@ def delta_norm(delta: Delta) -> float:
 
 
 def product_norm(left_OR: Tensor, right_RI: Tensor) -> float:
-    """Returns the Frobenius norm of left @ right in fp64 from the triangular factors of both."""
-    left_RR = torch.linalg.qr(left_OR.double(), mode="r").R
-    right_RR = torch.linalg.qr(right_RI.double().T, mode="r").R
-    return float(torch.linalg.vector_norm(left_RR @ right_RR.T))
+    """Returns the Frobenius norm of left @ right in fp64 without forming it: |L R|^2 = <L^T L, R R^T>."""
+    left_OR, right_RI = left_OR.double(), right_RI.double()
+    return float(((left_OR.T @ left_OR) * (right_RI @ right_RI.T)).sum().clamp_min(0.0).sqrt())
 
 
 def difference(first: Delta, second: Delta) -> float:
     """Returns |first - second| / |first| of the effective changes; 0 where all factors are equal bit for bit."""
-    if _same_factors(first, second):
+    if same_factors(first, second):
         return 0.0
     if first.shape != second.shape:
         return math.inf
@@ -246,15 +245,22 @@ def difference(first: Delta, second: Delta) -> float:
 
 
 def _lora_difference(first: LoRADelta, second: LoRADelta) -> float:
-    left_OR = torch.cat([first.up.double() * first.scale, second.up.double() * -second.scale], dim=1)
-    right_RI = torch.cat([first.down.double(), second.down.double()])
-    direction = _ratio(product_norm(left_OR, right_RI), delta_norm(first))
     if first.algorithm != second.algorithm or first.base_norm != second.base_norm:
         return math.inf
+    direction = _ratio(_product_difference(first, second), delta_norm(first))
     if first.magnitude is None or second.magnitude is None:
         return direction
     apart = torch.linalg.vector_norm(first.magnitude.double() - second.magnitude.double())
     return max(direction, _ratio(float(apart), float(torch.linalg.vector_norm(first.magnitude.double()))))
+
+
+def _product_difference(first: LoRADelta, second: LoRADelta) -> float:
+    """Returns |B A - B' A'|. At equal rank as (B - B') A + B' (A - A'), where small differences do not cancel."""
+    up_1, up_2 = first.up.double() * first.scale, second.up.double() * second.scale
+    down_1, down_2 = first.down.double(), second.down.double()
+    if first.rank == second.rank:
+        return product_norm(torch.cat([up_1 - up_2, up_2], dim=1), torch.cat([down_1, down_1 - down_2]))
+    return product_norm(torch.cat([up_1, -up_2], dim=1), torch.cat([down_1, down_2]))
 
 
 def _ratio(apart: float, norm: float) -> float:
@@ -263,7 +269,8 @@ def _ratio(apart: float, norm: float) -> float:
     return apart / norm if norm > 0.0 else math.inf
 
 
-def _same_factors(first: Delta, second: Delta) -> bool:
+def same_factors(first: Delta, second: Delta) -> bool:
+    """Whether two deltas are equal bit for bit, whatever number format holds them."""
     ours, theirs = first.tensors(), second.tensors()
     return (
         (first.algorithm, _base_norm(first)) == (second.algorithm, _base_norm(second))

@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sd3pipe.adapters.deltas import Adapter, Delta, LoRADelta, difference
+from sd3pipe.adapters.deltas import Adapter, Delta, LoRADelta, difference, same_factors
 from sd3pipe.adapters.forms import Strength, parse, prepared, tensors_of
 from sd3pipe.adapters.keymap import Form, is_text_encoder
-from sd3pipe.adapters.precision import StoredDtype, check_error, rounded_adapter
+from sd3pipe.adapters.precision import Rounded, StoredDtype, check_error, rounded_adapter
 from sd3pipe.adapters.recognise import describe, foreign_kind
 from sd3pipe.adapters.sizes import depth_of, fitting_variants
 from sd3pipe.adapters.tensor_file import DTYPE_NAMES, data_sha256, in_file_order, write_tensors
@@ -119,10 +119,8 @@ def save_adapter(
     Without `metadata` only what is needed to load it is written beside the tensors. Raises ParameterError where the
     form or the dtype cannot hold the adapter, StorageError.
     """
-    held = prepared(adapter, form)
-    stored = rounded_adapter(held, dtype)
-    for place, delta in stored.items():
-        check_error(place, difference(held[place], delta), dtype)
+    rounded = rounded_adapter(adapter, prepared(adapter, form), dtype)
+    stored = {place: found.delta for place, found in rounded.items()}
     tensors = in_file_order(tensors_of(stored, form))
     header = {"format": "pt"} | _needed_metadata(stored, tensors, form)
     if metadata is not None:
@@ -132,7 +130,7 @@ def save_adapter(
         write_tensors(handle, tensors, header)
         handle.flush()
         nbytes = handle.tell()
-        error, where = compare(adapter, read_adapter(Path(handle.name)).adapter)
+        error, where = _written_error(adapter, rounded, read_adapter(Path(handle.name)).adapter)
         check_error(where, error, dtype)
     return SavedAdapter(
         path=path,
@@ -151,6 +149,18 @@ def compare(source: Adapter, written: Adapter) -> tuple[float, str]:
     if odd:
         return float("inf"), odd[0]
     errors = {path: difference(delta, written[path]) for path, delta in source.items()}
+    where = max(errors, key=lambda path: errors[path])
+    return errors[where], where
+
+
+def _written_error(source: Adapter, rounded: Mapping[str, Rounded], written: Adapter) -> tuple[float, str]:
+    """Returns compare(source, written), without computing again what was computed for equal factors."""
+    if source.keys() != written.keys():
+        return compare(source, written)
+    errors = {
+        path: found.error if same_factors(found.delta, written[path]) else difference(source[path], written[path])
+        for path, found in rounded.items()
+    }
     where = max(errors, key=lambda path: errors[path])
     return errors[where], where
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -18,27 +18,27 @@ FP16_TOLERANCE = 1e-3  # relative error of a module's change up to which `auto` 
 _TOLERANCES: Mapping[str, float] = {"auto": FP16_TOLERANCE, "same": 1e-6, "fp32": 1e-6, "fp16": 1e-2, "bf16": 2e-2}
 
 
-def rounded_adapter(adapter: Adapter, dtype: StoredDtype) -> dict[str, Delta]:
-    """Returns the adapter as it will be stored; `auto` is fp16 where every module keeps within FP16_TOLERANCE."""
-    if dtype == "same":
-        return dict(adapter)
-    if dtype != "auto":
-        return {path: rounded(delta, DTYPES[dtype]) for path, delta in adapter.items()}
-    halves: dict[str, Delta] = {}
-    for path, delta in adapter.items():
-        halves[path] = rounded(delta, torch.float16)
-        if not difference(delta, halves[path]) < FP16_TOLERANCE:
-            return rounded_adapter(adapter, "fp32")
-    return halves
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """A delta as it will be stored, and how far its change then is from the source's, relative to it."""
+
+    delta: Delta
+    error: float
 
 
-def rounded(delta: Delta, dtype: torch.dtype) -> Delta:
-    """Returns the delta with its factors in `dtype`; fp16 LoRA factors are brought to one magnitude if that helps."""
-    plain = _cast(delta, dtype)
-    if dtype != torch.float16 or not isinstance(delta, LoRADelta) or difference(delta, plain) < FP16_TOLERANCE / 2:
-        return plain
-    balanced = _cast(_balanced(delta), dtype)
-    return balanced if difference(delta, balanced) < difference(delta, plain) else plain
+def rounded_adapter(source: Adapter, held: Adapter, dtype: StoredDtype) -> dict[str, Rounded]:
+    """Returns each delta of `held`, which changes the model as `source` does, as it will be stored.
+
+    `auto` is fp16 where every module keeps within FP16_TOLERANCE, else fp32. Raises ParameterError where a number
+    format cannot hold a module.
+    """
+    result: dict[str, Rounded] = {}
+    for path, delta in held.items():
+        result[path] = _rounded(source[path], delta, dtype)
+        if dtype == "auto" and not result[path].error < FP16_TOLERANCE:
+            return rounded_adapter(source, held, "fp32")
+        check_error(path, result[path].error, dtype)
+    return result
 
 
 def check_error(path: str, error: float, dtype: StoredDtype) -> None:
@@ -48,6 +48,19 @@ def check_error(path: str, error: float, dtype: StoredDtype) -> None:
             f"{path} would change by {error:.1e} of itself when stored as {dtype}, and at most "
             f"{_TOLERANCES[dtype]:.0e} is accepted: use --dtype fp32"
         )
+
+
+def _rounded(source: Delta, held: Delta, dtype: StoredDtype) -> Rounded:
+    """Returns a delta in a number format; fp16 LoRA factors are brought to one magnitude where that helps."""
+    if dtype == "same":
+        return Rounded(held, difference(source, held))
+    plain = _cast(held, DTYPES.get(dtype, torch.float16))
+    found = Rounded(plain, difference(source, plain))
+    if dtype not in ("auto", "fp16") or not isinstance(held, LoRADelta) or found.error < FP16_TOLERANCE / 2:
+        return found
+    balanced = _cast(_balanced(held), torch.float16)
+    other = Rounded(balanced, difference(source, balanced))
+    return other if other.error < found.error or math.isnan(found.error) else found
 
 
 def _balanced(delta: LoRADelta) -> LoRADelta:

@@ -29,9 +29,8 @@ LATER_STEPS_KEY = "sd3pipe_later_steps"
 def reproduction(provenance: Mapping[str, Any], later: Sequence[str] = ()) -> str:
     """Returns shell commands, with the hashes of everything that goes into them as comments."""
     fingerprints, versions = provenance.get("fingerprints", {}), provenance.get("versions", {})
-    lines = [
-        f"# the state after step {provenance.get('step')}, seed {provenance.get('seed')}, sd3pipe {provenance.get('version')}"
-    ]
+    step, seed, version = (provenance.get(name) for name in ("step", "seed", "version"))
+    lines = [f"# the state after step {step}, seed {seed}, sd3pipe {version}"]
     lines += [f"# {name} {version}" for name, version in sorted(versions.items())]
     lines += ["# made from, by content:"]
     lines += [f"#   {name:<14} {value}" for name, value in sorted(fingerprints.items())]
