@@ -157,6 +157,29 @@ def make_inputs(
     )
 
 
+def fill_prompts(out: Path, settings: Sequence[dict[str, Any]], *, tokens: int = 6) -> Path:
+    """Writes a cache of sample prompts, one for each of the settings."""
+    texts = [*(f"prompt {number}" for number in range(len(settings))), ""]
+    rows = [WantedRow(source=text_source(text), recipe={"tiny": 1}, group="text", nbytes=4096) for text in texts]
+    bare = Wanted(kind="prompts", recipe_version=1, fingerprints={"clip_l": "l"}, recipe={}, rows=rows, samples={})
+    samples = {
+        "name": [f"{number:03d}" for number in range(len(settings))],
+        "prompt": texts[:-1],
+        "negative": ["" for _ in settings],
+        "settings": [json.dumps(values) for values in settings],
+        "key": list(bare.keys[:-1]),
+        "negative_key": [bare.keys[-1] for _ in settings],
+    }
+    by_key = dict(zip(bare.keys, texts, strict=True))
+
+    def encode(wanted_keys: Sequence[str]):
+        for key in wanted_keys:
+            yield key, {name: from_torch(tensor) for name, tensor in text_row(by_key[key], tokens).items()}
+
+    fill_cache(out, replace(bare, samples=samples), encode, made_with="tiny 1")
+    return out
+
+
 def with_other_vae(inputs: Inputs, folder: Path, dataset: Sequence[Picture]) -> Inputs:
     """Returns inputs whose latents come from another VAE."""
     return replace(inputs, latents=make_inputs(folder, dataset, vae="vae-2").latents)

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from sd3pipe.console import Progress, progress, readable_bytes
 from sd3pipe.device_memory import peak_device_bytes
@@ -141,15 +141,20 @@ class Loop:
         number = self.progressed.step
         names = ", ".join(self.saver.picture_names(step))
         message = f"step {number + 1}: {result.bad}; its pictures: {names}"
-        if self.records:
-            self.records.event(number + 1, bad_loss=result.bad, pictures=self.saver.picture_names(step))
         skipped = [*self.progressed.skipped_steps, number]
+        event = {"bad_step": number + 1, "bad_loss": result.bad, "pictures": self.saver.picture_names(step)}
         if not self.plan.roll_back or len(skipped) > _MAX_ROLLBACKS or not self.saver.can_roll_back:
+            self._record_event(event)
             raise InputError(
                 f"{message}. Nothing was learnt from it. Look at these pictures, lower learning_rate or max_grad_norm, "
                 "or let the run go on without such steps: --on-bad-loss rollback"
             )
         self.saver.roll_back(self.progressed)
         self.progressed.skipped_steps = skipped
+        self._record_event(event)
         log.warning("%s. Going on from step %d without it", message, self.progressed.step)
         return self.steps_from(self.progressed.position)
+
+    def _record_event(self, values: dict[str, Any]) -> None:
+        if self.records:
+            self.records.event(self.progressed.step, **values)
