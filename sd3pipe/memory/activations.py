@@ -42,6 +42,10 @@ class ActivationStore:
         self.bytes_out = 0
         self.host_bytes = 0
 
+    def close(self) -> None:
+        """Unlocks the pages of all buffers."""
+        self._host.close()
+
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
         """Sends what autograd saves in this block to the host."""

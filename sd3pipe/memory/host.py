@@ -1,6 +1,8 @@
 """Host memory that a GPU can read by itself, with a fallback where the system does not allow it."""
 
+import contextlib
 import logging
+import mmap
 import weakref
 from typing import Any
 
@@ -13,36 +15,58 @@ log = logging.getLogger(__name__)
 class HostMemory:
     """Hands out flat host buffers, page-locked for `device` where that is CUDA.
 
-    Buffers are registered with cudaHostRegister at their exact size: torch's own pinned allocator rounds up to a power
-    of two, which costs 86 MB on each 426 MB block of SD3.5-large. The first failure is told in one line; from then on
-    buffers are plain memory, and copies from them slower.
+    Buffers have pages of their own and are registered with cudaHostRegister at their exact size: torch's pinned
+    allocator rounds up to a power of two, which costs 86 MB on each 426 MB block of SD3.5-large. The first failure is
+    told in one line; from then on buffers are pageable, and copies from them slower. Page-locked buffers live as long
+    as this object, or until `close`, after which they are ordinary memory.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._locked: list[Tensor] = []
         self.pinned = device.type == "cuda"
-        self.pinned_bytes = 0
+        self._unlock = weakref.finalize(self, _unlock, device, self._locked)
+
+    def close(self) -> None:
+        """Unlocks the pages of all buffers, after the copies that are under way."""
+        self._unlock()
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes that are page-locked now."""
+        return sum(buffer.numel() for buffer in self._locked)
 
     def buffer(self, nbytes: int) -> Tensor:
-        """Returns `nbytes` of uninitialised memory as uint8."""
-        memory = torch.empty(nbytes, dtype=torch.uint8)
-        if self.pinned and nbytes:
-            self._pin(memory)
+        """Returns `nbytes` of memory as uint8."""
+        if not self.pinned or not nbytes:
+            return torch.empty(nbytes, dtype=torch.uint8)
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = torch.frombuffer(pages, dtype=torch.uint8)
+        self._lock(memory)
         return memory
 
-    def _pin(self, memory: Tensor) -> None:
+    def _lock(self, memory: Tensor) -> None:
         runtime: Any = torch.cuda.cudart()
         with torch.cuda.device(self._device):
             error = int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
-        if error:
-            self.pinned = False
-            log.warning(
-                "the system does not page-lock more than %.1f GB of host memory (CUDA error %d): "
-                "the other streamed blocks are copied from pageable memory, which is slower; "
-                "raise `ulimit -l`, free memory or stream fewer blocks",
-                self.pinned_bytes / 1e9,
-                error,
-            )
+        if not error:
+            self._locked.append(memory)
             return
-        self.pinned_bytes += memory.numel()
-        weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, memory.data_ptr())
+        self.pinned = False
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=self._device)  # the next kernel's check takes the error off CUDA's record
+        log.warning(
+            "the system does not page-lock more than %.1f GB of host memory (CUDA error %d): the other streamed blocks "
+            "are copied from pageable memory, which is slower; raise `ulimit -l`, free memory or stream fewer blocks",
+            self.pinned_bytes / 1e9,
+            error,
+        )
+
+
+def _unlock(device: torch.device, locked: list[Tensor]) -> None:
+    if locked:
+        torch.cuda.synchronize(device)
+        runtime: Any = torch.cuda.cudart()
+        for memory in locked:
+            runtime.cudaHostUnregister(memory.data_ptr())
+        locked.clear()

@@ -64,6 +64,8 @@ class Rings:
             key = tuple((t.name, t.shape, t.dtype) for t in block.layout.tensors)
             by_layout.setdefault(key, {})[index] = block
         self.rings = [Ring(members, slots, device) for members in by_layout.values()]
+        for slot in (slot for ring in self.rings for slot in ring.slots):
+            slot.done = lane.mark()  # what used this memory before
         self.copies: list[Copy] = []
         self.copied_bytes = 0
         self._lane = lane

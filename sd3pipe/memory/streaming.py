@@ -96,6 +96,9 @@ class BlockStreamer:
         self._rings.release()
         if self._ahead is not None:
             self._ahead.close()
+        if self._activations is not None:
+            self._activations.close()
+        self.host.close()
         self._model.block_runner = None
 
     @property
