@@ -9,15 +9,13 @@ from math import isqrt
 from typing import Literal
 
 from sd3pipe.errors import InputError
+from sd3pipe.models.shapes import Shapes, compare_shapes, linear_shapes
 
 MMDiTVariant = Literal["sd3-medium", "sd35-medium", "sd35-large"]
-Shapes = dict[str, tuple[int, ...]]
 
 HEAD_WIDTH = 64  # every head of every variant
 TIMESTEP_FREQUENCIES = 256  # width of the sinusoid: 128 cosines, 128 sines
 MLP_RATIO = 4
-
-_NAMED_KEYS = 4  # keys that an error message spells out before it counts the rest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +52,17 @@ class MMDiTArchitecture:
         shapes: Shapes = {"pos_embed": (1, self.pos_embed_max**2, width)}
         shapes["x_embedder.proj.weight"] = (width, self.in_channels, patch, patch)
         shapes["x_embedder.proj.bias"] = (width,)
-        shapes |= _linear("t_embedder.mlp.0", width, TIMESTEP_FREQUENCIES) | _linear("t_embedder.mlp.2", width, width)
-        shapes |= _linear("y_embedder.mlp.0", width, self.pooled_width) | _linear("y_embedder.mlp.2", width, width)
-        shapes |= _linear("context_embedder", width, self.context_width)
+        shapes |= linear_shapes("t_embedder.mlp.0", width, TIMESTEP_FREQUENCIES) | linear_shapes(
+            "t_embedder.mlp.2", width, width
+        )
+        shapes |= linear_shapes("y_embedder.mlp.0", width, self.pooled_width) | linear_shapes(
+            "y_embedder.mlp.2", width, width
+        )
+        shapes |= linear_shapes("context_embedder", width, self.context_width)
         for index in range(self.depth):
             shapes |= self.block_shapes(index)
-        shapes |= _linear("final_layer.adaLN_modulation.1", 2 * width, width)
-        shapes |= _linear("final_layer.linear", patch * patch * self.in_channels, width)
+        shapes |= linear_shapes("final_layer.adaLN_modulation.1", 2 * width, width)
+        shapes |= linear_shapes("final_layer.linear", patch * patch * self.in_channels, width)
         return shapes
 
     def block_shapes(self, index: int) -> Shapes:
@@ -76,21 +78,21 @@ class MMDiTArchitecture:
     def _side_shapes(self, index: int, side: Literal["context_block", "x_block"]) -> Shapes:
         width, name = self.width, f"joint_blocks.{index}.{side}"
         only_keys_and_values = side == "context_block" and index == self.depth - 1
-        shapes = _linear(f"{name}.adaLN_modulation.1", self.modulation_chunks(index, side) * width, width)
+        shapes = linear_shapes(f"{name}.adaLN_modulation.1", self.modulation_chunks(index, side) * width, width)
         shapes |= self._attention_shapes(f"{name}.attn", with_projection=not only_keys_and_values)
         if side == "x_block" and index in self.dual_attention_blocks:
             shapes |= self._attention_shapes(f"{name}.attn2", with_projection=True)
         if not only_keys_and_values:
-            shapes |= _linear(f"{name}.mlp.fc1", MLP_RATIO * width, width)
-            shapes |= _linear(f"{name}.mlp.fc2", width, MLP_RATIO * width)
+            shapes |= linear_shapes(f"{name}.mlp.fc1", MLP_RATIO * width, width)
+            shapes |= linear_shapes(f"{name}.mlp.fc2", width, MLP_RATIO * width)
         return shapes
 
     def _attention_shapes(self, name: str, *, with_projection: bool) -> Shapes:
-        shapes = _linear(f"{name}.qkv", 3 * self.width, self.width)
+        shapes = linear_shapes(f"{name}.qkv", 3 * self.width, self.width)
         if self.qk_norm:
             shapes |= {f"{name}.ln_q.weight": (HEAD_WIDTH,), f"{name}.ln_k.weight": (HEAD_WIDTH,)}
         if with_projection:
-            shapes |= _linear(f"{name}.proj", self.width, self.width)
+            shapes |= linear_shapes(f"{name}.proj", self.width, self.width)
         return shapes
 
 
@@ -117,12 +119,8 @@ def detect_mmdit(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTArchitecture:
         qk_norm="joint_blocks.0.context_block.attn.ln_k.weight" in shapes,
         dual_attention_blocks=tuple(i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes),
     )
-    _compare(architecture.shapes(), shapes)
+    compare_shapes("MMDiT", architecture.shapes(), shapes)
     return architecture
-
-
-def _linear(name: str, out_features: int, in_features: int) -> Shapes:
-    return {f"{name}.weight": (out_features, in_features), f"{name}.bias": (out_features,)}
 
 
 def _is_block_key(key: str) -> bool:
@@ -137,24 +135,3 @@ def _shape(shapes: Mapping[str, tuple[int, ...]], key: str, *, axes: int) -> tup
     if len(shape) != axes:
         raise InputError(f"no SD3 MMDiT here: {key} has shape {list(shape)}, not {axes} axes")
     return tuple(shape)
-
-
-def _compare(expected: Shapes, found: Mapping[str, tuple[int, ...]]) -> None:
-    missing = sorted(expected.keys() - found.keys())
-    excess = sorted(found.keys() - expected.keys())
-    other = [key for key, shape in expected.items() if key in found and tuple(found[key]) != shape]
-    if missing:
-        raise InputError(f"the MMDiT lacks {_listed(missing)}: the file is incomplete")
-    if excess:
-        raise InputError(f"the MMDiT has tensors that are not understood: {_listed(excess)}")
-    if other:
-        key = other[0]
-        raise InputError(
-            f"the MMDiT has tensors of unexpected shape: {_listed(other)}; "
-            f"{key} is {list(found[key])} and should be {list(expected[key])}"
-        )
-
-
-def _listed(keys: list[str]) -> str:
-    rest = len(keys) - _NAMED_KEYS
-    return ", ".join(keys[:_NAMED_KEYS]) + (f" and {rest} more" if rest > 0 else "")

@@ -8,6 +8,8 @@ Source: diffusers' SD3Transformer2DModel and AutoencoderKL; values checked again
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from sd3pipe.models.shapes import count_numbered
+
 
 @dataclass(frozen=True, slots=True)
 class DiffusersModules:
@@ -91,12 +93,14 @@ def vae_modules(levels: int, blocks: int) -> dict[str, DiffusersModules]:
 
 def mmdit_modules_of(names: Collection[str]) -> dict[str, DiffusersModules]:
     """Returns the module map for an MMDiT whose diffusers tensor names are given."""
-    return mmdit_modules(_count(names, "transformer_blocks."))
+    return mmdit_modules(count_numbered(names, "transformer_blocks."))
 
 
 def vae_modules_of(names: Collection[str]) -> dict[str, DiffusersModules]:
     """Returns the module map for a VAE whose diffusers tensor names are given."""
-    return vae_modules(_count(names, "encoder.down_blocks."), _count(names, "encoder.down_blocks.0.resnets."))
+    return vae_modules(
+        count_numbered(names, "encoder.down_blocks."), count_numbered(names, "encoder.down_blocks.0.resnets.")
+    )
 
 
 def diffusers_names(native_key: str, modules: ModuleMap) -> DiffusersModules | None:
@@ -131,8 +135,3 @@ def split_key(key: str) -> tuple[str, str]:
 
 def _prefixed(table: Mapping[str, str], native: str, theirs: str) -> dict[str, str]:
     return {f"{native}.{ours}": f"{theirs}.{other}" for ours, other in table.items()}
-
-
-def _count(names: Collection[str], prefix: str) -> int:
-    numbers = {name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)}
-    return len({number for number in numbers if number.isdecimal()})

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from sd3pipe.errors import InputError
 from sd3pipe.models.layouts import OPTIONS, TITLES, Component
 from sd3pipe.models.safetensors_header import PICKLE_SUFFIXES, StoredTensor, read_header
+from sd3pipe.models.shapes import listed
 
 Fetch = Callable[[str], Path | None]  # the local path of a file of the folder, None if there is none
 
@@ -25,7 +26,6 @@ _STEMS: dict[Component, tuple[str, ...]] = {
     "t5xxl": ("model",),
 }
 _MAX_INDEX_BYTES = 10_000_000
-_LISTED = 4  # files that an error message names
 
 
 def folder_tensors(component: Component, fetch: Fetch, subfolder: str) -> dict[str, StoredTensor] | None:
@@ -55,11 +55,11 @@ def missing_in_folder(folder: Path, component: Component) -> InputError:
     subfolder = folder / SUBFOLDERS[component]
     if pickled := _files(subfolder, PICKLE_SUFFIXES):
         return InputError(
-            f"{subfolder}: only {_listed(pickled)}, which is not read, because it can run code when it is opened: "
+            f"{subfolder}: only {listed(pickled)}, which is not read, because it can run code when it is opened: "
             "get the .safetensors files of this model"
         )
     if single := _files(folder, {".safetensors"}):
-        return InputError(f"{folder}: not a diffusers folder; it has {_listed(single)}: pass one of them as {option}")
+        return InputError(f"{folder}: not a diffusers folder; it has {listed(single)}: pass one of them as {option}")
     if subfolder.is_dir():
         return InputError(f"{subfolder}: no weights in it (.safetensors): download the folder again")
     if any((folder / name).is_dir() for name in SUBFOLDERS.values()):
@@ -108,8 +108,3 @@ def _files(folder: Path, suffixes: set[str]) -> list[str]:
     if not folder.is_dir():
         return []
     return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in suffixes and path.is_file())
-
-
-def _listed(names: list[str]) -> str:
-    rest = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -15,6 +15,7 @@ from typing import Any
 from sd3pipe.errors import InputError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_MAX_NAME = 1000  # the longest name of a real model has some 100 characters
 DTYPE_BYTES: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
@@ -135,6 +136,8 @@ def _tensors(path: Path, header: Mapping[str, Any], start: int) -> dict[str, Sto
 
 def _tensor(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
     shown = ascii(name)[:120]
+    if len(name) > _MAX_NAME:
+        raise InputError(f"{path}: damaged header: a tensor's name is {len(name):,} characters long: {shown}")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise InputError(f"{path}: damaged header: {shown} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

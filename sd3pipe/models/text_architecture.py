@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sd3pipe.errors import InputError
+from sd3pipe.models.shapes import Shapes, compare_shapes, count_numbered, linear_shapes, vector_shapes
 
 ClipName = Literal["clip_l", "clip_g"]
 EncoderName = Literal["clip_l", "clip_g", "t5xxl"]
-Shapes = dict[str, tuple[int, ...]]
 
 ENCODERS: tuple[EncoderName, ...] = ("clip_l", "clip_g", "t5xxl")
 HEAD_WIDTH = 64  # every head of every encoder
 CLIP_ACTIVATIONS: dict[ClipName, str] = {"clip_l": "quick_gelu", "clip_g": "gelu"}  # the tensors do not tell
-
-_NAMED_KEYS = 4  # keys that an error message spells out before it counts the rest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +48,11 @@ class ClipArchitecture:
         for index in range(self.depth):
             layer = f"text_model.encoder.layers.{index}"
             for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-                shapes |= _linear(f"{layer}.self_attn.{name}", width, width)
-            shapes |= _vector(f"{layer}.layer_norm1", width) | _vector(f"{layer}.layer_norm2", width)
-            shapes |= _linear(f"{layer}.mlp.fc1", self.mlp_width, width)
-            shapes |= _linear(f"{layer}.mlp.fc2", width, self.mlp_width)
-        shapes |= _vector("text_model.final_layer_norm", width)
+                shapes |= linear_shapes(f"{layer}.self_attn.{name}", width, width)
+            shapes |= vector_shapes(f"{layer}.layer_norm1", width) | vector_shapes(f"{layer}.layer_norm2", width)
+            shapes |= linear_shapes(f"{layer}.mlp.fc1", self.mlp_width, width)
+            shapes |= linear_shapes(f"{layer}.mlp.fc2", width, self.mlp_width)
+        shapes |= vector_shapes("text_model.final_layer_norm", width)
         if self.projected_width is not None:
             shapes["text_projection.weight"] = (self.projected_width, width)
         return shapes
@@ -101,7 +99,7 @@ def detect_clip(shapes: Mapping[str, tuple[int, ...]], where: str) -> ClipArchit
     projection = shapes.get("text_projection.weight")
     architecture = ClipArchitecture(
         width=width,
-        depth=_depth(shapes, "text_model.encoder.layers."),
+        depth=count_numbered(shapes, "text_model.encoder.layers."),
         mlp_width=_matrix(shapes, "text_model.encoder.layers.0.mlp.fc1.weight", "a CLIP text encoder", where)[0],
         vocabulary=vocabulary,
         positions=_matrix(shapes, "text_model.embeddings.position_embedding.weight", "a CLIP text encoder", where)[0],
@@ -121,7 +119,7 @@ def detect_t5(shapes: Mapping[str, tuple[int, ...]], where: str) -> T5Architectu
     gate = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
     architecture = T5Architecture(
         width=width,
-        depth=_depth(shapes, "encoder.block."),
+        depth=count_numbered(shapes, "encoder.block."),
         heads=heads,
         mlp_width=_matrix(shapes, gate, "a T5 v1.1 encoder", where)[0],
         vocabulary=vocabulary,
@@ -129,14 +127,6 @@ def detect_t5(shapes: Mapping[str, tuple[int, ...]], where: str) -> T5Architectu
     )
     _compare(architecture.shapes(), shapes, "T5 encoder", where)
     return architecture
-
-
-def _linear(name: str, out_features: int, in_features: int) -> Shapes:
-    return {f"{name}.weight": (out_features, in_features), f"{name}.bias": (out_features,)}
-
-
-def _vector(name: str, width: int) -> Shapes:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
 def _matrix(shapes: Mapping[str, tuple[int, ...]], key: str, kind: str, where: str) -> tuple[int, int]:
@@ -147,24 +137,8 @@ def _matrix(shapes: Mapping[str, tuple[int, ...]], key: str, kind: str, where: s
     return shape[0], shape[1]
 
 
-def _depth(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
-    numbers = {key.removeprefix(prefix).split(".")[0] for key in shapes if key.startswith(prefix)}
-    return len({number for number in numbers if number.isdecimal()})
-
-
 def _compare(expected: Shapes, found: Mapping[str, tuple[int, ...]], kind: str, where: str) -> None:
-    missing = [key for key in expected if key not in found]
-    excess = sorted(found.keys() - expected.keys())
-    other = [key for key, shape in expected.items() if key in found and tuple(found[key]) != shape]
-    if missing:
-        raise InputError(f"{where}: the {kind} lacks {_listed(missing)}: the file is incomplete")
-    if excess:
-        raise InputError(f"{where}: the {kind} has tensors that are not understood: {_listed(excess)}")
-    if other:
-        key = other[0]
-        raise InputError(f"{where}: {key} of the {kind} is {list(found[key])} and should be {list(expected[key])}")
-
-
-def _listed(keys: list[str]) -> str:
-    rest = len(keys) - _NAMED_KEYS
-    return ", ".join(keys[:_NAMED_KEYS]) + (f" and {rest} more" if rest > 0 else "")
+    try:
+        compare_shapes(kind, expected, found)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error

@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sd3pipe.errors import InputError
-
-Shapes = dict[str, tuple[int, ...]]
-
-_NAMED_KEYS = 4  # keys that an error message spells out before it counts the rest
+from sd3pipe.models.shapes import Shapes, compare_shapes, count_numbered, vector_shapes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +44,7 @@ class VAEArchitecture:
                 shapes |= _resnet(f"encoder.down.{level}.block.{block}", width if block else width_in, width)
             if level < len(self.level_widths) - 1:
                 shapes |= _conv(f"encoder.down.{level}.downsample.conv", width, width, 3)
-        shapes |= _middle("encoder.mid", last) | _vector("encoder.norm_out", last)
+        shapes |= _middle("encoder.mid", last) | vector_shapes("encoder.norm_out", last)
         return shapes | _conv("encoder.conv_out", 2 * self.latent_channels, last, 3)
 
     def _decoder_shapes(self) -> Shapes:
@@ -60,7 +57,9 @@ class VAEArchitecture:
                 shapes |= _resnet(f"decoder.up.{level}.block.{block}", width if block else width_in, width)
             if level:
                 shapes |= _conv(f"decoder.up.{level}.upsample.conv", width, width, 3)
-        return shapes | _vector("decoder.norm_out", first) | _conv("decoder.conv_out", self.image_channels, first, 3)
+        return (
+            shapes | vector_shapes("decoder.norm_out", first) | _conv("decoder.conv_out", self.image_channels, first, 3)
+        )
 
 
 def detect_vae(shapes: Mapping[str, tuple[int, ...]], where: str) -> VAEArchitecture:
@@ -74,18 +73,21 @@ def detect_vae(shapes: Mapping[str, tuple[int, ...]], where: str) -> VAEArchitec
             f"{where}: this VAE has {latent_channels} latent channels and a quant_conv, as SD1.5 and SDXL have it: "
             "pass the 16-channel VAE of SD3 as --vae"
         )
-    levels = _count(shapes, "encoder.down.")
+    levels = count_numbered(shapes, "encoder.down.")
     architecture = VAEArchitecture(
         level_widths=tuple(
             _axes(shapes, f"encoder.down.{level}.block.0.conv1.weight", where)[0] for level in range(levels)
         ),
-        blocks_per_level=_count(shapes, "encoder.down.0.block."),
+        blocks_per_level=count_numbered(shapes, "encoder.down.0.block."),
         latent_channels=latent_channels,
         image_channels=_axes(shapes, "encoder.conv_in.weight", where)[1],
     )
     if not levels or any(width % 32 for width in architecture.level_widths):
         raise InputError(f"{where}: the VAE's channels {list(architecture.level_widths)} are no multiples of 32")
-    _compare(architecture.shapes(), shapes, where)
+    try:
+        compare_shapes("VAE", architecture.shapes(), shapes)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
     return architecture
 
 
@@ -93,18 +95,14 @@ def _conv(name: str, channels_out: int, channels_in: int, kernel: int) -> Shapes
     return {f"{name}.weight": (channels_out, channels_in, kernel, kernel), f"{name}.bias": (channels_out,)}
 
 
-def _vector(name: str, width: int) -> Shapes:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-
 def _resnet(name: str, width_in: int, width: int) -> Shapes:
-    shapes = _vector(f"{name}.norm1", width_in) | _conv(f"{name}.conv1", width, width_in, 3)
-    shapes |= _vector(f"{name}.norm2", width) | _conv(f"{name}.conv2", width, width, 3)
+    shapes = vector_shapes(f"{name}.norm1", width_in) | _conv(f"{name}.conv1", width, width_in, 3)
+    shapes |= vector_shapes(f"{name}.norm2", width) | _conv(f"{name}.conv2", width, width, 3)
     return shapes if width_in == width else shapes | _conv(f"{name}.nin_shortcut", width, width_in, 1)
 
 
 def _middle(name: str, width: int) -> Shapes:
-    shapes = _resnet(f"{name}.block_1", width, width) | _vector(f"{name}.attn_1.norm", width)
+    shapes = _resnet(f"{name}.block_1", width, width) | vector_shapes(f"{name}.attn_1.norm", width)
     for projection in ("q", "k", "v", "proj_out"):
         shapes |= _conv(f"{name}.attn_1.{projection}", width, width, 1)
     return shapes | _resnet(f"{name}.block_2", width, width)
@@ -116,26 +114,3 @@ def _axes(shapes: Mapping[str, tuple[int, ...]], key: str, where: str) -> tuple[
         found = "is missing" if shape is None else f"has shape {list(shape)}, not four axes"
         raise InputError(f"{where}: no VAE of SD3's kind here: {key} {found}")
     return shape
-
-
-def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
-    numbers = {key.removeprefix(prefix).split(".")[0] for key in shapes if key.startswith(prefix)}
-    return len({number for number in numbers if number.isdecimal()})
-
-
-def _compare(expected: Shapes, found: Mapping[str, tuple[int, ...]], where: str) -> None:
-    missing = [key for key in expected if key not in found]
-    excess = sorted(found.keys() - expected.keys())
-    other = [key for key, shape in expected.items() if key in found and tuple(found[key]) != shape]
-    if missing:
-        raise InputError(f"{where}: the VAE lacks {_listed(missing)}: the file is incomplete")
-    if excess:
-        raise InputError(f"{where}: the VAE has tensors that are not understood: {_listed(excess)}")
-    if other:
-        key = other[0]
-        raise InputError(f"{where}: {key} of the VAE is {list(found[key])} and should be {list(expected[key])}")
-
-
-def _listed(keys: list[str]) -> str:
-    rest = len(keys) - _NAMED_KEYS
-    return ", ".join(keys[:_NAMED_KEYS]) + (f" and {rest} more" if rest > 0 else "")

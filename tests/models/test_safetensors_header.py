@@ -65,6 +65,7 @@ BAD_HEADERS = {
         4,
         "stands in it twice",
     ),
+    "endless name": ({"joint_blocks." + "9" * 5000: _entry(0, 4, [1])}, 4, "5,013 characters long"),
     "no JSON": (b"\x80\x04pickle me", 0, "not valid JSON"),
     "not UTF-8": (b'{"\xff": {}}', 0, "not valid JSON"),
     "a list": (b"[1, 2, 3]", 0, "no JSON object"),

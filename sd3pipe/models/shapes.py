@@ -1,0 +1,48 @@
+"""Canonical keys with their shapes: what the three architectures share. Free of torch."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from sd3pipe.errors import InputError
+
+Shapes = dict[str, tuple[int, ...]]
+
+_NAMED = 4  # names that an error message spells out before it counts the rest
+
+
+def linear_shapes(name: str, out_features: int, in_features: int) -> Shapes:
+    """Returns weight and bias of a linear layer."""
+    return {f"{name}.weight": (out_features, in_features), f"{name}.bias": (out_features,)}
+
+
+def vector_shapes(name: str, width: int) -> Shapes:
+    """Returns weight and bias of a norm."""
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def count_numbered(names: Iterable[str], prefix: str) -> int:
+    """Returns how many different numbers follow `prefix` in the names: the layers of a stack."""
+    numbers = {name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)}
+    return len({number for number in numbers if number.isdecimal()})
+
+
+def compare_shapes(kind: str, expected: Shapes, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises InputError, without saying where, unless keys and shapes are the expected ones."""
+    missing = [key for key in expected if key not in found]
+    excess = sorted(found.keys() - expected.keys())
+    other = [key for key, shape in expected.items() if key in found and tuple(found[key]) != shape]
+    if missing:
+        raise InputError(f"the {kind} lacks {listed(missing)}: the file is incomplete")
+    if excess:
+        raise InputError(f"the {kind} has tensors that are not understood: {listed(excess)}")
+    if other:
+        key = other[0]
+        raise InputError(
+            f"the {kind} has tensors of unexpected shape: {listed(other)}; "
+            f"{key} is {list(found[key])} and should be {list(expected[key])}"
+        )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Returns the first names, and how many more there are."""
+    rest = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
