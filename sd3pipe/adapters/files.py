@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 DORA_NORM_KEY = "sd3pipe_dora_norm"
 PEFT_CONFIG_KEY = "lora_adapter_metadata"
+PEFT_PREFIX = "base_model.model"
 
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 _KEPT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -61,8 +62,11 @@ class AdapterFile:
 
     @property
     def model_part(self) -> dict[str, Delta]:
-        """The part that changes the MMDiT."""
-        return {path: delta for path, delta in self.adapter.items() if not is_text_encoder(path)}
+        """The part that changes the MMDiT; a warning tells what else there is."""
+        part = {path: delta for path, delta in self.adapter.items() if not is_text_encoder(path)}
+        if len(part) < len(self.adapter):
+            log.warning("%s: %d layers of text encoders are left out", self.path, len(self.adapter) - len(part))
+        return part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +90,8 @@ def read_adapter(path: Path, *, ignore_unknown: bool = False) -> AdapterFile:
     """
     tensors, metadata = _read_tensors(path)
     try:
-        parsed = parse(tensors, strength=_strength(metadata), base_norm=metadata.get(DORA_NORM_KEY) == "base")
+        config = _peft_config_of(path, metadata)
+        parsed = parse(tensors, strength=_strength(config), base_norm=metadata.get(DORA_NORM_KEY) == "base")
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     if not parsed.adapter:
@@ -187,15 +192,27 @@ def _kept(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in _KEPT_DTYPES else tensor.float()
 
 
-def _strength(metadata: Mapping[str, str]) -> Strength:
-    """Returns what diffusers' adapter metadata says of each module's strength, alpha over rank."""
-    config: dict[str, Any] = {}
-    with suppress(ValueError):  # not JSON: written by somebody else, under the same key
-        config = json.loads(metadata.get(PEFT_CONFIG_KEY, "{}"))
+def _peft_config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the configuration that diffusers puts into the metadata, or peft beside the file under its own name."""
+    text = metadata.get(PEFT_CONFIG_KEY, "{}")
+    beside = path.parent / "adapter_config.json"
+    prefix = ""
+    if path.name == "adapter_model.safetensors" and beside.is_file():
+        text, prefix = beside.read_text(encoding="utf-8"), f"{PEFT_PREFIX}."
+    with suppress(ValueError):  # not JSON: written by somebody else, under the same name
+        config = json.loads(text)
+        if isinstance(config, dict):
+            return {prefix + key: value for key, value in config.items()}
+    return {}
+
+
+def _strength(config: Mapping[str, Any]) -> Strength:
+    """Returns what peft's configuration says of each module's strength, alpha over rank."""
 
     def strength(name: str, rank: int) -> float | None:
-        prefix, _, module = name.partition(".")
-        if not isinstance(config, dict) or not isinstance(config.get(f"{prefix}.lora_alpha"), int | float):
+        prefix = PEFT_PREFIX if name.startswith(f"{PEFT_PREFIX}.") else name.partition(".")[0]
+        module = name.removeprefix(f"{prefix}.")
+        if not isinstance(config.get(f"{prefix}.lora_alpha"), int | float):
             return None
         patterns = config.get(f"{prefix}.alpha_pattern") or {}
         found = (alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module))

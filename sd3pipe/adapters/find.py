@@ -9,20 +9,21 @@ from sd3pipe.errors import InputError
 log = logging.getLogger(__name__)
 
 ADAPTER_NAME = "adapter.safetensors"
+_NAMES_OF_OTHERS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers', peft's
 _STEP = re.compile(r"step-(\d+)")
 
 
 def find_adapter(path: Path) -> Path:
-    """Returns the adapter file that a run, a checkpoint or a file name stands for.
+    """Returns the adapter file that a run, a checkpoint, a folder of diffusers or peft, or a file name stands for.
 
     A run stands for its finished adapter; where there is none, for that of its newest checkpoint, with a warning.
     Raises InputError where there is neither.
     """
     if path.is_file():
         return path
-    for candidate in (path / ADAPTER_NAME, path / "final" / ADAPTER_NAME):
-        if candidate.is_file():
-            return candidate
+    for name in (ADAPTER_NAME, f"final/{ADAPTER_NAME}", *_NAMES_OF_OTHERS):
+        if (path / name).is_file():
+            return path / name
     found = checkpoint_adapters(path)
     if found:
         newest = max(found)

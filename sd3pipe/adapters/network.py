@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sd3pipe.adapters.deltas import Adapter, Delta, merged_weight
+from sd3pipe.adapters.deltas import Adapter, Delta, LoRADelta, merged_weight, with_norm_of
 from sd3pipe.adapters.dora import DoRA
 from sd3pipe.adapters.dropout import DropoutKeys, DropoutRates
 from sd3pipe.adapters.layers import AdaptedLinear, AdapterLayer, LayerSetup, LoRA, SplitLoRA
@@ -101,7 +101,7 @@ class AdapterNetwork(nn.Module):
             raise InputError(f"the adapter does not fit the network: {_listed('lacks', missing, excess)}")
         for path, layer in self.layers.items():
             try:
-                layer.load(adapter[path])
+                layer.load(_over_changed_rows(adapter[path], self._slots[path]))
             except InputError as error:
                 raise InputError(f"{path}: {error}") from error
 
@@ -169,7 +169,7 @@ def attach_deltas(
             dtype=dtype,
         )
         layers[path] = _layer_of(delta, setup)
-        layers[path].load(delta)
+        layers[path].load(_over_changed_rows(delta, slots[path]))
     return AdapterNetwork(layers, {path: slots[path] for path in layers}, keys)
 
 
@@ -188,6 +188,8 @@ def merge_into(model: AdaptableModel, adapter: Adapter, multiplier: float = 1.0)
 
 def check_fit(slots: Mapping[str, LinearSlot], adapter: Adapter) -> None:
     """Raises InputError where the model lacks a module of the adapter, or has it in another size."""
+    if not adapter:
+        raise InputError("the adapter changes text encoders alone, and nothing in the MMDiT")
     foreign = adapter.keys() - slots.keys()
     if foreign:
         raise InputError(f"the adapter does not fit the model, which has no {_listed('', foreign, set())}")
@@ -222,6 +224,13 @@ def _layer_of(delta: Delta, setup: LayerSetup) -> AdapterLayer:
             return LoHa(setup)
         case "lokr":
             return LoKr(setup, {name: tuple(tensor.shape) for name, tensor in delta.tensors().items()})
+
+
+def _over_changed_rows(delta: Delta, slot: LinearSlot) -> Delta:
+    """Returns a DoRA that was exported for ComfyUI with magnitudes as they are trained, over changed rows."""
+    if isinstance(delta, LoRADelta) and delta.base_norm:
+        return with_norm_of(delta, slot.dense_weight().to("cpu"), base_norm=False)
+    return delta
 
 
 def _measure(layer: AdapterLayer, slot: LinearSlot) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from sd3pipe.adapters.files import AdapterFile, SavedAdapter, read_adapter, save_adapter
 from sd3pipe.adapters.find import checkpoint_adapters, find_adapter
+from sd3pipe.adapters.keymap import is_text_encoder
 from sd3pipe.adapters.metadata import PROVENANCE_KEY
 from sd3pipe.console import StageReport, count, readable_bytes
 from sd3pipe.device import choose_device
@@ -76,14 +77,14 @@ def _export_all(params: ExportParams) -> list[SavedAdapter]:
 def _merge(source: AdapterFile, params: ExportParams, device: torch.device) -> MergedModel:
     if params.dtype != "auto":
         raise ParameterError(f"--dtype {params.dtype}: a checkpoint keeps the base's number formats: leave --dtype out")
-    text = sorted(source.adapter.keys() - source.model_part.keys())
+    text = [path for path in source.adapter if is_text_encoder(path)]
     if text:
         raise ParameterError(f"--format checkpoint merges into the MMDiT, and the adapter also changes {text[0]}")
     base = find_base(params.model, params.mmdit, "--format checkpoint merges the adapter into a base model")
     model = Path(params.model).expanduser() if params.model and params.mmdit is None else None
     merged = write_checkpoint(
         params.out,
-        source.model_part,
+        source.adapter,
         base,
         model,
         multiplier=params.multiplier,

@@ -271,6 +271,28 @@ def test_text_encoder_layers_travel_along(form):
         prepared(adapter, "diffusers")
 
 
+def test_text_encoder_layers_are_not_dropped_in_silence(tmp_path, caplog):
+    generator = torch.Generator().manual_seed(0)
+    paths = (TEXT_MODULES[0], "joint_blocks.0.x_block.attn.proj")
+    adapter = {path: random_delta("lora", (192, 192), rank=2, alpha=1.0, generator=generator) for path in paths}
+    save_adapter(tmp_path / "a.safetensors", adapter)
+    assert read_adapter(tmp_path / "a.safetensors").model_part.keys() == {paths[1]}
+    assert "1 layers of text encoders are left out" in caplog.text
+
+
+def test_sd_scripts_finds_a_name_rank_and_alpha_for_every_layer(tmp_path):
+    """Its loader asks for lora_unet_ names with underscores alone, ranks from lora_down, and fails without an alpha."""
+    adapter = random_adapter(tiny_architecture("sd35-medium"))
+    save_adapter(tmp_path / "a.safetensors", adapter)
+    tensors = load_file(tmp_path / "a.safetensors")
+    names = {f"lora_unet_{path}".replace(".", "_"): delta for path, delta in adapter.items()}
+    assert tensors.keys() == {f"{n}.{part}" for n in names for part in ("lora_down.weight", "lora_up.weight", "alpha")}
+    for name, delta in names.items():
+        assert tensors[f"{name}.lora_down.weight"].size(0) == delta.rank
+        assert tensors[f"{name}.alpha"].item() == 1.5 and tensors[f"{name}.alpha"].ndim == 0
+    assert tensors["lora_unet_x_embedder_proj.lora_down.weight"].shape[1:] == (16, 2, 2)
+
+
 # --- the key maps are bijections ---
 
 native_paths = st.one_of(

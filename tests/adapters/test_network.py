@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
 
+from sd3pipe.adapters.deltas import with_norm_of
 from sd3pipe.adapters.dropout import DropoutRates
 from sd3pipe.adapters.layers import SplitLoRA
 from sd3pipe.adapters.network import attach, attach_deltas, merge_into
@@ -150,6 +151,30 @@ def test_saved_factors_attach_merge_and_load_as_the_same_model(algorithm):
     assert all(
         torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), network.state_dict().values(), strict=True)
     )
+
+
+def test_a_dora_exported_for_comfyui_attaches_and_loads_as_it_was_trained():
+    model, inputs, spec = tiny_mmdit("sd35-medium"), random_inputs(), AdapterSpec(algorithm="dora", rank=2)
+    weights = {path: linear.dense_weight().clone() for path, linear in model.linears()}
+    network = attach(model, spec)
+    disturb(network)
+    expected = model(**inputs)
+    exported = {path: with_norm_of(delta, weights[path], base_norm=True) for path, delta in network.deltas().items()}
+    network.detach()
+    again = attach_deltas(model, exported)
+    torch.testing.assert_close(model(**inputs), expected, rtol=1e-4, atol=1e-4)
+    again.detach()
+    fresh = attach(model, spec)
+    fresh.load(exported)
+    torch.testing.assert_close(model(**inputs), expected, rtol=1e-4, atol=1e-4)
+    fresh.detach()
+    merge_into(model, exported)
+    torch.testing.assert_close(model(**inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_for_text_encoders_alone_is_refused():
+    with pytest.raises(InputError, match="text encoders alone"):
+        attach_deltas(tiny_mmdit("sd35-medium"), {})
 
 
 def test_start_values_depend_on_seed_and_path_alone():

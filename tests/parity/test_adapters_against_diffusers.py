@@ -10,6 +10,7 @@ from test_mmdit_against_diffusers import _oracle
 from tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
 
 from sd3pipe.adapters.files import read_adapter, save_adapter
+from sd3pipe.adapters.find import find_adapter
 from sd3pipe.adapters.network import attach, attach_deltas
 from sd3pipe.adapters.targets import AdapterSpec
 
@@ -102,3 +103,18 @@ def test_what_diffusers_saves_is_read(tmp_path, every):
     assert {delta.scale for delta in read.adapter.values()} == {0.5}
     attach_deltas(ours, read.adapter)
     assert relative_error(ours(**inputs), theirs(oracle, inputs)) < TOLERANCE
+
+
+def test_a_folder_that_peft_saves_is_read_at_its_strength(tmp_path):
+    oracle, ours, inputs = _oracle("sd35-large", torch.float32), tiny_mmdit("sd35-large"), random_inputs()
+    config = LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=["to_k", "ff.net.2", "norm_out.linear"])
+    model = get_peft_model(oracle, config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    model.save_pretrained(tmp_path)
+    read = read_adapter(find_adapter(tmp_path))
+    assert {delta.scale for delta in read.adapter.values()} == {1.5}
+    attach_deltas(ours, read.adapter)
+    assert relative_error(ours(**inputs), theirs(model, inputs)) < TOLERANCE
