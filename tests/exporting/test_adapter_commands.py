@@ -1,6 +1,7 @@
 """`sd3pipe adapter`: what comes out of convert, resize, merge, extract and inspect."""
 
 import json
+import shlex
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -19,8 +20,12 @@ from sd3pipe.adapters.inspection import norms_by_part
 from sd3pipe.adapters.network import attach_deltas
 from sd3pipe.commands import adapter as commands
 from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.exporting.reproduction import reproduction
 from sd3pipe.models.checkpoint import load_mmdit
 from sd3pipe.params import adapter as options
+from sd3pipe.params.fields import takes_several
+from sd3pipe.params.resolve import resolve
+from sd3pipe.params.train import TrainParams
 
 ARCHITECTURE = tiny_architecture("sd35-medium")
 
@@ -220,6 +225,33 @@ def test_reproduce_prints_commands_and_hashes(tmp_path, capsys):
     assert printed.splitlines()[-1] == "sd3pipe adapter resize ADAPTER --rank 1 --out OUT"
     with pytest.raises(InputError, match="does not say how it was made"):
         commands.inspect(options.AdapterInspectParams(adapter=lora(tmp_path / "b.safetensors"), reproduce=True))
+
+
+def given_on(line):
+    """The options of a printed command as the command line's parser hands them on."""
+    words, given = shlex.split(line)[2:], {}
+    while words:
+        name = words.pop(0).removeprefix("--").replace("-", "_")
+        if not words or words[0].startswith("--"):
+            given[name.removeprefix("no_") if name.startswith("no_") else name] = not name.startswith("no_")
+        elif takes_several(TrainParams.model_fields[name]):
+            given.setdefault(name, []).append(words.pop(0))
+        else:
+            given[name] = words.pop(0)
+    return given
+
+
+def test_the_printed_command_means_the_options_that_were_used():
+    used = TrainParams(
+        model="MODEL", text="caches/text", latents="caches/latents", out="runs/NAME", network_dim=4,
+        lr_rules=("mlp=1e-5",), network_args=("split_qkv=True", "x_mlp_dim=8"), full_bf16=True, training_shift=3.0, lr_warmup_steps=0.1,
+        subsets={"cats": {"num_repeats": 2}},
+    )  # fmt: skip
+    printed = reproduction({"parameters": {"train": used.with_role("identity")}})
+    line = next(line for line in printed.splitlines() if line.startswith("sd3pipe train"))
+    again = resolve(TrainParams, "train", given_on(line))
+    assert again.with_role("identity") == used.with_role("identity") | {"subsets": {}}
+    assert '# train: subsets = {"cats"' in printed
 
 
 def test_the_command_line_reaches_every_command(tmp_path):
