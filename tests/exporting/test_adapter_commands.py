@@ -243,9 +243,9 @@ def given_on(line):
 
 def test_the_printed_command_means_the_options_that_were_used():
     used = TrainParams(
-        model="MODEL", text="caches/text", latents="caches/latents", out="runs/NAME", network_dim=4,
-        lr_rules=("mlp=1e-5",), network_args=("split_qkv=True", "x_mlp_dim=8"), full_bf16=True, training_shift=3.0, lr_warmup_steps=0.1,
-        subsets={"cats": {"num_repeats": 2}},
+        model="MODEL", text="caches/text", latents="caches/latents", out="runs/NAME",
+        network_dim=4, lr_rules=("mlp=1e-5",), network_args=("split_qkv=True", "x_mlp_dim=8"), full_bf16=True,
+        training_shift=3.0, lr_warmup_steps=0.1, subsets={"cats": {"num_repeats": 2}},
     )  # fmt: skip
     printed = reproduction({"parameters": {"train": used.with_role("identity")}})
     line = next(line for line in printed.splitlines() if line.startswith("sd3pipe train"))
