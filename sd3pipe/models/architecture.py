@@ -52,12 +52,8 @@ class MMDiTArchitecture:
         shapes: Shapes = {"pos_embed": (1, self.pos_embed_max**2, width)}
         shapes["x_embedder.proj.weight"] = (width, self.in_channels, patch, patch)
         shapes["x_embedder.proj.bias"] = (width,)
-        shapes |= linear_shapes("t_embedder.mlp.0", width, TIMESTEP_FREQUENCIES) | linear_shapes(
-            "t_embedder.mlp.2", width, width
-        )
-        shapes |= linear_shapes("y_embedder.mlp.0", width, self.pooled_width) | linear_shapes(
-            "y_embedder.mlp.2", width, width
-        )
+        for name, width_in in (("t_embedder", TIMESTEP_FREQUENCIES), ("y_embedder", self.pooled_width)):
+            shapes |= linear_shapes(f"{name}.mlp.0", width, width_in) | linear_shapes(f"{name}.mlp.2", width, width)
         shapes |= linear_shapes("context_embedder", width, self.context_width)
         for index in range(self.depth):
             shapes |= self.block_shapes(index)

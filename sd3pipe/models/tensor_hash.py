@@ -4,6 +4,7 @@ Only name, dtype, shape and bytes enter, so the VAE inside a checkpoint, in its 
 one fingerprint. Free of torch; memory is bounded by one chunk a thread.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +13,16 @@ from typing import Any
 
 from blake3 import blake3
 
+from sd3pipe.console import readable_bytes
 from sd3pipe.fingerprint import hash_json
 from sd3pipe.models.tensor_entry import RangeReader, TensorEntry, chunks
 from sd3pipe.stat_memory import StatMemory
 
+log = logging.getLogger(__name__)
+
 _FORMAT = 1  # enters every fingerprint: raise it when the rule below changes
 _CHUNK_BYTES = 4 << 20
+_TOLD_BYTES = 1_000_000_000  # a longer read is announced
 _MAX_THREADS = 4  # blake3 hashes some 2 GB/s a thread, so more only wait for the disk
 
 
@@ -33,6 +38,7 @@ def hash_tensors(tensors: Mapping[str, TensorEntry], memory: StatMemory | None =
         recalled = [memory.recall(path, what) for path in paths]  # every file is asked: each look is also a stamp
         if isinstance(recalled[0], str) and all(found == recalled[0] for found in recalled):
             return recalled[0]
+    _tell_about_reading(tensors, paths)
     fingerprint = _hash(tensors)
     if memory is not None:
         for path in paths:
@@ -46,6 +52,14 @@ def _hash(tensors: Mapping[str, TensorEntry]) -> str:
         found = pool.map(lambda key: _entry_digest(tensors[key], reader), in_file_order)
         digests = dict(zip(in_file_order, found, strict=True))
     return hash_json({"format": _FORMAT, "tensors": {key: digests[key] for key in sorted(digests)}})
+
+
+def _tell_about_reading(tensors: Mapping[str, TensorEntry], paths: list[Path]) -> None:
+    """Logs a line before a read that the user would wait for without knowing why."""
+    nbytes = sum(entry.nbytes for entry in tensors.values())
+    if nbytes >= _TOLD_BYTES:
+        files = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files in {paths[0].parent}"
+        log.info("reading %s of %s for their fingerprint", readable_bytes(nbytes), files)
 
 
 def _entry_digest(entry: TensorEntry, reader: RangeReader) -> list[Any]:

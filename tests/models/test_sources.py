@@ -228,6 +228,16 @@ def test_a_distrusted_memory_reads_again(parts, tmp_path, monkeypatch):
     )
 
 
+def test_a_long_read_is_told_and_a_short_one_is_not(parts, tmp_path, monkeypatch, caplog):
+    file = save_part(tmp_path / "vae.safetensors", parts["vae"])
+    with caplog.at_level("INFO"):
+        find_component("vae", model=file).fingerprint()
+        assert caplog.messages == []
+        monkeypatch.setattr("sd3pipe.models.tensor_hash._TOLD_BYTES", 1000)
+        find_component("vae", model=file).fingerprint()
+    assert len(caplog.messages) == 1 and str(file) in caplog.messages[0]
+
+
 def test_golden_fingerprint(tmp_path):
     """Changes only if the rule of fingerprints changes, which makes every cache stale: then raise its format number."""
     tensors = {
