@@ -55,15 +55,16 @@ _NAMES = {
     "dadaptsgd": OptimizerClass(path="dadaptation.DAdaptSGD"),
 }
 _IN_EXTRA = ("prodigyopt", "schedulefree")  # pip install sd3pipe[optimizers]
+_NEAR_ONE = 0.1
 _ESTIMATE_THEIR_RATE = ("prodigy", "dadapt")  # their learning_rate multiplies an estimate, and belongs near 1
 
 
 def make_optimizer(name: str, groups: ParameterGroups, args: Mapping[str, Any]) -> Optimizer:
     """Returns the optimizer for `name`: a short name, a class of torch.optim, or any dotted class path."""
     optimizer_class, defaults = _find(name)
-    options = {**_fast_kernels(optimizer_class, groups), **defaults, **args}
+    options = {"lr": groups[0]["lr"], **_fast_kernels(optimizer_class, groups), **defaults, **args}
     _check_args(name, optimizer_class, args)
-    _advise(name, groups)
+    _check_rates(name, groups)
     try:
         optimizer = optimizer_class([dict(group) for group in groups], **options)
     except (TypeError, ValueError) as error:
@@ -135,9 +136,17 @@ def _fast_kernels(optimizer_class: type[Optimizer], groups: ParameterGroups) -> 
     return {"fused": True} if fused else {}
 
 
-def _advise(name: str, groups: ParameterGroups) -> None:
-    if name.lower().startswith(_ESTIMATE_THEIR_RATE) and max(group["lr"] for group in groups) < 0.1:
-        log.warning("learning_rate = %g: %s estimates the step itself, so set it near 1", groups[0]["lr"], name)
+def _check_rates(name: str, groups: ParameterGroups) -> None:
+    """Optimizers that estimate their step take one learning rate, near 1."""
+    if not name.lower().startswith(_ESTIMATE_THEIR_RATE):
+        return
+    rates = {group["lr"] for group in groups}
+    if len(rates) > 1:
+        raise ParameterError(
+            f"optimizer_type = {name} estimates one step for all: leave out lr_rules and loraplus_lr_ratio"
+        )
+    if max(rates) < _NEAR_ONE:
+        log.warning("learning_rate = %g: %s estimates the step itself, so set it near 1", *rates, name)
 
 
 def export_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -27,7 +27,7 @@ class TrainedWeights:
         self._seed = seed
         self._decay = ema_decay
         self._copies = {
-            name: nn.Parameter(torch.empty(0, device=p.device))
+            name: nn.Parameter(p.detach().float())  # whole until the first step: some optimizers look at shapes at once
             for name, p in self._parameters.items()
             if p.dtype != torch.float32
         }

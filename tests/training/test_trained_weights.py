@@ -1,0 +1,146 @@
+"""EMA, bfloat16 with stochastic rounding, schedule-free averages, and optimizer state as plain tensors."""
+
+import pytest
+import torch
+from torch import nn
+
+from sd3pipe.errors import ParameterError
+from sd3pipe.training.optimizers import export_state, import_state, make_optimizer, parse_args
+from sd3pipe.training.trained_weights import TrainedWeights, stochastically_rounded
+
+
+class Network(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.up = nn.Parameter(torch.randn(6, 4, generator=generator).to(dtype))
+        self.down = nn.Parameter(torch.randn(4, 8, generator=generator).to(dtype))
+
+
+def train(network: Network, weights: TrainedWeights, optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in weights.parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        weights.begin_update()
+        optimizer.step()
+        weights.end_update(step)
+        weights.move_average(step)
+
+
+def build(dtype: torch.dtype = torch.float32, name: str = "AdamW", ema: float | None = None, **args):
+    network = Network(dtype)
+    weights = TrainedWeights(network, seed=1, ema_decay=ema)
+    rates = (1.0, 1.0) if name == "Prodigy" else (0.1, 0.01)
+    groups = [{"params": [p], "lr": rate} for p, rate in zip((network.up, network.down), rates, strict=True)]
+    return network, weights, make_optimizer(name, weights.optimizer_groups(groups), args)
+
+
+NAMES = [
+    "AdamW", "Adam", "RAdam", "NAdam", "Adafactor", "SGDNesterov", "Lion", "AdamW8bit", "Lion8bit", "PagedAdamW8bit",
+    "PagedAdamW", "AdEMAMix8bit", "SGDNesterov8bit", "Prodigy", "AdamWScheduleFree", "RAdamScheduleFree",
+    "SGDScheduleFree", "torch.optim.Adagrad", "schedulefree.AdamWScheduleFreeReference",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_state_survives_to_the_bit(name, dtype):
+    """After export and import into fresh objects, five more steps give the bits of ten without a break."""
+    network, weights, optimizer = build(dtype, name, ema=None)
+    train(network, weights, optimizer, range(5))
+    tensors, values = export_state(optimizer, weights.optimized)
+    saved = weights.export()
+    train(network, weights, optimizer, range(5, 10))
+
+    fresh, fresh_weights, fresh_optimizer = build(dtype, name, ema=None)
+    fresh_weights.restore(saved)
+    import_state(fresh_optimizer, fresh_weights.optimized, tensors, values)
+    train(fresh, fresh_weights, fresh_optimizer, range(5, 10))
+    assert torch.equal(fresh.up, network.up)
+    assert torch.equal(fresh.down, network.down)
+    assert not torch.equal(network.up, Network(dtype).up)
+
+
+def test_groups_keep_their_learning_rates():
+    network, weights, optimizer = build()
+    before = (network.up.detach().clone(), network.down.detach().clone())
+    train(network, weights, optimizer, range(1))
+    moved = [float((now - then).abs().mean()) for now, then in zip((network.up, network.down), before, strict=True)]
+    assert moved[0] == pytest.approx(10 * moved[1], rel=0.1)  # Adam's first step is the learning rate itself
+
+
+def test_the_average_is_delivered_and_the_training_weights_return():
+    network, weights, optimizer = build(ema=0.5)
+    average = network.up.detach().clone()
+    for step in range(4):
+        train(network, weights, optimizer, range(step, step + 1))
+        average.lerp_(network.up.detach(), 1 - min(0.5, (1 + step) / (10 + step)))
+    training = network.up.detach().clone()
+    with weights.delivered(optimizer):
+        assert torch.equal(network.up, average)
+    assert torch.equal(network.up, training)
+
+
+def test_schedule_free_weights_are_delivered_averaged():
+    network, weights, optimizer = build(name="AdamWScheduleFree")
+    train(network, weights, optimizer, range(6))
+    training = network.up.detach().clone()
+    with weights.delivered(optimizer):
+        delivered = network.up.detach().clone()
+    assert torch.equal(network.up, training)
+    optimizer.eval()
+    torch.testing.assert_close(network.up.detach(), delivered)
+    assert not torch.equal(training, delivered)
+
+
+def test_stochastic_rounding_is_right_on_average_and_exact_where_it_can_be():
+    generator = torch.Generator().manual_seed(0)
+    value = 1 + 2**-8 / 4  # a quarter of the way from 1 to the next bfloat16, 1 + 2^-7, is 2^-9
+    rounded = stochastically_rounded(torch.full((100_000,), 1 + 2**-9), generator)
+    assert set(rounded.tolist()) == {1.0, 1 + 2**-7}
+    assert float((rounded > 1).float().mean()) == pytest.approx(0.25, abs=0.006)  # four standard deviations
+    exact = torch.tensor([0.0, -1.5, 3.0, float("inf"), float("nan")])
+    assert torch.equal(stochastically_rounded(exact, generator).nan_to_num(7.0), exact.bfloat16().nan_to_num(7.0))
+    below = stochastically_rounded(torch.full((1000,), -value), generator)
+    assert set(below.tolist()) <= {-1.0, -(1 + 2**-7)}
+
+
+def test_bf16_weights_take_steps_smaller_than_half_a_bit():
+    network = Network(torch.bfloat16)
+    weights = TrainedWeights(network, seed=1)
+    nn.init.ones_(network.up)
+    groups = weights.optimizer_groups([{"params": [network.up, network.down], "lr": 1e-4}])
+    optimizer = make_optimizer("SGD", groups, {})
+    for step in range(400):
+        network.up.grad, network.down.grad = torch.full_like(network.up, -1.0), torch.zeros_like(network.down)
+        weights.begin_update()
+        optimizer.step()
+        weights.end_update(step)
+    assert float(network.up.detach().float().mean()) == pytest.approx(1.04, abs=0.006)
+    assert all(copy.numel() == 0 for copy in weights.optimized)  # float32 copies live during the step alone
+
+
+def test_prodigy_takes_one_learning_rate(caplog):
+    network = Network()
+    with pytest.raises(ParameterError, match="leave out lr_rules"):
+        make_optimizer("Prodigy", [{"params": [network.up], "lr": 1.0}, {"params": [network.down], "lr": 2.0}], {})
+    make_optimizer("Prodigy", [{"params": [network.up], "lr": 1e-4}], {})
+    assert "set it near 1" in caplog.text
+
+
+def test_args_are_python_literals():
+    assert parse_args("optimizer_args", ["weight_decay=0.1", "betas=(0.9, 0.99)", "amsgrad=True"]) == {
+        "weight_decay": 0.1,
+        "betas": (0.9, 0.99),
+        "amsgrad": True,
+    }
+    for wrong in ("weight_decay", "weight_decay=much", "weight_decay=__import__('os')"):
+        with pytest.raises(ParameterError, match="optimizer_args"):
+            parse_args("optimizer_args", [wrong])
+
+
+def test_short_names_and_fused_kernels():
+    assert build()[2].param_groups[0]["fused"]
+    assert type(build(name="adamw8bit")[2]).__module__.startswith("bitsandbytes")
+    assert build(name="SGDNesterov")[2].param_groups[0]["nesterov"]
