@@ -12,11 +12,12 @@ from sd3pipe.cache.rows import Row
 from sd3pipe.cache.tensors import from_torch
 from sd3pipe.console import progress
 from sd3pipe.device import choose_device
+from sd3pipe.encoding.t5_streaming import streams_t5
 from sd3pipe.encoding.text_plan import TextEncoders
 from sd3pipe.errors import DeviceMemoryError
 from sd3pipe.models.text_architecture import ENCODERS, EncoderName
 from sd3pipe.models.text_recipe import TextRecipe
-from sd3pipe.models.text_rows import TORCH_DTYPES, EncodingMachine, encode_rows, streams_t5, t5_compute_dtype
+from sd3pipe.models.text_rows import TORCH_DTYPES, EncodingMachine, encode_rows, t5_compute_dtype
 from sd3pipe.models.tokenizers import TokenizedTexts, tokenize_for_encoders
 from sd3pipe.params.encode_text import EncodeTextParams
 
@@ -51,10 +52,11 @@ def encoded_texts(
 ) -> Iterator[Row]:
     """Yields the row of each text. Raises InputError, and DeviceMemoryError with the way out."""
     device = choose_device(params.device, params.threads)
+    t5_dtype = t5_compute_dtype(recipe.text_dtype)
     machine = EncodingMachine(
         device=device,
         batch_rows=params.text_encoder_batch_size,
-        stream_t5=streams_t5(params.t5xxl_streaming, encoders.sources["t5xxl"], recipe, device),
+        stream_t5=streams_t5(params.t5xxl_streaming, encoders.sources["t5xxl"], t5_dtype, device),
         scratch=scratch,
     )
     rows = encode_rows(tokens, sources=encoders.sources, recipe=recipe, machine=machine, progress=progress)

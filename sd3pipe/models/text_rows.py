@@ -2,19 +2,19 @@
 
 # L tokens, D width
 
-import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from sd3pipe.errors import InputError
+from sd3pipe.files import storage_errors
 from sd3pipe.models.layouts import TITLES
 from sd3pipe.models.sources import ComponentSource
 from sd3pipe.models.text_architecture import ClipName, EncoderName
@@ -27,8 +27,7 @@ TORCH_DTYPES: dict[TextDtype, torch.dtype] = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
-_WINDOW_BYTES = 512 << 20  # T5's hidden states that are on the device at a time
-_ACTIVATION_BYTES = 2 << 30  # what a window of T5-XXL takes beside the weights
+_WINDOW_BYTES = 256 << 20  # T5's hidden states that go through a block before the next one is read
 
 
 class Counter(Protocol):
@@ -74,28 +73,6 @@ def encode_rows(
             yield clip_l.read(number) | clip_g.read(number) | t5
 
 
-def streams_t5(
-    wish: Literal["auto", "on", "off"], source: ComponentSource, recipe: TextRecipe, device: torch.device
-) -> bool:
-    """Returns whether T5 is to be read block by block: with "auto", where it would not fit with room to spare."""
-    if wish != "auto":
-        return wish == "on"
-    numbers = sum(math.prod(shape) for shape in source.shapes().values())
-    needed = 1.15 * numbers * t5_compute_dtype(recipe.text_dtype).itemsize + _ACTIVATION_BYTES
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
-    return free is not None and needed > free
-
-
-def _free_memory() -> int | None:
-    """Returns the memory that processes can still get, where the system tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        (available,) = (line for line in lines if line.startswith("MemAvailable:"))
-        return int(available.split()[1]) * 1024
-    except (OSError, ValueError):
-        return None
-
-
 def _clip_rows(
     name: ClipName,
     tokens: TokenizedTexts,
@@ -127,8 +104,7 @@ def _t5_rows(
 ) -> Iterator[Row]:
     dtype = t5_compute_dtype(recipe.text_dtype)
     encoder = T5Encoder(source, dtype=dtype, device=machine.device, streamed=machine.stream_t5)
-    row_bytes = max(tokens.lengths) * encoder.architecture.width * dtype.itemsize
-    window = max(1, _WINDOW_BYTES // (row_bytes * machine.batch_rows)) * machine.batch_rows
+    window = _window_rows(tokens, encoder.architecture.width * dtype.itemsize, machine)
     windows = [_same_lengths(numbers, tokens) for numbers in _batches(range(len(tokens.ids)), window)]
     batches = [[b for numbers in groups for b in _batches(numbers, machine.batch_rows)] for groups in windows]
     passes = sum(map(len, batches)) * machine.batch_rows * encoder.architecture.depth
@@ -150,6 +126,18 @@ def _t5_rows(
 def t5_compute_dtype(text_dtype: TextDtype) -> torch.dtype:
     """Returns the number format that T5 computes in: its activations leave float16's range."""
     return torch.float32 if text_dtype == "float16" else TORCH_DTYPES[text_dtype]
+
+
+def _window_rows(tokens: TokenizedTexts, token_bytes: int, machine: EncodingMachine) -> int:
+    """Returns how many rows pass a block of T5 before the next block's turn comes.
+
+    Few, so that rows are finished soon; many where each block has to be read anew, or where texts of one length have to
+    be found to fill a batch.
+    """
+    if not machine.stream_t5 and len(set(tokens.lengths)) == 1:
+        return machine.batch_rows
+    batch_bytes = max(tokens.lengths) * token_bytes * machine.batch_rows
+    return max(1, _WINDOW_BYTES // batch_bytes) * machine.batch_rows
 
 
 def _batches(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
@@ -188,7 +176,9 @@ class _StoredRows:
     """Rows of one shape in a temporary file: 0.3 MB a text, too much for the memory when there are many texts."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
+        self._folder = folder
+        with storage_errors(folder):
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
         self._like: Row = {}
         self._row_bytes = 0
 
@@ -203,13 +193,15 @@ class _StoredRows:
         if not self._like:
             self._like = {name: torch.empty_like(tensor, device="meta") for name, tensor in row.items()}
             self._row_bytes = sum(tensor.nbytes for tensor in row.values())
-        for tensor in row.values():
-            self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        with storage_errors(self._folder):
+            for tensor in row.values():
+                self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def read(self, number: int) -> Row:
         """Returns the row that was written as the `number`-th."""
-        self._file.seek(number * self._row_bytes)
-        data = bytearray(self._file.read(self._row_bytes))
+        with storage_errors(self._folder):
+            self._file.seek(number * self._row_bytes)
+            data = bytearray(self._file.read(self._row_bytes))
         row, start = {}, 0
         for name, like in self._like.items():
             row[name] = torch.frombuffer(data, dtype=like.dtype, count=like.numel(), offset=start).view(like.shape)

@@ -1,12 +1,15 @@
 """Rows of the three text encoders on a tiny base with random weights."""
 
+import errno
+import tempfile
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from text_encoding import encode, equal_bits
 
 from sd3pipe.demo.tiny import write_tiny_base
-from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.errors import InputError, ParameterError, StorageError
 from sd3pipe.models.text_recipe import RECIPE_VERSION, TextRecipe
 
 TEXTS = ["", "a photo of a cat", "a dog on a table, " * 3, "red circle!", "a", "a blue square on white", "trees"]
@@ -135,6 +138,15 @@ def test_half_precision_rows_are_near_those_in_float32(base, rows, tmp_path, dty
     for name in ("clip_l", "clip_g", "t5xxl", "pooled_g"):
         difference = (half[1][name].float() - rows[1][name]).norm() / rows[1][name].norm()
         assert 0 < difference < (3e-2 if dtype == "bfloat16" else 5e-3), name
+
+
+def test_a_full_disk_is_a_storage_error(base, tmp_path, monkeypatch):
+    def full(dir):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(StorageError, match="disk is full"):
+        encode(base, ["a"], tmp_path)
 
 
 def with_t5(base, folder, tensors):
