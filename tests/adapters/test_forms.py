@@ -474,6 +474,29 @@ def test_files_cut_short_are_refused(adapter_path, length):
         read_adapter(adapter_path)
 
 
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "a.safetensors"
+    save_adapter(path, random_adapter(tiny_architecture("sd35-large"), every=12), metadata={"ss_seed": "1"})
+    return path
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_mutated_header_is_read_or_refused_but_nothing_else(small_file, data):
+    content = bytearray(small_file.read_bytes())
+    end = 8 + int.from_bytes(content[:8], "little")
+    for _ in range(data.draw(st.integers(1, 3))):
+        byte = st.sampled_from(list(b'"{}[]:,0179FIUB._alorw\\\x00\xff'))
+        content[data.draw(st.integers(0, end - 1))] = data.draw(byte)
+    path = small_file.with_name("mutated.safetensors")
+    path.write_bytes(content)
+    try:
+        assert read_adapter(path).adapter
+    except InputError as error:
+        assert "\n" not in str(error)
+
+
 def test_pickles_and_missing_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="can run code"):
         read_adapter(tmp_path / "a.pt")
