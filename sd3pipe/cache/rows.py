@@ -27,10 +27,10 @@ class Tensor:
 
     def numpy(self) -> np.ndarray:
         """Returns the values: float32, float16 or uint8 without a copy, bfloat16 widened to float32 without loss."""
-        values = np.frombuffer(self.data, dtype=_NUMPY_DTYPES[self.dtype]).reshape(self.shape)
+        values = np.frombuffer(self.data, dtype=_NUMPY_DTYPES[self.dtype])
         if self.dtype == "BF16":
-            return (values.astype(np.uint32) << 16).view(np.float32)
-        return values
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        return values.reshape(self.shape)
 
 
 Row = Mapping[str, Tensor]

@@ -8,6 +8,7 @@ from sd3pipe.cache.folder import CacheFolder, machine_folder
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.store import fill_cache, missing_rows
 from sd3pipe.errors import InputError
+from sd3pipe.stat_memory import stamp_of
 
 
 @pytest.fixture
@@ -37,11 +38,11 @@ def test_rows_come_back_as_they_were_encoded(out):
 def test_nothing_to_do_asks_the_encoder_for_nothing_and_touches_no_file(out):
     wanted = wanted_texts(captions(30))
     fill(out, wanted)
-    before = {path: path.stat() for path in out.rglob("*")}
+    before = {path: stamp_of(path.stat()) for path in out.rglob("*")}
     encoder = FakeEncoder(wanted)
     counts = fill_cache(out, wanted, encoder, made_with="fake 1")
     assert (counts.in_place, counts.encoded, encoder.asked) == (30, 0, [])
-    assert {path: path.stat() for path in out.rglob("*")} == before
+    assert {path: stamp_of(path.stat()) for path in out.rglob("*")} == before
 
 
 def test_only_new_rows_are_encoded_and_the_rest_is_copied_or_left(out, tmp_path):

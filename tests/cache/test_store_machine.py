@@ -7,6 +7,7 @@ import signal
 import tempfile
 from pathlib import Path
 
+import pytest
 from fake_cache import fake_row, fill, folder_bytes, wanted_texts
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -159,7 +160,18 @@ class StoreMachine(RuleBasedStateMachine):
                 assert bytes(row["hidden"].data) == bytes(fake_row(sources[key])["hidden"].data)
 
 
-StoreMachine.TestCase.settings = settings(
-    max_examples=15, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
-)
+class LongStoreMachine(StoreMachine):
+    """The same, for longer."""
+
+
+def _settings(examples, steps):
+    quiet = list(HealthCheck)
+    return settings(
+        max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=quiet, derandomize=True
+    )
+
+
+StoreMachine.TestCase.settings = _settings(15, 15)
+LongStoreMachine.TestCase.settings = _settings(150, 30)
 TestStoreMachine = StoreMachine.TestCase
+TestLongStoreMachine = pytest.mark.slow(LongStoreMachine.TestCase)

@@ -271,7 +271,7 @@ MUTATIONS = [
     (flip_a_bit(T5), NONE, TEXTS),
     (change_a_tokenizer, NONE, TEXTS),
     (options("text", "--t5xxl-max-token-length=77"), NONE, TEXTS),
-    (options("text", "--t5-pad-to=77"), NONE, TEXTS),
+    (options("text", "--t5-pad-to=20"), NONE, TEXTS),
     (options("text", "--padding=zero"), NONE, TEXTS),
     (options("text", "--apply-t5-attn-mask"), NONE, TEXTS),
     (options("text", "--apply-lg-attn-mask"), NONE, TEXTS),
