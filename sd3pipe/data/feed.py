@@ -1,23 +1,31 @@
 """Decodes rows ahead in worker processes, in order, with a bound on what is held in memory.
 
 Workers are spawned, not forked, so the parent may hold a CUDA context and threads. A worker that dies (out of memory, a
-crash in a codec) costs the one picture that kills it, not the run.
+crash in a codec) costs the one picture that kills it, not the run. Pixels come back through shared memory, which halves
+the CPU time per picture; where there is too little of it (containers often have 64 MB), through pipes.
 """
 
 import multiprocessing
 import os
+import shutil
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+
+import numpy as np
 
 from sd3pipe.data.decoding import Job, Pixels, decode_row
 from sd3pipe.data.headers import DECODER_ERRORS, MAX_PIXELS, UnreadablePicture, reason
 
 _AHEAD_BYTES = 512 << 20  # decoded pixels waiting for the encoder, at most
 _AHEAD_PER_WORKER = 4
+_SLOT_BYTES = 4 << 20  # shared memory per row: 1182 x 1182 pixels; larger rows come through a pipe
+_SHARED_FOLDER = Path("/dev/shm")  # where Linux keeps shared memory, often a small file system of its own
 _THREADS = "OPENBLAS_NUM_THREADS"  # what numpy's products go by
 
 
@@ -54,63 +62,113 @@ class _Feed:
         self.workers, self.max_pixels = workers, max_pixels
         self.threads_before = os.environ.get(_THREADS)
         os.environ[_THREADS] = "1"  # for the workers: they are as many as the cores
+        self.most_waiting = workers * _AHEAD_PER_WORKER
+        self.block = _shared_block((self.most_waiting + 1) * _SLOT_BYTES)
+        self.free_slots = list(range(self.most_waiting + 1)) if self.block else []
         self.pool = self._new_pool(workers)
-        self.waiting: deque[tuple[Job, Future[Pixels | Broken]]] = deque()
+        self.waiting: deque[_Waiting] = deque()
 
     def run(self, jobs: Iterator[Job]) -> Iterator[Pixels | Broken]:
         held_bytes = 0
         for job in jobs:
-            self.waiting.append((job, self.pool.submit(_attempt, job, self.max_pixels)))
+            slot = self.free_slots.pop() if self.free_slots and _row_bytes(job) <= _SLOT_BYTES else None
+            self.waiting.append(_Waiting(job, slot, self._submit(self.pool, job, slot)))
             held_bytes += _row_bytes(job)
-            while held_bytes > _AHEAD_BYTES or len(self.waiting) > self.workers * _AHEAD_PER_WORKER:
-                held_bytes -= _row_bytes(self.waiting[0][0])
+            while held_bytes > _AHEAD_BYTES or len(self.waiting) > self.most_waiting:
+                held_bytes -= _row_bytes(self.waiting[0].job)
                 yield self._next()
         while self.waiting:
             yield self._next()
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
+        if self.block is not None:
+            self.block.close()
+            self.block.unlink()
         if self.threads_before is None:
             os.environ.pop(_THREADS, None)
         else:
             os.environ[_THREADS] = self.threads_before
 
     def _next(self) -> Pixels | Broken:
-        job, future = self.waiting.popleft()
+        waiting = self.waiting.popleft()
         try:
-            return future.result()
+            result = waiting.future.result()
         except BrokenProcessPool:
-            return self._after_a_death(job)
+            result = self._after_a_death(waiting)
+        if isinstance(result, _InSlot):
+            assert self.block is not None and waiting.slot is not None
+            result = Pixels(rgb=_slot(self.block, waiting.slot, result.shape).copy(), mask=result.mask)
+        if waiting.slot is not None:
+            self.free_slots.append(waiting.slot)
+        return result
 
-    def _after_a_death(self, job: Job) -> Pixels | Broken:
+    def _after_a_death(self, waiting: "_Waiting") -> "_Result":
         """Decodes one job alone in a fresh worker, then sets the others going again."""
         self.pool.shutdown(wait=False, cancel_futures=True)
         lone = self._new_pool(1)
         try:
-            result = lone.submit(_attempt, job, self.max_pixels).result()
+            result = self._submit(lone, waiting.job, waiting.slot).result()
         except BrokenProcessPool:
             result = Broken(reason="it ended the process that decoded it")
         finally:
             lone.shutdown(wait=False)
         self.pool = self._new_pool(self.workers)
-        again = [(other, self._again(other, future)) for other, future in self.waiting]
-        self.waiting = deque(again)
+        self.waiting = deque(self._again(other) for other in self.waiting)
         return result
 
-    def _again(self, job: Job, future: "Future[Pixels | Broken]") -> "Future[Pixels | Broken]":
+    def _again(self, waiting: "_Waiting") -> "_Waiting":
         """Keeps a finished result; submits the job once more otherwise."""
+        future = waiting.future
         if future.done() and not future.cancelled() and future.exception() is None:
-            return future
-        return self.pool.submit(_attempt, job, self.max_pixels)
+            return waiting
+        return _Waiting(waiting.job, waiting.slot, self._submit(self.pool, waiting.job, waiting.slot))
+
+    def _submit(self, pool: ProcessPoolExecutor, job: Job, slot: int | None) -> "Future[_Result]":
+        return pool.submit(_attempt_in_worker, job, self.max_pixels, slot)
 
     def _new_pool(self, workers: int) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+        name = self.block.name if self.block is not None else None
+        return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(name,))
 
 
-def _start_worker() -> None:
-    """Leaves Ctrl-C to the parent, which ends the workers."""
+@dataclass(frozen=True, slots=True)
+class _InSlot:
+    """Pixels that lie in shared memory."""
+
+    shape: tuple[int, ...]
+    mask: np.ndarray | None
+
+
+_Result = Pixels | Broken | _InSlot
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A job on its way."""
+
+    job: Job
+    slot: int | None
+    future: "Future[_Result]"
+
+
+_block_of_worker: list[SharedMemory] = []
+
+
+def _start_worker(block_name: str | None) -> None:
+    """Leaves Ctrl-C to the parent, which ends the workers, and opens the shared memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if block_name is not None:
+        _block_of_worker.append(SharedMemory(name=block_name))
+
+
+def _attempt_in_worker(job: Job, max_pixels: int, slot: int | None) -> _Result:
+    result = _attempt(job, max_pixels)
+    if slot is None or isinstance(result, Broken):
+        return result
+    _slot(_block_of_worker[0], slot, result.rgb.shape)[...] = result.rgb
+    return _InSlot(result.rgb.shape, result.mask)
 
 
 def _attempt(job: Job, max_pixels: int) -> Pixels | Broken:
@@ -120,6 +178,20 @@ def _attempt(job: Job, max_pixels: int) -> Pixels | Broken:
         return Broken(reason=str(error))
     except DECODER_ERRORS as error:
         return Broken(reason=f"it cannot be decoded ({type(error).__name__}: {reason(error)})")
+
+
+def _shared_block(size: int) -> SharedMemory | None:
+    """Returns shared memory, or None where there is not twice as much of it: beyond its end a process dies."""
+    if _SHARED_FOLDER.is_dir() and shutil.disk_usage(_SHARED_FOLDER).free < 2 * size:
+        return None
+    try:
+        return SharedMemory(create=True, size=size)
+    except OSError:
+        return None
+
+
+def _slot(block: SharedMemory, slot: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.ndarray(shape, np.uint8, buffer=block.buf, offset=slot * _SLOT_BYTES)
 
 
 def _row_bytes(job: Job) -> int:

@@ -51,7 +51,7 @@ def encoded_rows(
         mode=params.latent_mode,
         stored_as=DTYPES[params.latent_dtype],
     )
-    jobs = (_job(sample, architecture.downscale) for sample in samples)
+    jobs = (row_job(sample, architecture.downscale) for sample in samples)
     workers = default_workers() if params.max_data_loader_n_workers is None else params.max_data_loader_n_workers
     yield from rows_of(keys, samples, decoded_rows(jobs, workers=min(workers, len(keys))), encoder)
 
@@ -77,7 +77,8 @@ def device_speed(architecture: VAEArchitecture, params: EncodeLatentsParams) -> 
     return str(device), encoder_speed(architecture, device, DTYPES[params.vae_dtype])
 
 
-def _job(sample: Sample, latent_px: int) -> Job:
+def row_job(sample: Sample, latent_px: int) -> Job:
+    """Returns what a worker has to decode for a row."""
     picture = sample.picture
     return Job(
         path=picture.path,

@@ -41,7 +41,8 @@ class LatentEncoder:
         pixels_BHWC = torch.from_numpy(np.stack(full))
         if self.device.type == "cuda":
             pixels_BHWC = pixels_BHWC.pin_memory().to(self.device, non_blocking=True)
-        pixels_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(self.dtype).div(127.5).sub(1).contiguous()
+        pixels_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(self.dtype, memory_format=torch.contiguous_format)
+        pixels_BCHW.div_(127.5).sub_(1)
         mean, logvar = encode_within(self.vae, pixels_BCHW, self.memory_bytes)
         latents = mean if self.mode == "mean" else torch.cat([mean, logvar], dim=1)
         return latents[: len(pictures)]

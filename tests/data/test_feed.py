@@ -68,3 +68,16 @@ def test_a_missing_file_is_a_broken_row(jobs, tmp_path):
     gone = Job(path=tmp_path / "gone.png", image_hash="0" * 64, mask_path=None, mask_hash=None, cut=CUT)
     (row,) = decoded_rows([gone], workers=0)
     assert isinstance(row, Broken) and "cannot be read" in row.reason
+
+
+def test_pixels_come_through_a_pipe_where_shared_memory_is_short(jobs, monkeypatch):
+    through_memory = colours(decoded_rows(jobs, workers=2))
+    monkeypatch.setattr("sd3pipe.data.feed._SHARED_FOLDER", jobs[0].path.parent)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    assert colours(decoded_rows(jobs, workers=2)) == through_memory
+
+
+def test_a_row_that_was_yielded_is_not_overwritten(jobs):
+    good = [job for number, job in enumerate(jobs) if number != 5]
+    rows = list(decoded_rows(good * 3, workers=1))
+    assert colours(rows) == [n for n in range(12) if n != 5] * 3

@@ -1,0 +1,160 @@
+"""The preview draws the very cuts, masks and captions of the encode stages, and warns of what may surprise."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sd3pipe.commands.encode_latents import main as encode_latents
+from sd3pipe.commands.preview import main
+from sd3pipe.demo.tiny import write_tiny_base
+from sd3pipe.errors import ParameterError
+from sd3pipe.params.encode_latents import EncodeLatentsParams
+from sd3pipe.params.preview import PreviewParams
+from sd3pipe.previewing.cards import Card, Section, spread
+from sd3pipe.previewing.sheet import draw_card, draw_sheet
+
+DATASET = """
+[[datasets]]
+resolution = 128
+enable_bucket = true
+min_bucket_reso = 64
+max_bucket_reso = 192
+bucket_reso_steps = 32
+[[datasets.subsets]]
+image_dir = "pics"
+flip_aug = true
+num_repeats = 3
+[[datasets.subsets]]
+image_dir = "masked"
+alpha_mask = true
+random_crop = true
+shuffle_caption = true
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("preview")
+    rng = np.random.default_rng(0)
+    sizes = {"wide.png": (200, 100), "wide 2.png": (210, 104), "small.png": (70, 72), "big.jpg": (300, 310)}
+    sizes |= {"<b>name.png": (128, 128), "tall.png": (100, 200)}
+    for name, size in sizes.items():
+        path = folder / "pics" / name
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+    (folder / "pics" / "copy.png").write_bytes((folder / "pics" / "wide.png").read_bytes())
+    (folder / "pics" / "broken.png").write_bytes(b"")
+    (folder / "pics" / "wide.txt").write_text("a <script>alert(1)</script> & more", encoding="utf-8")
+    (folder / "pics" / "big.txt").write_text("word " * 100, encoding="utf-8")
+    (folder / "masked").mkdir()
+    rgba = rng.integers(0, 256, (140, 220, 4), dtype=np.uint8)
+    rgba[..., 3] = 0
+    Image.fromarray(rgba).save(folder / "masked" / "m.png")
+    (folder / "masked" / "m.txt").write_text("a, b, c, d", encoding="utf-8")
+    (folder / "d.toml").write_text(DATASET)
+    return folder
+
+
+def preview(project, **options):
+    params = {"dataset": project / "d.toml", "out": project / "out", "max_data_loader_n_workers": 0, "threads": 1}
+    main(PreviewParams(**(params | options)))
+    return (project / "out" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+def test_there_is_a_png_per_bucket_and_a_page_that_needs_nothing_else(project, capsys):
+    page = preview(project)
+    files = sorted(path.name for path in (project / "out").iterdir())
+    buckets = re.findall(r"<h2>(\d+) x (\d+) <small>", page)
+    assert files == sorted(["index.html", *(f"{width}x{height}.png" for width, height in buckets)])
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert page.count("data:image/jpeg;base64,") == 8
+    assert "8 pictures in" in capsys.readouterr().out
+    for file in files[:-1]:
+        assert Image.open(project / "out" / file).format == "PNG"
+
+
+def test_text_from_files_cannot_become_markup(project):
+    page = preview(project)
+    assert "<script>" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page
+    assert "&lt;b&gt;name.png" in page and "<b>name.png" not in page
+
+
+def test_warnings_name_what_may_surprise(project, caplog):
+    page = preview(project)
+    assert "enlarged by a quarter or more" in page and "small.png" in page
+    assert "1 picture is there more than once: copy.png = wide.png" in page
+    assert "buckets hold a single picture" in page
+    assert "broken.png: left out: the file is empty" in page
+    assert "without a caption" in page
+
+
+def test_captions_that_are_cut_off_are_told(project, shared_dir):
+    page = preview(project, tokenizers=shared_dir / "tokenizers")
+    assert "1 picture with a caption that is cut off: big.jpg" in page
+    assert "CLIP reads 77 of 102 tokens" in page
+
+
+def test_variants_crops_flips_and_repeats_are_shown(project):
+    page = preview(project, caption_variants=5, crop_variants=3)
+    assert "4 more variants" in page and "3 random crops" in page
+    assert "mirrored too" in page and "seen 3 times" in page
+
+
+def test_old_sheets_are_removed_and_foreign_files_stay(project):
+    preview(project)
+    (project / "out" / "999x999.png").write_bytes(b"old")
+    (project / "out" / "mine.png").write_bytes(b"mine")
+    preview(project)
+    assert not (project / "out" / "999x999.png").exists()
+    (project / "out" / "mine.png").unlink()
+
+
+def test_a_cache_is_drawn_by_decoding_it(project, base):
+    encode_latents(
+        EncodeLatentsParams(
+            model=str(base.model), dataset=project / "d.toml", out=project / "latents", threads=1, crop_variants=2,
+            max_data_loader_n_workers=0,
+        )
+    )  # fmt: skip
+    page = preview(project, latents=project / "latents", model=str(base.model), out=project / "out")
+    assert "Preview of latents" in page and "mirrored" in page and "crop 1" in page
+    assert page.count("data:image/jpeg") == 16  # seven pictures, each mirrored, and two crops of the masked one
+    assert "broken.png: left out" in page
+
+
+def test_without_dataset_and_cache_there_is_nothing_to_draw(tmp_path):
+    with pytest.raises(ParameterError, match="--dataset or --latents"):
+        main(PreviewParams(out=tmp_path / "out"))
+
+
+def test_a_card_darkens_what_is_cut_off_and_stripes_what_is_masked():
+    white = np.full((40, 80, 3), 250, np.uint8)
+    mask = np.ones((40, 80), np.float32)
+    mask[:, 40:] = 0
+    drawn = np.asarray(draw_card(Card(name="a", picture=white, mask=mask, cuts=((0.0, 0.25, 1.0, 0.5),))))
+    assert drawn[2, 10].max() < 100  # above the cut
+    assert drawn[20, 20].min() == 250  # inside, unmasked
+    assert drawn[20, 44:76].reshape(-1, 3).std() > 20  # striped
+
+
+def test_a_sheet_grows_with_its_cards():
+    card = Card(name="a.png", picture=np.zeros((100, 240, 3), np.uint8), captions=("a cat",), warnings=("tiny",))
+    sizes = []
+    for count in (1, 5, 12):
+        section = Section(width=240, height=100, pictures=count, rows=count, cards=(card,) * count)
+        sizes.append(Image.open(io.BytesIO(draw_sheet(section))).size)
+    assert sizes[0][0] < sizes[1][0] == sizes[2][0]
+    assert sizes[1][1] < sizes[2][1]
+
+
+def test_shown_pictures_are_spread_over_all():
+    assert spread(range(100), 4) == [0, 25, 50, 75]
+    assert spread(range(3), 4) == [0, 1, 2]
