@@ -1,0 +1,81 @@
+"""From options to an adapter: what is trained, how fast, and what the base already carries."""
+
+import pytest
+import torch
+from tiny_training import Inputs, make_inputs, pictures
+
+from sd3pipe.errors import ParameterError
+from sd3pipe.params.train import TrainParams
+from sd3pipe.training.adapter_options import adapter_spec, loraplus_ratio
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp("adapter-options"), pictures(3), max_train_steps=2)
+
+
+def params(**options) -> TrainParams:
+    return TrainParams(model="m", text="t", latents="l", out="o", **options)
+
+
+def test_network_args_have_sd_scripts_keys_and_meanings():
+    spec = adapter_spec(
+        params(
+            network_dim=8,
+            network_alpha=0,
+            network_dropout=0.1,
+            network_args=(
+                "context_attn_dim=2", "x_mlp_dim=0", "emb_dims=[1,2,3,4,5,6]", "train_block_indices=0,3-5",
+                "split_qkv=True", "rank_dropout=0.2", "module_dropout=0.3", "rs_lora=true",
+            ),
+            rank_rules=(r"blocks\.0=4",),
+            lr_rules=(r"x=1e-5", r"a=b=2"),
+        )
+    )  # fmt: skip
+    assert spec.part_ranks == {"context_attn": 2, "x_mlp": 0}
+    assert spec.embedder_ranks == (1, 2, 3, 4, 5, 6)
+    assert (spec.blocks, spec.split_qkv, spec.rs_lora) == ("0,3-5", True, True)
+    assert (spec.dropout.neuron, spec.dropout.rank, spec.dropout.module) == (0.1, 0.2, 0.3)
+    assert spec.alpha is None  # 0 means the rank, as in sd-scripts
+    assert spec.rank_rules == ((r"blocks\.0", 4),)
+    assert spec.learning_rate_rules == (("x", 1e-5), ("a=b", 2.0))
+
+
+@pytest.mark.parametrize("rule", ["attn", "=4", "attn=four"])
+def test_a_rule_without_pattern_or_number_is_refused(rule):
+    with pytest.raises(ParameterError, match="write PATTERN=VALUE"):
+        adapter_spec(params(rank_rules=(rule,)))
+
+
+def test_loraplus_trains_up_faster(inputs):
+    assert loraplus_ratio(params(network_args=("loraplus_lr_ratio=16",))) == 16
+    options = {"max_train_steps": 1, "max_grad_norm": 0.0, "optimizer_args": ("weight_decay=0.0",)}
+    plain = inputs.train("plain", **options).adapter()
+    plus = inputs.train("plus", network_args=("loraplus_lr_ratio=16",), **options).adapter()
+    name = "lora_unet_joint_blocks_0_x_block_attn_proj"
+    ratio = plus[f"{name}.lora_up.weight"].norm() / plain[f"{name}.lora_up.weight"].norm()
+    assert float(ratio) == pytest.approx(16, rel=1e-3)  # Adam's first step is the learning rate
+    assert torch.equal(plus[f"{name}.lora_down.weight"], plain[f"{name}.lora_down.weight"])
+
+
+def test_base_weights_are_in_the_base_at_their_strength(inputs):
+    """The first loss is that of the base with the merged adapter; strength 0 is the base alone."""
+    teacher = inputs.train("teacher", max_train_steps=4, learning_rate=0.1)
+    first = {
+        strength: inputs.train(
+            f"merged-{strength}", base_weights=(teacher.folder,), base_weights_multiplier=(strength,)
+        ).losses()[0]
+        for strength in (0.0, 1.0)
+    }
+    assert first[0.0] == inputs.train("unmerged").losses()[0]
+    assert first[1.0] != first[0.0]
+    same = inputs.train("default", base_weights=(teacher.folder,)).losses()[0]
+    continued = inputs.train("continued", network_weights=teacher.folder).losses()[0]
+    assert same == first[1.0]
+    assert continued == pytest.approx(first[1.0], rel=1e-5)  # merged or beside the base: one sum in another order
+
+
+def test_a_part_without_rank_is_not_in_the_file(inputs):
+    names = inputs.train("parts", network_args=("x_mlp_dim=0", "train_block_indices=1")).adapter()
+    assert all("_joint_blocks_1_" in name for name in names)
+    assert not any("x_block_mlp" in name for name in names)
