@@ -96,14 +96,14 @@ class T5Architecture:
 def detect_clip(shapes: Mapping[str, tuple[int, ...]], where: str) -> ClipArchitecture:
     """Returns the architecture that has exactly these keys and shapes. Raises InputError."""
     vocabulary, width = _matrix(shapes, "text_model.embeddings.token_embedding.weight", "a CLIP text encoder", where)
-    projection = shapes.get("text_projection.weight")
+    projection = "text_projection.weight"
     architecture = ClipArchitecture(
         width=width,
         depth=count_numbered(shapes, "text_model.encoder.layers."),
         mlp_width=_matrix(shapes, "text_model.encoder.layers.0.mlp.fc1.weight", "a CLIP text encoder", where)[0],
         vocabulary=vocabulary,
         positions=_matrix(shapes, "text_model.embeddings.position_embedding.weight", "a CLIP text encoder", where)[0],
-        projected_width=None if projection is None else projection[0],
+        projected_width=_matrix(shapes, projection, "a CLIP text encoder", where)[0] if projection in shapes else None,
     )
     if width % HEAD_WIDTH:
         raise InputError(f"{where}: the CLIP text encoder is {width} wide, which is no multiple of {HEAD_WIDTH}")

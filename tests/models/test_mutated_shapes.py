@@ -35,6 +35,11 @@ def test_unchanged_shapes_give_the_architecture(kind):
     assert detect(architecture.shapes()) == architecture
 
 
+def test_projection_without_axes_is_refused():
+    with pytest.raises(InputError, match=r"text_projection\.weight has shape \[\]"):
+        detect_clip(TINY_CLIP_G.shapes() | {"text_projection.weight": ()}, "file")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=120, deadline=None)
 @given(data=st.data())
