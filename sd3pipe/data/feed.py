@@ -81,7 +81,7 @@ class _Feed:
             yield self._next()
 
     def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.pool.shutdown(cancel_futures=True)
         if self.block is not None:
             self.block.close()
             self.block.unlink()
@@ -105,14 +105,14 @@ class _Feed:
 
     def _after_a_death(self, waiting: "_Waiting") -> "_Result":
         """Decodes one job alone in a fresh worker, then sets the others going again."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.pool.shutdown(cancel_futures=True)
         lone = self._new_pool(1)
         try:
             result = self._submit(lone, waiting.job, waiting.slot).result()
         except BrokenProcessPool:
             result = Broken(reason="it ended the process that decoded it")
         finally:
-            lone.shutdown(wait=False)
+            lone.shutdown()
         self.pool = self._new_pool(self.workers)
         self.waiting = deque(self._again(other) for other in self.waiting)
         return result
