@@ -29,10 +29,10 @@ from sd3pipe.training.sampling import (
 ARCHITECTURE = MMDiTArchitecture(
     depth=3, pos_embed_max=12, pooled_width=128, context_width=128, qk_norm=True, dual_attention_blocks=(0,)
 )
-STEPS, ANNEAL_STEPS, BATCH = 1500, 400, 32
-LEARNING_RATE, ANNEAL_LEARNING_RATE = 1.5e-3, 8e-4
-FALLS_TO_ZERO_AT = 5000  # the first phase ends long before: the second one takes the rate down
-EMA_DECAY, ANNEAL_EMA_DECAY = 0.999, 0.99
+STEPS, BATCH = 5000, 32
+FULL_TEXT_CYCLES = ((3000, 8e-4), (2400, 1e-3))  # steps and highest rate
+LEARNING_RATE = 1.5e-3
+EMA_DECAY, FULL_TEXT_EMA_DECAY = 0.999, 0.995
 SAMPLING = flow.SigmaSampling(weighting_scheme="logit_normal", loss_form="velocity", training_shift=1.5)
 CAPTION_DROPOUT = 0.1
 DRAWINGS_PER_SUBJECT = (5, 2, 2)  # of each size
@@ -79,16 +79,17 @@ def train_mmdit(work: Path, vae: VAE, log: Log) -> MMDiT:
     log(f"mmdit: {sum(parameter.numel() for parameter in mmdit.parameters())} parameters")
     generator = torch.Generator().manual_seed(9)
     texts = encode_texts(captions, work, SHORT_T5_LENGTH)
-    run_phase(mmdit, drawings, texts, generator, log, STEPS, LEARNING_RATE, FALLS_TO_ZERO_AT, EMA_DECAY)
-    anneal(mmdit, drawings, encode_texts(captions, work, T5_LENGTH), generator, log)
+    run_phase(mmdit, drawings, texts, generator, log, STEPS, LEARNING_RATE, EMA_DECAY)
+    meet_full_texts(mmdit, drawings, encode_texts(captions, work, T5_LENGTH), generator, log)
     return mmdit.eval().requires_grad_(False)
 
 
-def anneal(mmdit: MMDiT, drawings: list[Drawings], texts: list[Texts], generator: torch.Generator, log: Log) -> None:
-    """Goes on from the average at a falling rate, and lets the model meet T5's whole captions."""
-    run_phase(
-        mmdit, drawings, texts, generator, log, ANNEAL_STEPS, ANNEAL_LEARNING_RATE, ANNEAL_STEPS, ANNEAL_EMA_DECAY
-    )
+def meet_full_texts(
+    mmdit: MMDiT, drawings: list[Drawings], texts: list[Texts], generator: torch.Generator, log: Log
+) -> None:
+    """Goes on with T5's whole captions, in cycles of a falling rate, each from the average that the last one left."""
+    for steps, peak in FULL_TEXT_CYCLES:
+        run_phase(mmdit, drawings, texts, generator, log, steps, peak, FULL_TEXT_EMA_DECAY)
 
 
 def encode_texts(captions: list[str], work: Path, t5_length: int) -> list[Texts]:
@@ -159,14 +160,13 @@ def run_phase(
     log: Log,
     steps: int,
     peak: float,
-    falls_to_zero_at: float,
     decay: float,
 ) -> None:
     """Trains for some steps and leaves the running average in the model."""
     optimizer = torch.optim.AdamW(mmdit.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
     average = {name: parameter.detach().clone() for name, parameter in mmdit.named_parameters()}
     for step in range(steps):
-        set_rate(optimizer, peak, step, falls_to_zero_at, warmup=200 if decay == EMA_DECAY else 20)
+        set_rate(optimizer, peak, step, steps, warmup=min(200, steps // 10 + 1))
         loss = _loss(mmdit, *_batch(drawings, texts, generator, long=step % LONG_EVERY == LONG_EVERY - 1), generator)
         optimizer.zero_grad()
         loss.backward()

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 from demo_base_mmdit import (
-    ANNEAL_STEPS,
     ARCHITECTURE,
     BATCH,
     FIELDS,
+    FULL_TEXT_CYCLES,
     STEPS,
     measure,
     split_subjects,
@@ -134,9 +134,9 @@ picture.
 ## Training
 
 VAE: {CROP_STEPS} steps on crops, {WHOLE_STEPS} on whole pictures, {DECODER_STEPS} of the decoder alone.
-MMDiT: {STEPS} + {ANNEAL_STEPS} steps of {BATCH} drawings with the velocity loss, logit-normal noise levels and shift
-1.5; one step in 20 with T5 padded to 77 or 256 tokens, the others with {SHORT_T5_LENGTH} T5 tokens, in the second phase
-{T5_LENGTH}. Captions are dropped in 10 % of the samples.
+MMDiT: {" + ".join(map(str, (STEPS, *(steps for steps, _ in FULL_TEXT_CYCLES))))} steps of {BATCH} drawings with the
+velocity loss, logit-normal noise levels and shift 1.5; one step in 20 with T5 padded to 77 or 256 tokens, the others
+with {SHORT_T5_LENGTH} T5 tokens in the first phase and {T5_LENGTH} later. Captions are dropped in 10 % of the samples.
 
 ## Accuracy
 
