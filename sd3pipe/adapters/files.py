@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,8 @@ PEFT_PREFIX = "base_model.model"
 
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 _KEPT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_FLOATS = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
+_WHOLE_NUMBERS = ("I8", "U8", "I16", "I32", "I64")
 _SHOWN_KEYS = 6
 _UP = ".lora_B.weight"
 
@@ -182,10 +185,20 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             kind = foreign_kind(shapes)
             if kind:
                 raise InputError(f"{path}: is no SD3 adapter: it seems to be {kind}")
+            for name, shape in shapes.items():
+                _check_number_format(path, name, file.get_slice(name).get_dtype(), shape)
             return {name: _kept(file.get_tensor(name)) for name in shapes}, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"{path}: is damaged, cut short or no safetensors file ({reason})") from error
+
+
+def _check_number_format(path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+    """Raises InputError for factors that are no plain floats; a single number, such as alpha, may be whole."""
+    if dtype not in _FLOATS and (math.prod(shape) > 1 or dtype not in _WHOLE_NUMBERS):
+        raise InputError(
+            f"{path}: {ascii(name)[1:101]} is stored as {dtype}, and adapters are read in {', '.join(_FLOATS)}"
+        )
 
 
 def _kept(tensor: Tensor) -> Tensor:

@@ -504,6 +504,16 @@ def test_pickles_and_missing_files_are_refused(tmp_path):
         read_adapter(tmp_path / "a.safetensors")
 
 
+def test_a_whole_alpha_is_read_and_quantised_factors_are_refused(tmp_path):
+    path, name = tmp_path / "a.safetensors", "lora_unet_joint_blocks_0_x_block_attn_proj"
+    tensors = {f"{name}.lora_down.weight": torch.ones(4, 192), f"{name}.lora_up.weight": torch.ones(192, 4)}
+    save_file(tensors | {f"{name}.alpha": torch.tensor(2)}, path)
+    assert [delta.scale for delta in read_adapter(path).adapter.values()] == [0.5]
+    save_file({key: tensor.to(torch.int8) for key, tensor in tensors.items()}, path)
+    with pytest.raises(InputError, match="stored as I8"):
+        read_adapter(path)
+
+
 QKV = "lora_unet_joint_blocks_0_x_block_attn_qkv"
 
 
