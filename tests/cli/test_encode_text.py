@@ -32,8 +32,9 @@ def photographs(tmp_path_factory):
 
 
 @pytest.fixture
-def project(tmp_path, photographs):
-    """A folder of one's own with pictures, captions and a dataset file."""
+def project(tmp_path, photographs, monkeypatch):
+    """A folder of one's own with pictures, captions and a dataset file; no project.toml of elsewhere acts there."""
+    monkeypatch.chdir(tmp_path)
     pictures = tmp_path / "pictures"
     shutil.copytree(photographs, pictures)
     write_dataset_file(tmp_path / "dataset.toml", pictures)
