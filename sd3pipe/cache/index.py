@@ -67,8 +67,9 @@ class Index:
 
     def row_table(self, plan_ids: Collection[str]) -> RowTable:
         """Returns the rows of some of the segments."""
-        names = np.array(self.plan_ids(), dtype="U64")
-        kept = np.isin(names, list(plan_ids))[self.arrays["row_segment"]] if len(names) else np.zeros(0, bool)
+        names = np.array(self.plan_ids(), dtype=object)
+        wanted = np.fromiter((name in plan_ids for name in names), bool, len(names))
+        kept = wanted[self.arrays["row_segment"]]
         texts = np.array([canonical_json(layout_to_json(layout)) for layout in self.layouts], dtype=object)
         sizes = self.segments()
         return RowTable(

@@ -82,8 +82,7 @@ def publish(folder: CacheFolder, wanted: Wanted, readable: Readable, holdings: H
         with atomic_file(folder.manifest, temporary_in=scratch) as handle:
             handle.write(manifest.to_bytes())
     clear_away(folder, set(index.plan_ids()), digest)
-    for note in folder.unreadable.glob("*"):
-        note.unlink(missing_ok=True)
+    forget_unreadable(folder)
 
 
 def build_index(kind: Kind, readable: Readable, holdings: Holdings) -> Index:
@@ -93,6 +92,12 @@ def build_index(kind: Kind, readable: Readable, holdings: Holdings) -> Index:
         tables.append(holdings.old.row_table(holdings.kept))
     arrays = build_row_arrays(tables)
     return Index(kind, arrays | sample_arrays(kind, readable.samples, arrays["row_key"]))
+
+
+def forget_unreadable(folder: CacheFolder) -> None:
+    """Removes what writers told each other about rows that cannot be made; the manifest has it once it is published."""
+    for note in folder.unreadable.glob("*"):
+        note.unlink(missing_ok=True)
 
 
 def clear_away(folder: CacheFolder, live: set[str], index: str) -> None:

@@ -10,13 +10,13 @@ from typing import Literal
 from sd3pipe.cache.census import Census
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.plan import Leaf, plan_id
-from sd3pipe.cache.publish import check_kind, publish
+from sd3pipe.cache.publish import check_kind, forget_unreadable, publish
 from sd3pipe.cache.rows import Row, layout_of
 from sd3pipe.cache.segment import RowInfo, StoredRow, read_header, write_segment
 from sd3pipe.cache.stock import Stock
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.cache.wishes import note_wish
-from sd3pipe.cache.writers import writing
+from sd3pipe.cache.writers import is_alone, writing
 from sd3pipe.errors import InputError, StorageError
 from sd3pipe.files import free_bytes, storage_errors
 from sd3pipe.fingerprint import hash_chunks
@@ -101,6 +101,8 @@ def fill_cache(
     folder.create()
     with writing(folder, wanted.identity) as scratch:
         note_wish(folder, wanted)
+        if retry_unreadable and is_alone(folder, scratch):
+            forget_unreadable(folder)
         fill = _Fill(folder, wanted, scratch, made_with, retry_unreadable, others)
         fill.work(encode, shard)
         return fill.finish()

@@ -55,6 +55,12 @@ def writing(folder: CacheFolder, identity: str) -> Iterator[Path]:
         remove_tree(scratch)
 
 
+def is_alone(folder: CacheFolder, scratch: Path) -> bool:
+    """Whether no other writer lives than the one whose folder is `scratch`."""
+    now = _beat_time(scratch)
+    return not any(_lives(other, now) for other in _scratch_folders(folder) if other != scratch)
+
+
 def _bury_the_dead_and_refuse(folder: CacheFolder, me: Writer, scratch: Path) -> None:
     """Removes what dead writers left, and refuses to work beside one that fills another plan."""
     now = _beat_time(scratch)

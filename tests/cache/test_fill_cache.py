@@ -109,6 +109,15 @@ def test_unreadable_rows_are_not_tried_again_until_asked(out):
     assert (counts.encoded, counts.quarantined) == (1, 0)
 
 
+def test_what_a_killed_run_found_unreadable_is_tried_again_when_asked(out):
+    wanted = wanted_texts(captions(30))
+    fill(out, wanted, unreadable={"picture number 7": "cut short"}, shard=(0, 1000))
+    fill(out, wanted, unreadable=dict.fromkeys(captions(30).values(), "cut short"), shard=(1, 1000))
+    assert list(CacheFolder(out).unreadable.iterdir())
+    counts = fill(out, wanted, retry_unreadable=True)
+    assert counts.published and counts.quarantined == 0
+
+
 def test_dry_run_names_what_is_missing_and_makes_nothing(out):
     wanted = wanted_texts(captions(5))
     assert set(missing_rows(out, wanted).keys) == set(wanted.keys)

@@ -1,0 +1,43 @@
+"""A cache is read in place from s3://, here from a local server that speaks S3."""
+
+import forked
+import pytest
+from fake_cache import captions, fake_row, fill, wanted_texts
+
+from sd3pipe.cache.reader import CacheReader
+
+s3fs = pytest.importorskip("s3fs", reason="reading s3:// needs the extra: pip install 'sd3pipe[s3]'")
+moto_server = pytest.importorskip("moto.server", reason="the local S3 server is moto[server]")
+
+COUNT = 12
+
+
+@pytest.fixture
+def url(tmp_path, monkeypatch):
+    """The address of a cache in a bucket; where the bucket is, the environment says, as for any S3 program."""
+    server = moto_server.ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}
+    for name, value in (settings | {"DEFAULT_REGION": "us-east-1"}).items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    fill(tmp_path / "text", wanted_texts(captions(COUNT)))
+    bucket = s3fs.S3FileSystem(skip_instance_cache=True)
+    bucket.mkdir("bucket")
+    bucket.put(str(tmp_path / "text"), "bucket/caches/text", recursive=True)
+    yield "s3://bucket/caches/text"
+    server.stop()
+
+
+def assert_reads_everything(reader):
+    wanted = wanted_texts(captions(COUNT))
+    for key, row in zip(wanted.keys, wanted.rows, strict=True):
+        assert bytes(reader.row(key)["hidden"].data) == bytes(fake_row(row.source)["hidden"].data)
+
+
+def test_a_cache_in_a_bucket_is_read_here_and_in_forked_workers(url):
+    reader = CacheReader(url, verify_reads="always")
+    assert_reads_everything(reader)
+    workers = [forked.start(lambda: assert_reads_everything(reader)) for _ in range(2)]
+    assert [forked.exit_code(worker) for worker in workers] == [0, 0]
+    assert_reads_everything(reader)
