@@ -135,7 +135,7 @@ def _weight_error(base: MMDiT, model: MMDiT) -> float:
 
 def _change(network: AdapterNetwork) -> Tensor:
     """Returns the trained change of all weights in one row."""
-    return torch.cat([(layer.up @ layer.down).detach().flatten() for layer in network.layers.values()])
+    return torch.cat([(layer.up @ layer.down).detach().double().flatten() for layer in network.layers.values()])
 
 
 if __name__ == "__main__":
