@@ -1,0 +1,201 @@
+"""What a training step costs beside its bare forward and backward pass, and beside the same step in diffusers + peft.
+
+    python benchmarks/train_step.py [--depth 8] [--steps 12] [--threads 1]
+
+Makes a random SD3.5-medium of the given depth (width 64 x depth) and caches of random rows in a temporary folder. One
+process measures, turn by turn so that a busy machine hurts all alike, the median seconds of
+  bare     forward and backward of our model with the adapter attached, on a batch that lies in memory
+  step     what train does per step: rows read, noise drawn, forward, backward, clipping, AdamW, records
+  peft     forward, backward, clipping and AdamW on diffusers' transformer with peft's LoRA on the same layers
+Then a fresh process trains one step from cached inputs: seconds from its start to the first step's end, and peak RSS.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "parity")]
+
+import tiny_mmdit  # noqa: E402
+import tiny_training  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from test_mmdit_against_diffusers import _oracle  # noqa: E402
+from test_training_against_peft import their_names  # noqa: E402
+
+from sd3pipe.device import choose_device  # noqa: E402
+from sd3pipe.models.checkpoint import mmdit_architecture  # noqa: E402
+from sd3pipe.models.sources import find_component  # noqa: E402
+from sd3pipe.training.identity import resolve_inputs, run_identity  # noqa: E402
+from sd3pipe.training.loop import Loop  # noqa: E402
+from sd3pipe.training.memory_plan import run_memory  # noqa: E402
+from sd3pipe.training.processes import join_processes  # noqa: E402
+from sd3pipe.training.run_folder import Start  # noqa: E402
+from sd3pipe.training.setup import build_loop  # noqa: E402
+from sd3pipe.training.training_data import open_data  # noqa: E402
+
+RANK = 16
+TOKENS = 77
+START = "import sys; from sd3pipe.commands.train import main; from sd3pipe.params.train import TrainParams; "
+START += "main(TrainParams.model_validate_json(sys.argv[1]))"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--side", type=int, default=32, help="latent pixels")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    choose_device("cpu", options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_mmdit.tiny_architecture.__defaults__ = (options.depth, options.side // 2)
+        inputs = make_inputs(Path(folder), options)
+        print(
+            f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {options.threads} thread(s), torch {torch.__version__}"
+        )
+        print(f"SD3.5-medium of depth {options.depth}, {options.side} x {options.side} latents, rank {RANK}, fp32")
+        compare(inputs, options)
+        start_up(inputs)
+
+
+def make_inputs(folder: Path, options: argparse.Namespace) -> tiny_training.Inputs:
+    size = (options.side, options.side)
+    dataset = tiny_training.pictures(8, size=size, tokens=TOKENS)
+    return tiny_training.make_inputs(
+        folder, dataset, depth=options.depth, network_dim=RANK, threads=options.threads, gradient_checkpointing=False,
+        save_every_n_steps=None, max_train_steps=10_000, learning_rate=1e-4,
+    )  # fmt: skip
+
+
+def open_loop(inputs: tiny_training.Inputs) -> Loop:
+    """Returns the loop that `train` would run."""
+    params = inputs.params("benchmark")
+    processes = join_processes("cpu", params.threads)
+    data, source = open_data(params), find_component("mmdit", model=params.model)
+    run = resolve_inputs(params, data, base=source.fingerprint(), precision="no", num_processes=1)
+    memory = run_memory(
+        params,
+        mmdit_architecture(source),
+        resolutions_px=data.resolutions,
+        text_tokens=2 * TOKENS,
+        device=processes.device,
+        dtype=torch.float32,
+    )
+    identity = run_identity(params, data, run)
+    return build_loop(params, processes, data, source, run, identity, Start(checkpoint=None, changes={}), memory)
+
+
+def compare(inputs: tiny_training.Inputs, options: argparse.Namespace) -> None:
+    loop = open_loop(inputs)
+    ways = {"bare": bare_step(loop), "step": whole_step(loop), "peft": peft_step(loop)}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(options.steps + 2):
+        for name, step in ways.items():
+            start = time.process_time() if options.threads == 1 else time.perf_counter()
+            step()
+            end = time.process_time() if options.threads == 1 else time.perf_counter()
+            if turn >= 2:  # the first turns warm up
+                seconds[name].append(end - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    clock = "CPU" if options.threads == 1 else "wall"
+    for name, median in medians.items():
+        print(f"{name:<5} {1000 * median:8.1f} ms {clock}   {median / medians['bare']:.3f} of bare")
+
+
+def bare_step(loop: Loop) -> Callable[[], None]:
+    """Forward and backward of one batch that lies in memory."""
+    objective = loop.runner.objective
+    batch = next(loop.steps_from(loop.progressed.position)).batches[0]
+
+    def step() -> None:
+        question = objective.question(batch)
+        velocity = objective.answer(question)
+        objective.losses(question, velocity).mean().backward()
+        for parameter in loop.runner.weights.parameters:
+            parameter.grad = None
+
+    return step
+
+
+def whole_step(loop: Loop) -> Callable[[], None]:
+    """Everything between two turns of the loop."""
+    steps = loop.steps_from(loop.progressed.position)
+
+    class Silent:
+        def advance(self, number: int = 1, **fields: object) -> None:
+            pass
+
+    def step() -> None:
+        loaded = next(steps)
+        result = loop.runner.step(loop.progressed.step, loaded.batches, loss_mean=None, stop=False)
+        loop._after_step(loaded, result, Silent(), 0.0)
+
+    return step
+
+
+def peft_step(loop: Loop) -> Callable[[], None]:
+    """The same step as one would write it with diffusers and peft."""
+    paths = list(loop.runner.network.layers)
+    targets = [name for path in paths for name in their_names(path)]
+    oracle = _oracle("sd35-medium", torch.float32)
+    model = get_peft_model(oracle, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    batch = next(loop.steps_from(loop.progressed.position)).batches[0]
+
+    def step() -> None:
+        noise = torch.randn_like(batch.latents)
+        sigmas = torch.sigmoid(torch.randn(len(batch)))[:, None, None, None]
+        velocity = model(
+            hidden_states=(1 - sigmas) * batch.latents + sigmas * noise,
+            timestep=1000 * sigmas.flatten(),
+            encoder_hidden_states=batch.context,
+            pooled_projections=batch.pooled,
+            return_dict=False,
+        )[0]
+        (velocity - (noise - batch.latents)).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def start_up(inputs: tiny_training.Inputs) -> None:
+    """Times a fresh process from its start to the end of its first step, with everything cached."""
+    params = inputs.params("start", max_train_steps=1)
+    start = time.perf_counter()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(params.threads)}
+    subprocess.run(
+        [sys.executable, "-c", START, params.model_dump_json()], check=True, env=environment, capture_output=True
+    )
+    whole = time.perf_counter() - start
+    report = json.loads((params.out / "report.json").read_text())
+    weights = Path(params.model).stat().st_size
+    torch_alone = peak_of("import torch")
+    step = report["seconds_per_step"]
+    print(f"process start to the end of a run of one step: {whole:.1f} s wall, of which the step {step:.2f} s")
+    print(
+        f"peak RSS {report['peak_rss_bytes'] / 1e6:.0f} MB; torch imported alone {torch_alone / 1e6:.0f} MB; "
+        f"weights {weights / 1e6:.0f} MB"
+    )
+
+
+def peak_of(statement: str) -> int:
+    code = f"{statement}; from sd3pipe.device_memory import peak_rss_bytes; print(peak_rss_bytes())"
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+if __name__ == "__main__":
+    main()
