@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import json
 import logging
 import sys
 import time
@@ -153,6 +154,11 @@ class StageReport:
         """Adds values (JSON types) to the report."""
         self.values.update(values)
 
+    def keep(self) -> None:
+        """Takes over the values of the report that is there, for a stage that has nothing to do."""
+        with contextlib.suppress(OSError, ValueError):
+            self.values = {**json.loads(self.path.read_text(encoding="utf-8")), **self.values}
+
     def __enter__(self) -> Self:
         self._start = time.monotonic()
         return self
@@ -169,12 +175,12 @@ class StageReport:
 
     def _write(self, seconds: float, error: BaseException | None) -> None:
         report = {
+            **self.values,
             "stage": self.stage,
             "version": version(),
             "seconds": round(seconds, 3),
             "exit_code": _exit_code(error),
             "inputs": self.inputs,
-            **self.values,
         }
         if error is not None:
             report["error"] = one_line(str(error))

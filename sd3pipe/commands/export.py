@@ -16,6 +16,8 @@ from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.exporting.adapter_files import as_report, as_summary, export_metadata
 from sd3pipe.exporting.base_weights import find_base, for_form
 from sd3pipe.exporting.checkpoints import MergedModel, write_checkpoint
+from sd3pipe.exporting.up_to_date import is_up_to_date, made_from
+from sd3pipe.fingerprint import hash_file
 from sd3pipe.params.export import ExportParams
 
 log = logging.getLogger(__name__)
@@ -34,15 +36,20 @@ def main(params: ExportParams) -> None:
             worst = max(file.largest_difference for file in saved)
             report.summary = f"{params.out}, {count(len(saved), 'file')}; read back, every change is within {worst:.1e}"
             return
-        source = _read(find_adapter(params.adapter))
+        adapter = find_adapter(params.adapter)
         if params.format == "checkpoint":
-            merged = _merge(source, params, device)
+            merged = _merge(_read(adapter), params, device)
             report.update(**_merged_report(merged))
             report.summary = _merged_summary(merged)
-        else:
-            saved_file = _export(source, params.out, params)
-            report.update(**as_report(saved_file))
-            report.summary = as_summary(saved_file)
+            return
+        identity = made_from(params, adapter)
+        if is_up_to_date(report.path, params.out, identity):
+            report.keep()
+            report.summary = f"nothing to do: {params.out} is what this would write"
+            return
+        saved_file = _export(_read(adapter), params.out, params)
+        report.update(**as_report(saved_file), made_from=identity, output=hash_file(params.out))
+        report.summary = as_summary(saved_file)
 
 
 def _read(path: Path) -> AdapterFile:

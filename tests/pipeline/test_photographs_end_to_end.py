@@ -146,3 +146,20 @@ def test_second_train_of_the_same_run_does_nothing(pipeline):
     )  # fmt: skip
     assert "nothing to do" in done.stdout
     assert (pipeline.run / "final" / "adapter.safetensors").read_bytes() == before
+
+
+def test_second_export_of_the_same_adapter_does_nothing(pipeline):
+    arguments = (
+        "export",
+        "--adapter",
+        pipeline.run,
+        "--format",
+        "comfyui",
+        "--out",
+        pipeline.folder / "comfyui.safetensors",
+    )
+    first = report_of(pipeline.folder / "comfyui.safetensors")
+    assert "nothing to do" in sd3pipe(*arguments).stdout
+    again = report_of(pipeline.folder / "comfyui.safetensors")
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+    assert "nothing to do" not in sd3pipe(*arguments, "--dtype", "fp32").stdout

@@ -1,0 +1,45 @@
+"""Whether an exported file is what the same export would write again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sd3pipe.console import version
+from sd3pipe.fingerprint import hash_file, hash_json
+from sd3pipe.params.export import ExportParams
+
+_ENTERS_NOTHING = {"device", "threads", "out", "adapter", "model", "mmdit", "thumbnail"}  # paths; their content enters
+
+
+def made_from(params: ExportParams, adapter: Path) -> str:
+    """Returns the identity of an export of one adapter file: its bytes, the options, and what else is read."""
+    options = params.model_dump(mode="json", exclude=_ENTERS_NOTHING)
+    thumbnail = hash_file(params.thumbnail) if params.thumbnail and params.thumbnail.is_file() else None
+    bases = [_stamp(Path(path)) for path in (params.model, params.mmdit) if path is not None]
+    return hash_json(
+        {
+            "adapter": hash_file(adapter),
+            "options": options,
+            "thumbnail": thumbnail,
+            "bases": bases,
+            "version": version(),
+        }
+    )
+
+
+def is_up_to_date(report: Path, out: Path, identity: str) -> bool:
+    """Returns whether `report` says that `out` was made so, and `out` is still what was written then."""
+    try:
+        recorded: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+        return recorded["made_from"] == identity and recorded["output"] == hash_file(out)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _stamp(base: Path) -> list[int] | None:
+    """A base is read for a few formats only, so that its size and time are enough."""
+    try:
+        stat = base.stat()
+    except OSError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns]
