@@ -3,7 +3,8 @@
     python benchmarks/cache.py [--rows 600] [--folder DIR] [--no-op 1000 10000 100000] [--out FILE]
 
 The .npz files are what sd-scripts writes: float32, latents without variance, text as CLIP-L and CLIP-G side by side.
-Rates are medians of rounds in which all formats take turns; "cold" means dropped from the page cache file by file. The
+Rates are medians of rounds in which all formats take turns. "Cold" means dropped from the page cache file by file, by
+wall time; "warm" reads wait for nothing, so they are timed by CPU time, which other programs disturb less. The
 "nothing to do" times are those of `sd3pipe encode-latents` on so many pictures (small ones: size does not matter where
 the stat is remembered), whose cache was filled before with rows of the right shape and no model.
 """
@@ -111,9 +112,9 @@ def report(rows: int, no_op_counts: list[int], folder: Path) -> Iterator[str]:
     yield ""
     yield f"{platform.node()}: {cpu_name()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, load"
     yield f"average {os.getloadavg()[0]:.1f} at the start; Python {platform.python_version()}, torch"
-    yield f"{torch.__version__}, numpy {np.__version__}; {rows} rows of each shape, median of {ROUNDS} rounds, one thread."
+    yield f"{torch.__version__}, numpy {np.__version__}; {rows} rows each, median of {ROUNDS} rounds, one thread."
     yield ""
-    yield "| rows | format | bytes/row | of npz | write, rows/s | cold, rows/s | warm, rows/s | x npz, cold | warm |"
+    yield "| rows | format | bytes/row | of npz | write, rows/s | cold, rows/s | warm, rows/CPU s | x npz, cold | warm |"
     yield "|---|---|---:|---:|---:|---:|---:|---:|---:|"
     for shape in SHAPES:
         yield from rates(shape, rows, folder / shape.name)
@@ -144,8 +145,8 @@ def rates(shape: Shape, rows: int, folder: Path) -> Iterator[str]:
         random.Random(number).shuffle(order)
         for name, read in readers.items():
             drop_from_page_cache(folder / name.split(",")[0])
-            cold[name].append(rows_per_second(read, order))
-            warm[name].append(rows_per_second(read, order))
+            cold[name].append(rows_per_second(read, order, time.perf_counter))
+            warm[name].append(rows_per_second(read, order, time.process_time))
     sizes = {name: folder_bytes(folder / name.split(",")[0]) / rows for name in readers}
     medians = {name: (statistics.median(cold[name]), statistics.median(warm[name])) for name in readers}
     for name, (cold_rate, warm_rate) in medians.items():
@@ -156,11 +157,11 @@ def rates(shape: Shape, rows: int, folder: Path) -> Iterator[str]:
         )
 
 
-def rows_per_second(read: Read, order: list[int]) -> float:
-    start = time.perf_counter()
+def rows_per_second(read: Read, order: list[int], clock: Callable[[], float]) -> float:
+    start = clock()
     for number in order:
         read(number)
-    return len(order) / (time.perf_counter() - start)
+    return len(order) / (clock() - start)
 
 
 def folder_bytes(folder: Path) -> int:
