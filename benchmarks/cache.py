@@ -114,7 +114,7 @@ def report(rows: int, no_op_counts: list[int], folder: Path) -> Iterator[str]:
     yield f"average {os.getloadavg()[0]:.1f} at the start; Python {platform.python_version()}, torch"
     yield f"{torch.__version__}, numpy {np.__version__}; {rows} rows each, median of {ROUNDS} rounds, one thread."
     yield ""
-    yield "| rows | format | bytes/row | of npz | write, rows/s | cold, rows/s | warm, rows/CPU s | x npz, cold | warm |"
+    yield "| rows | format | bytes/row | of npz | write, rows/s | cold, rows/s | warm, per CPU s | x npz, cold | warm |"
     yield "|---|---|---:|---:|---:|---:|---:|---:|---:|"
     for shape in SHAPES:
         yield from rates(shape, rows, folder / shape.name)
