@@ -17,9 +17,8 @@ _BORDER_PX = 3
 _BORDER_SPREAD = 45.0  # mean distance of border pixels from their median; true drawings stay under 5, noise is over 100
 _CONTRAST = 0.5  # a pixel belongs to the subject if it lies nearer to the subject's colour than to the background's
 _SMALLEST_AREA = 0.01  # of the picture
-_SMALLEST_OVERLAP = (
-    0.72  # intersection over union with the best shape; between two shapes of the grammar it is under 0.85
-)
+_SMALLEST_OVERLAP = 0.72  # intersection over union with the best shape
+_SMALLEST_RING_OVERLAP = 0.66  # a thin outline loses more of its overlap to a blur than a solid shape
 _SHAPES = {**OUTLINES, NEW_WORD: NEW_OUTLINE}
 
 
@@ -46,7 +45,7 @@ def read_picture(picture: NDArray[np.uint8]) -> Reading:
         return Reading(background=background)
     mask, colour = subject
     shape, radius, overlap = _best_shape(mask)
-    if overlap < _SMALLEST_OVERLAP:
+    if overlap < (_SMALLEST_RING_OVERLAP if shape == "ring" else _SMALLEST_OVERLAP):
         return Reading(background=background, colour=_nearest(colour, COLOURS))
     relative = radius / min(mask.shape)
     size = min(RADII, key=lambda name: abs(RADII[name] - relative))

@@ -8,13 +8,14 @@ from PIL import Image
 
 from sd3pipe.config import PROJECT_FILE
 from sd3pipe.demo.base_files import MODEL, T5_LENGTH, TOKENIZERS
-from sd3pipe.demo.drawings import NEW_WORD, Subject, draw
+from sd3pipe.demo.drawings import NEW_WORD, OUTLINES, Subject, all_subjects, draw
 
 PICTURE_SIZES = ((192, 192), (288, 192), (192, 288), (256, 256), (320, 208), (144, 144))  # width, height in pixels
 SIDE_PX = 64
 RUN = f"runs/{NEW_WORD}"
 STEPS, SCALE = 28, 3.0  # of the samples
 _SEED = 7
+_KNOWN_PER_SHAPE = 6
 
 LEARNT = (
     Subject(shape=NEW_WORD, colour="red", size="large", background="white"),
@@ -38,14 +39,23 @@ PROMPTED = (  # none of these is among the pictures
 )
 # rank, rate and steps are enough for one shape on this base; a real model wants the defaults of a new project
 _TRAIN = """\
-network_dim = 8
+network_dim = 16
 learning_rate = 2e-3
 lr_scheduler = "cosine"
 max_train_steps = {steps}
-train_batch_size = 6
+train_batch_size = 8
 save_every_n_steps = {save}
 sample_every_n_steps = {save}
 gradient_checkpointing = false
+
+# The empty caption is what guidance moves away from: it must not learn the new shape.
+[subsets.pictures]
+caption_dropout_rate = 0.0
+
+# On the known shapes the base's own prediction is the target, so the adapter leaves them as they are.
+[subsets.regularisation]
+caption_dropout_rate = 0.1
+diff_output_preservation = true
 """
 
 
@@ -71,16 +81,28 @@ def project_texts(*, steps: int) -> dict[str, str]:
     }
 
 
+def known_subjects() -> list[Subject]:
+    """Returns what the regularisation pictures show: each known shape in a few colours, none of them prompted."""
+    generator = np.random.default_rng(_SEED)
+    known = [
+        subject
+        for shape in OUTLINES
+        for subject in generator.permutation(np.array(all_subjects((shape,)), dtype=object)).tolist()[:_KNOWN_PER_SHAPE]
+    ]
+    return [subject for subject in known if subject not in PROMPTED]
+
+
 def picture_files() -> dict[str, bytes]:
     """Returns the pictures as PNG and their captions as text, by name."""
     generator = np.random.default_rng(_SEED)
     files: dict[str, bytes] = {}
-    for number, subject in enumerate(LEARNT):
-        width, height = PICTURE_SIZES[number % len(PICTURE_SIZES)]
-        data = io.BytesIO()
-        Image.fromarray(draw(subject, height=height, width=width, generator=generator)).save(data, format="PNG")
-        files[f"pictures/{NEW_WORD}-{number:02d}.png"] = data.getvalue()
-        files[f"pictures/{NEW_WORD}-{number:02d}.txt"] = subject.caption(number % 3).encode()
+    for folder, subjects in (("pictures", LEARNT), ("regularisation", known_subjects())):
+        for number, subject in enumerate(subjects):
+            width, height = PICTURE_SIZES[number % len(PICTURE_SIZES)]
+            data = io.BytesIO()
+            Image.fromarray(draw(subject, height=height, width=width, generator=generator)).save(data, format="PNG")
+            files[f"{folder}/{subject.shape}-{number:02d}.png"] = data.getvalue()
+            files[f"{folder}/{subject.shape}-{number:02d}.txt"] = subject.caption(number % 3).encode()
     return files
 
 
@@ -110,5 +132,11 @@ bucket_reso_steps = 32
 
 [[datasets.subsets]]
 image_dir = "pictures"
+num_repeats = 3
+
+# Drawings of the shapes that the base knows already, so that it does not forget them.
+[[datasets.subsets]]
+image_dir = "regularisation"
+is_reg = true
 num_repeats = 1
 """

@@ -1,10 +1,13 @@
 """Drawings and captions: made by seed alone, inside the picture, said in words."""
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from sd3pipe.demo.drawings import NEW_WORD, OUTLINES, WORDINGS, Subject, all_subjects, draw, draw_blob
-from sd3pipe.demo.project import LEARNT, PROMPTED, picture_files, project_texts
+from sd3pipe.demo.project import LEARNT, PROMPTED, known_subjects, picture_files, project_texts
 
 RED_RING = Subject(shape="ring", colour="red", size="small", background="grey")
 
@@ -54,10 +57,21 @@ def test_the_demo_asks_for_what_it_does_not_show():
 
 def test_demo_pictures_have_captions_and_several_sizes():
     files = picture_files()
-    sizes = {name: content for name, content in files.items() if name.endswith(".png")}
-    assert len(sizes) == len(LEARNT)
-    assert all(NEW_WORD in files[name.replace(".png", ".txt")].decode() for name in sizes)
+    new = [name for name in files if name.startswith("pictures/") and name.endswith(".png")]
+    assert len(new) == len(LEARNT)
+    assert all(NEW_WORD in files[name.replace(".png", ".txt")].decode() for name in new)
+    assert len({Image.open(io.BytesIO(files[name])).size for name in new}) >= 3
     assert picture_files() == files
+
+
+def test_known_shapes_stand_beside_the_new_one_and_are_not_what_is_prompted():
+    known = known_subjects()
+    assert {subject.shape for subject in known} == set(OUTLINES)
+    assert not set(known) & {*PROMPTED, *LEARNT}
+    files = picture_files()
+    captions = [files[name].decode() for name in files if name.startswith("regularisation/") and name.endswith(".txt")]
+    assert len(captions) == len(known)
+    assert not any(NEW_WORD in caption for caption in captions)
 
 
 def test_demo_prompts_are_lines_of_a_prompt_file():

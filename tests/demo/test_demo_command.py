@@ -1,0 +1,130 @@
+"""`sd3pipe demo` as a user runs it: a smoke in a minute, and in the slow tier what it is there to show."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import sd3pipe
+from demo_pictures import FIELDS, accuracy, draw_latents, encode_subjects, read_latents
+from PIL import Image
+from safetensors.torch import load_file
+from test_demo_base import held_out_subjects
+
+from sd3pipe.demo.base_files import MODEL, TOKENIZERS
+from sd3pipe.demo.drawings import NEW_WORD, Subject
+from sd3pipe.demo.project import LEARNT, RUN
+from sd3pipe.models.vae import to_model_space
+
+PICTURE = "before-and-after.png"
+
+
+def demo(folder: Path, *options: object) -> dict:
+    sd3pipe("demo", folder, *options, env={"OMP_NUM_THREADS": str(os.cpu_count())})
+    return json.loads((folder / "demo.report.json").read_text(encoding="utf-8"))
+
+
+def test_demo_runs_all_stages_and_leaves_a_lora_and_a_picture(tmp_path):
+    folder = tmp_path / "demo"
+    report = demo(folder, "--steps", 2, "--seeds", 1)
+    assert report["new_pictures"] == report["old_pictures"] == 2
+    assert len(load_file(folder / f"exports/{NEW_WORD}.safetensors")) > 0
+    assert Image.open(folder / PICTURE).width > 64
+    buckets = json.loads((folder / "caches/latents.report.json").read_text(encoding="utf-8"))["buckets"]
+    assert len(buckets) >= 3
+
+
+def test_demo_does_not_overwrite_what_is_not_its_own(tmp_path):
+    (tmp_path / "project.toml").write_text("[paths]\n", encoding="utf-8")
+    done = sd3pipe("demo", tmp_path, expect=2)
+    assert "is not the demo's" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    demo(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wanted() -> list[Subject]:
+    """32 prompts about the new shape, none of which describes a training picture."""
+    backgrounds, colours = ("white", "black", "grey", "blue"), ("red", "orange", "yellow", "green", "purple")
+    every = [
+        Subject(shape=NEW_WORD, colour=colour, size=size, background=background)
+        for size in ("large", "small")
+        for background in backgrounds
+        for colour in colours
+    ]
+    return [subject for subject in every if subject not in LEARNT][:32]
+
+
+@pytest.mark.slow
+def test_new_shape_is_drawn_after_and_not_before(shown, wanted, tmp_path):
+    prompts = encode_subjects(tmp_path / "a", wanted, 500)
+    after = accuracy(wanted, read_latents(draw_latents(prompts, shown / f"exports/{NEW_WORD}.safetensors")))
+    before = accuracy(wanted, read_latents(draw_latents(prompts)))
+    assert len(wanted) == 32
+    # TODO(issue 6): 0.8 after and 0.05 before are wanted; a base that is trained longer is what they need
+    assert after["shape"] >= 0.5, after
+    assert before["shape"] <= 0.1, before
+
+
+@pytest.mark.slow
+def test_old_prompts_stay_near_the_base(shown, tmp_path):
+    subjects = held_out_subjects()
+    prompts = encode_subjects(tmp_path / "a", subjects, 1000)
+    after = accuracy(subjects, read_latents(draw_latents(prompts, shown / f"exports/{NEW_WORD}.safetensors")))
+    before = accuracy(subjects, read_latents(draw_latents(prompts)))
+    # TODO(issue 6): within 0.05 is wanted
+    assert all(after[field] >= before[field] - 0.12 for field in FIELDS), (before, after)
+
+
+@pytest.mark.slow
+def test_moved_caches_train_the_same_adapter(shown, tmp_path):
+    caches = shutil.copytree(shown / "caches", tmp_path / "moved")
+    arguments = ("--model", MODEL, "--text", caches / "text", "--latents", caches / "latents", "--out", tmp_path / "r")
+    sd3pipe("train", *arguments, "--config", shown / "stages/train.toml", "--stale-ok")
+    first, second = (load_file(run / "final/adapter.safetensors") for run in (shown / RUN, tmp_path / "r"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.slow
+def test_exported_file_draws_the_same_in_diffusers(shown, wanted, tmp_path):
+    from demo_as_diffusers import write_demo_base_for_diffusers
+    from diffusers import StableDiffusion3Pipeline
+
+    write_demo_base_for_diffusers(tmp_path / "base", TOKENIZERS)
+    sd3pipe("export", "--adapter", shown / RUN, "--format", "diffusers", "--out", tmp_path / "lora.safetensors")
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "base")
+    pipeline.load_lora_weights(str(tmp_path / "lora.safetensors"))
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = encode_subjects(tmp_path / "a", wanted[:8], 500)
+    ours = to_model_space(draw_latents(prompts, shown / RUN / "final/adapter.safetensors"))
+    theirs = torch.cat(
+        [
+            pipeline(
+                prompt_embeds=prompt.text.context,
+                pooled_prompt_embeds=prompt.text.pooled,
+                negative_prompt_embeds=prompt.negative.context,
+                negative_pooled_prompt_embeds=prompt.negative.pooled,
+                latents=prompt.noise(pipeline_architecture()),
+                height=64, width=64, num_inference_steps=prompt.steps, guidance_scale=prompt.scale,
+                output_type="latent",
+            ).images
+            for prompt in prompts
+        ]
+    )  # fmt: skip
+    # the export is in half precision, and 28 steps carry its rounding on
+    assert ((ours - theirs).norm() / ours.norm()).item() < 0.02
+
+
+def pipeline_architecture():
+    from sd3pipe.models.checkpoint import mmdit_architecture
+    from sd3pipe.models.sources import find_component
+
+    return mmdit_architecture(find_component("mmdit", model=MODEL))
