@@ -1,5 +1,6 @@
 """How much memory this process has used at most."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -12,17 +13,14 @@ def peak_device_bytes(device: torch.device) -> int:
 
 
 def peak_rss_bytes() -> int:
-    """Returns the most memory that this process has held on the CPU; 0 where the system does not say."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return _peak_rss_without_proc()
-    kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(kilobytes) * 1024
+    """Returns the most memory that this process has held on the CPU; 0 where the system does not say.
 
-
-def _peak_rss_without_proc() -> int:
-    """getrusage's figure also holds what the parent had before it started this process."""
+    Linux counts it anew for each program in /proc; getrusage also counts the process that started this one.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     try:
         import resource  # absent on Windows
     except ImportError:
