@@ -22,8 +22,20 @@ def _same(results, others):
         assert torch.equal(tensor, other), name
 
 
-@pytest.mark.parametrize("modulation", ["stream", "resident", "ahead"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant, modulation",
+    [
+        ("sd35-medium", "stream"),
+        ("sd35-medium", "resident"),
+        ("sd35-medium", "ahead"),
+        ("sd3-medium", "stream"),
+        ("sd35-large", "ahead"),
+        pytest.param("sd3-medium", "resident", marks=pytest.mark.slow),
+        pytest.param("sd3-medium", "ahead", marks=pytest.mark.slow),
+        pytest.param("sd35-large", "stream", marks=pytest.mark.slow),
+        pytest.param("sd35-large", "resident", marks=pytest.mark.slow),
+    ],
+)
 def test_streamed_training_equals_resident_training_bit_for_bit(variant, modulation):
     resident = train(tiny_mmdit(variant, depth=DEPTH))
     for count in range(1, DEPTH + 1):
@@ -83,7 +95,7 @@ def test_every_block_s_streams_leave_and_their_buffers_are_used_again():
         assert streamer.activation_host_bytes == streams  # the second step uses the first one's buffers
 
 
-@pytest.mark.parametrize("count", [7, 8])
+@pytest.mark.parametrize("count", [8, pytest.param(7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("modulation", ["stream", "resident"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_copies_are_the_planned_ones(variant, modulation, count):
