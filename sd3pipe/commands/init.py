@@ -58,11 +58,16 @@ def main(params: InitParams) -> None:
         "sample_prompts.txt": prompts_txt(params.trigger, params.resolution),
         **_stage_files(params, variant, advice),
         "dvc.yaml": dvc_yaml(paths, [_as_seen_from(params.folder, pictures.path)]),
-        ".gitignore": _GITIGNORE,
+        ".gitignore": _GITIGNORE + _ignored(_as_seen_from(params.folder, pictures.path)),
         ".dvcignore": _DVCIGNORE,
     }
     write_project(params.folder, texts)
     _tell(params.folder, pictures, variant, texts)
+
+
+def _ignored(pictures: str) -> str:
+    """Pictures inside the project are for rsync or `dvc add`, not for git's history."""
+    return "" if Path(pictures).is_absolute() else f"/{pictures}/\n"
 
 
 def _ask(question: str, option: str) -> str:
