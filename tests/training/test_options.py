@@ -157,6 +157,7 @@ def test_options_that_change_a_run_are_part_of_its_identity():
     assert {roles[name] for name in CHANGES_NO_NUMBER} == {"free"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES_THE_RUN)
 def test_the_option_changes_the_run(inputs, outcomes, name):
     value, needed = CHANGES_THE_RUN[name]

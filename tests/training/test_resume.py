@@ -64,7 +64,12 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+QUICK = ("adamw", "schedule-free", "lion-bf16")
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_a_stopped_run_goes_on_to_the_same_bits(inputs, monkeypatch, family):
     options = FAMILIES[family] | {"max_train_steps": STEPS, "save_every_n_steps": None}
     whole = inputs.train(f"{family}-whole", **options)
