@@ -33,7 +33,8 @@ class Entry:
 
 def header_bytes(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
     """Returns the start of a file whose tensors follow one another in the order of `entries`."""
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    # sorted, for the library hands metadata out in a random order, and equal content shall be equal bytes
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     position = 0
     for entry in entries:
         header[entry.name] = {
