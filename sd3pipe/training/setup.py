@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from sd3pipe.adapters.files import read_adapter
 from sd3pipe.adapters.network import AdapterNetwork, attach, attach_deltas, merge_into
@@ -109,17 +110,6 @@ def build_loop(
         scaler=scaler,
         layer_major=_layer_major(objective, streamer) if params.layer_major else None,
     )
-    validator = Validator(
-        feed=Feed(data.validation, data.latents, data.text, _validation_rules(params, mmdit)),
-        batch_size=params.train_batch_size,
-        max_batches=params.max_validation_steps,
-        objective=objective,
-        weights=weights,
-        optimizer=optimizer,
-        processes=processes,
-        records=records,
-        run=params.out,
-    )
     sampler = (
         make_sampler(params, objective, weights, optimizer, processes, run.precision) if processes.is_main else None
     )
@@ -130,10 +120,35 @@ def build_loop(
         steps_from=functools.partial(_steps_from, params, data, mmdit, processes),
         saver=saver,
         records=records,
-        validate=validator if len(data.validation) else None,
+        validate=_validator(params, data, objective, weights, optimizer, processes, records),
         sample=sampler,
         processes=processes,
         streamer=streamer,
+    )
+
+
+def _validator(
+    params: TrainParams,
+    data: TrainingData,
+    objective: Objective,
+    weights: TrainedWeights,
+    optimizer: Optimizer,
+    processes: Processes,
+    records: Records | None,
+) -> Validator | None:
+    """Returns what measures the held-out pictures, or None where there are none."""
+    if not len(data.validation):
+        return None
+    return Validator(
+        feed=Feed(data.validation, data.latents, data.text, _validation_rules(params, objective.mmdit)),
+        batch_size=params.train_batch_size,
+        max_batches=params.max_validation_steps,
+        objective=objective,
+        weights=weights,
+        optimizer=optimizer,
+        processes=processes,
+        records=records,
+        run=params.out,
     )
 
 
