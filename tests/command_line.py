@@ -4,17 +4,29 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
+
+_EMPTY = tempfile.TemporaryDirectory(prefix="sd3pipe-tests-")
 
 
 def sd3pipe(
     *arguments: object, cwd: Path | None = None, expect: int = 0, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs one command line and checks its exit code; a failure shows what the command printed."""
+    """Runs one command line and checks its exit code; a failure shows what the command printed.
+
+    Without `cwd` it runs in an empty folder, for the repository's own folder is a project, whose paths would fill in.
+    """
     command = [sys.executable, "-m", "sd3pipe", *map(str, arguments)]
     done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=600, env={**os.environ, **(env or {})}, check=False
+        command,
+        cwd=cwd or _EMPTY.name,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, **(env or {})},
+        check=False,
     )
     assert done.returncode == expect, f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
