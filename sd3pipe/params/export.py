@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from sd3pipe.params.common import StageParams
+from sd3pipe.params.stage import StageParams
 from sd3pipe.params.fields import OptionPath, Params, option
 
 _PATHS, _FILE, _WORDS = "Paths", "File", "What the file says of itself"

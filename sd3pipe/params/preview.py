@@ -1,6 +1,6 @@
 """Options of `sd3pipe preview`."""
 
-from sd3pipe.params.common import StageParams
+from sd3pipe.params.stage import StageParams
 from sd3pipe.params.fields import OptionPath, option
 
 _PATHS, _SHOWN = "Paths", "What is shown"

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from sd3pipe.params.common import StageParams
+from sd3pipe.params.stage import StageParams
 from sd3pipe.params.fields import OptionPath, option
 
 _PATHS, _GRID, _DRAWING = "Paths", "Columns and rows", "Drawing"

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
-from sd3pipe.params.common import StageParams
+from sd3pipe.params.stage import StageParams
 from sd3pipe.params.fields import OptionPath, Params, option
 from sd3pipe.params.memory import BlocksToSwap
 
