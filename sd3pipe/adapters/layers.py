@@ -3,6 +3,7 @@
 # B batch, I in features, O out features, R rank, P parts of a fused layer; a name without axes has any between B and I
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,7 +57,7 @@ class LayerSetup:
         return nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype))
 
 
-class AdapterLayer(nn.Module):
+class AdapterLayer(nn.Module, ABC):
     """base(x) + multiplier * term(x). Training drops parts of the term; evaluation never does."""
 
     algorithm: Algorithm
@@ -69,21 +70,21 @@ class AdapterLayer(nn.Module):
     def forward(self, x: Tensor, linear: AdaptedLinear) -> Tensor:
         return linear.base(x) + self.scaled(self.drop_module(self.term(x)))
 
+    @abstractmethod
     def term(self, x: Tensor) -> Tensor:
         """Returns what the layer adds to the output [B, ..., O] for x [B, ..., I]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reset(self, generator: torch.Generator) -> None:
         """Draws the start values on the CPU, so that they are the same on every device; the term is then zero."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self) -> Delta:
         """Returns the change of the weight as its factors: detached copies on the CPU."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, delta: Delta) -> None:
         """Copies factors that were checked to be of this layer's kind, shape and scale."""
-        raise NotImplementedError
 
     def load(self, delta: Delta) -> None:
         """Takes over trained factors. Raises InputError where kind, shape, rank or scale differ."""

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, field_validator
 
-from sd3pipe.params.stage import StageParams
 from sd3pipe.params.fields import OptionPath, option
+from sd3pipe.params.stage import StageParams
 
 _PATHS, _LATENTS, _RUN, _BROKEN = "Paths", "Latents", "This run", "Unreadable pictures"
 

@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-from sd3pipe.params.stage import StageParams
 from sd3pipe.params.fields import OptionPath, Params, option
+from sd3pipe.params.stage import StageParams
 
 _PATHS, _FILE, _WORDS = "Paths", "File", "What the file says of itself"
 

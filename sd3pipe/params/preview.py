@@ -1,7 +1,7 @@
 """Options of `sd3pipe preview`."""
 
-from sd3pipe.params.stage import StageParams
 from sd3pipe.params.fields import OptionPath, option
+from sd3pipe.params.stage import StageParams
 
 _PATHS, _SHOWN = "Paths", "What is shown"
 

@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from sd3pipe.params.stage import StageParams
 from sd3pipe.params.fields import OptionPath, option
+from sd3pipe.params.stage import StageParams
 
 _PATHS, _GRID, _DRAWING = "Paths", "Columns and rows", "Drawing"
 

@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
-from sd3pipe.params.stage import StageParams
 from sd3pipe.params.fields import OptionPath, Params, option
 from sd3pipe.params.memory import BlocksToSwap
+from sd3pipe.params.stage import StageParams
 
 _PATHS, _ADAPTER, _OPTIMISATION, _LOSS = "Paths", "Adapter", "Optimisation", "Noise and loss"
 _TEXT, _SAVING, _SAMPLES, _VALIDATION = "Text and position", "Saving and resuming", "Sample pictures", "Validation"
