@@ -30,7 +30,7 @@ ARCHITECTURE = MMDiTArchitecture(
     depth=3, pos_embed_max=12, pooled_width=128, context_width=128, qk_norm=True, dual_attention_blocks=(0,)
 )
 STEPS, BATCH = 5000, 32
-FULL_TEXT_CYCLES = ((3000, 8e-4), (2400, 1e-3))  # steps and highest rate
+FULL_TEXT_CYCLES = ((3000, 8e-4), (2400, 1e-3), (3000, 8e-4), (2400, 1e-3))  # steps and highest rate
 LEARNING_RATE = 1.5e-3
 EMA_DECAY, FULL_TEXT_EMA_DECAY = 0.999, 0.995
 SAMPLING = flow.SigmaSampling(weighting_scheme="logit_normal", loss_form="velocity", training_shift=1.5)
