@@ -21,7 +21,8 @@ def choose_device(name: str, threads: int | None = None) -> torch.device:
     torch.set_num_threads(threads or usable_cores())
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
+            rank = int(os.environ.get("LOCAL_RANK", "0"))  # under torchrun, each process takes a card of its own
+            return torch.device("cuda", rank % torch.cuda.device_count())
         _tell_about_unusable_card()
         return torch.device("cpu")
     try:

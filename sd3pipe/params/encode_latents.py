@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, field_validator
+from pydantic import BeforeValidator
 
 from sd3pipe.params.fields import OptionPath, option
+from sd3pipe.params.shard import SHARD_HELP, SHARD_PATTERN, Shard, shard_of_process
 from sd3pipe.params.stage import StageParams
 
 _PATHS, _LATENTS, _RUN, _BROKEN = "Paths", "Latents", "This run", "Unreadable pictures"
@@ -63,13 +64,7 @@ class EncodeLatentsParams(StageParams):
         ge=0,
     )
     dry_run: bool = option(False, "Only tell what would be encoded, how long it takes and how big it is.", panel=_RUN)
-    shard: str = option(
-        "0/1",
-        "I/N: do only the I-th of N parts (I from 0); whoever finds the cache complete publishes it.",
-        panel=_RUN,
-        advanced=True,
-        pattern=r"^\d+/[1-9]\d*$",
-    )
+    shard: Shard | None = option(None, SHARD_HELP, panel=_RUN, advanced=True, pattern=SHARD_PATTERN)
     rehash: bool = option(
         False,
         "Read every picture and weight file anew instead of trusting times and sizes, and try unreadable ones again.",
@@ -85,18 +80,9 @@ class EncodeLatentsParams(StageParams):
     )
     strict: bool = option(False, "Fail (exit 5) for a single unreadable picture.", panel=_BROKEN)
 
-    @field_validator("shard")
-    @classmethod
-    def _shard_exists(cls, value: str) -> str:
-        part, parts = (int(number) for number in value.split("/"))
-        if part >= parts:
-            raise ValueError(f"there is no part {part} of {parts}: count from 0 to {parts - 1}")
-        return value
-
     def shard_numbers(self) -> tuple[int, int]:
         """Returns (this part, number of parts)."""
-        part, parts = self.shard.split("/")
-        return int(part), int(parts)
+        return shard_of_process(self.shard)
 
     def quarantine_limit(self, pictures: int) -> int:
         """Returns how many of so many source pictures may be unreadable."""

@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
 from sd3pipe.params.fields import OptionPath, option
+from sd3pipe.params.shard import SHARD_HELP, SHARD_PATTERN, Shard, shard_of_process
 from sd3pipe.params.stage import StageParams
 
 _PATHS, _TEXT, _RUN = "Paths", "Text", "This run"
@@ -75,10 +76,7 @@ class EncodeTextParams(StageParams):
         panel=_RUN,
     )
     dry_run: bool = option(False, "Only tell what would be encoded and how big it is.", panel=_RUN)
-    shard: str = option(
-        "0/1", "I/N: do only the I-th of N parts (I from 0); whoever finds the cache complete publishes it.",
-        panel=_RUN, advanced=True, pattern=r"^\d+/[1-9]\d*$",
-    )
+    shard: Shard | None = option(None, SHARD_HELP, panel=_RUN, advanced=True, pattern=SHARD_PATTERN)
     rehash: bool = option(
         False, "Read every picture anew instead of trusting times and sizes.", panel=_RUN, advanced=True
     )
@@ -87,14 +85,6 @@ class EncodeTextParams(StageParams):
         panel=_RUN, advanced=True,
     )
     # fmt: on
-
-    @field_validator("shard")
-    @classmethod
-    def _shard_exists(cls, value: str) -> str:
-        part, parts = (int(number) for number in value.split("/"))
-        if part >= parts:
-            raise ValueError(f"there is no part {part} of {parts}: count from 0 to {parts - 1}")
-        return value
 
     @model_validator(mode="after")
     def _options_agree(self) -> "EncodeTextParams":
@@ -109,5 +99,4 @@ class EncodeTextParams(StageParams):
 
     def shard_numbers(self) -> tuple[int, int]:
         """Returns (this part, number of parts)."""
-        part, parts = self.shard.split("/")
-        return int(part), int(parts)
+        return shard_of_process(self.shard)
