@@ -25,36 +25,39 @@ class StatMemory:
 
     A value is recalled only while real path, size, mtime, ctime, device and inode are what they were when `recall` (or,
     without one, `remember`) looked. So call `recall` first, then read the file, then `remember`: a file that changes in
-    between is found changed. With `trust=False` nothing is recalled, but what is remembered is saved.
+    between is found changed. A look that recalls nothing waits until the file is old enough for that: a tick of the
+    clock, once for all files that are there. With `trust=False` nothing is recalled, but what is remembered is saved.
     """
 
     def __init__(self, file: Path, trust: bool = True) -> None:
         self._file = file
         self._trust = trust
         self._entries = _read_entries(file)
-        self._looked: dict[str, Stamp] = {}
+        self._looked: dict[str, Stamp | None] = {}  # None: any change might go unseen
         self._new: dict[str, dict[str, Any]] = {}
         self._real_folders: dict[Path, Path] = {}
 
     def recall(self, path: Path, what: str) -> Any | None:
         """Returns the value remembered about an unchanged file, else None; None for a missing file, too."""
         try:
-            real, stamp = self._look(path)
+            real = str(self._real_path(path))
+            stamp = stamp_of(os.stat(real))
+            if stamp == self._looked.get(real) and what in self._new.get(real, {}):
+                return self._new[real][what]
+            known_stamp, values = self._entries.get(real, (None, {}))
+            if self._trust and stamp == known_stamp and what in values:
+                self._note(real, stamp)
+                return values[what]
+            self._note(real, _settled_stamp(real))
         except OSError:
-            return None
-        if self._looked.setdefault(real, stamp) != stamp:
-            self._looked[real] = stamp
-            self._new.pop(real, None)
-        if what in self._new.get(real, {}):
-            return self._new[real][what]
-        known_stamp, values = self._entries.get(real, (None, {}))
-        return values.get(what) if self._trust and known_stamp == stamp else None
+            pass
+        return None
 
     def remember(self, path: Path, what: str, value: Any) -> None:
         """Ties a JSON value to the file as it was when last recalled. Raises OSError for a missing file."""
         real = str(self._real_path(path))
         if real not in self._looked:
-            self._looked[real] = self._look(path)[1]
+            self._note(real, _settled_stamp(real))
         self._new.setdefault(real, {})[what] = value
 
     def save(self) -> None:
@@ -64,7 +67,7 @@ class StatMemory:
         entries = {real: entry for real, entry in _read_entries(self._file).items() if os.path.lexists(real)}
         for real, values in self._new.items():
             stamp = self._looked[real]
-            if _may_change_unseen(stamp):
+            if stamp is None:
                 continue
             known_stamp, known = entries.get(real, (None, {}))
             entries[real] = (stamp, {**known, **values} if known_stamp == stamp else values)
@@ -75,9 +78,11 @@ class StatMemory:
             return
         self._entries, self._new = entries, {}
 
-    def _look(self, path: Path) -> tuple[str, Stamp]:
-        real = self._real_path(path)
-        return str(real), stamp_of(real.stat())
+    def _note(self, real: str, stamp: Stamp | None) -> None:
+        """Notes the stamp that further findings belong to, and drops those that belong to another one."""
+        if self._looked.get(real, stamp) != stamp:
+            self._new.pop(real, None)
+        self._looked[real] = stamp
 
     def _real_path(self, path: Path) -> Path:
         """Returns the resolved path; folders are resolved once, which is what makes 10,000 files cheap."""
@@ -93,10 +98,22 @@ def stamp_of(stat: os.stat_result) -> Stamp:
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino
 
 
-def _may_change_unseen(stamp: Stamp) -> bool:
-    """Whether the file is so young that a further change could leave its times as they are."""
-    coarse = stamp[1] % 1_000_000_000 == 0 and stamp[2] % 1_000_000_000 == 0
-    return 0 <= time.time_ns() - stamp[2] < (_COARSE_CLOCK_NS if coarse else _FINE_CLOCK_NS)
+def _settled_stamp(path: str) -> Stamp | None:
+    """Returns the stamp of a file from now on: whatever changes the file later changes the stamp.
+
+    A younger file than its clock's tick is waited for. None for one whose times lie ahead of this machine's clock, as
+    another machine's may, and for one that is changed without a pause.
+    """
+    for _ in range(2):
+        stamp = stamp_of(os.stat(path))
+        age = time.time_ns() - stamp[2]
+        coarse = stamp[1] % 1_000_000_000 == 0 and stamp[2] % 1_000_000_000 == 0
+        tick = _COARSE_CLOCK_NS if coarse else _FINE_CLOCK_NS
+        if age >= tick:
+            return stamp
+        if age >= 0:
+            time.sleep((tick - age) / 1e9)
+    return None
 
 
 def _read_entries(file: Path) -> dict[str, tuple[Stamp, dict[str, Any]]]:
