@@ -40,24 +40,25 @@ class StatMemory:
     def recall(self, path: Path, what: str) -> Any | None:
         """Returns the value remembered about an unchanged file, else None; None for a missing file, too."""
         try:
-            real = str(self._real_path(path))
-            stamp = stamp_of(os.stat(real))
+            real_path = self._real_path(path)
+            real, stamp = str(real_path), stamp_of(real_path.stat())
             if stamp == self._looked.get(real) and what in self._new.get(real, {}):
                 return self._new[real][what]
             known_stamp, values = self._entries.get(real, (None, {}))
             if self._trust and stamp == known_stamp and what in values:
                 self._note(real, stamp)
                 return values[what]
-            self._note(real, _settled_stamp(real))
+            self._note(real, _settled_stamp(real_path))
         except OSError:
             pass
         return None
 
     def remember(self, path: Path, what: str, value: Any) -> None:
         """Ties a JSON value to the file as it was when last recalled. Raises OSError for a missing file."""
-        real = str(self._real_path(path))
+        real_path = self._real_path(path)
+        real = str(real_path)
         if real not in self._looked:
-            self._note(real, _settled_stamp(real))
+            self._note(real, _settled_stamp(real_path))
         self._new.setdefault(real, {})[what] = value
 
     def save(self) -> None:
@@ -98,14 +99,14 @@ def stamp_of(stat: os.stat_result) -> Stamp:
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino
 
 
-def _settled_stamp(path: str) -> Stamp | None:
+def _settled_stamp(path: Path) -> Stamp | None:
     """Returns the stamp of a file from now on: whatever changes the file later changes the stamp.
 
     A younger file than its clock's tick is waited for. None for one whose times lie ahead of this machine's clock, as
     another machine's may, and for one that is changed without a pause.
     """
     for _ in range(2):
-        stamp = stamp_of(os.stat(path))
+        stamp = stamp_of(path.stat())
         age = time.time_ns() - stamp[2]
         coarse = stamp[1] % 1_000_000_000 == 0 and stamp[2] % 1_000_000_000 == 0
         tick = _COARSE_CLOCK_NS if coarse else _FINE_CLOCK_NS
