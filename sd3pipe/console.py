@@ -79,20 +79,23 @@ class Progress(Protocol):
 
 
 @contextlib.contextmanager
-def progress(description: str, total: int, unit: str) -> Iterator[Progress]:
-    """Shows how far a loop has come: a bar on a terminal, one line per tenth of the work otherwise."""
+def progress(description: str, total: int, unit: str, *, done: int = 0) -> Iterator[Progress]:
+    """Shows how far a loop has come: a bar on a terminal, one line per tenth of the work otherwise.
+
+    `done` units were done by an earlier run: they count as done, but not for the rate.
+    """
     if sys.stderr.isatty():
-        with _bar(description, total, unit) as bar:
+        with _bar(description, total, unit, done) as bar:
             yield bar
     else:
-        yield _ProgressLines(description, total, unit)
+        yield _ProgressLines(description, total, unit, done)
 
 
 class _ProgressLines:
-    def __init__(self, description: str, total: int, unit: str) -> None:
+    def __init__(self, description: str, total: int, unit: str, done: int) -> None:
         self._description, self._total, self._unit = description, total, unit
-        self._done = 0
-        self._next_line = max(1, round(total * _LINE_SHARE))
+        self._before = self._done = done
+        self._next_line = done + max(1, round(total * _LINE_SHARE))
         self._start = time.monotonic()
 
     def advance(self, number: int = 1, **fields: object) -> None:
@@ -101,7 +104,7 @@ class _ProgressLines:
             return
         self._next_line = self._done + max(1, round(self._total * _LINE_SHARE))
         seconds = time.monotonic() - self._start
-        rate = self._done / seconds if seconds > 0 else 0.0
+        rate = (self._done - self._before) / seconds if seconds > 0 else 0.0
         eta = readable_seconds((self._total - self._done) / rate) if rate else "?"
         shown = "".join(f", {name} {value}" for name, value in fields.items())
         log.info(
@@ -111,7 +114,7 @@ class _ProgressLines:
 
 
 @contextlib.contextmanager
-def _bar(description: str, total: int, unit: str) -> Iterator[Progress]:
+def _bar(description: str, total: int, unit: str, done: int) -> Iterator[Progress]:
     from rich import progress as rich_progress  # rich takes 60 ms to import and is needed on a terminal only
     from rich.console import Console
 
@@ -125,17 +128,20 @@ def _bar(description: str, total: int, unit: str) -> Iterator[Progress]:
         rich_progress.TextColumn("{task.fields[shown]}"),
     )
     with rich_progress.Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(description, total=total, shown="")
+        task = bars.add_task(description, total=total, completed=done, shown="")
         yield _ProgressBar(bars, task)
 
 
 class _ProgressBar:
     def __init__(self, bars: Any, task: Any) -> None:
         self._bars, self._task = bars, task
+        self._done, self._start = 0, time.monotonic()
 
     def advance(self, number: int = 1, **fields: object) -> None:
-        shown = "  ".join(f"{name} {value}" for name, value in fields.items())
-        self._bars.update(self._task, advance=number, **({"shown": shown} if shown else {}))
+        self._done += number
+        rate = self._done / max(time.monotonic() - self._start, 1e-9)
+        shown = "  ".join([f"{rate:.3g}/s", *(f"{name} {value}" for name, value in fields.items())])
+        self._bars.update(self._task, advance=number, shown=shown)
 
 
 class StageReport:

@@ -52,6 +52,8 @@ class AdapterSpec:
                 raise ParameterError(f"{self.algorithm} has no rank activations: use module_dropout, not {wrong_names}")
         if self.split_qkv and self.algorithm != "lora":
             raise ParameterError(f"split_qkv is for LoRA alone, not for {self.algorithm}")
+        if self.lokr_factor != -1 and self.algorithm != "lokr":
+            raise ParameterError(f"lokr_factor is for LoKr alone, not for {self.algorithm}")
         if self.embedder_ranks and len(self.embedder_ranks) != len(EMBEDDERS):
             names = ", ".join(EMBEDDERS)
             raise ParameterError(f"emb_dims has {len(self.embedder_ranks)} numbers and needs {len(EMBEDDERS)}: {names}")

@@ -13,9 +13,10 @@ from sd3pipe.cache.folder import machine_folder
 from sd3pipe.cache.staleness import check_sources
 from sd3pipe.console import StageReport, count
 from sd3pipe.device_memory import peak_device_bytes, peak_rss_bytes
-from sd3pipe.errors import DeviceMemoryError, StaleError
+from sd3pipe.errors import DeviceMemoryError, StaleError, Stopped
 from sd3pipe.models.checkpoint import mmdit_architecture
 from sd3pipe.models.sources import ComponentSource, find_component
+from sd3pipe.params.idle import idle_options
 from sd3pipe.params.train import TrainParams
 from sd3pipe.stat_memory import StatMemory
 from sd3pipe.training.identity import RunInputs, resolve_inputs, run_identity
@@ -41,12 +42,18 @@ def main(params: TrainParams) -> None:
     _set_numerics(params)
     inputs = {"model": params.model, "text": str(params.text), "latents": str(params.latents)}
     report = StageReport("train", path=params.out / "report.json", inputs=inputs)
-    with report if processes.is_main else contextlib.nullcontext():
-        _train(params, processes, report)
+    try:
+        with report if processes.is_main else contextlib.nullcontext():
+            _train(params, processes, report)
+    except Stopped:
+        processes.wait()  # a launcher ends all once one has left, and the main process may still be writing
+        raise
     processes.leave()
 
 
 def _train(params: TrainParams, processes: Processes, report: StageReport) -> None:
+    for line in idle_options(params) if processes.is_main else ():
+        log.warning("%s", line)
     freshness = _check_freshness(params)
     data = open_data(params)
     source = find_component("mmdit", model=params.model, file=params.mmdit)

@@ -149,6 +149,8 @@ def _fix_meanings(given: Mapping[str, Any], result: Translation) -> None:
         train["masked_loss"] = "sum"
     if train.get("optimizer_type") == "":
         train["optimizer_type"] = "AdamW"
+    if str(train.get("optimizer_type")).lower() == "adafactor":
+        train["optimizer_args"] = _adafactor_args(train.get("optimizer_args") or [])
     if given.get("max_train_epochs") is not None:
         train.pop("max_train_steps", None)
     if given.get("blocks_to_swap") is None:
@@ -165,6 +167,12 @@ def _fix_meanings(given: Mapping[str, Any], result: Translation) -> None:
         "timesteps: sd-scripts rounds them to the compute type (507 values in bfloat16); here they stay float32",
         "resume is exact, and starts by itself when the same command is given again",
     ]
+
+
+def _adafactor_args(args: list[str]) -> list[str]:
+    """Returns the arguments with the ones that sd-scripts sets unless they are given."""
+    named = {arg.partition("=")[0].strip() for arg in args}
+    return [*args, *(f"{key}=True" for key in ("relative_step", "scale_parameter") if key not in named)]
 
 
 def _from_words(key: str, words: list[str]) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sd3pipe.console import Progress, progress, readable_bytes
-from sd3pipe.device_memory import peak_device_bytes
+from sd3pipe.device_memory import peak_device_bytes, peak_rss_bytes
 from sd3pipe.errors import InputError, Stopped
 from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.training.batches import Position
@@ -68,12 +68,12 @@ class Loop:
     def run(self, time_limit_seconds: float | None = None) -> None:
         """Trains to the last step and saves. Raises Stopped, after saving, when asked to stop on the way."""
         state = self.progressed
-        with progress("train", self.plan.total_steps, "steps") as bar, StopRequest(time_limit_seconds) as stop:
-            bar.advance(state.step)
+        total = self.plan.total_steps
+        with progress("train", total, "steps", done=state.step) as bar, StopRequest(time_limit_seconds) as stop:
             if state.step == 0:
                 self._before_the_first_step()
             steps = self.steps_from(state.position)
-            while state.step < self.plan.total_steps:
+            while state.step < total:
                 start = time.monotonic()
                 step = next(steps)
                 if state.step in state.skipped_steps:
@@ -84,7 +84,7 @@ class Loop:
                     steps = self._after_bad_loss(result, step)
                     continue
                 self._after_step(step, result, bar, time.monotonic() - start)
-                if result.stop_wanted and state.step < self.plan.total_steps:
+                if result.stop_wanted and state.step < total:
                     self._stop(stop.reason)
         self.saver.save(state)
 
@@ -115,7 +115,7 @@ class Loop:
                 subset_loss=result.subset_losses,
                 seconds=round(seconds, 4),
             )
-        bar.advance(1, loss=f"{state.loss_mean:.4f}", **self._memory())
+        bar.advance(1, loss=f"{state.loss_mean:.4f}", lr=f"{result.learning_rate:.3g}", memory=self._memory())
         now = (state.step, epochs_before, state.epochs_done)
         last = state.step == self.plan.total_steps
         if self.validate and (self.plan.validate.due(*now) or last):
@@ -125,9 +125,9 @@ class Loop:
         if self.plan.save.due(*now) or last:
             self.saver.save(state)
 
-    def _memory(self) -> dict[str, str]:
-        peak = peak_device_bytes(self.processes.device)
-        return {"memory": readable_bytes(peak)} if peak else {}
+    def _memory(self) -> str:
+        """Returns the most memory used so far: the device's, or the process's own where it computes on the CPU."""
+        return readable_bytes(peak_device_bytes(self.processes.device) or peak_rss_bytes())
 
     def _stop(self, reason: str) -> None:
         self.saver.save(self.progressed)
@@ -139,10 +139,10 @@ class Loop:
     def _after_bad_loss(self, result: StepResult, step: Step) -> Iterator[Step]:
         """Goes back to the last checkpoint, and from there on without the step at fault; or ends the run."""
         number = self.progressed.step
-        names = ", ".join(self.saver.picture_names(step))
-        message = f"step {number + 1}: {result.bad}; its pictures: {names}"
+        pictures = [name for names in self.processes.all(self.saver.picture_names(step)) for name in names]
+        message = f"step {number + 1}: {result.bad}; its pictures: {', '.join(pictures)}"
         skipped = [*self.progressed.skipped_steps, number]
-        event = {"bad_step": number + 1, "bad_loss": result.bad, "pictures": self.saver.picture_names(step)}
+        event = {"bad_step": number + 1, "bad_loss": result.bad, "pictures": pictures}
         if not self.plan.roll_back or len(skipped) > _MAX_ROLLBACKS or not self.saver.can_roll_back:
             self._record_event(event)
             raise InputError(

@@ -30,7 +30,7 @@ class OptimizerClass:
 _NAMES = {
     "adamw": OptimizerClass(path="torch.optim.AdamW"),
     "adam": OptimizerClass(path="torch.optim.Adam"),
-    "adafactor": OptimizerClass(path="torch.optim.Adafactor"),
+    "adafactor": OptimizerClass(path="sd3pipe.training.adafactor.Adafactor"),
     "sgdnesterov": OptimizerClass(path="torch.optim.SGD", args={"momentum": 0.9, "nesterov": True}),
     "adamw8bit": OptimizerClass(path="bitsandbytes.optim.AdamW8bit"),
     "pagedadamw": OptimizerClass(path="bitsandbytes.optim.PagedAdamW"),
@@ -62,12 +62,14 @@ _ESTIMATE_THEIR_RATE = ("prodigy", "dadapt")  # their learning_rate multiplies a
 def make_optimizer(name: str, groups: ParameterGroups, args: Mapping[str, Any]) -> Optimizer:
     """Returns the optimizer for `name`: a short name, a class of torch.optim, or any dotted class path."""
     optimizer_class, defaults = _find(name)
-    options = {"lr": groups[0]["lr"], **_fast_kernels(optimizer_class, groups), **defaults, **args}
+    options = {"lr": groups[0]["lr"], **_fast_kernels(optimizer_class, groups, args), **defaults, **args}
     _check_args(name, optimizer_class, args)
     _check_rates(name, groups)
+    if args.get("relative_step"):
+        log.warning("learning_rate, lr_scheduler and lr_rules have no effect: relative_step=True sets the steps itself")
     try:
         optimizer = optimizer_class([dict(group) for group in groups], **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ParameterError(f"optimizer_type = {name}, optimizer_args = {dict(args)}: {error}") from error
     set_training(optimizer, training=True)  # schedule-free optimizers of other packages begin in neither mode
     return optimizer
@@ -127,9 +129,12 @@ def _check_args(name: str, optimizer_class: type[Optimizer], args: Mapping[str, 
         raise ParameterError(f"optimizer_args: lr={args['lr']}: set learning_rate instead")
 
 
-def _fast_kernels(optimizer_class: type[Optimizer], groups: ParameterGroups) -> dict[str, Any]:
-    """Returns fused=True where torch has a fused kernel, for it runs once over all tensors."""
-    if not optimizer_class.__module__.startswith("torch.optim"):
+def _fast_kernels(optimizer_class: type[Optimizer], groups: ParameterGroups, args: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns fused=True where torch has a fused kernel, for it runs once over all tensors.
+
+    `optimizer_args` fused=False or foreach=True choose others; without any, torch takes foreach on CUDA by itself.
+    """
+    if not optimizer_class.__module__.startswith("torch.optim") or {"foreach", "differentiable"} & args.keys():
         return {}
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     fused = "fused" in inspect.signature(optimizer_class).parameters and devices <= {"cuda", "cpu"}

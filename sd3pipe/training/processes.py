@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,9 @@ from sd3pipe.errors import ParameterError
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# the main process draws samples and writes while the others wait; a launcher ends them all at once where one has died
+_LONGEST_WAIT = timedelta(hours=12)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +59,14 @@ class Processes:
         distributed.broadcast_object_list(values, device=self.device if self.device.type == "cuda" else None)
         return values[0]
 
+    def all(self, value: T) -> list[T]:
+        """Returns the values of all processes, in the order of their ranks, on every process."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        distributed.all_gather_object(values, value)
+        return values
+
     def wait(self) -> None:
         """Waits until all processes are here."""
         if self.count > 1:
@@ -74,11 +86,14 @@ def join_processes(device_name: str, threads: int | None) -> Processes:
     device = choose_device(device_name, threads)
     promised = int(os.environ.get("WORLD_SIZE", "1"))
     if promised == 1:
+        if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+            log.info("one process: accelerate launch starts no more than one on a CPU; torchrun does")
         return Processes(rank=0, count=1, device=device)
     from accelerate import Accelerator  # takes its time, and one process needs none of it
+    from accelerate.utils import InitProcessGroupKwargs
 
     # without cpu=True accelerate may start a single process on a machine without CUDA, and say nothing
-    accelerator = Accelerator(cpu=device.type == "cpu")
+    accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)])
     if accelerator.num_processes != promised:
         raise ParameterError(
             f"the launcher started {promised} processes, but {accelerator.num_processes} found each other: "

@@ -38,7 +38,8 @@ class Records:
         """Writes the summaries for DVC and ends the trackers."""
         write_summaries(self._run)
         if self._trackers is not None:
-            self._trackers.end_training()
+            for tracker in self._trackers.trackers:  # its own end_training would end the group of processes, too
+                tracker.finish()
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         line = json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from sd3pipe.adapters.files import save_adapter
@@ -44,6 +45,7 @@ class Saver:
         network: AdapterNetwork,
         weights: TrainedWeights,
         optimizer: Optimizer,
+        scaler: GradScaler | None = None,
         state: Mapping[str, Any],
         metadata: Callable[[Progressed], Mapping[str, str]],
         dtype: StoredDtype,
@@ -55,6 +57,7 @@ class Saver:
     ) -> None:
         self._run, self._processes = run, processes
         self._network, self._weights, self._optimizer = network, weights, optimizer
+        self._scaler = scaler
         self._state, self._metadata = state, metadata
         self._dtype: StoredDtype = dtype
         self._retention, self._names = retention, names
@@ -79,11 +82,13 @@ class Saver:
         self._newest, self._newest_step = self._processes.same(path), progressed.step
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Puts weights and optimizer back to what they were."""
+        """Puts weights, optimizer and the fp16 loss scale back to what they were."""
         tensors = checkpoint.tensors()
         self._weights.restore(tensors)
         state = {name: tensor for name, tensor in tensors.items() if name.startswith(("state/", "group/"))}
         import_state(self._optimizer, self._weights.optimized, state, checkpoint.state["optimizer"])
+        if self._scaler is not None:
+            self._scaler.load_state_dict(dict(checkpoint.state["loss_scale"]))
 
     def roll_back(self, progressed: Progressed) -> None:
         """Goes back to the newest checkpoint: weights, optimizer, progress, records."""
@@ -106,6 +111,9 @@ class Saver:
 
     def _write(self, progressed: Progressed) -> Path:
         tensors, values = export_state(self._optimizer, self._weights.optimized)
+        numbers: dict[str, Any] = {**progressed.to_state(), "optimizer": values}
+        if self._scaler is not None:
+            numbers["loss_scale"] = self._scaler.state_dict()
         with self._weights.delivered(self._optimizer):
             deltas = self._network.deltas()
         checkpoint = write_checkpoint(
@@ -115,7 +123,7 @@ class Saver:
                 path, deltas, dtype=self._dtype, metadata=self._metadata(progressed)
             ),
             tensors={**self._weights.export(), **tensors},
-            state={**self._state, **progressed.to_state(), "optimizer": values},
+            state={**self._state, **numbers},
         )
         if self._loras_dir is not None:
             name = f"{self._output_name}-step{progressed.step:08d}.safetensors"

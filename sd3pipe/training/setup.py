@@ -72,12 +72,14 @@ def build_loop(
     optimizer = make_optimizer(
         params.optimizer_type, weights.optimizer_groups(groups), parse_args("optimizer_args", params.optimizer_args)
     )
+    scaler = torch.amp.GradScaler(processes.device.type) if run.precision == "fp16" else None
     saver = Saver(
         run=params.out,
         processes=processes,
         network=network,
         weights=weights,
         optimizer=optimizer,
+        scaler=scaler,
         state=_state(identity, schedule.warmup_steps, start),
         metadata=lambda progressed: adapter_metadata(
             params, data, run, progressed, variant=mmdit.architecture.variant, spec=spec
@@ -95,7 +97,6 @@ def build_loop(
         progressed = Progressed.from_state(checkpoint.state)
     objective = Objective(mmdit, network, _loss_rules(params))
     records = _records(params, processes, start, identity)
-    scaler = torch.amp.GradScaler(processes.device.type) if run.precision == "fp16" else None
     runner = StepRunner(
         objective=objective,
         network=network,
@@ -303,4 +304,4 @@ def _records(params: TrainParams, processes: Processes, start: Start, identity: 
     if not processes.is_main:
         return None
     forget_after(params.out, start.checkpoint.step if start.checkpoint else 0)
-    return Records(params.out, start_trackers(params, identity))
+    return Records(params.out, start_trackers(params, identity, processes))

@@ -71,7 +71,7 @@ class StepRunner:
         numbers = torch.cat([self.processes.sum(sums).flatten(), norm.double().view(1)]).tolist()  # the only host sync
         result = self._result(number, numbers, len(batches), loss_mean)
         if result.bad:
-            self._clear_gradients()
+            self._give_up()
             return result
         self._update(number)
         return result
@@ -132,9 +132,10 @@ class StepRunner:
         if self._max_weight_norm is not None:
             self.network.limit_norms(self._max_weight_norm)
         self.weights.move_average(number)
-        self._clear_gradients()
+        self.weights.clear_gradients()
 
-    def _clear_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        for parameter in self.weights.parameters:
-            parameter.grad = None
+    def _give_up(self) -> None:
+        """Forgets the gradients of a bad step."""
+        if self.scaler is not None:
+            self.scaler.update()  # else it refuses to unscale the next step's gradients
+        self.weights.clear_gradients()

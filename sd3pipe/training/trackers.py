@@ -6,11 +6,12 @@ from typing import Any
 
 from sd3pipe.errors import ParameterError
 from sd3pipe.params.train import TrainParams
+from sd3pipe.training.processes import Processes
 
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
-def start_trackers(params: TrainParams, config: Mapping[str, Any]) -> Any | None:
+def start_trackers(params: TrainParams, config: Mapping[str, Any], processes: Processes) -> Any | None:
     """Returns an accelerate Accelerator whose trackers are running, or None where none were asked for.
 
     Raises ParameterError for a tracker that is not installed. W&B goes offline where WANDB_MODE=offline says so.
@@ -26,7 +27,8 @@ def start_trackers(params: TrainParams, config: Mapping[str, Any]) -> Any | None
     from accelerate import Accelerator  # takes its time, and a run without trackers needs none of it
 
     folder = params.logging_dir or params.out / "logs"
-    accelerator = Accelerator(cpu=True, log_with=names, project_dir=folder)
+    on_cpu = processes.count == 1 or processes.device.type == "cpu"  # several processes have their state already
+    accelerator = Accelerator(cpu=on_cpu, log_with=names, project_dir=folder)
     accelerator.init_trackers(
         params.log_tracker_name or params.output_name or params.out.name,
         config={name: value for name, value in config.items() if isinstance(value, bool | int | float | str)},

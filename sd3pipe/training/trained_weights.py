@@ -66,6 +66,12 @@ class TrainedWeights:
                 self._parameters[name].copy_(stochastically_rounded(copy.data, generator))
         self._free_copies()
 
+    def clear_gradients(self) -> None:
+        """Frees the gradients, and the float32 copies if they are filled."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        self._free_copies()
+
     @torch.no_grad()
     def move_average(self, step: int) -> None:
         """Moves the running average towards the parameters."""

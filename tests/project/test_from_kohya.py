@@ -49,6 +49,23 @@ def stage_values(folder: Path, stage: str) -> dict:
     return tomllib.loads((folder / "stages" / f"{stage}.toml").read_text(encoding="utf-8"))
 
 
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ([], ["relative_step=True", "scale_parameter=True"]),
+        (
+            ["relative_step=False", "warmup_init=False"],
+            ["relative_step=False", "warmup_init=False", "scale_parameter=True"],
+        ),
+        (["scale_parameter=False", "relative_step=False"], ["scale_parameter=False", "relative_step=False"]),
+    ],
+)
+def test_adafactor_gets_the_arguments_that_sd_scripts_sets(given, written):
+    options = {"optimizer_type": "AdaFactor", **({"optimizer_args": given} if given else {})}
+    train = translate(options, load_stage_models()).values["train"]
+    assert train["optimizer_args"] == written
+
+
 def test_documented_example_is_translated_value_by_value(command, tmp_path):
     done = sd3pipe("from-kohya", command, "--out", tmp_path / "project")
     train = stage_values(tmp_path / "project", "train")

@@ -3,6 +3,8 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -218,8 +220,7 @@ def test_wandb_is_asked_for_by_name(inputs, monkeypatch):
         def log(self, values: dict, step: int) -> None:
             started.setdefault("steps", []).append(step)
 
-        def end_training(self) -> None:
-            started["ended"] = True
+        trackers: ClassVar = [SimpleNamespace(finish=lambda: started.update(ended=True))]
 
     monkeypatch.setattr("accelerate.Accelerator", FakeAccelerator)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
@@ -254,17 +255,19 @@ def test_a_bad_loss_stops_and_names_its_pictures(inputs, monkeypatch, value, opt
         inputs.train(f"bad-{value}", max_train_steps=10, **options)
 
 
-def test_a_rollback_leaves_the_step_out_and_resumes_exactly(inputs, monkeypatch, caplog):
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_a_rollback_leaves_the_step_out_and_resumes_exactly(inputs, monkeypatch, caplog, precision):
     poison(monkeypatch, math.nan)
-    options = {"on_bad_loss": "rollback", "max_train_steps": 8, "save_every_n_steps": 2}
-    run = inputs.train("rolled", **options)
+    options = {"on_bad_loss": "rollback", "max_train_steps": 8, "save_every_n_steps": 2, "mixed_precision": precision}
+    run = inputs.train(f"rolled-{precision}", **options)
     assert run.report()["skipped_steps"] == [BAD_STEP]
     assert [record["step"] for record in run.records()] == [1, 2, 3, 5, 6, 7, 8]
     assert all(math.isfinite(loss) for loss in run.losses())
     assert [(event["step"], event["bad_step"]) for event in run.records("event")] == [(2, 4)]
     assert "Going on from step 2 without it" in caplog.text
-    inputs.train("rolled-parts", output_name="rolled", **options | {"max_train_steps": 6})
-    parts = inputs.train("rolled-parts", output_name="rolled", **options)
+    parts = f"parts-{precision}"
+    inputs.train(parts, output_name=f"rolled-{precision}", **options | {"max_train_steps": 6})
+    parts = inputs.train(parts, output_name=f"rolled-{precision}", **options)
     assert equal(parts.adapter(), run.adapter())
 
 

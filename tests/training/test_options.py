@@ -1,6 +1,8 @@
 """Every option of train moves something: a loss, a weight, a file, or what the test that is named here shows."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from safetensors import safe_open
@@ -8,6 +10,7 @@ from tiny_training import Inputs, Picture, Run, make_inputs
 
 from sd3pipe.errors import ParameterError
 from sd3pipe.params.fields import option_extra
+from sd3pipe.params.idle import _ACTS_UNDER, idle_options
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.adapter_options import _REFUSED
 
@@ -106,10 +109,9 @@ SHOWN_ELSEWHERE = {
         "save_every_n_epochs", "save_last_n_steps", "save_last_n_steps_state", "save_last_n_epochs",
         "save_last_n_epochs_state", "save_precision",
     ],
-    "test_train_command.py": ["out", "model", "mmdit", "text", "latents", "loras_dir", "threads", "device"],
+    "../tiny_training.py": ["model", "text", "latents", "out", "threads", "device"],  # no run can be without them
+    "test_train_command.py": ["mmdit", "loras_dir", "torch_compile", "tf32"],
     "test_adapter_options.py": ["base_weights", "base_weights_multiplier"],
-    "on CUDA alone": ["tf32"],
-    "tests/memory": ["torch_compile"],
 }  # fmt: skip
 
 
@@ -148,6 +150,26 @@ def test_every_option_is_accounted_for():
     elsewhere = [name for names in SHOWN_ELSEWHERE.values() for name in names]
     known = [*CHANGES_THE_RUN, *CHANGES_NO_NUMBER, *IN_THE_METADATA, *elsewhere]
     assert sorted(known) == sorted(TrainParams.model_fields)
+
+
+@pytest.mark.parametrize("file", SHOWN_ELSEWHERE)
+def test_the_named_files_set_what_they_are_said_to_show(file):
+    text = (Path(__file__).parent / file).read_text(encoding="utf-8")
+    assert [name for name in SHOWN_ELSEWHERE[file] if not re.search(rf"\b{name}\b", text)] == []
+
+
+@pytest.mark.parametrize("name", _ACTS_UNDER)
+def test_an_option_that_cannot_act_is_named(name):
+    """Every row of that table but the switches whose own test needs a file is in the tables above, too."""
+    other, values = _ACTS_UNDER[name]
+    states = {"lr_scheduler": "constant", "weighting_scheme": "uniform", "loss_type": "l2", "dim_from_weights": True}
+    states |= {"gradient_checkpointing": False, "log_with": None}
+    settings = {"log_tracker_name": "n", "wandb_run_name": "n", "logging_dir": Path("l"), "activation_offload": True}
+    value = settings.get(name) or CHANGES_THE_RUN[name][0]
+    common = {"model": "m", "text": "t", "latents": "l", "out": "o", "lr_warmup_steps": 0.0, "network_weights": "w"}
+    (line,) = idle_options(TrainParams(**common, **{other: states[other], name: value}))
+    assert line.startswith(f"{name} has no effect here: it acts under {other} = {str(values[0]).lower()}")
+    assert idle_options(TrainParams(**common, **{other: values[0], name: value})) == []
 
 
 def test_options_that_change_a_run_are_part_of_its_identity():

@@ -10,6 +10,8 @@ import pytest
 import torch
 from tiny_training import Inputs, Run, make_inputs, pictures
 
+from sd3pipe.training.processes import Processes
+
 RUN = """
 import sys
 from sd3pipe.commands.train import main
@@ -21,7 +23,8 @@ except Sd3pipeError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)
 """
-# gradients are summed in another order: rounding of float32 over five steps
+# gradients are summed in another order: rounding of float32 over five steps of plain descent. (Adam divides gradients by
+# their own size, so that a gradient of pure rounding moves its weight as far as any other.)
 TOLERANCE = 1e-5
 
 
@@ -31,30 +34,40 @@ def inputs(tmp_path_factory) -> Inputs:
     return make_inputs(tmp_path_factory.mktemp("processes"), dataset, train_batch_size=2, network_dropout=0.1)
 
 
-def torchrun(inputs: Inputs, out: str, *, nodes: int, per_node: int, **options) -> Run:
-    """Trains in `nodes` x `per_node` processes on this machine."""
-    script = inputs.folder / "run.py"
-    script.write_text(RUN)
+def torchrun(nodes: int, per_node: int, port: int) -> list[list[str]]:
+    return [
+        [
+            "torch.distributed.run", f"--nnodes={nodes}", f"--node-rank={node}", f"--nproc-per-node={per_node}",
+            "--master-addr=127.0.0.1", f"--master-port={port}",
+        ]
+        for node in range(nodes)
+    ]  # fmt: skip
+
+
+def accelerate_launch(nodes: int, per_node: int, port: int) -> list[list[str]]:
+    """As on cards: with --cpu accelerate would start one process alone."""
+    words = ["accelerate.commands.launch", "--multi_gpu", f"--num_processes={per_node}", "--num_machines=1"]
+    return [[*words, "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]]
+
+
+def launch(inputs: Inputs, out: str, launcher, *, nodes: int, per_node: int, script: str = RUN, **options):
+    """Trains in `nodes` x `per_node` processes on this machine; returns the run, the exit codes and what was said."""
+    program = inputs.folder / f"{out}.py"
+    program.write_text(script)
     params = inputs.params(out, **options)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    commands = [
-        [
-            sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--node-rank={node}",
-            f"--nproc-per-node={per_node}", "--master-addr=127.0.0.1", f"--master-port={port}",
-            str(script), params.model_dump_json(),
-        ]
-        for node in range(nodes)
-    ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     started = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for command in commands
-    ]
+        subprocess.Popen(
+            [sys.executable, "-m", *words, str(program), params.model_dump_json()],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for words in launcher(nodes, per_node, port)
+    ]  # fmt: skip
     outputs = [process.communicate(timeout=300)[0] for process in started]
-    assert all(process.returncode == 0 for process in started), "\n".join(outputs)
-    return Run(params.out)
+    return Run(params.out), [process.returncode for process in started], "\n".join(outputs)
 
 
 def relative_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
@@ -63,19 +76,76 @@ def relative_difference(first: dict[str, torch.Tensor], second: dict[str, torch.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("nodes", "per_node"), [(1, 2), (2, 1)], ids=["one node", "two nodes"])
-def test_two_processes_equal_one_with_twice_the_accumulation(inputs, nodes, per_node):
-    options = {"max_train_steps": 5, "save_every_n_steps": 5, "validate_every_n_steps": 5}
+@pytest.mark.parametrize(
+    ("launcher", "nodes", "per_node"),
+    [(torchrun, 1, 2), (torchrun, 2, 1), (accelerate_launch, 1, 2)],
+    ids=["torchrun", "torchrun on two nodes", "accelerate launch"],
+)
+def test_two_processes_equal_one_with_twice_the_accumulation(inputs, launcher, nodes, per_node):
+    options = {
+        "max_train_steps": 5, "save_every_n_steps": 5, "validate_every_n_steps": 5, "log_with": "tensorboard",
+        "output_name": "together", "optimizer_type": "SGD", "learning_rate": 0.1, "max_grad_norm": 0.0,
+    }  # fmt: skip
     alone = inputs.train("alone", gradient_accumulation_steps=4, resume="never", **options)
-    together = torchrun(
-        inputs, f"together-{nodes}", nodes=nodes, per_node=per_node, gradient_accumulation_steps=2, **options
+    name = f"{launcher.__name__}-{nodes}"
+    together, codes, said = launch(
+        inputs, name, launcher, nodes=nodes, per_node=per_node, gradient_accumulation_steps=2, **options
     )
+    assert set(codes) == {0}, said
+    assert len(list((together.folder / "logs" / "together").glob("events*"))) == 1  # the main process alone logs
     assert relative_difference(together.adapter(), alone.adapter()) < TOLERANCE
     assert together.losses() == pytest.approx(alone.losses(), rel=TOLERANCE)
     validation = [run.records("validation")[-1] for run in (alone, together)]
     assert validation[1]["by_picture"] == pytest.approx(validation[0]["by_picture"], rel=TOLERANCE)
     assert together.state(5)["identity"] == alone.state(5)["identity"]
     assert together.steps() == [5]
+
+
+POISONED = RUN.replace(
+    "try:",
+    """import math
+from sd3pipe.training.objective import Objective
+losses = Objective.losses
+def poisoned(self, question, velocity):
+    found = losses(self, question, velocity)
+    plan = question.batch.plan
+    return found * math.nan if (plan.epoch, plan.index) == (0, 1) else found
+Objective.losses = poisoned
+try:""",
+)
+
+
+@pytest.mark.slow
+def test_a_bad_loss_names_the_pictures_of_all_processes(inputs):
+    options = {"on_bad_loss": "rollback", "max_train_steps": 3, "train_batch_size": 1}
+    run, codes, said = launch(inputs, "poisoned", torchrun, nodes=1, per_node=2, script=POISONED, **options)
+    assert codes == [1], said  # torchrun's own, whatever its processes ended with
+    assert "Nothing was learnt from it" in said  # there is no checkpoint to go back to before the first step
+    (event,) = run.records("event")
+    assert len(event["pictures"]) == 2
+
+
+@pytest.mark.slow
+def test_a_time_limit_stops_all_processes(inputs):
+    options = {"time_limit": "0", "max_train_steps": 50, "gradient_accumulation_steps": 2}
+    run, _, said = launch(inputs, "limited", torchrun, nodes=1, per_node=2, **options)
+    assert said.count("stopped by time limit at step 1") == 2, said
+    assert run.steps() == [1]
+
+
+def test_gradients_are_averaged_over_processes(monkeypatch):
+    """The sum over two processes with equal gradients is twice one of them."""
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: tensor.mul_(2))
+    weights = [
+        torch.nn.Parameter(torch.zeros(2, 3)),
+        torch.nn.Parameter(torch.zeros(4)),
+        torch.nn.Parameter(torch.ones(1)),
+    ]
+    weights[0].grad, weights[1].grad = torch.arange(6.0).view(2, 3), torch.arange(4.0)
+    Processes(rank=0, count=2, device=torch.device("cpu")).mean_gradients(weights)
+    assert torch.equal(weights[0].grad, torch.arange(6.0).view(2, 3))
+    assert torch.equal(weights[1].grad, torch.arange(4.0))
+    assert weights[2].grad is None
 
 
 def test_a_launcher_whose_processes_do_not_find_each_other_is_refused(inputs, monkeypatch):

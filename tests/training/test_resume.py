@@ -60,11 +60,13 @@ FAMILIES = {
     "sgd-with-ema": {"optimizer_type": "SGDNesterov", "ema_decay": 0.9},
     "lion-bf16": {"optimizer_type": "Lion", "full_bf16": True},
     "dora-cosine": {"adapter_type": "dora", "lr_scheduler": "cosine", "lr_warmup_steps": 2.0},
-    "lokr-max-norm": {"adapter_type": "lokr", "network_dropout": 0.0, "optimizer_args": ("weight_decay=0.1",)},
+    "lokr-decay": {"adapter_type": "lokr", "network_dropout": 0.0, "optimizer_args": ("weight_decay=0.1",)},
+    "max-norm-nadam": {"scale_weight_norms": 0.02, "optimizer_type": "NAdam"},
+    "fp16": {"mixed_precision": "fp16"},  # the loss scale and its counter are part of the state
 }
 
 
-QUICK = ("adamw", "schedule-free", "lion-bf16")
+QUICK = ("adamw", "schedule-free", "lion-bf16", "fp16")
 
 
 @pytest.mark.parametrize(
@@ -192,28 +194,64 @@ def test_the_time_limit_stops_with_code_75(inputs):
     assert Run(inputs.folder / "runs" / "limited").steps() == [1]
 
 
+def child(inputs: Inputs, script: str, *arguments: str, **options) -> subprocess.Popen:
+    """Starts a training process of its own."""
+    params = inputs.params(**options).model_dump_json()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", script, params, *arguments], env=environment)
+
+
+DIES_WITHIN_A_STEP = """
+import os, signal, sys
+from sd3pipe.commands.train import main
+from sd3pipe.params.train import TrainParams
+from sd3pipe.training.objective import Objective
+answer, left = Objective.answer, int(sys.argv[2])
+def deadly(self, question):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answer(self, question)
+Objective.answer = deadly
+main(TrainParams.model_validate_json(sys.argv[1]))
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
-def test_a_killed_process_goes_on_to_the_same_bits(inputs, number):
-    """The killed process may lose the steps since its last checkpoint; nothing else."""
-    name = number.name.lower()
-    whole = inputs.train(f"{name}-whole", max_train_steps=40, save_every_n_steps=5)
-    params = inputs.params(f"{name}-parts", max_train_steps=40, save_every_n_steps=5, output_name=f"{name}-whole")
-    code = (
-        "import json, sys; from pathlib import Path; from sd3pipe.commands.train import main;"
-        "from sd3pipe.errors import Sd3pipeError; from sd3pipe.params.train import TrainParams\n"
-        "try: main(TrainParams.model_validate_json(sys.argv[1]))\n"
-        "except Sd3pipeError as error: print(error); sys.exit(error.exit_code)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, params.model_dump_json()], env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    while not (params.out / "checkpoints" / "step-00000010").is_dir():
-        assert process.poll() is None, "ended before it could be killed"
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_killed_within_a_step_goes_on_to_the_same_bits(inputs, family):
+    """SIGKILL at the second of a step's two micro-batches, in the middle of an epoch, with worker processes."""
+    options = FAMILIES[family] | {"max_train_steps": STEPS, "output_name": "killed"}
+    whole = inputs.train(f"{family}-unkilled", **options)
+    parts = {"out": f"{family}-killed", "max_data_loader_n_workers": 2, **options}
+    assert child(inputs, DIES_WITHIN_A_STEP, "10", **parts).wait(timeout=120) == -signal.SIGKILL
+    assert Run(inputs.folder / "runs" / f"{family}-killed").steps() == [2, 4]
+    assert_same_run(whole, inputs.train(**parts))
+
+
+EXITS_LIKE_THE_COMMAND = """
+import sys
+from sd3pipe.commands.train import main
+from sd3pipe.errors import Sd3pipeError
+from sd3pipe.params.train import TrainParams
+try:
+    main(TrainParams.model_validate_json(sys.argv[1]))
+except Sd3pipeError as error:
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_step_saves_and_exits_75(inputs):
+    options = {"max_train_steps": 40, "save_every_n_steps": 5, "output_name": "terminated"}
+    whole = inputs.train("not-terminated", **options)
+    process = child(inputs, EXITS_LIKE_THE_COMMAND, out="terminated", **options)
+    while not (inputs.folder / "runs" / "terminated" / "checkpoints" / "step-00000010").is_dir():
+        assert process.poll() is None, "ended before it could be stopped"
         time.sleep(0.01)
-    process.send_signal(number)
-    code = process.wait(timeout=60)
-    assert code == (75 if number == signal.SIGTERM else -signal.SIGKILL)
-    main_run = inputs.train(f"{name}-parts", max_train_steps=40, save_every_n_steps=5, output_name=f"{name}-whole")
-    assert_same_run(whole, main_run, step=40)
-    assert json.loads((main_run.folder / "final" / "inputs.json").read_text())["steps"] == 40
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    parts = inputs.train("terminated", **options)
+    assert_same_run(whole, parts, step=40)
+    assert json.loads((parts.folder / "final" / "inputs.json").read_text())["steps"] == 40

@@ -8,6 +8,8 @@ import torch
 from tiny_training import Inputs, equal, make_inputs, pictures
 
 from sd3pipe.adapters.files import read_adapter
+from sd3pipe.commands.train import _set_numerics
+from sd3pipe.training.base_model import compile_blocks
 from sd3pipe.training.objective import Objective, Question
 
 
@@ -72,6 +74,37 @@ def test_a_fresh_adapter_changes_nothing_bit_for_bit(inputs, monkeypatch):
     monkeypatch.setattr(Objective, "answer", base_answer)
     base = inputs.train("base-alone", **options)
     assert trained.losses() == base.losses()
+
+
+def test_an_mmdit_in_a_file_of_its_own_beats_the_one_in_the_model(inputs, tmp_path):
+    other = make_inputs(tmp_path, pictures(6), variant="sd3-medium")
+    plain = inputs.train("plain", max_train_steps=1)
+    replaced = inputs.train("replaced", max_train_steps=1, mmdit=other.model)
+    assert replaced.losses() != plain.losses()
+    assert replaced.losses() == inputs.train("other", max_train_steps=1, model=str(other.model)).losses()
+
+
+def test_compiled_blocks_learn_the_same(inputs, monkeypatch):
+    """With dynamo and AOT autograd, but without inductor, which wants a compiler of C++."""
+    compiled = []
+
+    def compile_without_inductor(mmdit) -> None:
+        compiled.extend(mmdit.joint_blocks)
+        compile_blocks(mmdit, backend="aot_eager")
+
+    monkeypatch.setattr("sd3pipe.training.setup.compile_blocks", compile_without_inductor)
+    run = inputs.train("compiled", torch_compile=True)
+    assert len(compiled) == 2
+    assert run.losses() == pytest.approx(inputs.train("interpreted").losses(), rel=1e-5)
+
+
+def test_tf32_is_the_users_choice_and_off_where_bits_are_promised(inputs, monkeypatch):
+    monkeypatch.setattr("torch.use_deterministic_algorithms", lambda on: None)
+    seen = {}
+    for name, options in {"on": {}, "off": {"tf32": False}, "bits": {"deterministic": True}}.items():
+        _set_numerics(inputs.params(name, **options))
+        seen[name] = torch.backends.cuda.matmul.allow_tf32
+    assert seen == {"on": True, "off": False, "bits": False}
 
 
 def test_loss_falls_when_four_pictures_are_learnt(tmp_path):

@@ -146,3 +146,12 @@ def test_short_names_and_fused_kernels():
     assert build()[2].param_groups[0]["fused"]
     assert type(build(name="adamw8bit")[2]).__module__.startswith("bitsandbytes")
     assert build(name="SGDNesterov")[2].param_groups[0]["nesterov"]
+
+
+def test_other_kernels_are_chosen_by_argument():
+    assert not build(fused=False)[2].param_groups[0]["fused"]
+    foreach = build(foreach=True)[2].param_groups[0]
+    assert foreach["foreach"]
+    assert not foreach["fused"]
+    with pytest.raises(ParameterError, match="fused"):
+        build(foreach=True, fused=True)

@@ -1,0 +1,96 @@
+"""Batches from cache rows: fresh latents and noise by counter, fp32 noise levels, encoders dropped at their rates."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_training import CLIP_TOKENS, CLIP_WIDTHS, POOLED_WIDTHS, Inputs, make_inputs, pictures
+
+from sd3pipe.models.vae import from_model_space
+from sd3pipe.training.batches import MicroBatch, epoch_batches
+from sd3pipe.training.feed import Batch, Feed, FeedRules
+from sd3pipe.training.flow import SigmaSampling
+from sd3pipe.training.training_data import open_data
+
+STANDARD_DEVIATION = float(np.exp(-2))  # tiny_training's rows have log-variance -4
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Inputs:
+    subsets = {"photos": {"diff_output_preservation": True}, "class": {"is_reg": True, "prior_loss_weight": 0.25}}
+    dataset = [*pictures(3, size=(8, 8)), *pictures(6, size=(8, 8), subset="class")[3:]]
+    return make_inputs(tmp_path_factory.mktemp("feed"), dataset, subsets=subsets)
+
+
+def make_feed(inputs: Inputs, **rules) -> Feed:
+    data = open_data(inputs.params("none"))
+    return Feed(data.train, data.latents, data.text, FeedRules(**{"seed": 42, "sampling": SigmaSampling(), **rules}))
+
+
+def plans(feed: Feed, epochs: range, batch_size: int = 6) -> list[MicroBatch]:
+    return [p for e in epochs for p in epoch_batches(feed.items, seed=42, epoch=e, batch_size=batch_size)]
+
+
+def by_sample(batch: Batch) -> dict[int, dict[str, torch.Tensor]]:
+    names = ("latents", "noise", "sigmas", "context", "pooled", "weights", "dropout_keys")
+    return {int(number): {n: getattr(batch, n)[i] for n in names} for i, number in enumerate(batch.plan.ids)}
+
+
+def test_latents_are_drawn_anew_from_mean_and_variance(inputs):
+    feed = make_feed(inputs)
+    draws = [by_sample(feed.batch(plan)) for plan in plans(feed, range(40))]
+    for number in draws[0]:
+        drawn = from_model_space(torch.stack([batch[number]["latents"] for batch in draws]))
+        # 40 draws of 1024 elements each: the mean of their variances is known to 1 %
+        assert float(drawn.var(dim=0).mean().sqrt()) == pytest.approx(STANDARD_DEVIATION, rel=0.02)
+        assert not torch.equal(drawn[0], drawn[1])
+        assert abs(float(drawn.mean()) - float(drawn[0].mean())) < 0.02
+
+
+def test_a_sample_s_numbers_belong_to_it_and_the_epoch_alone(inputs):
+    """Not to its company in the batch, which a worker, a process or a batch size may change."""
+    feed = make_feed(inputs, encoder_dropout=(0.3, 0.3, 0.3))
+    together = {k: v for plan in plans(feed, range(1), 6) for k, v in by_sample(feed.batch(plan)).items()}
+    alone = {k: v for plan in plans(feed, range(1), 1) for k, v in by_sample(feed.batch(plan)).items()}
+    assert len(together) == len(alone) == 6
+    for number, values in together.items():
+        assert all(torch.equal(values[name], alone[number][name]) for name in values)
+    later = {k: v for plan in plans(feed, range(1, 2)) for k, v in by_sample(feed.batch(plan)).items()}
+    assert all(not torch.equal(later[n]["noise"], together[n]["noise"]) for n in together)
+
+
+def test_noise_levels_are_float32_and_finer_than_bfloat16(inputs):
+    feed = make_feed(inputs)
+    sigmas = torch.cat([feed.batch(plan).sigmas for plan in plans(feed, range(30))])
+    assert sigmas.dtype == torch.float32
+    assert len(set(sigmas.tolist())) == len(sigmas)
+    assert (sigmas != sigmas.bfloat16().float()).float().mean() > 0.9
+
+
+def test_encoders_are_dropped_at_their_own_rates_independently(inputs):
+    rates = (0.2, 0.5, 0.8)
+    feed = make_feed(inputs, encoder_dropout=rates)
+    batches = [feed.batch(plan) for plan in plans(feed, range(150))]
+    context, pooled = torch.cat([b.context for b in batches]), torch.cat([b.pooled for b in batches])
+    (clip_l, clip_g), l_pooled = CLIP_WIDTHS, POOLED_WIDTHS[0]
+    dropped = torch.stack(
+        [
+            (context[:, :CLIP_TOKENS, :clip_l] == 0).all(dim=(1, 2)),
+            (context[:, :CLIP_TOKENS, clip_l : clip_l + clip_g] == 0).all(dim=(1, 2)),
+            (context[:, CLIP_TOKENS:] == 0).all(dim=(1, 2)),
+        ]
+    ).float()
+    assert dropped.mean(dim=1).tolist() == pytest.approx(rates, abs=0.06)  # four standard deviations of 900 draws
+    assert torch.corrcoef(dropped).fill_diagonal_(0).abs().max() < 0.14
+    assert torch.equal((pooled[:, :l_pooled] == 0).all(dim=1), dropped[0].bool())
+    assert torch.equal((pooled[:, l_pooled:] == 0).all(dim=1), dropped[1].bool())
+
+
+def test_weights_and_preserved_samples_follow_the_subset(inputs):
+    feed = make_feed(inputs)
+    (plan,) = plans(feed, range(1))
+    batch = feed.batch(plan)
+    is_reg = torch.tensor([feed.items.rules[int(s)].name == "class" for s in batch.subsets])
+    assert is_reg.sum() == 3
+    assert torch.equal(batch.weights, torch.where(is_reg, 0.25, 1.0))
+    assert batch.preserve is not None
+    assert torch.equal(batch.preserve, ~is_reg)

@@ -1,0 +1,70 @@
+"""A step against its definition: the mean over micro-batches, clipping, weights, and the base model as target."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_feed import make_feed, plans
+from tiny_mmdit import tiny_mmdit
+from tiny_training import Inputs, Run, make_inputs, pictures
+
+from sd3pipe.adapters.network import attach
+from sd3pipe.adapters.targets import AdapterSpec
+from sd3pipe.training import flow
+from sd3pipe.training.objective import LossRules, Objective
+
+RULES = LossRules(
+    weighting_scheme="logit_normal", loss_form="velocity", loss_type="l2", huber=flow.Huber(), mask_normalisation="area"
+)
+# plain gradient descent: unlike Adam's, its steps tell how large the gradients were
+DESCENT = {"optimizer_type": "SGD", "learning_rate": 1.0, "max_grad_norm": 0.0, "max_train_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp("step"), pictures(4, size=(8, 8)))
+
+
+def ups(run: Run) -> torch.Tensor:
+    """Returns how far the up factors have moved from zero."""
+    return torch.cat([tensor.flatten() for name, tensor in run.adapter().items() if "lora_up" in name])
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch(inputs):
+    """All four pictures in one step; sums in another order round differently."""
+    large = inputs.train("large", train_batch_size=4, **DESCENT)
+    accumulated = inputs.train("accumulated", train_batch_size=1, gradient_accumulation_steps=4, **DESCENT)
+    torch.testing.assert_close(ups(accumulated), ups(large), rtol=1e-4, atol=1e-5 * float(ups(large).abs().max()))
+    assert accumulated.losses() == pytest.approx(large.losses(), rel=1e-5)
+
+
+def test_gradients_are_scaled_down_to_the_largest_norm(inputs):
+    free = inputs.train("free", train_batch_size=4, **DESCENT)
+    norm = free.records()[0]["grad_norm"]
+    clipped = inputs.train("clipped", train_batch_size=4, **DESCENT | {"max_grad_norm": norm / 4})
+    torch.testing.assert_close(ups(clipped) * 4, ups(free), rtol=1e-4, atol=1e-9)
+    # the down factors see no gradient in the first step, for the up factors are zero
+    assert float(ups(free).norm()) == pytest.approx(norm, rel=1e-5)
+
+
+def test_preserved_samples_aim_at_the_base_model_itself(inputs):
+    """Differential output preservation: the same input without the adapter is the target; the others keep theirs."""
+    mmdit = tiny_mmdit("sd35-medium")
+    feed = make_feed(inputs)
+    (plan,) = plans(feed, range(1), batch_size=4)
+    batch = replace(feed.batch(plan), preserve=torch.tensor([True, False, True, False]))
+    with torch.no_grad():
+        noisy = flow.add_noise(batch.latents, batch.noise, batch.sigmas)
+        base = mmdit(noisy, 1000 * batch.sigmas, batch.context, batch.pooled)
+    network = attach(mmdit, AdapterSpec(rank=2, alpha=2.0))
+    for layer in network.layers.values():
+        torch.nn.init.normal_(layer.up, std=0.3, generator=torch.Generator().manual_seed(1))
+    objective = Objective(mmdit, network, RULES)
+    question = objective.question(batch)
+    assert question.target is not None
+    assert torch.equal(question.target[0::2], base[0::2])
+    assert torch.equal(question.target[1::2], (batch.noise - batch.latents)[1::2])
+    velocity = objective.answer(question)
+    assert not torch.equal(velocity, base)  # the adapter is back for the answer
+    expected = (velocity - question.target).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(objective.losses(question, velocity), expected)
