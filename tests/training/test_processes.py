@@ -23,8 +23,8 @@ except Sd3pipeError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)
 """
-# gradients are summed in another order: rounding of float32 over five steps of plain descent. (Adam divides gradients by
-# their own size, so that a gradient of pure rounding moves its weight as far as any other.)
+# gradients are summed in another order: rounding of float32 over five steps of plain descent. Adam would divide each
+# gradient by its own size, so that one of pure rounding moves its weight as far as any other.
 TOLERANCE = 1e-5
 
 
