@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from stat import S_ISLNK
 from typing import Any
 
 from sd3pipe.errors import StorageError
@@ -35,30 +36,29 @@ class StatMemory:
         self._entries = _read_entries(file)
         self._looked: dict[str, Stamp | None] = {}  # None: any change might go unseen
         self._new: dict[str, dict[str, Any]] = {}
-        self._real_folders: dict[Path, Path] = {}
+        self._real_folders: dict[str, str] = {}
 
     def recall(self, path: Path, what: str) -> Any | None:
         """Returns the value remembered about an unchanged file, else None; None for a missing file, too."""
         try:
-            real_path = self._real_path(path)
-            real, stamp = str(real_path), stamp_of(real_path.stat())
+            real, stat = self._look(path)
+            stamp = stamp_of(stat)
             if stamp == self._looked.get(real) and what in self._new.get(real, {}):
                 return self._new[real][what]
             known_stamp, values = self._entries.get(real, (None, {}))
             if self._trust and stamp == known_stamp and what in values:
                 self._note(real, stamp)
                 return values[what]
-            self._note(real, _settled_stamp(real_path))
+            self._note(real, _settled_stamp(Path(real)))
         except OSError:
             pass
         return None
 
     def remember(self, path: Path, what: str, value: Any) -> None:
         """Ties a JSON value to the file as it was when last recalled. Raises OSError for a missing file."""
-        real_path = self._real_path(path)
-        real = str(real_path)
+        real, _ = self._look(path)
         if real not in self._looked:
-            self._note(real, _settled_stamp(real_path))
+            self._note(real, _settled_stamp(Path(real)))
         self._new.setdefault(real, {})[what] = value
 
     def save(self) -> None:
@@ -85,13 +85,17 @@ class StatMemory:
             self._new.pop(real, None)
         self._looked[real] = stamp
 
-    def _real_path(self, path: Path) -> Path:
-        """Returns the resolved path; folders are resolved once, which is what makes 10,000 files cheap."""
-        folder = self._real_folders.get(path.parent)
-        if folder is None:
-            folder = self._real_folders[path.parent] = path.parent.resolve()
-        real = folder / path.name
-        return real.resolve() if real.is_symlink() else real
+    def _look(self, path: Path) -> tuple[str, os.stat_result]:
+        """Returns resolved path and stat; folders are resolved once, which is what makes 100,000 files cheap."""
+        folder, name = os.path.split(path)
+        if folder not in self._real_folders:
+            self._real_folders[folder] = str(Path(folder).resolve())
+        real = f"{self._real_folders[folder]}{os.sep}{name}"
+        stat = os.lstat(real)
+        if S_ISLNK(stat.st_mode):
+            target = Path(real).resolve()
+            return str(target), target.stat()
+        return real, stat
 
 
 def stamp_of(stat: os.stat_result) -> Stamp:

@@ -181,8 +181,8 @@ def _check_columns(kind: Kind, columns: Columns) -> None:
 
 
 def _sorted_order(columns: Columns) -> list[int]:
-    by = [columns[name] for name in _ORDER if name in columns]
-    return sorted(range(len(by[0])), key=lambda number: tuple(column[number] for column in by))
+    by = list(zip(*(columns[name] for name in _ORDER if name in columns), strict=True))
+    return sorted(range(len(by)), key=by.__getitem__)
 
 
 def _text_arrays(name: str, texts: Sequence[str]) -> dict[str, np.ndarray]:

@@ -41,14 +41,14 @@ def remember_sources(
     folder that was listed to the suffixes (".png", ".txt") of the files that mattered in it. `scan_started` is
     time.time() before the first file was read: the stat of a file that changed since then says nothing.
     """
-    everything = {dataset_file: hash_file(dataset_file), **files}
     resolve = _Resolver()
+    digests = {resolve(dataset_file): hash_file(dataset_file)} | {resolve(path): files[path] for path in files}
     oldest_doubt = int((scan_started - _CLOCK_SECONDS) * 1e9)
     note = {
         "format": _FORMAT,
         "cache": _published(cache),
         "dataset": str(dataset_file.resolve()),
-        "files": {resolve(path): [_stamp(path, oldest_doubt), digest] for path, digest in everything.items()},
+        "files": {path: [_stamp(path, oldest_doubt), digest] for path, digest in digests.items()},
         "folders": {
             str(folder.resolve()): [sorted(suffixes), _listing(folder, suffixes)]
             for folder, suffixes in folders.items()
@@ -76,9 +76,8 @@ def check_sources(cache: Path) -> SourceCheck:
 
 def _changes(note: Mapping[str, Any]) -> Iterator[str]:
     for name, (stamp, digest) in note["files"].items():
-        path = Path(name)
         try:
-            if _stamp(path) != stamp and hash_file(path) != digest:
+            if _stamp(name) != stamp and hash_file(Path(name)) != digest:
                 yield f"{name} was changed"
         except OSError:
             yield f"{name} is gone"
@@ -93,9 +92,9 @@ def _published(cache: Path) -> str | None:
     return None if manifest is None else hash_bytes(manifest.to_bytes())
 
 
-def _stamp(path: Path, oldest_doubt: int | None = None) -> list[int] | None:
+def _stamp(path: str, oldest_doubt: int | None = None) -> list[int] | None:
     """Returns a file's stamp; None if it changed so late that its hash may be that of an earlier content."""
-    stamp = stamp_of(path.stat())
+    stamp = stamp_of(os.stat(path))  # noqa: PTH116, a Path for each of 100,000 files takes longer than its stat
     return None if oldest_doubt is not None and stamp[2] >= oldest_doubt else list(stamp)
 
 
@@ -103,20 +102,27 @@ class _Resolver:
     """Returns absolute paths; each folder is resolved once, which is what makes 20,000 files cheap."""
 
     def __init__(self) -> None:
-        self._folders: dict[Path, Path] = {}
+        self._folders: dict[str, str] = {}
 
     def __call__(self, path: Path) -> str:
-        if path.parent not in self._folders:
-            self._folders[path.parent] = path.parent.resolve()
-        return str(self._folders[path.parent] / path.name)
+        folder, name = os.path.split(path)
+        if folder not in self._folders:
+            self._folders[folder] = str(Path(folder).resolve())
+        return f"{self._folders[folder]}{os.sep}{name}"
 
 
 def _listing(folder: Path, suffixes: Collection[str]) -> str:
     """Returns a hash of the names that matter in a folder, not in its sub-folders."""
     wanted = {suffix.lower() for suffix in suffixes}
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if Path(entry.name).suffix.lower() in wanted)
+        names = sorted(entry.name for entry in entries if _suffix(entry.name).lower() in wanted)
     return hash_json(names)
+
+
+def _suffix(name: str) -> str:
+    """Returns what Path(name).suffix does, in a tenth of the time."""
+    stem, dot, ending = name.rpartition(".")
+    return dot + ending if stem and ending else ""
 
 
 def _read_note(file: Path) -> dict[str, Any] | None:

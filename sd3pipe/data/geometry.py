@@ -4,7 +4,9 @@ These are the fields that enter a row's key, so a changed option leaves all rows
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,8 +67,7 @@ def views(picture: Picture, *, crop_variants: int, seed: int) -> list[View]:
     drawn = subset.random_crop or (faces is not None and not subset.bucketing.enable_bucket)
     found = []
     for crop in range(crop_variants if drawn else 1):
-        rng = random.Random(int(hash_json(["crop", seed, picture.image_hash, crop])[:16], 16))
-        placement, left, top = _position(picture, rng)
+        placement, left, top = _position(picture, partial(_random, picture, seed, crop))
         if placement.resized[0] * placement.resized[1] > _MOST_PIXELS:
             raise NoBucket(
                 f"{picture.width} x {picture.height} pixels: to cover the bucket it would have to be enlarged to "
@@ -77,13 +78,17 @@ def views(picture: Picture, *, crop_variants: int, seed: int) -> list[View]:
     return found
 
 
-def _position(picture: Picture, rng: random.Random) -> tuple[Placement, int, int]:
-    """Returns how a picture is resized and where its cut begins."""
+def _random(picture: Picture, seed: int, crop: int) -> random.Random:
+    return random.Random(int(hash_json(["crop", seed, picture.image_hash, crop])[:16], 16))
+
+
+def _position(picture: Picture, draw: Callable[[], random.Random]) -> tuple[Placement, int, int]:
+    """Returns how a picture is resized and where its cut begins; `draw` is called, once, if that is drawn."""
     bucketing, faces = picture.subset.bucketing, picture.subset.face_crop_aug_range
     size = (picture.width, picture.height)
     if faces is not None and not bucketing.enable_bucket:
         placed = face_placement(
-            Path(picture.name).stem, size, bucketing, faces, random_crop=picture.subset.random_crop, rng=rng
+            Path(picture.name).stem, size, bucketing, faces, random_crop=picture.subset.random_crop, rng=draw()
         )
         if placed is not None:
             return placed
@@ -92,6 +97,7 @@ def _position(picture: Picture, rng: random.Random) -> tuple[Placement, int, int
         placement = Placement(bucket=placement.bucket, resized=size)  # sd-scripts cuts from the full size then
     spare = [placement.resized[axis] - placement.bucket[axis] for axis in (0, 1)]
     if picture.subset.random_crop:
+        rng = draw()
         left, top = (int(rng.random() * (rest + 1)) for rest in spare)
     else:
         left, top = (rest // 2 for rest in spare)

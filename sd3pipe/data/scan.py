@@ -7,6 +7,7 @@ only and imports no Pillow.
 import functools
 import importlib.metadata
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ def source_files(found: Scan, dataset: Dataset, *, captions: bool) -> SourceFile
 
 
 def _folders_of(found: Scan, subset: Subset) -> set[Path]:
-    return {picture.path.parent for picture in found.pictures if picture.subset is subset}
+    return {Path(folder) for folder in {os.path.split(p.path)[0] for p in found.pictures if p.subset is subset}}
 
 
 def tell_about_captions(found: Scan) -> None:

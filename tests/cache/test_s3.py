@@ -2,12 +2,11 @@
 
 import forked
 import pytest
+import s3fs
 from fake_cache import captions, fake_row, fill, wanted_texts
+from moto.server import ThreadedMotoServer
 
 from sd3pipe.cache.reader import CacheReader
-
-s3fs = pytest.importorskip("s3fs", reason="reading s3:// needs the extra: pip install 'sd3pipe[s3]'")
-moto_server = pytest.importorskip("moto.server", reason="the local S3 server is moto[server]")
 
 COUNT = 12
 
@@ -15,7 +14,7 @@ COUNT = 12
 @pytest.fixture
 def url(tmp_path, monkeypatch):
     """The address of a cache in a bucket; where the bucket is, the environment says, as for any S3 program."""
-    server = moto_server.ThreadedMotoServer(port=0)
+    server = ThreadedMotoServer(port=0)
     server.start()
     host, port = server.get_host_and_port()
     settings = {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}
