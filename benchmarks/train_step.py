@@ -3,10 +3,12 @@
     python benchmarks/train_step.py [--depth 8] [--steps 12] [--threads 1]
 
 Makes a random SD3.5-medium of the given depth (width 64 x depth) and caches of random rows in a temporary folder. One
-process measures, turn by turn so that a busy machine hurts all alike, the median seconds of
-  bare     forward and backward of our model with the adapter attached, on a batch that lies in memory
+process measures, in turns whose order rotates so that a busy machine hurts all alike, the median seconds of
+  bare     forward and backward of our model with the adapter attached, on a batch that lies in memory; no optimizer
   step     what train does per step: rows read, noise drawn, forward, backward, clipping, AdamW, records
   peft     forward, backward, clipping and AdamW on diffusers' transformer with peft's LoRA on the same layers
+and the share of each part of `step` that `bare` has not, measured by itself: it is small, and the difference of two
+large numbers is not a good way to see it.
 Then a fresh process trains one step from cached inputs: seconds from its start to the first step's end, and peak RSS.
 """
 
@@ -21,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -98,19 +101,24 @@ def open_loop(inputs: tiny_training.Inputs) -> Loop:
 
 def compare(inputs: tiny_training.Inputs, options: argparse.Namespace) -> None:
     loop = open_loop(inputs)
-    ways = {"bare": bare_step(loop), "step": whole_step(loop), "peft": peft_step(loop)}
+    clock = time.process_time if options.threads == 1 else time.perf_counter
+    parts: dict[str, list[float]] = {}
+    ways = {"bare": bare_step(loop), "step": whole_step(loop, parts, clock), "peft": peft_step(loop)}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
     for turn in range(options.steps + 2):
-        for name, step in ways.items():
-            start = time.process_time() if options.threads == 1 else time.perf_counter()
-            step()
-            end = time.process_time() if options.threads == 1 else time.perf_counter()
-            if turn >= 2:  # the first turns warm up
-                seconds[name].append(end - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    clock = "CPU" if options.threads == 1 else "wall"
+        for name in names[turn % 3 :] + names[: turn % 3]:
+            start = clock()
+            ways[name]()
+            seconds[name].append(clock() - start)
+    medians = {name: statistics.median(values[2:]) for name, values in seconds.items()}  # the first turns warm up
+    word = "CPU" if options.threads == 1 else "wall"
     for name, median in medians.items():
-        print(f"{name:<5} {1000 * median:8.1f} ms {clock}   {median / medians['bare']:.3f} of bare")
+        ratio = statistics.median(own / bare for own, bare in zip(seconds[name][2:], seconds["bare"][2:], strict=True))
+        print(f"{name:<5} {1000 * median:8.1f} ms {word}   {ratio:.3f} of bare (median over turns)")
+    shares = {name: statistics.median(values[2:]) for name, values in parts.items()}
+    for name, share in {**shares, "all of these": sum(shares.values())}.items():
+        print(f"  {name:<15} {1000 * share:8.2f} ms {word}   {100 * share / medians['bare']:.2f} % of bare")
 
 
 def bare_step(loop: Loop) -> Callable[[], None]:
@@ -128,18 +136,32 @@ def bare_step(loop: Loop) -> Callable[[], None]:
     return step
 
 
-def whole_step(loop: Loop) -> Callable[[], None]:
-    """Everything between two turns of the loop."""
+def whole_step(loop: Loop, parts: dict[str, list[float]], clock: Callable[[], float]) -> Callable[[], None]:
+    """Everything between two turns of the loop; `parts` takes the seconds of what a bare step has not."""
     steps = loop.steps_from(loop.progressed.position)
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def measured(*args: Any, **options: Any) -> Any:
+            start = clock()
+            result = function(*args, **options)
+            parts.setdefault(name, []).append(clock() - start)
+            return result
+
+        return measured
+
+    load, finish = timed("rows and noise", lambda: next(steps)), timed("records", loop._after_step)
+    loop.runner.optimizer.step = timed("AdamW", loop.runner.optimizer.step)
+    torch.nn.utils.get_total_norm = timed("gradient norm", torch.nn.utils.get_total_norm)
+    torch.nn.utils.clip_grads_with_norm_ = timed("clipping", torch.nn.utils.clip_grads_with_norm_)
 
     class Silent:
         def advance(self, number: int = 1, **fields: object) -> None:
             pass
 
     def step() -> None:
-        loaded = next(steps)
+        loaded = load()
         result = loop.runner.step(loop.progressed.step, loaded.batches, loss_mean=None, stop=False)
-        loop._after_step(loaded, result, Silent(), 0.0)
+        finish(loaded, result, Silent(), 0.0)
 
     return step
 

@@ -122,7 +122,7 @@ class Loop:
             self.validate(state)
         if self.sample and (self.plan.sample.due(*now) or last):
             self.sample(state)
-        if self.plan.save.due(*now) or last:
+        if self.plan.save.due(*now) or last or state.best_step == state.step:
             self.saver.save(state)
 
     def _memory(self) -> str:

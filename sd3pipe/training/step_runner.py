@@ -60,19 +60,22 @@ class StepRunner:
 
     def step(self, number: int, batches: Sequence[Batch], *, loss_mean: float | None, stop: bool) -> StepResult:
         """Runs forward and backward over the micro-batches and, if all is well, updates the adapter."""
-        self.network.train()
+        if not self.network.training:
+            self.network.train()
         sums = self._accumulate(batches)
         sums[-1, 0] = stop
         self.processes.mean_gradients(self.weights.parameters)
         optimized = self.weights.begin_update()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(optimized, self._max_grad_norm or math.inf)
+        norm = torch.nn.utils.get_total_norm([tensor.grad for tensor in optimized if tensor.grad is not None])
         numbers = torch.cat([self.processes.sum(sums).flatten(), norm.double().view(1)]).tolist()  # the only host sync
         result = self._result(number, numbers, len(batches), loss_mean)
         if result.bad:
             self._give_up()
             return result
+        if self._max_grad_norm and result.grad_norm > self._max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(optimized, self._max_grad_norm, norm)
         self._update(number)
         return result
 

@@ -80,6 +80,11 @@ def test_the_best_checkpoint_is_marked_and_kept(inputs):
     assert set(run.steps()) == {best, 6}
 
 
+def test_the_best_step_is_saved_though_no_checkpoint_is_due(inputs):
+    run = inputs.train("best-between", validate_every_n_steps=1, save_every_n_steps=None, max_train_steps=3)
+    assert run.report()["best_step"] in run.steps()
+
+
 def test_validation_options_choose_pictures_noise_and_epochs(inputs):
     few = inputs.train("few", max_validation_steps=3).records("validation")[-1]
     assert len(few["by_picture"]) == 3
@@ -205,6 +210,17 @@ def test_tensorboard_receives_the_steps(inputs):
     losses = [event.value for event in events.Scalars("step/loss")]
     assert losses == pytest.approx(run.losses())
     assert "validation/loss" in events.Tags()["scalars"]
+
+
+@pytest.mark.slow
+def test_wandb_records_offline(inputs, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = inputs.train("offline", log_with="wandb", wandb_run_name="tuesday", max_train_steps=2)
+    (record,) = (run.folder / "logs" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert record.stat().st_size > 0
+    assert b"step/loss" in record.read_bytes()
 
 
 def test_wandb_is_asked_for_by_name(inputs, monkeypatch):
