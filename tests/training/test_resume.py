@@ -225,7 +225,7 @@ def test_a_run_killed_within_a_step_goes_on_to_the_same_bits(inputs, family):
     options = FAMILIES[family] | {"max_train_steps": STEPS, "output_name": "killed"}
     whole = inputs.train(f"{family}-unkilled", **options)
     parts = {"out": f"{family}-killed", "max_data_loader_n_workers": 2, **options}
-    assert child(inputs, DIES_WITHIN_A_STEP, "10", **parts).wait(timeout=120) == -signal.SIGKILL
+    assert child(inputs, DIES_WITHIN_A_STEP, "10", **parts).wait(timeout=600) == -signal.SIGKILL
     assert Run(inputs.folder / "runs" / f"{family}-killed").steps() == [2, 4]
     assert_same_run(whole, inputs.train(**parts))
 
@@ -251,7 +251,7 @@ def test_sigterm_ends_the_step_saves_and_exits_75(inputs):
         assert process.poll() is None, "ended before it could be stopped"
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=600) == 75
     parts = inputs.train("terminated", **options)
     assert_same_run(whole, parts, step=40)
     assert json.loads((parts.folder / "final" / "inputs.json").read_text())["steps"] == 40
