@@ -15,7 +15,7 @@ from sd3pipe.files import write_bytes
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
-_FINE_CLOCK_NS = 20_000_000  # two ticks of a kernel's 100 Hz clock: a file changed within one may keep its stat
+_FINE_CLOCK_NS = 20_000_000  # two ticks of a kernel's 100 Hz clock
 _COARSE_CLOCK_NS = 2_000_000_000  # FAT, the coarsest, counts in two seconds
 
 Stamp = tuple[int, int, int, int, int]  # size, mtime_ns, ctime_ns, device, inode
@@ -103,6 +103,12 @@ def stamp_of(stat: os.stat_result) -> Stamp:
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino
 
 
+def tick_ns(stamp: Stamp) -> int:
+    """Returns how long after a change a further one may leave a file's times as they are."""
+    coarse = stamp[1] % 1_000_000_000 == 0 and stamp[2] % 1_000_000_000 == 0
+    return _COARSE_CLOCK_NS if coarse else _FINE_CLOCK_NS
+
+
 def _settled_stamp(path: Path) -> Stamp | None:
     """Returns the stamp of a file from now on: whatever changes the file later changes the stamp.
 
@@ -111,9 +117,7 @@ def _settled_stamp(path: Path) -> Stamp | None:
     """
     for _ in range(2):
         stamp = stamp_of(path.stat())
-        age = time.time_ns() - stamp[2]
-        coarse = stamp[1] % 1_000_000_000 == 0 and stamp[2] % 1_000_000_000 == 0
-        tick = _COARSE_CLOCK_NS if coarse else _FINE_CLOCK_NS
+        age, tick = time.time_ns() - stamp[2], tick_ns(stamp)
         if age >= tick:
             return stamp
         if age >= 0:

@@ -64,6 +64,11 @@ class CacheFolder:
             names = ", ".join(visible[:3]) + (f" and {len(visible) - 3} more" if len(visible) > 3 else "")
             raise InputError(f"{self.path} holds {names}, no part of a cache: move that away or choose another --out")
 
+    def check_exists(self) -> None:
+        """Raises InputError unless a cache is here, or what an encode stage noted about one."""
+        if not any(path.exists() for path in (self.manifest, self.segments, self.machine)):
+            raise InputError(f"{self.path} holds no finished cache: encode first, or name another folder")
+
     def segment_ids(self) -> dict[str, Path]:
         """Returns the plan id and path of every segment that lies in the published folder, of the plan or not."""
         return {path.name.removesuffix(SUFFIX): path for path in entries_of(self.segments) if is_segment(path)}

@@ -11,11 +11,10 @@ from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.manifest import read_manifest
 from sd3pipe.files import write_bytes
 from sd3pipe.fingerprint import hash_bytes, hash_file, hash_json
-from sd3pipe.stat_memory import stamp_of
+from sd3pipe.stat_memory import Stamp, stamp_of, tick_ns
 
 _FORMAT = 1
 _FILE = "sources.json"
-_CLOCK_SECONDS = 0.02  # two ticks of a kernel's 100 Hz clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +42,12 @@ def remember_sources(
     """
     resolve = _Resolver()
     digests = {resolve(dataset_file): hash_file(dataset_file)} | {resolve(path): files[path] for path in files}
-    oldest_doubt = int((scan_started - _CLOCK_SECONDS) * 1e9)
+    started_ns = int(scan_started * 1e9)
     note = {
         "format": _FORMAT,
         "cache": _published(cache),
         "dataset": str(dataset_file.resolve()),
-        "files": {path: [_stamp(path, oldest_doubt), digest] for path, digest in digests.items()},
+        "files": {path: [_settled_stamp(path, started_ns), digest] for path, digest in digests.items()},
         "folders": {
             str(folder.resolve()): [sorted(suffixes), _listing(folder, suffixes)]
             for folder, suffixes in folders.items()
@@ -77,7 +76,7 @@ def check_sources(cache: Path) -> SourceCheck:
 def _changes(note: Mapping[str, Any]) -> Iterator[str]:
     for name, (stamp, digest) in note["files"].items():
         try:
-            if _stamp(name) != stamp and hash_file(Path(name)) != digest:
+            if list(_stamp(name)) != stamp and hash_file(Path(name)) != digest:
                 yield f"{name} was changed"
         except OSError:
             yield f"{name} is gone"
@@ -92,10 +91,14 @@ def _published(cache: Path) -> str | None:
     return None if manifest is None else hash_bytes(manifest.to_bytes())
 
 
-def _stamp(path: str, oldest_doubt: int | None = None) -> list[int] | None:
+def _stamp(path: str) -> Stamp:
+    return stamp_of(os.stat(path))  # noqa: PTH116, a Path for each of 100,000 files takes longer than its stat
+
+
+def _settled_stamp(path: str, started_ns: int) -> Stamp | None:
     """Returns a file's stamp; None if it changed so late that its hash may be that of an earlier content."""
-    stamp = stamp_of(os.stat(path))  # noqa: PTH116, a Path for each of 100,000 files takes longer than its stat
-    return None if oldest_doubt is not None and stamp[2] >= oldest_doubt else list(stamp)
+    stamp = _stamp(path)
+    return stamp if stamp[2] + tick_ns(stamp) < started_ns else None
 
 
 class _Resolver:

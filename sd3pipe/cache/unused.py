@@ -32,8 +32,9 @@ def delete_unused(
     """Deletes unused rows and returns them.
 
     All of them; or those unused for longer than some days; or the oldest, until what remains fits `keep_bytes`. Raises
-    StorageError if a file cannot be deleted.
+    InputError if there is no cache, StorageError if a file cannot be deleted.
     """
+    CacheFolder(cache).check_exists()
     chosen = unused_files(cache)
     if older_than_days is not None:
         limit = (datetime.now(UTC) - timedelta(days=older_than_days)).date()

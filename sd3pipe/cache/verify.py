@@ -39,8 +39,7 @@ class Verification:
 def verify_cache(cache: Path, *, threads: int | None = None) -> Verification:
     """Checks a cache and its unused rows, reading every byte. Raises InputError if there is no cache at all."""
     folder = CacheFolder(cache)
-    if not folder.path.is_dir():
-        raise InputError(f"{cache} is no cache: there is no such folder")
+    folder.check_exists()
     problems: list[Problem] = []
     manifest, index = _open(folder, problems)
     live = dict.fromkeys(index.plan_ids()) if index is not None else {}

@@ -75,6 +75,7 @@ def explain(cache: Path, subject: str) -> list[Explanation]:
 
 def _gather(cache: Path) -> _Evidence:
     folder = CacheFolder(cache)
+    folder.check_exists()
     reader = CacheReader(cache) if folder.manifest.exists() else None
     live = set() if reader is None else set(reader.index.plan_ids())
     rows = sorted(_known_rows(folder, live), key=lambda item: item.live)

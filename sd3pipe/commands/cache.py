@@ -46,6 +46,8 @@ def verify(params: CacheVerifyParams) -> None:
         print(f"cache verify: {checked}: all as it was encoded")
         return
     found = f"{params.cache}: {count(len(verification.problems), 'problem')} in {checked}"
+    if all(problem.path is None for problem in verification.problems):
+        raise InputError(f"{found}: nothing to move aside, the next encode mends it")
     if not params.repair:
         raise InputError(f"{found}: --repair moves what is damaged aside, the next encode makes it again")
     moved = repair(params.cache, verification)

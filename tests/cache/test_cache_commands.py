@@ -55,6 +55,21 @@ def test_ls_of_no_cache_is_an_input_error(tmp_path, sd3pipe):
     assert code == 3 and "no finished cache" in message
 
 
+WITHOUT_CACHE = [("ls",), ("verify",), ("why", "a.png"), ("gc",), ("export", "--out=new"), ("merge", "--out=new")]
+
+
+@pytest.mark.parametrize("place", ["nowhere", "empty", "foreign", "file"])
+@pytest.mark.parametrize("command", WITHOUT_CACHE, ids=lambda command: command[0])
+def test_a_place_without_cache_is_an_input_error(tmp_path, sd3pipe, command, place):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "letter.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    code, printed, message = sd3pipe("cache", command[0], tmp_path / place, *command[1:])
+    assert code == 3 and place in message and not printed
+    assert not (tmp_path / "new").exists()
+
+
 def test_verify_of_a_whole_cache_finds_nothing(out, sd3pipe):
     code, printed, _ = sd3pipe("cache", "verify", out)
     assert code == 0 and "30 rows" in printed
@@ -86,8 +101,9 @@ def test_verify_names_a_missing_segment_and_a_stray_file(out, sd3pipe):
     victim = sorted((out / "segments").iterdir())[0]
     victim.unlink()
     (out / "segments" / "notes.txt").write_text("mine")
-    code, printed, _ = sd3pipe("cache", "verify", out)
+    code, printed, message = sd3pipe("cache", "verify", out)
     assert code == 3 and f"{victim} is missing" in printed and "notes.txt is no part of the cache" in printed
+    assert "the next encode mends it" in message and "--repair" not in message
 
 
 def test_verify_finds_a_row_whose_key_is_a_lie(out, sd3pipe):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sd3pipe.stat_memory import StatMemory
+from sd3pipe.stat_memory import StatMemory, tick_ns
 
 
 @pytest.fixture
@@ -108,6 +108,11 @@ def test_a_file_from_the_future_is_not_remembered(tmp_path, picture, monkeypatch
     real_time = time.time_ns
     monkeypatch.setattr("sd3pipe.stat_memory.time.time_ns", lambda: real_time() - 3_600_000_000_000)
     assert StatMemory(remembered(tmp_path, picture)).recall(picture, "hash") is None
+
+
+def test_a_file_system_that_counts_in_seconds_is_given_more_time():
+    assert tick_ns((1, 1_500_000_000, 2_000_000_001, 0, 0)) == 20_000_000
+    assert tick_ns((1, 3_000_000_000, 2_000_000_000, 0, 0)) == 2_000_000_000
 
 
 def test_many_young_files_are_waited_for_once(tmp_path):
