@@ -57,7 +57,7 @@ def _apply(pixels_HWC: np.ndarray, size: tuple[int, int], name: str) -> np.ndarr
     done = np.empty((size[1], size[0] * channels), np.float32)
     for block, weights in _blocks_per_channel(width, size[0], name, channels):
         part = tall[:, block.first * channels : block.last * channels]
-        done[:, block.start * channels : block.stop * channels] = part @ weights
+        np.matmul(part, weights, out=done[:, block.start * channels : block.stop * channels])
     return done.reshape(size[1], size[0], *pixels_HWC.shape[2:])
 
 
