@@ -18,6 +18,7 @@ from sd3pipe.console import StageReport, count, one_line, readable_bytes, readab
 from sd3pipe.data.dataset_file import Dataset, load_dataset
 from sd3pipe.data.prompts import load_prompts
 from sd3pipe.data.scan import Scan, scan, source_files, tell_about_captions
+from sd3pipe.encoding.cut_texts import Cuts, recall_cuts, remember_cuts
 from sd3pipe.encoding.text_plan import TextEncoders, Texts, caption_texts, find_text_encoders, prompt_texts, text_wanted
 from sd3pipe.errors import ParameterError
 from sd3pipe.models.text_architecture import EncoderName
@@ -86,14 +87,17 @@ def _fill(params: EncodeTextParams, target: _Target) -> None:
     with StageReport("encode-text", path=Path(f"{target.out}.report.json"), inputs=_inputs(params, target)) as report:
         ready = _prepare(params, target)
         report.update(texts=len(ready.texts.text_by_hash), uses=len(ready.texts.columns["key"]))
-        cut: list[dict[str, Any]] = []
+        folder = machine_folder(target.out)
+        cuts = recall_cuts(folder, set(ready.wanted.keys))
         counts = fill_cache(
             target.out,
             ready.wanted,
-            _encoder(ready, params, machine_folder(target.out), cut),
+            _encoder(ready, params, folder, cuts),
             made_with=_made_with(),
             shard=params.shard_numbers(),
         )
+        remember_cuts(folder, cuts)
+        cut = _cut_texts(ready, cuts)
         report.update(**counts.as_report(), cut=cut)
         report.summary = counts.summary() + (f", {count(len(cut), 'text')} cut" if cut else "")
         if ready.scanned is not None:
@@ -153,22 +157,30 @@ def _made_with() -> str:
 
 
 def _encoder(
-    ready: _Prepared, params: EncodeTextParams, scratch: Path, cut: list[dict[str, Any]]
+    ready: _Prepared, params: EncodeTextParams, scratch: Path, cuts: Cuts
 ) -> Callable[[Sequence[str]], Iterator[tuple[str, Row | Unreadable]]]:
-    """Returns the function that encodes rows by their keys; it adds the texts that lose tokens to `cut`."""
+    """Returns the function that encodes rows by their keys; it adds the texts that lose tokens to `cuts`."""
     hash_by_key = dict(zip(ready.wanted.keys, ready.texts.text_by_hash, strict=True))
 
     def encode(keys: Sequence[str]) -> Iterator[tuple[str, Row | Unreadable]]:
         from sd3pipe.encoding.text_encoding import encoded_texts, tokenized  # imports torch and transformers
 
         hashes = [hash_by_key[key] for key in keys]
-        tokens, cuts = tokenized([ready.texts.text_by_hash[digest] for digest in hashes], ready.encoders, ready.recipe)
-        cut.extend({"used_by": ready.texts.users.get(hashes[c.number], ""), "tokens": dict(c.tokens)} for c in cuts)
-        _tell_about_cuts(cut, ready.encoders.clip_length, ready.recipe.t5xxl_max_token_length)
+        tokens, cut = tokenized([ready.texts.text_by_hash[digest] for digest in hashes], ready.encoders, ready.recipe)
+        found: Cuts = {keys[text.number]: dict(text.tokens) for text in cut}
+        cuts.update(found)
+        _tell_about_cuts(_cut_texts(ready, found), ready.encoders.clip_length, ready.recipe.t5xxl_max_token_length)
         rows = encoded_texts(tokens, ready.encoders, ready.recipe, params, scratch)
         yield from zip(keys, rows, strict=True)
 
     return encode
+
+
+def _cut_texts(ready: _Prepared, cuts: Cuts) -> list[dict[str, Any]]:
+    """Returns who uses each text that is cut, and how many tokens it has, in the order of the dataset."""
+    hash_by_key = zip(ready.wanted.keys, ready.texts.text_by_hash, strict=True)
+    users = ready.texts.users
+    return [{"used_by": users.get(digest, ""), "tokens": cuts[key]} for key, digest in hash_by_key if key in cuts]
 
 
 def _tell_about_cuts(cut: Sequence[Mapping[str, Any]], clip_length: int, t5_length: int) -> None:

@@ -12,10 +12,11 @@ from sd3pipe.data.scan import scan
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.files import make_folder, write_bytes, write_text
 from sd3pipe.models.sources import find_component
+from sd3pipe.models.text_architecture import EncoderName
 from sd3pipe.models.tokenizer_folders import find_tokenizers
 from sd3pipe.models.tokenizers import load_tokenizer
 from sd3pipe.params.preview import PreviewParams
-from sd3pipe.previewing.cards import Preview
+from sd3pipe.previewing.cards import CaptionTokens, Preview
 from sd3pipe.previewing.dataset_cards import dataset_preview
 from sd3pipe.previewing.page import render
 from sd3pipe.previewing.sheet import draw_sheet
@@ -59,13 +60,13 @@ def _of_dataset(params: PreviewParams) -> Preview:
         caption_variants=params.caption_variants,
         crop_variants=params.crop_variants,
         seed=params.seed,
-        cut_off=lambda captions: _cut_off(captions, params),
+        count_tokens=lambda captions: _token_counts(captions, params),
         workers=workers,
     )
 
 
-def _cut_off(captions: Sequence[str], params: PreviewParams) -> dict[str, str]:
-    """Returns how many tokens the encoders leave out of captions, for those that are too long."""
+def _token_counts(captions: Sequence[str], params: PreviewParams) -> dict[str, CaptionTokens]:
+    """Returns how many tokens captions have for the encoders; nothing where there are no tokenizers."""
     try:
         folders = find_tokenizers(folder=params.tokenizers, model=params.model, files=())
     except InputError:
@@ -73,16 +74,16 @@ def _cut_off(captions: Sequence[str], params: PreviewParams) -> dict[str, str]:
             raise
         log.warning("no tokenizers are here, so nobody counted which captions are cut off: pass --tokenizers DIR")
         return {}
-    limits = {"clip_l": ("CLIP", _CLIP_TOKENS), "t5xxl": ("T5", params.t5xxl_max_token_length)}
-    found: dict[str, list[str]] = {}
-    for encoder, folder in folders.items():
-        if encoder not in limits:
-            continue  # CLIP-G counts as CLIP-L does
-        title, limit = limits[encoder]
-        for caption, ids in zip(captions, load_tokenizer(encoder, folder).encode(captions), strict=True):
-            if len(ids) > limit:
-                found.setdefault(caption, []).append(f"{title} reads {limit} of {len(ids)} tokens")
-    return {caption: "; ".join(parts) for caption, parts in found.items()}
+    limits = {"CLIP": _CLIP_TOKENS, "T5": params.t5xxl_max_token_length}
+    encoders: dict[str, EncoderName] = {"CLIP": "clip_l", "T5": "t5xxl"}  # CLIP-G counts as CLIP-L does
+    counts = {
+        title: [len(ids) for ids in load_tokenizer(encoder, folders[encoder]).encode(captions)]
+        for title, encoder in encoders.items()
+    }
+    return {
+        caption: CaptionTokens(limits=limits, counts={title: counts[title][number] for title in counts})
+        for number, caption in enumerate(captions)
+    }
 
 
 def _of_cache(params: PreviewParams) -> Preview:

@@ -68,7 +68,7 @@ class Subset:
     alpha_background: tuple[int, int, int] | None
     is_reg: bool
     num_repeats: int
-    prior_loss_weight: float
+    prior_loss_weight: float | None
     loss_weight: float
     caption_dropout_rate: float
     caption_dropout_every_n_epochs: int

@@ -74,7 +74,7 @@ KEYS: Mapping[str, Key] = {
     "custom_attributes": Key(kind="table"),
     "alpha_mask": Key(kind="bool", default=False),
     "alpha_background": Key(kind="colour", own=True),
-    "prior_loss_weight": Key(kind="number", default=1.0, minimum=0),
+    "prior_loss_weight": Key(kind="number", minimum=0, own=True),  # without it, train's option counts
     "loss_weight": Key(kind="number", default=1.0, minimum=0, own=True),
     "recursive": Key(kind="bool", default=False, own=True),
     # of one subset alone

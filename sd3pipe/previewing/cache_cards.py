@@ -31,7 +31,7 @@ def cache_preview(cache: CacheReader, vae: VAE, *, title: str, per_bucket: int) 
     warnings = (f"{len(lone)} of {len(sections)} buckets hold a single row: {', '.join(lone[:8])}",) if lone else ()
     return Preview(
         title=title,
-        sections=tuple(sorted(sections, key=lambda section: section.width / section.height)),
+        sections=tuple(sorted(sections, key=lambda section: (section.width / section.height, section.width))),
         warnings=warnings,
         left_out=tuple((entry["name"], entry["reason"]) for entry in cache.manifest.quarantined),
     )

@@ -1,6 +1,6 @@
 """What a preview shows: a card per picture, a section per bucket. Plain data, drawn by sheet.py and page.py."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -10,6 +10,24 @@ CARD_PX = 240  # the longer side of a cut as it is drawn
 
 Box = tuple[float, float, float, float]  # left, top, width, height as shares of the drawn picture
 ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionTokens:
+    """How many tokens a caption has, by encoder, and how many of them each encoder reads at the most."""
+
+    limits: Mapping[str, int]
+    counts: Mapping[str, int]
+
+    @property
+    def shown(self) -> str:
+        return ", ".join(f"{name} {count} of {self.limits[name]}" for name, count in self.counts.items()) + " tokens"
+
+    @property
+    def cut_off(self) -> str:
+        """What is left out, in words; empty where everything is read."""
+        long = {name: count for name, count in self.counts.items() if count > self.limits[name]}
+        return "; ".join(f"{name} reads {self.limits[name]} of {count} tokens" for name, count in long.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

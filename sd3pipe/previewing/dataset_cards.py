@@ -1,7 +1,7 @@
 """Cards of a dataset before anything is encoded: the very cuts, masks and captions that the encode stages will make."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from sd3pipe.data.feed import decoded_rows
 from sd3pipe.data.filters import filter_name
 from sd3pipe.data.geometry import Cut, View, views
 from sd3pipe.data.scan import Picture, Scan
-from sd3pipe.previewing.cards import CARD_PX, Box, Card, Preview, Section, spread
+from sd3pipe.previewing.cards import CARD_PX, Box, CaptionTokens, Card, Preview, Section, spread
 
 _AROUND = 0.25  # of a cut's side, shown on each side of it
 _MUCH_ENLARGED = 1.25
@@ -22,7 +22,7 @@ _MUCH_CUT_OFF = 0.2
 _NAMED = 6
 _TAGS_SHOWN = 60
 
-CutOff = Callable[[Sequence[str]], dict[str, str]]  # captions -> which of them are cut off, and how
+CountTokens = Callable[[Sequence[str]], Mapping[str, CaptionTokens]]  # of captions; of none without tokenizers
 
 Found = tuple[Picture, list[View], tuple[str, ...]]  # a picture, its cuts, its captions
 
@@ -35,10 +35,10 @@ def dataset_preview(
     caption_variants: int,
     crop_variants: int,
     seed: int,
-    cut_off: CutOff,
+    count_tokens: CountTokens,
     workers: int,
 ) -> Preview:
-    """Returns the preview of scanned pictures; `cut_off` tells which captions are longer than the encoders read."""
+    """Returns the preview of scanned pictures."""
     left_out = [(item.name, item.reason) for item in found.unreadable]
     buckets: dict[Size, list[Found]] = defaultdict(list)
     for picture in found.pictures:
@@ -50,19 +50,19 @@ def dataset_preview(
         captions = processed_captions(picture, variants=caption_variants, seed=seed)
         buckets[cuts[0].cut.size].append((picture, cuts, captions))
     everything = [item for items in buckets.values() for item in items]
-    too_long = cut_off(sorted({caption for _, _, captions in everything for caption in captions}))
+    tokens = count_tokens(sorted({caption for _, _, captions in everything for caption in captions}))
     copies = _copies(everything)
     shown = {size: spread(items, per_bucket) for size, items in buckets.items()}
     drawn = decoded_rows((_job(item) for items in shown.values() for item in items), workers=workers)
     sections = []
     for size, items in shown.items():
-        cards = tuple(_card(item, next(drawn), copies, too_long) for item in items)
-        rows = sum(len(cuts) for _, cuts, _ in buckets[size])
+        cards = tuple(_card(item, next(drawn), copies, tokens) for item in items)
+        rows = len({(picture.image_hash, picture.mask_hash, v.cut) for picture, cuts, _ in buckets[size] for v in cuts})
         sections.append(Section(width=size[0], height=size[1], pictures=len(buckets[size]), rows=rows, cards=cards))
     return Preview(
         title=title,
-        sections=tuple(sorted(sections, key=lambda section: section.width / section.height)),
-        warnings=tuple(_warnings(buckets, everything, copies, too_long)),
+        sections=tuple(sorted(sections, key=lambda section: (section.width / section.height, section.width))),
+        warnings=tuple(_warnings(buckets, everything, copies, tokens)),
         left_out=tuple(left_out),
         tags=_tags(everything),
     )
@@ -81,8 +81,12 @@ def _copies(everything: Sequence[Found]) -> dict[tuple[int, str], list[str]]:
     """Returns the names of pictures of equal content, by dataset and content, where there are several."""
     names: dict[tuple[int, str], list[str]] = defaultdict(list)
     for picture, _, _ in everything:
-        names[picture.subset.dataset, picture.image_hash].append(picture.name)
+        names[picture.subset.dataset, picture.image_hash].append(_full_name(picture))
     return {key: same for key, same in names.items() if len(same) > 1}
+
+
+def _full_name(picture: Picture) -> str:
+    return f"{picture.subset.name}/{picture.name}"
 
 
 def _window(cuts: Sequence[Cut]) -> tuple[int, int, int, int]:
@@ -136,7 +140,9 @@ def _boxes(cuts: Sequence[Cut]) -> tuple[Box, ...]:
     return tuple(dict.fromkeys(boxes))
 
 
-def _card(item: Found, drawn: object, copies: dict[tuple[int, str], list[str]], too_long: dict[str, str]) -> Card:
+def _card(
+    item: Found, drawn: object, copies: dict[tuple[int, str], list[str]], tokens: Mapping[str, CaptionTokens]
+) -> Card:
     picture, found_views, captions = item
     cuts = [view.cut for view in found_views]
     pixels = drawn if isinstance(drawn, Pixels) else None
@@ -146,9 +152,9 @@ def _card(item: Found, drawn: object, copies: dict[tuple[int, str], list[str]], 
         picture=pixels.rgb if pixels else np.full((CARD_PX // 2, CARD_PX, 3), 90, np.uint8),
         mask=pixels.mask if pixels else None,
         cuts=_boxes(cuts) if pixels else (),
-        facts=tuple(_facts(picture, found_views)),
+        facts=(*_facts(picture, found_views), *_token_facts(captions, tokens)),
         captions=captions,
-        warnings=(*broken, *_card_warnings(picture, cuts[0], captions, copies, too_long)),
+        warnings=(*broken, *_card_warnings(picture, cuts[0], captions, copies, tokens)),
     )
 
 
@@ -158,7 +164,7 @@ def _facts(picture: Picture, found_views: Sequence[View]) -> Iterator[str]:
     change = "as it is" if scale == 1 else f"{'enlarged' if scale > 1 else 'reduced'} to {scale:.0%}"
     cut_off = f", {_share_cut_off(cut):.0%} cut off" if _share_cut_off(cut) >= 0.005 else ""
     yield f"{picture.width} x {picture.height}, {change}{cut_off}"
-    crops = len({view.crop for view in found_views})
+    crops = len({view.cut for view in found_views if not view.flip})
     more = [f"{crops} random crops"] if crops > 1 else []
     more += ["mirrored too"] if any(view.flip for view in found_views) else []
     more += ["validation"] if picture.split == "validation" else []
@@ -167,36 +173,45 @@ def _facts(picture: Picture, found_views: Sequence[View]) -> Iterator[str]:
     yield ", ".join([f"subset {one_line(picture.subset.name)}", *more])
 
 
+def _token_facts(captions: Sequence[str], tokens: Mapping[str, CaptionTokens]) -> Iterator[str]:
+    if captions[0] in tokens:
+        yield tokens[captions[0]].shown
+
+
+def _first_cut_off(captions: Sequence[str], tokens: Mapping[str, CaptionTokens]) -> CaptionTokens | None:
+    """Returns the first of a picture's captions that is cut off."""
+    counted = (tokens[caption] for caption in captions if caption in tokens)
+    return next((caption for caption in counted if caption.cut_off), None)
+
+
 def _card_warnings(
     picture: Picture,
     cut: Cut,
     captions: Sequence[str],
     copies: dict[tuple[int, str], list[str]],
-    too_long: dict[str, str],
+    tokens: Mapping[str, CaptionTokens],
 ) -> Iterator[str]:
     if _scale(picture, cut) >= _MUCH_ENLARGED:
         yield f"enlarged {_scale(picture, cut):.1f} times"
     if _share_cut_off(cut) >= _MUCH_CUT_OFF:
-        yield f"{_share_cut_off(cut):.0%} of it are cut off"
+        yield f"{_share_cut_off(cut):.0%} of it is cut off"
     if picture.animated:
         yield "only the first frame is used"
     same = copies.get((picture.subset.dataset, picture.image_hash), [])
     if len(same) > 1:
-        others = [one_line(name) for name in same if name != picture.name] or [one_line(picture.name)]
+        others = [one_line(name) for name in same if name != _full_name(picture)]
         yield f"same file as {', '.join(others[:2])}"
     if not any(captions):
         yield "no caption"
-    for caption in captions:
-        if caption in too_long:
-            yield f"caption cut off: {too_long[caption]}"
-            break
+    if long := _first_cut_off(captions, tokens):
+        yield f"caption cut off: {long.cut_off}"
 
 
 def _warnings(
     buckets: dict[Size, list[Found]],
     everything: Sequence[Found],
     copies: dict[tuple[int, str], list[str]],
-    too_long: dict[str, str],
+    tokens: Mapping[str, CaptionTokens],
 ) -> Iterator[str]:
     """Yields what to know about the dataset as a whole."""
     enlarged = [p.name for p, cuts, _ in everything if _scale(p, cuts[0].cut) >= _MUCH_ENLARGED]
@@ -208,7 +223,7 @@ def _warnings(
         noun = "1 picture is" if len(copies) == 1 else f"{len(copies)} pictures are"
         yield f"{noun} there more than once: {_list(' = '.join(same) for same in copies.values())}"
     yield from _about([p.name for p, _, captions in everything if not any(captions)], "{} without a caption")
-    long = [p.name for p, _, captions in everything if any(caption in too_long for caption in captions)]
+    long = [p.name for p, _, captions in everything if _first_cut_off(captions, tokens)]
     yield from _about(long, "{} with a caption that is cut off")
     cropped = [p.name for p, cuts, _ in everything if _share_cut_off(cuts[0].cut) >= _MUCH_CUT_OFF]
     yield from _about(cropped, "{} of which a fifth or more is cut off")

@@ -1,6 +1,7 @@
 """The preview as one HTML page that needs nothing else: pictures are inside it, there is no script."""
 
 import base64
+from collections import Counter
 from html import escape
 
 from sd3pipe.previewing.cards import Card, Preview, Section
@@ -18,7 +19,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; border-to
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 1.2rem; align-items: end; }
 figure { margin: 0; align-self: start; } figure img { max-width: 100%; display: block; } figcaption { margin-top: .4rem;
      overflow-wrap: anywhere; } .warn { color: var(--warn); } .facts { font-size: .85em; }
-details { font-size: .9em; } svg text { fill: currentColor; font-size: 12px; } svg rect { fill: var(--bar); }
+details { font-size: .9em; } details ul { margin: .3rem 0; padding-left: 1.2em; }
+svg text { fill: currentColor; font-size: 12px; } svg rect { fill: var(--bar); }
 table { border-collapse: collapse; } td { padding: .1rem .8rem .1rem 0; } .key span { padding: 0 .5em; }
 nav a { margin-right: .8em; }
 """
@@ -95,10 +97,16 @@ def _card(card: Card) -> str:
 def _captions(card: Card) -> str:
     if not card.captions:
         return ""
-    first, *others = card.captions
-    more = "".join(f"<div>{_text(caption)}</div>" for caption in others)
-    folded = f"<details><summary>{len(others)} more variants</summary>{more}</details>" if others else ""
-    return f"<div>{_text(first)}</div>{folded}"
+    variants = Counter(card.captions)  # in the order of the first of each
+    if len(variants) == 1:
+        return f"<div>{_text(card.captions[0])}</div>"
+    told = "".join(f"<li>{_text(caption)}{_times(number)}</li>" for caption, number in variants.items())
+    summary = f"<summary>{len(card.captions)} variants, {len(variants)} of them different</summary>"
+    return f"<div>{_text(card.captions[0])}</div><details>{summary}<ul>{told}</ul></details>"
+
+
+def _times(number: int) -> str:
+    return f' <span class="facts">({number} times)</span>' if number > 1 else ""
 
 
 def _tags(preview: Preview) -> str:

@@ -134,6 +134,10 @@ def test_cut_captions_are_named(base, project, caplog):
     (cut,) = [item for item in report["cut"] if item["used_by"].endswith("coffee.png") and "clip_l" in item["tokens"]]
     assert cut["tokens"]["clip_l"] > 100
     assert cut["tokens"]["t5xxl"] > 100
+    again = encode(base, project)
+    assert again["encoded"] == 0 and again["cut"] == report["cut"]  # nothing is encoded, and it is told all the same
+    (project / "pictures" / "coffee.txt").write_text("cat", encoding="utf-8")
+    assert encode(base, project)["cut"] == []
 
 
 def test_shards_fill_one_cache_that_equals_one_made_at_once(base, project):

@@ -109,13 +109,12 @@ def test_the_lists_have_sd_scripts_lengths(options, count):
     assert len(bucket_sizes(bucketing(**options))) == count
 
 
-def test_a_tie_between_aspects_takes_the_first_of_the_sorted_list():
-    options = bucketing(1024, low=512, high=1024)
-    sizes = bucket_sizes(options)
-    aspect = (sizes[3][0] / sizes[3][1] + sizes[4][0] / sizes[4][1]) / 2
-    exact = [size for size in sizes if abs(size[0] / size[1] - aspect) == min(abs(s[0] / s[1] - aspect) for s in sizes)]
-    width = 1 << 20
-    assert place(width, round(width / aspect), options).bucket in (exact[0], *sizes[3:5])
+@pytest.mark.parametrize("size", [(1500, 1000), (750, 1000)], ids=str)
+def test_a_tie_between_aspects_takes_the_first_of_the_sorted_list(size):
+    """1.5 lies as far from 1 as from 2, 0.75 as far from 1 as from 0.5."""
+    options = bucketing(1024, height=512, low=512, high=1024, steps=512)
+    assert bucket_sizes(options) == ((512, 512), (512, 1024), (1024, 512))
+    assert place(*size, options).bucket == (512, 512)
 
 
 def test_max_bucket_reso_is_told_where_it_costs_pixels():

@@ -1,6 +1,7 @@
 """The caption pipeline: sd-scripts' steps in order, repeatable, with nothing lost that is to be kept."""
 
 import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,7 +94,10 @@ def test_equal_seeds_give_equal_captions_on_one_clean_line(text, rules, seed):
         assert rules.keep_tokens_separator not in caption or rules.secondary_separator or rules.enable_wildcard
 
 
-@given(tags=st.lists(st.text(alphabet="abc", min_size=1, max_size=3), max_size=8), keep=st.integers(0, 8),
+TAG = st.text(alphabet="abc", min_size=1, max_size=3)
+
+
+@given(tags=st.lists(TAG, max_size=8), keep=st.integers(0, 8),
        rate=st.sampled_from([0.0, 0.5, 1.0]), seed=st.integers(0, 99))  # fmt: skip
 def test_kept_tags_are_never_lost_and_no_tag_is_empty(tags, keep, rate, seed):
     caption = process(" , ".join(tags), seed, shuffle_caption=True, keep_tokens=keep, caption_tag_dropout_rate=rate)
@@ -103,6 +107,22 @@ def test_kept_tags_are_never_lost_and_no_tag_is_empty(tags, keep, rate, seed):
     assert not [part for part in parts if parts.count(part) > tags.count(part)]
     if rate == 0:
         assert sorted(parts) == sorted(tags)
+
+
+@given(head=st.lists(TAG, max_size=3), free=st.lists(TAG, max_size=5), tail=st.lists(TAG, max_size=3),
+       rate=st.sampled_from([0.0, 0.5, 1.0]), shuffle=st.booleans(), seed=st.integers(0, 99))  # fmt: skip
+def test_tags_around_the_separators_stay_where_they_are(head, free, tail, rate, shuffle, seed):
+    text = " ||| ".join(", ".join(tags) for tags in (head, free, tail))
+    caption = process(
+        text, seed, keep_tokens_separator="|||", shuffle_caption=shuffle, caption_tag_dropout_rate=rate, keep_tokens=2
+    )
+    parts = caption.split(", ") if caption else []
+    assert all(parts)
+    assert parts[: len(head)] == head and parts[len(parts) - len(tail) :] == tail
+    between = parts[len(head) : len(parts) - len(tail)]
+    assert not Counter(between) - Counter(free)
+    if rate == 0:
+        assert sorted(between) == sorted(free) and (shuffle or between == free)
 
 
 def picture(tmp_path, caption, extra=""):

@@ -175,6 +175,11 @@ def test_bucket_limits_are_adjusted_and_checked_as_in_sd_scripts(tmp_path):
     assert "multiple of 16" in odd
 
 
+def test_the_weight_of_regularisation_is_left_to_train_unless_it_is_given(tmp_path):
+    assert load(tmp_path, SMALL).subsets[0].weighting()["prior_loss_weight"] is None
+    assert load(tmp_path, SMALL + "prior_loss_weight = 0.5\n").subsets[0].weighting()["prior_loss_weight"] == 0.5
+
+
 def test_preservation_goes_to_the_weighting_only(tmp_path):
     text = SMALL + "custom_attributes = {diff_output_preservation = true}\n"
     assert load(tmp_path, text).subsets[0].weighting()["diff_output_preservation"] is True

@@ -1,6 +1,9 @@
 """Decoding: whatever a picture was saved as, upright sRGB pixels of eight bits come out."""
 
 import io
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -150,7 +153,24 @@ def test_formats_that_run_programs_are_no_pictures():
         rgb(saved(Image.fromarray(PIXELS), "EPS"))
 
 
-def test_a_missing_plugin_is_named():
-    jxl = b"\xff\x0a" + b"\0" * 40
-    with pytest.raises(UnreadablePicture, match=r"pip install pillow-jxl-plugin|damaged|no picture"):
-        decode(jxl, ".jxl", keep_alpha=False)
+@pytest.mark.parametrize("ending, module, format", [(".jxl", "pillow_jxl", "JXL"), (".HEIC", "pillow_heif", "HEIF")])
+def test_plugins_are_found_by_the_ending(ending, module, format):
+    plugin = pytest.importorskip(module)
+    getattr(plugin, "register_heif_opener", lambda: None)()
+    data = saved(Image.new("RGB", (64, 48), (200, 30, 40)), format, quality=95)
+    script = f"""
+import sys
+from sd3pipe.data.images import decode
+assert {module!r} not in sys.modules
+print(decode(sys.stdin.buffer.read(), {ending!r}, keep_alpha=False).mean(axis=(0, 1)).round().astype(int).tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", script], input=data, capture_output=True, check=True)
+    assert np.abs(np.array(json.loads(done.stdout)) - (200, 30, 40)).max() < 12
+
+
+@pytest.mark.parametrize("ending, package", [(".jxl", "pillow-jxl-plugin"), (".heif", "pillow-heif")])
+def test_a_missing_plugin_is_named(monkeypatch, ending, package):
+    monkeypatch.setattr("sd3pipe.data.headers._known_formats", lambda: {"PNG": None})
+    monkeypatch.setattr("importlib.import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    with pytest.raises(UnreadablePicture, match=f"Pillow needs a plugin for {ending} files: pip install {package}"):
+        decode(b"\xff\x0a" + bytes(40), ending, keep_alpha=False)

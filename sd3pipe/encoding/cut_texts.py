@@ -1,0 +1,28 @@
+"""Which texts are longer than an encoder reads, remembered by row key for runs that encode nothing."""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from sd3pipe.files import write_json
+
+_FILE = "cut.json"
+
+Cuts = dict[str, dict[str, int]]  # row key -> encoder that cuts the text -> tokens that the text has
+
+
+def recall_cuts(folder: Path, keys: Collection[str]) -> Cuts:
+    """Returns what a machine folder remembers of rows that are still wanted; nothing where it is damaged."""
+    try:
+        content = json.loads((folder / _FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(content, Mapping):
+        return {}
+    return {key: tokens for key, tokens in content.items() if key in keys and isinstance(tokens, dict)}
+
+
+def remember_cuts(folder: Path, cuts: Cuts) -> None:
+    """Writes what `recall_cuts` reads. Raises StorageError."""
+    if cuts or (folder / _FILE).exists():
+        write_json(folder / _FILE, cuts)
