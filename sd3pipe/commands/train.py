@@ -25,6 +25,7 @@ from sd3pipe.training.memory_plan import CLIP_TOKENS, MemoryPlan, run_memory
 from sd3pipe.training.precision import BASE_DTYPES, resolve_precision
 from sd3pipe.training.processes import Processes, join_processes
 from sd3pipe.training.progressed import Progressed
+from sd3pipe.training.records import subset_figures
 from sd3pipe.training.run_folder import Start, choose_start, is_finished
 from sd3pipe.training.setup import build_loop
 from sd3pipe.training.stopping import parse_duration
@@ -71,7 +72,7 @@ def _train(params: TrainParams, processes: Processes, report: StageReport) -> No
     if is_finished(params.out, start, identity, run.total_steps):
         done = Progressed.from_state(start.checkpoint.state) if start.checkpoint else Progressed()
         report.update(**_how_far(done), steps_now=0, seconds_per_step=None, peak_rss_bytes=peak_rss_bytes())
-        report.update(peak_device_bytes=0)
+        report.update(peak_device_bytes=0, subsets=subset_figures(params.out))
         report.summary = f"nothing to do, all {count(run.total_steps, 'step')} are done"
         return
     memory = run_memory(
@@ -90,7 +91,7 @@ def _train(params: TrainParams, processes: Processes, report: StageReport) -> No
             loop.saver.finish({"identity": identity, "steps": run.total_steps})
         finally:
             loop.close()
-            report.update(**_figures(loop, memory, processes, steps_before))
+            report.update(**_figures(loop, memory, processes, steps_before), subsets=subset_figures(params.out))
     says = verdict(params.out)
     if says:
         log.info("%s", says)

@@ -113,6 +113,7 @@ class Loop:
                 grad_norm=result.grad_norm,
                 learning_rate=result.learning_rate,
                 subset_loss=result.subset_losses,
+                subset_samples=result.subset_samples,
                 seconds=round(seconds, 4),
             )
         bar.advance(1, loss=f"{state.loss_mean:.4f}", lr=f"{result.learning_rate:.3g}", memory=self._memory())

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,17 @@ def write_summaries(run: Path) -> None:
     _write_table(run / "plots" / "loss.csv", steps)
     if validations:
         _write_table(run / "plots" / "validation.csv", validations)
+
+
+def subset_figures(run: Path) -> dict[str, dict[str, float]]:
+    """Returns per subset how many samples were seen, and their mean loss before any weighting, over the whole run."""
+    seen: Counter[str] = Counter()
+    losses: Counter[str] = Counter()
+    for record in read_records(run):
+        for name, count in record.get("subset_samples", {}).items():
+            seen[name] += count
+            losses[name] += count * record["subset_loss"][name]
+    return {name: {"samples_seen": seen[name], "loss_mean": losses[name] / seen[name]} for name in sorted(seen)}
 
 
 def _write_table(path: Path, records: list[dict[str, Any]]) -> None:

@@ -27,6 +27,7 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     subset_losses: dict[str, float]
+    subset_samples: dict[str, int]
     stop_wanted: bool
     bad: str = ""  # why the step was not applied
 
@@ -104,12 +105,13 @@ class StepRunner:
         *sums, norm = numbers
         pairs = list(zip(sums[0::2], sums[1::2], strict=True))
         loss = pairs[-2][0] / self.processes.count
-        per_subset = zip(self._subset_names, pairs, strict=False)
+        per_subset = {name: pair for name, pair in zip(self._subset_names, pairs, strict=False) if pair[1]}
         return StepResult(
             loss=loss,
             grad_norm=norm,
             learning_rate=self._rates[0] * self.schedule.factor(number),
-            subset_losses={name: total / count for name, (total, count) in per_subset if count},
+            subset_losses={name: total / count for name, (total, count) in per_subset.items()},
+            subset_samples={name: round(count) for name, (_, count) in per_subset.items()},
             stop_wanted=pairs[-1][0] > 0,
             bad=self._complaint(loss, norm, loss_mean),
         )

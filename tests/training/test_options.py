@@ -242,8 +242,13 @@ def test_subsets_are_weighed_and_repeated(inputs):
 
 
 def test_losses_are_told_by_subset(inputs):
-    run = inputs.train("subsets", gradient_accumulation_steps=4, max_train_steps=1)
-    assert run.records()[0]["subset_loss"].keys() == {"photos", "class"}
+    run = inputs.train("subsets", gradient_accumulation_steps=4, max_train_steps=2)
+    records = run.records()
+    assert records[0]["subset_loss"].keys() == records[0]["subset_samples"].keys() == {"photos", "class"}
+    told = run.report()["subsets"]
+    assert {name: figures["samples_seen"] for name, figures in told.items()} == {"photos": 4, "class": 4}
+    losses = [record["subset_loss"]["photos"] * record["subset_samples"]["photos"] for record in records[:2]]
+    assert told["photos"]["loss_mean"] == pytest.approx(sum(losses) / 4)
 
 
 def test_the_report_lists_every_option(inputs):
