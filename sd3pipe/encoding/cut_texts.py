@@ -5,10 +5,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from sd3pipe.files import write_json
+from sd3pipe.models.text_architecture import EncoderName
 
 _FILE = "cut.json"
 
-Cuts = dict[str, dict[str, int]]  # row key -> encoder that cuts the text -> tokens that the text has
+Cuts = dict[str, dict[EncoderName, int]]  # row key -> encoder that cuts the text -> tokens that the text has
 
 
 def recall_cuts(folder: Path, keys: Collection[str]) -> Cuts:

@@ -137,7 +137,8 @@ def test_cut_captions_are_named(base, project, caplog):
     again = encode(base, project)
     assert again["encoded"] == 0 and again["cut"] == report["cut"]  # nothing is encoded, and it is told all the same
     (project / "pictures" / "coffee.txt").write_text("cat", encoding="utf-8")
-    assert encode(base, project)["cut"] == []
+    shorter = encode(base, project)["cut"]
+    assert shorter == [item for item in report["cut"] if not item["used_by"].endswith("coffee.png")]
 
 
 def test_shards_fill_one_cache_that_equals_one_made_at_once(base, project):

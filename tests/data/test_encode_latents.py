@@ -205,6 +205,26 @@ def test_shards_fill_one_cache_together(project, base):
     assert contents(project) == whole
 
 
+def test_the_summary_tells_where_max_bucket_reso_costs_pixels(tmp_path, base, capsys):
+    (tmp_path / "pics").mkdir()
+    Image.new("RGB", (320, 180)).save(tmp_path / "pics" / "wide.png")
+    limits = "enable_bucket = true\nmin_bucket_reso = 32\nmax_bucket_reso = 128\nbucket_reso_steps = 32"
+    (tmp_path / "d.toml").write_text(
+        f"[[datasets]]\nresolution = 128\n{limits}\n[[datasets.subsets]]\nimage_dir = 'pics'"
+    )
+    main(
+        EncodeLatentsParams(
+            model=str(base.model),
+            dataset=tmp_path / "d.toml",
+            out=tmp_path / "o",
+            max_data_loader_n_workers=0,
+            threads=1,
+        )
+    )
+    told = "1 row smaller than the resolution (128 x 64 instead of the area of 128 x 128: max_bucket_reso = 128 cuts"
+    assert told in capsys.readouterr().out
+
+
 def break_pictures(project, count):
     for number in range(count):
         (project / "pics" / f"broken{number}.png").write_bytes(b"")
