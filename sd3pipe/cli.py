@@ -4,12 +4,13 @@ Typer builds the commands; the options come from the pydantic models in params/,
 failure ends here, as one line on stderr and the exit code of errors.py.
 """
 
+import contextlib
 import importlib
 import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Annotated, Any
@@ -87,13 +88,14 @@ def run(arguments: list[str]) -> int:
     """Runs one command line and returns its exit code."""
     setup_logging()
     try:
-        app = typer.main.get_command(build_app(arguments))
-        result = app.main(arguments, prog_name="sd3pipe", standalone_mode=False)
+        with _stopped_by_signals():
+            app = typer.main.get_command(build_app(arguments))
+            result = app.main(arguments, prog_name="sd3pipe", standalone_mode=False)
     except Sd3pipeError as error:
         return _fail(str(error), error.exit_code)
     except TyperException as error:
         return _fail(error.format_message(), ExitCode.PARAMETERS)
-    except (KeyboardInterrupt, Abort):
+    except Abort:
         return _fail("stopped: the same command goes on from here", ExitCode.STOPPED)
     except Exception as error:  # the outermost frame: whatever arrives here is our own bug
         return _fail(_keep_traceback(error), ExitCode.BUG)
@@ -165,14 +167,28 @@ def _command_body(command: Command, arguments: list[str]) -> Callable[..., None]
 
 
 def _run_program(command: Command, params: Any) -> None:
-    signal.signal(signal.SIGTERM, _stop)
     module_name, function_name = command.program.split(":")
     module = importlib.import_module(f"sd3pipe.commands.{module_name}")
     getattr(module, function_name)(params)
 
 
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Turns Ctrl-C and SIGTERM into Stopped; what was started to ignore one of them goes on ignoring it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    try:
+        for number in heard:
+            signal.signal(number, _stop)
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, before[number])
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped("stopped by SIGTERM: the same command goes on from here")
+    signal.signal(number, signal.SIG_IGN)  # a process and its group get it twice, and cleaning up is quick
+    raise Stopped(f"stopped by {signal.Signals(number).name}: the same command goes on from here")
 
 
 def _fail(message: str, code: int) -> int:

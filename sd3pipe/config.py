@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3pipe.errors import ParameterError
+from sd3pipe.files import nearest_path
 
 PROJECT_FILE = "project.toml"
 KEPT_TABLES = ("subsets",)  # the one table that is a value; all others are headings
@@ -34,7 +35,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         text = path.read_bytes().decode("utf-8-sig")
         return tomllib.loads(text)
     except FileNotFoundError as error:
-        raise ParameterError(f"{path}: there is no such file") from error
+        raise ParameterError(f"{path}: there is no such file{nearest_path(path)}") from error
+    except IsADirectoryError as error:
+        raise ParameterError(f"{path}: is a folder: name a TOML file") from error
     except OSError as error:
         raise ParameterError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

@@ -199,6 +199,4 @@ def _exit_code(error: BaseException | None) -> int:
         return ExitCode.DONE
     if isinstance(error, Sd3pipeError):
         return error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        return ExitCode.STOPPED
     return ExitCode.BUG

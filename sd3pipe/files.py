@@ -1,6 +1,7 @@
 """Files that are never half there. The only module that relies on link(2), flock or fsync of a folder."""
 
 import contextlib
+import difflib
 import errno
 import json
 import os
@@ -11,6 +12,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from sd3pipe.errors import StorageError
+
+try:
+    import fcntl
+except ImportError:  # no Unix
+    fcntl = None
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.EACCES}
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -23,7 +29,15 @@ def storage_error(error: OSError, path: Path) -> StorageError:
         return StorageError(f"{path}: the disk is full: free space, then run the same command again")
     if error.errno in _NOT_WRITABLE:
         return StorageError(f"{path}: cannot be written ({os.strerror(error.errno or 0)}): choose a writable folder")
+    if error.errno == errno.EISDIR:
+        return StorageError(f"{path}: is a folder, and a file is to be written: name a file")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return StorageError(f"{path}: {_file_in_the_way(path)} is a file, not a folder: choose another place")
     return StorageError(f"{path}: writing failed ({error.strerror or error})")
+
+
+def _file_in_the_way(path: Path) -> Path:
+    return next((part for part in (*reversed(path.parents), path) if part.is_file()), path)
 
 
 @contextlib.contextmanager
@@ -98,6 +112,32 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+@contextlib.contextmanager
+def lock_file(path: Path) -> Iterator[bool]:
+    """Locks a file for this process until the block ends or the process dies; yields whether nobody else holds it.
+
+    Yields True also where the system or the file system has no locks. Raises StorageError.
+    """
+    make_folder(path.parent)
+    with storage_errors(path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        yield fcntl is None or _locked(handle)
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int) -> bool:
+    assert fcntl is not None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks here
+        return True
+    return True
+
+
 def publish_once(temporary: Path, final: Path) -> bool:
     """Gives a finished file its name unless the name is taken; returns whether this call gave it.
 
@@ -117,6 +157,16 @@ def publish_once(temporary: Path, final: Path) -> bool:
         temporary.unlink()
     sync_folder(final.parent)
     return True
+
+
+def nearest_path(path: Path) -> str:
+    """Returns ' (did you mean X?)' for what lies beside a missing path and has the nearest name, or nothing."""
+    try:
+        names = [other.name for other in path.parent.iterdir()]
+    except OSError:
+        return ""
+    matches = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
+    return f" (did you mean {path.parent / matches[0]}?)" if matches else ""
 
 
 def free_bytes(path: Path) -> int:

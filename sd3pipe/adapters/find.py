@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from sd3pipe.errors import InputError
+from sd3pipe.files import nearest_path
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +32,16 @@ def find_adapter(path: Path) -> Path:
         return found[newest]
     if path.is_dir():
         raise InputError(
-            f"{path}: holds no adapter: neither final/{ADAPTER_NAME} nor a checkpoint, and is no checkpoint"
+            f"{path}: holds no adapter: no {ADAPTER_NAME}, no final/{ADAPTER_NAME}, no checkpoint of a run"
+            f"{_files_in(path)}"
         )
-    raise InputError(f"{path}: there is no such run, checkpoint or file")
+    raise InputError(f"{path}: there is no such run, checkpoint or file{nearest_path(path)}")
+
+
+def _files_in(folder: Path) -> str:
+    """Returns the end of a refusal that names files which may have been meant."""
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    return f"; name one of its files, such as {folder / names[0]}" if names else ""
 
 
 def checkpoint_adapters(run: Path) -> dict[int, Path]:

@@ -15,8 +15,12 @@ from sd3pipe.adapters.inspection import Inspection, norm_picture, norm_table, sq
 from sd3pipe.adapters.inspection import inspect as inspected
 from sd3pipe.adapters.metadata import read_provenance
 from sd3pipe.console import count, one_line
-from sd3pipe.errors import ParameterError
-from sd3pipe.exporting.adapter_files import as_summary, export_metadata
+from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.exporting.adapter_files import (
+    as_summary,
+    export_metadata,
+    refuse_to_replace,
+)
 from sd3pipe.exporting.base_weights import for_form
 from sd3pipe.exporting.extraction import extract as extracted_adapter
 from sd3pipe.exporting.reproduction import later_steps, reproduction, with_step
@@ -43,6 +47,10 @@ def inspect(params: AdapterInspectParams) -> None:
         return
     found = inspected(file)
     if params.picture is not None:
+        if params.picture.suffix.lower() != ".svg":
+            raise ParameterError(
+                f"--picture {params.picture}: the picture is an SVG: name it {params.picture.stem}.svg"
+            )
         write_text(params.picture, norm_picture(file.path.name, found.norms, found.depth))
     print(json.dumps(_as_json(file, found), indent=2) if params.as_json else _as_text(file, found))
 
@@ -50,7 +58,7 @@ def inspect(params: AdapterInspectParams) -> None:
 def convert(params: AdapterConvertParams) -> None:
     """Writes an adapter of any known form in another, without loss or not at all."""
     file = read_adapter(find_adapter(params.adapter), ignore_unknown=params.ignore_unknown)
-    _save(params, file.adapter, file.metadata, file.variants)
+    _save(params, [file], file.adapter, file.metadata, file.variants)
 
 
 def resize(params: AdapterResizeParams) -> None:
@@ -60,7 +68,8 @@ def resize(params: AdapterResizeParams) -> None:
     kept = mean_kept(found, squared_norms(file.adapter))
     adapter = {path: approximation.delta for path, approximation in found.items()}
     options = {"rank": params.rank, "energy": params.energy}
-    _save(params, adapter, with_step(_without_ranks(file.metadata), "adapter resize", options), file.variants)
+    metadata = with_step(_without_ranks(file.metadata), "adapter resize", options)
+    _save(params, [file], adapter, metadata, file.variants)
     print(f"adapter resize: {kept:.2%} of the squared norm kept, {_ranks(adapter)}")
 
 
@@ -70,17 +79,14 @@ def merge(params: AdapterMergeParams) -> None:
     weights = params.weights or (1.0,) * len(files)
     if len(weights) != len(files):
         raise ParameterError(f"{count(len(weights), 'weight')} for {count(len(files), 'adapter')}: give one for each")
-    depths = {file.depth for file in files if file.depth}
-    if len(depths) > 1:
-        raise ParameterError("the adapters belong to models of different size")
+    variants = _common_variants(files)
     adapter = merged_adapter([file.adapter for file in files], weights)
-    variants = tuple(variant for variant in files[0].variants if all(variant in file.variants for file in files))
     told = ""
     if params.rank is not None:
         found = {path: resized(delta, rank=params.rank, energy=None) for path, delta in adapter.items()}
         told = f", {mean_kept(found, squared_norms(adapter)):.2%} of the sum's squared norm kept"
         adapter = {path: approximation.delta for path, approximation in found.items()}
-    _save(params, adapter, _merged_words(files, weights), variants)
+    _save(params, files, adapter, _merged_words(files, weights), variants)
     print(f"adapter merge: {count(len(files), 'adapter')}, {_ranks(adapter)}{told}")
 
 
@@ -93,14 +99,33 @@ def extract(params: AdapterExtractParams) -> None:
     kept = mean_kept(result.found, result.squared_norms)
     in_layers = sum(result.squared_norms.values())
     metadata = {"sd3pipe_extracted_from": json.dumps({"tuned": tuned.fingerprint(), "base": base.fingerprint()})}
-    _save(params, adapter, metadata, (mmdit_architecture(base).variant,))
+    _save(params, [], adapter, metadata, (mmdit_architecture(base).variant,))
     print(
         f"adapter extract: {_ranks(adapter)}, {kept:.2%} of the squared difference of these layers kept; "
         f"{result.left_out / (in_layers + result.left_out):.2%} of the whole difference lies elsewhere"
     )
 
 
-def _save(params: WrittenParams, adapter: Adapter, metadata: Mapping[str, str], variants: tuple[str, ...]) -> None:
+def _common_variants(files: Sequence[AdapterFile]) -> tuple[str, ...]:
+    """Returns the models that all adapters fit. Raises InputError where there cannot be one."""
+    first, *others = files
+    for file in others:
+        odd = [path for path, size in file.sizes.items() if first.sizes.get(path, size) != size]
+        if odd:
+            raise InputError(f"{first.path} and {file.path} belong to different models: {odd[0]} has two sizes in them")
+        if first.depth and file.depth and first.depth != file.depth:
+            raise InputError(f"{first.path} and {file.path} belong to models of {first.depth} and {file.depth} blocks")
+    return tuple(variant for variant in first.variants if all(variant in file.variants for file in others))
+
+
+def _save(
+    params: WrittenParams,
+    sources: Sequence[AdapterFile],
+    adapter: Adapter,
+    metadata: Mapping[str, str],
+    variants: tuple[str, ...],
+) -> None:
+    refuse_to_replace(params.out, [file.path for file in sources])
     ready = for_form(adapter, params.format, params.model, None)
     saved = save_adapter(
         params.out,

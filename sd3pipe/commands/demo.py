@@ -1,28 +1,19 @@
 """`sd3pipe demo`: the whole pipeline on the embedded demo, from drawings to a LoRA that visibly changes pictures."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sd3pipe.child import ChildFailed, run_child
 from sd3pipe.console import StageReport
 from sd3pipe.demo.base_files import MODEL
 from sd3pipe.demo.project import PROMPTED, RUN, write_files
-from sd3pipe.errors import ExitCode, InputError, ParameterError, Sd3pipeError
+from sd3pipe.errors import ExitCode, InputError, ParameterError
 from sd3pipe.files import make_folder, write_bytes
 from sd3pipe.params.demo import DemoParams
 
 PICTURE = "before-and-after.png"
 _SAMPLES = "samples"
-
-
-class DemoFailed(Sd3pipeError):
-    """A command of the demo ended with an exit code of its own, which becomes the demo's."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.exit_code = code
 
 
 def main(params: DemoParams) -> None:
@@ -61,9 +52,9 @@ def _write(folder: Path, steps: int) -> None:
 
 def _run(folder: Path, *arguments: str) -> None:
     """Runs one command in the project's folder, in a process of its own."""
-    code = subprocess.run([sys.executable, "-m", "sd3pipe", *arguments], cwd=folder, check=False).returncode
+    code = run_child(arguments, folder)
     if code != ExitCode.DONE:
-        raise DemoFailed(f"`sd3pipe {arguments[0]}` in {folder} ended with exit code {code}", code if code > 0 else 75)
+        raise ChildFailed(f"`sd3pipe {arguments[0]}` in {folder}", code, "sd3pipe demo")
 
 
 def _before_and_after(folder: Path, seeds: Sequence[int]) -> dict[str, int]:

@@ -13,7 +13,13 @@ from sd3pipe.adapters.metadata import PROVENANCE_KEY
 from sd3pipe.console import StageReport, count, readable_bytes
 from sd3pipe.device import choose_device
 from sd3pipe.errors import InputError, ParameterError
-from sd3pipe.exporting.adapter_files import as_report, as_summary, export_metadata
+from sd3pipe.exporting.adapter_files import (
+    as_report,
+    as_summary,
+    description,
+    export_metadata,
+    refuse_to_replace,
+)
 from sd3pipe.exporting.base_weights import find_base, for_form
 from sd3pipe.exporting.checkpoints import MergedModel, write_checkpoint
 from sd3pipe.exporting.up_to_date import is_up_to_date, made_from
@@ -30,6 +36,7 @@ def main(params: ExportParams) -> None:
     inputs = {"adapter": str(params.adapter), "model": params.model, "format": params.format}
     with StageReport("export", path=Path(f"{params.out}.report.json"), inputs=inputs) as report:
         device = choose_device(params.device, params.threads)
+        _refuse_what_would_be_ignored(params)
         if params.checkpoints is not None:
             saved = _export_all(params)
             report.update(files={file.path.name: as_report(file) for file in saved})
@@ -52,6 +59,17 @@ def main(params: ExportParams) -> None:
         report.summary = as_summary(saved_file)
 
 
+def _refuse_what_would_be_ignored(params: ExportParams) -> None:
+    """Raises ParameterError for options that have no meaning together."""
+    if params.format == "checkpoint" and params.dtype != "auto":
+        raise ParameterError(f"--dtype {params.dtype}: a checkpoint keeps the base's number formats: leave --dtype out")
+    if params.format != "checkpoint" and params.multiplier != 1.0:
+        raise ParameterError(
+            f"--multiplier {params.multiplier:g} is for --format checkpoint: `sd3pipe adapter merge FILE --weights "
+            f"{params.multiplier:g}` writes an adapter of another strength"
+        )
+
+
 def _read(path: Path) -> AdapterFile:
     log.info("export: %s", path)
     return read_adapter(path)
@@ -62,6 +80,7 @@ def _export(source: AdapterFile, out: Path, params: ExportParams) -> SavedAdapte
     if out.is_dir():
         raise ParameterError(f"{out}: is a folder: name a file, such as {out / 'my_lora.safetensors'}")
     adapter = for_form(source.adapter, params.format, params.model, params.mmdit)
+    refuse_to_replace(out, [source.path])
     metadata = export_metadata(source.metadata, params, params.format, source.variants)
     return save_adapter(out, adapter, form=params.format, dtype=params.dtype, metadata=metadata)
 
@@ -82,12 +101,11 @@ def _export_all(params: ExportParams) -> list[SavedAdapter]:
 
 
 def _merge(source: AdapterFile, params: ExportParams, device: torch.device) -> MergedModel:
-    if params.dtype != "auto":
-        raise ParameterError(f"--dtype {params.dtype}: a checkpoint keeps the base's number formats: leave --dtype out")
     text = [path for path in source.adapter if is_text_encoder(path)]
     if text:
         raise ParameterError(f"--format checkpoint merges into the MMDiT, and the adapter also changes {text[0]}")
     base = find_base(params.model, params.mmdit, "--format checkpoint merges the adapter into a base model")
+    refuse_to_replace(params.out, [source.path, *base.paths])
     model = Path(params.model).expanduser() if params.model and params.mmdit is None else None
     merged = write_checkpoint(
         params.out,
@@ -112,7 +130,8 @@ def _merged_metadata(source: Mapping[str, str], params: ExportParams) -> dict[st
     if not params.metadata:
         return {}
     provenance = {PROVENANCE_KEY: source[PROVENANCE_KEY]} if PROVENANCE_KEY in source else {}
-    return provenance | {"sd3pipe_merged_multiplier": repr(params.multiplier)}
+    multiplier = {"sd3pipe_merged_multiplier": repr(params.multiplier)}
+    return provenance | multiplier | description(params).keys()
 
 
 def _merged_report(merged: MergedModel) -> dict[str, object]:

@@ -6,24 +6,15 @@ run, export by the content of the adapter. So this program knows the order and t
 
 import os
 import shlex
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from sd3pipe.child import ChildFailed, run_child
 from sd3pipe.config import PROJECT_FILE, Project, find_project, read_project
-from sd3pipe.errors import ExitCode, ParameterError, Sd3pipeError
+from sd3pipe.errors import ExitCode, ParameterError
 from sd3pipe.params.run import RunParams
 
 Paths = Mapping[str, str]
-
-
-class StageFailed(Sd3pipeError):
-    """A stage ended with an exit code of its own, which becomes this command's."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.exit_code = code
 
 
 def main(params: RunParams) -> None:
@@ -95,7 +86,6 @@ def _run_stage(stage: str, arguments: list[str], project: Project, *, dry_run: b
     print(f"$ {shown}", flush=True)
     if dry_run:
         return
-    code = subprocess.run([sys.executable, "-m", "sd3pipe", *arguments], check=False).returncode
+    code = run_child(arguments)
     if code != ExitCode.DONE:
-        code = code if code > 0 else ExitCode.STOPPED  # negative: ended by that signal
-        raise StageFailed(f"{stage} ended with exit code {code}; `sd3pipe run` goes on from there", code)
+        raise ChildFailed(stage, code, "sd3pipe run")

@@ -5,6 +5,7 @@ import logging
 import os
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from sd3pipe.cache.folder import machine_folder
 from sd3pipe.cache.staleness import check_sources
 from sd3pipe.console import StageReport, count
 from sd3pipe.device_memory import peak_device_bytes, peak_rss_bytes
-from sd3pipe.errors import DeviceMemoryError, StaleError, Stopped
+from sd3pipe.errors import DeviceMemoryError, StaleError, Stopped, StorageError
+from sd3pipe.files import lock_file
 from sd3pipe.models.checkpoint import mmdit_architecture
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.params.idle import idle_options
@@ -43,13 +45,25 @@ def main(params: TrainParams) -> None:
     _set_numerics(params)
     inputs = {"model": params.model, "text": str(params.text), "latents": str(params.latents)}
     report = StageReport("train", path=params.out / "report.json", inputs=inputs)
-    try:
-        with report if processes.is_main else contextlib.nullcontext():
-            _train(params, processes, report)
-    except Stopped:
-        processes.wait()  # a launcher ends all once one has left, and the main process may still be writing
-        raise
+    with _only_writer(params.out) if processes.is_main else contextlib.nullcontext():
+        try:
+            with report if processes.is_main else contextlib.nullcontext():
+                _train(params, processes, report)
+        except Stopped:
+            processes.wait()  # a launcher ends all once one has left, and the main process may still be writing
+            raise
     processes.leave()
+
+
+@contextlib.contextmanager
+def _only_writer(run: Path) -> Iterator[None]:
+    """Keeps other processes from training into the same folder. Raises StorageError where one does, or it is none."""
+    if run.is_file():
+        raise StorageError(f"{run} is a file, not a folder: choose another --out")
+    with lock_file(machine_folder(run).parent / f"{run.resolve().name}.lock") as free:
+        if not free:
+            raise StorageError(f"another process trains into {run}: wait for it, stop it, or choose another --out")
+        yield
 
 
 def _train(params: TrainParams, processes: Processes, report: StageReport) -> None:

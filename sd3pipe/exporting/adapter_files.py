@@ -1,11 +1,13 @@
 """What an exported adapter file says of itself, and what is said of it in the report and on the summary line."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from sd3pipe.adapters.files import SavedAdapter
 from sd3pipe.adapters.keymap import Form
 from sd3pipe.adapters.metadata import Description, modelspec, thumbnail_url
 from sd3pipe.console import count, readable_bytes
+from sd3pipe.errors import ParameterError
 from sd3pipe.params.export import DescriptionParams
 
 _OF_THE_SOURCE_FILE = {"format", "lora_adapter_metadata", "sd3pipe_dora_norm"}
@@ -37,6 +39,12 @@ def description(words: DescriptionParams) -> Description:
         usage_hint=words.metadata_usage_hint,
         thumbnail=thumbnail_url(words.thumbnail) if words.thumbnail else None,
     )
+
+
+def refuse_to_replace(out: Path, sources: Iterable[Path]) -> None:
+    """Raises ParameterError where a file would be written over one that it is made from."""
+    if out.resolve() in {path.resolve() for path in sources}:
+        raise ParameterError(f"--out {out} is what the new file is made from: choose another name")
 
 
 def as_report(saved: SavedAdapter) -> dict[str, object]:

@@ -3,7 +3,6 @@
 Free of torch. Format: 8 bytes little-endian header length, that many bytes of JSON, then the tensors' bytes, gapless.
 """
 
-import difflib
 import json
 import math
 import zipfile
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3pipe.errors import InputError
+from sd3pipe.files import nearest_path
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MAX_NAME = 1000  # the longest name of a real model has some 100 characters
@@ -62,7 +62,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def refuse_foreign_file(path: Path) -> None:
     """Raises InputError for what is no readable file, a pickle, a GGUF file or an empty one, saying the way out."""
     if not exists(path):
-        raise InputError(f"{path}: no such file{_nearest_name(path)}")
+        raise InputError(f"{path}: no such file{nearest_path(path)}")
     if path.is_dir():
         raise InputError(f"{path}: is a folder: give a .safetensors file")
     if not path.is_file():
@@ -92,13 +92,6 @@ def exists(path: Path) -> bool:
         return path.exists()
     except OSError:
         return False
-
-
-def _nearest_name(path: Path) -> str:
-    """Returns ' (did you mean X?)' for the file of the folder that has the nearest name, or nothing."""
-    names = [other.name for other in path.parent.iterdir()] if exists(path.parent) and path.parent.is_dir() else []
-    matches = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
-    return f" (did you mean {path.parent / matches[0]}?)" if matches else ""
 
 
 def _check_header_length(path: Path, header_bytes: int, file_bytes: int) -> None:

@@ -1,6 +1,8 @@
 """Options of `sd3pipe export`, and those that all commands which write adapters share."""
 
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from sd3pipe.params.fields import OptionPath, Params, option
 from sd3pipe.params.stage import StageParams
@@ -26,6 +28,13 @@ class DescriptionParams(Params):
     thumbnail: OptionPath | None = option(
         None, "Small PNG, JPEG or WebP picture that goes into the file.", role="path", panel=_WORDS, advanced=True
     )
+
+    @model_validator(mode="after")
+    def _check_words(self) -> Self:
+        words = [name for name in DescriptionParams.model_fields if name != "metadata" and getattr(self, name)]
+        if words and not self.metadata:
+            raise ValueError(f"--no-metadata leaves no place for --{words[0].replace('_', '-')}: leave one of them out")
+        return self
 
 
 class _ExportOptions(Params):

@@ -6,12 +6,14 @@ and shown together.
 
 import difflib
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from sd3pipe.config import Project, flatten, read_toml, relative_to
 from sd3pipe.errors import ParameterError
@@ -26,6 +28,11 @@ P = TypeVar("P", bound=Params)
 def option_name(field_name: str) -> str:
     """Returns how a field is spelled on the command line: 'network_dim' -> '--network-dim'."""
     return "--" + field_name.replace("_", "-")
+
+
+def _shown_name(name: str, field: FieldInfo) -> str:
+    """Returns how the help calls an option: '--network-dim', or 'FOLDER' for an argument without a name."""
+    return name.upper() if option_extra(field)["positional"] else option_name(name)
 
 
 def resolve(
@@ -54,7 +61,7 @@ def resolve(
                 f"project.toml: paths.{option_extra(model.model_fields[name])['paths_key']}",
             )
     for name, value in given.items():
-        values[name], origins[name] = value, option_name(name)
+        values[name], origins[name] = value, _shown_name(name, model.model_fields[name])
     checked: dict[str, Any] = {}
     for name, value in values.items():
         try:
@@ -64,7 +71,7 @@ def resolve(
     problems += _missing(model, command, {*checked, *values})
     if problems:
         raise ParameterError("\n".join(problems))
-    return _build(model, checked, origins)
+    return _build(model, command, checked, origins)
 
 
 class _ConfigSource:
@@ -142,10 +149,22 @@ def _check(field: FieldInfo, value: Any, *, from_text: bool) -> Any:
 
 
 def _problem(origin: str, value: Any, error: ValidationError) -> str:
-    reasons = {item["msg"].removeprefix("Value error, ") for item in error.errors()}
+    reasons = {_words(item["msg"]) + _nearest_choice(item) for item in error.errors()}
     shown = repr(value) if not isinstance(value, str) or not value else value
     joined = " " if origin.startswith("--") else " = "
     return f"{origin}{joined}{shown}: {'; '.join(sorted(reasons))}"
+
+
+def _words(message: str) -> str:
+    """Returns pydantic's message as a sentence about the value before it."""
+    return message.removeprefix("Value error, ").replace("Input should", "must").replace("Input must", "must")
+
+
+def _nearest_choice(item: ErrorDetails) -> str:
+    """Returns ' (did you mean X?)' where a word is none of an option's choices, but near one."""
+    if item["type"] != "literal_error" or not isinstance(item["input"], str):
+        return ""
+    return nearest(item["input"], re.findall(r"'([^']*)'", item.get("ctx", {}).get("expected", "")))
 
 
 def _missing(model: type[Params], command: str, present: set[str]) -> list[str]:
@@ -154,14 +173,14 @@ def _missing(model: type[Params], command: str, present: set[str]) -> list[str]:
         if field.is_required() and name not in present:
             key = option_extra(field)["paths_key"]
             where = f", or paths.{key} in project.toml" if key else ""
-            shown = name.upper() if option_extra(field)["positional"] else option_name(name)
+            shown = _shown_name(name, field)
             problems.append(
                 f"{command}: {shown} is missing: {field.description}{' Give it' + where[1:] if where else ''}"
             )
     return problems
 
 
-def _build(model: type[P], checked: dict[str, Any], origins: Mapping[str, str]) -> P:
+def _build(model: type[P], command: str, checked: dict[str, Any], origins: Mapping[str, str]) -> P:
     """Returns the model from checked values; only rules over several options can fail here."""
     try:
         return model.model_validate(checked)
@@ -169,5 +188,5 @@ def _build(model: type[P], checked: dict[str, Any], origins: Mapping[str, str]) 
         lines = []
         for item in error.errors():
             where = ".".join(str(part) for part in item["loc"])
-            lines.append(f"{origins.get(where, where) or model.__name__}: {item['msg'].removeprefix('Value error, ')}")
+            lines.append(f"{origins.get(where, where) or command}: {_words(item['msg'])}")
         raise ParameterError("\n".join(lines)) from error

@@ -5,6 +5,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Self
 
+_SAME_WISH_SECONDS = 1.0
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -16,11 +17,12 @@ def parse_duration(text: str) -> float:
 class StopRequest:
     """Catches SIGINT and SIGTERM while it is open; `reason` says why to stop, "" means go on.
 
-    A second signal takes its usual course, so that a step that hangs can still be interrupted.
+    A second signal takes its usual course, so that a step that hangs can still be interrupted; one that comes at once
+    is the same wish, which a process and its group were both told.
     """
 
     def __init__(self, time_limit_seconds: float | None = None) -> None:
-        self._signal = ""
+        self._signal, self._since = "", 0.0
         self._end = None if time_limit_seconds is None else time.monotonic() + time_limit_seconds
         self._handlers: dict[int, object] = {}
 
@@ -41,8 +43,11 @@ class StopRequest:
         self._restore()
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        self._signal = signal.Signals(number).name
-        self._restore()
+        if not self._signal:
+            self._signal, self._since = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._since > _SAME_WISH_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._handlers.items():

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from pydantic import model_validator
 
 from sd3pipe.config import Project, find_project
 from sd3pipe.errors import ParameterError
@@ -151,3 +152,35 @@ def test_non_utf8_file_is_named(tmp_path):
     (tmp_path / "c.toml").write_bytes(b"network_dim = 1 # \xff\n")
     with pytest.raises(ParameterError, match=r"c\.toml: is not UTF-8"):
         resolved(config=tmp_path / "c.toml")
+
+
+def test_a_choice_that_is_none_names_the_nearest():
+    with pytest.raises(ParameterError) as caught:
+        resolved({"mixed_precision": "bf61"})
+    assert str(caught.value) == "--mixed-precision bf61: must be 'auto', 'no' or 'bf16' (did you mean bf16?)"
+
+
+class TogetherParams(Params):
+    stages: tuple[Literal["train", "export"], ...] = option((), "Stages.", positional=True)
+    first: bool = option(True, "First.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "TogetherParams":
+        if not self.first:
+            raise ValueError("needs first")
+        return self
+
+
+def test_problems_are_told_in_the_users_words():
+    with pytest.raises(ParameterError, match=r"^toy: needs first$"):
+        resolve(TogetherParams, "toy", {"first": False})
+    with pytest.raises(ParameterError, match=r"^STAGES .*must be 'train' or 'export' \(did you mean train\?\)$"):
+        resolve(TogetherParams, "toy", {"stages": ["trian"]})
+
+
+def test_a_missing_file_names_the_nearest_and_a_folder_is_told(tmp_path):
+    write(tmp_path / "train.toml", "")
+    with pytest.raises(ParameterError, match=r"no such file \(did you mean .*train\.toml\?\)"):
+        resolved(config=tmp_path / "trian.toml")
+    with pytest.raises(ParameterError, match="is a folder: name a TOML file"):
+        resolved(config=tmp_path)

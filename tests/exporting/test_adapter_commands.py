@@ -161,6 +161,31 @@ def test_merge_to_a_rank_and_with_wrong_weights(tmp_path, capsys):
         commands.merge(options.AdapterMergeParams(adapters=files, out=tmp_path / "c.safetensors", weights=(1.0,)))
 
 
+def test_adapters_of_different_models_are_not_merged(tmp_path):
+    files = (lora(tmp_path / "a.safetensors", every=1), tmp_path / "b.safetensors")
+    save_adapter(files[1], random_adapter(tiny_architecture("sd3-medium")))
+    with pytest.raises(InputError, match=r"different models: joint_blocks\.0\.x_block\.adaLN.* has two sizes"):
+        commands.merge(options.AdapterMergeParams(adapters=files, out=tmp_path / "c.safetensors"))
+    save_adapter(files[1], random_adapter(tiny_architecture("sd3-medium", depth=2), every=50))
+    save_adapter(files[0], dict([*random_adapter(ARCHITECTURE).items()][-1:]))
+    with pytest.raises(InputError, match="models of 3 and 2 blocks"):
+        commands.merge(options.AdapterMergeParams(adapters=files, out=tmp_path / "c.safetensors"))
+
+
+def test_no_command_writes_over_what_it_reads(tmp_path):
+    source = lora(tmp_path / "a.safetensors")
+    before = source.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(source)
+    for out in (source, tmp_path / "link.safetensors"):
+        with pytest.raises(ParameterError, match="choose another name"):
+            commands.convert(options.AdapterConvertParams(adapter=source, out=out))
+        with pytest.raises(ParameterError, match="choose another name"):
+            commands.resize(options.AdapterResizeParams(adapter=source, out=out, rank=1))
+        with pytest.raises(ParameterError, match="choose another name"):
+            commands.merge(options.AdapterMergeParams(adapters=(source, source), out=out))
+    assert source.read_bytes() == before
+
+
 def test_extract_finds_the_adapter_that_was_merged(tmp_path, capsys):
     adapter = random_adapter(ARCHITECTURE, seed=3, embedders=False, every=2)
     weights = random_weights(ARCHITECTURE)
@@ -208,6 +233,8 @@ def test_inspect_shows_norms_as_text_json_and_picture(tmp_path, capsys):
     cells = [cell for row in norms_by_part(found["norms"], 3) for cell in row]
     inside = sum(norm**2 for name, norm in found["norms"].items() if name.startswith("joint_blocks"))
     assert sum(cell**2 for cell in cells if cell is not None) == pytest.approx(inside)
+    with pytest.raises(ParameterError, match=r"name it a\.svg"):
+        commands.inspect(options.AdapterInspectParams(adapter=path, picture=tmp_path / "a.png"))
     picture = ElementTree.parse(tmp_path / "a.svg").getroot()
     assert len(list(picture.iter("{http://www.w3.org/2000/svg}title"))) == 18
 

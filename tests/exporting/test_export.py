@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from command_line import report_of
+from pydantic import ValidationError
 from random_adapters import random_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -183,3 +184,24 @@ def test_large_or_foreign_thumbnails_are_refused(run, tmp_path):
     (tmp_path / "a.png").write_bytes(PNG + bytes(2 << 20))
     with pytest.raises(InputError, match="1 MiB"):
         export(run, tmp_path / "out.safetensors", thumbnail=tmp_path / "a.png")
+
+
+def test_options_that_would_be_ignored_are_refused(run, tmp_path):
+    with pytest.raises(ParameterError, match=r"adapter merge FILE --weights 0\.5"):
+        export(run, tmp_path / "a.safetensors", multiplier=0.5)
+    with pytest.raises(ValidationError, match="--no-metadata leaves no place for --metadata-title"):
+        export(run, tmp_path / "a.safetensors", metadata=False, metadata_title="Cat")
+
+
+def test_an_adapter_is_not_exported_over_itself(run):
+    file = run / "checkpoints" / "step-00000010" / "adapter.safetensors"
+    with pytest.raises(ParameterError, match="choose another name"):
+        export(run / "checkpoints" / "step-00000010", file)
+
+
+def test_a_misspelt_name_and_a_folder_of_files_get_a_hint(run, tmp_path):
+    with pytest.raises(InputError, match=r"did you mean .*/cat\?"):
+        export(tmp_path / "catt", tmp_path / "a.safetensors")
+    save_adapter(tmp_path / "loras" / "cat.safetensors", random_adapter(ARCHITECTURE, every=9))
+    with pytest.raises(InputError, match=r"such as .*loras/cat\.safetensors"):
+        export(tmp_path / "loras", tmp_path / "a.safetensors")

@@ -83,6 +83,19 @@ def test_merged_file_keeps_layout_formats_and_everything_else(tmp_path):
         assert "modelspec.hash_sha256" not in file.metadata()
 
 
+def test_merged_file_carries_the_words_and_never_replaces_its_base(tmp_path):
+    base = single_file(tmp_path / "base.safetensors", "sd35-large")
+    adapter = random_adapter(tiny_architecture("sd35-large"), every=9)
+    export(tmp_path, base, adapter, tmp_path / "merged.safetensors", metadata_title="with cat", multiplier=0.5)
+    with safe_open(tmp_path / "merged.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.title"] == "with cat"
+        assert file.metadata()["sd3pipe_merged_multiplier"] == "0.5"
+    before = base.read_bytes()
+    with pytest.raises(ParameterError, match="choose another name"):
+        export(tmp_path, base, adapter, base)
+    assert base.read_bytes() == before
+
+
 @pytest.mark.parametrize("prefix", ["", "diffusion_model."])
 def test_bare_files_are_merged_too(tmp_path, prefix):
     base = single_file(tmp_path / "base.safetensors", "sd35-large", prefix=prefix)

@@ -9,6 +9,8 @@ from tiny_training import Inputs, equal, make_inputs, pictures
 
 from sd3pipe.adapters.files import read_adapter
 from sd3pipe.commands.train import _set_numerics
+from sd3pipe.errors import StorageError
+from sd3pipe.files import lock_file
 from sd3pipe.training.base_model import compile_blocks
 from sd3pipe.training.objective import Objective, Question
 
@@ -41,6 +43,16 @@ def test_a_run_leaves_what_the_design_says(inputs):
     assert report["peak_rss_bytes"] > 0
     assert json.loads((run.folder / "metrics.json").read_text())["loss_last"] == run.losses()[-1]
     assert (run.folder / "plots" / "loss.csv").read_text().startswith("step,epoch,loss,")
+
+
+def test_a_second_process_is_kept_out_of_a_run_and_a_file_is_no_folder(inputs):
+    lock = inputs.folder / "runs" / ".sd3pipe" / "taken.lock"
+    with lock_file(lock), pytest.raises(StorageError, match=r"another process trains into .*taken"):
+        inputs.train("taken", max_train_steps=1)
+    assert not (inputs.folder / "runs" / "taken").exists()
+    (inputs.folder / "runs" / "file").write_text("")
+    with pytest.raises(StorageError, match="file is a file, not a folder"):
+        inputs.train("file", max_train_steps=1)
 
 
 def test_final_holds_no_path_and_no_time(inputs):

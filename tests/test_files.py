@@ -1,0 +1,47 @@
+"""Files that are never half there, and what is said where one cannot be written."""
+
+import errno
+import subprocess
+import sys
+
+import pytest
+
+from sd3pipe.errors import StorageError
+from sd3pipe.files import lock_file, write_text
+
+
+def test_a_folder_in_the_place_of_a_file_and_a_file_in_that_of_a_folder_are_told(tmp_path):
+    with pytest.raises(StorageError, match="is a folder, and a file is to be written: name a file"):
+        write_text(tmp_path, "x")
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "x", tmp_path / "file" / "below" / "x"):
+        with pytest.raises(StorageError, match=f"{tmp_path / 'file'} is a file, not a folder"):
+            write_text(path, "x")
+
+
+def test_a_lock_keeps_other_processes_out_until_its_holder_is_gone(tmp_path):
+    path = tmp_path / "below" / "lock"
+    other = f"""
+from pathlib import Path
+from sd3pipe.files import lock_file
+with lock_file(Path({str(path)!r})) as free:
+    print(free)
+"""
+
+    def seen_by_another() -> str:
+        return subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, check=True).stdout.strip()
+
+    with lock_file(path) as free:
+        assert free and seen_by_another() == "False"
+    assert seen_by_another() == "True"
+
+
+def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path, monkeypatch):
+    from sd3pipe import files
+
+    def none(handle, operation):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(files.fcntl, "flock", none)
+    with lock_file(tmp_path / "lock") as free:
+        assert free
