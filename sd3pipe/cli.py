@@ -71,7 +71,6 @@ COMMANDS = (
     _stage("pack", "List what another machine needs, with sizes and minutes."),
     _stage("from-kohya", "Turn an sd-scripts command or config into a project."),
 )
-STAGES = ("encode-text", "encode-latents", "train", "export")
 _CONTEXT = {"token_normalize_func": lambda token: token.replace("_", "-"), "help_option_names": ["--help", "-h"]}
 _GROUP_HELP = {
     "cache": "Look into caches, check them, unite them.",

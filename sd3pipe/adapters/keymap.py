@@ -13,8 +13,6 @@ from typing import Literal
 Form = Literal["comfyui", "comfyui-generic", "diffusers", "onetrainer", "lycoris"]
 WRITTEN_FORMS: tuple[Form, ...] = ("comfyui", "comfyui-generic", "diffusers")
 
-QKV = ("q", "k", "v")
-
 # native name below joint_blocks.N -> diffusers names below transformer_blocks.N; three are thirds of a layer's rows
 BLOCK_MODULES: Mapping[str, tuple[str, ...]] = {
     "context_block.adaLN_modulation.1": ("norm1_context.linear",),

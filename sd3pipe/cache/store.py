@@ -17,6 +17,7 @@ from sd3pipe.cache.stock import Stock
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.cache.wishes import note_wish
 from sd3pipe.cache.writers import is_alone, writing
+from sd3pipe.console import readable_bytes
 from sd3pipe.errors import InputError, StorageError
 from sd3pipe.files import free_bytes, storage_errors
 from sd3pipe.fingerprint import hash_chunks
@@ -264,7 +265,7 @@ class _Fill:
         free = free_bytes(self._folder.path)
         if needed > free:
             raise StorageError(
-                f"{self._folder.path}: {needed / 1e9:.1f} GB to be written, {free / 1e9:.1f} GB free: "
+                f"{self._folder.path}: {readable_bytes(needed)} to be written, {readable_bytes(free)} free: "
                 "free space (`sd3pipe cache gc` empties unused rows), or choose another --out"
             )
 

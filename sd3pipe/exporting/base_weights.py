@@ -1,18 +1,14 @@
 """Brings DoRA magnitudes into the form that the reading program expects, which takes the base's weights."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from sd3pipe.adapters.deltas import Adapter, Delta, LoRADelta, with_norm_of
 from sd3pipe.adapters.keymap import Form, is_text_encoder
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.models.weights import read_tensors
-
-WeightOf = Callable[[str], Tensor]
 
 
 def find_base(model: str | None, mmdit: Path | None, why: str) -> ComponentSource:

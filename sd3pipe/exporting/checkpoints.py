@@ -20,6 +20,7 @@ from sd3pipe.adapters.merged_file import (
     merged_metadata,
     write_merged,
 )
+from sd3pipe.console import readable_bytes
 from sd3pipe.errors import InputError, ParameterError, StorageError
 from sd3pipe.files import atomic_file, free_bytes, storage_errors, temporary_name
 from sd3pipe.models.safetensors_header import StoredTensor, read_header
@@ -161,7 +162,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 def _check_space(out: Path, needed: int) -> None:
     free = free_bytes(out)
     if free < needed:
-        raise StorageError(f"{out}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: free space")
+        sizes = f"{readable_bytes(needed)} are needed and {readable_bytes(free)} are free"
+        raise StorageError(f"{out}: {sizes}: free space, or choose another place")
 
 
 def _result(out: Path, merged: list[Merged], nbytes: int) -> MergedModel:

@@ -8,8 +8,9 @@ form and the meaning of a scheme under it are those of kohya-ss/sd-scripts (libr
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -61,12 +62,19 @@ class Huber:
 
 
 def check_scheme(weighting_scheme: WeightingScheme, loss_form: LossForm) -> None:
-    """Raises ParameterError for the one scheme that has no meaning under the velocity form."""
+    """Raises ParameterError for unknown names, and for the one scheme that has no meaning under the velocity form."""
+    _check_name("weighting_scheme", weighting_scheme, get_args(WeightingScheme))
+    _check_name("loss_form", loss_form, get_args(LossForm))
     if weighting_scheme == "sigma_sqrt" and loss_form == "velocity":
         raise ParameterError(
             "weighting_scheme = sigma_sqrt with loss_form = velocity: sigma_sqrt undoes the sigma^2 weight of the x0 "
             "form, and the velocity form has none: choose loss_form = x0, or weighting_scheme = uniform (the same loss)"
         )
+
+
+def _check_name(option: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise ParameterError(f"{option} = {name}: one of {', '.join(known)}")
 
 
 def sample_sigmas(uniform_B: Tensor, pixels_B: Tensor, sampling: SigmaSampling) -> Tensor:
@@ -142,6 +150,7 @@ def loss(
     pixels with values in [0, 1]: its loss is the mean over the masked area, or over the whole picture as in sd-scripts.
     """
     check_scheme(weighting_scheme, loss_form)
+    _check_name("loss_type", loss_type, get_args(LossType))
     target = velocity_target(latents_BChw, noise_BChw) if target_BChw is None else target_BChw.float()
     weights_B, error_scale_B = loss_weights(sigmas_B, weighting_scheme=weighting_scheme, loss_form=loss_form)
     errors_BChw = _per_sample(error_scale_B) * (velocity_BChw.float() - target)

@@ -17,7 +17,6 @@ from sd3pipe.training.items import Items, RowLists, SubsetRules
 
 log = logging.getLogger(__name__)
 
-_PIXELS_PER_LATENT = 8
 _EMPTY_CAPTION = "empty_caption"  # the text manifest's name for the key of the row of ""
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -228,6 +229,52 @@ def test_names_of_other_programs_are_read(name):
     if not re.search(r"\.lora\.|linear|default|^transformer_blocks", next(iter(tensors))) and prefix:
         deltas, unused = comfy_deltas(tensors, linear_sizes(architecture), architecture.depth)
         assert unused == set() and deltas.keys() == adapter.keys()
+
+
+def with_alpha(tensors):
+    """The same changes, half of their strength in the factors and the other half in an alpha of twice the rank."""
+    halved = {key: tensor / 2 if key.endswith("lora_up.weight") else tensor for key, tensor in tensors.items()}
+    alphas = {
+        key.replace("lora_down.weight", "alpha"): torch.tensor(2.0 * tensor.shape[0])
+        for key, tensor in tensors.items()
+        if key.endswith("lora_down.weight")
+    }
+    return halved | alphas
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", FOREIGN_FORMS)
+@pytest.mark.parametrize("every", [1, 3])
+def test_every_form_of_others_becomes_each_of_ours(variant, name, every):
+    prefix, underscored, up, down = FOREIGN_FORMS[name]
+    adapter = random_adapter(tiny_architecture(variant), every=every)
+    theirs = tensors_of(prepared(adapter, "diffusers"), "diffusers")
+    tensors = renamed(theirs, prefix, underscored=underscored, up=up, down=down)
+    read = parse(with_alpha(tensors) if underscored else tensors)
+    assert read.unknown == [] and compare(adapter, read.adapter)[0] < 1e-6
+    for form in WRITTEN_FORMS:
+        assert compare(read.adapter, converted(read.adapter, form))[0] < (1e-30 if form != "diffusers" else 1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("first", WRITTEN_FORMS)
+@pytest.mark.parametrize("second", WRITTEN_FORMS)
+def test_strengths_that_are_powers_of_two_pass_exactly(variant, first, second):
+    adapter = {
+        path: replace(delta, alpha=delta.rank / 4) for path, delta in random_adapter(tiny_architecture(variant)).items()
+    }
+    assert compare(adapter, converted(converted(converted(adapter, first), second), "comfyui"))[0] == 0.0
+
+
+def test_lycoris_names_with_kronecker_factors_are_read_where_layers_are_whole():
+    generator = torch.Generator().manual_seed(0)
+    delta = random_delta("lokr", (192, 768), rank=2, alpha=1.0, generator=generator)
+    factors = {f"lokr_{name}": tensor for name, tensor in delta.tensors().items()} | {"alpha": torch.tensor(1.0)}
+    whole = {f"lycoris_transformer_blocks_0_ff_net_2.{name}": tensor for name, tensor in factors.items()}
+    assert compare({"joint_blocks.0.x_block.mlp.fc2": delta}, parse(whole).adapter)[0] == 0.0
+    apart = {f"lycoris_transformer_blocks_0_attn_to_q.{name}": tensor for name, tensor in factors.items()}
+    with pytest.raises(InputError, match=r"x_block\.attn\.qkv: q, k and v are adapted apart \(lokr\)"):
+        parse(apart)
 
 
 def test_onetrainer_alpha_counts_and_a_missing_alpha_is_the_rank():

@@ -61,7 +61,7 @@ def test_a_disk_too_small_is_found_before_encoding(out, monkeypatch):
     wanted = wanted_texts(captions(10))
     encoder = FakeEncoder(wanted)
     monkeypatch.setattr(store, "free_bytes", lambda path: 1000)
-    with pytest.raises(StorageError, match=r"GB to be written, 0.0 GB free"):
+    with pytest.raises(StorageError, match=r"B to be written, 1 KB free"):
         fill_cache(out, wanted, encoder, made_with="fake 1")
     assert encoder.asked == []
 

@@ -127,6 +127,15 @@ def test_sigma_sqrt_is_refused_under_velocity_with_the_reason(make):
         make()
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"weighting_scheme": "cosmop"}, {"loss_form": "epsilon"}, {"loss_type": "l3"}], ids=str
+)
+def test_names_that_are_none_are_refused(batch, wrong):
+    names = {"weighting_scheme": "cosmap", "loss_form": "velocity", "loss_type": "l2"} | wrong
+    with pytest.raises(ParameterError, match=next(iter(wrong.values()))):
+        flow.loss(*batch, SIGMAS, **names)
+
+
 def test_noising_and_target_are_fp32_and_consistent(batch):
     _, latents, noise = batch
     noisy = flow.add_noise(latents.half(), noise.half(), SIGMAS)
