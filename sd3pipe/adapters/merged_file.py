@@ -74,7 +74,7 @@ def find_targets(tensors: Iterable[Stored], adapter: Adapter) -> dict[str, Targe
         target = _target(name, adapter, depth)
         if target is None:
             continue
-        if tensor.dtype not in DTYPES or tensor.dtype == "U8" or _has_scale(name, names):
+        if not _is_float(tensor.dtype) or _has_scale(name, names):
             raise InputError(f"{tensor.path}: {name} is quantised: merge into the bf16, fp16 or fp32 model")
         targets[name] = target
     return targets
@@ -146,6 +146,10 @@ def _target(name: str, adapter: Adapter, depth: int) -> Target | None:
     return Target(place.path, place.part, halves_swapped(place.path, depth))
 
 
+def _is_float(dtype: str) -> bool:
+    return dtype in DTYPES and DTYPES[dtype].is_floating_point
+
+
 def _has_scale(name: str, names: Mapping[str, Stored]) -> bool:
     module = name.removesuffix(".weight")
     return any(f"{module}.{scale}" in names for scale in ("scale_weight", "weight_scale", "comfy_quant"))
@@ -200,7 +204,7 @@ def _changed(
     exact_OI = merged_weight(weight_OI, on_device(delta, device), multiplier)
     stored_OI = exact_OI.to(dtype)
     _note(merged, target.path, exact_OI - weight_OI, stored_OI.float() - exact_OI)
-    yield tensor_bytes(stored_OI.cpu())
+    yield tensor_bytes(stored_OI)
 
 
 def _note(merged: Merged, path: str, change_OI: Tensor, error_OI: Tensor) -> None:

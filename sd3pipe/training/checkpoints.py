@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from sd3pipe.adapters.tensor_file import in_file_order, write_tensors
 from sd3pipe.errors import InputError
 from sd3pipe.files import make_folder, storage_errors, sync_file, sync_folder, temporary_name, write_json
 from sd3pipe.fingerprint import hash_file
@@ -70,7 +71,9 @@ def write_checkpoint(
         temporary.mkdir()
         try:
             write_adapter(temporary / ADAPTER_FILE)
-            save_file(dict(tensors), temporary / OPTIMIZER_FILE)
+            with open(temporary / OPTIMIZER_FILE, "xb") as handle:
+                write_tensors(handle, in_file_order(tensors), {})
+                sync_file(handle)
             files = {name: _identity(temporary / name) for name in (ADAPTER_FILE, OPTIMIZER_FILE)}
             content = {**state, "format": FORMAT_VERSION, "step": step, "files": files}
             write_json(temporary / STATE_FILE, content)
