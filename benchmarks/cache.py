@@ -4,7 +4,8 @@
 
 The .npz files are what sd-scripts writes: float32, latents without variance, text as CLIP-L and CLIP-G side by side.
 Rates are medians of rounds in which all formats take turns. "Cold" means dropped from the page cache file by file, by
-wall time; "warm" reads wait for nothing, so they are timed by CPU time, which other programs disturb less. The
+wall time; "warm" reads wait for nothing, so they are timed by CPU time, which other programs disturb less. "Bytes
+alone" is one read of a row's bytes from an open segment: what lies between it and "unchecked" is our own work. The
 "nothing to do" times are those of `sd3pipe encode-latents` on so many pictures (small ones: size does not matter where
 the stat is remembered), whose cache was filled before with rows of the right shape and no model.
 """
@@ -223,7 +224,16 @@ def write_cache(shape: Shape, rows: int, folder: Path) -> dict[str, Read]:
     row = {name: from_torch(tensor) for name, tensor in random_tensors(shape).items()}
     fill_cache(folder, wanted_rows(shape, rows), lambda keys: ((key, row) for key in keys), made_with="benchmark")
     plain, checked = (CacheReader(folder, verify_reads=policy) for policy in ("never", "always"))
+    places = plain.index.arrays
+    handles = [os.open(folder / "segments" / f"{name}.safetensors", os.O_RDONLY) for name in plain.index.plan_ids()]
+
+    def read_bytes(number: int) -> object:
+        data = np.empty(places["row_bytes"][number], np.uint8)
+        os.preadv(handles[places["row_segment"][number]], [data], int(places["row_offset"][number]))
+        return data
+
     return {
+        "cache, bytes alone": read_bytes,
         "cache, unchecked": lambda number: {name: to_torch(item) for name, item in plain.row(number).items()},
         "cache, digests checked": lambda number: {name: to_torch(item) for name, item in checked.row(number).items()},
     }

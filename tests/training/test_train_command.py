@@ -1,6 +1,7 @@
 """Runs of `train` on random rows: what they leave behind, and that a fresh adapter changes nothing."""
 
 import json
+import time
 from statistics import mean
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from tiny_training import Inputs, equal, make_inputs, pictures
 
 from sd3pipe.adapters.files import read_adapter
+from sd3pipe.cache.staleness import remember_sources
 from sd3pipe.commands.train import _set_numerics
-from sd3pipe.errors import StorageError
+from sd3pipe.errors import StaleError, StorageError
 from sd3pipe.files import lock_file
+from sd3pipe.fingerprint import hash_file
 from sd3pipe.training.base_model import compile_blocks
 from sd3pipe.training.objective import Objective, Question
 
@@ -94,6 +97,33 @@ def test_an_mmdit_in_a_file_of_its_own_beats_the_one_in_the_model(inputs, tmp_pa
     replaced = inputs.train("replaced", max_train_steps=1, mmdit=other.model)
     assert replaced.losses() != plain.losses()
     assert replaced.losses() == inputs.train("other", max_train_steps=1, model=str(other.model)).losses()
+
+
+def test_rows_older_than_their_pictures_stop_a_run_unless_that_is_fine(tmp_path, capsys):
+    inputs = make_inputs(tmp_path, pictures(2))
+    dataset, caption = tmp_path / "dataset.toml", tmp_path / "captions" / "a.txt"
+    dataset.write_text("[[datasets]]")
+    caption.parent.mkdir()
+    caption.write_text("a mug")
+    for cache, suffix in ((inputs.text, ".txt"), (inputs.latents, ".png")):
+        remember_sources(
+            cache,
+            dataset_file=dataset,
+            files={caption: hash_file(caption)} if suffix == ".txt" else {},
+            folders={caption.parent: (suffix,)},
+            scan_started=time.time(),
+        )
+    assert inputs.train("fresh", max_train_steps=1).report()["sources_checked"] == "fresh"
+    caption.write_text("a cup")
+    with pytest.raises(
+        StaleError, match=r"text is older than .*a\.txt was changed: encode again, .*--stale-ok"
+    ) as caught:
+        inputs.train("stale", max_train_steps=1)
+    assert caught.value.exit_code == 4 and not (tmp_path / "runs" / "stale" / "final").exists()
+    assert inputs.train("stale", max_train_steps=1, stale_ok=True).report()["sources_checked"] == "changed"
+    dataset.unlink()
+    assert inputs.train("unknown", max_train_steps=1).report()["sources_checked"] == "unknown"
+    assert "captions and pictures not checked: they are not here" in capsys.readouterr().out
 
 
 def test_compiled_blocks_learn_the_same(inputs, monkeypatch):
