@@ -21,7 +21,7 @@ def texts() -> dict[str, str]:
         name = f"stages/{stage}.toml"
         files[name] = render_stage_file(model, stage.replace("_", "-"), tomllib.loads(demo.get(name, "")))
     folders = sorted({f"examples/demo/{Path(name).parent}" for name in picture_files()})
-    files["dvc.yaml"] = dvc_yaml(read_project(ROOT).paths, folders)
+    files["dvc.yaml"] = dvc_yaml(read_project(ROOT).paths, folders, folder=ROOT)
     return files
 
 

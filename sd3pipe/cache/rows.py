@@ -1,11 +1,13 @@
 """What a row is: a few named tensors as raw bytes. numpy has no bfloat16, so bytes carry their type's name."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
+
+from sd3pipe.errors import InputError
 
 DType = Literal["F32", "F16", "BF16", "U8"]
 
@@ -35,6 +37,9 @@ class Tensor:
 
 Row = Mapping[str, Tensor]
 
+# What the latents of a picture are: mean and log-variance, the mean alone, or one draw that somebody else made
+LATENTS = ("moments", "mean", "sample")
+
 
 def from_numpy(array: np.ndarray) -> Tensor:
     """Returns a tensor that holds a float32, float16 or uint8 array's bytes."""
@@ -42,6 +47,14 @@ def from_numpy(array: np.ndarray) -> Tensor:
         if dtype != "BF16" and array.dtype == np.dtype(_NUMPY_DTYPES[dtype]):
             return Tensor(dtype, array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     raise ValueError(f"rows hold float32, float16 and uint8 arrays, not {array.dtype}")
+
+
+def latents_name(names: Container[str]) -> str:
+    """Returns the name of the tensor with a row's latents. Raises InputError for a row of something else."""
+    found = next((name for name in LATENTS if name in names), None)
+    if found is None:
+        raise InputError(f"a row of latents has none of {', '.join(LATENTS)}: update sd3pipe, or encode again")
+    return found
 
 
 def layout_of(row: Row) -> Layout:

@@ -19,7 +19,16 @@ from sd3pipe.data.dataset_file import Dataset, load_dataset
 from sd3pipe.data.prompts import load_prompts
 from sd3pipe.data.scan import Scan, scan, source_files, tell_about_captions
 from sd3pipe.encoding.cut_texts import Cuts, recall_cuts, remember_cuts
-from sd3pipe.encoding.text_plan import TextEncoders, Texts, caption_texts, find_text_encoders, prompt_texts, text_wanted
+from sd3pipe.encoding.imported import check_not_imported, imported_cache, imported_keys, imported_rows, imported_words
+from sd3pipe.encoding.text_plan import (
+    TextEncoders,
+    Texts,
+    caption_texts,
+    find_text_encoders,
+    prompt_texts,
+    text_recipe,
+    text_wanted,
+)
 from sd3pipe.errors import ParameterError
 from sd3pipe.models.text_architecture import EncoderName
 from sd3pipe.models.text_recipe import TextRecipe
@@ -51,6 +60,7 @@ class _Prepared:
     encoders: TextEncoders
     recipe: TextRecipe
     wanted: Wanted
+    imported: tuple[Path, ...]  # the cache of imported rows, if there is one
     scanned: tuple[Dataset, Scan, float] | None  # with the time at which the scan began
 
 
@@ -95,11 +105,13 @@ def _fill(params: EncodeTextParams, target: _Target) -> None:
             _encoder(ready, params, folder, cuts),
             made_with=_made_with(),
             shard=params.shard_numbers(),
+            others=ready.imported,
         )
         remember_cuts(folder, cuts)
         cut = _cut_texts(ready, cuts)
-        report.update(**counts.as_report(), cut=cut)
-        report.summary = counts.summary() + (f", {count(len(cut), 'text')} cut" if cut else "")
+        report.update(**counts.as_report(), imported=imported_rows(ready.wanted), cut=cut)
+        report.summary = counts.summary() + imported_words(ready.wanted)
+        report.summary += f", {count(len(cut), 'text')} cut" if cut else ""
         if ready.scanned is not None:
             dataset, found, started = ready.scanned
             seen = source_files(found, dataset, captions=True)
@@ -132,22 +144,20 @@ def _prepare(params: EncodeTextParams, target: _Target) -> _Prepared:
         texts = prompt_texts(load_prompts(target.source))
     files: dict[EncoderName, Path | None] = {"clip_l": params.clip_l, "clip_g": params.clip_g, "t5xxl": params.t5xxl}
     encoders = find_text_encoders(params.model, files, params.tokenizers)
-    recipe = _recipe(params)
-    wanted = text_wanted(texts, encoders, encoders.fingerprints(weights), recipe)
+    recipe = text_recipe(params)
+    theirs = imported_cache(params.imported, "text") if target.kind == "text" else None
+    keys = imported_keys(params.imported, "text") if theirs else frozenset[str]()
+    wanted = text_wanted(texts, encoders, encoders.fingerprints(weights), recipe, keys)
     if not params.dry_run:
         pictures.save()
         weights.save()
-    return _Prepared(texts=texts, encoders=encoders, recipe=recipe, wanted=wanted, scanned=scanned)
-
-
-def _recipe(params: EncodeTextParams) -> TextRecipe:
-    return TextRecipe(
-        padding=params.padding,
-        apply_lg_attn_mask=params.apply_lg_attn_mask,
-        apply_t5_attn_mask=params.apply_t5_attn_mask,
-        t5xxl_max_token_length=params.t5xxl_max_token_length,
-        t5_pad_to=params.t5_pad_to or params.t5xxl_max_token_length,
-        text_dtype=params.text_dtype,
+    return _Prepared(
+        texts=texts,
+        encoders=encoders,
+        recipe=recipe,
+        wanted=wanted,
+        imported=(theirs,) if theirs else (),
+        scanned=scanned,
     )
 
 
@@ -165,6 +175,7 @@ def _encoder(
     def encode(keys: Sequence[str]) -> Iterator[tuple[str, Row | Unreadable]]:
         from sd3pipe.encoding.text_encoding import encoded_texts, tokenized  # imports torch and transformers
 
+        check_not_imported(keys, ready.wanted)
         hashes = [hash_by_key[key] for key in keys]
         tokens, cut = tokenized([ready.texts.text_by_hash[digest] for digest in hashes], ready.encoders, ready.recipe)
         found: Cuts = {keys[text.number]: dict(text.tokens) for text in cut}
@@ -195,7 +206,7 @@ def _tell_about_cuts(cut: Sequence[Mapping[str, Any]], clip_length: int, t5_leng
 
 def _forecast(ready: _Prepared, params: EncodeTextParams, target: _Target) -> str:
     """Returns what a run would do: rows, time on this device, size."""
-    missing = missing_rows(target.out, ready.wanted)
+    missing = missing_rows(target.out, ready.wanted, others=ready.imported)
     there = len(ready.wanted.row_by_key) - len(missing.keys)
     if not missing.keys:
         return f"encode-text, dry run: nothing to encode, {count(there, 'row')} there"

@@ -17,6 +17,7 @@ from sd3pipe.params.init import InitParams
 from sd3pipe.params.memory import size_bytes
 from sd3pipe.params.stage_file import render_stage_file
 from sd3pipe.project.fitting import fitting_advice
+from sd3pipe.project.ignored import DVCIGNORE, gitignore
 from sd3pipe.project.pictures import PictureFolder, dataset_toml, look_into, prompts_txt
 from sd3pipe.project.pipeline import dvc_yaml
 from sd3pipe.project.recipes import Recipe, Variant, recipe
@@ -28,16 +29,6 @@ _ENCODER_NAMES = {  # as ComfyUI's and Stability's downloads are called, best fi
     "t5xxl": ("t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors", "t5xxl_fp8_e4m3fn.safetensors"),
 }
 _ENCODER_FOLDERS = (".", "text_encoders", "clip", "../text_encoders", "../clip")
-_GITIGNORE = """\
-/caches/
-/exports/
-/runs/*/*
-!/runs/*/metrics.json
-!/runs/*/plots/
-*.report.json
-.sd3pipe/
-"""
-_DVCIGNORE = ".sd3pipe/\n*.report.json\n"
 
 
 def main(params: InitParams) -> None:
@@ -57,17 +48,12 @@ def main(params: InitParams) -> None:
         ),
         "sample_prompts.txt": prompts_txt(params.trigger, params.resolution),
         **_stage_files(params, variant, advice),
-        "dvc.yaml": dvc_yaml(paths, [_as_seen_from(params.folder, pictures.path)]),
-        ".gitignore": _GITIGNORE + _ignored(_as_seen_from(params.folder, pictures.path)),
-        ".dvcignore": _DVCIGNORE,
+        "dvc.yaml": dvc_yaml(paths, [_as_seen_from(params.folder, pictures.path)], folder=params.folder),
+        ".gitignore": gitignore([_as_seen_from(params.folder, pictures.path)]),
+        ".dvcignore": DVCIGNORE,
     }
     write_project(params.folder, texts)
     _tell(params.folder, pictures, variant, texts)
-
-
-def _ignored(pictures: str) -> str:
-    """Pictures inside the project are for rsync or `dvc add`, not for git's history."""
-    return "" if Path(pictures).is_absolute() else f"/{pictures}/\n"
 
 
 def _ask(question: str, option: str) -> str:

@@ -4,23 +4,26 @@ Needs no torch: a run with nothing to do ends here.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd3pipe.cache.keys import Kind, text_source
+from sd3pipe.cache.keys import Kind, row_key, text_source
 from sd3pipe.cache.plan import WantedRow
+from sd3pipe.cache.samples import select
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.data.captions import processed_captions
 from sd3pipe.data.dataset_file import Dataset
 from sd3pipe.data.prompts import SamplePrompt
 from sd3pipe.data.scan import Scan
+from sd3pipe.encoding.imported import MARK, ImportedKeys, imported_recipe
 from sd3pipe.errors import InputError
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.models.text_architecture import ENCODERS, EncoderName, detect_clip, detect_t5
 from sd3pipe.models.text_recipe import ITEM_BYTES, RECIPE_VERSION, TextRecipe
 from sd3pipe.models.tokenizer_folders import find_tokenizers, tokenizers_identity
+from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.stat_memory import StatMemory
 
 _CAPTION_COLUMNS = ("name", "subset", "image_hash", "caption_hash", "variant", "key")
@@ -78,6 +81,18 @@ def find_text_encoders(
     )
 
 
+def text_recipe(params: EncodeTextParams) -> TextRecipe:
+    """Returns what the options say about the rows' numbers."""
+    return TextRecipe(
+        padding=params.padding,
+        apply_lg_attn_mask=params.apply_lg_attn_mask,
+        apply_t5_attn_mask=params.apply_t5_attn_mask,
+        t5xxl_max_token_length=params.t5xxl_max_token_length,
+        t5_pad_to=params.t5_pad_to or params.t5xxl_max_token_length,
+        text_dtype=params.text_dtype,
+    )
+
+
 def caption_texts(found: Scan, dataset: Dataset, *, variants: int, seed: int) -> Texts:
     """Returns the processed captions of a dataset's pictures."""
     texts, users = {text_source(""): ""}, {}
@@ -121,16 +136,31 @@ def prompt_texts(prompts: Sequence[SamplePrompt]) -> Texts:
     return Texts(kind="prompts", text_by_hash=texts, users=users, columns=columns, subsets={}, quarantined=())
 
 
-def text_wanted(texts: Texts, encoders: TextEncoders, fingerprints: Mapping[str, str], recipe: TextRecipe) -> Wanted:
-    """Returns the whole content of the cache; its rows stand in the order of `text_by_hash`."""
+def text_wanted(
+    texts: Texts,
+    encoders: TextEncoders,
+    fingerprints: Mapping[str, str],
+    recipe: TextRecipe,
+    imported: ImportedKeys = frozenset(),
+) -> Wanted:
+    """Returns the whole content of the cache; its rows stand in the order of `text_by_hash`.
+
+    Rows whose imported form is among `imported` are wanted in that form.
+    """
     fields, nbytes = recipe.fields(), _row_bytes(encoders, recipe)
+    theirs = imported_recipe("text", fields)
+    taken = {digest for digest in texts.text_by_hash if imported and _key(digest, theirs, fingerprints) in imported}
+    rows = [
+        WantedRow(source=digest, recipe=theirs if digest in taken else fields, group="text", nbytes=nbytes)
+        for digest in texts.text_by_hash
+    ]
     columns, extra = dict(texts.columns), {}
     wanted = Wanted(
         kind=texts.kind,
         recipe_version=RECIPE_VERSION,
         fingerprints=fingerprints,
-        recipe=fields,
-        rows=[WantedRow(source=digest, recipe=fields, group="text", nbytes=nbytes) for digest in texts.text_by_hash],
+        recipe={**fields, MARK: theirs[MARK]} if taken else fields,
+        rows=rows,
         samples=columns,
         subsets=texts.subsets,
         quarantined=texts.quarantined,
@@ -141,6 +171,29 @@ def text_wanted(texts: Texts, encoders: TextEncoders, fingerprints: Mapping[str,
     for name in columns.keys() & {"key", "negative_key"}:
         columns[name] = [keys[digest] for digest in columns[name]]
     return wanted
+
+
+def imported_text_wanted(
+    hashes: Iterable[str], texts: Texts, encoders: TextEncoders, fingerprints: Mapping[str, str], recipe: TextRecipe
+) -> Wanted:
+    """Returns the content of a cache in which the rows of some texts are imported ones, and no others are."""
+    theirs, nbytes = imported_recipe("text", recipe.fields()), _row_bytes(encoders, recipe)
+    rows = [WantedRow(source=digest, recipe=theirs, group="text", nbytes=nbytes) for digest in hashes]
+    keys = {row.source: _key(row.source, theirs, fingerprints) for row in rows}
+    columns = select(texts.columns, [digest in keys for digest in texts.columns["key"]])
+    return Wanted(
+        kind="text",
+        recipe_version=RECIPE_VERSION,
+        fingerprints=fingerprints,
+        recipe=theirs,
+        rows=rows,
+        samples={**columns, "key": [keys[digest] for digest in columns["key"]]},
+        subsets=texts.subsets,
+    )
+
+
+def _key(digest: str, recipe: Mapping[str, Any], fingerprints: Mapping[str, str]) -> str:
+    return row_key(kind="text", source=digest, recipe=recipe, recipe_version=RECIPE_VERSION, fingerprints=fingerprints)
 
 
 def _row_bytes(encoders: TextEncoders, recipe: TextRecipe) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from sd3pipe.cache.reader import CacheReader
+from sd3pipe.cache.rows import latents_name
 from sd3pipe.cache.tensors import to_torch
 from sd3pipe.console import one_line
 from sd3pipe.data.buckets import Size
@@ -40,7 +41,7 @@ def cache_preview(cache: CacheReader, vae: VAE, *, title: str, per_bucket: int) 
 def _card(cache: CacheReader, vae: VAE, number: int) -> Card:
     samples = cache.samples
     row = cache.row(int(samples.numbers("row")[number]))
-    name = "moments" if "moments" in row else "mean"
+    name = latents_name(row)
     latents = to_torch(row[name])[: vae.architecture.latent_channels]
     picture = _decoded(vae, latents)
     mask = row["mask"].numpy().astype(np.float32) if "mask" in row else None

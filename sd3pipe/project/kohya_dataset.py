@@ -15,20 +15,8 @@ _PATH_KEYS = ("image_dir", "metadata_file", "conditioning_data_dir")
 _REPEATS = re.compile(r"(\d+)_(.*)")  # sd-scripts' folder names: 10_mycat
 
 
-def dataset_text(translation: Translation) -> str:
-    """Returns the dataset file; takes its batch size into the train stage. Raises InputError, ParameterError."""
-    tables = _tables(translation)
-    general = {**translation.dataset, **tables.get("general", {})}
-    _take_batch_size(tables, general, translation)
-    lines = ["# Translated from sd-scripts, with its defaults written out.", "[general]", *_entries(general)]
-    for dataset in tables.get("datasets", []):
-        lines += ["", "[[datasets]]", *_entries({key: value for key, value in dataset.items() if key != "subsets"})]
-        for subset in dataset.get("subsets", []):
-            lines += ["", "[[datasets.subsets]]", *_entries(_located(subset))]
-    return "\n".join(lines) + "\n"
-
-
-def _tables(translation: Translation) -> dict[str, Any]:
+def read_dataset(translation: Translation) -> dict[str, Any]:
+    """Returns the tables of the command's dataset file or picture folders. Raises InputError, ParameterError."""
     file = translation.dataset_file
     if file is not None:
         if not file.is_file():
@@ -40,6 +28,24 @@ def _tables(translation: Translation) -> dict[str, Any]:
         subsets = [subset for folder, is_reg in translation.picture_folders for subset in _subsets(folder, is_reg)]
         return {"datasets": [{"subsets": subsets}]}
     raise ParameterError("the command names no pictures: it has neither --dataset_config nor --train_data_dir")
+
+
+def source_paths(tables: Mapping[str, Any]) -> list[str]:
+    """Returns the folders and files that the subsets name: the data that a project depends on."""
+    subsets = [subset for dataset in tables.get("datasets", []) for subset in dataset.get("subsets", [])]
+    return list(dict.fromkeys(_located(subset)[key] for subset in subsets for key in _PATH_KEYS if key in subset))
+
+
+def dataset_text(tables: Mapping[str, Any], translation: Translation) -> str:
+    """Returns the dataset file; takes its batch size into the train stage."""
+    general = {**translation.dataset, **tables.get("general", {})}
+    _take_batch_size(tables, general, translation)
+    lines = ["# Translated from sd-scripts, with its defaults written out.", "[general]", *_entries(general)]
+    for dataset in tables.get("datasets", []):
+        lines += ["", "[[datasets]]", *_entries({key: value for key, value in dataset.items() if key != "subsets"})]
+        for subset in dataset.get("subsets", []):
+            lines += ["", "[[datasets.subsets]]", *_entries(_located(subset))]
+    return "\n".join(lines) + "\n"
 
 
 def _subsets(folder: Path, is_reg: bool) -> list[dict[str, Any]]:

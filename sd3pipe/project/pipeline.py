@@ -13,11 +13,14 @@ vars:
 """
 
 
-def dvc_yaml(paths: Mapping[str, str], dataset_deps: Iterable[str]) -> str:
-    """Returns dvc.yaml for a project whose [paths] are `paths`; `dataset_deps` are the folders with pictures."""
+def dvc_yaml(paths: Mapping[str, str], dataset_deps: Iterable[str], *, folder: Path) -> str:
+    """Returns dvc.yaml for the [paths] of a project in `folder`; `dataset_deps` are the folders with pictures."""
     has_prompts = "sample_prompts" in paths
-    text_deps = [*_existing(paths, "dataset", "sample_prompts"), *dataset_deps, *_weights(paths, "model", *ENCODERS)]
-    latent_deps = [*_existing(paths, "dataset"), *dataset_deps, *_weights(paths, "model", "vae")]
+    weights = [*_weights(folder, paths, "model", *ENCODERS), *_imported(folder, paths, "text")]
+    text_deps = [*_existing(paths, "dataset", "sample_prompts"), *dataset_deps, *weights]
+    weights = [*_weights(folder, paths, "model", "vae"), *_imported(folder, paths, "latents")]
+    latent_flags = _flags(paths, "model", "vae", "dataset", "imported")
+    latent_deps = [*_existing(paths, "dataset"), *dataset_deps, *weights]
     stages = {
         "encode_text": _stage(
             [_encode_text(paths, "--dataset", "dataset", "text")]
@@ -28,7 +31,7 @@ def dvc_yaml(paths: Mapping[str, str], dataset_deps: Iterable[str]) -> str:
             persist=True,
         ),
         "encode_latents": _stage(
-            [f"sd3pipe encode-latents {_flags(paths, 'model', 'vae', 'dataset')} --out ${{paths.caches}}/latents"],
+            [f"sd3pipe encode-latents {latent_flags} --out ${{paths.caches}}/latents"],
             latent_deps,
             "stages/encode_latents.toml",
             ["${paths.caches}/latents"],
@@ -36,14 +39,14 @@ def dvc_yaml(paths: Mapping[str, str], dataset_deps: Iterable[str]) -> str:
         ),
         "train": _stage(
             [_train(paths)],
-            [*_weights(paths, "model"), "${paths.caches}/text", "${paths.caches}/latents"],
+            [*_weights(folder, paths, "model"), "${paths.caches}/text", "${paths.caches}/latents"],
             "stages/train.toml",
             ["${paths.run}/final"],
             persist=False,
         ),
         "export": _stage(
             [f"sd3pipe export --adapter ${{paths.run}}/final {_flags(paths, 'model')} --out ${{paths.export}}"],
-            [*_weights(paths, "model"), "${paths.run}/final"],
+            [*_weights(folder, paths, "model"), "${paths.run}/final"],
             "stages/export.toml",
             ["${paths.export}"],
             persist=False,
@@ -70,7 +73,7 @@ plots:
 
 
 def _encode_text(paths: Mapping[str, str], flag: str, key: str, cache: str) -> str:
-    encoders = _flags(paths, "model", *ENCODERS, "tokenizers")
+    encoders = _flags(paths, "model", *ENCODERS, "tokenizers", *(["imported"] if cache == "text" else []))
     return f"sd3pipe encode-text {encoders} {flag} ${{paths.{key}}} --out ${{paths.caches}}/{cache}"
 
 
@@ -89,9 +92,15 @@ def _existing(paths: Mapping[str, str], *keys: str) -> list[str]:
     return [f"${{paths.{key}}}" for key in keys if key in paths]
 
 
-def _weights(paths: Mapping[str, str], *keys: str) -> list[str]:
+def _weights(folder: Path, paths: Mapping[str, str], *keys: str) -> list[str]:
     """Returns the weight files as deps; a hub id is no file, and is pinned by its cache's fingerprints instead."""
-    return [f"${{paths.{key}}}" for key in keys if key in paths and Path(paths[key]).exists()]
+    return [f"${{paths.{key}}}" for key in keys if key in paths and (folder / paths[key]).exists()]
+
+
+def _imported(folder: Path, paths: Mapping[str, str], kind: str) -> list[str]:
+    """Returns the cache of imported rows as a dep, where there is one."""
+    there = "imported" in paths and (folder / paths["imported"] / kind).exists()
+    return [f"${{paths.imported}}/{kind}"] if there else []
 
 
 def _stage(commands: list[str], deps: Iterable[str], params: str, outs: list[str], *, persist: bool) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sd3pipe.cache.reader import CacheReader
-from sd3pipe.cache.rows import Row
+from sd3pipe.cache.rows import Row, latents_name
 from sd3pipe.cache.tensors import to_torch
 from sd3pipe.models.conditioning import assemble_conditioning
 from sd3pipe.models.vae import to_model_space
@@ -123,7 +123,7 @@ class Feed(Dataset[Any]):
         return sample_sigmas(torch.from_numpy(draws), _floats(sides.prod(axis=1)), self.rules.sampling)
 
     def _latents(self, plan: MicroBatch) -> tuple[Tensor, Tensor | None]:
-        """Returns a sample of each row's distribution, or its mean where only that was encoded; and the loss masks."""
+        """Returns a sample of each row's distribution, or what was encoded instead of one; and the loss masks."""
         latents, masks = [], []
         for number, row_number in zip(plan.ids, plan.latent_rows, strict=True):
             row = self.latents.row(int(row_number))
@@ -136,8 +136,9 @@ class Feed(Dataset[Any]):
         return latents_BChw, torch.stack([ones if mask is None else mask for mask in masks])
 
     def _draw(self, row: Row, epoch: int, number: int) -> Tensor:
-        if "moments" not in row:
-            return to_torch(row["mean"]).float()
+        name = latents_name(row)
+        if name != "moments":
+            return to_torch(row[name]).float()
         mean, logvar = to_torch(row["moments"]).float().chunk(2)
         return mean + (0.5 * logvar).exp() * torch.from_numpy(
             normals(tuple(mean.shape), self.rules.seed, "latent", epoch, number)

@@ -9,6 +9,7 @@ import numpy as np
 
 from sd3pipe.cache.join import JoinedSample, join_samples
 from sd3pipe.cache.reader import CacheReader
+from sd3pipe.cache.rows import latents_name
 from sd3pipe.data.weighting import sample_repeats
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.fingerprint import digest_bytes, hash_bytes, hash_json
@@ -49,6 +50,8 @@ def open_data(params: TrainParams) -> TrainingData:
     latents = CacheReader(params.latents, verify_reads=params.verify_reads)
     text = CacheReader(params.text, verify_reads=params.verify_reads)
     joined = join_samples(latents, text)
+    for reader in (latents, text):
+        _tell_origin(reader)
     for message in joined.left_out:
         log.warning("left out: %s", message)
     subsets = _subsets(latents, text, params)
@@ -68,6 +71,12 @@ def open_data(params: TrainParams) -> TrainingData:
         validation=_items(held_out, subsets, params, text, shapes),
         resolutions=tuple(sorted({(sample.bucket_w, sample.bucket_h) for sample in joined.samples})),
     )
+
+
+def _tell_origin(reader: CacheReader) -> None:
+    origin = reader.manifest.recipe.get("imported_from")
+    if origin:
+        log.info("%s holds rows that %s encoded; `sd3pipe cache ls` shows how many of each shape", reader.where, origin)
 
 
 Picture = tuple[str, str, int]  # subset, image hash, occurrence
@@ -153,7 +162,7 @@ def _latent_shapes(latents: CacheReader) -> np.ndarray:
     layouts = []
     for layout in latents.index.layouts:
         shapes = {name: shape for name, _, shape in layout}
-        layouts.append((shapes.get("moments") or shapes["mean"])[-2:])
+        layouts.append(shapes[latents_name(shapes)][-2:])
     return np.array(layouts, dtype=np.int64).reshape(-1, 2)[latents.index.arrays["row_layout"]]
 
 
