@@ -75,7 +75,7 @@ def _find_vae(params: TrainParams) -> VAE | None:
     try:
         return load_vae(find_component("vae", model=params.model, file=params.vae))
     except InputError as error:
-        if params.vae is not None:
+        if params.vae is not None and params.vae.exists():
             raise
         log.warning("no VAE at hand, samples are kept as latents: `sd3pipe sample` decodes them elsewhere (%s)", error)
         return None

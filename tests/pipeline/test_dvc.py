@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import yaml
 from command_line import report_of, sd3pipe
 from photographs import write_photographs
+from safetensors.torch import load_file, save_file
 
 from sd3pipe.demo.tiny import write_tiny_base
 
@@ -31,9 +33,15 @@ class Project:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def call(self, *command: str) -> str:
+    def call(self, *command: str, env: Mapping[str, str] | None = None) -> str:
         done = subprocess.run(
-            command, cwd=self.folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False
+            command,
+            cwd=self.folder,
+            env={**ENVIRONMENT, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
@@ -60,11 +68,26 @@ class Project:
 
 def make_project(folder: Path, base_folder: Path) -> Project:
     base = write_tiny_base(base_folder, variant="sd35-medium", layout="single")
-    images = write_photographs(folder / "images", ("chelsea.png", "coffee.png", "rocket.jpg"), 96)
-    sd3pipe(
-        "init", folder, "--model", base.model, "--images", images, "--tokenizers", base.tokenizers, "--resolution", 64,
-        "--name", "photos", cwd=folder,
+    return start_project(folder, "--model", base.model, "--tokenizers", base.tokenizers)
+
+
+def make_project_of_parts(folder: Path) -> Project:
+    """Makes a project with MMDiT, VAE and text encoders in files of their own, in its folder models/."""
+    base = write_tiny_base(folder / "models", variant="sd35-medium", layout="separate")
+    tensors = load_file(base.model)
+    for name in ("mmdit", "vae"):
+        chosen = {key: tensor for key, tensor in tensors.items() if key.startswith("first_stage") == (name == "vae")}
+        save_file(chosen, folder / "models" / f"{name}.safetensors")
+    base.model.unlink()
+    return start_project(
+        folder, "--model", "models/mmdit.safetensors", "--vae", "models/vae.safetensors",
+        "--tokenizers", "models/tokenizers",
     )  # fmt: skip
+
+
+def start_project(folder: Path, *options: object) -> Project:
+    images = write_photographs(folder / "images", ("chelsea.png", "coffee.png", "rocket.jpg"), 96)
+    sd3pipe("init", folder, "--images", images, "--resolution", 64, "--name", "photos", *options, cwd=folder)
     (folder / "sample_prompts.txt").write_text("a cat --w 64 --h 64 --d 1 --s 2\n")
     project = Project(folder)
     stage = folder / "stages" / "train.toml"
@@ -140,24 +163,51 @@ def test_two_clean_runs_have_equal_hashes(tmp_path):
     assert hashes[0] == hashes[1]
 
 
+WITNESS = """
+import atexit, json, os, sys
+opened = []
+sys.addaudithook(lambda event, args: opened.append(os.path.abspath(os.fsdecode(args[0])))
+                 if event == "open" and isinstance(args[0], (str, bytes)) else None)
+def tell():
+    told = {"argv": sys.argv, "modules": sorted(sys.modules), "opened": opened}
+    with open(os.path.join(os.environ["WITNESS"], f"{os.getpid()}.json"), "w") as file:
+        json.dump(told, file)
+atexit.register(tell)
+"""
+
+
 def test_second_machine_trains_the_same_adapter_without_pictures_or_encoders(tmp_path):
-    """A encodes and pushes; B, a clone with the base's MMDiT alone, pulls and trains: equal bits on the CPU."""
-    a = make_project(tmp_path / "a", tmp_path / "base")
+    """A encodes and pushes; B, a clone with the MMDiT alone, pulls and trains: equal bits on the CPU."""
+    a = make_project_of_parts(tmp_path / "a")
     a.call("dvc", "remote", "add", "-d", "store", str(tmp_path / "remote"))
-    a.repro()
-    expected = a.hashes()["runs/photos/final"]
-    shutil.rmtree(a.folder / "runs")  # B may not find A's result in the run cache
-    a.call("dvc", "repro", "encode_text", "encode_latents")
+    a.repro("encode_text", "encode_latents")
     a.call("git", "add", "-A", ".")
     a.call("git", "commit", "-qm", "encoded")
     a.call("dvc", "push", "encode_text", "encode_latents")
     a.call("git", "clone", "-q", str(a.folder), str(tmp_path / "b"))
-    shutil.move(a.folder / "images", tmp_path / "images-of-a")
+    assert a.repro() == {"train", "export"}
+
     b = Project(tmp_path / "b")
-    assert not (b.folder / "images").exists()
-    shown = b.call("dvc", "repro", "--pull", "--allow-missing", "--force", "--single-item", "train")
-    assert "Running stage 'train'" in shown
-    assert b.hashes()["runs/photos/final"] == expected
+    assert not (b.folder / "images").exists() and not list(b.folder.rglob("*.safetensors"))
+    (b.folder / "models").mkdir(exist_ok=True)
+    shutil.copyfile(a.folder / "models" / "mmdit.safetensors", b.folder / "models" / "mmdit.safetensors")
+    shutil.rmtree(b.folder / "models" / "tokenizers", ignore_errors=True)
+    a.folder = a.folder.rename(tmp_path / "a-gone")
+    witness = tmp_path / "witness"
+    witness.mkdir()
+    (witness / "sitecustomize.py").write_text(WITNESS)
+    paths = os.pathsep.join(filter(None, [str(witness), os.environ.get("PYTHONPATH")]))
+    shown = b.call(
+        "dvc", "repro", "--pull", "--allow-missing", "train", env={"WITNESS": str(witness), "PYTHONPATH": paths}
+    )
+    assert [line for line in shown.splitlines() if line.startswith("Running stage")] == ["Running stage 'train':"]
+    assert b.hashes()["runs/photos/final"] == a.hashes()["runs/photos/final"]
+
+    told = [json.loads(file.read_text()) for file in witness.glob("*.json")]
+    (train,) = [process for process in told if process["argv"][1:2] == ["train"]]
+    assert not {"transformers", "tokenizers", "PIL", "diffusers", "peft"} & set(train["modules"])
+    assert any(name.startswith(str(b.folder / "caches")) for name in train["opened"])
+    assert not [name for name in train["opened"] if name.startswith((str(tmp_path / "a"), str(tmp_path / "remote")))]
 
 
 def test_a_killed_repro_goes_on(tmp_path):
