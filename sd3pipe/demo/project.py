@@ -31,6 +31,12 @@ LEARNT = (
     Subject(shape=NEW_WORD, colour="blue", size="small", background="white"),
     Subject(shape=NEW_WORD, colour="purple", size="large", background="red"),
 )
+HELD_OUT = (  # never trained on: the validation loss is measured on them
+    Subject(shape=NEW_WORD, colour="orange", size="small", background="blue"),
+    Subject(shape=NEW_WORD, colour="white", size="large", background="green"),
+    Subject(shape=NEW_WORD, colour="green", size="large", background="yellow"),
+    Subject(shape=NEW_WORD, colour="black", size="small", background="white"),
+)
 PROMPTED = (  # none of these is among the pictures
     Subject(shape=NEW_WORD, colour="red", size="large", background="blue"),
     Subject(shape=NEW_WORD, colour="green", size="small", background="white"),
@@ -96,7 +102,7 @@ def picture_files() -> dict[str, bytes]:
     """Returns the pictures as PNG and their captions as text, by name."""
     generator = np.random.default_rng(_SEED)
     files: dict[str, bytes] = {}
-    for folder, subjects in (("pictures", LEARNT), ("regularisation", known_subjects())):
+    for folder, subjects in (("pictures", LEARNT), ("regularisation", known_subjects()), ("held-out", HELD_OUT)):
         for number, subject in enumerate(subjects):
             width, height = PICTURE_SIZES[number % len(PICTURE_SIZES)]
             data = io.BytesIO()
@@ -139,4 +145,9 @@ num_repeats = 3
 image_dir = "regularisation"
 is_reg = true
 num_repeats = 1
+
+# Drawings of the new shape that are only looked at, to measure how well it is learnt.
+[[datasets.subsets]]
+image_dir = "held-out"
+validation_split = 1.0
 """

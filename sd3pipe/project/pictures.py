@@ -56,6 +56,7 @@ def dataset_toml(folder: PictureFolder, image_dir: str, *, resolution: int, trig
         "[[datasets.subsets]]",
         f"image_dir = {toml_value(image_dir)}",
         "num_repeats = 1",
+        "# validation_split = 0.1    # holds out a tenth of the pictures to measure the loss on; wants some hundred",
         *(["recursive = true"] if folder.recursive else []),
         *_trigger_lines(folder, trigger),
     ]

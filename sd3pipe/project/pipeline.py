@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from sd3pipe.params.bands import BAND_NAMES
+
 ENCODERS = ("clip_l", "clip_g", "t5xxl")
 
 _HEADER = """\
@@ -56,19 +58,23 @@ def dvc_yaml(paths: Mapping[str, str], dataset_deps: Iterable[str], *, folder: P
     return f"{_HEADER}\nstages:\n{body}\n{_RECORDS}"
 
 
-_RECORDS = """
+_RECORDS = f"""
 metrics:
-  - ${paths.run}/metrics.json
+  - ${{paths.run}}/metrics.json
 
 plots:
   - loss:
       x: step
       y:
-        ${paths.run}/plots/loss.csv: [loss, loss_mean]
+        ${{paths.run}}/plots/loss.csv: [loss, loss_mean]
+  - validation:
+      x: step
+      y:
+        ${{paths.run}}/plots/validation.csv: [loss, {", ".join(f"bands/{name}" for name in BAND_NAMES)}]
   - learning_rate:
       x: step
       y:
-        ${paths.run}/plots/loss.csv: learning_rate
+        ${{paths.run}}/plots/loss.csv: learning_rate
 """
 
 

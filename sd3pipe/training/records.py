@@ -5,11 +5,12 @@ import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sd3pipe.files import make_folder, storage_errors, write_json, write_text
+from sd3pipe.params.bands import BAND_NAMES
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +83,7 @@ def write_summaries(run: Path) -> None:
         metrics["validation_loss_best"] = min(record["loss"] for record in validations)
     write_json(run / "metrics.json", metrics)
     _write_table(run / "plots" / "loss.csv", steps)
-    if validations:
-        _write_table(run / "plots" / "validation.csv", validations)
+    _write_table(run / "plots" / "validation.csv", validations, ("step", "loss", *map("bands/{}".format, BAND_NAMES)))
 
 
 def subset_figures(run: Path) -> dict[str, dict[str, float]]:
@@ -97,9 +97,10 @@ def subset_figures(run: Path) -> dict[str, dict[str, float]]:
     return {name: {"samples_seen": seen[name], "loss_mean": losses[name] / seen[name]} for name in sorted(seen)}
 
 
-def _write_table(path: Path, records: list[dict[str, Any]]) -> None:
+def _write_table(path: Path, records: list[dict[str, Any]], names: Sequence[str] = ()) -> None:
+    """Writes a table with the columns `names`, which are there in a table without rows, too, and all others."""
     rows = [dict(_flat("", {key: value for key, value in record.items() if key != "seconds"})) for record in records]
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = list(dict.fromkeys([*names, *(name for row in rows for name in row)]))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from sd3pipe.console import count
 from sd3pipe.files import write_json
+from sd3pipe.params.bands import BAND_NAMES, SIGMAS
 from sd3pipe.training.batches import fixed_batches
 from sd3pipe.training.checkpoints import CHECKPOINTS_FOLDER
 from sd3pipe.training.feed import Feed
@@ -23,7 +24,6 @@ from sd3pipe.training.trained_weights import TrainedWeights
 
 log = logging.getLogger(__name__)
 
-SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # the middles of five bands of equal width
 _FEW_PICTURES = 30  # below this a difference in validation loss says little
 # 97.5 % quantiles of Student's t by degrees of freedom, and the normal one for more
 _T_QUANTILES = (
@@ -64,9 +64,7 @@ class Validator:
             progressed.best_step, progressed.best_loss = progressed.step, loss
         if self._records is None:
             return
-        bands = {
-            f"sigma_{sigma}": mean_and_half_width(losses_PS[measured, i].tolist()) for i, sigma in enumerate(SIGMAS)
-        }
+        bands = {name: mean_and_half_width(losses_PS[measured, i].tolist()) for i, name in enumerate(BAND_NAMES)}
         self._records.validation(
             progressed.step,
             loss=loss,

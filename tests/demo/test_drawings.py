@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sd3pipe.demo.drawings import NEW_WORD, OUTLINES, WORDINGS, Subject, all_subjects, draw, draw_blob
-from sd3pipe.demo.project import LEARNT, PROMPTED, known_subjects, picture_files, project_texts
+from sd3pipe.demo.project import HELD_OUT, LEARNT, PROMPTED, known_subjects, picture_files, project_texts
 
 RED_RING = Subject(shape="ring", colour="red", size="small", background="grey")
 
@@ -51,6 +51,7 @@ def test_blobs_show_two_colours():
 
 def test_the_demo_asks_for_what_it_does_not_show():
     assert not set(LEARNT) & set(PROMPTED)
+    assert len({*LEARNT, *PROMPTED, *HELD_OUT}) == len(LEARNT) + len(PROMPTED) + len(HELD_OUT)
     assert len(LEARNT) == 12
     assert {subject.shape for subject in LEARNT} == {NEW_WORD}
 

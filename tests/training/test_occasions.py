@@ -13,8 +13,9 @@ from tiny_parts import TINY_VAE, random_tensors, save_single_file
 from tiny_training import Inputs, equal, fill_prompts, make_inputs, pictures
 
 from sd3pipe.errors import InputError
+from sd3pipe.params.bands import BAND_NAMES, SIGMAS
 from sd3pipe.training.objective import Objective
-from sd3pipe.training.validation import SIGMAS, mean_and_half_width, verdict
+from sd3pipe.training.validation import mean_and_half_width, verdict
 
 HELD_OUT = 4
 
@@ -51,7 +52,7 @@ def test_validation_measures_held_out_pictures_in_bands(inputs):
     last = records[-1]
     assert len(last["by_picture"]) == HELD_OUT
     assert last["loss"] == pytest.approx(math.fsum(last["by_picture"]) / HELD_OUT)
-    assert list(last["bands"]) == [f"sigma_{sigma}" for sigma in SIGMAS]
+    assert tuple(last["bands"]) == BAND_NAMES
     assert math.fsum(last["bands"].values()) / len(SIGMAS) == pytest.approx(last["loss"])
     assert last["ci95"] == pytest.approx(mean_and_half_width(last["by_picture"])[1])
     assert (run.folder / "plots" / "validation.csv").is_file()
