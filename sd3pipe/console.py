@@ -160,10 +160,12 @@ class StageReport:
         """Adds values (JSON types) to the report."""
         self.values.update(values)
 
-    def keep(self) -> None:
-        """Takes over the values of the report that is there, for a stage that has nothing to do."""
+    def keep(self, **otherwise: Any) -> None:
+        """Takes over the values of the report that is there, or else `otherwise`, for a stage without work."""
+        there: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
-            self.values = {**json.loads(self.path.read_text(encoding="utf-8")), **self.values}
+            there = json.loads(self.path.read_text(encoding="utf-8"))
+        self.values = {**otherwise, **there, **self.values}
 
     def __enter__(self) -> Self:
         self._start = time.monotonic()

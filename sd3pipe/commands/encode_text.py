@@ -15,6 +15,7 @@ from sd3pipe.cache.store import Unreadable, fill_cache, missing_rows
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.config import find_project
 from sd3pipe.console import StageReport, count, one_line, readable_bytes, readable_seconds, version
+from sd3pipe.data.captions import caption_statistics
 from sd3pipe.data.dataset_file import Dataset, load_dataset
 from sd3pipe.data.prompts import load_prompts
 from sd3pipe.data.scan import Scan, scan, source_files, tell_about_captions
@@ -97,6 +98,9 @@ def _fill(params: EncodeTextParams, target: _Target) -> None:
     with StageReport("encode-text", path=Path(f"{target.out}.report.json"), inputs=_inputs(params, target)) as report:
         ready = _prepare(params, target)
         report.update(texts=len(ready.texts.text_by_hash), uses=len(ready.texts.columns["key"]))
+        if target.kind == "text":
+            used = [ready.texts.text_by_hash[digest] for digest in ready.texts.columns["caption_hash"]]
+            report.update(captions=caption_statistics(used))
         folder = machine_folder(target.out)
         cuts = recall_cuts(folder, set(ready.wanted.keys))
         counts = fill_cache(

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.params.idle import idle_options
 from sd3pipe.params.train import TrainParams
 from sd3pipe.stat_memory import StatMemory
+from sd3pipe.training.data_summary import data_summary
 from sd3pipe.training.identity import RunInputs, resolve_inputs, run_identity
 from sd3pipe.training.loop import Loop
 from sd3pipe.training.memory_plan import CLIP_TOKENS, MemoryPlan, run_memory
@@ -67,6 +69,7 @@ def _only_writer(run: Path) -> Iterator[None]:
 
 
 def _train(params: TrainParams, processes: Processes, report: StageReport) -> None:
+    started = time.monotonic()
     for line in idle_options(params) if processes.is_main else ():
         log.warning("%s", line)
     freshness = _check_freshness(params)
@@ -83,10 +86,11 @@ def _train(params: TrainParams, processes: Processes, report: StageReport) -> No
     start = processes.same(_start(params, identity, run) if processes.is_main else None)
     assert start is not None
     report.update(options=params.model_dump(mode="json"), identity=identity, sources_checked=freshness)
+    report.update(data=data_summary(data))
     if is_finished(params.out, start, identity, run.total_steps):
         done = Progressed.from_state(start.checkpoint.state) if start.checkpoint else Progressed()
-        report.update(**_how_far(done), steps_now=0, seconds_per_step=None, peak_rss_bytes=peak_rss_bytes())
-        report.update(peak_device_bytes=0, subsets=subset_figures(params.out))
+        report.keep(seconds_per_step=None, peak_rss_bytes=peak_rss_bytes(), peak_device_bytes=0)
+        report.update(**_how_far(done), steps_now=0, subsets=subset_figures(params.out))
         report.summary = f"nothing to do, all {count(run.total_steps, 'step')} are done"
         return
     memory = run_memory(
@@ -100,6 +104,7 @@ def _train(params: TrainParams, processes: Processes, report: StageReport) -> No
     with _memory_advice(memory, processes.device):
         loop = build_loop(params, processes, data, source, run, identity, start, memory)
         steps_before = loop.progressed.step
+        loop.seconds_by_phase["preparing"] = time.monotonic() - started
         try:
             loop.run(parse_duration(params.time_limit) if params.time_limit else None)
             loop.saver.finish({"identity": identity, "steps": run.total_steps})
@@ -152,6 +157,7 @@ def _figures(loop: Loop, memory: MemoryPlan, processes: Processes, steps_before:
         "memory": memory.as_report(peak_device_bytes=peak, seconds_per_step=seconds),
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak,
+        "phases": {name: round(value, 3) for name, value in loop.seconds_by_phase.items()},
         "streamed_bytes": loop.streamer.copied_bytes,
     }
 

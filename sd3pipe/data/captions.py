@@ -8,7 +8,8 @@ no part of this: it is a weight of the subset, and the empty caption is a row of
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from sd3pipe.data.dataset_file import CaptionRules
 from sd3pipe.data.scan import Picture
@@ -59,6 +60,19 @@ def tag_frequency(captions: Iterable[str], separator: str = ",") -> Mapping[str,
     for caption in captions:
         counts.update({tag.strip() for tag in caption.split(separator) if tag.strip()})
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def caption_statistics(captions: Sequence[str], *, most_tags: int = 10) -> dict[str, Any]:
+    """Returns what a report says about the captions of all pictures and variants, as JSON types."""
+    words = sorted(len(caption.split()) for caption in captions)
+    return {
+        "captions": len(captions),
+        "different": len(set(captions)),
+        "empty": sum(not caption for caption in captions),
+        "words_median": words[len(words) // 2] if words else 0,
+        "words_most": words[-1] if words else 0,
+        "most_frequent": dict(list(tag_frequency(captions).items())[:most_tags]),
+    }
 
 
 def _is_random(rules: CaptionRules) -> bool:

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 720, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 26, 34
 _COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 _TICKS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """Points of one line by rising x; `low` and `high` are the ends of an interval around y, if there is one."""
+    """Points of one line by rising x; `low` and `high` are the ends of an interval around y, if there is one.
+
+    Lines of equal `colour` belong together; without one a line has the colour of its place.
+    """
 
     name: str
     x: Sequence[float]
@@ -21,6 +24,8 @@ class Series:
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     faint: bool = False
+    dashed: bool = False
+    colour: int | None = None
 
 
 def line_chart(series: Sequence[Series], *, x_label: str, y_label: str) -> str:
@@ -32,9 +37,9 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str) -> str:
     frame = _Frame(min(xs), max(xs), min(values), max(values))
     parts = [*frame.grid(x_label, y_label)]
     for number, line in enumerate(series):
-        parts += _line(frame, line, _COLOURS[number % len(_COLOURS)])
+        parts += _line(frame, line, _colour(line, number))
     legend = "".join(
-        f'<span><i style="background:{_COLOURS[number % len(_COLOURS)]}"></i>{escape(line.name)}</span>'
+        f'<span><i style="background:{_colour(line, number)};opacity:{_opacity(line)}"></i>{escape(line.name)}</span>'
         for number, line in enumerate(series)
     )
     body = "".join(parts)
@@ -66,7 +71,7 @@ class _Frame:
                 f'<text x="{self.x(value):.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{value:g}</text>'
             )
         parts.append(f'<text x="{WIDTH - _RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
-        parts.append(f'<text x="4" y="{_TOP}" dominant-baseline="hanging">{escape(y_label)}</text>')
+        parts.append(f'<text x="4" y="4" dominant-baseline="hanging">{escape(y_label)}</text>')
         return parts
 
 
@@ -79,6 +84,14 @@ def ticks(low: float, high: float) -> list[float]:
     return [number * step for number in range(first, math.floor(high / step) + 1)]
 
 
+def _colour(line: Series, number: int) -> str:
+    return _COLOURS[(number if line.colour is None else line.colour) % len(_COLOURS)]
+
+
+def _opacity(line: Series) -> float:
+    return 0.25 if line.faint else 1
+
+
 def _line(frame: _Frame, line: Series, colour: str) -> list[str]:
     parts = []
     if line.low and line.high:
@@ -86,9 +99,10 @@ def _line(frame: _Frame, line: Series, colour: str) -> list[str]:
         back = [f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in zip(line.x, line.low, strict=True)]
         parts.append(f'<polygon points="{" ".join(there + back[::-1])}" fill="{colour}" opacity="0.15"/>')
     points = [f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
-    opacity = 0.25 if line.faint else 1
     if len(points) == 1:
         x, y = points[0].split(",")
         parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
-    parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" opacity="{opacity}"/>')
+    dashes = ' stroke-dasharray="5 4"' if line.dashed else ""
+    shape = f'points="{" ".join(points)}" fill="none"'
+    parts.append(f'<polyline {shape} stroke="{colour}" opacity="{_opacity(line)}"{dashes}/>')
     return parts

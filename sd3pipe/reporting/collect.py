@@ -17,6 +17,7 @@ class Sample:
     """One sample picture: which prompt it answers, and after how many steps."""
 
     prompt: str
+    title: str  # the prompt's words, as far as the picture's file says
     step: int
     path: Path
 
@@ -32,6 +33,12 @@ class RunRecord:
     validations: list[dict[str, Any]]
     events: list[dict[str, Any]]
     samples: list[Sample]
+    text_report: dict[str, Any]  # of the encode stages whose caches the run read, where they are still there
+    latents_report: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -48,7 +55,16 @@ def read_run(folder: Path) -> RunRecord:
         validations=[record for record in records if record["kind"] == "validation"],
         events=[record for record in records if record["kind"] == "event"],
         samples=_samples(folder / "samples"),
+        text_report=_report_beside(report, "text", folder),
+        latents_report=_report_beside(report, "latents", folder),
     )
+
+
+def _report_beside(report: dict[str, Any], cache: str, folder: Path) -> dict[str, Any]:
+    """Returns the report of the stage that filled one of the run's caches; a relative path starts above the run."""
+    path = (report.get("inputs") or {}).get(cache)
+    places = [Path(f"{parent / path}.report.json") for parent in folder.resolve().parents] if path else []
+    return next((found for place in places if (found := _json(place))), {})
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -78,5 +94,16 @@ def _samples(folder: Path) -> list[Sample]:
         match = _SAMPLE_NAME.search(name)
         if path.suffix.lower() in _PICTURES and match:
             prompt = (name[: match.start()] + name[match.end() :]).strip("-_/ ").removesuffix(path.suffix).strip("-_/ ")
-            found.append(Sample(prompt=prompt or "sample", step=int(match[1]), path=path))
+            found.append(Sample(prompt=prompt or "sample", title=_title(path), step=int(match[1]), path=path))
     return found
+
+
+def _title(path: Path) -> str:
+    """Returns the words that a sample's file carries as its title."""
+    from PIL import Image  # only where there are pictures
+
+    try:
+        with Image.open(path) as image:
+            return str(image.info.get("Description", ""))
+    except (OSError, ValueError):
+        return ""

@@ -1,7 +1,9 @@
 """The training loop: steps, and what happens between them."""
 
+import contextlib
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -64,6 +66,7 @@ class Loop:
         self.validate, self.sample, self.processes = validate, sample, processes
         self.streamer = streamer
         self.seconds_per_step: list[float] = []
+        self.seconds_by_phase: defaultdict[str, float] = defaultdict(float)
 
     def run(self, time_limit_seconds: float | None = None) -> None:
         """Trains to the last step and saves. Raises Stopped, after saving, when asked to stop on the way."""
@@ -86,7 +89,8 @@ class Loop:
                 self._after_step(step, result, bar, time.monotonic() - start)
                 if result.stop_wanted and state.step < total:
                     self._stop(stop.reason)
-        self.saver.save(state)
+        with self._phase("saving"):
+            self.saver.save(state)
 
     def close(self) -> None:
         """Writes the summaries of what was recorded, and gives streamed weights back."""
@@ -96,14 +100,17 @@ class Loop:
 
     def _before_the_first_step(self) -> None:
         if self.validate:
-            self.validate(self.progressed)
+            with self._phase("validation"):
+                self.validate(self.progressed)
         if self.sample and self.plan.sample_at_first:
-            self.sample(self.progressed)
+            with self._phase("samples"):
+                self.sample(self.progressed)
 
     def _after_step(self, step: Step, result: StepResult, bar: Progress, seconds: float) -> None:
         state, epochs_before = self.progressed, self.progressed.epochs_done
         state.passed(step.plan, result.loss)
         self.seconds_per_step.append(seconds)
+        self.seconds_by_phase["steps"] += seconds
         if self.records:
             self.records.step(
                 state.step,
@@ -120,11 +127,23 @@ class Loop:
         now = (state.step, epochs_before, state.epochs_done)
         last = state.step == self.plan.total_steps
         if self.validate and (self.plan.validate.due(*now) or last):
-            self.validate(state)
+            with self._phase("validation"):
+                self.validate(state)
         if self.sample and (self.plan.sample.due(*now) or last):
-            self.sample(state)
+            with self._phase("samples"):
+                self.sample(state)
         if self.plan.save.due(*now) or last or state.best_step == state.step:
-            self.saver.save(state)
+            with self._phase("saving"):
+                self.saver.save(state)
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Counts the seconds of its body to a phase of the run."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds_by_phase[name] += time.monotonic() - start
 
     def _memory(self) -> str:
         """Returns the most memory used so far: the device's, or the process's own where it computes on the CPU."""

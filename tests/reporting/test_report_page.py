@@ -27,14 +27,22 @@ def write_run(folder: Path, *, steps: int = 30, rate: float = 1e-3) -> Path:
         for n in range(1, steps + 1)
     ]
     records += [
-        {"kind": "validation", "step": n, "loss": 0.5, "interval": 0.1, "bands": {"200": 0.2, "800": 0.8}}
+        {"kind": "validation", "step": n, "loss": 0.5, "ci95": 0.1, "bands": {"sigma_0.1": 0.2, "sigma_0.9": 0.8}}
         for n in (10, 20, 30)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     report = {
         "stage": "train", "steps": steps, "loss_first": 1.0, "loss_last": 1 / steps, "seconds": 12.0,
         "peak_rss_bytes": 370225152, "options": {"learning_rate": rate, "network_dim": 4},
+        "inputs": {"text": "caches/text", "latents": "caches/latents"}, "phases": {"steps": 10.0, "samples": 2.0},
+        "memory": {"device_bytes": {"predicted": 9_000_000_000, "measured": 8_500_000_000}},
+        "data": {"pictures": 12, "buckets": {"64x96": 4}, "subsets": {"cats": {"pictures": 12, "loss_weight": 1.0}}},
     }  # fmt: skip
+    caches = folder.parent / "caches"
+    caches.mkdir(exist_ok=True)
+    (caches / "text.report.json").write_text(
+        json.dumps({"seconds": 5.0, "captions": {"captions": 12, "different": 11, "most_frequent": {"a cat": 9}}})
+    )
     (folder / "report.json").write_text(json.dumps(report))
     (folder / "final" / "inputs.json").write_text(json.dumps({"base": "abc<def>"}))
     for step, colour in ((0, "red"), (10, "green"), (30, "blue")):
@@ -57,6 +65,12 @@ def test_page_shows_losses_options_and_provenance_escaped(page):
     assert text.count("<svg") == 3  # loss, validation, learning rate
     assert "network_dim" in text and "370 MB" in text
     assert "abc&lt;def&gt;" in text and "abc<def>" not in text
+
+
+def test_page_shows_data_phases_and_predictions(page):
+    text = page.read_text(encoding="utf-8")
+    for words in ("64x96", "a cat", "sigma 0.9", "train, samples", "encode-text, last run", "9 GB", "8.5 GB"):
+        assert words in text, words
 
 
 def test_page_names_nothing_that_would_be_fetched(page):
@@ -85,7 +99,8 @@ def test_slider_changes_the_pictures_and_nothing_is_fetched(page, tmp_path):
         "<script>const s=document.querySelector('input[type=range]');s.value=0;"
         "s.dispatchEvent(new Event('input'));"
         "document.title=JSON.stringify({text:document.querySelector('output').textContent,"
-        "shown:[...document.querySelectorAll('img')].filter(i=>!i.hidden).map(i=>i.dataset.step)});</script>"
+        "shown:[...document.querySelectorAll('img.large')].filter(i=>!i.hidden&&i.naturalWidth)"
+        ".map(i=>i.dataset.step)});</script>"
     )
     copy = tmp_path / "probe.html"
     copy.write_text(page.read_text(encoding="utf-8").replace("</body>", probe + "</body>"), encoding="utf-8")
