@@ -165,6 +165,7 @@ class StageReport:
         there: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             there = json.loads(self.path.read_text(encoding="utf-8"))
+        there.pop("error", None)
         self.values = {**otherwise, **there, **self.values}
 
     def __enter__(self) -> Self:
