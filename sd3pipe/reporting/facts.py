@@ -30,7 +30,8 @@ def data(runs: Sequence[RunRecord]) -> str:
 
 def _data(run: RunRecord) -> str:
     facts, captions = run.report.get("data") or {}, run.text_report.get("captions") or {}
-    subsets = facts.get("subsets") or {}
+    seen = run.report.get("subsets") or {}
+    subsets = {name: {**values, **seen.get(name, {})} for name, values in (facts.get("subsets") or {}).items()}
     keys = list(dict.fromkeys(key for values in subsets.values() for key in values))
     rows = [[name, *(values.get(key) for key in keys)] for name, values in subsets.items()]
     parts = [
