@@ -22,7 +22,7 @@ def cache_preview(cache: CacheReader, vae: VAE, *, title: str, per_bucket: int) 
     buckets: dict[Size, list[int]] = defaultdict(list)
     for number, size in enumerate(zip(widths, heights, strict=True)):
         buckets[size].append(number)
-    names = samples.strings("name")
+    names = list(zip(samples.strings("subset").to_list(), samples.strings("name").to_list(), strict=True))
     sections = []
     for size, members in buckets.items():
         cards = tuple(_card(cache, vae, number) for number in spread(members, per_bucket))

@@ -52,8 +52,8 @@ def project(tmp_path_factory):
     (folder / "masked").mkdir()
     rgba = rng.integers(0, 256, (140, 220, 4), dtype=np.uint8)
     rgba[..., 3] = 0
-    Image.fromarray(rgba).save(folder / "masked" / "m.png")
-    (folder / "masked" / "m.txt").write_text("a, b, c, d", encoding="utf-8")
+    Image.fromarray(rgba).save(folder / "masked" / "wide.png")
+    (folder / "masked" / "wide.txt").write_text("a, b, c, d", encoding="utf-8")
     (folder / "d.toml").write_text(DATASET)
     return folder
 
@@ -128,6 +128,7 @@ def test_a_cache_is_drawn_by_decoding_it(project, base):
     assert "Preview of latents" in page and "mirrored" in page and "crop 1" in page
     assert page.count("data:image/jpeg") == 16  # seven pictures, each mirrored, and two crops of the masked one
     assert "broken.png: left out" in page
+    assert sum(int(number) for number in re.findall(r"<small>(\d+) pictures?[;,]", page)) == 8
 
 
 def test_without_dataset_and_cache_there_is_nothing_to_draw(tmp_path):
