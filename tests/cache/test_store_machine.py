@@ -122,6 +122,7 @@ class StoreMachine(RuleBasedStateMachine):
         killed_while(self.encode, point, call, after=after)
         self.filled = None
 
+    @precondition(lambda self: CacheFolder(self.out).machine.exists())  # what was never encoded is refused
     @rule()
     def empty_the_attic(self):
         delete_unused(self.out)
