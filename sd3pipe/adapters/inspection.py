@@ -14,6 +14,7 @@ from sd3pipe.adapters.targets import BLOCK_PARTS, block_of, part_of
 K = TypeVar("K", str, int, float)
 
 _CELL, _LEFT, _TOP = 18, 110, 44
+_NARROWEST = 420  # holds the line below the cells
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,13 +75,13 @@ def norm_picture(title: str, norms: Mapping[str, float], depth: int) -> str:
     """Returns an SVG: blocks from left to right, parts from top to bottom, darker for larger changes."""
     rows = norms_by_part(norms, depth)
     largest = max((cell for row in rows for cell in row if cell is not None), default=0.0) or 1.0
-    width, height = _LEFT + depth * _CELL + 20, _TOP + len(BLOCK_PARTS) * _CELL + 40
+    width, height = max(_LEFT + depth * _CELL + 20, _NARROWEST), _TOP + len(BLOCK_PARTS) * _CELL + 40
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">',
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="8" y="18" font-size="13">{html.escape(title)}</text>',
-        f'<text x="8" y="{height - 10}">norm of the weight change by block; darkest: {largest:.4g}</text>',
+        f'<text x="8" y="{height - 10}">norm of the weight change; darkest: {largest:.4g}, grey: not adapted</text>',
     ]
     for y, (part, row) in enumerate(zip(BLOCK_PARTS, rows, strict=True)):
         parts.append(f'<text x="{_LEFT - 6}" y="{_TOP + y * _CELL + 13}" text-anchor="end">{part}</text>')

@@ -34,6 +34,7 @@ _KOHYA_OPTIONS = (
     "gradient_checkpointing", "gradient_accumulation_steps", "weighting_scheme", "logit_mean", "logit_std",
     "mode_scale", "loss_type", "huber_schedule", "huber_c", "huber_scale", "scale_weight_norms", "prior_loss_weight",
     "network_dropout", "training_shift", "loss_form", "min_timestep", "max_timestep", "training_comment",
+    "apply_lg_attn_mask", "apply_t5_attn_mask", "t5xxl_max_token_length",
 )  # fmt: skip
 
 
@@ -69,8 +70,8 @@ def training_metadata(
 ) -> dict[str, str]:
     """Returns the metadata of an adapter in training.
 
-    `options` are the options of train by name, `resolution` is (width, height) of the largest bucket, `provenance` what
-    `provenance` returns.
+    `options` are the options of train, and of the encoding of text, by name, `resolution` is (width, height) of the
+    largest bucket, `provenance` what `provenance` returns.
     """
     kohya: dict[str, object] = {name: options[name] for name in _KOHYA_OPTIONS if options.get(name) is not None}
     kohya |= {

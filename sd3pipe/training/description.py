@@ -42,6 +42,7 @@ def adapter_metadata(
             "mmdit": run.base,
             "latents": data.latents.manifest.index,
             "text": data.text.manifest.index,
+            "dataset": data.identity()["training_rows"],
             **data.fingerprints(),
         },
         parameters={
@@ -54,7 +55,7 @@ def adapter_metadata(
     return training_metadata(
         variant=variant,
         spec=spec,
-        options=options,
+        options=dict(data.text.manifest.recipe) | options,
         step=progressed.step,
         epoch=progressed.epochs_done,
         output_name=params.output_name or params.out.name,

@@ -40,9 +40,15 @@ def trained_metadata(step=20):
         parameters={"train": {"network_dim": 4, "learning_rate": 1e-4}},
     )  # fmt: skip
     return training_metadata(
-        variant="sd35-medium", spec=AdapterSpec(rank=4, alpha=2.0, part_ranks={"x_mlp": 8}), options={"seed": 42},
-        step=step, epoch=2, output_name="cat", resolution=(1024, 768), provenance=made_from,
-    )  # fmt: skip
+        variant="sd35-medium",
+        spec=AdapterSpec(rank=4, alpha=2.0, part_ranks={"x_mlp": 8}),
+        options={"seed": 42, "apply_t5_attn_mask": False, "t5xxl_max_token_length": 154},
+        step=step,
+        epoch=2,
+        output_name="cat",
+        resolution=(1024, 768),
+        provenance=made_from,
+    )
 
 
 @pytest.fixture
@@ -113,6 +119,7 @@ def test_metadata_is_kept_and_the_users_words_are_added(run, tmp_path):
         "2.0",
     )
     assert json.loads(found["ss_network_args"]) == {"x_mlp_dim": "8"}
+    assert (found["ss_apply_t5_attn_mask"], found["ss_t5xxl_max_token_length"]) == ("False", "154")
     assert found["ss_base_model_version"] == "5-medium" and found["ss_steps"] == "20"
     assert json.loads(found["sd3pipe"])["fingerprints"] == {"mmdit": "ab" * 32}
     assert not any("date" in key for key in found)

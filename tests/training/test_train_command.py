@@ -73,6 +73,8 @@ def test_the_adapter_carries_its_provenance(inputs):
     assert metadata["modelspec.author"] == "A. Painter"
     made_from = json.loads(metadata["sd3pipe"])
     assert made_from["fingerprints"]["vae"] == "vae-1"
+    state = json.loads((run.checkpoint(1) / "state.json").read_text())
+    assert made_from["fingerprints"]["dataset"] == state["identity"]["training_rows"]
     assert made_from["step"] == 1
 
 
