@@ -145,3 +145,25 @@ def test_nothing_is_overwritten(command, tmp_path):
     (tmp_path / "project" / "dataset.toml").write_text("mine")
     assert "not overwritten" in sd3pipe("from-kohya", command, "--out", tmp_path / "project", expect=2).stderr
     assert (tmp_path / "project" / "dataset.toml").read_text() == "mine"
+
+
+def test_pictures_of_the_command_are_deps_of_dvc(command, tmp_path):
+    sd3pipe("from-kohya", command, "--out", tmp_path / "project")
+    text = (tmp_path / "project" / "dvc.yaml").read_text()
+    assert text.count(f"- {tmp_path / 'images'}\n") == 2  # of encode_text and encode_latents
+    assert ".sd3pipe/" in (tmp_path / "project" / ".dvcignore").read_text()
+
+
+def test_import_and_dry_run_exclude_one_another(command, tmp_path):
+    done = sd3pipe("from-kohya", command, "--out", tmp_path / "project", "--dry-run", "--import-cache", expect=2)
+    assert "pass one of them" in done.stderr
+
+
+@pytest.mark.slow
+def test_documented_example_runs_on_the_tiny_model(command, tmp_path):
+    """fp16 with a loss scale, 8-bit AdamW, checkpointing and every block streamed, as the command says."""
+    tokenizers = {"SD3PIPE_TOKENIZERS": str(tmp_path / "base" / "tokenizers")}
+    sd3pipe("from-kohya", command, "--out", tmp_path / "project")
+    done = sd3pipe("run", cwd=tmp_path / "project", env=tokenizers)
+    assert "train: 20 steps" in done.stdout  # 3 repeats in batches of 2, ten times
+    assert (tmp_path / "O" / "my_sd3_lora.safetensors").is_file()
