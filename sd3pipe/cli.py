@@ -191,7 +191,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    for line in message.splitlines() or [""]:
+    for line in message.splitlines():
         print(f"error: {one_line(line)}", file=sys.stderr)
     return code
 

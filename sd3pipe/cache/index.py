@@ -132,11 +132,11 @@ def read_index(kind: Kind, digest: str, read: ReadFile, where: str, *, check: bo
     arrays = {name: read_array(read, name, where) for name in names}
     if check and arrays_hash(arrays) != digest:
         raise InputError(
-            f"{where}: the index does not have the hash in its name: run cache verify --repair, then encode"
+            f"{where}: the index does not have the hash in its name: run `sd3pipe cache verify --repair`, then encode"
         )
     with contextlib.suppress(ValueError, KeyError, TypeError):
         return Index(kind, arrays)
-    raise InputError(f"{where}: the index cannot be understood: run cache verify --repair, then encode")
+    raise InputError(f"{where}: the index cannot be understood: run `sd3pipe cache verify --repair`, then encode")
 
 
 def _codes(texts: list[Any]) -> tuple[list[Any], np.ndarray]:

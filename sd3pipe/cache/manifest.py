@@ -67,7 +67,8 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
             return manifest
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{where} is damaged or no manifest of a cache ({error}): restore it, or run cache verify --repair"
+            f"{where} is damaged or no manifest of a cache ({error}): "
+            "restore it, or run `sd3pipe cache verify --repair`"
         ) from error
     raise InputError(
         f"{where} has format {version}, this sd3pipe reads {', '.join(map(str, READABLE_FORMATS))}: update it"

@@ -79,7 +79,9 @@ def _rows(readers: Sequence[CacheReader], caches: Sequence[Path]) -> dict[str, W
         for plan_id in reader.index.plan_ids():
             path = CacheFolder(cache).find_segment(plan_id)
             if path is None:
-                raise InputError(f"{cache} lacks segment {plan_id}: run cache verify --repair, then encode again")
+                raise InputError(
+                    f"{cache} lacks segment {plan_id}: run `sd3pipe cache verify --repair`, then encode again"
+                )
             header = read_header(path)
             for info in header.rows:
                 recipe = info.ingredients.recipe
@@ -127,5 +129,6 @@ def _quarantined(readers: Sequence[CacheReader]) -> list[Mapping[str, Any]]:
 
 def _cannot_encode(keys: Sequence[str]) -> NoReturn:
     raise InputError(
-        f"{len(keys)} rows are damaged or missing in every cache: run cache verify --repair on each, then encode again"
+        f"{len(keys)} rows are damaged or missing in every cache: "
+        "run `sd3pipe cache verify --repair` on each, then encode again"
     )

@@ -120,4 +120,4 @@ class CacheReader:
         )
 
 
-_CURE = "run cache verify --repair, then encode again"
+_CURE = "run `sd3pipe cache verify --repair`, then encode again"

@@ -26,6 +26,8 @@ from sd3pipe.training.data_summary import data_summary
 from sd3pipe.training.identity import RunInputs, resolve_inputs, run_identity
 from sd3pipe.training.loop import Loop
 from sd3pipe.training.memory_plan import CLIP_TOKENS, MemoryPlan, run_memory
+from sd3pipe.training.occasions import check_prompts
+from sd3pipe.training.optimizers import check_optimizer
 from sd3pipe.training.precision import BASE_DTYPES, resolve_precision
 from sd3pipe.training.processes import Processes, join_processes
 from sd3pipe.training.progressed import Progressed
@@ -73,6 +75,8 @@ def _train(params: TrainParams, processes: Processes, report: StageReport) -> No
     for line in idle_options(params) if processes.is_main else ():
         log.warning("%s", line)
     freshness = _check_freshness(params)
+    check_optimizer(params.optimizer_type)
+    check_prompts(params)
     data = open_data(params)
     source = find_component("mmdit", model=params.model, file=params.mmdit)
     run = resolve_inputs(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sd3pipe.console import count
 from sd3pipe.data.dataset_file import Dataset, Subset
 from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, Entry, folder_entries, mask_files
 from sd3pipe.data.metadata import metadata_entries
@@ -32,7 +33,7 @@ class Picture:
     """One picture of one subset. Width and height are after EXIF orientation.
 
     `name` is the path below the subset's folder; `occurrence` counts pictures of equal content in one subset from 0;
-    `caption` is the raw text; `has_caption` says whether there was a caption (not class_tokens or nothing).
+    `caption` is the raw text, or class_tokens, or empty.
     """
 
     path: Path
@@ -47,7 +48,6 @@ class Picture:
     has_alpha: bool
     animated: bool
     caption: str
-    has_caption: bool
     caption_path: Path | None
     caption_hash: str | None
     split: Split
@@ -137,16 +137,16 @@ def _folders_of(found: Scan, subset: Subset) -> set[Path]:
 
 def tell_about_captions(found: Scan) -> None:
     """Logs what a user may not expect of the captions: missing ones, and further lines that do not count."""
-    wordless = [picture for picture in found.pictures if not picture.has_caption and not picture.caption]
-    _tell(wordless, "pictures have no caption and are trained with the empty one")
+    wordless = [picture for picture in found.pictures if not picture.caption.strip()]
+    _tell(wordless, "picture", "without a caption, trained with the empty one")
     cut = [p for p in found.pictures if not p.subset.captions.enable_wildcard and "\n" in p.caption]
-    _tell(cut, "captions have several lines; without enable_wildcard only the first counts")
+    _tell(cut, "caption", "of several lines; without enable_wildcard only the first counts")
 
 
 def tell_about_pictures(found: Scan) -> None:
     """Logs what a user may not expect of the pictures: further frames, files that are left out."""
     animated = [picture for picture in found.pictures if picture.animated]
-    _tell(animated, "pictures are animated; only the first frame is used")
+    _tell(animated, "animated picture", "of which only the first frame is used")
     for broken in found.unreadable:
         log.warning("%s: left out: %s", ascii_path(broken.path), broken.reason)
 
@@ -156,11 +156,11 @@ def ascii_path(path: Path) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(path))
 
 
-def _tell(pictures: Sequence[Picture], what: str) -> None:
+def _tell(pictures: Sequence[Picture], noun: str, what: str) -> None:
     if pictures:
         names = ", ".join(ascii_path(picture.path) for picture in pictures[:_SHOWN])
         more = ", ..." if len(pictures) > _SHOWN else ""
-        log.warning("%d %s: %s%s", len(pictures), what, names, more)
+        log.warning("%s %s: %s%s", count(len(pictures), noun), what, names, more)
 
 
 def _entries(subset: Subset, with_captions: bool) -> list[Entry]:
@@ -201,7 +201,6 @@ def _examine(
         has_alpha=known["has_alpha"],
         animated=known["animated"],
         caption=entry.caption if entry.caption is not None else subset.class_tokens or "",
-        has_caption=entry.caption is not None,
         caption_path=entry.caption_path,
         caption_hash=entry.caption_hash,
         split=split_of(image_hash, subset),

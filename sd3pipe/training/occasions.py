@@ -42,6 +42,12 @@ class Sampler:
         network.train()
 
 
+def check_prompts(params: TrainParams) -> None:
+    """Raises InputError for sample prompts that cannot be read; that there are none is fine."""
+    if params.prompts is not None and params.prompts.exists():
+        read_prompts(params.prompts)
+
+
 def make_sampler(
     params: TrainParams,
     objective: Objective,

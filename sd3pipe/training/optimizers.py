@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
@@ -73,6 +74,13 @@ def make_optimizer(name: str, groups: ParameterGroups, args: Mapping[str, Any]) 
         raise ParameterError(f"optimizer_type = {name}, optimizer_args = {dict(args)}: {error}") from error
     set_training(optimizer, training=True)  # schedule-free optimizers of other packages begin in neither mode
     return optimizer
+
+
+def check_optimizer(name: str) -> None:
+    """Raises ParameterError for an optimizer that is not there. A known one is not imported: bitsandbytes takes 4 s."""
+    known = _NAMES.get(name.lower())
+    if known is None or importlib.util.find_spec(known.path.partition(".")[0]) is None:
+        _find(name)
 
 
 def set_training(optimizer: Optimizer, *, training: bool) -> None:

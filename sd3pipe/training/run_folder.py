@@ -91,7 +91,7 @@ def set_aside(run: Path, reason: str) -> None:
         number += 1
     with storage_errors(run):
         run.rename(target)
-    log.warning("%s is set aside as %s and a new run starts: %s", run, target.name, reason)
+    log.warning("%s is set aside as %s and a new run starts: %s", run, target, reason)
 
 
 def _start_from(place: Path, run: Path, identity: Identity, allow_changes: Sequence[str], total_steps: int) -> Start:

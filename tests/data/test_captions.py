@@ -131,7 +131,7 @@ def picture(tmp_path, caption, extra=""):
     subset = load_dataset(file).subsets[0]
     return Picture(
         path=Path("x/a.png"), name="a.png", subset=subset, occurrence=0, image_hash="5" * 64, mask_path=None,
-        mask_hash=None, width=8, height=8, has_alpha=False, animated=False, caption=caption, has_caption=True,
+        mask_hash=None, width=8, height=8, has_alpha=False, animated=False, caption=caption,
         caption_path=None, caption_hash=None, split="train",
     )  # fmt: skip
 

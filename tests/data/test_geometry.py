@@ -26,7 +26,7 @@ def picture(tmp_path, width, height, extra="", dataset="enable_bucket = true", r
     fields = {
         "path": tmp_path / name, "name": name, "subset": load_dataset(file).subsets[0], "occurrence": 0,
         "image_hash": "5" * 64, "mask_path": None, "mask_hash": None, "width": width, "height": height,
-        "has_alpha": False, "animated": False, "caption": "", "has_caption": False, "caption_path": None,
+        "has_alpha": False, "animated": False, "caption": "", "caption_path": None,
         "caption_hash": None, "split": "train",
     }  # fmt: skip
     return Picture(**(fields | more))

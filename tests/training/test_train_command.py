@@ -11,7 +11,7 @@ from tiny_training import Inputs, equal, make_inputs, pictures
 from sd3pipe.adapters.files import read_adapter
 from sd3pipe.cache.staleness import remember_sources
 from sd3pipe.commands.train import _set_numerics
-from sd3pipe.errors import StaleError, StorageError
+from sd3pipe.errors import Sd3pipeError, StaleError, StorageError
 from sd3pipe.files import lock_file
 from sd3pipe.fingerprint import hash_file
 from sd3pipe.training.base_model import compile_blocks
@@ -46,6 +46,17 @@ def test_a_run_leaves_what_the_design_says(inputs):
     assert report["peak_rss_bytes"] > 0
     assert json.loads((run.folder / "metrics.json").read_text())["loss_last"] == run.losses()[-1]
     assert (run.folder / "plots" / "loss.csv").read_text().startswith("step,epoch,loss,")
+
+
+def test_a_run_is_set_aside_only_once_the_new_one_can_begin(inputs):
+    run = inputs.train("kept", max_train_steps=1)
+    for wrong, problem in (
+        ({"optimizer_type": "AdamX"}, "AdamX"),
+        ({"prompts": inputs.text}, "not prompts"),
+    ):
+        with pytest.raises(Sd3pipeError, match=problem):
+            inputs.train("kept", max_train_steps=1, seed=7, **wrong)
+    assert run.steps() == [1] and not run.folder.with_name("kept.1").exists()
 
 
 def test_a_second_process_is_kept_out_of_a_run_and_a_file_is_no_folder(inputs):
