@@ -15,14 +15,15 @@ def choose_device(name: str, threads: int | None = None) -> torch.device:
     """Returns the device that `--device` names and sets the number of CPU threads.
 
     `auto` is CUDA where torch can use it, else the CPU; an NVIDIA card that this torch build cannot use is named in
-    a warning. `threads` = None takes all cores this process may run on, also under torchrun, which would set one.
+    a warning. A CUDA device has its number and becomes the current one. `threads` = None takes all cores this process
+    may run on, also under torchrun, which would set one.
     Raises ParameterError for an unknown or absent device.
     """
     torch.set_num_threads(threads or usable_cores())
     if name == "auto":
         if torch.cuda.is_available():
             rank = int(os.environ.get("LOCAL_RANK", "0"))  # under torchrun, each process takes a card of its own
-            return torch.device("cuda", rank % torch.cuda.device_count())
+            return _current(rank % torch.cuda.device_count())
         _tell_about_unusable_card()
         return torch.device("cpu")
     try:
@@ -35,7 +36,7 @@ def choose_device(name: str, threads: int | None = None) -> torch.device:
         raise ParameterError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s), from cuda:0"
         )
-    return device
+    return _current(device.index or 0) if device.type == "cuda" else device
 
 
 def usable_cores() -> int:
@@ -46,6 +47,12 @@ def usable_cores() -> int:
 def has_nvidia_card() -> bool:
     """Returns whether the machine's driver shows an NVIDIA card (Linux, WSL2), whatever torch can do."""
     return any(Path(path).exists() for path in ("/proc/driver/nvidia/gpus", "/dev/nvidia0", "/dev/dxg"))
+
+
+def _current(index: int) -> torch.device:
+    """Returns a CUDA device as tensors tell it, and lets libraries that ask for the current device find it."""
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def _why_no_cuda() -> str:

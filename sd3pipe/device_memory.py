@@ -1,10 +1,36 @@
-"""How much memory this process has used at most."""
+"""How much memory there is, how much this process has used at most, and what to say when there is too little."""
 
 import contextlib
+import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+
+from sd3pipe.errors import DeviceMemoryError
+
+# What the libraries below torch say when the card or the host has no memory left; torch's own allocator has a class.
+_SIGNS = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
+
+
+@contextlib.contextmanager
+def memory_errors(way_out: Callable[[], str]) -> Iterator[None]:
+    """Turns running out of memory, on the device or the host, into a DeviceMemoryError that says what to do."""
+    try:
+        yield
+    except MemoryError as error:
+        raise DeviceMemoryError(f"the host ran out of memory: {way_out()}") from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        where = "host" if "CPUAllocator" in str(error) else "device"
+        raise DeviceMemoryError(f"the {where} ran out of memory: {way_out()}") from error
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Returns whether torch, or a library that it calls (cuBLAS, cuDNN, the driver), found no memory."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _SIGNS)
 
 
 def peak_device_bytes(device: torch.device) -> int:
@@ -27,3 +53,39 @@ def peak_rss_bytes() -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def share_of_memory() -> int | None:
+    """Returns what each of the processes that torchrun started on this machine can still get; None if not told."""
+    free = available_memory()
+    return None if free is None else free // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def available_memory(system: Path = Path("/")) -> int | None:
+    """Returns the bytes that this process can still get: the system's, or less in a container; None if not told."""
+    known = [free for free in (_system_memory(system), _container_memory(system)) if free is not None]
+    return min(known, default=None)
+
+
+def _system_memory(system: Path) -> int | None:
+    values = _numbers(system / "proc/meminfo")
+    return values["MemAvailable:"] * 1024 if "MemAvailable:" in values else None
+
+
+def _container_memory(system: Path) -> int | None:
+    """Returns what a control group (version 2) still allows; pages of read files can be given back."""
+    folder = system / "sys/fs/cgroup"
+    try:
+        limit, used = (int((folder / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # none, or "max"
+        return None
+    return max(0, limit - used + _numbers(folder / "memory.stat").get("inactive_file", 0))
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """Returns the lines "name number" of one of the kernel's files."""
+    try:
+        lines = [line.split() for line in file.read_text(encoding="ascii").splitlines()]
+    except (OSError, ValueError):
+        return {}
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdecimal()}

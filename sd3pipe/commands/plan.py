@@ -176,7 +176,7 @@ def _verdict(params: PlanParams, chosen: tuple[Settings, Prediction] | None) -> 
     if params.ram_bytes is not None:
         where += f" and {readable_bytes(params.ram_bytes)} of host memory"
     if chosen is None:
-        return f"nothing fits {where}: try --base-dtype fp8 or nf4, a smaller picture or batch"
+        return f"nothing fits {where}: try --base-dtype int8 or nf4, a smaller picture or batch"
     settings, prediction = chosen
     return f"fits {where}: {option_text(settings)} (about {readable_bytes(prediction.device_bytes)} on the device)"
 

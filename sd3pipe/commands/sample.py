@@ -160,20 +160,32 @@ def _settings(params: SampleParams, source: ComponentSource) -> "SamplingSetting
 def _draw_cells(params: SampleParams, source: ComponentSource, cells: list[_Cell], places: _Places) -> None:
     """Loads the base once and draws cell after cell, adapter by adapter."""
     from sd3pipe.device import choose_device
+    from sd3pipe.device_memory import memory_errors
     from sd3pipe.training.base_model import load_base
+    from sd3pipe.training.precision import BASE_DTYPES, resolve_precision
 
     device = choose_device(params.device, params.threads)
-    dtype = _dtype(params.mixed_precision, device)
+    dtype = BASE_DTYPES[resolve_precision(params.mixed_precision, device)]
     settings = _settings(params, source)
-    mmdit, streamer = load_base(source, dtype=dtype, device=device, blocks_to_swap=params.blocks_to_swap)
     steps = sum(cell.prompt.settings(settings).steps for cell in cells)
     by_adapter = sorted(cells, key=lambda cell: (str(cell.column.adapter or ""), cell.column.multiplier))
-    with streamer, progress("sample", steps, "steps") as bar:
-        for _, group in groupby(by_adapter, key=lambda cell: cell.column):
-            column_cells = list(group)
-            with _adapted(mmdit, column_cells[0].column, device):
-                for cell in column_cells:
-                    _draw_cell(cell, mmdit, settings, places, device, dtype, bar)
+    with memory_errors(lambda: _way_out(params, source)), progress("sample", steps, "steps") as bar:
+        mmdit, streamer = load_base(source, dtype=dtype, device=device, blocks_to_swap=params.blocks_to_swap)
+        with streamer:
+            for _, group in groupby(by_adapter, key=lambda cell: cell.column):
+                column_cells = list(group)
+                with _adapted(mmdit, column_cells[0].column, device):
+                    for cell in column_cells:
+                        _draw_cell(cell, mmdit, settings, places, device, dtype, bar)
+
+
+def _way_out(params: SampleParams, source: ComponentSource) -> str:
+    """Returns what to do after running out of memory."""
+    from sd3pipe.models.checkpoint import mmdit_architecture
+
+    depth = mmdit_architecture(source).depth
+    more = min(depth, max(depth // 2, params.blocks_to_swap + depth // 4))
+    return f"pass --blocks-to-swap {more}" if params.blocks_to_swap < depth else "draw smaller pictures"
 
 
 @contextlib.contextmanager
@@ -255,15 +267,6 @@ def _lay_out(sheet: Sheet, places: _Places) -> int:
             save_grid(places.out / f"{prompt.name}.png", grid)
             grids += 1
     return grids
-
-
-def _dtype(mixed_precision: str, device: "torch.device") -> "torch.dtype":
-    import torch
-
-    named = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if mixed_precision != "auto":
-        return named[mixed_precision]
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def _summary(params: SampleParams, drawn: int, skipped: int, decoded: int, grids: int) -> str:

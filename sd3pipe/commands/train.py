@@ -14,8 +14,8 @@ import torch
 from sd3pipe.cache.folder import machine_folder
 from sd3pipe.cache.staleness import check_sources
 from sd3pipe.console import StageReport, count
-from sd3pipe.device_memory import peak_device_bytes, peak_rss_bytes
-from sd3pipe.errors import DeviceMemoryError, StaleError, Stopped, StorageError
+from sd3pipe.device_memory import memory_errors, peak_device_bytes, peak_rss_bytes
+from sd3pipe.errors import StaleError, Stopped, StorageError
 from sd3pipe.files import lock_file
 from sd3pipe.models.checkpoint import mmdit_architecture
 from sd3pipe.models.sources import ComponentSource, find_component
@@ -105,7 +105,7 @@ def _train(params: TrainParams, processes: Processes, report: StageReport) -> No
         device=processes.device,
         dtype=BASE_DTYPES[run.precision],
     )
-    with _memory_advice(memory, processes.device):
+    with memory_errors(lambda: memory.advice(processes.device)):
         loop = build_loop(params, processes, data, source, run, identity, start, memory)
         steps_before = loop.progressed.step
         loop.seconds_by_phase["preparing"] = time.monotonic() - started
@@ -154,11 +154,12 @@ def _figures(loop: Loop, memory: MemoryPlan, processes: Processes, steps_before:
     """Returns what the report says about the run; the time of a step is the median, for the first one warms up."""
     seconds = statistics.median(loop.seconds_per_step) if loop.seconds_per_step else None
     peak = peak_device_bytes(processes.device)
+    copied = int(statistics.median(loop.copied_per_step)) if loop.copied_per_step else None
     return {
         **_how_far(loop.progressed),
         "steps_now": loop.progressed.step - steps_before,
         "seconds_per_step": seconds,
-        "memory": memory.as_report(peak_device_bytes=peak, seconds_per_step=seconds),
+        "memory": memory.as_report(peak_device_bytes=peak, seconds_per_step=seconds, copied_bytes_per_step=copied),
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak,
         "phases": {name: round(value, 3) for name, value in loop.seconds_by_phase.items()},
@@ -190,12 +191,3 @@ def _set_numerics(params: TrainParams) -> None:
     if params.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace
         torch.use_deterministic_algorithms(True)
-
-
-@contextlib.contextmanager
-def _memory_advice(memory: MemoryPlan, device: torch.device) -> Iterator[None]:
-    """Answers out of memory with settings that fit."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise DeviceMemoryError(f"the device ran out of memory: {memory.advice(device)}") from error

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sd3pipe.cache.rows import Row, from_numpy
@@ -13,6 +14,7 @@ from sd3pipe.console import one_line
 from sd3pipe.data.decoding import Job, Pixels
 from sd3pipe.data.feed import Broken, decoded_rows, default_workers
 from sd3pipe.device import choose_device
+from sd3pipe.device_memory import memory_errors
 from sd3pipe.encoding.latent_plan import Sample
 from sd3pipe.models.checkpoint import load_vae
 from sd3pipe.models.latent_encoding import DTYPES, LatentEncoder, encoder_speed
@@ -53,7 +55,8 @@ def encoded_rows(
     )
     jobs = (row_job(sample, architecture.downscale) for sample in samples)
     workers = default_workers() if params.max_data_loader_n_workers is None else params.max_data_loader_n_workers
-    yield from rows_of(keys, samples, decoded_rows(jobs, workers=min(workers, len(keys))), encoder)
+    with memory_errors(lambda: _way_out(params, device)):
+        yield from rows_of(keys, samples, decoded_rows(jobs, workers=min(workers, len(keys))), encoder)
 
 
 def rows_of(
@@ -88,6 +91,12 @@ def row_job(sample: Sample, latent_px: int) -> Job:
         cut=sample.view.cut,
         latent_px=latent_px,
     )
+
+
+def _way_out(params: EncodeLatentsParams, device: torch.device) -> str:
+    steps = [f"--vae-batch-size {params.vae_batch_size // 2}"] if params.vae_batch_size > 1 else []
+    steps += ["--device cpu"] if device.type == "cuda" else []
+    return f"pass {' or '.join(steps)}" if steps else "free some of it, or lower --max-data-loader-n-workers"
 
 
 def _batches(

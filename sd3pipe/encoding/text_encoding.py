@@ -12,9 +12,9 @@ from sd3pipe.cache.rows import Row
 from sd3pipe.cache.tensors import from_torch
 from sd3pipe.console import progress
 from sd3pipe.device import choose_device
+from sd3pipe.device_memory import memory_errors
 from sd3pipe.encoding.t5_streaming import streams_t5
 from sd3pipe.encoding.text_plan import TextEncoders
-from sd3pipe.errors import DeviceMemoryError
 from sd3pipe.models.text_architecture import ENCODERS, EncoderName
 from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.models.text_rows import TORCH_DTYPES, EncodingMachine, encode_rows, t5_compute_dtype
@@ -60,11 +60,9 @@ def encoded_texts(
         scratch=scratch,
     )
     rows = encode_rows(tokens, sources=encoders.sources, recipe=recipe, machine=machine, progress=progress)
-    try:
+    with memory_errors(lambda: _way_out(machine)):
         for row in rows:
             yield {name: from_torch(tensor) for name, tensor in row.items()}
-    except torch.OutOfMemoryError as error:
-        raise DeviceMemoryError(_way_out(machine)) from error
 
 
 def seconds_to_encode(
@@ -101,4 +99,6 @@ def _way_out(machine: EncodingMachine) -> str:
     steps = [] if machine.stream_t5 else ["--t5xxl-streaming on"]
     if machine.batch_rows > 1:
         steps.append(f"--text-encoder-batch-size {max(1, machine.batch_rows // 4)}")
-    return f"{machine.device} ran out of memory while encoding texts: pass {' or '.join([*steps, '--device cpu'])}"
+    if machine.device.type == "cuda":
+        steps.append("--device cpu")
+    return f"pass {' or '.join(steps)}" if steps else "free some of it for the text encoders"

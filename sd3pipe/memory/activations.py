@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 
 import torch
@@ -12,38 +12,55 @@ from sd3pipe.memory.host import HostMemory
 from sd3pipe.memory.lanes import Lane, lane_to
 
 _STREAM_AXES = 3  # [B, L, D]; vectors per picture [B, K] are not worth a trip
+_LEAVING = 4  # tensors on the device that are being copied to the host: context and x of two blocks
+_SIZE_CLASSES = 8  # of buffers, from one power of two to the next: buckets of like size share buffers
 
 
 class Parcel:
     """One tensor that is on the host, or on its way there or back."""
 
-    def __init__(self, buffer: Tensor, like: Tensor, stored: object) -> None:
-        self.buffer = buffer
+    def __init__(self, trip: "_Trip", like: Tensor) -> None:
+        self.trip = trip
         self.shape, self.dtype, self.device = like.shape, like.dtype, like.device
-        self.stored = stored  # mark of the copy to the host
+        self.nbytes = like.numel() * like.element_size()
+
+    def on_host(self) -> Tensor:
+        """Returns the tensor inside its buffer."""
+        return self.trip.buffer[: self.nbytes].view(self.dtype).view(self.shape)
+
+
+class _Trip:
+    """A buffer under way, with what is pending when its parcel is dropped."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer = buffer
+        self.stored: object = None  # mark of the copy to the host
         self.returning: tuple[Tensor, object] | None = None
-        self.marks: list[object] = []  # of copies back, which the buffer's next use waits for
 
 
 class ActivationStore:
     """Keeps what autograd saves inside `saving()` on the host, in page-locked buffers that are used again.
 
     Copies leave on a lane of their own (the direction that one-way streaming leaves idle) and come back on another,
-    one ahead of the backward pass. Only streams of tokens travel; vectors and weights stay where they are.
+    one ahead of the backward pass. Only streams of tokens travel; vectors and weights stay where they are. Memory on
+    the device is given away in the order of the computation, which waits for a copy two blocks after it was begun: so
+    the peak does not depend on how far the host runs ahead.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, out: Lane | None = None, back: Lane | None = None) -> None:
         self._device = device
-        self._out: Lane = lane_to(device)
-        self._back: Lane = lane_to(device)
+        self._out: Lane = out or lane_to(device)
+        self._back: Lane = back or lane_to(device)
         self._host = HostMemory(device)
-        self._free: dict[int, list[tuple[Tensor, list[object]]]] = defaultdict(list)
+        self._free: dict[int, list[_Trip]] = defaultdict(list)
+        self._leaving: deque[tuple[Tensor, object]] = deque()
         self._waiting: list[weakref.ref[Parcel]] = []
         self.bytes_out = 0
         self.host_bytes = 0
 
     def close(self) -> None:
-        """Unlocks the pages of all buffers."""
+        """Ends all copies to the host and unlocks the pages of all buffers."""
+        self._let_go(0)
         self._host.close()
 
     @contextlib.contextmanager
@@ -60,37 +77,53 @@ class ActivationStore:
 
     def store(self, tensor: Tensor) -> Parcel:
         """Starts a tensor's way to the host; its device memory is free once the copy is done."""
-        nbytes = tensor.numel() * tensor.element_size()
-        buffer, marks = self._free[nbytes].pop() if self._free[nbytes] else self._new_buffer(nbytes)
         source = tensor.detach().contiguous()
-        target = buffer.view(tensor.dtype).view(tensor.shape)
-        parcel = Parcel(buffer, tensor, self._out.copy(target, source, self._out.mark(), *marks))
-        weakref.finalize(parcel, self._free[nbytes].append, (buffer, parcel.marks))
+        trip = self._trip(source.numel() * source.element_size())
+        parcel = Parcel(trip, tensor)
+        trip.stored = self._out.copy(parcel.on_host(), source, self._out.mark())
+        weakref.finalize(parcel, self._recycle, trip)
+        self._leaving.append((source, trip.stored))
+        self._let_go(_LEAVING)
         self._waiting.append(weakref.ref(parcel))
-        self.bytes_out += nbytes
+        self.bytes_out += parcel.nbytes
         return parcel
 
     def load(self, parcel: Parcel) -> Tensor:
-        """Returns the tensor on the device, and starts the way back of those stored just before it."""
-        self._start_back(parcel)
-        assert parcel.returning is not None
-        tensor, mark = parcel.returning
-        parcel.returning = None
+        """Returns the tensor on the device."""
+        self.start_back(parcel)
+        assert parcel.trip.returning is not None
+        tensor, mark = parcel.trip.returning
+        parcel.trip.returning = None
         self._back.wait(mark)
-        self._prefetch(parcel)
         return tensor
 
-    def _new_buffer(self, nbytes: int) -> tuple[Tensor, list[object]]:
-        self.host_bytes += nbytes
-        return self._host.buffer(nbytes), []
-
-    def _start_back(self, parcel: Parcel) -> None:
-        if parcel.returning is None:
+    def start_back(self, parcel: Parcel) -> None:
+        """Starts a tensor's way back, ahead of `load`."""
+        trip = parcel.trip
+        if trip.returning is None:
             tensor = torch.empty(parcel.shape, dtype=parcel.dtype, device=parcel.device)
-            source = parcel.buffer.view(parcel.dtype).view(parcel.shape)
-            mark = self._back.copy(tensor, source, parcel.stored, self._back.mark())
-            parcel.marks.append(mark)
-            parcel.returning = (tensor, mark)
+            trip.returning = (tensor, self._back.copy(tensor, parcel.on_host(), trip.stored, self._back.mark()))
+
+    def _let_go(self, kept: int) -> None:
+        """Drops all but the last tensors that leave, once the computation waits for their copies."""
+        while len(self._leaving) > kept:
+            _, mark = self._leaving.popleft()
+            self._out.wait(mark)
+
+    def _trip(self, nbytes: int) -> _Trip:
+        capacity = _rounded(nbytes)
+        fitting = [size for size, trips in self._free.items() if trips and capacity <= size <= 2 * capacity]
+        if fitting:
+            return self._free[min(fitting)].pop()
+        self.host_bytes += capacity
+        return _Trip(self._host.buffer(capacity))
+
+    def _recycle(self, trip: _Trip) -> None:
+        """Takes back the buffer of a parcel that nothing refers to any more."""
+        if trip.returning is not None:  # it came back for nothing; its memory is not free before the copy is over
+            self._back.wait(trip.returning[1])
+            trip.returning = None
+        self._free[trip.buffer.numel()].append(trip)
 
     def _prefetch(self, parcel: Parcel) -> None:
         """Starts the way back of the two tensors (context and x) that the next block to be recomputed will ask for."""
@@ -98,7 +131,17 @@ class ActivationStore:
         for reference in self._waiting[-2:]:
             waiting = reference()
             if waiting is not None:
-                self._start_back(waiting)
+                self.start_back(waiting)
 
     def _unpack(self, saved: Tensor | Parcel) -> Tensor:
-        return saved if isinstance(saved, Tensor) else self.load(saved)
+        if isinstance(saved, Tensor):
+            return saved
+        tensor = self.load(saved)
+        self._prefetch(saved)
+        return tensor
+
+
+def _rounded(nbytes: int) -> int:
+    """Returns the size of the buffer for so many bytes, at most an eighth more."""
+    unit = max(1, (1 << (nbytes.bit_length() - 1)) // _SIZE_CLASSES)
+    return -(-nbytes // unit) * unit

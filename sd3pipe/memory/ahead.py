@@ -97,6 +97,8 @@ class AheadModulation:
     def _block(self, index: int, condition: Future[Tensor], autocast: torch.dtype | None) -> Pair:
         with _host_autocast(autocast):
             context_BK, x_BK = (side.adaLN_modulation[1].base(condition.result()) for side in self._sides[index])
+        if self._device.type == "cuda":  # else the host would wait for the device at each block
+            return context_BK.pin_memory(), x_BK.pin_memory()
         return context_BK, x_BK
 
     def _adapted(self, side: Any, base_BK: Tensor, condition_BD: Tensor) -> Tensor:
@@ -132,7 +134,7 @@ class _Computed:
         return self._base_BK
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        return cast(Tensor, self._linear.dense_weight(dtype))
+        return cast(Tensor, self._linear.dense_weight(dtype)).to(self._base_BK.device)
 
 
 def _host_autocast(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object]:

@@ -9,16 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sd3pipe.device_memory import share_of_memory
+
 log = logging.getLogger(__name__)
+
+_SPARE_BYTES = 1 << 30  # stays unlocked: locked pages can never be given to other programs, nor to this one's rows
 
 
 class HostMemory:
     """Hands out flat host buffers, page-locked for `device` where that is CUDA.
 
     Buffers have pages of their own and are registered with cudaHostRegister at their exact size: torch's pinned
-    allocator rounds up to a power of two, which costs 86 MB on each 426 MB block of SD3.5-large. The first failure is
-    told in one line; from then on buffers are pageable, and copies from them slower. Page-locked buffers live as long
-    as this object, or until `close`, after which they are ordinary memory.
+    allocator rounds up to a power of two, which costs 86 MB on each 426 MB block of SD3.5-large. Where the system
+    refuses, or the host would have less than 1 GB left, that is told in one line; from then on buffers are pageable,
+    and copies from them slower. Page-locked buffers live as long as this object, or until `close`, after which they are
+    ordinary memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,6 +45,10 @@ class HostMemory:
         """Returns `nbytes` of memory as uint8."""
         if not self.pinned or not nbytes:
             return torch.empty(nbytes, dtype=torch.uint8)
+        left = share_of_memory()
+        if left is not None and left < nbytes + _SPARE_BYTES:
+            self._go_on_pageable(f"the host has {left / 1e9:.1f} GB of memory left", "")
+            return torch.empty(nbytes, dtype=torch.uint8)
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory = torch.frombuffer(pages, dtype=torch.uint8)
         self._lock(memory)
@@ -52,14 +61,20 @@ class HostMemory:
         if not error:
             self._locked.append(memory)
             return
-        self.pinned = False
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=self._device)  # the next kernel's check takes the error off CUDA's record
+        self._go_on_pageable(
+            f"the system does not page-lock more host memory (CUDA error {error})", "raise `ulimit -l`, "
+        )
+
+    def _go_on_pageable(self, reason: str, way_out: str) -> None:
+        self.pinned = False
         log.warning(
-            "the system does not page-lock more than %.1f GB of host memory (CUDA error %d): the other streamed blocks "
-            "are copied from pageable memory, which is slower; raise `ulimit -l`, free memory or stream fewer blocks",
+            "%s: after %.1f GB, streamed blocks and activations are copied from pageable memory, which is slower; "
+            "%sfree memory, stream fewer blocks or pack the base: --base-dtype int8",
+            reason,
             self.pinned_bytes / 1e9,
-            error,
+            way_out,
         )
 
 

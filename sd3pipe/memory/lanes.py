@@ -13,7 +13,10 @@ class Lane(Protocol):
     """Copies in one direction, in order, beside the computation."""
 
     def copy(self, target: Tensor, source: Tensor, *after: object) -> object:
-        """Copies once all of `after` have happened; returns the mark of the copy."""
+        """Copies once all of `after` have happened; returns the mark of the copy.
+
+        Both tensors have to live until the computation has been made to wait for that mark: the lane keeps neither.
+        """
         ...
 
     def wait(self, mark: object) -> None:
@@ -40,7 +43,11 @@ class DirectLane:
 
 
 class CudaLane:
-    """Copies on a stream of its own, ordered against the computation by events alone."""
+    """Copies on a stream of its own, ordered against the computation by events alone.
+
+    Tensors are not told of the stream (record_stream): torch would then keep the memory of a dropped one until the copy
+    is over by the clock, and a host that runs ahead of the device by a whole pass would find none of it free again.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -52,9 +59,6 @@ class CudaLane:
                 self._stream.wait_event(mark)
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-        for tensor in (target, source):
-            if tensor.is_cuda:
-                tensor.record_stream(self._stream)  # its memory is not given away before the copy is done
         return self._stream.record_event()
 
     def wait(self, mark: object) -> None:

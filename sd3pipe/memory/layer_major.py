@@ -137,8 +137,9 @@ def _backward_through(
             if index not in passage.kept:
                 continue
             select(number)
-            kept = (streamer.fetch(tensor) for tensor in passage.kept.pop(index))
-            streams = list(map(_leaf, kept, passage.needs[index]))
+            inputs = [streamer.fetch(tensor) for tensor in passage.kept.pop(index)]
+            streamer.expect(_coming(passages, index))
+            streams = list(map(_leaf, inputs, passage.needs[index]))
             with torch.enable_grad():
                 modulation = (
                     streamer.modulation_of(index, passage.condition_leaf)
@@ -151,6 +152,12 @@ def _backward_through(
             passage.gradients = (streams[0].grad, streams[1].grad)
             for vector_BK, leaf_BK in reversed(list(zip(modulation, vectors, strict=True))):
                 _backward([(vector_BK, leaf_BK.grad)])  # x before context, as autograd does by age
+
+
+def _coming(passages: Sequence[_Passage], index: int) -> tuple[Kept, ...]:
+    """Returns the block inputs that are needed next, those of the micro-batches before having been taken."""
+    kept = (passage.kept[block] for block in (index, index - 1) for passage in passages if block in passage.kept)
+    return next(kept, ())
 
 
 def _backward_of_embedding(passage: _Passage) -> None:

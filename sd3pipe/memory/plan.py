@@ -14,7 +14,7 @@ from sd3pipe.memory.sizes import BaseFormat, BlockSize, ModelSize
 _SAVED_PLAIN, _SAVED_QK_NORM, _SAVED_DUAL = 21, 24, 34
 _GRADIENTS = 10  # of a block's intermediate values, alive at once; the widest are the MLP's, 4 each
 _CUDA_BYTES = 600_000_000  # context, cuBLAS workspace, allocator slack: an estimate
-_PROCESS_BYTES = 700_000_000  # host memory of a process with torch imported
+PROCESS_BYTES = 700_000_000  # host memory of a process with torch imported
 _OFFLOAD_COST = 1.02
 _STAGED_BLOCKS = 2  # blocks whose inputs are on the device while all others' are on the host
 
@@ -67,8 +67,18 @@ class Prediction:
         return sum(self.device_parts.values())
 
     @property
+    def tensor_bytes(self) -> int:
+        """What torch itself has to hold on the device."""
+        return self.device_bytes - self.device_parts["CUDA"]
+
+    @property
     def host_bytes(self) -> int:
         return sum(self.host_parts.values())
+
+    @property
+    def added_host_bytes(self) -> int:
+        """What comes to a process that has torch imported."""
+        return self.host_bytes - self.host_parts["process"]
 
 
 def predict(model: ModelSize, work: Workload, settings: Settings, rates: Rates | None = None) -> Prediction:
@@ -120,13 +130,15 @@ def fitting_settings(
     return settings, prediction
 
 
-def advice(model: ModelSize, work: Workload, wanted: Settings, *, device_bytes: int) -> str:
+def advice(
+    model: ModelSize, work: Workload, wanted: Settings, *, device_bytes: int, host_bytes: int | None = None
+) -> str:
     """Returns what to say after the device ran out of memory: settings that need clearly less, the gentlest first."""
     ladder = [wanted, replace(wanted, gradient_checkpointing=True)]
-    ladder += [replace(ladder[1], base_format=name) for name in ("fp8", "nf4") if wanted.base_format == "dense"]
+    ladder += [replace(ladder[1], base_format=name) for name in ("int8", "nf4") if wanted.base_format == "dense"]
     target = int(min(0.9 * device_bytes, 0.85 * predict(model, work, wanted).device_bytes))
     for rung in ladder:
-        found = fitting_settings(model, work, rung, device_bytes=target)
+        found = fitting_settings(model, work, rung, device_bytes=target, host_bytes=host_bytes)
         if found is not None:
             settings, prediction = found
             return f"{option_text(settings)} should fit: about {prediction.device_bytes / 1e9:.1f} GB"
@@ -184,7 +196,7 @@ def _device_parts(model: ModelSize, work: Workload, settings: Settings, streamed
 
 def _host_parts(model: ModelSize, work: Workload, settings: Settings, streamed: tuple[int, ...]) -> dict[str, int]:
     tokens = work.batch * (work.image_tokens + work.text_tokens)
-    parts = {"process": _PROCESS_BYTES, "position table": model.position_table * settings.dtype_bytes}
+    parts = {"process": PROCESS_BYTES, "position table": model.position_table * settings.dtype_bytes}
     with_modulation = settings.modulation != "resident"
     blocks = [model.blocks[number] for number in streamed]
     parts["streamed blocks"] = sum(

@@ -77,8 +77,7 @@ class Nf4Packing:
         scale_N = linear.weight_scale.detach()
         state = self._functional.QuantState(
             absmax=scale_N,
-            shape=torch.Size((linear.out_features, linear.in_features)),
-            code=self._functional.get_4bit_type("nf4", device=scale_N.device),
+            shape=torch.Size((linear.out_features, linear.in_features)),  # no code: the kernels know NormalFloat
             blocksize=_NF4_BLOCK,
             quant_type="nf4",
             dtype=dtype,

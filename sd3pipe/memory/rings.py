@@ -106,6 +106,12 @@ class Rings:
         ring.blocks[self._bound].unbind()
         self._bound = None
 
+    def close(self) -> None:
+        """Gives all parameters back; what uses the slots' memory next comes after the copies that are under way."""
+        self.release()
+        for slot in (slot for ring in self.rings for slot in ring.slots):
+            self._lane.wait(slot.ready)
+
     def prefetch(self, upcoming: Iterable[Use]) -> None:
         """Starts the copies for the nearest uses: as many blocks as a ring has slots, the bound one included."""
         uses: list[Use] = []

@@ -3,7 +3,7 @@
 # B batch, L tokens, D width, K modulation width
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self, cast
 
@@ -70,7 +70,7 @@ class BlockStreamer:
         lane: Lane | None = None,
     ) -> None:
         self._model: Any = mmdit
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # with its number, as tensors tell it
         self.modulation: ModulationMode = modulation
         self._blocks = cast(Sequence[Block], mmdit.joint_blocks)
         self.streamed = streamed_numbers(blocks_to_swap, len(self._blocks))
@@ -93,7 +93,7 @@ class BlockStreamer:
 
     def close(self) -> None:
         """Lets the model run its blocks itself again; streamed weights are back on the host."""
-        self._rings.release()
+        self._rings.close()
         if self._ahead is not None:
             self._ahead.close()
         if self._activations is not None:
@@ -131,6 +131,11 @@ class BlockStreamer:
         """Host memory of the buffers for activations."""
         return 0 if self._activations is None else self._activations.host_bytes
 
+    @property
+    def prepares_modulation(self) -> bool:
+        """Whether `prepare` saves anything."""
+        return self._ahead is not None and bool(self.streamed)
+
     def prepare(self, timesteps_B: Tensor, pooled_BP: Tensor) -> ModulationTicket:
         """Starts computing the modulation of a coming forward pass on the host (modulation = "ahead").
 
@@ -141,6 +146,11 @@ class BlockStreamer:
         if self._ahead is None:
             raise ParameterError(f"modulation is {self.modulation}: nothing can be prepared; use modulation = ahead")
         return self._ahead.prepare(timesteps_B, pooled_BP)
+
+    def use(self, ticket: ModulationTicket | None) -> None:
+        """Lets the blocks take their modulation from a ticket until further notice: for interleaved forward passes."""
+        if self._ahead is not None:
+            self._ahead.ticket = ticket
 
     def __call__(self, index: int, context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> Pair:
         """Returns context and x after block `index`; this is what the model calls."""
@@ -181,6 +191,12 @@ class BlockStreamer:
         """Puts a block's input away until `fetch`: on the host, where activations are offloaded."""
         return tensor if self._activations is None else self._activations.put_away(tensor)
 
+    def expect(self, kept: Iterable[Tensor | Parcel]) -> None:
+        """Starts the way back of block inputs that `fetch` will be asked for next."""
+        for item in kept:
+            if self._activations is not None and isinstance(item, Parcel):
+                self._activations.start_back(item)
+
     def fetch(self, kept: Tensor | Parcel) -> Tensor:
         """Returns what `keep` took."""
         if self._activations is None or isinstance(kept, Tensor):
@@ -205,7 +221,7 @@ class BlockStreamer:
         if not torch.is_grad_enabled():
             result = body(*inputs)
         else:
-            result = cast(Pair, checkpoint(body, *inputs, use_reentrant=False))
+            result = cast(Pair, checkpoint(body, *inputs, use_reentrant=False, preserve_rng_state=False))
             if result[1].requires_grad:
                 use = Use(index, recompute_modulation)
                 self._backward_to_come.append(use)

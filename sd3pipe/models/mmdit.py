@@ -20,7 +20,7 @@ from sd3pipe.errors import InputError
 from sd3pipe.models.architecture import TIMESTEP_FREQUENCIES, MMDiTArchitecture
 from sd3pipe.models.joint_block import JointBlock, Place, modulate
 from sd3pipe.models.linear import Linear, PatchProjection
-from sd3pipe.models.pos_embed import ScaledPositions, crop_positions
+from sd3pipe.models.pos_embed import ScaledPositions, beside, crop_positions
 
 _LONGEST_PERIOD = 10000.0
 
@@ -100,7 +100,7 @@ class MMDiT(nn.Module):
         table_LD = self.pos_embed[0] if self.scaled_positions is None else self.scaled_positions.table(rows, columns)
         x_BLD = self.x_embedder(latents_BChw)
         positions_LD = crop_positions(table_LD, rows, columns, crop_offset)
-        return x_BLD + positions_LD.to(x_BLD)  # the table may stay on the host: 450 MB in SD3.5-medium
+        return x_BLD + beside(positions_LD, x_BLD)
 
     def embed_context(self, context_BLD: Tensor) -> Tensor:
         """Returns the text tokens at the model's width."""
@@ -133,7 +133,15 @@ class MMDiT(nn.Module):
         block = cast(JointBlock, self.joint_blocks[index])
         context_modulation_BK, x_modulation_BK = block.modulation(condition_BD)
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, context_BLD, x_BLD, context_modulation_BK, x_modulation_BK, use_reentrant=False)
+            return checkpoint(
+                block,
+                context_BLD,
+                x_BLD,
+                context_modulation_BK,
+                x_modulation_BK,
+                use_reentrant=False,
+                preserve_rng_state=False,  # nothing in a block draws from it: dropout goes by counters
+            )
         return block(context_BLD, x_BLD, context_modulation_BK, x_modulation_BK)
 
     def finish(self, x_BLD: Tensor, condition_BD: Tensor, latents_BChw: Tensor) -> Tensor:

@@ -74,7 +74,8 @@ def usable_memory(device: torch.device, *, beside_others: bool) -> int | None:
     if device.type != "cuda":
         return None
     if beside_others:
-        return int(_USABLE * torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for reuse
+        return int(_USABLE * (torch.cuda.mem_get_info(device)[0] + kept))
     return int(_USABLE * torch.cuda.get_device_properties(device).total_memory)
 
 

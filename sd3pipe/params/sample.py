@@ -59,7 +59,8 @@ class SampleParams(StageParams):
         panel=_DRAWING, advanced=True, pattern=r"^\d+(,\d+)*$",
     )
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = option(
-        "auto", "Number format of the model; auto: bf16 where CUDA has it, float32 on the CPU.", panel=_DRAWING
+        "auto", "Number format of the model; auto: bf16 or, on older cards, fp16 on CUDA; float32 on the CPU.",
+        panel=_DRAWING,
     )
     blocks_to_swap: int = option(
         0, "Blocks of the model kept in host memory and streamed to the device.", panel=_DRAWING, advanced=True, ge=0

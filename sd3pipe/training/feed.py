@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.rows import Row, latents_name
 from sd3pipe.cache.tensors import to_torch
+from sd3pipe.memory.ahead import ModulationTicket
 from sd3pipe.models.conditioning import assemble_conditioning
 from sd3pipe.models.vae import to_model_space
 from sd3pipe.training.batches import MicroBatch, StepPlan
 from sd3pipe.training.draws import hashes, normals, uniforms
-from sd3pipe.training.flow import SigmaSampling, sample_sigmas
+from sd3pipe.training.flow import NUM_TIMESTEPS, SigmaSampling, sample_sigmas
 from sd3pipe.training.items import Items
 
 PIXELS_PER_LATENT = 8
@@ -44,6 +45,7 @@ class Batch:
     crop_draws: tuple[float, ...]  # three uniform numbers: whether to move the position window, and where to
     mask: Tensor | None = None  # [B, h, w]
     preserve: Tensor | None = None  # [B] bool: samples whose target is the base model's own output
+    modulation: ModulationTicket | None = None  # computed ahead on the host
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -178,6 +180,24 @@ def load_steps(feed: Feed, plans: Iterator[StepPlan], *, workers: int, pin_memor
         generator=torch.Generator(),  # else the loader draws its base seed from the global generator
     )
     return iter(loader)
+
+
+def with_modulation(steps: Iterator[Step], prepare: Callable[[Tensor, Tensor], ModulationTicket]) -> Iterator[Step]:
+    """Yields the steps with tickets for their modulation, which the host begins with one step ahead.
+
+    `prepare` takes timesteps and pooled text of a batch, in host memory.
+    """
+    ready = _prepared(next(steps), prepare)
+    for step in steps:
+        following = _prepared(step, prepare)
+        yield ready
+        ready = following
+    yield ready
+
+
+def _prepared(step: Step, prepare: Callable[[Tensor, Tensor], ModulationTicket]) -> Step:
+    batches = [replace(batch, modulation=prepare(batch.sigmas * NUM_TIMESTEPS, batch.pooled)) for batch in step.batches]
+    return Step(plan=step.plan, batches=batches)
 
 
 class _Plans(Sampler[StepPlan]):

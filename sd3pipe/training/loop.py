@@ -67,6 +67,7 @@ class Loop:
         self.streamer = streamer
         self.seconds_per_step: list[float] = []
         self.seconds_by_phase: defaultdict[str, float] = defaultdict(float)
+        self.copied_per_step: list[int] = []  # bytes of streamed blocks
 
     def run(self, time_limit_seconds: float | None = None) -> None:
         """Trains to the last step and saves. Raises Stopped, after saving, when asked to stop on the way."""
@@ -77,7 +78,7 @@ class Loop:
                 self._before_the_first_step()
             steps = self.steps_from(state.position)
             while state.step < total:
-                start = time.monotonic()
+                start, copied = time.monotonic(), self.streamer.copied_bytes
                 step = next(steps)
                 if state.step in state.skipped_steps:
                     state.passed(step.plan, None)
@@ -86,6 +87,7 @@ class Loop:
                 if result.bad:
                     steps = self._after_bad_loss(result, step)
                     continue
+                self.copied_per_step.append(self.streamer.copied_bytes - copied)
                 self._after_step(step, result, bar, time.monotonic() - start)
                 if result.stop_wanted and state.step < total:
                     self._stop(stop.reason)

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from sd3pipe.console import readable_bytes
+from sd3pipe.device_memory import memory_errors, peak_rss_bytes, share_of_memory
 from sd3pipe.errors import DeviceMemoryError
 from sd3pipe.memory.host import HostMemory
 from sd3pipe.memory.plan import (
+    PROCESS_BYTES,
     Prediction,
     Rates,
     Settings,
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 CLIP_TOKENS = 77
 MODULATION_TO_CHOOSE: Sequence[ModulationMode] = ("resident", "stream")
 _USABLE = 0.92  # of the free device memory; the rest is for fragmentation and sample pictures
+_HOST_ADVICE = "stream fewer blocks, pack the base (--base-dtype int8, then nf4) or free some"
 _COPY_BYTES = 128 << 20
 _REPEATS = 5
 
@@ -49,18 +52,25 @@ class MemoryPlan:
     rates: Rates | None
     prediction: Prediction
 
-    def as_report(self, *, peak_device_bytes: int, seconds_per_step: float | None) -> dict[str, Any]:
+    def as_report(
+        self, *, peak_device_bytes: int, seconds_per_step: float | None, copied_bytes_per_step: int | None
+    ) -> dict[str, Any]:
         """Returns prediction beside truth, for the run's report."""
         return {
             "settings": asdict(self.settings),
             "rates": None if self.rates is None else asdict(self.rates),
-            "device_bytes": {"predicted": self.prediction.device_bytes, "measured": peak_device_bytes},
+            # torch does not count what CUDA itself takes
+            "device_bytes": {"predicted": self.prediction.tensor_bytes, "measured": peak_device_bytes},
+            "device_parts": self.prediction.device_parts,
+            "host_bytes": {"predicted": self.prediction.host_bytes, "measured": peak_rss_bytes()},
             "seconds_per_step": {"predicted": self.prediction.seconds, "measured": seconds_per_step},
-            "copied_bytes_per_step": self.prediction.copied_bytes,
+            "copied_bytes_per_step": {"predicted": self.prediction.copied_bytes, "measured": copied_bytes_per_step},
         }
 
     def advice(self, device: torch.device) -> str:
         """Returns which settings would fit, after the device ran out of memory."""
+        if device.type != "cuda":
+            return _HOST_ADVICE
         total = torch.cuda.mem_get_info(device)[1]
         return advice(model_size(self.architecture.shapes()), self.work, self.settings, device_bytes=total)
 
@@ -112,22 +122,24 @@ def plan_memory(
     On CUDA the copy bandwidth and one block's time are measured, which takes about a second. Without CUDA there is
     nothing to choose: the settings stay as wanted. Raises DeviceMemoryError where nothing fits.
     """
-    model = model_size(architecture.shapes())
-    if device.type != "cuda":
-        return MemoryPlan(
-            architecture=architecture, work=work, settings=wanted, rates=None, prediction=predict(model, work, wanted)
+    host = share_of_memory()
+    rates = None
+    if device.type == "cuda":
+        free = int(_USABLE * torch.cuda.mem_get_info(device)[0])  # before anything of ours lies there
+        with memory_errors(lambda: _no_room_for_one_block(work)):
+            rates = measure_rates(architecture, work, device=device, dtype=dtype)
+        torch.cuda.empty_cache()
+        if modes is not None:
+            return choose(architecture, work, wanted, device_bytes=free, host_bytes=host, rates=rates, modes=modes)
+    prediction = predict(model_size(architecture.shapes()), work, wanted, rates)
+    if host is not None and prediction.added_host_bytes > host:
+        log.warning(
+            "this run needs about %s of host memory, and %s are left: %s",
+            readable_bytes(prediction.added_host_bytes),
+            readable_bytes(host),
+            _HOST_ADVICE,
         )
-    rates = measure_rates(architecture, work, device=device, dtype=dtype)
-    if modes is None:
-        return MemoryPlan(
-            architecture=architecture,
-            work=work,
-            settings=wanted,
-            rates=rates,
-            prediction=predict(model, work, wanted, rates),
-        )
-    free = int(_USABLE * torch.cuda.mem_get_info(device)[0])
-    return choose(architecture, work, wanted, device_bytes=free, rates=rates, modes=modes)
+    return MemoryPlan(architecture=architecture, work=work, settings=wanted, rates=rates, prediction=prediction)
 
 
 def choose(
@@ -136,16 +148,24 @@ def choose(
     wanted: Settings,
     *,
     device_bytes: int,
+    host_bytes: int | None = None,
     rates: Rates | None,
     modes: Sequence[ModulationMode] = MODULATION_TO_CHOOSE,
 ) -> MemoryPlan:
-    """Returns the quickest settings that fit. Raises DeviceMemoryError where none do."""
+    """Returns the quickest settings that fit the device and what is left of the host's memory.
+
+    Raises DeviceMemoryError where none do.
+    """
     model = model_size(architecture.shapes())
-    found = fitting_settings(model, work, wanted, device_bytes=device_bytes, rates=rates, modes=modes)
+    host_limit = None if host_bytes is None else host_bytes + PROCESS_BYTES  # which this process has already
+    found = fitting_settings(
+        model, work, wanted, device_bytes=device_bytes, host_bytes=host_limit, rates=rates, modes=modes
+    )
     if found is None:
+        on_host = "" if host_bytes is None else f" and {readable_bytes(host_bytes)} of host memory"
         raise DeviceMemoryError(
-            f"no number of streamed blocks fits {readable_bytes(device_bytes)} of free device memory: "
-            + advice(model, work, replace(wanted, blocks_to_swap=0), device_bytes=device_bytes)
+            f"no number of streamed blocks fits {readable_bytes(device_bytes)} of free device memory{on_host}: "
+            + advice(model, work, replace(wanted, blocks_to_swap=0), device_bytes=device_bytes, host_bytes=host_limit)
         )
     settings, prediction = found
     seconds = "" if prediction.seconds is None else f", {prediction.seconds:.2f} s a step expected"
@@ -157,6 +177,11 @@ def choose(
         seconds,
     )
     return MemoryPlan(architecture=architecture, work=work, settings=settings, rates=rates, prediction=prediction)
+
+
+def _no_room_for_one_block(work: Workload) -> str:
+    smaller = "a smaller train_batch_size or a lower" if work.batch > 1 else "a lower"
+    return f"not even one block runs at this size of picture: choose {smaller} resolution, or free the card"
 
 
 def measure_rates(

@@ -2,6 +2,7 @@
 
 # B batch, C latent channels, h w latent pixels
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class Objective:
         inputs = self._inputs(batch, batch.sigmas, self._crop_offset(batch.crop_draws, batch.latents.shape[-2:]))
         target_BChw = None
         if batch.preserve is not None:
-            with self.network.detached(), torch.no_grad():
+            with self.network.detached(), torch.no_grad(), batch.modulation or contextlib.nullcontext():
                 base_BChw = self.mmdit(**inputs)
             wanted_BChw = flow.velocity_target(batch.latents, batch.noise)
             target_BChw = torch.where(batch.preserve[:, None, None, None], base_BChw, wanted_BChw)
@@ -57,7 +58,8 @@ class Objective:
     def answer(self, question: Question) -> Tensor:
         """Returns the model's velocity."""
         self.select(question)
-        return self.mmdit(**question.inputs)
+        with question.batch.modulation or contextlib.nullcontext():
+            return self.mmdit(**question.inputs)
 
     def select(self, question: Question) -> None:
         """Makes the adapter's dropout that of this batch's samples."""

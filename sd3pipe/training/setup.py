@@ -24,7 +24,7 @@ from sd3pipe.training.base_model import compile_blocks, load_base
 from sd3pipe.training.batches import Position, plan_steps
 from sd3pipe.training.checkpoints import Retention
 from sd3pipe.training.description import adapter_metadata
-from sd3pipe.training.feed import Feed, FeedRules, Step, load_steps
+from sd3pipe.training.feed import Feed, FeedRules, Step, load_steps, with_modulation
 from sd3pipe.training.flow import Huber, SigmaSampling
 from sd3pipe.training.identity import RunInputs, continued, make_schedule
 from sd3pipe.training.loop import Loop, Plan
@@ -118,7 +118,7 @@ def build_loop(
         runner=runner,
         progressed=progressed,
         plan=_plan(params, run.total_steps),
-        steps_from=functools.partial(_steps_from, params, data, mmdit, processes),
+        steps_from=functools.partial(_steps_from, params, data, mmdit, streamer, processes),
         saver=saver,
         records=records,
         validate=_validator(params, data, objective, weights, optimizer, processes, records),
@@ -185,14 +185,19 @@ def _load_base(
 def _layer_major(objective: Objective, streamer: BlockStreamer) -> LayerMajor:
     """Returns what takes all micro-batches of a step through one block after the other."""
 
+    def select(question: Question) -> None:
+        objective.select(question)
+        streamer.use(question.batch.modulation)
+
     def run(questions: list[Question], weighed: Callable[[Question, Tensor], Tensor]) -> None:
         run_layer_major(
             objective.mmdit,
             streamer,
             [question.inputs for question in questions],
             loss=lambda number, velocity_BChw: weighed(questions[number], velocity_BChw),
-            select=lambda number: objective.select(questions[number]),
+            select=lambda number: select(questions[number]),
         )
+        streamer.use(None)
 
     return run
 
@@ -211,7 +216,12 @@ def _attach_adapter(params: TrainParams, mmdit: MMDiT, run: RunInputs, device: t
 
 
 def _steps_from(
-    params: TrainParams, data: TrainingData, mmdit: MMDiT, processes: Processes, position: Position
+    params: TrainParams,
+    data: TrainingData,
+    mmdit: MMDiT,
+    streamer: BlockStreamer,
+    processes: Processes,
+    position: Position,
 ) -> Iterator[Step]:
     """Returns the tensors of the steps from a position on, for this process."""
     on_gpu = processes.device.type == "cuda"
@@ -233,7 +243,9 @@ def _steps_from(
         context_dtype=mmdit.context_embedder.compute_dtype,
     )
     feed = Feed(data.train, data.latents, data.text, rules)
-    return load_steps(feed, plans, workers=(2 if on_gpu else 0) if workers is None else workers, pin_memory=on_gpu)
+    workers = (2 if on_gpu else 0) if workers is None else workers
+    steps = load_steps(feed, plans, workers=workers, pin_memory=on_gpu)
+    return with_modulation(steps, streamer.prepare) if streamer.prepares_modulation else steps
 
 
 def _validation_rules(params: TrainParams, mmdit: MMDiT) -> FeedRules:

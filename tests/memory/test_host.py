@@ -67,8 +67,21 @@ def test_failing_to_lock_is_told_once_and_memory_is_handed_out_all_the_same(runt
     assert not memory.pinned
     assert [buffer.numel() for buffer in buffers] == [4_000_000] * 4
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "does not page-lock more than 0.0 GB" in caplog.text
+    assert "does not page-lock more host memory (CUDA error 2): after 0.0 GB" in caplog.text
     assert "ulimit -l" in caplog.text
+    memory.close()
+
+
+def test_a_small_host_keeps_memory_that_is_not_locked(runtime, caplog, monkeypatch):
+    free = iter([(1 << 30) + 5_000_000, (1 << 30) + 1_000_000])
+    monkeypatch.setattr("sd3pipe.memory.host.share_of_memory", lambda: next(free))
+    memory = HostMemory(CUDA)
+    buffers = [memory.buffer(4_000_000) for _ in range(3)]
+    assert memory.pinned_bytes == 4_000_000
+    assert [buffer.numel() for buffer in buffers] == [4_000_000] * 3
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the host has 1.1 GB of memory left" in caplog.text
+    assert "--base-dtype int8" in caplog.text
     memory.close()
 
 

@@ -1,10 +1,13 @@
 """Layer-major accumulation gives the ordinary order's losses and gradients, for fewer copies."""
 
+import inspect
+
 import pytest
 import torch
 from streaming_cases import PoisoningLane, add_adapters, parameters
 from tiny_mmdit import random_inputs, tiny_mmdit
 
+from sd3pipe.memory.activations import ActivationStore
 from sd3pipe.memory.layer_major import run_layer_major
 from sd3pipe.memory.streaming import BlockStreamer
 
@@ -85,3 +88,18 @@ def test_the_micro_batch_at_work_is_always_told():
     forward = A * (1 + 3 + 1)  # embedding, three blocks, the final layer
     backward = A * 3
     assert told == list(range(A)) * ((forward + backward) // A)
+
+
+def test_block_inputs_are_on_their_way_back_before_they_are_asked_for(monkeypatch):
+    late = []
+    start_back = ActivationStore.start_back
+
+    def noted(self, parcel):
+        if parcel.trip.returning is None:
+            late.append(inspect.stack()[1].function)
+        start_back(self, parcel)
+
+    monkeypatch.setattr(ActivationStore, "start_back", noted)
+    _layer_major("sd35-large", ["attn.qkv", "context_embedder"], blocks_to_swap=3, offload_activations=True)
+    assert late.count("expect") == 2 * (3 * A - 1)  # context and x of three blocks
+    assert late.count("load") == 2  # only the very first ones

@@ -53,8 +53,11 @@ def test_rates_are_measured_at_the_size_of_the_run():
 
 def test_the_report_has_prediction_beside_truth():
     plan = choose(LARGE, WORK, Settings(), device_bytes=12 * 10**9, rates=CARD)
-    report = plan.as_report(peak_device_bytes=11, seconds_per_step=2.5)
-    assert report["device_bytes"] == {"predicted": plan.prediction.device_bytes, "measured": 11}
+    report = plan.as_report(peak_device_bytes=11, seconds_per_step=2.5, copied_bytes_per_step=7)
+    assert report["device_bytes"] == {"predicted": plan.prediction.tensor_bytes, "measured": 11}
+    assert report["copied_bytes_per_step"] == {"predicted": plan.prediction.copied_bytes, "measured": 7}
+    assert report["host_bytes"]["predicted"] == plan.prediction.host_bytes
+    assert report["host_bytes"]["measured"] > 0
     assert report["seconds_per_step"]["measured"] == 2.5
     assert report["settings"]["blocks_to_swap"] == plan.settings.blocks_to_swap
 
