@@ -1,16 +1,19 @@
 """What streaming the base costs on a GPU, beside a resident base and beside swapping in both directions.
 
-    python benchmarks/gpu_streaming.py                      both models, about ten minutes on a data-centre card
+    python benchmarks/gpu_streaming.py                      both models, within ten minutes on a data-centre card
     python benchmarks/gpu_streaming.py --models sd35-medium --pixels 512 --formats dense
+    python benchmarks/gpu_streaming.py --device cpu --tiny  a minute without a card: only shows that the script runs
 
 SD3.5-medium and SD3.5-large at their real sizes with random weights; a rank-16 LoRA on every layer of the blocks; T =
 333 text tokens; forward and backward. For none, half and all of the blocks, as bf16, fp8 and nf4: seconds per step,
 peak device memory, bytes copied, the share of copy time that is hidden, TFLOP/s reached, and the ratio to the computed
 floor max(compute, copy) of both passes. The peer swaps as sd-scripts does: in both directions through pageable memory,
-synchronously. Configurations that do not fit are listed as such. Writes JSON to benchmarks/results/.
+synchronously. Configurations that do not fit, lack a library or come after --minutes are listed as such. Prints each
+line as it is measured, and writes all as JSON to benchmarks/results/. Needs torch, and bitsandbytes for nf4.
 """
 
 import argparse
+import functools
 import gc
 import json
 import platform
@@ -22,23 +25,30 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sd3pipe.adapters.network import attach
-from sd3pipe.adapters.targets import AdapterSpec
+from sd3pipe.adapters.dropout import DropoutKeys, DropoutRates
+from sd3pipe.adapters.layers import LayerSetup, LoRA
+from sd3pipe.device_memory import peak_device_bytes
+from sd3pipe.errors import ParameterError
 from sd3pipe.memory.plan import Rates, Settings, Workload, predict
 from sd3pipe.memory.quantise import quantise
 from sd3pipe.memory.sizes import ModelSize, image_tokens, model_size
 from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.mmdit import MMDiT
-from sd3pipe.training.memory_plan import measure_rates
+from sd3pipe.training.rates import measure_rates
 
 ARCHITECTURES = {
     "sd35-medium": MMDiTArchitecture(depth=24, pos_embed_max=384, qk_norm=True, dual_attention_blocks=tuple(range(13))),
     "sd35-large": MMDiTArchitecture(depth=38, pos_embed_max=192, qk_norm=True),
 }
+TINY = {
+    "sd35-medium": MMDiTArchitecture(depth=5, pos_embed_max=8, qk_norm=True, dual_attention_blocks=(0, 1, 2)),
+    "sd35-large": MMDiTArchitecture(depth=5, pos_embed_max=8, qk_norm=True),
+}
 TEXT_TOKENS = 333
 DTYPE = torch.bfloat16
-STEPS = 3  # timed, after two that are not
+WARM_UPS, STEPS = 2, 3  # of a slow configuration, such as the peer, one each
+SLOW_SECONDS = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,71 +95,125 @@ class TwoWaySwap:
         return gradient
 
     def _move(self, index: int, device: torch.device) -> None:
-        torch.cuda.synchronize()
+        synchronize(self.device)
         for parameter in self.mmdit.joint_blocks[index].parameters():
             if parameter.ndim == 2:
                 parameter.data = parameter.data.to(device)
                 self.copied_bytes += parameter.numel() * parameter.element_size()
-        torch.cuda.synchronize()
+        synchronize(self.device)
 
     def close(self) -> None:
         self.mmdit.block_runner = None
 
 
+class Clock:
+    """The time that is left for measuring."""
+
+    def __init__(self, minutes: float) -> None:
+        self._deadline = time.monotonic() + 60 * minutes
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() > self._deadline
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--models", nargs="+", choices=ARCHITECTURES, default=["sd35-large", "sd35-medium"])
     parser.add_argument(
         "--formats", nargs="+", choices=("dense", "fp8", "int8", "nf4"), default=["dense", "fp8", "nf4"]
     )
-    parser.add_argument("--pixels", nargs="+", type=int, default=[512, 1024])
+    parser.add_argument("--pixels", nargs="+", type=int, default=[1024, 512])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--minutes", type=float, default=9.0, help="start no further model after this time")
+    parser.add_argument("--minutes", type=float, default=9.0, help="measure nothing more after this time")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="models of five blocks and pictures of 128 pixels")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    if arguments.device != "cpu" and not torch.cuda.is_available():
         raise SystemExit("gpu_streaming.py needs a CUDA device, and there is none")
-    deadline = time.monotonic() + 60 * arguments.minutes
+    device, clock = torch.device(arguments.device), Clock(arguments.minutes)
+    if arguments.tiny:
+        ARCHITECTURES.update(TINY)
+        arguments.pixels = [128]
     lines: list[dict] = []
     for name in arguments.models:
-        for case in _builds(name, arguments.formats):
-            if time.monotonic() > deadline:
-                lines.append(asdict(case) | {"left_out": "no time was left"})
-                continue
-            lines += _measure(case, arguments.pixels, arguments.batches)
-    _write(arguments.results, lines)
+        rates: dict[tuple[int, int], Rates] = {}
+        for build in _builds(name, arguments.formats):
+            lines += _measure(build, arguments.pixels, arguments.batches, device, clock, rates)
+    _write(arguments.results, lines, device)
 
 
 def _builds(name: str, formats: list[str]) -> list[Case]:
+    """Returns what to build, the most telling first."""
     depth = ARCHITECTURES[name].depth
     cases = [
         Case(model=name, base_format=base_format, blocks_to_swap=count, way="one-way")
         for base_format in formats
-        for count in (0, depth // 2, depth)
+        for count in (depth, 0, depth // 2)
     ]
-    peers = [Case(model=name, base_format="dense", blocks_to_swap=n, way="two-way") for n in (depth // 2, depth - 2)]
-    return cases + (peers if "dense" in formats else [])
+    peers = [Case(model=name, base_format="dense", blocks_to_swap=n, way="two-way") for n in (depth - 2, depth // 2)]
+    return cases[:3] + peers + cases[3:] if "dense" in formats else cases
 
 
-def _measure(build: Case, pixels: list[int], batches: list[int]) -> list[dict]:
-    device = torch.device("cuda")
-    size = model_size(ARCHITECTURES[build.model].shapes())
-    lines = []
+def _measure(
+    build: Case,
+    pixels: list[int],
+    batches: list[int],
+    device: torch.device,
+    clock: Clock,
+    rates: dict[tuple[int, int], Rates],
+) -> list[dict]:
+    cases = [replace(build, pixels=side, batch=batch) for side in pixels for batch in batches]
+    if clock.is_over:
+        return [_told(case, {"left_out": "no time was left"}) for case in cases]
     try:
         mmdit, runner = _built(build, device)
     except torch.OutOfMemoryError:
-        return [asdict(build) | {"left_out": "does not fit"}]
-    network = attach(mmdit, AdapterSpec(rank=16), device=device)
-    for side in pixels:
-        for batch in batches:
-            case = replace(build, pixels=side, batch=batch)
-            lines.append(asdict(case) | _measured(case, mmdit, runner, network, size, device))
-            print(_as_text(lines[-1]), flush=True)
+        return [_told(case, {"left_out": "does not fit"}) for case in cases]
+    except ParameterError as error:  # bitsandbytes is missing
+        return [_told(case, {"left_out": str(error)}) for case in cases]
+    adapters = _attached(mmdit, device)
+    lines = []
+    for case in cases:
+        peer_at_large = case.way == "two-way" and case.batch > 1  # copies the same bytes as batch 1
+        out = "no time was left" if clock.is_over else "measured at batch 1 alone" if peer_at_large else ""
+        lines.append(_told(case, {"left_out": out} if out else _measured(case, mmdit, runner, adapters, device, rates)))
     runner.close()
-    del mmdit, runner, network
+    del mmdit, runner, adapters
     gc.collect()
-    torch.cuda.empty_cache()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return lines
+
+
+def _told(case: Case, figures: dict) -> dict:
+    line = asdict(case) | figures
+    print(_as_text(line), flush=True)
+    return line
+
+
+def _attached(mmdit: MMDiT, device: torch.device) -> nn.ModuleList:
+    """Returns a rank-16 LoRA on every linear layer of the blocks."""
+    layers = nn.ModuleList()
+    generator = torch.Generator().manual_seed(1)
+    for path, linear in mmdit.linears():
+        if not path.startswith("joint_blocks."):
+            continue
+        setup = LayerSetup(
+            in_features=linear.in_features,
+            out_features=linear.out_features,
+            rank=16,
+            alpha=16.0,
+            dropout=DropoutRates(),
+            keys=DropoutKeys(),
+            stream=len(layers),
+            device=device,
+        )
+        linear.adapter = layer = LoRA(setup)
+        layer.reset(generator)
+        layers.append(layer)
+    return layers
 
 
 def _built(case: Case, device: torch.device) -> tuple[MMDiT, BlockStreamer | TwoWaySwap]:
@@ -186,9 +250,9 @@ def _measured(
     case: Case,
     mmdit: MMDiT,
     runner: BlockStreamer | TwoWaySwap,
-    network: nn.Module,
-    size: ModelSize,
+    adapters: nn.Module,
     device: torch.device,
+    rates: dict[tuple[int, int], Rates],
 ) -> dict:
     tokens = image_tokens(case.pixels, case.pixels)
     inputs = {
@@ -199,39 +263,64 @@ def _measured(
     }
 
     def step() -> None:
-        with torch.autocast("cuda", dtype=DTYPE):
+        with torch.autocast(device.type, dtype=DTYPE):
             loss = mmdit(**inputs).float().square().mean()
         loss.backward()
-        network.zero_grad(set_to_none=True)
+        adapters.zero_grad(set_to_none=True)
 
+    work = Workload(image_tokens=tokens, text_tokens=TEXT_TOKENS, batch=case.batch)
     try:
-        for _ in range(2):
-            step()
-        torch.cuda.reset_peak_memory_stats()
+        if (case.pixels, case.batch) not in rates:
+            rates[case.pixels, case.batch] = measure_rates(ARCHITECTURES[case.model], work, device=device, dtype=DTYPE)
+        steps = 1 if _timed(step, 1, device) > SLOW_SECONDS else STEPS
+        _timed(step, WARM_UPS - 1 if steps == STEPS else 0, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         before = runner.copied_bytes
-        seconds = _timed(step) / STEPS
+        seconds = _timed(step, steps, device) / steps
     except torch.OutOfMemoryError:
-        network.zero_grad(set_to_none=True)
+        adapters.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         return {"left_out": "does not fit"}
-    copied = (runner.copied_bytes - before) // STEPS
-    peak = torch.cuda.max_memory_allocated()
-    work = Workload(image_tokens=tokens, text_tokens=TEXT_TOKENS, batch=case.batch)
-    rates = measure_rates(ARCHITECTURES[case.model], work, device=device, dtype=DTYPE)
-    return _figures(case, size, work, rates, seconds=seconds, copied=copied, peak=peak)
+    copied = (runner.copied_bytes - before) // steps
+    size = model_size(ARCHITECTURES[case.model].shapes())
+    return _figures(
+        case,
+        size,
+        work,
+        rates[case.pixels, case.batch],
+        seconds=seconds,
+        copied=copied,
+        peak=peak_device_bytes(device),
+        matmul_rate=_matmul_rate(device),
+    )
 
 
-def _timed(step: Callable[[], None]) -> float:
-    torch.cuda.synchronize()
+def synchronize(device: torch.device) -> None:
+    """Waits for a CUDA device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _timed(step: Callable[[], None], count: int, device: torch.device) -> float:
+    synchronize(device)
     start = time.perf_counter()
-    for _ in range(STEPS):
+    for _ in range(count):
         step()
-    torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - start
 
 
 def _figures(
-    case: Case, size: ModelSize, work: Workload, rates: Rates, *, seconds: float, copied: int, peak: int
+    case: Case,
+    size: ModelSize,
+    work: Workload,
+    rates: Rates,
+    *,
+    seconds: float,
+    copied: int,
+    peak: int,
+    matmul_rate: float,
 ) -> dict:
     settings = Settings(blocks_to_swap=case.blocks_to_swap, base_format=case.base_format)  # pyright: ignore[reportArgumentType]
     prediction = predict(size, work, settings, rates)
@@ -242,11 +331,11 @@ def _figures(
     return {
         "seconds_per_step": seconds,
         "peak_device_bytes": peak,
-        "predicted_device_bytes": prediction.device_bytes,
+        "predicted_device_bytes": prediction.tensor_bytes,
         "copied_bytes": copied,
         "copy_gb_per_second": rates.copy_bytes_per_second / 1e9,
         "block_tflop_per_second": rates.flop_per_second / 1e12,
-        "matmul_tflop_per_second": _matmul_rate() / 1e12,
+        "matmul_tflop_per_second": matmul_rate / 1e12,
         "reached_tflop_per_second": operations / seconds / 1e12,
         "copy_seconds": copy_seconds,
         "hidden_share": None if not copied else min(1.0, max(0.0, 1 - (seconds - compute) / copy_seconds)),
@@ -255,15 +344,17 @@ def _figures(
     }
 
 
-def _matmul_rate(side: int = 8192) -> float:
+@functools.cache
+def _matmul_rate(device: torch.device) -> float:
     """Returns the operations per second of one large matrix product."""
-    a = torch.randn(side, side, device="cuda", dtype=DTYPE)
+    side = 8192 if device.type == "cuda" else 512
+    a = torch.randn(side, side, device=device, dtype=DTYPE)
 
     def product() -> None:
         a @ a
 
     product()
-    return 2 * side**3 * STEPS / _timed(product)
+    return 2 * side**3 * STEPS / _timed(product, STEPS, device)
 
 
 def _as_text(line: dict) -> str:
@@ -275,21 +366,22 @@ def _as_text(line: dict) -> str:
     return (
         f"{name}  {line['seconds_per_step']:7.3f} s  {line['peak_device_bytes'] / 1e9:6.2f} GB  "
         f"copied {line['copied_bytes'] / 1e9:6.2f} GB  hidden {hidden:>4}  "
-        f"{line['reached_tflop_per_second']:6.1f} TFLOP/s  {line['over_floor']:5.2f} x floor"
+        f"at {line['copy_gb_per_second']:5.1f} GB/s  {line['reached_tflop_per_second']:6.1f} of "
+        f"{line['matmul_tflop_per_second']:.0f} TFLOP/s  {line['over_floor']:5.2f} x floor"
     )
 
 
-def _write(folder: Path, lines: list[dict]) -> None:
-    device = torch.cuda.get_device_name()
+def _write(folder: Path, lines: list[dict], device: torch.device) -> None:
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     result = {
         "date": time.strftime("%Y-%m-%d"),
-        "device": device,
+        "device": name,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "lines": lines,
     }
-    file = folder / f"{result['date']}-gpu-streaming-{device.replace(' ', '-').lower()}.json"
+    file = folder / f"{result['date']}-gpu-streaming-{name.replace(' ', '-').lower()}.json"
     file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written: {file}")
 

@@ -44,6 +44,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def has_bfloat16() -> bool:
+    """Returns whether the current CUDA device computes in bfloat16 itself: cards from 2020 on do."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def has_nvidia_card() -> bool:
     """Returns whether the machine's driver shows an NVIDIA card (Linux, WSL2), whatever torch can do."""
     return any(Path(path).exists() for path in ("/proc/driver/nvidia/gpus", "/dev/nvidia0", "/dev/dxg"))

@@ -1,10 +1,11 @@
 """Encodes texts with a tiny base, as encode-text does, for tests."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from sd3pipe.demo.tiny import TinyBase
 from sd3pipe.models.sources import find_component
@@ -41,6 +42,7 @@ def encode(
     *,
     batch_rows: int = 3,
     stream_t5: bool = False,
+    pack_t5: Callable[[nn.Module], None] | None = None,
 ) -> list[Row]:
     """Returns the rows of texts."""
     recipe = recipe or TextRecipe(text_dtype="float32", t5xxl_max_token_length=32, t5_pad_to=32)
@@ -54,7 +56,8 @@ def encode(
     )
     machine = EncodingMachine(device=torch.device("cpu"), batch_rows=batch_rows, stream_t5=stream_t5, scratch=scratch)
     sources = {name: find_component(name, model=base.model, file=getattr(base, name)) for name in ENCODERS}
-    return list(encode_rows(tokens, sources=sources, recipe=recipe, machine=machine, progress=silent))
+    rows = encode_rows(tokens, sources=sources, recipe=recipe, machine=machine, progress=silent, pack_t5=pack_t5)
+    return list(rows)
 
 
 def equal_bits(first: Row, second: Row) -> bool:

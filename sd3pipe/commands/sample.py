@@ -1,6 +1,7 @@
 """`sd3pipe sample`: labelled grids of pictures, one per prompt, with the base in the first column."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from sd3pipe.cache.folder import machine_folder
 from sd3pipe.console import Progress, StageReport, count, progress
 from sd3pipe.errors import InputError
 from sd3pipe.files import make_folder
+from sd3pipe.memory.sizes import image_tokens
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.params.sample import SampleParams
 from sd3pipe.stat_memory import StatMemory
@@ -161,7 +163,9 @@ def _draw_cells(params: SampleParams, source: ComponentSource, cells: list[_Cell
     """Loads the base once and draws cell after cell, adapter by adapter."""
     from sd3pipe.device import choose_device
     from sd3pipe.device_memory import memory_errors
+    from sd3pipe.models.checkpoint import mmdit_architecture
     from sd3pipe.training.base_model import load_base
+    from sd3pipe.training.memory_plan import blocks_to_sample
     from sd3pipe.training.precision import BASE_DTYPES, resolve_precision
 
     device = choose_device(params.device, params.threads)
@@ -169,8 +173,14 @@ def _draw_cells(params: SampleParams, source: ComponentSource, cells: list[_Cell
     settings = _settings(params, source)
     steps = sum(cell.prompt.settings(settings).steps for cell in cells)
     by_adapter = sorted(cells, key=lambda cell: (str(cell.column.adapter or ""), cell.column.multiplier))
-    with memory_errors(lambda: _way_out(params, source)), progress("sample", steps, "steps") as bar:
-        mmdit, streamer = load_base(source, dtype=dtype, device=device, blocks_to_swap=params.blocks_to_swap)
+    architecture = mmdit_architecture(source)
+    streamed = params.blocks_to_swap
+    if streamed == "auto":
+        tokens = max(image_tokens(*cell.prompt.size(architecture)) for cell in cells)
+        streamed = blocks_to_sample(architecture, tokens=tokens, device=device, dtype=dtype)
+    way_out = functools.partial(_way_out, streamed, architecture.depth)
+    with memory_errors(way_out), progress("sample", steps, "steps") as bar:
+        mmdit, streamer = load_base(source, dtype=dtype, device=device, blocks_to_swap=streamed)
         with streamer:
             for _, group in groupby(by_adapter, key=lambda cell: cell.column):
                 column_cells = list(group)
@@ -179,13 +189,10 @@ def _draw_cells(params: SampleParams, source: ComponentSource, cells: list[_Cell
                         _draw_cell(cell, mmdit, settings, places, device, dtype, bar)
 
 
-def _way_out(params: SampleParams, source: ComponentSource) -> str:
+def _way_out(streamed: int, depth: int) -> str:
     """Returns what to do after running out of memory."""
-    from sd3pipe.models.checkpoint import mmdit_architecture
-
-    depth = mmdit_architecture(source).depth
-    more = min(depth, max(depth // 2, params.blocks_to_swap + depth // 4))
-    return f"pass --blocks-to-swap {more}" if params.blocks_to_swap < depth else "draw smaller pictures"
+    more = min(depth, streamed + max(1, depth // 4))
+    return f"pass --blocks-to-swap {more}" if streamed < depth else "draw smaller pictures"
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from sd3pipe.cache.folder import machine_folder
 from sd3pipe.cache.staleness import check_sources
 from sd3pipe.console import StageReport, count
 from sd3pipe.device_memory import memory_errors, peak_device_bytes, peak_rss_bytes
-from sd3pipe.errors import StaleError, Stopped, StorageError
+from sd3pipe.errors import ParameterError, StaleError, Stopped, StorageError
 from sd3pipe.files import lock_file
 from sd3pipe.models.checkpoint import mmdit_architecture
 from sd3pipe.models.sources import ComponentSource, find_component
@@ -41,6 +41,13 @@ from sd3pipe.training.validation import verdict
 log = logging.getLogger(__name__)
 
 _SHOWN = 5  # how many changed files an error names
+_NO_KERNEL = ("No available kernel", "No viable backend")
+_ATTENTION_SWITCHES: dict[str, Callable[[bool], None]] = {
+    "flash": torch.backends.cuda.enable_flash_sdp,
+    "cudnn": torch.backends.cuda.enable_cudnn_sdp,
+    "efficient": torch.backends.cuda.enable_mem_efficient_sdp,
+    "math": torch.backends.cuda.enable_math_sdp,
+}
 
 
 def main(params: TrainParams) -> None:
@@ -105,7 +112,7 @@ def _train(params: TrainParams, processes: Processes, report: StageReport) -> No
         device=processes.device,
         dtype=BASE_DTYPES[run.precision],
     )
-    with memory_errors(lambda: memory.advice(processes.device)):
+    with memory_errors(lambda: memory.advice(processes.device)), _kernel_errors(params):
         loop = build_loop(params, processes, data, source, run, identity, start, memory)
         steps_before = loop.progressed.step
         loop.seconds_by_phase["preparing"] = time.monotonic() - started
@@ -185,9 +192,25 @@ def _summary(state: Progressed, steps_before: int, freshness: str) -> str:
     return f"{count(state.step, 'step')}{went_on}, loss {state.loss_mean:.4f}{unchecked}"
 
 
+@contextlib.contextmanager
+def _kernel_errors(params: TrainParams) -> Iterator[None]:
+    """Says which option asks for an attention kernel that there is not for this device and number format."""
+    try:
+        yield
+    except RuntimeError as error:
+        if params.sdpa_backend == "auto" or not any(sign in str(error) for sign in _NO_KERNEL):
+            raise
+        raise ParameterError(
+            f"--sdpa-backend {params.sdpa_backend}: torch has no such attention kernel for this device and number "
+            "format: use auto"
+        ) from error
+
+
 def _set_numerics(params: TrainParams) -> None:
-    """Switches TF32 on or off, and nondeterministic kernels off where bits are promised."""
+    """Switches TF32 and attention kernels on or off, and nondeterministic kernels off where bits are promised."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = params.tf32 and not params.deterministic
+    for name, enable in _ATTENTION_SWITCHES.items():
+        enable(params.sdpa_backend in ("auto", name))
     if params.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace
         torch.use_deterministic_algorithms(True)

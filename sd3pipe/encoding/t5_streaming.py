@@ -1,11 +1,13 @@
 """Whether T5 is held whole or read block by block: a question of the memory that is there."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
 from sd3pipe.device_memory import available_memory
+from sd3pipe.memory.quantise import QuantisedFormat, bits_per_weight
 from sd3pipe.models.sources import ComponentSource
 
 _ROOM = 1.15  # of the weights' bytes
@@ -13,11 +15,28 @@ _ACTIVATION_BYTES = 2 << 30  # what a batch of T5-XXL takes beside the weights
 
 
 def streams_t5(
-    wish: Literal["auto", "on", "off"], source: ComponentSource, dtype: torch.dtype, device: torch.device
+    wish: Literal["auto", "on", "off"],
+    source: ComponentSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    packed: QuantisedFormat | None = None,
 ) -> bool:
     """Returns whether T5 is to be read block by block: with "auto", where it would not fit with room to spare."""
     if wish != "auto":
         return wish == "on"
-    weights = sum(math.prod(shape) for shape in source.shapes().values()) * dtype.itemsize
+    weights = t5_bytes(source, dtype, packed)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     return free is not None and _ROOM * weights + _ACTIVATION_BYTES > free
+
+
+def t5_bytes(source: ComponentSource, dtype: torch.dtype, packed: QuantisedFormat | None) -> int:
+    """Returns what all weights take while T5 is held whole."""
+    return sum(_nbytes(key, shape, dtype, packed) for key, shape in source.shapes().items())
+
+
+def _nbytes(key: str, shape: Sequence[int], dtype: torch.dtype, packed: QuantisedFormat | None) -> int:
+    """Returns what a tensor takes; the matrices inside the blocks may be packed."""
+    matrix = len(shape) == 2 and ".layer." in key and "relative_attention_bias" not in key
+    if packed is None or not matrix:
+        return math.prod(shape) * dtype.itemsize
+    return int(math.prod(shape) * bits_per_weight(packed, shape[1]) / 8)

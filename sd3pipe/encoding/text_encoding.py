@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from sd3pipe.cache.rows import Row
 from sd3pipe.cache.tensors import from_torch
 from sd3pipe.console import progress
 from sd3pipe.device import choose_device
 from sd3pipe.device_memory import memory_errors
+from sd3pipe.encoding.t5_packing import t5_packer
 from sd3pipe.encoding.t5_streaming import streams_t5
 from sd3pipe.encoding.text_plan import TextEncoders
+from sd3pipe.memory.quantise import QuantisedFormat
 from sd3pipe.models.text_architecture import ENCODERS, EncoderName
 from sd3pipe.models.text_recipe import TextRecipe
-from sd3pipe.models.text_rows import TORCH_DTYPES, EncodingMachine, encode_rows, t5_compute_dtype
+from sd3pipe.models.text_rows import EncodingMachine, compute_dtype, encode_rows
 from sd3pipe.models.tokenizers import TokenizedTexts, tokenize_for_encoders
 from sd3pipe.params.encode_text import EncodeTextParams
 
@@ -52,14 +55,23 @@ def encoded_texts(
 ) -> Iterator[Row]:
     """Yields the row of each text. Raises InputError, and DeviceMemoryError with the way out."""
     device = choose_device(params.device, params.threads)
-    t5_dtype = t5_compute_dtype(recipe.text_dtype)
+    t5_dtype = compute_dtype("t5xxl", recipe.text_dtype, device)
     machine = EncodingMachine(
         device=device,
         batch_rows=params.text_encoder_batch_size,
-        stream_t5=streams_t5(params.t5xxl_streaming, encoders.sources["t5xxl"], t5_dtype, device),
+        stream_t5=streams_t5(
+            params.t5xxl_streaming, encoders.sources["t5xxl"], t5_dtype, device, recipe.t5xxl_base_dtype
+        ),
         scratch=scratch,
     )
-    rows = encode_rows(tokens, sources=encoders.sources, recipe=recipe, machine=machine, progress=progress)
+    rows = encode_rows(
+        tokens,
+        sources=encoders.sources,
+        recipe=recipe,
+        machine=machine,
+        progress=progress,
+        pack_t5=t5_packer(recipe.t5xxl_base_dtype),
+    )
     with memory_errors(lambda: _way_out(machine)):
         for row in rows:
             yield {name: from_torch(tensor) for name, tensor in row.items()}
@@ -72,27 +84,40 @@ def seconds_to_encode(
     device = choose_device(params.device, params.threads)
     seconds = 0.0
     for name in ENCODERS:
-        dtype = t5_compute_dtype(recipe.text_dtype) if name == "t5xxl" else TORCH_DTYPES[recipe.text_dtype]
+        dtype = compute_dtype(name, recipe.text_dtype, device)
+        packed = recipe.t5xxl_base_dtype if name == "t5xxl" else None
         length = recipe.t5_pad_to if name == "t5xxl" else encoders.clip_length
         shapes = encoders.sources[name].shapes()
-        weights = sum(math.prod(shape) for key, shape in shapes.items() if len(shape) == 2 and "embed" not in key)
-        rate = _products_per_second(params.text_encoder_batch_size * length, encoders.widths[name], dtype, device)
+        weights = sum(
+            math.prod(shape)
+            for key, shape in shapes.items()
+            if len(shape) == 2 and not key.startswith("shared") and "embed" not in key
+        )
+        rows = params.text_encoder_batch_size * length
+        x_BD = torch.ones(rows, encoders.widths[name], dtype=dtype, device=device)
+        rate = _products_per_second(x_BD, _layer(encoders.widths[name], dtype, device, packed))
         seconds += texts * length * weights / rate
     return str(device), seconds
 
 
-def _products_per_second(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Returns how many multiplications with a weight a layer of this width makes per second."""
-    x_BD, weight_DF = (
-        torch.ones(rows, width, dtype=dtype, device=device),
-        torch.ones(width, 4 * width, dtype=dtype, device=device),
-    )
+def _layer(width: int, dtype: torch.dtype, device: torch.device, packed: QuantisedFormat | None) -> nn.Module:
+    """Returns a linear layer like an encoder's widest ones, packed as its are."""
+    layer = nn.Sequential(nn.Linear(width, 4 * width, bias=False, device=device, dtype=dtype))
+    pack = t5_packer(packed)
+    if pack is not None:
+        pack(layer)
+    return layer
+
+
+@torch.no_grad()
+def _products_per_second(x_BD: torch.Tensor, layer: nn.Module) -> float:
+    """Returns how many multiplications with a weight a layer makes per second, unpacking included."""
     done, start = 0, 0.0
     while done < 2 or time.perf_counter() - start < _TIMED_SECONDS:
-        (x_BD @ weight_DF)[0, 0].item()  # waits for the device
+        layer(x_BD)[0, 0].item()  # waits for the device
         start = time.perf_counter() if done == 0 else start  # the first product only warms up
         done += 1
-    return (done - 1) * rows * width * 4 * width / (time.perf_counter() - start)
+    return (done - 1) * x_BD.numel() * 4 * x_BD.shape[1] / (time.perf_counter() - start)
 
 
 def _way_out(machine: EncodingMachine) -> str:

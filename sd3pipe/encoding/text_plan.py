@@ -90,6 +90,7 @@ def text_recipe(params: EncodeTextParams) -> TextRecipe:
         t5xxl_max_token_length=params.t5xxl_max_token_length,
         t5_pad_to=params.t5_pad_to or params.t5xxl_max_token_length,
         text_dtype=params.text_dtype,
+        t5xxl_base_dtype=params.t5xxl_base_dtype,
     )
 
 

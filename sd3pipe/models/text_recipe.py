@@ -7,6 +7,7 @@ from sd3pipe.errors import ParameterError
 
 Padding = Literal["keep", "zero"]
 TextDtype = Literal["bfloat16", "float16", "float32"]
+PackedFormat = Literal["fp8", "int8", "nf4"]
 
 RECIPE_VERSION = 1  # counts the changes of this package that move the numbers in text rows
 ITEM_BYTES: dict[TextDtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -24,6 +25,7 @@ class TextRecipe:
     t5_pad_to                T5 tokens a shorter caption is padded to; longer ones keep their own length
     text_dtype               number format of computing and of the rows; T5 computes in float32 for float16, in which
                              it overflows
+    t5xxl_base_dtype              T5's matrices are packed as this while encoding, if set
     """
 
     padding: Padding = "keep"
@@ -32,6 +34,7 @@ class TextRecipe:
     t5xxl_max_token_length: int = 256
     t5_pad_to: int = 256
     text_dtype: TextDtype = "bfloat16"
+    t5xxl_base_dtype: PackedFormat | None = None
 
     def __post_init__(self) -> None:
         if self.t5_pad_to > self.t5xxl_max_token_length:
@@ -41,5 +44,5 @@ class TextRecipe:
             )
 
     def fields(self) -> dict[str, Any]:
-        """Returns the settings as JSON types, for keys and the manifest."""
-        return asdict(self)
+        """Returns the settings as JSON types, for keys and the manifest; what is not packed has no format."""
+        return {name: value for name, value in asdict(self).items() if value is not None}

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sd3pipe.device import has_bfloat16
 from sd3pipe.errors import InputError
 from sd3pipe.files import storage_errors
 from sd3pipe.models.layouts import TITLES
@@ -57,10 +58,12 @@ def encode_rows(
     recipe: TextRecipe,
     machine: EncodingMachine,
     progress: Progress,
+    pack_t5: Callable[[nn.Module], None] | None = None,
 ) -> Iterator[Row]:
     """Yields each text's row on the CPU: clip_l, clip_g, t5xxl [L, D]; pooled_l, pooled_g; mask_l, mask_g, mask_t5.
 
-    Raises InputError for tensors that are no such encoder, and for states that are not finite.
+    `pack_t5` packs a block of T5 as the recipe's t5xxl_base_dtype says. Raises InputError for tensors that are no such
+    encoder, and for states that are not finite.
     """
     if not len(tokens["t5xxl"].ids):
         return
@@ -69,7 +72,7 @@ def encode_rows(
         for name, stored in clips:
             for row in _clip_rows(name, tokens[name], sources[name], recipe, machine, progress):
                 stored.append(row)
-        for number, t5 in enumerate(_t5_rows(tokens["t5xxl"], sources["t5xxl"], recipe, machine, progress)):
+        for number, t5 in enumerate(_t5_rows(tokens["t5xxl"], sources["t5xxl"], recipe, machine, progress, pack_t5)):
             yield clip_l.read(number) | clip_g.read(number) | t5
 
 
@@ -81,7 +84,7 @@ def _clip_rows(
     machine: EncodingMachine,
     progress: Progress,
 ) -> Iterator[Row]:
-    dtype = TORCH_DTYPES[recipe.text_dtype]
+    dtype, stored_as = compute_dtype(name, recipe.text_dtype, machine.device), TORCH_DTYPES[recipe.text_dtype]
     encoder = ClipEncoder(source, dtype=dtype, device=machine.device)
     letter = name.removeprefix("clip_")
     with progress(f"encode-text {TITLES[name]}", len(tokens.ids), "captions") as counter:
@@ -89,7 +92,8 @@ def _clip_rows(
             batch = tokens.batch(_filled_up(numbers, machine.batch_rows))
             hidden_BLD, pooled_BP = encoder.encode(batch, masked=recipe.apply_lg_attn_mask)
             masks_BL = torch.from_numpy(batch.mask)
-            for hidden_LD, pooled, mask, _ in zip(hidden_BLD.cpu(), pooled_BP.cpu(), masks_BL, numbers, strict=False):
+            stored = (states.to("cpu", stored_as) for states in (hidden_BLD, pooled_BP))
+            for hidden_LD, pooled, mask, _ in zip(*stored, masks_BL, numbers, strict=False):
                 hidden_LD = _with_padding(hidden_LD, mask, recipe, source)
                 yield {name: hidden_LD, f"pooled_{letter}": _finite(pooled, recipe, source), f"mask_{letter}": mask}
             counter.advance(len(numbers))
@@ -101,9 +105,10 @@ def _t5_rows(
     recipe: TextRecipe,
     machine: EncodingMachine,
     progress: Progress,
+    pack: Callable[[nn.Module], None] | None,
 ) -> Iterator[Row]:
-    dtype = t5_compute_dtype(recipe.text_dtype)
-    encoder = T5Encoder(source, dtype=dtype, device=machine.device, streamed=machine.stream_t5)
+    dtype = compute_dtype("t5xxl", recipe.text_dtype, machine.device)
+    encoder = T5Encoder(source, dtype=dtype, device=machine.device, streamed=machine.stream_t5, pack=pack)
     window = _window_rows(tokens, encoder.architecture.width * dtype.itemsize, machine)
     windows = [_same_lengths(numbers, tokens) for numbers in _batches(range(len(tokens.ids)), window)]
     batches = [[b for numbers in groups for b in _batches(numbers, machine.batch_rows)] for groups in windows]
@@ -123,9 +128,15 @@ def _t5_rows(
                 yield rows.pop(number)
 
 
-def t5_compute_dtype(text_dtype: TextDtype) -> torch.dtype:
-    """Returns the number format that T5 computes in: its activations leave float16's range."""
-    return torch.float32 if text_dtype == "float16" else TORCH_DTYPES[text_dtype]
+def compute_dtype(name: EncoderName, text_dtype: TextDtype, device: torch.device) -> torch.dtype:
+    """Returns the number format that an encoder computes in.
+
+    T5's activations leave float16's range, so it takes float32 for float16. Cards without bfloat16 (T4, 20xx) would
+    emulate it, so they compute in float32; either way the rows are rounded to `text_dtype` in the end.
+    """
+    overflows = name == "t5xxl" and text_dtype == "float16"
+    emulated = text_dtype == "bfloat16" and device.type == "cuda" and not has_bfloat16()
+    return torch.float32 if overflows or emulated else TORCH_DTYPES[text_dtype]
 
 
 def _window_rows(tokens: TokenizedTexts, token_bytes: int, machine: EncodingMachine) -> int:

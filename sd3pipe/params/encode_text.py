@@ -68,6 +68,10 @@ class EncodeTextParams(StageParams):
         "bfloat16", "Number format of encoding and of the rows; for float16, T5 computes in float32, as it overflows.",
         role="recipe", panel=_TEXT,
     )
+    t5xxl_base_dtype: Literal["fp8", "int8", "nf4"] | None = option(
+        None, "Pack T5's matrices while encoding: int8 halves its memory, nf4 quarters it. Streaming needs less still.",
+        role="recipe", panel=_TEXT, advanced=True,
+    )
     caption_variants: int = option(
         8, "Captions per picture where something about them is random (shuffled or dropped tags, wildcards).",
         role="recipe", panel=_TEXT, ge=1, le=1000,

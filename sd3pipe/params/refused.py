@@ -151,7 +151,7 @@ REFUSED: dict[str, str] = {
     "save_clip": "sd-scripts declares it as not working; text encoders are not changed by training",
     "save_t5xxl": "sd-scripts declares it as not working; text encoders are not changed by training",
     "t5xxl_device": "sd-scripts declares it as not working; use --device of encode-text",
-    "t5xxl_dtype": "sd-scripts declares it as not working; see text_dtype in stages/encode_text.toml",
+    "t5xxl_dtype": "sd-scripts declares it as not working; see t5xxl_base_dtype in stages/encode_text.toml",
     "tokenizer_cache_dir": "name the folder with clip_l/, clip_g/ and t5xxl/ in tokenizers",
     "skip_cache_check": "checking costs less than a second; a cache that is not checked is a stale one",
     "cache_info": "picture sizes and hashes are remembered, and checked against the files each time",

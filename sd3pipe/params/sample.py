@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 
 from sd3pipe.params.fields import OptionPath, option
+from sd3pipe.params.memory import BlocksToSwap
 from sd3pipe.params.stage import StageParams
 
 _PATHS, _GRID, _DRAWING = "Paths", "Columns and rows", "Drawing"
@@ -62,8 +63,9 @@ class SampleParams(StageParams):
         "auto", "Number format of the model; auto: bf16 or, on older cards, fp16 on CUDA; float32 on the CPU.",
         panel=_DRAWING,
     )
-    blocks_to_swap: int = option(
-        0, "Blocks of the model kept in host memory and streamed to the device.", panel=_DRAWING, advanced=True, ge=0
+    blocks_to_swap: BlocksToSwap = option(
+        "auto", "Blocks that stay in host memory and visit the device; auto: as few as fit, on CUDA; none on the CPU.",
+        panel=_DRAWING, advanced=True,
     )
     # fmt: on
 

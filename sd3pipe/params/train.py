@@ -369,6 +369,10 @@ class TrainParams(StageParams):
         True, "Let CUDA round the factors of float32 products to TF32; off under deterministic.",
         panel=_MEMORY, advanced=True,
     )
+    sdpa_backend: Literal["auto", "flash", "cudnn", "efficient", "math"] = option(
+        "auto", "Kernel of the attention; auto: torch takes the quickest that fits the card.",
+        panel=_MEMORY, advanced=True,
+    )
     torch_compile: bool = option(
         False, "Compile the joint blocks, one graph for each shape of block.", panel=_MEMORY, advanced=True
     )

@@ -12,6 +12,7 @@ from sd3pipe.cache.tensors import to_torch
 from sd3pipe.console import one_line
 from sd3pipe.data.buckets import Size
 from sd3pipe.models.vae import VAE
+from sd3pipe.models.vae_strips import decode_within, usable_memory
 from sd3pipe.previewing.cards import CARD_PX, Card, Preview, Section, spread
 
 
@@ -63,7 +64,11 @@ def _card(cache: CacheReader, vae: VAE, number: int) -> Card:
 def _decoded(vae: VAE, latents_chw: torch.Tensor) -> np.ndarray:
     """Returns uint8 pixels at the size of a card."""
     weight = next(vae.parameters())
-    pixels_BCHW = vae.decode(latents_chw[None].to(weight.device, weight.dtype)).float()
+    pixels_BCHW = decode_within(
+        vae,
+        latents_chw[None].to(weight.device, weight.dtype),
+        usable_memory(weight.device, beside_others=True),
+    ).float()
     shrink = min(1.0, CARD_PX / max(pixels_BCHW.shape[-2:]))
     size = [max(1, round(side * shrink)) for side in pixels_BCHW.shape[-2:]]
     small = torch.nn.functional.interpolate(pixels_BCHW, size=size, mode="area")[0]

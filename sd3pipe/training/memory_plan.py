@@ -1,18 +1,15 @@
 """Chooses how the base is kept before it is loaded: measures the card, asks the cost model, says what to expect."""
 
 import logging
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from sd3pipe.console import readable_bytes
 from sd3pipe.device_memory import memory_errors, peak_rss_bytes, share_of_memory
 from sd3pipe.errors import DeviceMemoryError
-from sd3pipe.memory.host import HostMemory
 from sd3pipe.memory.plan import (
     PROCESS_BYTES,
     Prediction,
@@ -29,8 +26,8 @@ from sd3pipe.memory.schedule import ModulationMode
 from sd3pipe.memory.sizes import adapter_weights, image_tokens, model_size
 from sd3pipe.memory.streaming import streamed_numbers
 from sd3pipe.models.architecture import MMDiTArchitecture
-from sd3pipe.models.joint_block import JointBlock
 from sd3pipe.params.train import TrainParams
+from sd3pipe.training.rates import measure_rates
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +35,6 @@ CLIP_TOKENS = 77
 MODULATION_TO_CHOOSE: Sequence[ModulationMode] = ("resident", "stream")
 _USABLE = 0.92  # of the free device memory; the rest is for fragmentation and sample pictures
 _HOST_ADVICE = "stream fewer blocks, pack the base (--base-dtype int8, then nf4) or free some"
-_COPY_BYTES = 128 << 20
-_REPEATS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +101,34 @@ def run_memory(
     streamed_numbers(wanted.blocks_to_swap, architecture.depth)  # raises ParameterError for too many
     modes = (params.modulation,) if "modulation" in params.model_fields_set else MODULATION_TO_CHOOSE
     return plan_memory(architecture, work, wanted, modes=modes if auto else None, device=device, dtype=dtype)
+
+
+def blocks_to_sample(architecture: MMDiTArchitecture, *, tokens: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Returns how many blocks to stream so that pictures of so many tokens can be drawn; none without CUDA.
+
+    Raises DeviceMemoryError where even all of them are too few.
+    """
+    if device.type != "cuda":
+        return 0
+    return fewest_to_sample(
+        architecture, tokens=tokens, dtype=dtype, device_bytes=int(_USABLE * torch.cuda.mem_get_info(device)[0])
+    )
+
+
+def fewest_to_sample(architecture: MMDiTArchitecture, *, tokens: int, dtype: torch.dtype, device_bytes: int) -> int:
+    """Returns the fewest blocks to stream with so much device memory. Raises DeviceMemoryError where all are too few.
+
+    A step with the prompt and without it in one batch takes no more than a training step without kept block inputs.
+    """
+    work = Workload(image_tokens=tokens, batch=2)
+    wanted = Settings(activation_offload=True, dtype_bytes=dtype.itemsize)
+    found = fitting_settings(
+        model_size(architecture.shapes()), work, wanted, device_bytes=device_bytes, modes=("stream",)
+    )
+    if found is None:
+        free = readable_bytes(device_bytes)
+        raise DeviceMemoryError(f"{free} of free device memory are too little to draw in: draw smaller pictures")
+    return found[0].blocks_to_swap
 
 
 def plan_memory(
@@ -182,51 +205,3 @@ def choose(
 def _no_room_for_one_block(work: Workload) -> str:
     smaller = "a smaller train_batch_size or a lower" if work.batch > 1 else "a lower"
     return f"not even one block runs at this size of picture: choose {smaller} resolution, or free the card"
-
-
-def measure_rates(
-    architecture: MMDiTArchitecture, work: Workload, *, device: torch.device, dtype: torch.dtype
-) -> Rates:
-    """Returns the copy bandwidth and the operations per second of one block's forward pass at the size of the run."""
-    model = model_size(architecture.shapes())
-    one_block = model.forward_flop(work.batch, work.image_tokens, work.text_tokens) / model.depth
-    return Rates(
-        flop_per_second=one_block / _block_seconds(architecture, work, dtype, device),
-        copy_bytes_per_second=_COPY_BYTES / _copy_seconds(device),
-    )
-
-
-def _block_seconds(architecture: MMDiTArchitecture, work: Workload, dtype: torch.dtype, device: torch.device) -> float:
-    """Returns the seconds of the middle block's body, with random weights."""
-    index = architecture.depth // 2
-    block = JointBlock(architecture, index, device, dtype)
-    for parameter in block.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    width = architecture.width
-    context = torch.randn(work.batch, work.text_tokens, width, device=device, dtype=dtype)
-    x = torch.randn(work.batch, work.image_tokens, width, device=device, dtype=dtype)
-    with torch.no_grad():
-        modulation = block.modulation(torch.randn(work.batch, width, device=device, dtype=dtype))
-        return _seconds(lambda: block(context, x, *modulation), device)
-
-
-def _copy_seconds(device: torch.device) -> float:
-    source = HostMemory(device).buffer(_COPY_BYTES)
-    target = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
-    return _seconds(lambda: target.copy_(source, non_blocking=True), device)
-
-
-def _seconds(action: Callable[[], object], device: torch.device) -> float:
-    """Returns the seconds of one call, the first one apart."""
-    action()
-    _wait(device)
-    start = time.perf_counter()
-    for _ in range(_REPEATS):
-        action()
-    _wait(device)
-    return (time.perf_counter() - start) / _REPEATS
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -4,6 +4,8 @@ from typing import Literal
 
 import torch
 
+from sd3pipe.device import has_bfloat16
+
 Precision = Literal["no", "fp16", "bf16"]
 
 BASE_DTYPES: dict[Precision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -15,4 +17,4 @@ def resolve_precision(mixed_precision: Literal["auto", "no", "fp16", "bf16"], de
         return mixed_precision
     if device.type != "cuda":
         return "no"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if has_bfloat16() else "fp16"

@@ -11,7 +11,7 @@ from sd3pipe.memory.plan import Settings, Workload, predict
 from sd3pipe.memory.quantise import quantise
 from sd3pipe.memory.sizes import model_size
 from sd3pipe.memory.streaming import BlockStreamer
-from sd3pipe.training.memory_plan import measure_rates
+from sd3pipe.training.rates import measure_rates
 
 pytestmark = [
     pytest.mark.gpu,

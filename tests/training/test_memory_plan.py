@@ -8,7 +8,8 @@ from sd3pipe.errors import DeviceMemoryError
 from sd3pipe.memory.plan import Rates, Settings, Workload
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.training.base_model import compile_blocks
-from sd3pipe.training.memory_plan import choose, measure_rates, plan_memory
+from sd3pipe.training.memory_plan import choose, fewest_to_sample, plan_memory
+from sd3pipe.training.rates import measure_rates
 
 LARGE = MMDiTArchitecture(depth=38, pos_embed_max=192, qk_norm=True)
 WORK = Workload(image_tokens=4096, adapter_weights=24_000_000)
@@ -33,6 +34,29 @@ def test_auto_keeps_the_modulation_that_was_asked_for():
 def test_nothing_that_fits_is_an_error_with_a_way_out():
     with pytest.raises(DeviceMemoryError, match=r"no number of streamed blocks fits 1 GB .* lower resolution"):
         choose(LARGE, WORK, Settings(), device_bytes=10**9, rates=CARD)
+
+
+def test_drawing_streams_as_few_blocks_as_it_must():
+    counts = [
+        fewest_to_sample(LARGE, tokens=4096, dtype=torch.bfloat16, device_bytes=gigabytes * 10**9)
+        for gigabytes in (24, 16, 12, 8, 6)
+    ]
+    assert counts[0] == 0 < counts[1] < counts[2] < counts[3] < counts[4] <= 38
+    with pytest.raises(DeviceMemoryError, match="1 GB of free device memory are too little to draw in"):
+        fewest_to_sample(LARGE, tokens=4096, dtype=torch.bfloat16, device_bytes=10**9)
+
+
+def test_auto_knows_the_hosts_memory():
+    plan = choose(LARGE, WORK, Settings(), device_bytes=12 * 10**9, host_bytes=32 * 10**9, rates=CARD)
+    assert plan.prediction.added_host_bytes <= 32 * 10**9
+    with pytest.raises(DeviceMemoryError, match=r"and 4 GB of host memory: .*--base-dtype int8"):
+        choose(LARGE, WORK, Settings(), device_bytes=12 * 10**9, host_bytes=4 * 10**9, rates=CARD)
+
+
+def test_a_host_that_is_too_small_is_told_of(caplog, monkeypatch):
+    monkeypatch.setattr("sd3pipe.training.memory_plan.share_of_memory", lambda: 8 * 10**9)
+    plan_memory(LARGE, WORK, Settings(blocks_to_swap=38), modes=None, device=CPU, dtype=torch.bfloat16)
+    assert "of host memory, and 8 GB are left: stream fewer blocks, pack the base" in caplog.text
 
 
 def test_without_cuda_settings_stay_as_wanted():

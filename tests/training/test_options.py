@@ -112,6 +112,7 @@ SHOWN_ELSEWHERE = {
     "../tiny_training.py": ["model", "text", "latents", "out", "threads", "device"],  # no run can be without them
     "test_train_command.py": ["mmdit", "loras_dir", "torch_compile", "tf32"],
     "test_adapter_options.py": ["base_weights", "base_weights_multiplier"],
+    "test_numerics.py": ["sdpa_backend"],
 }  # fmt: skip
 
 

@@ -1,0 +1,64 @@
+"""What a machine achieves: its copy bandwidth, and its speed in a joint block of the real shape."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from sd3pipe.memory.host import HostMemory
+from sd3pipe.memory.plan import Rates, Workload
+from sd3pipe.memory.sizes import model_size
+from sd3pipe.models.architecture import MMDiTArchitecture
+from sd3pipe.models.joint_block import JointBlock
+
+_COPY_BYTES = 128 << 20
+_REPEATS = 5
+
+
+def measure_rates(
+    architecture: MMDiTArchitecture, work: Workload, *, device: torch.device, dtype: torch.dtype
+) -> Rates:
+    """Returns the copy bandwidth and the operations per second of one block's forward pass at the size of the run."""
+    model = model_size(architecture.shapes())
+    one_block = model.forward_flop(work.batch, work.image_tokens, work.text_tokens) / model.depth
+    return Rates(
+        flop_per_second=one_block / _block_seconds(architecture, work, dtype, device),
+        copy_bytes_per_second=_COPY_BYTES / _copy_seconds(device),
+    )
+
+
+def _block_seconds(architecture: MMDiTArchitecture, work: Workload, dtype: torch.dtype, device: torch.device) -> float:
+    """Returns the seconds of the middle block's body, with random weights."""
+    index = architecture.depth // 2
+    block = JointBlock(architecture, index, device, dtype)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    width = architecture.width
+    context = torch.randn(work.batch, work.text_tokens, width, device=device, dtype=dtype)
+    x = torch.randn(work.batch, work.image_tokens, width, device=device, dtype=dtype)
+    with torch.no_grad():
+        modulation = block.modulation(torch.randn(work.batch, width, device=device, dtype=dtype))
+        return _seconds(lambda: block(context, x, *modulation), device)
+
+
+def _copy_seconds(device: torch.device) -> float:
+    source = HostMemory(device).buffer(_COPY_BYTES)
+    target = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
+    return _seconds(lambda: target.copy_(source, non_blocking=True), device)
+
+
+def _seconds(action: Callable[[], object], device: torch.device) -> float:
+    """Returns the seconds of one call, the first one apart."""
+    action()
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(_REPEATS):
+        action()
+    _wait(device)
+    return (time.perf_counter() - start) / _REPEATS
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
