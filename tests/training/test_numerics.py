@@ -1,4 +1,4 @@
-"""Switches of kernels: TF32, and which one computes the attention."""
+"""Which kernel computes the attention is the user's choice."""
 
 import pytest
 import torch
@@ -17,18 +17,8 @@ def inputs(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def kernels_as_before():
     yield
-    torch.use_deterministic_algorithms(False)
     for enable in ("flash", "cudnn", "mem_efficient", "math"):
         getattr(torch.backends.cuda, f"enable_{enable}_sdp")(True)
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"), [({}, True), ({"tf32": False}, False), ({"deterministic": True}, False)]
-)
-def test_tf32_is_on_unless_it_is_switched_off_or_bits_are_promised(inputs, options, expected):
-    inputs.train("tf32", **options)
-    assert torch.backends.cuda.matmul.allow_tf32 is expected
-    assert torch.backends.cudnn.allow_tf32 is expected
 
 
 def test_the_attention_kernel_can_be_chosen(inputs):
