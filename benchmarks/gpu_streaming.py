@@ -45,7 +45,7 @@ TINY = {
     "sd35-medium": MMDiTArchitecture(depth=5, pos_embed_max=8, qk_norm=True, dual_attention_blocks=(0, 1, 2)),
     "sd35-large": MMDiTArchitecture(depth=5, pos_embed_max=8, qk_norm=True),
 }
-TEXT_TOKENS = 333
+TEXT_TOKENS, TINY_TEXT_TOKENS = 333, 8
 DTYPE = torch.bfloat16
 WARM_UPS, STEPS = 2, 3  # of a slow configuration, such as the peer, one each
 SLOW_SECONDS = 4.0
@@ -59,6 +59,7 @@ class Case:
     way: str  # one-way, two-way
     pixels: int = 0
     batch: int = 0
+    text_tokens: int = TEXT_TOKENS
 
 
 class TwoWaySwap:
@@ -128,18 +129,21 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="measure nothing more after this time")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="models of five blocks and pictures of 128 pixels")
+    parser.add_argument(
+        "--tiny", action="store_true", help="models of five blocks, pictures of 64 pixels, 8 text tokens"
+    )
     arguments = parser.parse_args()
     if arguments.device != "cpu" and not torch.cuda.is_available():
         raise SystemExit("gpu_streaming.py needs a CUDA device, and there is none")
     device, clock = torch.device(arguments.device), Clock(arguments.minutes)
     if arguments.tiny:
         ARCHITECTURES.update(TINY)
-        arguments.pixels = [128]
+        arguments.pixels = [64]
     lines: list[dict] = []
     for name in arguments.models:
         rates: dict[tuple[int, int], Rates] = {}
         for build in _builds(name, arguments.formats):
+            build = replace(build, text_tokens=TINY_TEXT_TOKENS) if arguments.tiny else build
             lines += _measure(build, arguments.pixels, arguments.batches, device, clock, rates)
     _write(arguments.results, lines, device)
 
@@ -258,7 +262,7 @@ def _measured(
     inputs = {
         "latents_BChw": torch.randn(case.batch, 16, case.pixels // 8, case.pixels // 8, device=device),
         "timesteps_B": torch.full((case.batch,), 500.0, device=device),
-        "context_BLD": torch.randn(case.batch, TEXT_TOKENS, 4096, device=device),
+        "context_BLD": torch.randn(case.batch, case.text_tokens, 4096, device=device),
         "pooled_BP": torch.randn(case.batch, 2048, device=device),
     }
 
@@ -268,7 +272,7 @@ def _measured(
         loss.backward()
         adapters.zero_grad(set_to_none=True)
 
-    work = Workload(image_tokens=tokens, text_tokens=TEXT_TOKENS, batch=case.batch)
+    work = Workload(image_tokens=tokens, text_tokens=case.text_tokens, batch=case.batch)
     try:
         if (case.pixels, case.batch) not in rates:
             rates[case.pixels, case.batch] = measure_rates(ARCHITECTURES[case.model], work, device=device, dtype=DTYPE)
