@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_base_text import SHORT_T5_LENGTH, encode
+from demo_base_shards import THREADS, Average, Part, Shards
+from demo_base_text import encode
 from demo_base_vae import SIZE_SHARES, SIZES, Log, as_pixels, set_rate
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd3pipe.demo.base_files import T5_LENGTH
 from sd3pipe.demo.drawings import WORDINGS, Subject, all_subjects, draw
@@ -29,14 +30,13 @@ from sd3pipe.training.sampling import (
 ARCHITECTURE = MMDiTArchitecture(
     depth=3, pos_embed_max=12, pooled_width=128, context_width=128, qk_norm=True, dual_attention_blocks=(0,)
 )
-STEPS, BATCH = 5000, 32
-FULL_TEXT_CYCLES = ((3000, 8e-4), (2400, 1e-3), (3000, 8e-4), (2400, 1e-3))  # steps and highest rate
-LEARNING_RATE = 1.5e-3
-EMA_DECAY, FULL_TEXT_EMA_DECAY = 0.999, 0.995
+STEPS, BATCH = 3600, 32
+LEARNING_RATE, WARMUP = 1.5e-3, 200
+EMA_DECAY = 0.995
 SAMPLING = flow.SigmaSampling(weighting_scheme="logit_normal", loss_form="velocity", training_shift=1.5)
 CAPTION_DROPOUT = 0.1
-DRAWINGS_PER_SUBJECT = (5, 2, 2)  # of each size
-LONG_EVERY, LONG_LENGTHS, LONG_BATCH, LONG_CAPTIONS = 20, (77, 256), 9, 500
+DRAWINGS_PER_SUBJECT = (4, 1, 1)  # of each size
+LONG_EVERY, LONG_LENGTHS, LONG_BATCH, LONG_CAPTIONS = 25, (77, 256), 8, 500
 HELD_OUT = 200
 FIELDS = ("shape", "colour", "size", "background")
 GUIDED = SamplingSettings(steps=28, scale=3.0)
@@ -56,10 +56,10 @@ class Texts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawings:
-    """Latents of one size in the MMDiT's space, and the number of each one's subject."""
+    """Latents of one size in the MMDiT's space; the `count` drawings of one subject lie side by side."""
 
     latents: Tensor
-    subjects: Tensor
+    count: int
 
 
 def split_subjects() -> tuple[list[Subject], list[Subject]]:
@@ -74,29 +74,33 @@ def train_mmdit(work: Path, vae: VAE, log: Log) -> MMDiT:
     subjects, _ = split_subjects()
     captions = [subject.caption(wording) for subject in subjects for wording in range(len(WORDINGS))] + [""]
     drawings = draw_latents(vae, subjects)
-    log(f"mmdit: {len(captions)} captions, {sum(len(size.subjects) for size in drawings)} drawings")
+    log(f"mmdit: {len(captions)} captions, {sum(len(size.latents) for size in drawings)} drawings")
+    texts = encode_texts(captions, work)
     mmdit = initial_mmdit()
     log(f"mmdit: {sum(parameter.numel() for parameter in mmdit.parameters())} parameters")
     generator = torch.Generator().manual_seed(9)
-    texts = encode_texts(captions, work, SHORT_T5_LENGTH)
-    run_phase(mmdit, drawings, texts, generator, log, STEPS, LEARNING_RATE, EMA_DECAY)
-    meet_full_texts(mmdit, drawings, encode_texts(captions, work, T5_LENGTH), generator, log)
+    optimizer = torch.optim.AdamW(
+        mmdit.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
+    shards, average = Shards(mmdit, _loss), Average(mmdit, EMA_DECAY)
+    for step in range(STEPS):
+        set_rate(optimizer, LEARNING_RATE, step, STEPS, warmup=WARMUP)
+        batch = _batch(drawings, texts, generator, long=step % LONG_EVERY == LONG_EVERY - 1)
+        loss = shards.backward(list(zip(*(values.chunk(THREADS) for values in batch), strict=True)))
+        torch.nn.utils.clip_grad_norm_(mmdit.parameters(), 1.0)
+        optimizer.step()
+        average.update()
+        if step % 50 == 0:
+            log(f"mmdit: step {step} of {STEPS}, loss {loss:.4f}")
+    average.take_over()
     return mmdit.eval().requires_grad_(False)
 
 
-def meet_full_texts(
-    mmdit: MMDiT, drawings: list[Drawings], texts: list[Texts], generator: torch.Generator, log: Log
-) -> None:
-    """Goes on with T5's whole captions, in cycles of a falling rate, each from the average that the last one left."""
-    for steps, peak in FULL_TEXT_CYCLES:
-        run_phase(mmdit, drawings, texts, generator, log, steps, peak, FULL_TEXT_EMA_DECAY)
-
-
-def encode_texts(captions: list[str], work: Path, t5_length: int) -> list[Texts]:
-    """Returns all captions at one T5 length, then some of them at the lengths that other programs pad to."""
+def encode_texts(captions: list[str], work: Path) -> list[Texts]:
+    """Returns all captions at the base's own T5 length, then some at the lengths that other programs pad to."""
     order = np.random.default_rng(12).permutation(len(captions) - 1)
     some = [*order[:LONG_CAPTIONS].tolist(), len(captions) - 1]
-    chosen = {t5_length: list(range(len(captions))), **dict.fromkeys(LONG_LENGTHS, some)}
+    chosen = {T5_LENGTH: list(range(len(captions))), **dict.fromkeys(LONG_LENGTHS, some)}
     return [
         Texts(
             condition=encode([captions[number] for number in numbers], work, t5_length=length),
@@ -119,7 +123,7 @@ def draw_latents(vae: VAE, subjects: list[Subject]) -> list[Drawings]:
         latents = [
             to_model_space(vae.encode(as_pixels(part))[0]) for part in np.split(pictures, range(64, len(pictures), 64))
         ]
-        sizes.append(Drawings(latents=torch.cat(latents), subjects=torch.tensor(numbers)))
+        sizes.append(Drawings(latents=torch.cat(latents), count=count))
     return sizes
 
 
@@ -152,65 +156,25 @@ def measure(
     return {field: count / len(subjects) for field, count in right.items()}
 
 
-def run_phase(
-    mmdit: MMDiT,
-    drawings: list[Drawings],
-    texts: list[Texts],
-    generator: torch.Generator,
-    log: Log,
-    steps: int,
-    peak: float,
-    decay: float,
-) -> None:
-    """Trains for some steps and leaves the running average in the model."""
-    optimizer = torch.optim.AdamW(mmdit.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
-    average = {name: parameter.detach().clone() for name, parameter in mmdit.named_parameters()}
-    for step in range(steps):
-        set_rate(optimizer, peak, step, steps, warmup=min(200, steps // 10 + 1))
-        loss = _loss(mmdit, *_batch(drawings, texts, generator, long=step % LONG_EVERY == LONG_EVERY - 1), generator)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(mmdit.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            for name, parameter in mmdit.named_parameters():
-                average[name].lerp_(parameter, 1 - min(decay, (step + 1) / (step + 10)))
-        if step % 50 == 0:
-            log(f"mmdit: step {step} of {steps}, loss {loss.item():.4f}")
-    mmdit.load_state_dict(average, strict=False)  # the position table is no parameter
-
-
-def _batch(
-    drawings: list[Drawings], texts: list[Texts], generator: torch.Generator, *, long: bool
-) -> tuple[Tensor, TextCondition]:
-    """Returns latents of one size and the texts that belong to them, some of them dropped."""
+def _batch(drawings: list[Drawings], texts: list[Texts], generator: torch.Generator, *, long: bool) -> Part:
+    """Returns latents of one size, noise, noise levels, and context and pooled of the texts, some of them dropped."""
     size = drawings[int(torch.multinomial(torch.tensor(SIZE_SHARES), 1, generator=generator))]
     text = texts[1 + int(torch.randint(len(LONG_LENGTHS), (1,), generator=generator))] if long else texts[0]
     batch = LONG_BATCH if long else BATCH
     captions = torch.randint(text.empty, (batch,), generator=generator)
-    chosen = torch.stack(
-        [_drawing_of(size, int(text.numbers[caption]) // len(WORDINGS), generator) for caption in captions]
-    )
-    dropped = torch.rand(batch, generator=generator) < CAPTION_DROPOUT
-    captions = torch.where(dropped, text.empty, captions)
-    condition = TextCondition(context=text.condition.context[captions], pooled=text.condition.pooled[captions])
-    return size.latents[chosen], condition
-
-
-def _drawing_of(size: Drawings, subject: int, generator: torch.Generator) -> Tensor:
-    """Returns the number of a random drawing of a subject; those of one subject lie side by side."""
-    count = len(size.subjects) // (int(size.subjects[-1]) + 1)
-    return subject * count + torch.randint(count, (), generator=generator)
-
-
-def _loss(mmdit: MMDiT, latents_BChw: Tensor, text: TextCondition, generator: torch.Generator) -> Tensor:
-    batch = len(latents_BChw)
+    subjects = text.numbers[captions] // len(WORDINGS)
+    latents = size.latents[subjects * size.count + torch.randint(size.count, (batch,), generator=generator)]
+    captions[torch.rand(batch, generator=generator) < CAPTION_DROPOUT] = text.empty
     spread_B = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
     sigmas_B = flow.sample_sigmas(spread_B, torch.ones(batch), SAMPLING)
-    noise_BChw = torch.randn(latents_BChw.shape, generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    return latents, noise, sigmas_B, text.condition.context[captions], text.condition.pooled[captions]
+
+
+def _loss(mmdit: nn.Module, part: Part) -> Tensor:
+    latents_BChw, noise_BChw, sigmas_B, context_BLD, pooled_BP = part
     noisy_BChw = flow.add_noise(latents_BChw, noise_BChw, sigmas_B)
-    with torch.autocast("cpu", torch.bfloat16):
-        velocity_BChw = mmdit(noisy_BChw, sigmas_B * flow.NUM_TIMESTEPS, text.context, text.pooled)
+    velocity_BChw = mmdit(noisy_BChw, sigmas_B * flow.NUM_TIMESTEPS, context_BLD, pooled_BP)
     return flow.loss(
         velocity_BChw, latents_BChw, noise_BChw, sigmas_B, weighting_scheme="logit_normal", loss_form="velocity"
     ).mean()

@@ -25,8 +25,7 @@ from sd3pipe.models.tokenizers import load_tokenizer, tokenize_for_encoders
 from sd3pipe.training.sampling import TextCondition
 
 CLIP_WIDTH, T5_WIDTH = 64, 128  # two CLIPs side by side are as wide as T5
-CLIP_POSITIONS = 14  # the grammar's longest caption has ten words; fewer tokens make training cheap
-SHORT_T5_LENGTH = 14  # cuts most captions: CLIP has read them in full, and steps cost less
+CLIP_POSITIONS = 10  # the grammar's longest caption has eight words; fewer tokens make training cheap
 _SEED = 11
 _DAMPING = 0.25
 _POOLING_GAIN = 3.0
@@ -39,7 +38,10 @@ def write_text_encoders(folder: Path) -> Path:
     tokenizers = folder / "tokenizers"
     captions = [subject.caption(wording) for subject in all_subjects() for wording in range(len(WORDINGS))]
     # the new word is a token of its own, as rare words are in CLIP's vocabulary; the base never sees it in training
-    train_tokenizers(tokenizers, captions + [f"a {NEW_WORD}"] * 200)
+    captions += [f"a {NEW_WORD}"] * 200
+    # sentencepiece makes a piece of what two different words share: with a comma and without, every word becomes one
+    words = sorted({word.strip(",") for caption in captions for word in caption.split()})
+    train_tokenizers(tokenizers, captions + [f"{word}, {word}" for word in words])
     generator = torch.Generator().manual_seed(_SEED)
     tensors = {
         f"text_encoders.{name}.transformer.{key}": _random(name, key, shape, architecture.depth, generator).half()

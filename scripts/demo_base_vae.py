@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+from demo_base_shards import THREADS, Part, Shards
+from torch import Tensor, nn
 
 from sd3pipe.demo.drawings import all_subjects, draw, draw_blob
 from sd3pipe.models.vae import SCALE, SHIFT, VAE
@@ -13,14 +14,14 @@ from sd3pipe.models.vae_architecture import VAEArchitecture
 
 ARCHITECTURE = VAEArchitecture(level_widths=(32, 32, 64, 64), blocks_per_level=1)
 SIZES = ((64, 64), (64, 96), (96, 64))  # height, width
-SIZE_SHARES = (0.6, 0.2, 0.2)
-CROP_PX, CROP_STEPS, CROP_BATCH = 32, 1500, 16  # most steps see crops, which cost a quarter
-WHOLE_STEPS, DECODER_STEPS, WHOLE_BATCH = 400, 800, 8
+SIZE_SHARES = (0.8, 0.1, 0.1)
+CROP_PX, CROP_STEPS, CROP_BATCH = 32, 900, 16  # most steps see crops, which cost a quarter
+WHOLE_STEPS, DECODER_STEPS, WHOLE_BATCH = 250, 700, 8
 LEARNING_RATE, DECODER_LEARNING_RATE = 2e-3, 1e-3
 KL_WEIGHT = 1e-3
 DECODER_NOISE = 0.06  # teaches the decoder to forgive what the MMDiT gets slightly wrong
 _BLOB_SHARE = 0.4  # blobs teach outlines that the grammar does not have, so that a new shape can be encoded
-_PICTURES_PER_SIZE = 1500
+_PICTURES_PER_SIZE = 1000
 
 Log = Callable[[str], None]
 
@@ -62,43 +63,61 @@ def as_pixels(pictures: np.ndarray) -> Tensor:
 def train_vae(log: Log) -> VAE:
     """Returns the trained VAE, whose latents have mean 0 and deviation 1 in the MMDiT's space."""
     torch.manual_seed(0)
-    vae = VAE(ARCHITECTURE)
+    vae = VAE(ARCHITECTURE).requires_grad_(True)
     log(f"vae: {sum(parameter.numel() for parameter in vae.parameters())} parameters")
     pictures = Pictures(seed=1)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99))
+    generator = torch.Generator().manual_seed(2)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
+    shards = Shards(vae, _autoencoder_loss)
     total = CROP_STEPS + WHOLE_STEPS
     for step in range(total):
         set_rate(optimizer, LEARNING_RATE, step, 1.3 * total)  # it falls further in the decoder's own phase
         in_crops = step < CROP_STEPS
         pixels = pictures.batch(CROP_BATCH if in_crops else WHOLE_BATCH, CROP_PX if in_crops else None)
-        with torch.autocast("cpu", torch.bfloat16):
-            mean, logvar = vae.encode(pixels)
-            latents = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-            output = vae.decode(latents)
-        kl = 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).mean()
-        _step(vae, optimizer, _difference(output.float(), pixels) + KL_WEIGHT * kl)
+        loss = shards.backward(list(zip(pixels.chunk(THREADS), _noise(pixels, generator).chunk(THREADS), strict=True)))
+        _step(vae, optimizer)
         if step % 50 == 0:
-            log(f"vae: step {step}, rmse {_rmse(output, pixels):.4f}, kl {kl.item():.3f}")
+            log(f"vae: step {step}, loss {loss:.4f}")
     normalise(vae, pictures)
-    train_decoder(vae, pictures, log)
-    return vae.eval()
+    train_decoder(vae, pictures, generator, log)
+    return vae.eval().requires_grad_(False)
 
 
-def train_decoder(vae: VAE, pictures: Pictures, log: Log) -> None:
-    """Goes on with the decoder alone, on latents with a little noise; the last quarter in fp32."""
-    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=DECODER_LEARNING_RATE, betas=(0.9, 0.99))
+def train_decoder(vae: VAE, pictures: Pictures, generator: torch.Generator, log: Log) -> None:
+    """Goes on with the decoder alone, on latents with a little noise."""
+    vae.encoder.requires_grad_(False)
+    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=DECODER_LEARNING_RATE, betas=(0.9, 0.99), fused=True)
+    shards = Shards(vae, _decoder_loss)
     for step in range(DECODER_STEPS):
         set_rate(optimizer, DECODER_LEARNING_RATE, step, DECODER_STEPS)
         pixels = pictures.batch(WHOLE_BATCH)
-        with torch.no_grad():
-            mean, logvar = vae.encode(pixels)
-            latents = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-            latents = latents + DECODER_NOISE * torch.randn_like(mean)
-        with torch.autocast("cpu", torch.bfloat16, enabled=step < 0.75 * DECODER_STEPS):
-            output = vae.decode(latents)
-        _step(vae, optimizer, _difference(output.float(), pixels))
+        noises = (_noise(pixels, generator), _noise(pixels, generator))
+        loss = shards.backward(list(zip(*(values.chunk(THREADS) for values in (pixels, *noises)), strict=True)))
+        _step(vae, optimizer)
         if step % 50 == 0:
-            log(f"vae: decoder step {step}, rmse {_rmse(output, pixels):.4f}")
+            log(f"vae: decoder step {step}, loss {loss:.4f}")
+
+
+def _autoencoder_loss(vae: nn.Module, part: Part) -> Tensor:
+    assert isinstance(vae, VAE)
+    pixels, noise = part
+    mean, logvar = vae.encode(pixels)
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return _difference(vae.decode(mean + torch.exp(0.5 * logvar) * noise), pixels) + KL_WEIGHT * kl
+
+
+def _decoder_loss(vae: nn.Module, part: Part) -> Tensor:
+    assert isinstance(vae, VAE)
+    pixels, noise, more_noise = part
+    with torch.no_grad():
+        mean, logvar = vae.encode(pixels)
+    return _difference(vae.decode(mean + torch.exp(0.5 * logvar) * noise + DECODER_NOISE * more_noise), pixels)
+
+
+def _noise(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns noise of the latents' shape."""
+    batch, _, height, width = pixels.shape
+    return torch.randn(batch, ARCHITECTURE.latent_channels, height // 8, width // 8, generator=generator)
 
 
 @torch.no_grad()
@@ -130,12 +149,6 @@ def _difference(output: Tensor, pixels: Tensor) -> Tensor:
     return (output - pixels).abs().mean() + 2 * (output - pixels).square().mean()
 
 
-def _rmse(output: Tensor, pixels: Tensor) -> float:
-    return (output.detach().float() - pixels).square().mean().sqrt().item()
-
-
-def _step(vae: VAE, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    optimizer.zero_grad()
-    loss.backward()
+def _step(vae: VAE, optimizer: torch.optim.Optimizer) -> None:
     torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
     optimizer.step()

@@ -5,4 +5,4 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent / "base"
 MODEL = FOLDER / "demo-base.safetensors"
 TOKENIZERS = FOLDER / "tokenizers"
-T5_LENGTH = 28  # what the base is trained at; it also knows padding to 77 or 256, which takes more time
+T5_LENGTH = 10  # what the base is trained at; it also knows padding to 77 or 256, which takes more time

@@ -24,12 +24,12 @@ COLOURS: dict[str, Colour] = {
     "white": (246, 246, 242),
 }
 BACKGROUNDS: dict[str, Colour] = {**COLOURS, "grey": (135, 138, 142)}
-RADII: dict[str, float] = {"small": 0.21, "large": 0.38}  # of the picture's shorter side, before jitter
+RADII: dict[str, float] = {"small": 0.25, "large": 0.38}  # of the picture's shorter side, before jitter
 
 _SUPERSAMPLING = 4
 _COLOUR_JITTER = 8  # levels of 255
-_RADIUS_JITTER = 0.08
-_PLACE_JITTER = 0.11  # of each side
+_RADIUS_JITTER = 0.06
+_PLACE_JITTER = 0.05  # of each side
 
 Coordinates = NDArray[np.floating]
 Outline = Callable[[Coordinates, Coordinates], NDArray[np.bool_]]
@@ -47,10 +47,8 @@ def _ring(x: Coordinates, y: Coordinates) -> NDArray[np.bool_]:
     return (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.52**2)
 
 
-def _heart(x: Coordinates, y: Coordinates) -> NDArray[np.bool_]:
-    lobes = (np.abs(x) - 0.48) ** 2 + (y + 0.38) ** 2 <= 0.5**2
-    point = (np.abs(x) <= np.minimum(0.95, 0.94 * (0.95 - y) / 1.13)) & (y >= -0.25)
-    return lobes | point
+def _hourglass(x: Coordinates, y: Coordinates) -> NDArray[np.bool_]:
+    return (np.abs(y) <= 0.92) & (np.abs(x) <= 0.2 + 0.72 * np.abs(y))
 
 
 # Each outline says which points belong to the shape; the shape fills about [-1, 1] x [-1, 1], y grows downwards.
@@ -62,8 +60,8 @@ OUTLINES: dict[str, Outline] = {
     "ring": _ring,
     "diamond": lambda x, y: np.abs(x) * 1.35 + np.abs(y) <= 1.1,
 }
-NEW_WORD = "wubble"  # the base has never met the word, nor the shape: a heart
-NEW_OUTLINE: Outline = _heart
+NEW_WORD = "wubble"  # the base has never met the word, nor the shape: an hourglass
+NEW_OUTLINE: Outline = _hourglass
 WORDINGS = (
     "a {size} {colour} {shape} on a {background} background",
     "{colour} {shape}, {size}, {background} background",

@@ -68,9 +68,8 @@ def test_new_shape_is_drawn_after_and_not_before(shown, wanted, tmp_path):
     after = accuracy(wanted, read_latents(draw_latents(prompts, shown / f"exports/{NEW_WORD}.safetensors")))
     before = accuracy(wanted, read_latents(draw_latents(prompts)))
     assert len(wanted) == 32
-    # TODO(issue 6): 0.8 after and 0.05 before are wanted; a base that is trained longer is what they need
-    assert after["shape"] >= 0.5, after
-    assert before["shape"] <= 0.1, before
+    assert after["shape"] >= 0.8, after
+    assert before["shape"] <= 0.05, before
 
 
 @pytest.mark.slow
@@ -79,18 +78,39 @@ def test_old_prompts_stay_near_the_base(shown, tmp_path):
     prompts = encode_subjects(tmp_path / "a", subjects, 1000)
     after = accuracy(subjects, read_latents(draw_latents(prompts, shown / f"exports/{NEW_WORD}.safetensors")))
     before = accuracy(subjects, read_latents(draw_latents(prompts)))
-    # TODO(issue 6): within 0.05 is wanted
-    assert all(after[field] >= before[field] - 0.12 for field in FIELDS), (before, after)
+    assert all(after[field] >= before[field] - 0.05 for field in FIELDS), (before, after)
+
+
+def train(shown: Path, caches: Path, out: Path, *options: object) -> None:
+    """Trains on the demo's caches, which may lie elsewhere."""
+    arguments = ("--model", MODEL, "--text", caches / "text", "--latents", caches / "latents", "--out", out)
+    sd3pipe("train", *arguments, "--config", shown / "stages/train.toml", *options)
 
 
 @pytest.mark.slow
 def test_moved_caches_train_the_same_adapter(shown, tmp_path):
     caches = shutil.copytree(shown / "caches", tmp_path / "moved")
-    arguments = ("--model", MODEL, "--text", caches / "text", "--latents", caches / "latents", "--out", tmp_path / "r")
-    sd3pipe("train", *arguments, "--config", shown / "stages/train.toml", "--stale-ok")
+    train(shown, caches, tmp_path / "r", "--stale-ok")
     first, second = (load_file(run / "final/adapter.safetensors") for run in (shown / RUN, tmp_path / "r"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ("--blocks-to-swap", 2),
+        ("--base-dtype", "int8"),
+        ("--layer-major", "--train-batch-size", 4, "--gradient-accumulation-steps", 2),
+    ],
+    ids=("streamed", "int8", "layer-major"),
+)
+def test_memory_modes_learn_the_new_shape_as_well(shown, wanted, tmp_path, mode):
+    train(shown, shown / "caches", tmp_path / "r", *mode)
+    prompts = encode_subjects(tmp_path / "a", wanted, 500)
+    after = accuracy(wanted, read_latents(draw_latents(prompts, tmp_path / "r/final/adapter.safetensors")))
+    assert after["shape"] >= 0.8, after
 
 
 @pytest.mark.slow
