@@ -15,7 +15,7 @@ SIDE_PX = 64
 RUN = f"runs/{NEW_WORD}"
 STEPS, SCALE = 28, 3.0  # of the samples
 _SEED = 7
-_KNOWN_PER_SHAPE = 6
+_KNOWN_PER_SHAPE = 10
 
 LEARNT = (  # small ones, which are harder, more often, and most of them in square pictures, as they are prompted
     Subject(shape=NEW_WORD, colour="purple", size="small", background="grey"),
@@ -43,11 +43,11 @@ PROMPTED = (  # none of these is among the pictures
     Subject(shape="circle", colour="yellow", size="large", background="purple"),
     Subject(shape="triangle", colour="blue", size="small", background="orange"),
 )
-# rank, rate and steps are enough for one shape on this base; a real model wants the defaults of a new project
+# rank, rate, shift and steps are enough for one shape on this base; a real model wants the defaults of a new project
 _TRAIN = """\
 network_dim = 32
 learning_rate = 3e-3
-training_shift = 3.0
+training_shift = 5.0
 lr_scheduler = "cosine"
 max_train_steps = {steps}
 train_batch_size = 8

@@ -7,5 +7,5 @@ class DemoParams(Params):
     folder: OptionPath = option(
         "sd3pipe-demo", "Folder of the demo's project.", positional=True, role="path", validate_default=True
     )
-    steps: int = option(700, "Training steps.", ge=1)
+    steps: int = option(900, "Training steps.", ge=1)
     seeds: int = option(4, "Pictures per prompt, before and after.", ge=1, le=64)
