@@ -174,3 +174,9 @@ def test_names_say_what_they_hold():
     vague = re.compile(r"^(utils?|common|helpers?|misc)$")
     wrong = [name for name in modules() if vague.match(name.split(".")[-1])]
     assert not wrong
+
+
+def test_test_files_have_names_of_their_own():
+    """Test modules are imported by file name, so two of one name shadow each other."""
+    names = [file.name for file in (ROOT / "tests").rglob("*.py") if file.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))

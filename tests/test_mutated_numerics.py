@@ -51,7 +51,7 @@ MUTATIONS = {
         file="training/flow.py",
         old="return (timesteps_B / NUM_TIMESTEPS).float()",
         new="return (timesteps_B / NUM_TIMESTEPS).bfloat16().float()",
-        tests=(FLOW, "tests/training/test_feed.py::test_noise_levels_are_float32_and_finer_than_bfloat16"),
+        tests=(FLOW, "tests/training/test_training_feed.py::test_noise_levels_are_float32_and_finer_than_bfloat16"),
     ),
     "timestep in bfloat16": Mutation(
         file="models/mmdit.py",
@@ -136,7 +136,7 @@ MUTATIONS = {
         file="training/feed.py",
         old="return mean + (0.5 * logvar).exp() * torch",
         new="return mean + logvar.exp() * torch",
-        tests=("tests/training/test_feed.py::test_latents_are_drawn_anew_from_mean_and_variance",),
+        tests=("tests/training/test_training_feed.py::test_latents_are_drawn_anew_from_mean_and_variance",),
     ),
     "gradient summed over accumulation": Mutation(
         file="training/step_runner.py",
@@ -164,8 +164,8 @@ MUTATIONS = {
     ),
     "the preserved output is the adapter's own": Mutation(
         file="training/objective.py",
-        old="with self.network.detached(), torch.no_grad():",
-        new="with torch.no_grad():",
+        old="with self.network.detached(), torch.no_grad()",
+        new="with torch.no_grad()",
         tests=("tests/training/test_step_runner.py::test_preserved_samples_aim_at_the_base_model_itself",),
     ),
     "resume forgets where the epoch stood": Mutation(

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_feed import make_feed, plans
+from test_training_feed import make_feed, plans
 from tiny_mmdit import tiny_mmdit
 from tiny_training import Inputs, Run, make_inputs, pictures
 
