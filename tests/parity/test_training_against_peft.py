@@ -23,7 +23,7 @@ from sd3pipe.training.objective import LossRules, Objective
 
 VARIANTS = ["sd3-medium", "sd35-medium", "sd35-large"]
 RANK, ALPHA = 4, 3.0
-TOLERANCE = 1e-6  # of issue 5: our flow page is fp32, which rounds latents and velocity by 6e-8
+TOLERANCE = 1e-6  # our flow page is fp32, which rounds latents and velocity by 6e-8
 SMALLEST = 1e-8  # of the largest norm: below it a gradient is rounding
 HUBER_C = 0.2
 
