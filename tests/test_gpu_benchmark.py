@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_streaming.py"
 
 
+@pytest.mark.slow
 def test_gpu_streaming_runs_on_the_cpu(tmp_path):
     command = [sys.executable, SCRIPT, "--device", "cpu", "--tiny", "--results", tmp_path, "--batches", "1"]
     done = subprocess.run(

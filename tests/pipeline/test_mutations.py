@@ -100,6 +100,7 @@ def encode(project: Project, monkeypatch) -> tuple[set[str], set[str]]:
         return list(asked), []
 
     with monkeypatch.context() as patch:
+        patch.chdir(project.folder)  # the repository is a project with parameters of its own
         patch.setattr("sd3pipe.encoding.latent_rows.encoded_rows", encoded_rows)
         patch.setattr("sd3pipe.encoding.text_encoding.tokenized", tokenized)
         patch.setattr("sd3pipe.encoding.text_encoding.encoded_texts", lambda tokens, *_: (row for _ in tokens))

@@ -139,6 +139,7 @@ def test_rows_older_than_their_pictures_stop_a_run_unless_that_is_fine(tmp_path,
     assert "captions and pictures not checked: they are not here" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # compiling takes 20 s
 def test_compiled_blocks_learn_the_same(inputs, monkeypatch):
     """With dynamo and AOT autograd, but without inductor, which wants a compiler of C++."""
     compiled = []
