@@ -6,7 +6,7 @@ from typing import Any
 
 from sd3pipe.console import readable_bytes, readable_seconds
 from sd3pipe.reporting.collect import RunRecord
-from sd3pipe.reporting.html import bars, section, side_by_side, table
+from sd3pipe.reporting.html import bars, section, side_by_side, table, text
 
 _COUNTS = {
     "pictures": "pictures",
@@ -37,9 +37,12 @@ def _data(run: RunRecord) -> str:
     parts = [
         table(_named(facts, _COUNTS)),
         table(rows, ["subset", *(key.replace("_", " ") for key in keys)]),
-        _titled("Buckets", bars(facts.get("buckets") or {}, "rows")),
+        _titled("Buckets", bars(facts.get("buckets") or {}, lambda rows: f"{text(rows)} rows")),
         _titled("Captions", table(_named(captions, _CAPTIONS))),
-        _titled("Most frequent in captions", bars(captions.get("most_frequent") or {}, "captions")),
+        _titled(
+            "Most frequent in captions",
+            bars(captions.get("most_frequent") or {}, lambda times: f"{text(times)} captions"),
+        ),
     ]
     cut = run.text_report.get("cut") or []
     parts += [f"<p>{len(cut)} texts were cut when they were last encoded.</p>"] if cut else []
@@ -56,13 +59,7 @@ def _phases(run: RunRecord) -> str:
     stages = (("encode-text", run.text_report), ("encode-latents", run.latents_report))
     seconds = {f"{name}, last run": report["seconds"] for name, report in stages if "seconds" in report}
     seconds |= {f"train, {name}": value for name, value in (run.report.get("phases") or {}).items()}
-    most = max(seconds.values(), default=0) or 1
-    lines = [
-        f"<tr><th>{escape(name)}</th><td><div class='bar' style='width:{200 * value / most:.0f}px'></div></td>"
-        f"<td class='mono'>{readable_seconds(value)}</td></tr>"
-        for name, value in seconds.items()
-    ]
-    return f"<table class='bars'>{''.join(lines)}</table>" if lines else ""
+    return bars(seconds, readable_seconds)
 
 
 def _peaks(run: RunRecord) -> str:

@@ -1,6 +1,6 @@
 """The small pieces that the report page is made of: sections, tables, and two runs side by side."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -32,13 +32,13 @@ def table(rows: Iterable[Sequence[Any]], heads: Sequence[str] = (), differs: Seq
     return f"<table>{''.join(lines)}</table>" if len(lines) > bool(heads) else ""
 
 
-def bars(counts: Mapping[str, float], unit: str) -> str:
-    """Returns counts as horizontal bars with their numbers, nothing without counts."""
-    most = max(counts.values(), default=0) or 1
+def bars(values: Mapping[str, float], show: Callable[[float], str]) -> str:
+    """Returns values as horizontal bars, each with what `show` says of it, nothing without values."""
+    most = max(values.values(), default=0) or 1
     lines = [
         f"<tr><th>{escape(name)}</th><td><div class='bar' style='width:{200 * number / most:.0f}px'></div></td>"
-        f"<td class='mono'>{escape(text(number))} {escape(unit)}</td></tr>"
-        for name, number in counts.items()
+        f"<td class='mono'>{escape(show(number))}</td></tr>"
+        for name, number in values.items()
     ]
     return f"<table class='bars'>{''.join(lines)}</table>" if lines else ""
 

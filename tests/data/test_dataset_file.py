@@ -152,7 +152,8 @@ def test_what_cannot_be_honoured_is_refused_with_the_reason(tmp_path, line, reas
     "line", ["color_aug = false", "token_warmup_step = 0", "network_multiplier = 1.0", "network_multiplier = 1"]
 )
 def test_keys_without_effect_are_taken_at_their_neutral_value(tmp_path, line):
-    load(tmp_path, SMALL.replace("resolution = 512", f"resolution = 512\n{line}"))
+    with_it = load(tmp_path, SMALL.replace("resolution = 512", f"resolution = 512\n{line}"))
+    assert with_it.subsets == load(tmp_path, SMALL).subsets
 
 
 def test_keys_that_act_elsewhere_are_told(tmp_path):
