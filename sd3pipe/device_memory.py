@@ -28,6 +28,11 @@ def memory_errors(way_out: Callable[[], str]) -> Iterator[None]:
         raise DeviceMemoryError(f"the {where} ran out of memory: {way_out()}") from error
 
 
+def decode_way_out(device: torch.device) -> str:
+    """Returns what to do where even a strip of a picture could not be decoded."""
+    return "pass --device cpu" if device.type == "cuda" else "free some of it, or decode smaller pictures"
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Returns whether torch, or a library that it calls (cuBLAS, cuDNN, the driver), found no memory."""
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _SIGNS)

@@ -88,6 +88,7 @@ def _token_counts(captions: Sequence[str], params: PreviewParams) -> dict[str, C
 
 def _of_cache(params: PreviewParams) -> Preview:
     from sd3pipe.device import choose_device  # torch, which a preview of a dataset does not need
+    from sd3pipe.device_memory import decode_way_out, memory_errors
     from sd3pipe.models.checkpoint import load_vae
     from sd3pipe.previewing.cache_cards import cache_preview
 
@@ -99,6 +100,8 @@ def _of_cache(params: PreviewParams) -> Preview:
     fingerprint, encoded_with = source.fingerprint(), cache.manifest.fingerprints.get("vae")
     if fingerprint != encoded_with:
         log.warning("%s was encoded with VAE %s, this is %s", params.latents, str(encoded_with)[:12], fingerprint[:12])
-    vae = load_vae(source, device=choose_device(params.device, params.threads))
-    title = f"Preview of {params.latents.name}"
-    return cache_preview(cache, vae, title=title, per_bucket=params.pictures_per_bucket)
+    device = choose_device(params.device, params.threads)
+    with memory_errors(lambda: decode_way_out(device)):
+        vae = load_vae(source, device=device)
+        title = f"Preview of {params.latents.name}"
+        return cache_preview(cache, vae, title=title, per_bucket=params.pictures_per_bucket)

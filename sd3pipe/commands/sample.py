@@ -246,14 +246,16 @@ def _decode(params: SampleParams, sheet: Sheet, places: _Places, source: Compone
     if not waiting:
         return 0
     from sd3pipe.device import choose_device
+    from sd3pipe.device_memory import decode_way_out, memory_errors
     from sd3pipe.models.checkpoint import load_vae
     from sd3pipe.training.kept_latents import read_latents
     from sd3pipe.training.picture_grid import save_picture
     from sd3pipe.training.sampling import decode_pictures
 
     device = choose_device(params.device, params.threads)
-    vae: VAE = load_vae(source, device=device)
-    with progress("sample: decode", len(waiting), "pictures") as bar:
+    way_out = functools.partial(decode_way_out, device)
+    with memory_errors(way_out), progress("sample: decode", len(waiting), "pictures") as bar:
+        vae: VAE = load_vae(source, device=device)
         for prompt, name in waiting:
             picture = decode_pictures(vae, read_latents(places.latents(name)).to(device))[0].numpy()
             save_picture(places.picture(name), picture, title=prompt.title)

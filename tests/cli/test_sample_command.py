@@ -15,7 +15,7 @@ from sd3pipe.adapters.network import attach
 from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.commands import encode_text, sample
 from sd3pipe.demo.tiny import write_tiny_base
-from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.errors import DeviceMemoryError, InputError, ParameterError
 from sd3pipe.models.checkpoint import load_mmdit
 from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.sample import SampleParams
@@ -178,3 +178,16 @@ def test_options_that_contradict_are_refused(made, tmp_path, options, message):
 def test_a_cache_of_another_kind_is_refused(made, tmp_path):
     with pytest.raises(InputError, match="holds no finished cache"):
         read_prompts(tmp_path)
+
+
+def test_no_memory_to_decode_keeps_the_latents_and_says_so(made, tmp_path, monkeypatch):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sd3pipe.training.sampling.decode_pictures", no_memory)
+        with pytest.raises(DeviceMemoryError, match="device ran out of memory: free some of it") as caught:
+            sample.main(params(made, tmp_path / "out", seeds="1"))
+    assert caught.value.exit_code == 8
+    sample.main(SampleParams(out=tmp_path / "out", model=str(made / "base.safetensors"), decode=True, threads=1))
+    assert len(pictures(tmp_path / "out")) == 2

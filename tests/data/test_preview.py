@@ -10,7 +10,7 @@ from PIL import Image
 from sd3pipe.commands.encode_latents import main as encode_latents
 from sd3pipe.commands.preview import main
 from sd3pipe.demo.tiny import write_tiny_base
-from sd3pipe.errors import ParameterError
+from sd3pipe.errors import DeviceMemoryError, ParameterError
 from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.params.preview import PreviewParams
 from sd3pipe.previewing.cards import Card, Section, spread
@@ -117,7 +117,7 @@ def test_old_sheets_are_removed_and_foreign_files_stay(project):
     (project / "out" / "mine.png").unlink()
 
 
-def test_a_cache_is_drawn_by_decoding_it(project, base):
+def test_a_cache_is_drawn_by_decoding_it(project, base, monkeypatch):
     encode_latents(
         EncodeLatentsParams(
             model=str(base.model), dataset=project / "d.toml", out=project / "latents", threads=1, crop_variants=2,
@@ -129,6 +129,13 @@ def test_a_cache_is_drawn_by_decoding_it(project, base):
     assert page.count("data:image/jpeg") == 16  # seven pictures, each mirrored, and two crops of the masked one
     assert "broken.png: left out" in page
     assert sum(int(number) for number in re.findall(r"<small>(\d+) pictures?[;,]", page)) == 8
+
+    def no_memory(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("sd3pipe.previewing.cache_cards.cache_preview", no_memory)
+    with pytest.raises(DeviceMemoryError, match="host ran out of memory"):
+        preview(project, latents=project / "latents", model=str(base.model), out=project / "again")
 
 
 def test_without_dataset_and_cache_there_is_nothing_to_draw(tmp_path):

@@ -1,7 +1,10 @@
 """Runs of `train` on random rows: what they leave behind, and that a fresh adapter changes nothing."""
 
+import itertools
 import json
 import time
+from dataclasses import replace
+from functools import partial
 from statistics import mean
 
 import pytest
@@ -152,6 +155,27 @@ def test_compiled_blocks_learn_the_same(inputs, monkeypatch):
     run = inputs.train("compiled", torch_compile=True)
     assert len(compiled) == 2
     assert run.losses() == pytest.approx(inputs.train("interpreted").losses(), rel=1e-5)
+
+
+def test_many_sizes_and_text_lengths_stay_compiled(tmp_path, monkeypatch):
+    """In training and in validation: ten graphs, where torch's own limit is eight."""
+    graphs = []
+
+    def count(graph, _examples):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("sd3pipe.training.setup.compile_blocks", partial(compile_blocks, backend=count))
+    monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", True)
+    sizes = itertools.product(((8, 8), (8, 12), (12, 8), (10, 10)), (6, 12))
+    rows = [
+        replace(picture, name=f"{size}-{tokens}-{picture.name}", split="train" if number < 3 else "validation")
+        for size, tokens in sizes
+        for number, picture in enumerate(pictures(4, size=size, tokens=tokens))
+    ]
+    inputs = make_inputs(tmp_path, rows, depth=4, train_batch_size=2)
+    inputs.train("many", torch_compile=True, max_train_steps=12, save_every_n_steps=None, validate_every_n_steps=12)
+    assert 8 < len(graphs) < 20
 
 
 def test_tf32_is_the_users_choice_and_off_where_bits_are_promised(inputs, monkeypatch):
