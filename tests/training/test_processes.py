@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import Inputs, Run, make_inputs, pictures
+from tiny_training import Inputs, Run, equal, make_inputs, pictures
 
 from sd3pipe.training.processes import Processes
 
@@ -113,6 +113,31 @@ def poisoned(self, question, velocity):
 Objective.losses = poisoned
 try:""",
 )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {"blocks_to_swap": 2},
+        {"blocks_to_swap": 1, "layer_major": True, "activation_offload": True, "modulation": "ahead"},
+        {"blocks_to_swap": 2, "base_dtype": "int8"},
+    ],
+    ids=["streamed", "layer-major", "int8"],
+)
+def test_two_processes_that_stream_equal_two_that_do_not(inputs, memory):
+    """And Adam's steps too: both sum the same gradients in the same order."""
+    options = {"max_train_steps": 4, "save_every_n_steps": None, "gradient_accumulation_steps": 2, "resume": "never"}
+    options |= {"base_dtype": memory.get("base_dtype"), "output_name": "streaming"}
+    runs = []
+    for name, changed in (("resident", {"blocks_to_swap": 0}), ("streaming", memory)):
+        run, codes, said = launch(inputs, name, torchrun, nodes=1, per_node=2, **options | changed)
+        assert set(codes) == {0}, said
+        runs.append(run)
+    resident, streaming = runs
+    assert equal(streaming.adapter(), resident.adapter())
+    assert streaming.losses() == resident.losses()
+    assert streaming.report()["streamed_bytes"] > 0 and resident.report()["streamed_bytes"] == 0
 
 
 @pytest.mark.slow
