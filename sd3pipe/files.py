@@ -116,15 +116,30 @@ def write_json(path: Path, value: Any) -> None:
 def lock_file(path: Path) -> Iterator[bool]:
     """Locks a file for this process until the block ends or the process dies; yields whether nobody else holds it.
 
-    Yields True also where the system or the file system has no locks. Raises StorageError.
+    Processes that this one forks do not hold the lock, so that they may outlive it. Yields True also where the system
+    or the file system has no locks. Raises StorageError.
     """
     make_folder(path.parent)
     with storage_errors(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    _lock_handles.add(handle)
     try:
         yield fcntl is None or _locked(handle)
     finally:
-        os.close(handle)
+        if handle in _lock_handles:
+            _lock_handles.remove(handle)
+            os.close(handle)
+
+
+def _forget_locks() -> None:
+    """Closes what a forked process has inherited: a lock lasts until its last handle is closed."""
+    while _lock_handles:
+        os.close(_lock_handles.pop())
+
+
+_lock_handles: set[int] = set()
+if hasattr(os, "register_at_fork"):  # absent on Windows
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _locked(handle: int) -> bool:

@@ -1,6 +1,7 @@
 """Files that are never half there, and what is said where one cannot be written."""
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -45,3 +46,25 @@ def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path, monkeypatch):
     monkeypatch.setattr(files.fcntl, "flock", none)
     with lock_file(tmp_path / "lock") as free:
         assert free
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_does_not_keep_a_lock_that_its_parent_has_left(tmp_path):
+    """As worker processes outlive a killed training by some seconds."""
+    reader, writer = os.pipe()
+    ready, tell = os.pipe()
+    with lock_file(tmp_path / "lock"):
+        child = os.fork()
+        if child == 0:
+            os.close(writer)
+            os.write(tell, b"1")
+            os.read(reader, 1)  # until the parent closes its end
+            os._exit(0)
+        os.read(ready, 1)
+    try:
+        with lock_file(tmp_path / "lock") as free:
+            assert free
+    finally:
+        for end in (writer, reader, ready, tell):
+            os.close(end)
+        os.waitpid(child, 0)
