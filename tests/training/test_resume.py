@@ -69,6 +69,21 @@ FAMILIES = {
 QUICK = ("adamw", "schedule-free", "lion-bf16", "fp16")
 
 
+@pytest.mark.parametrize("scheduler", ["cosine", "linear"])
+def test_a_schedule_goes_on_where_it_was(inputs, monkeypatch, scheduler):
+    """From a step whose learning rate is neither the whole one nor nothing."""
+    options = {"lr_scheduler": scheduler, "max_train_steps": STEPS, "save_every_n_steps": None, "output_name": "rates"}
+    whole = inputs.train(f"{scheduler}-whole", **options)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(Stopped):
+            inputs.train(f"{scheduler}-parts", **options)
+    parts = inputs.train(f"{scheduler}-parts", **options)
+    rates = [[record["learning_rate"] for record in run.records()] for run in (whole, parts)]
+    assert rates[0] == rates[1] and 0 < rates[0][3] < rates[0][0]
+    assert_same_run(whole, parts)
+
+
 @pytest.mark.parametrize(
     "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 )
