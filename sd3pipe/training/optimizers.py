@@ -182,7 +182,10 @@ def import_state(
     tensors: Mapping[str, Tensor],
     values: Mapping[str, Any],
 ) -> None:
-    """Puts back what `export_state` returned. Unlike load_state_dict, no tensor changes its dtype."""
+    """Puts back what `export_state` returned, but for learning rates: the options and the schedule say those.
+
+    Unlike load_state_dict, no tensor changes its dtype.
+    """
     parameters = {name: parameter for parameter, name in names.items()}
     fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     optimizer.state.clear()
@@ -190,7 +193,8 @@ def import_state(
         kind, rest = path.split("/", 1)
         owner, key = rest.rsplit("/", 1)
         if kind == "group":
-            _restore_group(optimizer, int(owner), key, value)
+            if key != "lr":
+                _restore_group(optimizer, int(owner), key, value)
             continue
         if owner not in parameters:
             raise InputError(f"the checkpoint's optimizer state has {owner}, which this adapter does not")

@@ -91,6 +91,10 @@ def build_loop(
         loras_dir=params.loras_dir,
         newest=checkpoint,
     )
+    progressed = Progressed()
+    if checkpoint is not None:
+        saver.restore(checkpoint)
+        progressed = Progressed.from_state(checkpoint.state)
     objective = Objective(mmdit, network, _loss_rules(params))
     records = _records(params, processes, start, identity)
     runner = StepRunner(
@@ -107,11 +111,6 @@ def build_loop(
         scaler=scaler,
         layer_major=_layer_major(objective, streamer) if params.layer_major else None,
     )
-    progressed = Progressed()
-    # the runner has the options' learning rates by now; a checkpoint's are those of one step of the schedule
-    if checkpoint is not None:
-        saver.restore(checkpoint)
-        progressed = Progressed.from_state(checkpoint.state)
     sampler = (
         make_sampler(params, objective, weights, optimizer, processes, run.precision) if processes.is_main else None
     )

@@ -187,7 +187,7 @@ def test_no_memory_to_decode_keeps_the_latents_and_says_so(made, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr("sd3pipe.training.sampling.decode_pictures", no_memory)
         with pytest.raises(DeviceMemoryError, match="device ran out of memory: free some of it") as caught:
-            sample.main(params(made, tmp_path / "out", seeds="1"))
+            sample.main(params(made, tmp_path / "out", seeds="1", device="cpu"))
     assert caught.value.exit_code == 8
     sample.main(SampleParams(out=tmp_path / "out", model=str(made / "base.safetensors"), decode=True, threads=1))
     assert len(pictures(tmp_path / "out")) == 2
