@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sd3pipe.encoding.t5_packing import t5_packer
 from sd3pipe.encoding.t5_streaming import t5_bytes
+from sd3pipe.memory.quantise import QuantisedFormat
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.models.text_encoders import T5Encoder
 from sd3pipe.models.text_recipe import TextRecipe
@@ -65,14 +66,14 @@ def report(source: ComponentSource, batch: TokenBatch) -> None:
 
 
 def states(
-    source: ComponentSource, batch: TokenBatch, dtype: torch.dtype, packed: str | None
+    source: ComponentSource, batch: TokenBatch, dtype: torch.dtype, packed: QuantisedFormat | None
 ) -> tuple[Tensor, int, float]:
     """Returns the states at text positions, the bytes of all blocks, and the seconds of encoding."""
-    encoder = T5Encoder(source, dtype=dtype, pack=t5_packer(packed))  # pyright: ignore[reportArgumentType]
+    encoder = T5Encoder(source, dtype=dtype, pack=t5_packer(packed))
     start = time.perf_counter()
     (states_BLD,) = encoder.encode([batch], masked=False)
     seconds = time.perf_counter() - start
-    nbytes = t5_bytes(source, dtype, packed)  # pyright: ignore[reportArgumentType]
+    nbytes = t5_bytes(source, dtype, packed)
     return states_BLD[torch.from_numpy(batch.mask).bool()].float(), nbytes, seconds
 
 

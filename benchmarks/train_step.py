@@ -30,22 +30,22 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "parity")]
 
-import tiny_mmdit  # noqa: E402
-import tiny_training  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from test_mmdit_against_diffusers import _oracle  # noqa: E402
-from test_training_against_peft import their_names  # noqa: E402
+import tiny_mmdit
+import tiny_training
+from peft import LoraConfig, get_peft_model
+from test_mmdit_against_diffusers import _oracle
+from test_training_against_peft import their_names
 
-from sd3pipe.device import choose_device  # noqa: E402
-from sd3pipe.models.checkpoint import mmdit_architecture  # noqa: E402
-from sd3pipe.models.sources import find_component  # noqa: E402
-from sd3pipe.training.identity import resolve_inputs, run_identity  # noqa: E402
-from sd3pipe.training.loop import Loop  # noqa: E402
-from sd3pipe.training.memory_plan import run_memory  # noqa: E402
-from sd3pipe.training.processes import join_processes  # noqa: E402
-from sd3pipe.training.run_folder import Start  # noqa: E402
-from sd3pipe.training.setup import build_loop  # noqa: E402
-from sd3pipe.training.training_data import open_data  # noqa: E402
+from sd3pipe.device import choose_device
+from sd3pipe.models.checkpoint import mmdit_architecture
+from sd3pipe.models.sources import find_component
+from sd3pipe.training.identity import resolve_inputs, run_identity
+from sd3pipe.training.loop import Loop
+from sd3pipe.training.memory_plan import run_memory
+from sd3pipe.training.processes import join_processes
+from sd3pipe.training.run_folder import Start
+from sd3pipe.training.setup import build_loop
+from sd3pipe.training.training_data import open_data
 
 RANK = 16
 TOKENS = 77

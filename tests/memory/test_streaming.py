@@ -15,7 +15,7 @@ VARIANTS = ["sd3-medium", "sd35-medium", "sd35-large"]
 DEPTH = 4
 
 
-def _same(results, others):
+def _assert_same(results, others):
     assert len(results) == len(others) > 0
     for (name, tensor), (other_name, other) in zip(results.items(), others.items(), strict=True):
         assert name == other_name
@@ -41,7 +41,7 @@ def test_streamed_training_equals_resident_training_bit_for_bit(variant, modulat
     for count in range(1, DEPTH + 1):
         lane = PoisoningLane()
         streamed = train(tiny_mmdit(variant, depth=DEPTH), blocks_to_swap=count, modulation=modulation, lane=lane)
-        _same(streamed, resident)
+        _assert_same(streamed, resident)
         assert lane.copies
 
 
@@ -50,7 +50,7 @@ def test_any_set_of_adapted_layers_gets_the_same_gradients(adapters):
     resident = train(tiny_mmdit("sd35-medium", depth=DEPTH), adapters=adapters)
     for modulation in ("stream", "resident", "ahead"):
         model = tiny_mmdit("sd35-medium", depth=DEPTH)
-        _same(train(model, adapters=adapters, blocks_to_swap=DEPTH, modulation=modulation), resident)
+        _assert_same(train(model, adapters=adapters, blocks_to_swap=DEPTH, modulation=modulation), resident)
 
 
 def test_adapted_embedders_get_their_gradient_through_streamed_modulation():
@@ -59,7 +59,7 @@ def test_adapted_embedders_get_their_gradient_through_streamed_modulation():
     for modulation in ("stream", "resident"):
         model = tiny_mmdit("sd35-large", depth=DEPTH)
         lane = PoisoningLane()
-        _same(train(model, adapters=adapters, blocks_to_swap=DEPTH, modulation=modulation, lane=lane), resident)
+        _assert_same(train(model, adapters=adapters, blocks_to_swap=DEPTH, modulation=modulation, lane=lane), resident)
     with pytest.raises(ParameterError, match="modulation = ahead computes without the adapters"):
         train(tiny_mmdit("sd35-large", depth=DEPTH), adapters=adapters, blocks_to_swap=2, modulation="ahead")
 
@@ -70,15 +70,15 @@ def test_autocast_and_bf16_stream_bit_for_bit():
         for count, modulation in ((0, "stream"), (3, "stream"), (3, "ahead")):
             model = tiny_mmdit("sd35-medium", depth=DEPTH, dtype=dtype)
             runs.append(train(model, blocks_to_swap=count, modulation=modulation, autocast=True))
-        _same(runs[1], runs[0])
-        _same(runs[2], runs[0])
+        _assert_same(runs[1], runs[0])
+        _assert_same(runs[2], runs[0])
 
 
 def test_offloaded_activations_come_back_unchanged():
     resident = train(tiny_mmdit("sd35-medium", depth=DEPTH))
     for count in (0, 3, DEPTH):
         model = tiny_mmdit("sd35-medium", depth=DEPTH)
-        _same(train(model, blocks_to_swap=count, offload_activations=True), resident)
+        _assert_same(train(model, blocks_to_swap=count, offload_activations=True), resident)
 
 
 def test_every_block_s_streams_leave_and_their_buffers_are_used_again():
@@ -154,14 +154,14 @@ def test_two_graphs_at_once_and_a_dropped_graph_are_right():
             first, second = model(**random_inputs(seed=2)), model(**random_inputs(seed=3))
             (first.square().sum() + second.square().sum()).backward()
         gradients.append({name: p.grad for name, p in parameters(layers)})
-    _same(*gradients)
+    _assert_same(*gradients)
 
 
 def test_weights_are_back_and_unchanged_after_training():
     model = tiny_mmdit("sd35-medium", depth=DEPTH)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     train(model, blocks_to_swap=DEPTH, lane=PoisoningLane())
-    _same(dict(model.state_dict()), before)
+    _assert_same(dict(model.state_dict()), before)
     assert model.block_runner is None
 
 
