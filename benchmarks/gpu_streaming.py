@@ -31,7 +31,7 @@ from sd3pipe.device_memory import peak_device_bytes
 from sd3pipe.errors import ParameterError
 from sd3pipe.memory.plan import Rates, Settings, Workload, predict
 from sd3pipe.memory.quantise import quantise
-from sd3pipe.memory.sizes import ModelSize, image_tokens, model_size
+from sd3pipe.memory.sizes import BaseFormat, ModelSize, image_tokens, model_size
 from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.mmdit import MMDiT
@@ -54,7 +54,7 @@ SLOW_SECONDS = 4.0
 @dataclass(frozen=True, kw_only=True)
 class Case:
     model: str
-    base_format: str
+    base_format: BaseFormat
     blocks_to_swap: int
     way: str  # one-way, two-way
     pixels: int = 0
@@ -148,7 +148,7 @@ def main() -> None:
     _write(arguments.results, lines, device)
 
 
-def _builds(name: str, formats: list[str]) -> list[Case]:
+def _builds(name: str, formats: list[BaseFormat]) -> list[Case]:
     """Returns what to build, the most telling first."""
     depth = ARCHITECTURES[name].depth
     cases = [
@@ -234,7 +234,7 @@ def _built(case: Case, device: torch.device) -> tuple[MMDiT, BlockStreamer | Two
         block = mmdit.joint_blocks[index]
         _randomise(block, device)
         if case.base_format != "dense":
-            quantise(block, case.base_format)  # pyright: ignore[reportArgumentType]
+            quantise(block, case.base_format)
 
     if case.way == "one-way":
         return mmdit, BlockStreamer(mmdit, blocks_to_swap=case.blocks_to_swap, device=device, fill=fill)
@@ -326,7 +326,7 @@ def _figures(
     peak: int,
     matmul_rate: float,
 ) -> dict:
-    settings = Settings(blocks_to_swap=case.blocks_to_swap, base_format=case.base_format)  # pyright: ignore[reportArgumentType]
+    settings = Settings(blocks_to_swap=case.blocks_to_swap, base_format=case.base_format)
     prediction = predict(size, work, settings, rates)
     compute, floor = prediction.compute_seconds or 0.0, prediction.seconds or 0.0
     copy_seconds = copied / rates.copy_bytes_per_second
