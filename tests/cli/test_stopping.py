@@ -16,6 +16,14 @@ from sd3pipe.training.stopping import StopRequest
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_heard():
+    """A shell starts what it puts in the background to ignore Ctrl-C; the tests must not depend on that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @BOTH
 def test_a_signal_ends_a_command_with_one_line(monkeypatch, capsys, number):
     before = signal.getsignal(number)
