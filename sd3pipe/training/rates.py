@@ -43,7 +43,8 @@ def _block_seconds(architecture: MMDiTArchitecture, work: Workload, dtype: torch
 
 
 def _copy_seconds(device: torch.device) -> float:
-    source = HostMemory(device).buffer(_COPY_BYTES)
+    memory = HostMemory(device)  # which unlocks its buffers when it goes
+    source = memory.buffer(_COPY_BYTES)
     target = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
     return _seconds(lambda: target.copy_(source, non_blocking=True), device)
 
