@@ -7,8 +7,9 @@
 SD3.5-medium and SD3.5-large at their real sizes with random weights; a rank-16 LoRA on every layer of the blocks; T =
 333 text tokens; forward and backward. For none, half and all of the blocks, as bf16, fp8 and nf4: seconds per step,
 peak device memory, bytes copied, the share of copy time that is hidden, TFLOP/s reached, and the ratio to the computed
-floor max(compute, copy) of both passes. The peer swaps as sd-scripts does: in both directions through pageable memory,
-synchronously. Configurations that do not fit, lack a library or come after --minutes are listed as such. Prints each
+floor: max(compute, copy) of both passes, computing at the rate of the step whose blocks are all resident. The peer
+swaps as sd-scripts does: in both directions through pageable memory, synchronously. Configurations that do not fit,
+lack a library or come after --minutes are listed as such. Prints each
 line as it is measured, and writes all as JSON to benchmarks/results/. Needs torch, and bitsandbytes for nf4.
 """
 
@@ -35,7 +36,8 @@ from sd3pipe.memory.sizes import BaseFormat, ModelSize, image_tokens, model_size
 from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.mmdit import MMDiT
-from sd3pipe.training.rates import measure_rates
+from sd3pipe.training.base_model import compile_blocks
+from sd3pipe.training.rates import COPY_BYTES, copy_seconds, measure_rates
 
 ARCHITECTURES = {
     "sd35-medium": MMDiTArchitecture(depth=24, pos_embed_max=384, qk_norm=True, dual_attention_blocks=tuple(range(13))),
@@ -47,7 +49,7 @@ TINY = {
 }
 TEXT_TOKENS, TINY_TEXT_TOKENS = 333, 8
 DTYPE = torch.bfloat16
-WARM_UPS, STEPS = 2, 3  # of a slow configuration, such as the peer, one each
+STEPS = 3  # after two to warm up; one after one where a step is slow; of the peer, which is slowest, the first
 SLOW_SECONDS = 4.0
 
 
@@ -57,6 +59,7 @@ class Case:
     base_format: BaseFormat
     blocks_to_swap: int
     way: str  # one-way, two-way
+    compiled: bool = False
     pixels: int = 0
     batch: int = 0
     text_tokens: int = TEXT_TOKENS
@@ -126,6 +129,8 @@ def main() -> None:
     )
     parser.add_argument("--pixels", nargs="+", type=int, default=[1024, 512])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--compile", action="store_true", help="let torch compile the blocks, but the peer's")
+    parser.add_argument("--no-peer", action="store_true", help="leave swapping in both directions out")
     parser.add_argument("--minutes", type=float, default=9.0, help="measure nothing more after this time")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--device", default="cuda")
@@ -141,20 +146,23 @@ def main() -> None:
         arguments.pixels = [64]
     lines: list[dict] = []
     for name in arguments.models:
-        rates: dict[tuple[int, int], Rates] = {}
+        rates: dict[Case, Rates] = {}
         for build in _builds(name, arguments.formats):
+            if build.way == "two-way" and arguments.no_peer:
+                continue
+            build = replace(build, compiled=arguments.compile and build.way == "one-way")
             build = replace(build, text_tokens=TINY_TEXT_TOKENS) if arguments.tiny else build
             lines += _measure(build, arguments.pixels, arguments.batches, device, clock, rates)
     _write(arguments.results, lines, device)
 
 
 def _builds(name: str, formats: list[BaseFormat]) -> list[Case]:
-    """Returns what to build, the most telling first."""
+    """Returns what to build: of each format the resident model first, which gives the rate of computing."""
     depth = ARCHITECTURES[name].depth
     cases = [
         Case(model=name, base_format=base_format, blocks_to_swap=count, way="one-way")
         for base_format in formats
-        for count in (depth, 0, depth // 2)
+        for count in (0, depth, depth // 2)
     ]
     peers = [Case(model=name, base_format="dense", blocks_to_swap=n, way="two-way") for n in (depth - 2, depth // 2)]
     return cases[:3] + peers + cases[3:] if "dense" in formats else cases
@@ -166,7 +174,7 @@ def _measure(
     batches: list[int],
     device: torch.device,
     clock: Clock,
-    rates: dict[tuple[int, int], Rates],
+    rates: dict[Case, Rates],
 ) -> list[dict]:
     cases = [replace(build, pixels=side, batch=batch) for side in pixels for batch in batches]
     if clock.is_over:
@@ -180,8 +188,8 @@ def _measure(
     adapters = _attached(mmdit, device)
     lines = []
     for case in cases:
-        peer_at_large = case.way == "two-way" and case.batch > 1  # copies the same bytes as batch 1
-        out = "no time was left" if clock.is_over else "measured at batch 1 alone" if peer_at_large else ""
+        repeated = case.way == "two-way" and (case.batch, case.pixels) != (min(batches), max(pixels))
+        out = "no time was left" if clock.is_over else "copies the same bytes as the line above" if repeated else ""
         lines.append(_told(case, {"left_out": out} if out else _measured(case, mmdit, runner, adapters, device, rates)))
     runner.close()
     del mmdit, runner, adapters
@@ -236,6 +244,8 @@ def _built(case: Case, device: torch.device) -> tuple[MMDiT, BlockStreamer | Two
         if case.base_format != "dense":
             quantise(block, case.base_format)
 
+    if case.compiled:
+        compile_blocks(mmdit)
     if case.way == "one-way":
         return mmdit, BlockStreamer(mmdit, blocks_to_swap=case.blocks_to_swap, device=device, fill=fill)
     for index in range(architecture.depth):
@@ -256,7 +266,7 @@ def _measured(
     runner: BlockStreamer | TwoWaySwap,
     adapters: nn.Module,
     device: torch.device,
-    rates: dict[tuple[int, int], Rates],
+    rates: dict[Case, Rates],
 ) -> dict:
     tokens = image_tokens(case.pixels, case.pixels)
     inputs = {
@@ -274,10 +284,9 @@ def _measured(
 
     work = Workload(image_tokens=tokens, text_tokens=case.text_tokens, batch=case.batch)
     try:
-        if (case.pixels, case.batch) not in rates:
-            rates[case.pixels, case.batch] = measure_rates(ARCHITECTURES[case.model], work, device=device, dtype=DTYPE)
-        steps = 1 if _timed(step, 1, device) > SLOW_SECONDS else STEPS
-        _timed(step, WARM_UPS - 1 if steps == STEPS else 0, device)
+        slow = case.way == "two-way" or _timed(step, 1, device) > SLOW_SECONDS
+        steps = 1 if slow and not case.compiled else STEPS
+        _timed(step, 0 if slow and not case.compiled else 1, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         before = runner.copied_bytes
@@ -287,15 +296,24 @@ def _measured(
         torch.cuda.empty_cache()
         return {"left_out": "does not fit"}
     copied = (runner.copied_bytes - before) // steps
+    peak = peak_device_bytes(device)
     size = model_size(ARCHITECTURES[case.model].shapes())
+    tokens = (work.batch, work.image_tokens, work.text_tokens)
+    operations = size.forward_flop(*tokens) + size.backward_flop(*tokens, recompute=True)
+    kind = replace(case, blocks_to_swap=0, way="one-way")
+    if case == kind:
+        rates[kind] = Rates(flop_per_second=operations / seconds, copy_bytes_per_second=_copy_rate(device))
+    if kind not in rates:  # the resident model does not fit: one block's forward pass tells the rate
+        rates[kind] = measure_rates(ARCHITECTURES[case.model], work, device=device, dtype=DTYPE)
     return _figures(
         case,
         size,
         work,
-        rates[case.pixels, case.batch],
+        rates[kind],
+        operations=operations,
         seconds=seconds,
         copied=copied,
-        peak=peak_device_bytes(device),
+        peak=peak,
         matmul_rate=_matmul_rate(device),
     )
 
@@ -321,6 +339,7 @@ def _figures(
     work: Workload,
     rates: Rates,
     *,
+    operations: float,
     seconds: float,
     copied: int,
     peak: int,
@@ -330,15 +349,13 @@ def _figures(
     prediction = predict(size, work, settings, rates)
     compute, floor = prediction.compute_seconds or 0.0, prediction.seconds or 0.0
     copy_seconds = copied / rates.copy_bytes_per_second
-    tokens = (work.batch, work.image_tokens, work.text_tokens)
-    operations = size.forward_flop(*tokens) + size.backward_flop(*tokens, recompute=True)
     return {
         "seconds_per_step": seconds,
         "peak_device_bytes": peak,
         "predicted_device_bytes": prediction.tensor_bytes,
         "copied_bytes": copied,
         "copy_gb_per_second": rates.copy_bytes_per_second / 1e9,
-        "block_tflop_per_second": rates.flop_per_second / 1e12,
+        "resident_tflop_per_second": rates.flop_per_second / 1e12,
         "matmul_tflop_per_second": matmul_rate / 1e12,
         "reached_tflop_per_second": operations / seconds / 1e12,
         "copy_seconds": copy_seconds,
@@ -346,6 +363,12 @@ def _figures(
         "floor_seconds": floor,
         "over_floor": seconds / floor,
     }
+
+
+@functools.cache
+def _copy_rate(device: torch.device) -> float:
+    """Returns the bytes per second from page-locked memory."""
+    return COPY_BYTES / copy_seconds(device)
 
 
 @functools.cache
@@ -362,7 +385,8 @@ def _matmul_rate(device: torch.device) -> float:
 
 
 def _as_text(line: dict) -> str:
-    name = f"{line['model']} {line['base_format']:<5} {line['way']} N={line['blocks_to_swap']:<2} "
+    way = "compiled" if line["compiled"] else line["way"]
+    name = f"{line['model']} {line['base_format']:<5} {way:<8} N={line['blocks_to_swap']:<2} "
     name += f"{line['pixels']:>4} px B={line['batch']}"
     if "left_out" in line:
         return f"{name}  {line['left_out']}"

@@ -33,6 +33,10 @@ class Block(Protocol):
         self, context_BLD: Tensor, x_BLD: Tensor, context_modulation_BK: Tensor, x_modulation_BK: Tensor
     ) -> Pair: ...
 
+    def recomputed(
+        self, context_BLD: Tensor, x_BLD: Tensor, context_modulation_BK: Tensor, x_modulation_BK: Tensor
+    ) -> Pair: ...
+
 
 class BlockStreamer:
     """Runs the joint blocks of a model, some of them from weights that are streamed in.
@@ -211,17 +215,14 @@ class BlockStreamer:
     def _run_streamed(self, index: int, context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> Pair:
         block = self._blocks[index]
         self._acquire(Use(index, self.modulation == "stream"), "turning" if torch.is_grad_enabled() else "forward")
-        recompute_modulation = self.recomputes_modulation(index, condition_BD)
-        if recompute_modulation:
-            body = _with_modulation(block)
-            inputs = (context_BLD, x_BLD, condition_BD)
-        else:
-            body = block
-            inputs = (context_BLD, x_BLD, *self.modulation_of(index, condition_BD))
         if not torch.is_grad_enabled():
-            result = body(*inputs)
+            result = block(context_BLD, x_BLD, *self.modulation_of(index, condition_BD))
         else:
-            result = cast(Pair, checkpoint(body, *inputs, use_reentrant=False, preserve_rng_state=False))
+            recompute_modulation = self.recomputes_modulation(index, condition_BD)
+            if recompute_modulation:
+                result = _recomputed_whole(block, context_BLD, x_BLD, condition_BD)
+            else:
+                result = block.recomputed(context_BLD, x_BLD, *self.modulation_of(index, condition_BD))
             if result[1].requires_grad:
                 use = Use(index, recompute_modulation)
                 self._backward_to_come.append(use)
@@ -277,11 +278,14 @@ class BlockStreamer:
         return self._activations.saving() if self._activations is not None else contextlib.nullcontext()
 
 
-def _with_modulation(block: Block) -> Callable[[Tensor, Tensor, Tensor], Pair]:
-    def body(context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> Pair:
+def _recomputed_whole(block: Block, context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> Pair:
+    """Returns a block's outputs; its backward pass computes the modulation again, too."""
+
+    def run(context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> Pair:
         return block(context_BLD, x_BLD, *block.modulation(condition_BD))
 
-    return body
+    inputs = (context_BLD, x_BLD, condition_BD)
+    return cast(Pair, checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False))
 
 
 class _Turn(torch.autograd.Function):

@@ -2,11 +2,12 @@
 
 # B batch, L tokens (context: text tokens, x: image patches), D width, H heads, E = 64 head width, K modulation width
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from sd3pipe.models.architecture import HEAD_WIDTH, MLP_RATIO, MMDiTArchitecture
 from sd3pipe.models.linear import Linear
@@ -41,6 +42,35 @@ class JointBlock(nn.Module):
             self.context_block.residual(context_BLD, context_attended_BLD, context_modulation_BK),
             self.x_block.residual(x_BLD, x_attended_BLD, x_modulation_BK),
         )
+
+    def recomputed(
+        self, context_BLD: Tensor, x_BLD: Tensor, context_modulation_BK: Tensor, x_modulation_BK: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns what `forward` returns, and keeps no activations: the backward pass computes them again.
+
+        The modulation lies outside what is recomputed: it is small to keep, and its weights are a third of the block.
+        """
+        inputs = (context_BLD, x_BLD, context_modulation_BK, x_modulation_BK)
+        if any(tensor.requires_grad for tensor in inputs) or self._is_trained():
+            return self._checkpointed(*inputs)
+        return self(*inputs)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compiles both `forward` and `recomputed`, the latter with its backward pass as one graph."""
+        super().compile(*args, **options)
+        self._checkpointed = torch.compile(self._checkpointed, *args, **options)
+
+    def _checkpointed(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        # nothing in a block draws from torch's generators: dropout goes by counters
+        return checkpoint(self, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    def _is_trained(self) -> bool:
+        adapters = (module.adapter for module in self.modules() if isinstance(module, Linear))
+        return any(not isinstance(a, nn.Module) or _any_trained(a) for a in adapters if a is not None)
+
+
+def _any_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 class BlockSide(nn.Module):

@@ -14,7 +14,6 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from sd3pipe.errors import InputError
 from sd3pipe.models.architecture import TIMESTEP_FREQUENCIES, MMDiTArchitecture
@@ -126,23 +125,12 @@ class MMDiT(nn.Module):
         return functional.silu(t_embedder(sinusoid(timesteps_B)) + y_embedder(pooled_BP))
 
     def run_block(self, index: int, context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns context and x after joint block `index`, recomputed in the backward pass if so configured.
-
-        The modulation lies outside what is recomputed: it is small to keep, and its weights are a third of the block.
-        """
+        """Returns context and x after joint block `index`, recomputed in the backward pass if so configured."""
         block = cast(JointBlock, self.joint_blocks[index])
-        context_modulation_BK, x_modulation_BK = block.modulation(condition_BD)
+        modulation = block.modulation(condition_BD)
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(
-                block,
-                context_BLD,
-                x_BLD,
-                context_modulation_BK,
-                x_modulation_BK,
-                use_reentrant=False,
-                preserve_rng_state=False,  # nothing in a block draws from it: dropout goes by counters
-            )
-        return block(context_BLD, x_BLD, context_modulation_BK, x_modulation_BK)
+            return block.recomputed(context_BLD, x_BLD, *modulation)
+        return block(context_BLD, x_BLD, *modulation)
 
     def finish(self, x_BLD: Tensor, condition_BD: Tensor, latents_BChw: Tensor) -> Tensor:
         """Returns the velocity in the size and dtype of the latents."""

@@ -12,7 +12,7 @@ from sd3pipe.memory.sizes import model_size
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.joint_block import JointBlock
 
-_COPY_BYTES = 128 << 20
+COPY_BYTES = 128 << 20
 _REPEATS = 5
 
 
@@ -24,7 +24,7 @@ def measure_rates(
     one_block = model.forward_flop(work.batch, work.image_tokens, work.text_tokens) / model.depth
     return Rates(
         flop_per_second=one_block / _block_seconds(architecture, work, dtype, device),
-        copy_bytes_per_second=_COPY_BYTES / _copy_seconds(device),
+        copy_bytes_per_second=COPY_BYTES / copy_seconds(device),
     )
 
 
@@ -42,10 +42,11 @@ def _block_seconds(architecture: MMDiTArchitecture, work: Workload, dtype: torch
         return _seconds(lambda: block(context, x, *modulation), device)
 
 
-def _copy_seconds(device: torch.device) -> float:
+def copy_seconds(device: torch.device) -> float:
+    """Returns the seconds that a copy of COPY_BYTES takes from page-locked memory."""
     memory = HostMemory(device)  # which unlocks its buffers when it goes
-    source = memory.buffer(_COPY_BYTES)
-    target = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
+    source = memory.buffer(COPY_BYTES)
+    target = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     return _seconds(lambda: target.copy_(source, non_blocking=True), device)
 
 

@@ -8,6 +8,7 @@ from streaming_cases import PoisoningLane, add_adapters, parameters, train
 from tiny_mmdit import random_inputs, tiny_mmdit
 
 from sd3pipe.errors import ParameterError
+from sd3pipe.memory.quantise import quantise
 from sd3pipe.memory.schedule import Copy, spread_evenly, step_copies
 from sd3pipe.memory.streaming import BlockStreamer
 
@@ -72,6 +73,21 @@ def test_autocast_and_bf16_stream_bit_for_bit():
             runs.append(train(model, blocks_to_swap=count, modulation=modulation, autocast=True))
         _assert_same(runs[1], runs[0])
         _assert_same(runs[2], runs[0])
+
+
+@pytest.mark.slow  # compiling takes 7 s each time
+@pytest.mark.parametrize("base_format", [None, "fp8", "nf4"])
+def test_compiled_blocks_stream_bit_for_bit_and_are_recomputed_within_one_graph(base_format):
+    results = []
+    for streaming in ({"blocks_to_swap": 0}, {"blocks_to_swap": DEPTH, "lane": PoisoningLane()}):
+        torch._dynamo.reset()
+        model = tiny_mmdit("sd35-medium", depth=DEPTH)
+        if base_format is not None:
+            quantise(model, base_format)
+        for block in model.joint_blocks:
+            block.compile(backend="aot_eager", fullgraph=True)  # a break would raise
+        results.append(train(model, adapters=("attn.qkv", "mlp.fc2"), **streaming))
+    _assert_same(*results)
 
 
 def test_offloaded_activations_come_back_unchanged():
