@@ -36,7 +36,7 @@ from sd3pipe.memory.sizes import BaseFormat, ModelSize, image_tokens, model_size
 from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.mmdit import MMDiT
-from sd3pipe.training.base_model import compile_blocks
+from sd3pipe.training.compiling import compile_blocks
 from sd3pipe.training.rates import COPY_BYTES, copy_seconds, measure_rates
 
 ARCHITECTURES = {
@@ -49,7 +49,7 @@ TINY = {
 }
 TEXT_TOKENS, TINY_TEXT_TOKENS = 333, 8
 DTYPE = torch.bfloat16
-STEPS = 3  # after two to warm up; one after one where a step is slow; of the peer, which is slowest, the first
+STEPS = 3  # after one to warm up, two if compiled; one where a step is slow; of the peer, which is slowest, the first
 SLOW_SECONDS = 4.0
 
 
@@ -153,7 +153,7 @@ def main() -> None:
             build = replace(build, compiled=arguments.compile and build.way == "one-way")
             build = replace(build, text_tokens=TINY_TEXT_TOKENS) if arguments.tiny else build
             lines += _measure(build, arguments.pixels, arguments.batches, device, clock, rates)
-    _write(arguments.results, lines, device)
+    _write(arguments.results, lines, device, compiled=arguments.compile)
 
 
 def _builds(name: str, formats: list[BaseFormat]) -> list[Case]:
@@ -284,9 +284,10 @@ def _measured(
 
     work = Workload(image_tokens=tokens, text_tokens=case.text_tokens, batch=case.batch)
     try:
-        slow = case.way == "two-way" or _timed(step, 1, device) > SLOW_SECONDS
-        steps = 1 if slow and not case.compiled else STEPS
-        _timed(step, 0 if slow and not case.compiled else 1, device)
+        slow = case.way == "two-way" or (_timed(step, 1, device) > SLOW_SECONDS and not case.compiled)
+        if case.compiled:
+            _timed(step, 1, device)
+        steps = 1 if slow else STEPS
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         before = runner.copied_bytes
@@ -399,7 +400,7 @@ def _as_text(line: dict) -> str:
     )
 
 
-def _write(folder: Path, lines: list[dict], device: torch.device) -> None:
+def _write(folder: Path, lines: list[dict], device: torch.device, *, compiled: bool) -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     result = {
         "date": time.strftime("%Y-%m-%d"),
@@ -409,7 +410,8 @@ def _write(folder: Path, lines: list[dict], device: torch.device) -> None:
         "python": platform.python_version(),
         "lines": lines,
     }
-    file = folder / f"{result['date']}-gpu-streaming-{name.replace(' ', '-').lower()}.json"
+    words = ["gpu-streaming", name.replace(" ", "-").lower(), *(["compiled"] if compiled else [])]
+    file = folder / f"{result['date']}-{'-'.join(words)}.json"
     file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written: {file}")
 

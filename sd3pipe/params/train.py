@@ -373,8 +373,10 @@ class TrainParams(StageParams):
         "auto", "Kernel of the attention; auto: torch takes the quickest that fits the card.",
         panel=_MEMORY, advanced=True,
     )
-    torch_compile: bool = option(
-        False, "Compile the joint blocks, one graph for each shape of block.", panel=_MEMORY, advanced=True
+    torch_compile: bool | None = option(
+        None, "Compile the joint blocks, one graph for each shape of block; default: with CUDA and a C compiler, in "
+        "runs of 500 steps or more, unless deterministic.",
+        panel=_MEMORY, advanced=True,
     )
     deterministic: bool = option(
         False, "Equal bits on CUDA, too, at equal device and libraries; slower.", panel=_MEMORY, advanced=True

@@ -1,7 +1,6 @@
 """The frozen base in its final places: on the device, in flat host buffers, packed or not, each byte read once."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -14,7 +13,6 @@ from sd3pipe.models.sources import ComponentSource
 from sd3pipe.models.weights import read_tensors
 
 _TABLE = "pos_embed"  # stays on the host; each step takes a window of it
-_GRAPHS = 64  # of a block's code; torch's 8 are fewer than kinds of blocks x training or not x one size or any
 
 
 def load_base(
@@ -70,15 +68,3 @@ def _filler(
             quantise(block.to(device), base_format)
 
     return fill
-
-
-def compile_blocks(mmdit: MMDiT, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Lets torch compile each joint block when it first runs; blocks of one shape share their graphs.
-
-    Weights are inputs of the graphs, so that streamed blocks may change the memory behind them. Beyond its limit of
-    graphs torch would go on without compiling, in silence.
-    """
-    dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, _GRAPHS)
-    for block in mmdit.joint_blocks:
-        block.compile(backend=backend)

@@ -20,9 +20,10 @@ from sd3pipe.models.pos_embed import ScaledPositions
 from sd3pipe.models.sources import ComponentSource
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.adapter_options import adapter_spec, loraplus_ratio
-from sd3pipe.training.base_model import compile_blocks, load_base
+from sd3pipe.training.base_model import load_base
 from sd3pipe.training.batches import Position, plan_steps
 from sd3pipe.training.checkpoints import Retention
+from sd3pipe.training.compiling import compile_blocks, compiling_pays
 from sd3pipe.training.description import adapter_metadata
 from sd3pipe.training.feed import Feed, FeedRules, Step, load_steps, with_modulation
 from sd3pipe.training.flow import Huber, SigmaSampling
@@ -171,8 +172,7 @@ def _load_base(
         offload_activations=memory.activation_offload,
     )
     mmdit.gradient_checkpointing = params.gradient_checkpointing
-    if params.torch_compile:
-        compile_blocks(mmdit)
+    _compile(params, mmdit, run.total_steps, device)
     if params.enable_scaled_pos_embed:
         mmdit.scaled_positions = ScaledPositions(data.resolutions, mmdit.architecture.width)
     multipliers = [*params.base_weights_multiplier, *[1.0] * len(run.base_weights)]
@@ -180,6 +180,14 @@ def _load_base(
         merge_into(mmdit, read_adapter(path).model_part, multiplier)
         log.info("merged into the base at strength %g: %s", multiplier, path)
     return mmdit, streamer
+
+
+def _compile(params: TrainParams, mmdit: MMDiT, total_steps: int, device: torch.device) -> None:
+    if params.torch_compile:
+        compile_blocks(mmdit)
+    elif params.torch_compile is None and not params.deterministic and compiling_pays(device, total_steps):
+        log.info("compiling the blocks; the first steps take a minute or two longer (--no-torch-compile: not)")
+        compile_blocks(mmdit, may_fail=True)
 
 
 def _layer_major(objective: Objective, streamer: BlockStreamer) -> LayerMajor:

@@ -11,7 +11,7 @@ from sd3pipe.memory.plan import Settings, Workload, predict
 from sd3pipe.memory.quantise import quantise
 from sd3pipe.memory.sizes import model_size
 from sd3pipe.memory.streaming import BlockStreamer
-from sd3pipe.training.rates import measure_rates
+from sd3pipe.training.rates import COPY_BYTES, measure_rates
 
 pytestmark = [
     pytest.mark.gpu,
@@ -128,5 +128,13 @@ def test_rates_are_plausible():
     rates = measure_rates(
         tiny_architecture("sd35-large", 16), Workload(image_tokens=1024), device=CUDA, dtype=torch.bfloat16
     )
-    assert 1e9 < rates.copy_bytes_per_second < 1e12
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8).pin_memory()
+    target = torch.empty(COPY_BYTES, dtype=torch.uint8, device=CUDA)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for event in (start, end):  # the first copy is not timed
+        target.copy_(source, non_blocking=True)
+        event.record()
+    torch.cuda.synchronize()
+    page_locked = COPY_BYTES / (start.elapsed_time(end) / 1000)
+    assert 0.7 * page_locked < rates.copy_bytes_per_second < 1.5 * page_locked
     assert 1e11 < rates.flop_per_second < 5e15

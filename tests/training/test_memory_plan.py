@@ -7,7 +7,7 @@ from tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
 from sd3pipe.errors import DeviceMemoryError
 from sd3pipe.memory.plan import Rates, Settings, Workload
 from sd3pipe.models.architecture import MMDiTArchitecture
-from sd3pipe.training.base_model import compile_blocks
+from sd3pipe.training.compiling import compile_blocks
 from sd3pipe.training.memory_plan import choose, fewest_to_sample, plan_memory
 from sd3pipe.training.rates import measure_rates
 

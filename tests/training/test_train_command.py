@@ -17,7 +17,7 @@ from sd3pipe.commands.train import _set_numerics
 from sd3pipe.errors import Sd3pipeError, StaleError, StorageError
 from sd3pipe.files import lock_file
 from sd3pipe.fingerprint import hash_file
-from sd3pipe.training.base_model import compile_blocks
+from sd3pipe.training.compiling import compile_blocks
 from sd3pipe.training.objective import Objective, Question
 
 

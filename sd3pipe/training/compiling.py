@@ -1,0 +1,42 @@
+"""torch.compile for the joint blocks: how, and where it pays."""
+
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._triton import has_triton
+
+from sd3pipe.models.mmdit import MMDiT
+
+PAYS_FROM_STEPS = 500  # compiling takes one to two minutes, a step half or three quarters of its time
+_GRAPHS = 64  # of a block's code; torch's 8 are fewer than kinds of blocks x training or not x one size or any
+
+
+def compile_blocks(mmdit: MMDiT, backend: str | Callable[..., Any] = "inductor", *, may_fail: bool = False) -> None:
+    """Lets torch compile each joint block when it first runs; blocks of one shape share their graphs.
+
+    Weights are inputs of the graphs, so that streamed blocks may change the memory behind them. Beyond its limit of
+    graphs torch would go on without compiling, in silence. With `may_fail`, torch warns of what it cannot compile and
+    goes on; else it raises.
+    """
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _GRAPHS)
+    dynamo.suppress_errors = may_fail
+    for block in mmdit.joint_blocks:
+        block.compile(backend=backend)
+
+
+def compiling_pays(device: torch.device, steps: int) -> bool:
+    """Returns whether a run of so many steps ends sooner with compiled blocks: a long one, on a card, with the tools.
+
+    Inductor writes its kernels in triton, which builds a launcher in C for each.
+    """
+    if device.type != "cuda" or steps < PAYS_FROM_STEPS or not has_triton():
+        return False
+    compilers = (os.environ.get("CC"), "gcc", "clang", "cl")
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return any(name and shutil.which(name) for name in compilers) and headers.exists()
