@@ -7,6 +7,7 @@ the forward pass runs a second time for gradient checkpointing, and a resumed ru
 # B batch; the other axes of a mask are free
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -45,37 +46,48 @@ class DropoutKeys:
     keys: Tensor | None = field(default=None)
 
 
-def uniform(keys_B: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+def uniform(keys_B: Tensor, stream: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Returns fp32 numbers in [0, 1) of `shape` [B, ...]; row b depends on keys_B[b], `stream` and the place in it.
 
-    `stream` separates the layers and the kinds of dropout that share a sample's key.
+    `stream`, an int64 scalar, separates the layers and the kinds of dropout that share a sample's key. It is a tensor,
+    and the arithmetic one opaque operator, so that compiled layers share their graphs and get the bits of others.
     """
     assert shape[0] == keys_B.shape[0], f"{keys_B.shape[0]} dropout keys for a batch of {shape[0]}"
+    return _uniform(keys_B, stream, shape)
+
+
+def as_int64(number: int) -> int:
+    """Returns the int64 with the same low 64 bits."""
+    number &= (1 << 64) - 1
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+@torch.library.custom_op("sd3pipe::uniform", mutates_args=())
+def _uniform(keys_B: Tensor, stream: Tensor, shape: Sequence[int]) -> Tensor:
     per_sample = math.prod(shape[1:])
-    states_B = _mix(keys_B.to(torch.int64) + _signed(stream * _GOLDEN))
-    counters_N = torch.arange(1, per_sample + 1, dtype=torch.int64, device=keys_B.device) * _signed(_GOLDEN)
+    states_B = _mix(keys_B.to(torch.int64) + stream * as_int64(_GOLDEN))
+    counters_N = torch.arange(1, per_sample + 1, dtype=torch.int64, device=keys_B.device) * as_int64(_GOLDEN)
     bits_BN = _mix(states_B[:, None] + counters_N[None, :])
     numbers_BN = _shift(bits_BN, 64 - _FLOAT_BITS).to(torch.float32) * 2.0**-_FLOAT_BITS
-    return numbers_BN.view(shape)
+    return numbers_BN.view(*shape)
 
 
-def kept(keys_B: Tensor, stream: int, shape: tuple[int, ...], rate: float) -> Tensor:
+@_uniform.register_fake
+def _(keys_B: Tensor, stream: Tensor, shape: Sequence[int]) -> Tensor:
+    return keys_B.new_empty(shape, dtype=torch.float32)
+
+
+def kept(keys_B: Tensor, stream: Tensor, shape: tuple[int, ...], rate: float) -> Tensor:
     """Returns a boolean mask of `shape` [B, ...] that is False with probability `rate`."""
     return uniform(keys_B, stream, shape) >= rate
 
 
 def _mix(bits: Tensor) -> Tensor:
-    bits = (bits ^ _shift(bits, 30)) * _signed(_MIX_1)
-    bits = (bits ^ _shift(bits, 27)) * _signed(_MIX_2)
+    bits = (bits ^ _shift(bits, 30)) * as_int64(_MIX_1)
+    bits = (bits ^ _shift(bits, 27)) * as_int64(_MIX_2)
     return bits ^ _shift(bits, 31)
 
 
 def _shift(bits: Tensor, count: int) -> Tensor:
     """Returns the logical right shift; torch's own keeps the sign."""
     return (bits >> count) & ((1 << (64 - count)) - 1)
-
-
-def _signed(number: int) -> int:
-    """Returns the int64 with the same low 64 bits."""
-    number &= (1 << 64) - 1
-    return number - (1 << 64) if number >= 1 << 63 else number

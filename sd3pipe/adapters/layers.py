@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sd3pipe.adapters.deltas import Algorithm, Delta, LoRADelta
-from sd3pipe.adapters.dropout import DropoutKeys, DropoutRates, kept
+from sd3pipe.adapters.dropout import DropoutKeys, DropoutRates, as_int64, kept
 from sd3pipe.errors import InputError
 
 QKV_PARTS = 3
@@ -61,11 +61,14 @@ class AdapterLayer(nn.Module, ABC):
     """base(x) + multiplier * term(x). Training drops parts of the term; evaluation never does."""
 
     algorithm: Algorithm
+    _dropout_streams: Tensor  # one for each kind of dropout
 
     def __init__(self, setup: LayerSetup) -> None:
         super().__init__()
         self.setup = setup
         self.multiplier = 1.0
+        numbers = [as_int64(setup.stream * _KINDS_OF_DROPOUT + kind) for kind in range(_KINDS_OF_DROPOUT)]
+        self.register_buffer("_dropout_streams", torch.tensor(numbers, device=setup.device), persistent=False)
 
     def forward(self, x: Tensor, linear: AdaptedLinear) -> Tensor:
         return linear.base(x) + self.scaled(self.drop_module(self.term(x)))
@@ -118,7 +121,7 @@ class AdapterLayer(nn.Module, ABC):
     def _kept(self, shape: tuple[int, ...], rate: float, *, kind: int) -> Tensor:
         keys_B = self.setup.keys.keys
         assert keys_B is not None, "dropout needs AdapterNetwork.set_dropout_keys before each training batch"
-        return kept(keys_B, self.setup.stream * _KINDS_OF_DROPOUT + kind, shape, rate)
+        return kept(keys_B, self._dropout_streams[kind], shape, rate)
 
 
 class LoRA(AdapterLayer):

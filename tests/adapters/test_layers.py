@@ -191,24 +191,26 @@ def test_norm_limit_bounds_the_change_and_leaves_smaller_ones(kind):
 
 def test_masks_depend_on_the_sample_alone():
     keys = torch.tensor([11, 12, 13])
-    whole = uniform(keys, 7, (3, 4, 5))
-    assert torch.equal(uniform(keys[[2, 0]], 7, (2, 4, 5)), whole[[2, 0]])
-    assert not torch.equal(uniform(keys, 8, (3, 4, 5)), whole)
+    whole = uniform(keys, torch.tensor(7), (3, 4, 5))
+    assert torch.equal(uniform(keys[[2, 0]], torch.tensor(7), (2, 4, 5)), whole[[2, 0]])
+    assert not torch.equal(uniform(keys, torch.tensor(8), (3, 4, 5)), whole)
     assert len(set(whole.flatten().tolist())) == 60
 
 
 def test_masks_are_uniform():
-    numbers = uniform(torch.arange(50), 3, (50, 2000))
+    numbers = uniform(torch.arange(50), torch.tensor(3), (50, 2000))
     assert numbers.min() >= 0.0 and numbers.max() < 1.0
     counts = torch.histc(numbers, bins=20, min=0.0, max=1.0)
     assert (counts - 5000).abs().max() < 350  # 5 standard deviations of sqrt(5000 * 0.95)
     assert torch.corrcoef(numbers[:10]).fill_diagonal_(0).abs().max() < 0.1
-    assert kept(torch.arange(50), 3, (50, 2000), 0.3).float().mean().item() == pytest.approx(0.7, abs=0.01)
+    assert kept(torch.arange(50), torch.tensor(3), (50, 2000), 0.3).float().mean().item() == pytest.approx(
+        0.7, abs=0.01
+    )
 
 
 def test_masks_are_what_they_were():
     """Guards resumed runs: a change of these numbers changes what a killed run would have computed."""
-    numbers = uniform(torch.tensor([42, -1]), 123456789, (2, 3))
+    numbers = uniform(torch.tensor([42, -1]), torch.tensor(123456789), (2, 3))
     bits = (numbers * 2**24).to(torch.int64).tolist()
     assert bits == GOLDEN_BITS
 

@@ -179,6 +179,22 @@ def test_many_sizes_and_text_lengths_stay_compiled(tmp_path, monkeypatch):
     assert 8 < len(graphs) < 20
 
 
+def test_layers_with_dropout_share_their_graphs_and_drop_the_same(tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, _examples):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("sd3pipe.training.setup.compile_blocks", partial(compile_blocks, backend=count))
+    dropout = {"network_dropout": 0.3, "network_args": ("rank_dropout=0.2", "module_dropout=0.1")}
+    inputs = make_inputs(tmp_path, pictures(4, size=(8, 8)), variant="sd35-large", depth=6, **dropout)
+    compiled = inputs.train("compiled", torch_compile=True)
+    assert len(graphs) == 3  # six blocks: the first gets no gradient for its input, the last is of its own kind
+    assert compiled.losses() == inputs.train("interpreted", torch_compile=False).losses()
+
+
 def test_tf32_is_the_users_choice_and_off_where_bits_are_promised(inputs, monkeypatch):
     monkeypatch.setattr("torch.use_deterministic_algorithms", lambda on: None)
     seen = {}
