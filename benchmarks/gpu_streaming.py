@@ -51,6 +51,7 @@ TEXT_TOKENS, TINY_TEXT_TOKENS = 333, 8
 DTYPE = torch.bfloat16
 STEPS = 3  # after one to warm up, two if compiled; one where a step is slow; of the peer, which is slowest, the first
 SLOW_SECONDS = 4.0
+ADAPTER_BYTES = 8  # of a weight: itself and its gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +283,13 @@ def _measured(
         loss.backward()
         adapters.zero_grad(set_to_none=True)
 
-    work = Workload(image_tokens=tokens, text_tokens=case.text_tokens, batch=case.batch)
+    work = Workload(
+        image_tokens=tokens,
+        text_tokens=case.text_tokens,
+        batch=case.batch,
+        adapter_weights=sum(parameter.numel() for parameter in adapters.parameters()),
+        adapter_bytes_per_weight=ADAPTER_BYTES,
+    )
     try:
         slow = case.way == "two-way" or (_timed(step, 1, device) > SLOW_SECONDS and not case.compiled)
         if case.compiled:

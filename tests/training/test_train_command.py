@@ -179,6 +179,31 @@ def test_many_sizes_and_text_lengths_stay_compiled(tmp_path, monkeypatch):
     assert 8 < len(graphs) < 20
 
 
+@pytest.mark.parametrize(
+    "base",
+    [
+        {"mixed_precision": "fp16", "base_dtype": "fp8"},
+        *[
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                {"mixed_precision": "bf16"},
+                {"mixed_precision": "fp16"},
+                {"mixed_precision": "bf16", "base_dtype": "fp8"},
+                {"mixed_precision": "bf16", "base_dtype": "int8"},
+                {"mixed_precision": "bf16", "base_dtype": "nf4"},
+            )
+        ],
+    ],
+)
+def test_every_base_trains_streamed_as_it_does_resident(tmp_path, base):
+    inputs = make_inputs(tmp_path, pictures(2), depth=5, max_train_steps=2, output_name="base", **base)
+    resident = inputs.train("resident", blocks_to_swap=0)
+    streamed = inputs.train("streamed", blocks_to_swap=5)
+    assert streamed.report()["memory"]["copied_bytes_per_step"]["measured"] > 0
+    assert streamed.losses() == resident.losses()
+    assert equal(streamed.adapter(2), resident.adapter(2))
+
+
 def test_layers_with_dropout_share_their_graphs_and_drop_the_same(tmp_path, monkeypatch):
     torch._dynamo.reset()
     graphs = []
