@@ -1,9 +1,10 @@
 """The encode driver: fills a cache with the rows that a dataset needs, whatever is there already and whoever helps."""
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +34,7 @@ class Unreadable:
 
 
 Encode = Callable[[Sequence[str]], Iterator[tuple[str, Row | Unreadable]]]
+NO_PART = (sys.maxsize, sys.maxsize)  # as `shard`: encodes nothing
 Outcome = Literal["in_place", "copied", "attic", "encoded", "failed"]
 
 
@@ -54,6 +56,11 @@ class FillCounts:
         """Rows that were not run through an encoder."""
         return self.in_place + self.copied + self.attic
 
+    def since(self, missing: "Missing") -> "FillCounts":
+        """Returns the counts of a run that found so much missing, of which other processes made what this one found."""
+        encoded = len(missing.keys) - (self.failed - missing.unreadable)
+        return replace(self, encoded=encoded, in_place=self.in_place + self.encoded - encoded)
+
     def as_report(self) -> dict[str, int]:
         """Returns the counts for the stage's report."""
         names = ("in_place", "copied", "attic", "encoded", "failed", "left", "quarantined")
@@ -74,6 +81,7 @@ class Missing:
     keys: tuple[str, ...]
     nbytes: int  # nominal size of all segments that would be written, copied rows included
     free_bytes: int
+    unreadable: int  # rows that are known not to be makeable, and are not tried again
 
 
 def fill_cache(
@@ -121,6 +129,7 @@ def missing_rows(out: Path, wanted: Wanted, *, others: Sequence[Path] = ()) -> M
         keys=tuple(key for leaf in lacking for key in leaf.keys if key not in stock),
         nbytes=sum(leaf.nbytes * len(leaf.keys) for leaf in lacking),
         free_bytes=free_bytes(out),
+        unreadable=len(census.unreadable),
     )
 
 

@@ -1,5 +1,6 @@
 """`sd3pipe encode-latents`: pictures to VAE latents, one row per picture, crop and flip, in a cache."""
 
+import functools
 import importlib.metadata
 import logging
 import time
@@ -7,13 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sd3pipe.cache.folder import MANIFEST, machine_folder
 from sd3pipe.cache.manifest import read_manifest
 from sd3pipe.cache.rows import Row
 from sd3pipe.cache.staleness import remember_sources
-from sd3pipe.cache.store import FillCounts, Unreadable, fill_cache, missing_rows
+from sd3pipe.cache.store import NO_PART, FillCounts, Unreadable, fill_cache, missing_rows
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.console import StageReport, count, one_line, progress, readable_bytes, readable_seconds, version
 from sd3pipe.data.buckets import Placement, cut_by_limit
@@ -27,9 +28,13 @@ from sd3pipe.models.vae_architecture import VAEArchitecture, detect_vae
 from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.stat_memory import StatMemory
 
+if TYPE_CHECKING:
+    from sd3pipe.models.latent_encoding import LatentEncoder
+
 log = logging.getLogger(__name__)
 
 _SHOWN = 5  # how many unreadable pictures an error names
+_PARTS_PER_WORKER = 4  # of a Ray cluster: small enough that none waits long for the last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,15 +60,10 @@ def main(params: EncodeLatentsParams) -> None:
     with StageReport("encode-latents", path=Path(f"{params.out}.report.json"), inputs=inputs) as report:
         ready = _prepare(params)
         report.update(**_picture_report(ready.sources))
-        counts = fill_cache(
-            params.out,
-            ready.wanted,
-            _encoder(ready, params),
-            made_with=f"sd3pipe {version()}, torch {importlib.metadata.version('torch')}",
-            shard=params.shard_numbers(),
-            retry_unreadable=params.rehash,
-            others=ready.imported,
-        )
+        if params.engine == "ray":
+            counts = _fill_on_ray(ready, params)
+        else:
+            counts = _filler(ready, params)(params.shard_numbers())
         report.update(**counts.as_report(), imported=imported_rows(ready.wanted))
         seen = source_files(ready.found, ready.dataset, captions=False)
         remember_sources(
@@ -75,6 +75,47 @@ def main(params: EncodeLatentsParams) -> None:
         )
         report.summary = counts.summary() + imported_words(ready.wanted) + _below_resolution(ready.sources)
         _check_quarantine(counts, ready.sources, params)
+
+
+def filler(params: EncodeLatentsParams) -> Callable[[tuple[int, int]], FillCounts]:
+    """Returns what fills part i of n of the cache, for as many parts as it is asked to, with one VAE."""
+    return _filler(_prepare(params), params)
+
+
+def _filler(ready: _Prepared, params: EncodeLatentsParams) -> Callable[[tuple[int, int]], FillCounts]:
+    encode = _encoder(ready, params)
+
+    def fill(shard: tuple[int, int]) -> FillCounts:
+        return fill_cache(
+            params.out,
+            ready.wanted,
+            encode,
+            made_with=f"sd3pipe {version()}, torch {importlib.metadata.version('torch')}",
+            shard=shard,
+            retry_unreadable=params.rehash,
+            others=ready.imported,
+        )
+
+    return fill
+
+
+def _fill_on_ray(ready: _Prepared, params: EncodeLatentsParams) -> FillCounts:
+    """Lets the workers of a cluster make what is missing, and publishes it."""
+    if params.rehash:
+        _filler(ready, params)(NO_PART)  # forgets which rows were unreadable
+    theirs = params.model_copy(update={"rehash": False})
+    missing = missing_rows(params.out, ready.wanted, others=ready.imported)
+    if missing.keys:
+        from sd3pipe.encoding.ray_engine import fill_parts
+
+        fill_parts(
+            "encode-latents",
+            functools.partial(filler, theirs),
+            parts_per_worker=_PARTS_PER_WORKER,
+            workers=params.ray_workers,
+            on_cpu=params.device == "cpu",
+        )
+    return _filler(ready, theirs)((0, 1)).since(missing)
 
 
 def _prepare(params: EncodeLatentsParams) -> _Prepared:
@@ -113,8 +154,14 @@ def _prepare(params: EncodeLatentsParams) -> _Prepared:
 def _encoder(
     ready: _Prepared, params: EncodeLatentsParams
 ) -> Callable[[Sequence[str]], Iterator[tuple[str, Row | Unreadable]]]:
-    """Returns the function that encodes rows by their keys; only then are torch and the VAE loaded."""
+    """Returns the function that encodes rows by their keys; with its first call torch and the VAE are loaded."""
     sample_by_key = dict(zip(ready.wanted.keys, ready.sources.samples, strict=True))
+
+    @functools.cache
+    def encoder() -> "LatentEncoder":
+        from sd3pipe.encoding.latent_rows import load_encoder
+
+        return load_encoder(ready.vae, params)
 
     def encode(keys: Sequence[str]) -> Iterator[tuple[str, Row | Unreadable]]:
         from sd3pipe.encoding.latent_rows import encoded_rows  # imports torch, which a run without work never needs
@@ -122,7 +169,7 @@ def _encoder(
         check_not_imported(keys, ready.wanted)
         samples = [sample_by_key[key] for key in keys]
         with progress("encode-latents", len(keys), "rows") as bar:
-            for key, row in encoded_rows(keys, samples, ready.vae, ready.architecture, params):
+            for key, row in encoded_rows(keys, samples, encoder(), ready.architecture, params):
                 bar.advance()
                 yield key, row
 

@@ -1,17 +1,18 @@
 """`sd3pipe encode-text`: captions or sample prompts to text encoder outputs, one row per distinct text, in a cache."""
 
+import functools
 import importlib.metadata
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sd3pipe.cache.folder import machine_folder
 from sd3pipe.cache.rows import Row
 from sd3pipe.cache.staleness import remember_sources
-from sd3pipe.cache.store import Unreadable, fill_cache, missing_rows
+from sd3pipe.cache.store import FillCounts, Unreadable, fill_cache, missing_rows
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.config import find_project
 from sd3pipe.console import StageReport, count, one_line, readable_bytes, readable_seconds, version
@@ -35,6 +36,9 @@ from sd3pipe.models.text_architecture import EncoderName
 from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.stat_memory import StatMemory
+
+if TYPE_CHECKING:
+    from sd3pipe.encoding.text_encoding import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -103,14 +107,10 @@ def _fill(params: EncodeTextParams, target: _Target) -> None:
             report.update(captions=caption_statistics(used))
         folder = machine_folder(target.out)
         cuts = recall_cuts(folder, set(ready.wanted.keys))
-        counts = fill_cache(
-            target.out,
-            ready.wanted,
-            _encoder(ready, params, folder, cuts),
-            made_with=_made_with(),
-            shard=params.shard_numbers(),
-            others=ready.imported,
-        )
+        if params.engine == "ray":
+            counts = _fill_on_ray(ready, params, target, cuts)
+        else:
+            counts = _filler(ready, params, target, cuts)(params.shard_numbers())
         remember_cuts(folder, cuts)
         cut = _cut_texts(ready, cuts)
         report.update(**counts.as_report(), imported=imported_rows(ready.wanted), cut=cut)
@@ -122,6 +122,40 @@ def _fill(params: EncodeTextParams, target: _Target) -> None:
             remember_sources(
                 target.out, dataset_file=target.source, files=seen.files, folders=seen.folders, scan_started=started
             )
+
+
+def filler(params: EncodeTextParams, target: _Target) -> Callable[[tuple[int, int]], FillCounts]:
+    """Returns what fills part i of n of a cache."""
+    return _filler(_prepare(params, target), params, target, {})
+
+
+def _filler(
+    ready: _Prepared, params: EncodeTextParams, target: _Target, cuts: Cuts
+) -> Callable[[tuple[int, int]], FillCounts]:
+    encode = _encoder(ready, params, machine_folder(target.out), cuts)
+
+    def fill(shard: tuple[int, int]) -> FillCounts:
+        return fill_cache(target.out, ready.wanted, encode, made_with=_made_with(), shard=shard, others=ready.imported)
+
+    return fill
+
+
+def _fill_on_ray(ready: _Prepared, params: EncodeTextParams, target: _Target, cuts: Cuts) -> FillCounts:
+    """Lets the workers of a cluster make what is missing, and publishes it."""
+    missing = missing_rows(target.out, ready.wanted, others=ready.imported)
+    if missing.keys:
+        from sd3pipe.encoding.ray_engine import fill_parts
+
+        _tokens(ready, missing.keys, cuts)
+        theirs = params.model_copy(update={"rehash": False, "verify_weights": False})
+        fill_parts(
+            "encode-text",
+            functools.partial(filler, theirs, target),
+            parts_per_worker=1,  # for each part the three encoders are read anew, one after the other
+            workers=params.ray_workers,
+            on_cpu=params.device == "cpu",
+        )
+    return _filler(ready, params, target, cuts)((0, 1)).since(missing)
 
 
 def _inputs(params: EncodeTextParams, target: _Target) -> dict[str, str | None]:
@@ -174,21 +208,29 @@ def _encoder(
     ready: _Prepared, params: EncodeTextParams, scratch: Path, cuts: Cuts
 ) -> Callable[[Sequence[str]], Iterator[tuple[str, Row | Unreadable]]]:
     """Returns the function that encodes rows by their keys; it adds the texts that lose tokens to `cuts`."""
-    hash_by_key = dict(zip(ready.wanted.keys, ready.texts.text_by_hash, strict=True))
 
     def encode(keys: Sequence[str]) -> Iterator[tuple[str, Row | Unreadable]]:
-        from sd3pipe.encoding.text_encoding import encoded_texts, tokenized  # imports torch and transformers
+        from sd3pipe.encoding.text_encoding import encoded_texts  # imports torch and transformers
 
         check_not_imported(keys, ready.wanted)
-        hashes = [hash_by_key[key] for key in keys]
-        tokens, cut = tokenized([ready.texts.text_by_hash[digest] for digest in hashes], ready.encoders, ready.recipe)
-        found: Cuts = {keys[text.number]: dict(text.tokens) for text in cut}
-        cuts.update(found)
-        _tell_about_cuts(_cut_texts(ready, found), ready.encoders.clip_length, ready.recipe.t5xxl_max_token_length)
+        tokens = _tokens(ready, keys, cuts)
         rows = encoded_texts(tokens, ready.encoders, ready.recipe, params, scratch)
         yield from zip(keys, rows, strict=True)
 
     return encode
+
+
+def _tokens(ready: _Prepared, keys: Sequence[str], cuts: Cuts) -> "Tokens":
+    """Returns the token ids of the rows' texts, warns of those that lose some, and adds them to `cuts`."""
+    from sd3pipe.encoding.text_encoding import tokenized
+
+    hash_by_key = dict(zip(ready.wanted.keys, ready.texts.text_by_hash, strict=True))
+    texts = [ready.texts.text_by_hash[hash_by_key[key]] for key in keys]
+    tokens, cut = tokenized(texts, ready.encoders, ready.recipe)
+    found: Cuts = {keys[text.number]: dict(text.tokens) for text in cut}
+    cuts.update(found)
+    _tell_about_cuts(_cut_texts(ready, found), ready.encoders.clip_length, ready.recipe.t5xxl_max_token_length)
+    return tokens
 
 
 def _cut_texts(ready: _Prepared, cuts: Cuts) -> list[dict[str, Any]]:

@@ -37,25 +37,28 @@ class _Batch:
         return [item for item in self.decoded if isinstance(item, Pixels)]
 
 
-def encoded_rows(
-    keys: Sequence[str],
-    samples: Sequence[Sample],
-    source: ComponentSource,
-    architecture: VAEArchitecture,
-    params: EncodeLatentsParams,
-) -> Iterator[tuple[str, Row | Unreadable]]:
-    """Yields (key, row) of every sample in order. Raises InputError where the VAE's numbers do not fit the rows."""
+def load_encoder(source: ComponentSource, params: EncodeLatentsParams) -> LatentEncoder:
+    """Returns the VAE on its device, with what is fixed for a whole run."""
     device = choose_device(params.device, params.threads)
-    vae = load_vae(source, dtype=DTYPES[params.vae_dtype], device=device)
-    encoder = LatentEncoder(
-        vae,
+    return LatentEncoder(
+        load_vae(source, dtype=DTYPES[params.vae_dtype], device=device),
         batch_size=params.vae_batch_size,
         mode=params.latent_mode,
         stored_as=DTYPES[params.latent_dtype],
     )
+
+
+def encoded_rows(
+    keys: Sequence[str],
+    samples: Sequence[Sample],
+    encoder: LatentEncoder,
+    architecture: VAEArchitecture,
+    params: EncodeLatentsParams,
+) -> Iterator[tuple[str, Row | Unreadable]]:
+    """Yields (key, row) of every sample in order. Raises InputError where the VAE's numbers do not fit the rows."""
     jobs = (row_job(sample, architecture.downscale) for sample in samples)
     workers = default_workers() if params.max_data_loader_n_workers is None else params.max_data_loader_n_workers
-    with memory_errors(lambda: _way_out(params, device)):
+    with memory_errors(lambda: _way_out(params, encoder.device)):
         yield from rows_of(keys, samples, decoded_rows(jobs, workers=min(workers, len(keys))), encoder)
 
 

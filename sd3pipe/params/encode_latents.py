@@ -2,10 +2,19 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, model_validator
 
 from sd3pipe.params.fields import OptionPath, option
-from sd3pipe.params.shard import SHARD_HELP, SHARD_PATTERN, Shard, shard_of_process
+from sd3pipe.params.sharing import (
+    ENGINE_HELP,
+    SHARD_HELP,
+    SHARD_PATTERN,
+    WORKERS_HELP,
+    Engine,
+    Shard,
+    check_engine,
+    shard_of_process,
+)
 from sd3pipe.params.stage import StageParams
 
 _PATHS, _LATENTS, _RUN, _BROKEN = "Paths", "Latents", "This run", "Unreadable pictures"
@@ -73,6 +82,8 @@ class EncodeLatentsParams(StageParams):
     )
     dry_run: bool = option(False, "Only tell what would be encoded, how long it takes and how big it is.", panel=_RUN)
     shard: Shard | None = option(None, SHARD_HELP, panel=_RUN, advanced=True, pattern=SHARD_PATTERN)
+    engine: Engine = option("local", ENGINE_HELP, panel=_RUN, advanced=True)
+    ray_workers: int | None = option(None, WORKERS_HELP, panel=_RUN, advanced=True, ge=1)
     rehash: bool = option(
         False,
         "Read every picture and weight file anew instead of trusting times and sizes, and try unreadable ones again.",
@@ -87,6 +98,11 @@ class EncodeLatentsParams(StageParams):
         pattern=r"^(\d+|\d+(\.\d+)?%)$",
     )
     strict: bool = option(False, "Fail (exit 5) for a single unreadable picture.", panel=_BROKEN)
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> "EncodeLatentsParams":
+        check_engine(self.engine, self.shard, self.ray_workers)
+        return self
 
     def shard_numbers(self) -> tuple[int, int]:
         """Returns (this part, number of parts)."""

@@ -5,7 +5,16 @@ from typing import Literal
 from pydantic import model_validator
 
 from sd3pipe.params.fields import OptionPath, option
-from sd3pipe.params.shard import SHARD_HELP, SHARD_PATTERN, Shard, shard_of_process
+from sd3pipe.params.sharing import (
+    ENGINE_HELP,
+    SHARD_HELP,
+    SHARD_PATTERN,
+    WORKERS_HELP,
+    Engine,
+    Shard,
+    check_engine,
+    shard_of_process,
+)
 from sd3pipe.params.stage import StageParams
 
 _PATHS, _TEXT, _RUN = "Paths", "Text", "This run"
@@ -85,6 +94,8 @@ class EncodeTextParams(StageParams):
     )
     dry_run: bool = option(False, "Only tell what would be encoded and how big it is.", panel=_RUN)
     shard: Shard | None = option(None, SHARD_HELP, panel=_RUN, advanced=True, pattern=SHARD_PATTERN)
+    engine: Engine = option("local", ENGINE_HELP, panel=_RUN, advanced=True)
+    ray_workers: int | None = option(None, WORKERS_HELP, panel=_RUN, advanced=True, ge=1)
     rehash: bool = option(
         False, "Read every picture anew instead of trusting times and sizes.", panel=_RUN, advanced=True
     )
@@ -98,6 +109,7 @@ class EncodeTextParams(StageParams):
     def _options_agree(self) -> "EncodeTextParams":
         if self.dataset is not None and self.sample_prompts is not None:
             raise ValueError("--dataset and --sample-prompts fill two caches: run the command once for each")
+        check_engine(self.engine, self.shard, self.ray_workers)
         if self.t5_pad_to is not None and self.t5_pad_to > self.t5xxl_max_token_length:
             raise ValueError(
                 f"--t5-pad-to {self.t5_pad_to} is more than --t5xxl-max-token-length {self.t5xxl_max_token_length}: "

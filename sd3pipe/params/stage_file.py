@@ -10,8 +10,8 @@ from sd3pipe.params.fields import Params, option_extra
 
 _WIDTH = 118
 _NOT_OF_A_PROJECT = {  # of a machine, or of one call
-    "device", "threads", "dry_run", "shard", "rehash", "verify_weights", "stale_ok", "resume", "allow_changes",
-    "time_limit",
+    "device", "threads", "dry_run", "shard", "engine", "ray_workers", "rehash", "verify_weights", "stale_ok", "resume",
+    "allow_changes", "time_limit",
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""The option --shard of the encode stages: which part of the work this process does."""
+"""The options by which the encode stages share out their work: --shard, --engine and --ray-workers."""
 
 import os
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
@@ -26,9 +26,24 @@ def shard_of_process(shard: str | None) -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+Shard = Annotated[str, AfterValidator(_part_exists)]
 SHARD_PATTERN = r"^\d+/[1-9]\d*$"
 SHARD_HELP = (
     "I/N: do only the I-th of N parts (I from 0); whoever finds the cache complete publishes it. Default: this "
     "process's rank under torchrun, else all."
 )
-Shard = Annotated[str, AfterValidator(_part_exists)]
+
+Engine = Literal["local", "ray"]
+ENGINE_HELP = (
+    "Who encodes: this process, or the workers of a Ray cluster (pip install 'sd3pipe[ray]'), which RAY_ADDRESS names "
+    "or which is started here."
+)
+WORKERS_HELP = "Ray's workers, each with its encoders. Default: one for each GPU, or for each machine without any."
+
+
+def check_engine(engine: Engine, shard: str | None, ray_workers: int | None) -> None:
+    """Raises ValueError for options that say something else than --engine."""
+    if engine == "local" and ray_workers is not None:
+        raise ValueError("--ray-workers is for --engine ray: pass it, too, or use --shard")
+    if engine == "ray" and shard is not None:
+        raise ValueError("--engine ray shares out the work by itself: leave --shard out")
