@@ -49,7 +49,7 @@ TINY = {
 }
 TEXT_TOKENS, TINY_TEXT_TOKENS = 333, 8
 DTYPE = torch.bfloat16
-STEPS = 3  # after one to warm up, two if compiled; one where a step is slow; of the peer, which is slowest, the first
+WARM_UPS, STEPS = 2, 3  # one step where they are slow; of the peer, which is slowest, the first
 SLOW_SECONDS = 4.0
 ADAPTER_BYTES = 8  # of a weight: itself and its gradient
 
@@ -291,10 +291,8 @@ def _measured(
         adapter_bytes_per_weight=ADAPTER_BYTES,
     )
     try:
-        slow = case.way == "two-way" or (_timed(step, 1, device) > SLOW_SECONDS and not case.compiled)
-        if case.compiled:
-            _timed(step, 1, device)
-        steps = 1 if slow else STEPS
+        warmed = 0.0 if case.way == "two-way" else min(_timed(step, 1, device) for _ in range(WARM_UPS))
+        steps = 1 if case.way == "two-way" or warmed > SLOW_SECONDS else STEPS
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         before = runner.copied_bytes
