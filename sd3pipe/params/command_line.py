@@ -98,7 +98,7 @@ def _aliases(model: type[Params]) -> dict[str, str]:
 
 def _parameter(name: str, field: FieldInfo, *, show_all: bool) -> inspect.Parameter:
     extra = option_extra(field)
-    kind: Any = list[str] if takes_several(field) else bool if field.annotation is bool else str
+    kind: Any = list[str] if takes_several(field) else bool if field.annotation in (bool, bool | None) else str
     info: Any
     if extra["positional"]:
         info = typer.Argument(help=_help(field), metavar=name.upper(), show_default=False)

@@ -66,3 +66,12 @@ def test_a_bug_keeps_its_traceback_in_a_file(capsys, monkeypatch):
     path = line.rsplit(" ", 1)[-1]
     with open(path) as file:
         assert "ZeroDivisionError" in file.read()
+
+
+@pytest.mark.parametrize("word, expected", [("--torch-compile", True), ("--no-torch-compile", False), (None, None)])
+def test_a_switch_with_a_default_of_its_own_takes_no_value(word, expected, monkeypatch):
+    seen = []
+    monkeypatch.setattr("sd3pipe.commands.train.main", seen.append)
+    words = ["train", "--model=m", "--text=t", "--latents=l", "--out=o", *([word] if word else [])]
+    assert cli.run(words) == 0
+    assert seen[0].torch_compile is expected
