@@ -70,7 +70,7 @@ def _mapped(ray: Any, cluster: Cluster, parts: int, make_fill: Callable[[], Fill
         warnings.filterwarnings("ignore", message=".*ray_remote_args")  # nothing else sets the restarts yet
         return ray.data.from_items([{"part": part} for part in range(parts)], override_num_blocks=parts).map_batches(
             _Worker,
-            fn_constructor_args=(make_fill, str(Path.cwd()), parts, int(cluster.cpus)),
+            fn_constructor_args=(make_fill, str(Path.cwd()), parts),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=cluster.workers),
             num_cpus=cluster.cpus,
@@ -83,9 +83,8 @@ def _mapped(ray: Any, cluster: Cluster, parts: int, make_fill: Callable[[], Fill
 class _Worker:
     """One process of the cluster. It prepares with its first part, since Ray restarts workers whose start fails."""
 
-    def __init__(self, make_fill: Callable[[], FillPart], folder: str, parts: int, threads: int) -> None:
+    def __init__(self, make_fill: Callable[[], FillPart], folder: str, parts: int) -> None:
         os.chdir(folder)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # Ray sets 1
         setup_logging()
         self._make_fill, self._parts = make_fill, parts
         self._fill: FillPart | None = None

@@ -38,7 +38,10 @@ ENGINE_HELP = (
     "Who encodes: this process, or the workers of a Ray cluster (pip install 'sd3pipe[ray]'), which RAY_ADDRESS names "
     "or which is started here."
 )
-WORKERS_HELP = "Ray's workers, each with its encoders. Default: one for each GPU, or for each machine without any."
+WORKERS_HELP = (
+    "Ray's workers, each with its encoders. Default: one for each GPU, or for each machine without any. For several on "
+    "one machine's cores pass --threads, too."
+)
 
 
 def check_engine(engine: Engine, shard: str | None, ray_workers: int | None) -> None:
