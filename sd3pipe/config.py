@@ -1,13 +1,13 @@
 """Reads the TOML files of a project: project.toml with its paths, and one parameter file per stage."""
 
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sd3pipe import documents
+from sd3pipe.documents import DocumentError
 from sd3pipe.errors import ParameterError
-from sd3pipe.files import nearest_path
 
 PROJECT_FILE = "project.toml"
 KEPT_TABLES = ("subsets",)  # the one table that is a value; all others are headings
@@ -32,18 +32,9 @@ class Project:
 def read_toml(path: Path) -> dict[str, Any]:
     """Returns the tables of a TOML file. Raises ParameterError with file and line."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-        return tomllib.loads(text)
-    except FileNotFoundError as error:
-        raise ParameterError(f"{path}: there is no such file{nearest_path(path)}") from error
-    except IsADirectoryError as error:
-        raise ParameterError(f"{path}: is a folder: name a TOML file") from error
-    except OSError as error:
-        raise ParameterError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ParameterError(f"{path}: is not UTF-8 text (byte {error.start})") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ParameterError(f"{path}: is not valid TOML: {error}") from error
+        return documents.read_toml(path)
+    except DocumentError as error:
+        raise ParameterError(str(error)) from error
 
 
 def flatten(tables: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

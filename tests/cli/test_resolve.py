@@ -182,5 +182,5 @@ def test_a_missing_file_names_the_nearest_and_a_folder_is_told(tmp_path):
     write(tmp_path / "train.toml", "")
     with pytest.raises(ParameterError, match=r"no such file \(did you mean .*train\.toml\?\)"):
         resolved(config=tmp_path / "trian.toml")
-    with pytest.raises(ParameterError, match="is a folder: name a TOML file"):
+    with pytest.raises(ParameterError, match="is a folder: name a file"):
         resolved(config=tmp_path)
