@@ -30,9 +30,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "parity")]
 
-import tiny_mmdit
-import tiny_training
 from peft import LoraConfig, get_peft_model
+from support import tiny_mmdit, tiny_training
 from test_mmdit_against_diffusers import _oracle
 from test_training_against_peft import their_names
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from random_adapters import linear_sizes, random_adapter, random_delta
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_mmdit import tiny_architecture
+from support.random_adapters import linear_sizes, random_adapter, random_delta
+from support.tiny_mmdit import tiny_architecture
 
 from sd3pipe.adapters.deltas import LoRADelta, difference
 from sd3pipe.adapters.files import compare, read_adapter, save_adapter

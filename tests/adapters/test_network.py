@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
+from support.tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
 
 from sd3pipe.adapters.deltas import with_norm_of
 from sd3pipe.adapters.dropout import DropoutRates

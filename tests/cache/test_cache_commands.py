@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import zarr
-from fake_cache import captions, fake_row, fill, folder_bytes, wanted_texts
+from support.fake_cache import captions, fake_row, fill, folder_bytes, wanted_texts
 
 from sd3pipe import cli
 from sd3pipe.cache.folder import CacheFolder

@@ -1,7 +1,7 @@
 """A cache folder holds what is wanted now, and is the same whatever it held before."""
 
 import pytest
-from fake_cache import FakeEncoder, captions, fake_row, fill, folder_bytes, wanted_texts
+from support.fake_cache import FakeEncoder, captions, fake_row, fill, folder_bytes, wanted_texts
 
 from sd3pipe.cache.census import Census
 from sd3pipe.cache.folder import CacheFolder, machine_folder

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import zarr
 from blake3 import blake3
-from fake_cache import captions, fake_row, fill, folder_bytes, wanted_texts
 from safetensors import safe_open
+from support.fake_cache import captions, fake_row, fill, folder_bytes, wanted_texts
 
 from sd3pipe.cache.keys import latents_source, row_key, text_source
 from sd3pipe.cache.plan import plan_leaves, rows_per_segment
@@ -159,7 +159,7 @@ def test_files_have_the_permissions_that_the_user_asked_for(tmp_path, mask):
 
 def test_filling_and_reading_import_neither_torch_nor_zarr(tmp_path):
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import fake_cache as f;"
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import support.fake_cache as f;"
         "from sd3pipe.cache.reader import CacheReader; import sd3pipe.cache.join, sd3pipe.cache.staleness;"
         "out = Path(sys.argv[2]); f.fill(out, f.wanted_texts(f.captions(3))); CacheReader(out).row(0);"
         "print(sorted({'torch', 'zarr', 'transformers', 'PIL', 'fsspec'} & set(sys.modules)))"

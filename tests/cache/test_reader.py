@@ -2,11 +2,11 @@
 
 import pickle
 
-import forked
 import fsspec
 import pytest
 import torch
-from fake_cache import captions, fake_row, fill, wanted_texts
+from support import forked
+from support.fake_cache import captions, fake_row, fill, wanted_texts
 
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.rows import Tensor, from_numpy

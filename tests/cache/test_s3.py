@@ -1,10 +1,10 @@
 """A cache is read in place from s3://, here from a local server that speaks S3."""
 
-import forked
 import pytest
 import s3fs
-from fake_cache import captions, fake_row, fill, wanted_texts
 from moto.server import ThreadedMotoServer
+from support import forked
+from support.fake_cache import captions, fake_row, fill, wanted_texts
 
 from sd3pipe.cache.reader import CacheReader
 

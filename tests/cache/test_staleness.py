@@ -5,7 +5,7 @@ import shutil
 import time
 
 import pytest
-from fake_cache import captions, fill, wanted_texts
+from support.fake_cache import captions, fill, wanted_texts
 
 from sd3pipe.cache.folder import machine_folder
 from sd3pipe.cache.staleness import check_sources, remember_sources

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-from fake_cache import FakeEncoder, captions, fill, folder_bytes, wanted_texts
+from support.fake_cache import FakeEncoder, captions, fill, folder_bytes, wanted_texts
 
 from sd3pipe.cache import segment, store
 from sd3pipe.cache.folder import CacheFolder, machine_folder

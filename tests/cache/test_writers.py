@@ -4,9 +4,9 @@ import random
 import shutil
 import time
 
-import forked
 import pytest
-from fake_cache import FakeEncoder, captions, fill, folder_bytes, wanted_texts
+from support import forked
+from support.fake_cache import FakeEncoder, captions, fill, folder_bytes, wanted_texts
 
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.reader import CacheReader

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import report_of, sd3pipe
-from photographs import CAPTIONS, write_dataset_file, write_photographs
 from safetensors.torch import load_file, save_file
+from support.command_line import report_of, sd3pipe
+from support.photographs import CAPTIONS, write_dataset_file, write_photographs
 
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.staleness import check_sources

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from command_line import sd3pipe
+from support.command_line import sd3pipe
 
 from sd3pipe.models.tokenizer_folders import HUB_REPOSITORIES, find_tokenizers, tokenizers_identity
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from photographs import write_dataset_file, write_photographs
 from PIL import Image
+from support.photographs import write_dataset_file, write_photographs
 
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.commands.encode_latents import main

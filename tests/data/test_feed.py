@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from deadly_job import DeadlyJob
 from PIL import Image
+from support.deadly_job import DeadlyJob
 
 from sd3pipe.data.decoding import Job, Pixels
 from sd3pipe.data.feed import Broken, decoded_rows

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from demo_pictures import accuracy, draw_latents, encode_subjects, read_latents
+from support.demo_pictures import accuracy, draw_latents, encode_subjects, read_latents
 
 from sd3pipe.demo.base_files import FOLDER, MODEL, TOKENIZERS
 from sd3pipe.demo.drawings import NEW_WORD, Subject

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import sd3pipe
-from demo_pictures import FIELDS, accuracy, draw_latents, encode_subjects, read_latents
 from PIL import Image
 from safetensors.torch import load_file
+from support.command_line import sd3pipe
+from support.demo_pictures import FIELDS, accuracy, draw_latents, encode_subjects, read_latents
 from test_demo_base import held_out_subjects
 
 from sd3pipe.demo.base_files import MODEL, TOKENIZERS
@@ -115,8 +115,8 @@ def test_memory_modes_learn_the_new_shape_as_well(shown, wanted, tmp_path, mode)
 
 @pytest.mark.slow
 def test_exported_file_draws_the_same_in_diffusers(shown, wanted, tmp_path):
-    from demo_as_diffusers import write_demo_base_for_diffusers
     from diffusers import StableDiffusion3Pipeline
+    from support.demo_as_diffusers import write_demo_base_for_diffusers
 
     write_demo_base_for_diffusers(tmp_path / "base", TOKENIZERS)
     sd3pipe("export", "--adapter", shown / RUN, "--format", "diffusers", "--out", tmp_path / "lora.safetensors")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sd_scripts_npz import write_latents_npz, write_text_npz
+from support.sd_scripts_npz import write_latents_npz, write_text_npz
 
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.commands import encode_latents, encode_text

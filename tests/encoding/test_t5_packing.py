@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from text_encoding import encode, equal_bits
+from support.text_encoding import encode, equal_bits
 from torch import nn
 
 from sd3pipe.demo.tiny import write_tiny_base

@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
-from command_line import report_of
 from pydantic import ValidationError
-from random_adapters import random_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.command_line import report_of
+from support.random_adapters import random_adapter
+from support.tiny_mmdit import tiny_architecture
 from test_whole_checkpoints import single_file
-from tiny_mmdit import tiny_architecture
 
 from sd3pipe.adapters.deltas import with_norm_of
 from sd3pipe.adapters.files import compare, read_adapter, save_adapter

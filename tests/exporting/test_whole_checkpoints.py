@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from command_line import report_of, sd3pipe
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from random_adapters import random_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_mmdit import random_inputs, random_weights, tiny_architecture
-from tiny_parts import PREFIXES
+from support.command_line import report_of, sd3pipe
+from support.random_adapters import random_adapter
+from support.tiny_mmdit import random_inputs, random_weights, tiny_architecture
+from support.tiny_parts import PREFIXES
 
 from sd3pipe.adapters.files import save_adapter
 from sd3pipe.adapters.network import attach_deltas

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from streaming_cases import add_adapters, parameters
-from tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
+from support.streaming_cases import add_adapters, parameters
+from support.tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
 
 from sd3pipe.memory.host import HostMemory
 from sd3pipe.memory.layer_major import run_layer_major

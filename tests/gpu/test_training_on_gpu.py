@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_training import Inputs, equal, make_inputs, pictures
+from support.tiny_training import Inputs, equal, make_inputs, pictures
 
 pytestmark = [
     pytest.mark.gpu,

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from late_lane import LateLane
-from streaming_cases import add_adapters, parameters
-from tiny_mmdit import random_inputs, tiny_mmdit
+from support.late_lane import LateLane
+from support.streaming_cases import add_adapters, parameters
+from support.tiny_mmdit import random_inputs, tiny_mmdit
 
 from sd3pipe.memory.activations import ActivationStore
 from sd3pipe.memory.streaming import BlockStreamer

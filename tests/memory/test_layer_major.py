@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 import torch
-from streaming_cases import PoisoningLane, add_adapters, parameters
-from tiny_mmdit import random_inputs, tiny_mmdit
+from support.streaming_cases import PoisoningLane, add_adapters, parameters
+from support.tiny_mmdit import random_inputs, tiny_mmdit
 
 from sd3pipe.memory.activations import ActivationStore
 from sd3pipe.memory.layer_major import run_layer_major

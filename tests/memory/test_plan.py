@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from streaming_cases import add_adapters
-from tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
+from support.streaming_cases import add_adapters
+from support.tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
 
 from sd3pipe.memory.plan import Rates, Settings, Workload, advice, fitting_settings, option_text, predict
 from sd3pipe.memory.quantise import quantise

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from streaming_cases import PoisoningLane, train
-from tiny_mmdit import random_inputs, tiny_mmdit
+from support.streaming_cases import PoisoningLane, train
+from support.tiny_mmdit import random_inputs, tiny_mmdit
 
 from sd3pipe.memory.quantise import PACKINGS, bits_per_weight, packable_linears, quantise
 from sd3pipe.models.linear import Linear

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from streaming_cases import PoisoningLane, add_adapters, parameters, train
-from tiny_mmdit import random_inputs, tiny_mmdit
+from support.streaming_cases import PoisoningLane, add_adapters, parameters, train
+from support.tiny_mmdit import random_inputs, tiny_mmdit
 
 from sd3pipe.errors import ParameterError
 from sd3pipe.memory.quantise import quantise

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_parts import TINY_T5, random_tensors, save_part, tiny_parts
+from support.tiny_parts import TINY_T5, random_tensors, save_part, tiny_parts
 
 from sd3pipe.errors import InputError
 from sd3pipe.models.checkpoint import load_mmdit

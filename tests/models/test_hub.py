@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import errors
-from tiny_parts import save_part, tiny_parts
+from support.tiny_parts import save_part, tiny_parts
 
 from sd3pipe.errors import ExitCode, InputError, NetworkError, StorageError
 from sd3pipe.models.hub import is_hub_id

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_mmdit import random_inputs, tiny_mmdit
+from support.tiny_mmdit import random_inputs, tiny_mmdit
 
 from sd3pipe.errors import InputError
 from sd3pipe.models.architecture import MMDiTArchitecture

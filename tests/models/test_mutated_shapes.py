@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_mmdit import tiny_architecture
-from tiny_parts import TINY_CLIP_G, TINY_T5, TINY_VAE
+from support.tiny_mmdit import tiny_architecture
+from support.tiny_parts import TINY_CLIP_G, TINY_T5, TINY_VAE
 
 from sd3pipe.errors import InputError
 from sd3pipe.models.architecture import detect_mmdit

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
-from tiny_mmdit import random_inputs, tiny_mmdit
+from support.tiny_mmdit import random_inputs, tiny_mmdit
 
 from sd3pipe.errors import InputError
 from sd3pipe.models.pos_embed import ScaledPositions, crop_positions, crop_range, scaled_table

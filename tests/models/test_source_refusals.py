@@ -6,7 +6,7 @@ import zipfile
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_parts import PREFIXES, save_part, save_single_file, tiny_parts
+from support.tiny_parts import PREFIXES, save_part, save_single_file, tiny_parts
 
 from sd3pipe.errors import ExitCode, InputError
 from sd3pipe.models.checkpoint import load_mmdit, load_vae

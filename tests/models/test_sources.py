@@ -11,7 +11,7 @@ from diffusers.loaders.single_file_utils import (
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
 from safetensors.torch import save_file
-from tiny_parts import PREFIXES, save_part, save_single_file, tiny_parts
+from support.tiny_parts import PREFIXES, save_part, save_single_file, tiny_parts
 
 from sd3pipe.models.sources import find_component
 from sd3pipe.models.weights import read_tensors

@@ -6,7 +6,7 @@ import tempfile
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from text_encoding import encode, equal_bits
+from support.text_encoding import encode, equal_bits
 
 from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.errors import InputError, ParameterError, StorageError

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_parts import TINY_VAE, random_tensors
+from support.tiny_parts import TINY_VAE, random_tensors
 
 from sd3pipe.errors import InputError
 from sd3pipe.models.vae import SCALE, SHIFT, VAE, from_model_space, sample_latents, to_model_space

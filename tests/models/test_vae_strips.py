@@ -3,7 +3,7 @@
 import pytest
 import torch
 from skimage import data
-from tiny_parts import TINY_VAE, random_tensors
+from support.tiny_parts import TINY_VAE, random_tensors
 
 from sd3pipe.models.vae import VAE
 from sd3pipe.models.vae_architecture import VAEArchitecture

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_mmdit import random_inputs, tiny_mmdit
-from tiny_parts import save_part, save_single_file, tiny_parts
+from support.tiny_mmdit import random_inputs, tiny_mmdit
+from support.tiny_parts import save_part, save_single_file, tiny_parts
 
 from sd3pipe.errors import InputError
 from sd3pipe.models.checkpoint import as_source, load_mmdit, load_vae, mmdit_architecture

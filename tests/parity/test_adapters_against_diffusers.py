@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from random_adapters import random_adapter
 from safetensors.torch import load_file
+from support.random_adapters import random_adapter
+from support.tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
 from test_mmdit_against_diffusers import _oracle
-from tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
 
 from sd3pipe.adapters.files import read_adapter, save_adapter
 from sd3pipe.adapters.find import find_adapter

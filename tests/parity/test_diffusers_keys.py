@@ -7,8 +7,8 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
-from tiny_mmdit import random_weights, tiny_architecture
-from tiny_parts import TINY_VAE, random_tensors
+from support.tiny_mmdit import random_weights, tiny_architecture
+from support.tiny_parts import TINY_VAE, random_tensors
 
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.diffusers_keys import diffusers_names, mmdit_modules, native_names, vae_modules

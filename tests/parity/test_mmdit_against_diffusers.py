@@ -6,7 +6,7 @@ The map of keys is stated here once more, from the tables of the formats, indepe
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
-from tiny_mmdit import random_inputs, random_weights, tiny_architecture, tiny_mmdit
+from support.tiny_mmdit import random_inputs, random_weights, tiny_architecture, tiny_mmdit
 
 VARIANTS = ["sd3-medium", "sd35-medium", "sd35-large"]
 TOP = {

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from text_encoding import encode
+from support.text_encoding import encode
 
 from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.models.conditioning import assemble_conditioning

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.tiny_mmdit import random_inputs, tiny_mmdit
 from test_mmdit_against_diffusers import IN_BLOCK, THIRDS, _oracle
-from tiny_mmdit import random_inputs, tiny_mmdit
 
 from sd3pipe.adapters.network import attach
 from sd3pipe.adapters.targets import AdapterSpec

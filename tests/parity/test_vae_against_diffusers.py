@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-from tiny_parts import TINY_VAE, random_tensors
+from support.tiny_parts import TINY_VAE, random_tensors
 
 from sd3pipe.models.vae import VAE
 

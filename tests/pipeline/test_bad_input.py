@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import sd3pipe
-from photographs import write_dataset_file, write_photographs
 from safetensors.torch import save_file
+from support.command_line import sd3pipe
+from support.photographs import write_dataset_file, write_photographs
 
 from sd3pipe.demo.tiny import TinyBase, write_tiny_base
 

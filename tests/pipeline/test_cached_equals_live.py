@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from text_encoding import encode
+from support.text_encoding import encode
 
 from sd3pipe.commands import encode_latents, encode_text, train
 from sd3pipe.demo.tiny import write_tiny_base

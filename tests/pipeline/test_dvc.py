@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command_line import report_of, sd3pipe
-from photographs import write_photographs
 from safetensors.torch import load_file, save_file
+from support.command_line import report_of, sd3pipe
+from support.photographs import write_photographs
 
 from sd3pipe.demo.tiny import write_tiny_base
 

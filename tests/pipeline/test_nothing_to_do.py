@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from command_line import report_of, sd3pipe
 from PIL import Image
+from support.command_line import report_of, sd3pipe
 
 from sd3pipe import cli
 from sd3pipe.cache.rows import from_numpy

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import report_of, sd3pipe
-from photographs import CAPTIONS, write_dataset_file, write_photographs
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.command_line import report_of, sd3pipe
+from support.photographs import CAPTIONS, write_dataset_file, write_photographs
 
 from sd3pipe.demo.tiny import TinyBase, write_tiny_base
 from sd3pipe.models.checkpoint import load_mmdit

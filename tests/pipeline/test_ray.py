@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
-from command_line import report_of, sd3pipe
 from PIL import Image
+from support.command_line import report_of, sd3pipe
 
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cli import run

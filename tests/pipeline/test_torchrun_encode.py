@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from command_line import sd3pipe
 from PIL import Image
+from support.command_line import sd3pipe
 
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.demo.tiny import write_tiny_base

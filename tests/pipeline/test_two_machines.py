@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import sd3pipe
-from photographs import write_photographs
+from support.command_line import sd3pipe
+from support.photographs import write_photographs
 
 from sd3pipe.demo.tiny import write_tiny_base
 

@@ -4,8 +4,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from command_line import sd3pipe
-from photographs import write_photographs
+from support.command_line import sd3pipe
+from support.photographs import write_photographs
 
 from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.errors import ParameterError

@@ -3,8 +3,8 @@
 import tomllib
 
 import pytest
-from command_line import sd3pipe
-from photographs import write_photographs
+from support.command_line import sd3pipe
+from support.photographs import write_photographs
 
 from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.params.command_line import load_stage_models

@@ -1,7 +1,7 @@
 """`run` knows the order and the paths of a project; `pack` lists what a training machine needs."""
 
 import pytest
-from command_line import sd3pipe
+from support.command_line import sd3pipe
 
 from sd3pipe.commands.run import stage_arguments
 from sd3pipe.config import read_project

@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from command_line import sd3pipe
 from PIL import Image
+from support.command_line import sd3pipe
 
 from sd3pipe.reporting.charts import Series, line_chart, ticks
 

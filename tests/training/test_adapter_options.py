@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_training import Inputs, make_inputs, pictures
+from support.tiny_training import Inputs, make_inputs, pictures
 
 from sd3pipe.errors import ParameterError
 from sd3pipe.params.train import TrainParams

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_mmdit import random_inputs, random_weights, tiny_architecture
+from support.tiny_mmdit import random_inputs, random_weights, tiny_architecture
 
 from sd3pipe.errors import ParameterError
 from sd3pipe.memory.quantise import quantise

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_mmdit import random_inputs, tiny_mmdit
+from support.tiny_mmdit import random_inputs, tiny_mmdit
 
 from sd3pipe.training.compiling import PAYS_FROM_STEPS, compile_blocks, compiling_pays
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
+from support.tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
 
 from sd3pipe.errors import DeviceMemoryError
 from sd3pipe.memory.plan import Rates, Settings, Workload

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_training import equal, make_inputs, pictures
+from support.tiny_training import equal, make_inputs, pictures
 
 from sd3pipe.memory.ahead import AheadModulation
 from sd3pipe.memory.streaming import BlockStreamer

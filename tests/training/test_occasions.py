@@ -9,8 +9,8 @@ from typing import ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_parts import TINY_VAE, random_tensors, save_single_file
-from tiny_training import Inputs, equal, fill_prompts, make_inputs, pictures
+from support.tiny_parts import TINY_VAE, random_tensors, save_single_file
+from support.tiny_training import Inputs, equal, fill_prompts, make_inputs, pictures
 
 from sd3pipe.errors import InputError
 from sd3pipe.params.bands import BAND_NAMES, SIGMAS

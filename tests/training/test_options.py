@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from tiny_training import Inputs, Picture, Run, make_inputs
+from support.tiny_training import Inputs, Picture, Run, make_inputs
 
 from sd3pipe.errors import ParameterError
 from sd3pipe.params.fields import option_extra
@@ -109,7 +109,7 @@ SHOWN_ELSEWHERE = {
         "save_every_n_epochs", "save_last_n_steps", "save_last_n_steps_state", "save_last_n_epochs",
         "save_last_n_epochs_state", "save_precision",
     ],
-    "../tiny_training.py": ["model", "text", "latents", "out", "threads", "device"],  # no run can be without them
+    "../support/tiny_training.py": ["model", "text", "latents", "out", "threads", "device"],  # every run
     "test_train_command.py": ["mmdit", "loras_dir", "torch_compile", "tf32"],
     "test_adapter_options.py": ["base_weights", "base_weights_multiplier"],
     "test_numerics.py": ["sdpa_backend"],

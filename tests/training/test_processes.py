@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import Inputs, Run, equal, make_inputs, pictures
+from support.tiny_training import Inputs, Run, equal, make_inputs, pictures
 
 from sd3pipe.training.processes import Processes
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_training import Inputs, Run, equal, make_inputs, pictures, with_other_vae
+from support.tiny_training import Inputs, Run, equal, make_inputs, pictures, with_other_vae
 
 from sd3pipe.errors import InputError, ParameterError, StaleError, Stopped
 from sd3pipe.training.stopping import StopRequest

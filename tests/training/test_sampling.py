@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_mmdit import random_inputs, tiny_mmdit
+from support.tiny_mmdit import random_inputs, tiny_mmdit
 
 from sd3pipe.errors import ParameterError
 from sd3pipe.training.sampling import SamplingSettings, SkipLayerGuidance, TextCondition, sample_latents, start_noise

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.tiny_mmdit import tiny_mmdit
+from support.tiny_training import Inputs, Run, make_inputs, pictures
 from test_training_feed import make_feed, plans
-from tiny_mmdit import tiny_mmdit
-from tiny_training import Inputs, Run, make_inputs, pictures
 
 from sd3pipe.adapters.network import attach
 from sd3pipe.adapters.targets import AdapterSpec

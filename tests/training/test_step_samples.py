@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from tiny_mmdit import random_inputs, tiny_mmdit
+from support.tiny_mmdit import random_inputs, tiny_mmdit
 
 from sd3pipe.errors import InputError
 from sd3pipe.models.vae import VAE

@@ -9,7 +9,7 @@ from statistics import mean
 
 import pytest
 import torch
-from tiny_training import Inputs, equal, make_inputs, pictures
+from support.tiny_training import Inputs, equal, make_inputs, pictures
 
 from sd3pipe.adapters.files import read_adapter
 from sd3pipe.cache.staleness import remember_sources

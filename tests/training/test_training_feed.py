@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_training import CLIP_TOKENS, CLIP_WIDTHS, POOLED_WIDTHS, Inputs, make_inputs, pictures
+from support.tiny_training import CLIP_TOKENS, CLIP_WIDTHS, POOLED_WIDTHS, Inputs, make_inputs, pictures
 
 from sd3pipe.models.vae import from_model_space
 from sd3pipe.training.batches import MicroBatch, epoch_batches

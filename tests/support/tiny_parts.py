@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tiny_mmdit import tiny_architecture
 
 from sd3pipe.models.text_architecture import ClipArchitecture, T5Architecture
 from sd3pipe.models.vae_architecture import VAEArchitecture
+from support.tiny_mmdit import tiny_architecture
 
 Tensors = dict[str, torch.Tensor]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_mmdit import CONTEXT_WIDTH, random_weights, tiny_architecture
 
 from sd3pipe.cache.keys import latents_source, text_source
 from sd3pipe.cache.plan import WantedRow
@@ -18,6 +17,7 @@ from sd3pipe.cache.tensors import from_torch
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.commands.train import main
 from sd3pipe.params.train import TrainParams
+from support.tiny_mmdit import CONTEXT_WIDTH, random_weights, tiny_architecture
 
 CLIP_WIDTHS = (24, 40)
 POOLED_WIDTHS = (16, 24)  # together the tiny MMDiT's pooled width

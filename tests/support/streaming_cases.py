@@ -3,10 +3,10 @@
 import contextlib
 
 import torch
-from tiny_mmdit import random_inputs
 from torch import nn
 
 from sd3pipe.memory.streaming import BlockStreamer
+from support.tiny_mmdit import random_inputs
 
 
 class SmallTerm(nn.Module):
