@@ -4,14 +4,12 @@ Files that a stranger may have put there pass through this door. What comes in i
 """
 
 import json
-import os
-import stat
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sd3pipe.errors import InputError
-from sd3pipe.files import nearest_path
+from sd3pipe.files import nearest_path, open_regular
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -37,9 +35,7 @@ def read_data(path: Path, *, most_bytes: int = MOST_BYTES) -> bytes:
     Raises DocumentError.
     """
     try:
-        with open(path, "rb", opener=_open_without_waiting) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise DocumentError(f"{path}: is no regular file: name a file")
+        with open_regular(path) as file:
             data = file.read(most_bytes + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DocumentError(f"{path}: there is no such file{nearest_path(path)}", missing=True) from error
@@ -52,10 +48,6 @@ def read_data(path: Path, *, most_bytes: int = MOST_BYTES) -> bytes:
     if len(data) > most_bytes:
         raise DocumentError(f"{path}: is larger than {most_bytes:,} bytes: it is not what is expected here")
     return data
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe waits for its writer otherwise
 
 
 def read_text(path: Path, *, most_bytes: int = MOST_BYTES) -> str:
@@ -81,9 +73,14 @@ def parse_json(data: bytes | str, kind: "TypeAdapter[T]", where: str) -> T:
 
     try:
         text = data.decode("utf-8-sig", "surrogateescape") if isinstance(data, bytes) else data
-        return kind.validate_python(json.loads(text))
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # as JSON escapes surrogates, in pairs or alone
+            json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
+        return kind.validate_python(value)
     except ValidationError as error:
         raise DocumentError(f"{where}: {first_problem(error)}") from error
+    except UnicodeEncodeError as error:
+        raise DocumentError(f"{where}: is not valid JSON: half a surrogate pair stands in it") from error
     except ValueError as error:
         raise DocumentError(f"{where}: is not valid JSON: {error}") from error
     except RecursionError as error:

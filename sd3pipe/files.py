@@ -6,10 +6,11 @@ import errno
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from sd3pipe.errors import StorageError
 
@@ -103,8 +104,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` by `text` in UTF-8 with Unix line ends, atomically. Raises StorageError."""
-    write_bytes(path, text.encode("utf-8"))
+    """Replaces `path` by `text` in UTF-8 with Unix line ends, atomically. Raises StorageError.
+
+    Names of files that are no UTF-8, which Python has as lone surrogates, are written as the bytes that they are.
+    """
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -172,6 +176,19 @@ def publish_once(temporary: Path, final: Path) -> bool:
         temporary.unlink()
     sync_folder(final.parent)
     return True
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file for reading. Raises OSError, also for a pipe, which is not waited for, and a device."""
+    file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115, the caller closes it
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe waits for its writer otherwise
 
 
 def nearest_path(path: Path) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 from blake3 import blake3
 
+from sd3pipe.files import open_regular
+
 _CHUNK_BYTES = 4 << 20
 
 
@@ -41,6 +43,6 @@ def hash_chunks(chunks: Iterable[bytes | memoryview]) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """Returns the blake3 digest of a file's bytes as 64 hex digits. Raises OSError."""
-    with open(path, "rb", buffering=0) as handle:
+    """Returns the blake3 digest of a file's bytes as 64 hex digits. Raises OSError, also for a pipe or a device."""
+    with open_regular(path) as handle:
         return hash_chunks(iter(lambda: handle.read(_CHUNK_BYTES), b""))

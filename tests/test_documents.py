@@ -63,6 +63,12 @@ def test_json_of_another_shape_is_refused_with_its_place(tmp_path: Path, text: s
 
 def test_json_keeps_names_that_are_no_utf8() -> None:
     assert parse_json(b'{"\\udc80": 1}', NUMBERS, "here") == {"\udc80": 1}
+    assert parse_json(b'{"\\ud83d\\ude00": 1}', NUMBERS, "here") == {"\U0001f600": 1}
+
+
+def test_half_a_surrogate_pair_is_refused() -> None:
+    with pytest.raises(DocumentError, match="half a surrogate pair"):
+        parse_json(b'{"\\uD83D": 1}', NUMBERS, "here")
 
 
 @pytest.mark.parametrize("text", ["a = " + "[" * 5000, "a = " + "9" * 5000, "a = 9223372036854775808", "a = [", "a"])

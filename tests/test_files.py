@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from sd3pipe.errors import StorageError
-from sd3pipe.files import lock_file, write_text
+from sd3pipe.files import lock_file, open_regular, write_text
+from sd3pipe.fingerprint import hash_file
 
 
 def test_a_folder_in_the_place_of_a_file_and_a_file_in_that_of_a_folder_are_told(tmp_path):
@@ -68,3 +69,16 @@ def test_a_forked_process_does_not_keep_a_lock_that_its_parent_has_left(tmp_path
         for end in (writer, reader, ready, tell):
             os.close(end)
         os.waitpid(child, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_is_neither_opened_nor_hashed_nor_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for read in (open_regular, hash_file):
+        with pytest.raises(OSError, match="no regular file"):
+            read(tmp_path / "pipe")
+
+
+def test_names_that_are_no_utf8_are_written_as_the_bytes_that_they_are(tmp_path):
+    write_text(tmp_path / "a", os.fsdecode(b"caf\xe9"))
+    assert (tmp_path / "a").read_bytes() == b"caf\xe9"
