@@ -301,7 +301,8 @@ def no_op(count: int, folder: Path) -> str:
 def make_project(count: int, folder: Path) -> None:
     from PIL import Image
 
-    from sd3pipe.demo.tiny import write_tiny_base
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+    from support.tiny_base import write_tiny_base
 
     photos = folder / "photos"
     photos.mkdir(parents=True)

@@ -5,6 +5,7 @@ The last layer of each CLIP, which shapes the pooled vector alone, averages over
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from torch import Tensor
 from sd3pipe.console import progress
 from sd3pipe.demo.base_files import T5_LENGTH
 from sd3pipe.demo.drawings import NEW_WORD, WORDINGS, all_subjects
-from sd3pipe.demo.tiny_tokenizers import train_tokenizers
 from sd3pipe.models.conditioning import assemble_conditioning
 from sd3pipe.models.sources import find_component
 from sd3pipe.models.text_architecture import ENCODERS, ClipArchitecture, EncoderName, T5Architecture
@@ -23,6 +23,9 @@ from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.models.text_rows import EncodingMachine, encode_rows
 from sd3pipe.models.tokenizers import load_tokenizer, tokenize_for_encoders
 from sd3pipe.training.sampling import TextCondition
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+from support.tiny_tokenizers import train_tokenizers
 
 CLIP_WIDTH, T5_WIDTH = 64, 128  # two CLIPs side by side are as wide as T5
 CLIP_POSITIONS = 10  # the grammar's longest caption has eight words; fewer tokens make training cheap

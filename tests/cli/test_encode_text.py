@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.command_line import report_of, sd3pipe
 from support.photographs import CAPTIONS, write_dataset_file, write_photographs
+from support.tiny_base import write_tiny_base
 
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.staleness import check_sources
 from sd3pipe.cli import run
-from sd3pipe.demo.tiny import write_tiny_base
 
 SMALL = ("--t5xxl-max-token-length", "16", "--threads", "1")
 PICTURES = ("astronaut.png", "chelsea.png", "coffee.png")

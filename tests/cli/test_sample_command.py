@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from support.tiny_base import write_tiny_base
 
 from sd3pipe.adapters.files import save_adapter
 from sd3pipe.adapters.network import attach
 from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.commands import encode_text, sample
-from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.errors import DeviceMemoryError, InputError, ParameterError
 from sd3pipe.models.checkpoint import load_mmdit
 from sd3pipe.params.encode_text import EncodeTextParams

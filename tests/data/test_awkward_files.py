@@ -11,10 +11,10 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from support.tiny_base import write_tiny_base
 
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.commands.encode_latents import main
-from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.params.encode_latents import EncodeLatentsParams
 
 RNG = np.random.default_rng(0)

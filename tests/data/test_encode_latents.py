@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 from support.photographs import write_dataset_file, write_photographs
+from support.tiny_base import write_tiny_base
 
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.commands.encode_latents import main
 from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.scan import scan
-from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.encoding.latent_plan import find_sources, latents_wanted
 from sd3pipe.errors import InputError, ParameterError, QuarantineError
 from sd3pipe.models.checkpoint import load_vae

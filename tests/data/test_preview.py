@@ -6,10 +6,10 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from support.tiny_base import write_tiny_base
 
 from sd3pipe.commands.encode_latents import main as encode_latents
 from sd3pipe.commands.preview import main
-from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.errors import DeviceMemoryError, ParameterError
 from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.params.preview import PreviewParams

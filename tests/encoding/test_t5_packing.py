@@ -3,9 +3,9 @@
 import pytest
 import torch
 from support.text_encoding import encode, equal_bits
+from support.tiny_base import write_tiny_base
 from torch import nn
 
-from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.encoding.t5_packing import PackedLinear, t5_packer
 from sd3pipe.encoding.t5_streaming import streams_t5
 from sd3pipe.models.sources import find_component

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from support.tiny_base import write_tiny_base
 
-from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.encoding import t5_streaming
 from sd3pipe.encoding.t5_streaming import streams_t5
 from sd3pipe.models.sources import find_component

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.tiny_base import write_tiny_base
 
 from sd3pipe.cache.keys import text_source
 from sd3pipe.data.prompts import SamplePrompt
-from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.encoding import text_plan
 from sd3pipe.encoding.text_plan import find_text_encoders, prompt_texts, text_wanted
 from sd3pipe.errors import InputError

@@ -12,13 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.command_line import report_of, sd3pipe
 from support.random_adapters import random_adapter
+from support.tiny_base import write_tiny_base
 from support.tiny_mmdit import random_inputs, random_weights, tiny_architecture
 from support.tiny_parts import PREFIXES
 
 from sd3pipe.adapters.files import save_adapter
 from sd3pipe.adapters.network import attach_deltas
 from sd3pipe.commands.export import main
-from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.models.checkpoint import load_mmdit
 from sd3pipe.params.export import ExportParams

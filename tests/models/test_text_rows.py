@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.text_encoding import encode, equal_bits
+from support.tiny_base import write_tiny_base
 
-from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.errors import InputError, ParameterError, StorageError
 from sd3pipe.models.text_recipe import RECIPE_VERSION, TextRecipe
 

@@ -5,8 +5,8 @@ import logging
 import shutil
 
 import pytest
+from support.tiny_tokenizers import train_tokenizers
 
-from sd3pipe.demo.tiny_tokenizers import train_tokenizers
 from sd3pipe.errors import InputError
 from sd3pipe.models.text_architecture import ENCODERS
 from sd3pipe.models.tokenizer_folders import find_tokenizers, tokenizers_identity

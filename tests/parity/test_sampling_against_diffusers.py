@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from support.tiny_base import write_tiny_base
 
-from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.models.checkpoint import load_mmdit, load_vae
 from sd3pipe.models.vae import to_model_space
 from sd3pipe.training.sampling import (

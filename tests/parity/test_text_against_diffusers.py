@@ -3,8 +3,8 @@
 import pytest
 import torch
 from support.text_encoding import encode
+from support.tiny_base import write_tiny_base
 
-from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.models.conditioning import assemble_conditioning
 from sd3pipe.models.text_recipe import TextRecipe
 

@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import save_file
 from support.command_line import sd3pipe
 from support.photographs import write_dataset_file, write_photographs
-
-from sd3pipe.demo.tiny import TinyBase, write_tiny_base
+from support.tiny_base import TinyBase, write_tiny_base
 
 TWO = ("chelsea.png", "coffee.png")
 TEXT_ENCODER_FILES = {"--clip-l": "clip_l", "--clip-g": "clip_g", "--t5xxl": "t5xxl_fp16"}

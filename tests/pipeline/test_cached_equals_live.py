@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 from support.text_encoding import encode
+from support.tiny_base import write_tiny_base
 
 from sd3pipe.commands import encode_latents, encode_text, train
-from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.models.checkpoint import load_mmdit, load_vae
 from sd3pipe.models.conditioning import assemble_conditioning
 from sd3pipe.models.vae import to_model_space

@@ -13,8 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from support.command_line import report_of, sd3pipe
 from support.photographs import write_photographs
-
-from sd3pipe.demo.tiny import write_tiny_base
+from support.tiny_base import write_tiny_base
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.tiny_base import TinyBase, write_tiny_base
 
 from sd3pipe import cli
 from sd3pipe.cache.rows import from_numpy
-from sd3pipe.demo.tiny import TinyBase, write_tiny_base
 
 CAPTIONS = {
     "a": "a red square",

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from support.command_line import report_of, sd3pipe
 from support.photographs import CAPTIONS, write_dataset_file, write_photographs
+from support.tiny_base import TinyBase, write_tiny_base
 
-from sd3pipe.demo.tiny import TinyBase, write_tiny_base
 from sd3pipe.models.checkpoint import load_mmdit
 
 STEPS = 6

@@ -10,10 +10,10 @@ import time
 import pytest
 from PIL import Image
 from support.command_line import report_of, sd3pipe
+from support.tiny_base import write_tiny_base
 
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cli import run
-from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.encoding.ray_engine import fill_parts
 from sd3pipe.errors import StaleError
 

@@ -7,9 +7,9 @@ import sys
 import pytest
 from PIL import Image
 from support.command_line import sd3pipe
+from support.tiny_base import write_tiny_base
 
 from sd3pipe.cache.reader import CacheReader
-from sd3pipe.demo.tiny import write_tiny_base
 
 SIZES = ((64, 64), (96, 64), (64, 96), (128, 64))  # a bucket and so a segment each: both ranks have some to make
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from support.command_line import sd3pipe
 from support.photographs import write_photographs
-
-from sd3pipe.demo.tiny import write_tiny_base
+from support.tiny_base import write_tiny_base
 
 TRAIN = """
 import json, sys

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from support.command_line import sd3pipe
 from support.photographs import write_photographs
+from support.tiny_base import write_tiny_base
 
-from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.errors import ParameterError
 from sd3pipe.params.command_line import load_stage_models
 from sd3pipe.project.kohya import read_command, translate

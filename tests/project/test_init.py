@@ -5,8 +5,8 @@ import tomllib
 import pytest
 from support.command_line import sd3pipe
 from support.photographs import write_photographs
+from support.tiny_base import write_tiny_base
 
-from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.params.command_line import load_stage_models
 from sd3pipe.params.resolve import resolve
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 
 from sd3pipe.demo.base_files import MODEL
-from sd3pipe.demo.tiny_architecture import TinyArchitecture
-from sd3pipe.demo.tiny_diffusers import write_diffusers_folder
 from sd3pipe.models.architecture import detect_mmdit
 from sd3pipe.models.sources import find_component
 from sd3pipe.models.text_architecture import detect_clip, detect_t5
 from sd3pipe.models.vae_architecture import detect_vae
 from sd3pipe.models.weights import read_tensors
+from support.tiny_base_architecture import TinyArchitecture
+from support.tiny_diffusers import write_diffusers_folder
 
 
 def write_demo_base_for_diffusers(folder: Path, tokenizers: Path) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sd3pipe.demo.tiny import TinyBase
 from sd3pipe.models.sources import find_component
 from sd3pipe.models.text_architecture import ENCODERS
 from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.models.text_rows import EncodingMachine, Row, encode_rows
 from sd3pipe.models.tokenizer_folders import find_tokenizers
 from sd3pipe.models.tokenizers import tokenize_for_encoders
+from support.tiny_base import TinyBase
 
 
 class Steps:

@@ -2,7 +2,7 @@
 
 Everything that a public checkpoint has is here at a small size: prefixes, stray and duplicate keys, dual attention,
 qk norm, a CLIP-L without projection, fp8 with and without scales, a sharded T5, tokenizers in their own file formats.
-So tests and the demo run through the code that the 8 B model runs through.
+So tests run through the code that the 8 B model runs through.
 """
 
 import math
@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sd3pipe.demo.tiny_architecture import TinyArchitecture, tiny_architecture
-from sd3pipe.demo.tiny_diffusers import write_diffusers_folder
-from sd3pipe.demo.tiny_tokenizers import train_tokenizers
 from sd3pipe.files import make_folder
 from sd3pipe.fingerprint import digest_bytes
 from sd3pipe.models.architecture import MMDiTVariant
+from support.tiny_base_architecture import TinyArchitecture, base_architecture
+from support.tiny_diffusers import write_diffusers_folder
+from support.tiny_tokenizers import train_tokenizers
 
 Layout = Literal["single", "separate", "diffusers"]
 T5Storage = Literal["fp16", "fp8", "fp8_scaled"]
@@ -69,7 +69,7 @@ def write_tiny_base(
     if tokenizers is None:
         tokenizers = folder / "tokenizers"
         train_tokenizers(tokenizers)
-    architecture = tiny_architecture(variant=variant, depth=depth, tokenizers=tokenizers)
+    architecture = base_architecture(variant=variant, depth=depth, tokenizers=tokenizers)
     parts = random_components(architecture, seed)
     files: dict[str, Path] = {}
     if layout == "diffusers":

@@ -34,7 +34,7 @@ class TinyArchitecture:
         return {name: part.shapes() for name, part in parts.items()} | {"t5xxl": self.t5xxl.shapes()}
 
 
-def tiny_architecture(*, variant: MMDiTVariant, depth: int, tokenizers: Path) -> TinyArchitecture:
+def base_architecture(*, variant: MMDiTVariant, depth: int, tokenizers: Path) -> TinyArchitecture:
     """Returns the smallest architectures of a variant that have all its parts, for these tokenizers."""
     folders = find_tokenizers(folder=tokenizers)
     sizes: dict[EncoderName, int] = {name: load_tokenizer(name, path).size for name, path in folders.items()}

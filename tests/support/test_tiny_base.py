@@ -5,12 +5,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sd3pipe.demo.tiny import write_tiny_base
 from sd3pipe.models.architecture import detect_mmdit
 from sd3pipe.models.layouts import COMPONENTS
 from sd3pipe.models.sources import find_component
 from sd3pipe.models.text_architecture import ENCODERS, detect_clip, detect_t5
 from sd3pipe.models.vae_architecture import detect_vae
+from support.tiny_base import write_tiny_base
 
 VARIANTS = ("sd3-medium", "sd35-medium", "sd35-large")
 LAYOUTS = ("single", "separate", "diffusers")
