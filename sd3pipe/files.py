@@ -7,12 +7,12 @@ import json
 import os
 import shutil
 import stat
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from sd3pipe.errors import StorageError
+from sd3pipe.temporaries import remove_tree, temporary_name
 
 try:
     import fcntl
@@ -22,6 +22,8 @@ except ImportError:  # no Unix
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.EACCES}
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_ANY_WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+_NO_WAIT, _NO_FOLLOW = (getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW"))  # absent on Windows
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
@@ -57,11 +59,6 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def temporary_name(folder: Path, label: str = "") -> Path:
-    """Returns an unused path in `folder` that no other process or host will choose."""
-    return folder / f"tmp-{label}{'-' if label else ''}{os.getpid()}-{uuid.uuid4().hex}"
-
-
 def sync_folder(folder: Path) -> None:
     """Makes the folder's entries durable, where the system can open a folder at all."""
     with contextlib.suppress(OSError):
@@ -78,23 +75,103 @@ def sync_file(handle: IO[Any]) -> None:
     os.fsync(handle.fileno())
 
 
+def followed(path: Path) -> Path:
+    """Returns where a file that the user named is to be written: behind a link, what it leads to, there yet or not.
+
+    A folder is returned as it is. Raises StorageError for a link in a circle or to a write-protected file, as DVC and
+    git-annex keep them, and for a pipe, device or socket.
+    """
+    with storage_errors(path):
+        _refuse_what_is_no_file(path)
+        if not path.is_symlink():
+            return path
+        target = Path(os.path.realpath(path))
+        if target.is_file() and not target.stat().st_mode & _ANY_WRITE:
+            raise StorageError(
+                f"{path}: is a link to {target}, which is write-protected: choose another name, or make it a file of "
+                "its own (`dvc unprotect`, `git annex unlock`)"
+            )
+        return target
+
+
+def _own_place(path: Path) -> Path:
+    """Returns what a write under a name of ours replaces. Raises StorageError as `followed`, and for a link outside."""
+    place = followed(path)
+    if place != path and not place.is_relative_to(os.path.realpath(path.parent)):
+        raise StorageError(f"{path}: is a link that leads outside, to {place}: remove it, or choose another place")
+    return place
+
+
+def _refuse_what_is_no_file(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise StorageError(f"{path}: is a link in a circle: choose another name") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise StorageError(f"{path}: is a pipe, device or socket, and a file is to be written: choose another name")
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path, *, temporary_in: Path | None = None) -> Iterator[IO[bytes]]:
     """Opens a binary file that replaces `path` when the block ends well, and vanishes when it does not.
 
-    `temporary_in` must be on the file system of `path`; it defaults to the folder of `path`. Raises StorageError.
+    A link is followed within its folder. With `temporary_in`, a folder on the file system of `path`, a link itself is
+    replaced: DVC may have put one there, to what it keeps. Raises StorageError.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_name(temporary_in or path.parent, path.name)
+        _refuse_what_is_no_file(path)
+        place = path if temporary_in else _own_place(path)
+        temporary = temporary_name(temporary_in or place.parent)
         try:
             with open(temporary, "xb") as handle:
                 yield handle
                 sync_file(handle)
-            temporary.replace(path)
+            temporary.replace(place)
         finally:
             temporary.unlink(missing_ok=True)
+        sync_folder(place.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Makes a folder that gets the name `path` when the block ends well, and vanishes when it does not.
+
+    Nothing of that name is replaced. Raises StorageError.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_name(path.parent)
+        try:
+            temporary.mkdir()
+            yield temporary
+            temporary.rename(path)
+        finally:
+            remove_tree(temporary)
         sync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder so that it is there whole or not at all under its name, whenever this is cut short.
+
+    Raises StorageError.
+    """
+    with storage_errors(path):
+        if path.is_symlink() or not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+        doomed = temporary_name(path.parent)
+        path.rename(doomed)
+        remove_tree(doomed)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds text to a file of ours, which is made where it is missing. Raises StorageError."""
+    with storage_errors(path), open(_own_place(path), "ab", opener=_open_without_waiting) as file:
+        file.write(text.encode("utf-8", "surrogateescape"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -125,7 +202,8 @@ def lock_file(path: Path) -> Iterator[bool]:
     """
     make_folder(path.parent)
     with storage_errors(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        _refuse_what_is_no_file(path)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | _NO_WAIT | _NO_FOLLOW, 0o666)
     _lock_handles.add(handle)
     try:
         yield fcntl is None or _locked(handle)
@@ -188,7 +266,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe waits for its writer otherwise
+    return os.open(path, flags | _NO_WAIT, 0o666)  # opening a pipe waits for its other end otherwise
 
 
 def nearest_path(path: Path) -> str:

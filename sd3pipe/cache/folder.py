@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
@@ -113,14 +112,6 @@ def is_segment(path: Path) -> bool:
     """Whether a file has the name of a segment: 64 hex digits and the suffix."""
     stem = path.name.removesuffix(SUFFIX)
     return stem != path.name and len(stem) == 64 and all(digit in "0123456789abcdef" for digit in stem)
-
-
-def remove_tree(path: Path) -> None:
-    """Removes a file or a folder with its content; what is gone already is fine."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def entries_of(folder: Path) -> list[Path]:

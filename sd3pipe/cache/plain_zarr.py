@@ -1,15 +1,15 @@
 """A cache as plain zarr arrays, for whoever wants to read it with other tools."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sd3pipe.cache.folder import remove_tree
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.rows import layout_to_json
 from sd3pipe.errors import InputError
-from sd3pipe.files import make_folder, storage_errors, temporary_name
+from sd3pipe.files import atomic_folder
 
 _CHUNK_BYTES = 16 << 20
 
@@ -21,17 +21,11 @@ def export_zarr(cache: Path, out: Path) -> int:
     bfloat16 is widened to float32. Group `samples` has the samples table, with `layout` and `position` of each row.
     Raises InputError for a damaged cache or an `out` that exists, StorageError.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise InputError(f"{out} exists: remove it or choose another --out")
     reader = CacheReader(cache, verify_reads="always")
-    make_folder(out.parent)
-    temporary = temporary_name(out.parent, out.name)
-    try:
-        with storage_errors(out):
-            _write(reader, temporary)
-            temporary.rename(out)
-    finally:
-        remove_tree(temporary)
+    with atomic_folder(out) as temporary:
+        _write(reader, temporary)
     return len(reader)
 
 

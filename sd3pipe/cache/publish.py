@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sd3pipe.cache.folder import CacheFolder, is_segment, remove_tree
+from sd3pipe.cache.folder import CacheFolder, is_segment
 from sd3pipe.cache.index import Index, build_row_arrays, header_table, read_index
 from sd3pipe.cache.keys import Kind
 from sd3pipe.cache.manifest import Manifest, read_manifest
@@ -16,6 +16,7 @@ from sd3pipe.cache.segment import SegmentHeader
 from sd3pipe.cache.wanted import Readable, Wanted
 from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_file, storage_errors, sync_folder
+from sd3pipe.temporaries import remove_tree
 
 log = logging.getLogger(__name__)
 

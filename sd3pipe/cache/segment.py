@@ -14,8 +14,9 @@ from sd3pipe.cache.keys import FORMAT_VERSION, KINDS, Kind, row_key
 from sd3pipe.cache.plan import plan_id
 from sd3pipe.cache.rows import Layout, layout_bytes, layout_from_json, layout_to_json, tensor_bytes
 from sd3pipe.errors import InputError
-from sd3pipe.files import publish_once, storage_errors, sync_file, temporary_name
+from sd3pipe.files import publish_once, storage_errors, sync_file
 from sd3pipe.fingerprint import canonical_json, digest_bytes, hash_json
+from sd3pipe.temporaries import temporary_name
 
 METADATA_KEY = "sd3pipe"
 _HEADER_UNIT = 4096  # data starts on a page, and texts of nearly equal length do not move it

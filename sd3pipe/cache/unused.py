@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
-from sd3pipe.cache.folder import CacheFolder, entries_of, is_segment, remove_tree
+from sd3pipe.cache.folder import CacheFolder, entries_of, is_segment
 from sd3pipe.files import storage_errors
+from sd3pipe.temporaries import remove_tree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,21 +2,26 @@
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import threading
-import uuid
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sd3pipe.cache.folder import CacheFolder, remove_tree
+from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.errors import StaleError
 from sd3pipe.files import make_folder, storage_errors, write_json
-from sd3pipe.fingerprint import hash_bytes
+from sd3pipe.living import is_alive, process_mark
+from sd3pipe.temporaries import remove_tree
+
+log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 5.0
-SILENT_SECONDS = 60.0  # a writer of another machine that has not touched its file for so long is dead
+SILENT_SECONDS = 60.0  # a writer of another machine that has touched its file within this time lives
+WATCH_BEATS = 4
 
 _CARD = "writer.json"
 _BEAT = "beat"
@@ -38,7 +43,7 @@ def writing(folder: CacheFolder, identity: str) -> Iterator[Path]:
     Raises StaleError if a living writer fills this cache from another plan, StorageError if the folder is not writable.
     """
     me = Writer(identity=identity, host=socket.gethostname(), pid=os.getpid())
-    scratch = make_folder(folder.writers / _folder_name(me.pid))
+    scratch = make_folder(folder.writers / process_mark())
     stop = threading.Event()
     beat = threading.Thread(target=_beat, args=(scratch / _BEAT, stop), daemon=True)
     try:
@@ -57,15 +62,15 @@ def writing(folder: CacheFolder, identity: str) -> Iterator[Path]:
 
 def is_alone(folder: CacheFolder, scratch: Path) -> bool:
     """Whether no other writer lives than the one whose folder is `scratch`."""
-    now = _beat_time(scratch)
-    return not any(_lives(other, now) for other in _scratch_folders(folder) if other != scratch)
+    return _living([other for other in _scratch_folders(folder) if other != scratch], _beat_time(scratch)) == []
 
 
 def _bury_the_dead_and_refuse(folder: CacheFolder, me: Writer, scratch: Path) -> None:
     """Removes what dead writers left, and refuses to work beside one that fills another plan."""
-    now = _beat_time(scratch)
-    for other in _scratch_folders(folder):
-        if not _lives(other, now):
+    others = [other for other in _scratch_folders(folder) if other != scratch]
+    living = _living(others, _beat_time(scratch))
+    for other in others:
+        if other not in living:
             remove_tree(other)
             continue
         writer = _read_card(other)
@@ -76,25 +81,32 @@ def _bury_the_dead_and_refuse(folder: CacheFolder, me: Writer, scratch: Path) ->
             )
 
 
-def _folder_name(pid: int) -> str:
-    """Returns a new name that tells whether the process lives: pid, start of the process, machine."""
-    return f"{pid}-{_start_mark(pid)}-{_machine()}-{uuid.uuid4().hex[:16]}"
+def _living(scratches: Sequence[Path], now: float) -> list[Path]:
+    """Returns the folders whose writers live. `now` is the present time by the clock of the cache's file system.
+
+    A writer of this machine is looked up. One of another machine lives if it has just shown life; where the clocks may
+    differ, for its sign of life lies in the future or is old, it is watched until it shows life again, or should have.
+    """
+    living, watched = [], {}
+    for scratch in scratches:
+        lives = is_alive(scratch.name)
+        beat = _beat_time(scratch)
+        if lives is None and not 0 <= now - beat <= SILENT_SECONDS:
+            watched[scratch] = beat
+        elif lives or lives is None:
+            living.append(scratch)
+    return living + _still_beating(watched)
 
 
-def _machine() -> str:
-    """Returns what tells machines apart, and containers that share a machine's name but not its process numbers."""
-    name = socket.gethostname()
-    with contextlib.suppress(OSError):
-        name += str(Path("/proc/self/ns/pid").readlink())
-    return hash_bytes(name.encode())[:16]
-
-
-def _lives(scratch: Path, now: float) -> bool:
-    """Whether the writer of a folder lives. `now` is the present time by the clock of the cache's file system."""
-    pid, started, machine, *_ = [*scratch.name.split("-"), "", "", ""]
-    if pid.isdigit() and started and machine == _machine():
-        return _start_mark(int(pid)) == started
-    return now - _beat_time(scratch) <= SILENT_SECONDS
+def _still_beating(beats: Mapping[Path, float]) -> list[Path]:
+    """Returns the folders whose writers show life within some beats from here."""
+    if not beats:
+        return []
+    log.info("waiting %.0f s to see whether a writer of another machine still lives", WATCH_BEATS * BEAT_SECONDS)
+    end = time.monotonic() + WATCH_BEATS * BEAT_SECONDS
+    while time.monotonic() < end and any(_beat_time(scratch) == beat for scratch, beat in beats.items()):
+        time.sleep(BEAT_SECONDS / 5)
+    return [scratch for scratch, beat in beats.items() if scratch.exists() and _beat_time(scratch) != beat]
 
 
 def _scratch_folders(folder: CacheFolder) -> list[Path]:
@@ -122,13 +134,9 @@ def _beat_time(scratch: Path) -> float:
     """Returns when a writer last showed life, by the clock of the file system."""
     for path in (scratch / _BEAT, scratch):
         with contextlib.suppress(OSError):
-            return path.stat().st_mtime
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # NFS asks its server when a file is opened
+            try:
+                return os.fstat(handle).st_mtime
+            finally:
+                os.close(handle)
     return 0.0
-
-
-def _start_mark(pid: int) -> str:
-    """Returns when a living process started, in the kernel's ticks since boot; empty if it is dead or nothing tells."""
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        state, *numbers = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        return numbers[18] if state not in "ZX" else ""
-    return ""

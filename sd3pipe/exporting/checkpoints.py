@@ -1,9 +1,9 @@
 """Writes a whole model with an adapter in it: a single file or a diffusers folder, as the base is."""
 
-import contextlib
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -22,7 +22,7 @@ from sd3pipe.adapters.merged_file import (
 )
 from sd3pipe.console import readable_bytes
 from sd3pipe.errors import InputError, ParameterError, StorageError
-from sd3pipe.files import atomic_file, free_bytes, storage_errors, temporary_name
+from sd3pipe.files import atomic_file, atomic_folder, free_bytes
 from sd3pipe.models.safetensors_header import StoredTensor, read_header
 from sd3pipe.models.sources import ComponentSource
 
@@ -103,12 +103,12 @@ def _write_file(out: Path, part: _Part, options: _Options) -> MergedModel:
 
 def _write_folder(out: Path, folder: Path, parts: list[_Part], options: _Options) -> MergedModel:
     """Writes a folder beside its final place: changed files merged, all others copied."""
-    if out.exists():
+    if os.path.lexists(out):
         raise ParameterError(f"{out}: exists already, and the base is a folder: name a new one")
     files = [path for path in folder.rglob("*") if path.is_file()]
     _check_space(out, sum(path.stat().st_size for path in files))
     changed = {part.path: part for part in parts}
-    with _new_folder(out) as temporary:
+    with atomic_folder(out) as temporary:
         merged: list[Merged] = []
         for path in files:
             target = temporary / path.relative_to(folder)
@@ -133,20 +133,6 @@ def _merge(handle: IO[bytes], part: _Part, options: _Options) -> Merged:
         metadata=merged_metadata(read_metadata(part.path), options.metadata),
         device=options.device,
     )
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Makes a folder that gets its name when the block ends well, and vanishes when it does not."""
-    with storage_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_name(out.parent, out.name)
-        temporary.mkdir()
-        try:
-            yield temporary
-            temporary.replace(out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from sd3pipe.params.export import AdapterDtype, DescriptionParams
-from sd3pipe.params.fields import OptionPath, Params, option
+from sd3pipe.params.fields import NewFilePath, OptionPath, Params, option
 
 _FILE, _RANK = "File", "Rank"
 
@@ -15,7 +15,7 @@ AdapterForm = Literal["comfyui", "comfyui-generic", "diffusers"]
 class AdapterInspectParams(Params):
     adapter: OptionPath = option(..., "Adapter file, checkpoint or run folder.", positional=True, role="path")
     as_json: bool = option(False, "Print JSON instead of text.", aliases=("json",))
-    picture: OptionPath | None = option(None, "Draw the norms by block and part into this SVG file.", role="path")
+    picture: NewFilePath | None = option(None, "Draw the norms by block and part into this SVG file.", role="path")
     reproduce: bool = option(False, "Print the commands and hashes that would make the adapter again.")
     ignore_unknown: bool = option(False, "Go on where keys stand for nothing in an SD3 model, and list them.")
 
@@ -23,7 +23,7 @@ class AdapterInspectParams(Params):
 class WrittenParams(DescriptionParams):
     """What all commands take that write an adapter file."""
 
-    out: OptionPath = option(..., "File to write.", role="path", panel=_FILE)
+    out: NewFilePath = option(..., "File to write.", role="path", panel=_FILE)
     format: AdapterForm = option(
         "comfyui", "comfyui (native keys), comfyui-generic, or diffusers (peft keys).", panel=_FILE
     )

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from sd3pipe.params.fields import OptionPath, Params, option
+from sd3pipe.params.fields import NewFilePath, OptionPath, Params, option
 from sd3pipe.params.stage import StageParams
 
 _PATHS, _FILE, _WORDS = "Paths", "File", "What the file says of itself"
@@ -41,7 +41,7 @@ class _ExportOptions(Params):
     adapter: OptionPath = option(
         ..., "Run folder, checkpoint or adapter file.", role="path", panel=_PATHS, paths_key="run"
     )
-    out: OptionPath = option(
+    out: NewFilePath = option(
         ..., "File to write; a folder with --checkpoints, and for a base in a folder.",
         role="path", panel=_PATHS, paths_key="export",
     )  # fmt: skip

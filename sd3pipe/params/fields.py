@@ -5,10 +5,13 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
+from sd3pipe.files import followed
+
 OptionPath = Annotated[Path, Field(strict=False)]  # TOML has no paths, only strings
+NewFilePath = Annotated[OptionPath, AfterValidator(followed)]  # refused before any work where no file can come to lie
 
 Role = Literal["path", "recipe", "identity", "free"]
 # path      names a file or folder; may come from project.toml [paths]; enters nothing (its content does)

@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from sd3pipe.adapters.tensor_file import in_file_order, write_tensors
 from sd3pipe.errors import InputError
-from sd3pipe.files import make_folder, storage_errors, sync_file, sync_folder, temporary_name, write_json
+from sd3pipe.files import atomic_folder, remove_folder, storage_errors, sync_file, write_json
 from sd3pipe.fingerprint import hash_file
 
 log = logging.getLogger(__name__)
@@ -65,26 +64,17 @@ def write_checkpoint(
     state: Mapping[str, Any],
 ) -> Checkpoint:
     """Writes a step's checkpoint under a temporary name, then renames it; replaces one of the same step."""
-    folder = make_folder(run / CHECKPOINTS_FOLDER)
-    final, temporary = folder / step_name(step), temporary_name(folder)
-    with storage_errors(final):
-        temporary.mkdir()
-        try:
-            write_adapter(temporary / ADAPTER_FILE)
-            with open(temporary / OPTIMIZER_FILE, "xb") as handle:
-                write_tensors(handle, in_file_order(tensors), {})
-                sync_file(handle)
-            files = {name: _identity(temporary / name) for name in (ADAPTER_FILE, OPTIMIZER_FILE)}
-            content = {**state, "format": FORMAT_VERSION, "step": step, "files": files}
-            write_json(temporary / STATE_FILE, content)
-            replaced = temporary.with_name(f"{temporary.name}-replaced")
-            if final.exists():
-                final.rename(replaced)
-            temporary.rename(final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-        sync_folder(folder)
+    final = run / CHECKPOINTS_FOLDER / step_name(step)
+    with atomic_folder(final) as temporary:
+        write_adapter(temporary / ADAPTER_FILE)
+        with open(temporary / OPTIMIZER_FILE, "xb") as handle:
+            write_tensors(handle, in_file_order(tensors), {})
+            sync_file(handle)
+        files = {name: _identity(temporary / name) for name in (ADAPTER_FILE, OPTIMIZER_FILE)}
+        content = {**state, "format": FORMAT_VERSION, "step": step, "files": files}
+        write_json(temporary / STATE_FILE, content)
+        if final.exists():
+            remove_folder(final)
     return Checkpoint(path=final, step=step, state=content)
 
 
@@ -132,7 +122,8 @@ def set_aside_later(run: Path, step: int) -> None:
     for path in [*checkpoint_paths(run), *samples]:
         if int(path.name.removeprefix("step-")) > step:
             target = path.with_name(f"{path.name}.superseded")
-            shutil.rmtree(target, ignore_errors=True)
+            if target.exists():
+                remove_folder(target)
             with storage_errors(path):
                 path.rename(target)
             log.info("%s: renamed to %s", path, target.name)
@@ -170,8 +161,7 @@ def prune(run: Path, newest: Checkpoint, retention: Retention, *, keep_steps: Se
         except (OSError, ValueError):
             continue  # a torn checkpoint is left for the user to look at
         if not retention.keeps_adapter(state, newest.state) and state["step"] not in keep_steps:
-            with storage_errors(path):
-                shutil.rmtree(path)
+            remove_folder(path)
         elif OPTIMIZER_FILE in state["files"] and not retention.keeps_optimizer(state, newest.state, age):
             _drop_optimizer(path, state)
 

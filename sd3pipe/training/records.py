@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sd3pipe.files import make_folder, storage_errors, write_json, write_text
+from sd3pipe.files import append_text, make_folder, write_json, write_text
 from sd3pipe.params.bands import BAND_NAMES
 
 log = logging.getLogger(__name__)
@@ -46,8 +46,7 @@ class Records:
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         line = json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n"
         path = self._run / METRICS_FILE
-        with storage_errors(path), open(path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(line)
+        append_text(path, line)
         if self._trackers is not None and kind != "event":
             self._trackers.log(dict(_flat(f"{kind}/", values)), step=step)
 

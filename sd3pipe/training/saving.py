@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from sd3pipe.adapters.files import save_adapter
 from sd3pipe.adapters.network import AdapterNetwork
 from sd3pipe.adapters.precision import StoredDtype
-from sd3pipe.files import atomic_file, storage_errors, write_json
+from sd3pipe.files import atomic_file, followed, storage_errors, write_json
 from sd3pipe.training.checkpoints import (
     ADAPTER_FILE,
     Checkpoint,
@@ -104,10 +104,10 @@ class Saver:
         assert self._newest is not None
         if not self._processes.is_main:
             return
-        copy_file(self._newest / ADAPTER_FILE, self._run / FINAL_FOLDER / ADAPTER_FILE)
-        write_json(self._run / FINAL_FOLDER / INPUTS_FILE, inputs)
         if self._loras_dir is not None:
-            copy_file(self._newest / ADAPTER_FILE, self._loras_dir / f"{self._output_name}.safetensors")
+            copy_file(self._newest / ADAPTER_FILE, followed(self._loras_dir / f"{self._output_name}.safetensors"))
+        copy_file(self._newest / ADAPTER_FILE, self._run / FINAL_FOLDER / ADAPTER_FILE)
+        write_json(self._run / FINAL_FOLDER / INPUTS_FILE, inputs)  # comes last: it says that the run is finished
 
     def _write(self, progressed: Progressed) -> Path:
         tensors, values = export_state(self._optimizer, self._weights.optimized)
@@ -127,7 +127,7 @@ class Saver:
         )
         if self._loras_dir is not None:
             name = f"{self._output_name}-step{progressed.step:08d}.safetensors"
-            copy_file(checkpoint.adapter, self._loras_dir / name)
+            copy_file(checkpoint.adapter, followed(self._loras_dir / name))
         best = [progressed.best_step] if progressed.best_step is not None else []
         prune(self._run, checkpoint, self._retention, keep_steps=best)
         return checkpoint.path

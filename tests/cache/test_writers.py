@@ -1,13 +1,16 @@
 """Writers fill one plan without a lock; a second plan is refused while one lives; killed ones cost little."""
 
+import os
 import random
 import shutil
+import threading
 import time
 
 import pytest
 from support import forked
 from support.fake_cache import FakeEncoder, captions, fill, folder_bytes, wanted_texts
 
+from sd3pipe.cache import writers
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.store import fill_cache
@@ -130,3 +133,47 @@ def test_a_kill_loses_at_most_the_segment_being_written(out):
     counts = fill_cache(out, wanted, encoder, made_with="fake 1")
     assert counts.in_place + len(encoder.asked) + counts.copied + (counts.failed - len(UNREADABLE)) >= COUNT - 2
     assert counts.in_place >= whole  # every segment that got its name before the kill was used
+
+
+@pytest.fixture
+def far_writer(out, monkeypatch):
+    """The folder of a writer on another machine, which fills the cache from another dataset."""
+    monkeypatch.setattr(writers, "BEAT_SECONDS", 0.05)
+    fill(out, wanted_texts(captions(2)))
+    scratch = CacheFolder(out).writers / f"17-4711-{'0' * 16}-{'1' * 16}"
+    scratch.mkdir()
+    (scratch / "writer.json").write_text('{"host": "far", "identity": "other", "pid": 17}')
+    (scratch / "beat").touch()
+    return scratch
+
+
+def show_life(scratch, ahead):
+    """Sets the heartbeat as a machine does whose clock is `ahead` seconds before ours."""
+    os.utime(scratch / "beat", (time.time() + ahead,) * 2)
+
+
+@pytest.mark.parametrize("ahead", [3600.0, -3600.0])
+def test_a_dead_writer_whose_clock_differed_stops_nobody(out, far_writer, ahead):
+    show_life(far_writer, ahead)
+    assert fill(out, wanted_texts(captions(3))).published
+    assert not far_writer.exists()
+
+
+@pytest.mark.parametrize("ahead", [3600.0, 0.0, -3600.0])
+def test_a_living_writer_is_respected_whatever_its_clock_says(out, far_writer, ahead):
+    show_life(far_writer, ahead)
+    over = threading.Event()
+
+    def beat():
+        while not over.wait(0.02):
+            show_life(far_writer, ahead)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(StaleError, match="by process 17 on far"):
+            fill(out, wanted_texts(captions(3)))
+    finally:
+        over.set()
+        thread.join()
+    assert far_writer.exists()
