@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sd3pipe.adapters.deltas import Adapter, Delta, LoRADelta, difference, same_factors
 from sd3pipe.adapters.forms import Strength, parse, prepared, tensors_of
+from sd3pipe.adapters.integrity import TENSOR_HASH_KEY, check_bytes, with_digest
 from sd3pipe.adapters.keymap import Form, is_text_encoder
 from sd3pipe.adapters.precision import Rounded, StoredDtype, check_error, rounded_adapter
 from sd3pipe.adapters.recognise import describe, foreign_kind
@@ -133,7 +134,8 @@ def save_adapter(
     header = {"format": "pt"} | _needed_metadata(stored, tensors, form)
     if metadata is not None:
         digest = data_sha256(tensors)
-        header = {**metadata, "sshs_model_hash": digest, "modelspec.hash_sha256": "0x" + digest} | header
+        header = {**metadata, TENSOR_HASH_KEY: digest, "modelspec.hash_sha256": "0x" + digest} | header
+        header = with_digest(tensors, header)
     with atomic_file(path) as handle:
         write_tensors(handle, tensors, header)
         handle.flush()
@@ -185,9 +187,11 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             kind = foreign_kind(shapes)
             if kind:
                 raise InputError(f"{path}: is no SD3 adapter: it seems to be {kind}")
+            metadata = dict(file.metadata() or {})
+            check_bytes(path, metadata)
             for name, shape in shapes.items():
                 _check_number_format(path, name, file.get_slice(name).get_dtype(), shape)
-            return {name: _kept(file.get_tensor(name)) for name in shapes}, dict(file.metadata() or {})
+            return {name: _kept(file.get_tensor(name)) for name in shapes}, metadata
     except (SafetensorError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"{path}: is damaged, cut short or no safetensors file ({reason})") from error

@@ -10,6 +10,7 @@ from sd3pipe.files import nearest_path
 log = logging.getLogger(__name__)
 
 ADAPTER_NAME = "adapter.safetensors"
+STATE_NAME = "state.json"  # of a checkpoint, says what its files are
 _NAMES_OF_OTHERS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers', peft's
 _STEP = re.compile(r"step-(\d+)")
 

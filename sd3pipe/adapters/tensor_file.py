@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO
 
@@ -58,15 +58,22 @@ def in_file_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
 
 
+def file_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """Yields the bytes of a whole file from tensors in memory, in their order."""
+    yield header_bytes(
+        (
+            Entry(name=name, dtype=DTYPE_NAMES[tensor.dtype], shape=tuple(tensor.shape), nbytes=tensor.nbytes)
+            for name, tensor in tensors.items()
+        ),
+        metadata,
+    )
+    yield from map(tensor_bytes, tensors.values())
+
+
 def write_tensors(handle: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes a whole file from tensors in memory, in their order."""
-    entries = [
-        Entry(name=name, dtype=DTYPE_NAMES[tensor.dtype], shape=tuple(tensor.shape), nbytes=tensor.nbytes)
-        for name, tensor in tensors.items()
-    ]
-    handle.write(header_bytes(entries, metadata))
-    for tensor in tensors.values():
-        handle.write(tensor_bytes(tensor))
+    for piece in file_pieces(tensors, metadata):
+        handle.write(piece)
 
 
 def data_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -10,7 +10,7 @@ from sd3pipe.console import count, readable_bytes
 from sd3pipe.errors import ParameterError
 from sd3pipe.params.export import DescriptionParams
 
-_OF_THE_SOURCE_FILE = {"format", "lora_adapter_metadata", "sd3pipe_dora_norm"}
+_OF_THE_SOURCE_FILE = {"format", "lora_adapter_metadata", "sd3pipe_dora_norm", "sshs_legacy_hash"}
 
 
 def export_metadata(

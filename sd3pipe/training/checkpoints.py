@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sd3pipe.adapters.find import ADAPTER_NAME, STATE_NAME
 from sd3pipe.adapters.tensor_file import in_file_order, write_tensors
 from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_folder, remove_folder, storage_errors, sync_file, write_json
@@ -19,9 +20,8 @@ from sd3pipe.fingerprint import hash_file
 
 log = logging.getLogger(__name__)
 
-ADAPTER_FILE = "adapter.safetensors"
+ADAPTER_FILE, STATE_FILE = ADAPTER_NAME, STATE_NAME
 OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "state.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 FORMAT_VERSION = 1
 

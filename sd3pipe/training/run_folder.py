@@ -9,7 +9,9 @@ from typing import Any
 
 from sd3pipe.errors import InputError, ParameterError, StaleError
 from sd3pipe.files import storage_errors
+from sd3pipe.fingerprint import hash_file
 from sd3pipe.training.checkpoints import (
+    ADAPTER_FILE,
     STATE_FILE,
     Checkpoint,
     checkpoint_paths,
@@ -21,7 +23,7 @@ from sd3pipe.training.checkpoints import (
 log = logging.getLogger(__name__)
 
 Identity = Mapping[str, Any]
-_FINAL, _INPUTS, _ADAPTER = "final", "inputs.json", "adapter.safetensors"
+_FINAL, _INPUTS = "final", "inputs.json"
 _METRICS = "metrics.jsonl"
 
 
@@ -60,12 +62,14 @@ def choose_start(
 
 
 def is_finished(run: Path, start: Start, identity: Identity, total_steps: int) -> bool:
-    """Returns whether the run has done all its steps and final/ holds their result."""
+    """Returns whether the run has done all its steps and final/ holds their result, byte for byte."""
     if start.checkpoint is None or start.checkpoint.step != total_steps or start.changes:
         return False
     try:
         made_from = json.loads((run / _FINAL / _INPUTS).read_text(encoding="utf-8"))
-        return made_from == {"identity": dict(identity), "steps": total_steps} and (run / _FINAL / _ADAPTER).is_file()
+        saved = start.checkpoint.state["files"][ADAPTER_FILE]["blake3"]
+        same = made_from == {"identity": dict(identity), "steps": total_steps}
+        return same and hash_file(run / _FINAL / ADAPTER_FILE) == saved
     except (OSError, ValueError):
         return False
 
