@@ -117,13 +117,13 @@ def fill_cache(
         return fill.finish()
 
 
-def missing_rows(out: Path, wanted: Wanted, *, others: Sequence[Path] = ()) -> Missing:
+def missing_rows(out: Path, wanted: Wanted) -> Missing:
     """Returns what `fill_cache` would encode, without touching the cache. Raises InputError like `fill_cache`."""
     folder = CacheFolder(out)
     folder.check_ours()
     census = Census(folder, wanted, read_only=True)
     lacking = [leaf for leaf in census.plan() if not census.present(leaf)]
-    stock = Stock(folder, wanted.kind, {leaf.plan_id for leaf in census.plan()}, others) if lacking else ()
+    stock = Stock(folder, wanted.kind, {leaf.plan_id for leaf in census.plan()}) if lacking else ()
     note_wish(folder, wanted)
     return Missing(
         keys=tuple(key for leaf in lacking for key in leaf.keys if key not in stock),

@@ -20,7 +20,6 @@ from sd3pipe.console import StageReport, count, one_line, progress, readable_byt
 from sd3pipe.data.buckets import Placement, cut_by_limit
 from sd3pipe.data.dataset_file import Dataset, load_dataset
 from sd3pipe.data.scan import Scan, scan, source_files, tell_about_pictures
-from sd3pipe.encoding.imported import check_not_imported, imported_cache, imported_keys, imported_rows, imported_words
 from sd3pipe.encoding.latent_plan import Sample, Sources, find_sources, latents_wanted
 from sd3pipe.errors import InputError, QuarantineError
 from sd3pipe.models.sources import ComponentSource, find_component
@@ -48,7 +47,6 @@ class _Prepared:
     vae: ComponentSource
     architecture: VAEArchitecture
     wanted: Wanted
-    imported: tuple[Path, ...]  # the cache of imported rows, if there is one
 
 
 def main(params: EncodeLatentsParams) -> None:
@@ -64,7 +62,7 @@ def main(params: EncodeLatentsParams) -> None:
             counts = _fill_on_ray(ready, params)
         else:
             counts = _filler(ready, params)(params.shard_numbers())
-        report.update(**counts.as_report(), imported=imported_rows(ready.wanted))
+        report.update(**counts.as_report())
         seen = source_files(ready.found, ready.dataset, captions=False)
         remember_sources(
             params.out,
@@ -73,7 +71,7 @@ def main(params: EncodeLatentsParams) -> None:
             folders=seen.folders,
             scan_started=ready.scan_started,
         )
-        report.summary = counts.summary() + imported_words(ready.wanted) + _below_resolution(ready.sources)
+        report.summary = counts.summary() + _below_resolution(ready.sources)
         _check_quarantine(counts, ready.sources, params)
 
 
@@ -93,7 +91,6 @@ def _filler(ready: _Prepared, params: EncodeLatentsParams) -> Callable[[tuple[in
             made_with=f"sd3pipe {version()}, torch {importlib.metadata.version('torch')}",
             shard=shard,
             retry_unreadable=params.rehash,
-            others=ready.imported,
         )
 
     return fill
@@ -104,7 +101,7 @@ def _fill_on_ray(ready: _Prepared, params: EncodeLatentsParams) -> FillCounts:
     if params.rehash:
         _filler(ready, params)(NO_PART)  # forgets which rows were unreadable
     theirs = params.model_copy(update={"rehash": False})
-    missing = missing_rows(params.out, ready.wanted, others=ready.imported)
+    missing = missing_rows(params.out, ready.wanted)
     if missing.keys:
         from sd3pipe.encoding.ray_engine import fill_parts
 
@@ -134,9 +131,7 @@ def _prepare(params: EncodeLatentsParams) -> _Prepared:
     vae = find_component("vae", model=params.model, file=params.vae)
     architecture = detect_vae(vae.shapes(), vae.where)
     recipe = {name: getattr(params, name) for name in ("latent_mode", "latent_dtype", "vae_dtype")}
-    theirs = imported_cache(params.imported, "latents")
-    keys = imported_keys(params.imported, "latents")
-    wanted = latents_wanted(sources, dataset, architecture, vae.fingerprint(memory), recipe, keys)
+    wanted = latents_wanted(sources, dataset, architecture, vae.fingerprint(memory), recipe)
     if not params.dry_run:
         memory.save()
     return _Prepared(
@@ -147,7 +142,6 @@ def _prepare(params: EncodeLatentsParams) -> _Prepared:
         vae=vae,
         architecture=architecture,
         wanted=wanted,
-        imported=(theirs,) if theirs else (),
     )
 
 
@@ -166,7 +160,6 @@ def _encoder(
     def encode(keys: Sequence[str]) -> Iterator[tuple[str, Row | Unreadable]]:
         from sd3pipe.encoding.latent_rows import encoded_rows  # imports torch, which a run without work never needs
 
-        check_not_imported(keys, ready.wanted)
         samples = [sample_by_key[key] for key in keys]
         with progress("encode-latents", len(keys), "rows") as bar:
             for key, row in encoded_rows(keys, samples, encoder(), ready.architecture, params):
@@ -208,7 +201,7 @@ def _is_cut(sample: Sample) -> bool:
 
 def _forecast(ready: _Prepared, params: EncodeLatentsParams) -> str:
     """Returns what a run would do: rows, time on this device, size."""
-    missing = missing_rows(params.out, ready.wanted, others=ready.imported)
+    missing = missing_rows(params.out, ready.wanted)
     there = len(ready.wanted.row_by_key) - len(missing.keys)
     left_out = f"{len(ready.sources.left_out)} of {count(ready.sources.pictures, 'picture')} left out"
     if not missing.keys:

@@ -21,7 +21,6 @@ from sd3pipe.data.dataset_file import Dataset, load_dataset
 from sd3pipe.data.prompts import load_prompts
 from sd3pipe.data.scan import Scan, scan, source_files, tell_about_captions
 from sd3pipe.encoding.cut_texts import Cuts, recall_cuts, remember_cuts
-from sd3pipe.encoding.imported import check_not_imported, imported_cache, imported_keys, imported_rows, imported_words
 from sd3pipe.encoding.text_plan import (
     TextEncoders,
     Texts,
@@ -65,7 +64,6 @@ class _Prepared:
     encoders: TextEncoders
     recipe: TextRecipe
     wanted: Wanted
-    imported: tuple[Path, ...]  # the cache of imported rows, if there is one
     scanned: tuple[Dataset, Scan, float] | None  # with the time at which the scan began
 
 
@@ -113,8 +111,8 @@ def _fill(params: EncodeTextParams, target: _Target) -> None:
             counts = _filler(ready, params, target, cuts)(params.shard_numbers())
         remember_cuts(folder, cuts)
         cut = _cut_texts(ready, cuts)
-        report.update(**counts.as_report(), imported=imported_rows(ready.wanted), cut=cut)
-        report.summary = counts.summary() + imported_words(ready.wanted)
+        report.update(**counts.as_report(), cut=cut)
+        report.summary = counts.summary()
         report.summary += f", {count(len(cut), 'text')} cut" if cut else ""
         if ready.scanned is not None:
             dataset, found, started = ready.scanned
@@ -135,14 +133,14 @@ def _filler(
     encode = _encoder(ready, params, machine_folder(target.out), cuts)
 
     def fill(shard: tuple[int, int]) -> FillCounts:
-        return fill_cache(target.out, ready.wanted, encode, made_with=_made_with(), shard=shard, others=ready.imported)
+        return fill_cache(target.out, ready.wanted, encode, made_with=_made_with(), shard=shard)
 
     return fill
 
 
 def _fill_on_ray(ready: _Prepared, params: EncodeTextParams, target: _Target, cuts: Cuts) -> FillCounts:
     """Lets the workers of a cluster make what is missing, and publishes it."""
-    missing = missing_rows(target.out, ready.wanted, others=ready.imported)
+    missing = missing_rows(target.out, ready.wanted)
     if missing.keys:
         from sd3pipe.encoding.ray_engine import fill_parts
 
@@ -183,9 +181,7 @@ def _prepare(params: EncodeTextParams, target: _Target) -> _Prepared:
     files: dict[EncoderName, Path | None] = {"clip_l": params.clip_l, "clip_g": params.clip_g, "t5xxl": params.t5xxl}
     encoders = find_text_encoders(params.model, files, params.tokenizers)
     recipe = text_recipe(params)
-    theirs = imported_cache(params.imported, "text") if target.kind == "text" else None
-    keys = imported_keys(params.imported, "text") if theirs else frozenset[str]()
-    wanted = text_wanted(texts, encoders, encoders.fingerprints(weights), recipe, keys)
+    wanted = text_wanted(texts, encoders, encoders.fingerprints(weights), recipe)
     if not params.dry_run:
         pictures.save()
         weights.save()
@@ -194,7 +190,6 @@ def _prepare(params: EncodeTextParams, target: _Target) -> _Prepared:
         encoders=encoders,
         recipe=recipe,
         wanted=wanted,
-        imported=(theirs,) if theirs else (),
         scanned=scanned,
     )
 
@@ -212,7 +207,6 @@ def _encoder(
     def encode(keys: Sequence[str]) -> Iterator[tuple[str, Row | Unreadable]]:
         from sd3pipe.encoding.text_encoding import encoded_texts  # imports torch and transformers
 
-        check_not_imported(keys, ready.wanted)
         tokens = _tokens(ready, keys, cuts)
         rows = encoded_texts(tokens, ready.encoders, ready.recipe, params, scratch)
         yield from zip(keys, rows, strict=True)
@@ -252,7 +246,7 @@ def _tell_about_cuts(cut: Sequence[Mapping[str, Any]], clip_length: int, t5_leng
 
 def _forecast(ready: _Prepared, params: EncodeTextParams, target: _Target) -> str:
     """Returns what a run would do: rows, time on this device, size."""
-    missing = missing_rows(target.out, ready.wanted, others=ready.imported)
+    missing = missing_rows(target.out, ready.wanted)
     there = len(ready.wanted.row_by_key) - len(missing.keys)
     if not missing.keys:
         return f"encode-text, dry run: nothing to encode, {count(there, 'row')} there"

@@ -4,16 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sd3pipe.config import PROJECT_FILE, read_project
-from sd3pipe.files import write_json, write_text
+from sd3pipe.config import PROJECT_FILE
 from sd3pipe.models.architecture import detect_mmdit
 from sd3pipe.models.sources import find_component
 from sd3pipe.params.command_line import load_stage_models
-from sd3pipe.params.encode_latents import EncodeLatentsParams
-from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.fields import option_extra
 from sd3pipe.params.from_kohya import FromKohyaParams
-from sd3pipe.params.resolve import resolve
 from sd3pipe.params.stage_file import render_stage_file
 from sd3pipe.project.ignored import DVCIGNORE, gitignore
 from sd3pipe.project.kohya import SCRIPT, Translation, read_command, read_config, translate
@@ -21,7 +17,6 @@ from sd3pipe.project.kohya_dataset import dataset_text, read_dataset, source_pat
 from sd3pipe.project.pipeline import dvc_yaml
 from sd3pipe.project.writer import project_toml, write_project
 
-_IMPORTED = "imported"  # folder in the caches' folder
 _HEADINGS = {
     "dropped": "Not trained any more:",
     "refused": "Refused:",
@@ -31,7 +26,7 @@ _HEADINGS = {
 
 
 def main(params: FromKohyaParams) -> None:
-    """Writes project, stage and dataset files, and takes over cached rows if asked to; overwrites nothing."""
+    """Writes project, stage and dataset files; overwrites nothing."""
     given = _read(params.source)
     translation = translate(given, load_stage_models())
     _check_blocks(translation)
@@ -42,8 +37,6 @@ def main(params: FromKohyaParams) -> None:
     if not params.dry_run:
         write_project(params.out, texts)
     _tell(params, translation, texts)
-    if params.import_cache:
-        _import_cache(params, translation, source_paths(tables))
 
 
 def _read(source: tuple[str, ...]) -> dict[str, Any]:
@@ -90,9 +83,7 @@ def _texts(folder: Path, tables: Mapping[str, Any], translation: Translation) ->
     return {**texts, ".gitignore": gitignore([]), ".dvcignore": DVCIGNORE}
 
 
-def _project_files(
-    folder: Path, translation: Translation, sources: Sequence[str], *, imported: bool = False
-) -> dict[str, str]:
+def _project_files(folder: Path, translation: Translation, sources: Sequence[str]) -> dict[str, str]:
     """Returns the files that say where things are."""
     paths = {key: _absolute(value) for key, value in translation.paths.items()} | {
         "dataset": "dataset.toml",
@@ -100,30 +91,7 @@ def _project_files(
         "run": f"runs/{translation.name}",
         "export": f"exports/{translation.name}.safetensors",
     }
-    paths |= {"imported": f"caches/{_IMPORTED}"} if imported else {}
     return {PROJECT_FILE: project_toml(paths), "dvc.yaml": dvc_yaml(paths, sources, folder=folder)}
-
-
-def _import_cache(params: FromKohyaParams, translation: Translation, sources: Sequence[str]) -> None:
-    """Takes over what sd-scripts cached, and names the rows in the project's files if there are any."""
-    from sd3pipe.encoding.import_latents import import_latents  # these import torch, which a translation never needs
-    from sd3pipe.encoding.import_text import import_text
-
-    project = read_project(params.out)
-    folder = Path(project.paths["caches"], _IMPORTED)
-    latents = resolve(EncodeLatentsParams, "encode-latents", {}, project=project)
-    text = resolve(EncodeTextParams, "encode-text", {}, project=project)
-    reports = [
-        import_latents(latents, folder / "latents", verify_rows=params.verify_rows),
-        import_text(text, latents.dataset, folder / "text", verify_rows=params.verify_rows),
-    ]
-    write_json(Path(f"{folder}.report.json"), {report.kind: report.to_json() for report in reports})
-    lines = [f"  {line}" for report in reports for line in report.lines()]
-    print("Taken over from sd-scripts' caches:", *lines, sep="\n")
-    if any(report.imported for report in reports):
-        for name, content in _project_files(params.out, translation, sources, imported=True).items():
-            write_text(params.out / name, content)
-    print(f"  every refused row, with its reason: {folder}.report.json")
 
 
 def _absolute(value: str) -> str:

@@ -40,7 +40,7 @@ def stage_arguments(project: Project) -> dict[str, list[str]]:
     if "sample_prompts" in paths:
         stages["encode-prompts"] = _encode_text(paths, "--sample-prompts", paths["sample_prompts"], "prompts")
     stages["encode-latents"] = [
-        "encode-latents", *_options(paths, "model", "vae", "dataset", "imported"), "--out", f"{paths['caches']}/latents"
+        "encode-latents", *_options(paths, "model", "vae", "dataset"), "--out", f"{paths['caches']}/latents"
     ]  # fmt: skip
     stages["train"] = _train(paths)
     stages["export"] = ["export", "--adapter", paths["run"], *_options(paths, "model"), "--out", paths["export"]]
@@ -48,8 +48,7 @@ def stage_arguments(project: Project) -> dict[str, list[str]]:
 
 
 def _encode_text(paths: Paths, source: str, file: str, cache: str) -> list[str]:
-    imported = ("imported",) if cache == "text" else ()
-    encoders = _options(paths, "model", "clip_l", "clip_g", "t5xxl", "tokenizers", *imported)
+    encoders = _options(paths, "model", "clip_l", "clip_g", "t5xxl", "tokenizers")
     return ["encode-text", *encoders, source, file, "--out", f"{paths['caches']}/{cache}"]
 
 

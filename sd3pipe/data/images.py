@@ -47,19 +47,6 @@ def decode(data: bytes, suffix: str = "", *, keep_alpha: bool, max_pixels: int =
         raise UnreadablePicture(f"it cannot be decoded ({reason(error)})") from error
 
 
-def differs_from_plain(data: bytes, suffix: str = "") -> str | None:
-    """Returns what `decode` does to a picture beyond Pillow's conversion to RGB. Raises UnreadablePicture."""
-    image = open_picture(data, suffix)
-    if orientation(image) in _FLIPS:
-        return "it is turned by its EXIF orientation, which sd-scripts ignores"
-    if image.mode.startswith("I") or image.mode == "F":
-        return "it has more than eight bits, which are scaled here and cut off in sd-scripts"
-    profile = image.info.get("icc_profile")
-    if profile and not _is_srgb_or_damaged(profile):
-        return "it is converted by its colour profile, which sd-scripts ignores"
-    return None
-
-
 def composited(pixels_HWC: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
     """Returns RGBA pixels laid over a colour, as uint8 [height, width, 3]."""
     alpha = pixels_HWC[..., 3:].astype(np.float32) / 255
@@ -115,13 +102,6 @@ def _by_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
         return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, *DECODER_ERRORS):
         return None
-
-
-def _is_srgb_or_damaged(profile: bytes) -> bool:
-    try:
-        return _is_srgb(ImageCms.getOpenProfile(io.BytesIO(profile)))
-    except (ImageCms.PyCMSError, *DECODER_ERRORS):
-        return True
 
 
 def _is_srgb(profile: ImageCms.ImageCmsProfile) -> bool:

@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sd3pipe.cache.keys import latents_source, row_key
+from sd3pipe.cache.keys import latents_source
 from sd3pipe.cache.plan import WantedRow
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.data.buckets import NoBucket
 from sd3pipe.data.dataset_file import Dataset
 from sd3pipe.data.geometry import RECIPE_VERSION, View, views
 from sd3pipe.data.scan import Picture, Scan, UnreadablePicture
-from sd3pipe.encoding.imported import MARK, ImportedKeys, imported_recipe
 from sd3pipe.models.vae_architecture import VAEArchitecture
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -49,51 +48,16 @@ def find_sources(found: Scan, *, crop_variants: int, seed: int) -> Sources:
 
 
 def latents_wanted(
-    sources: Sources,
-    dataset: Dataset,
-    architecture: VAEArchitecture,
-    fingerprint: str,
-    recipe: Mapping[str, str],
-    imported: ImportedKeys = frozenset(),
-) -> Wanted:
-    """Returns the whole content of the cache. `recipe` has latent_mode, latent_dtype and vae_dtype.
-
-    Rows whose imported form is among `imported` are wanted in that form.
-    """
-    columns = _columns(sources.samples)
-    rows = [_row(sample, recipe, architecture) for sample in sources.samples]
-    theirs = imported_recipe("latents", recipe)
-    if imported:
-        forms = [_row(sample, theirs, architecture) for sample in sources.samples]
-        chosen = [_key(form, fingerprint) in imported for form in forms]
-        rows = [form if taken else row for row, form, taken in zip(rows, forms, chosen, strict=True)]
-        recipe = {**recipe, MARK: theirs[MARK]} if any(chosen) else recipe
-    return _wanted(rows, columns, sources, dataset, fingerprint, recipe)
-
-
-def imported_latents_wanted(
     sources: Sources, dataset: Dataset, architecture: VAEArchitecture, fingerprint: str, recipe: Mapping[str, str]
 ) -> Wanted:
-    """Returns the content of a cache in which every row is an imported one."""
-    theirs = imported_recipe("latents", recipe)
-    rows = [_row(sample, theirs, architecture) for sample in sources.samples]
-    return _wanted(rows, _columns(sources.samples), sources, dataset, fingerprint, theirs)
-
-
-def _wanted(
-    rows: Sequence[WantedRow],
-    columns: dict[str, list[Any]],
-    sources: Sources,
-    dataset: Dataset,
-    fingerprint: str,
-    recipe: Mapping[str, str],
-) -> Wanted:
+    """Returns the whole content of the cache. `recipe` has latent_mode, latent_dtype and vae_dtype."""
+    columns = _columns(sources.samples)
     wanted = Wanted(
         kind="latents",
         recipe_version=RECIPE_VERSION,
         fingerprints={"vae": fingerprint},
         recipe=recipe,
-        rows=rows,
+        rows=[_row(sample, recipe, architecture) for sample in sources.samples],
         samples=columns,
         subsets={subset.name: subset.weighting() for subset in dataset.subsets},
         quarantined=[
@@ -105,16 +69,6 @@ def _wanted(
     return wanted
 
 
-def _key(row: WantedRow, fingerprint: str) -> str:
-    return row_key(
-        kind="latents",
-        source=row.source,
-        recipe=row.recipe,
-        recipe_version=RECIPE_VERSION,
-        fingerprints={"vae": fingerprint},
-    )
-
-
 def _row(sample: Sample, recipe: Mapping[str, str], architecture: VAEArchitecture) -> WantedRow:
     cut = sample.view.cut
     width, height = cut.size
@@ -124,7 +78,7 @@ def _row(sample: Sample, recipe: Mapping[str, str], architecture: VAEArchitectur
     return WantedRow(
         source=latents_source(sample.picture.image_hash, sample.picture.mask_hash),
         recipe={**recipe, "cut": cut.recipe()},
-        group=f"{height}x{width}" + ("+mask" if cut.mask else "") + ("+imported" if MARK in recipe else ""),
+        group=f"{height}x{width}" + ("+mask" if cut.mask else ""),
         nbytes=latents * channels * _ITEM_BYTES[recipe["latent_dtype"]] + mask_bytes,
     )
 

@@ -4,20 +4,18 @@ Needs no torch: a run with nothing to do ends here.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd3pipe.cache.keys import Kind, row_key, text_source
+from sd3pipe.cache.keys import Kind, text_source
 from sd3pipe.cache.plan import WantedRow
-from sd3pipe.cache.samples import select
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.data.captions import processed_captions
 from sd3pipe.data.dataset_file import Dataset
 from sd3pipe.data.prompts import SamplePrompt
 from sd3pipe.data.scan import Scan
-from sd3pipe.encoding.imported import MARK, ImportedKeys, imported_recipe
 from sd3pipe.errors import InputError
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.models.text_architecture import ENCODERS, EncoderName, detect_clip, detect_t5
@@ -142,25 +140,16 @@ def text_wanted(
     encoders: TextEncoders,
     fingerprints: Mapping[str, str],
     recipe: TextRecipe,
-    imported: ImportedKeys = frozenset(),
 ) -> Wanted:
-    """Returns the whole content of the cache; its rows stand in the order of `text_by_hash`.
-
-    Rows whose imported form is among `imported` are wanted in that form.
-    """
+    """Returns the whole content of the cache; its rows stand in the order of `text_by_hash`."""
     fields, nbytes = recipe.fields(), _row_bytes(encoders, recipe)
-    theirs = imported_recipe("text", fields)
-    taken = {digest for digest in texts.text_by_hash if imported and _key(digest, theirs, fingerprints) in imported}
-    rows = [
-        WantedRow(source=digest, recipe=theirs if digest in taken else fields, group="text", nbytes=nbytes)
-        for digest in texts.text_by_hash
-    ]
+    rows = [WantedRow(source=digest, recipe=fields, group="text", nbytes=nbytes) for digest in texts.text_by_hash]
     columns, extra = dict(texts.columns), {}
     wanted = Wanted(
         kind=texts.kind,
         recipe_version=RECIPE_VERSION,
         fingerprints=fingerprints,
-        recipe={**fields, MARK: theirs[MARK]} if taken else fields,
+        recipe=fields,
         rows=rows,
         samples=columns,
         subsets=texts.subsets,
@@ -172,29 +161,6 @@ def text_wanted(
     for name in columns.keys() & {"key", "negative_key"}:
         columns[name] = [keys[digest] for digest in columns[name]]
     return wanted
-
-
-def imported_text_wanted(
-    hashes: Iterable[str], texts: Texts, encoders: TextEncoders, fingerprints: Mapping[str, str], recipe: TextRecipe
-) -> Wanted:
-    """Returns the content of a cache in which the rows of some texts are imported ones, and no others are."""
-    theirs, nbytes = imported_recipe("text", recipe.fields()), _row_bytes(encoders, recipe)
-    rows = [WantedRow(source=digest, recipe=theirs, group="text", nbytes=nbytes) for digest in hashes]
-    keys = {row.source: _key(row.source, theirs, fingerprints) for row in rows}
-    columns = select(texts.columns, [digest in keys for digest in texts.columns["key"]])
-    return Wanted(
-        kind="text",
-        recipe_version=RECIPE_VERSION,
-        fingerprints=fingerprints,
-        recipe=theirs,
-        rows=rows,
-        samples={**columns, "key": [keys[digest] for digest in columns["key"]]},
-        subsets=texts.subsets,
-    )
-
-
-def _key(digest: str, recipe: Mapping[str, Any], fingerprints: Mapping[str, str]) -> str:
-    return row_key(kind="text", source=digest, recipe=recipe, recipe_version=RECIPE_VERSION, fingerprints=fingerprints)
 
 
 def _row_bytes(encoders: TextEncoders, recipe: TextRecipe) -> int:

@@ -45,14 +45,6 @@ class EncodeLatentsParams(StageParams):
     out: OptionPath = option(
         ..., "Folder of the cache that is filled.", role="path", panel=_PATHS, paths_key="caches/latents"
     )
-    imported: OptionPath | None = option(
-        None,
-        "Folder of rows that from-kohya --import-cache took over from sd-scripts; they are used where they fit.",
-        role="path",
-        panel=_PATHS,
-        advanced=True,
-        paths_key="imported",
-    )
     latent_mode: Literal["moments", "mean"] = option(
         "moments",
         "What a row holds: moments, from which training draws afresh, or their mean alone at half the size.",

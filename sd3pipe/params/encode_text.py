@@ -51,10 +51,6 @@ class EncodeTextParams(StageParams):
         None, "Folder of the cache that is filled; in a project the default is its caches/text or caches/prompts.",
         role="path", panel=_PATHS,
     )
-    imported: OptionPath | None = option(
-        None, "Folder of rows that from-kohya --import-cache took over from sd-scripts; they are used where they fit.",
-        role="path", panel=_PATHS, advanced=True, paths_key="imported",
-    )
 
     t5xxl_max_token_length: int = option(
         256, "T5 tokens that a caption is cut to.", role="recipe", panel=_TEXT, ge=1, le=512

@@ -175,3 +175,6 @@ REFUSED: dict[str, str] = {
     "console_log_simple": "lines are plain when the output is no terminal",
     "caption_extention": "the word is caption_extension, in the dataset file",
 }  # fmt: skip
+
+# Keys of our own that stand in older projects.
+GONE = {"imported": "rows that sd-scripts cached are not taken over any more; remove the key, and all is encoded here"}

@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from sd3pipe.config import Project, flatten, read_toml, relative_to
 from sd3pipe.errors import ParameterError
 from sd3pipe.params.fields import Params, option_extra, takes_several
-from sd3pipe.params.refused import ALREADY_SO, REFUSED
+from sd3pipe.params.refused import ALREADY_SO, GONE, REFUSED
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def resolve(
             checked[name] = _check(model.model_fields[name], value, from_text=name in given)
         except ValidationError as error:
             problems.append(_problem(origins[name], value, error))
-    problems += _missing(model, command, {*checked, *values})
+    problems += _gone_paths(command, project) + _missing(model, command, {*checked, *values})
     if problems:
         raise ParameterError("\n".join(problems))
     return _build(model, command, checked, origins)
@@ -107,8 +107,8 @@ class _ConfigSource:
                 log.info("%s: %s: %s", path, key, reason.text)
                 return None
             return f"{path}: {key} = {value!r}: {reason.text}"
-        if key in REFUSED:
-            return f"{path}: {key}: not supported: {REFUSED[key]}"
+        if key in REFUSED or key in GONE:
+            return f"{path}: {key}: not supported: {REFUSED.get(key) or GONE[key]}"
         for stage, model in self.stage_models().items():
             if key in _spellings(model):
                 return f"{path}: {key}: belongs to the stage {stage.replace('_', '-')}: move it to stages/{stage}.toml"
@@ -138,6 +138,13 @@ def _project_paths(model: type[Params], project: Project | None) -> dict[str, st
         if project is not None and key in project.paths:
             found[name] = str(Path(project.paths[key], below)) if below else project.paths[key]
     return found
+
+
+def _gone_paths(command: str, project: Project | None) -> list[str]:
+    """Returns what project.toml asks in vain. Only encode stages look: train goes on from the caches that are there."""
+    if project is None or not command.startswith("encode-"):
+        return []
+    return [f"{project.file}: paths.{key}: not supported: {GONE[key]}" for key in project.paths if key in GONE]
 
 
 def _check(field: FieldInfo, value: Any, *, from_text: bool) -> Any:

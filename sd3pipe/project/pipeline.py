@@ -18,11 +18,11 @@ vars:
 def dvc_yaml(paths: Mapping[str, str], dataset_deps: Iterable[str], *, folder: Path) -> str:
     """Returns dvc.yaml for the [paths] of a project in `folder`; `dataset_deps` are the folders with pictures."""
     has_prompts = "sample_prompts" in paths
-    weights = [*_weights(folder, paths, "model", *ENCODERS), *_imported(folder, paths, "text")]
-    text_deps = [*_existing(paths, "dataset", "sample_prompts"), *dataset_deps, *weights]
-    weights = [*_weights(folder, paths, "model", "vae"), *_imported(folder, paths, "latents")]
-    latent_flags = _flags(paths, "model", "vae", "dataset", "imported")
-    latent_deps = [*_existing(paths, "dataset"), *dataset_deps, *weights]
+    text_deps = [
+        *_existing(paths, "dataset", "sample_prompts"), *dataset_deps, *_weights(folder, paths, "model", *ENCODERS)
+    ]  # fmt: skip
+    latent_flags = _flags(paths, "model", "vae", "dataset")
+    latent_deps = [*_existing(paths, "dataset"), *dataset_deps, *_weights(folder, paths, "model", "vae")]
     stages = {
         "encode_text": _stage(
             [_encode_text(paths, "--dataset", "dataset", "text")]
@@ -79,7 +79,7 @@ plots:
 
 
 def _encode_text(paths: Mapping[str, str], flag: str, key: str, cache: str) -> str:
-    encoders = _flags(paths, "model", *ENCODERS, "tokenizers", *(["imported"] if cache == "text" else []))
+    encoders = _flags(paths, "model", *ENCODERS, "tokenizers")
     return f"sd3pipe encode-text {encoders} {flag} ${{paths.{key}}} --out ${{paths.caches}}/{cache}"
 
 
@@ -101,12 +101,6 @@ def _existing(paths: Mapping[str, str], *keys: str) -> list[str]:
 def _weights(folder: Path, paths: Mapping[str, str], *keys: str) -> list[str]:
     """Returns the weight files as deps; a hub id is no file, and is pinned by its cache's fingerprints instead."""
     return [f"${{paths.{key}}}" for key in keys if key in paths and (folder / paths[key]).exists()]
-
-
-def _imported(folder: Path, paths: Mapping[str, str], kind: str) -> list[str]:
-    """Returns the cache of imported rows as a dep, where there is one."""
-    there = "imported" in paths and (folder / paths["imported"] / kind).exists()
-    return [f"${{paths.imported}}/{kind}"] if there else []
 
 
 def _stage(commands: list[str], deps: Iterable[str], params: str, outs: list[str], *, persist: bool) -> str:

@@ -148,6 +148,20 @@ def test_bad_project_file_is_one_line(tmp_path, text, expected):
         find_project(tmp_path)
 
 
+@pytest.mark.parametrize("stage", ["encode-text", "encode-latents"])
+def test_a_project_with_imported_rows_is_told_what_to_do(tmp_path, stage):
+    project = Project(folder=tmp_path, paths={"model": "m", "caches": "c", "imported": "c/imported"})
+    with pytest.raises(ParameterError, match=r"project\.toml: paths\.imported: not supported: .* remove the key"):
+        resolve(ToyParams, stage, {}, project=project)
+    assert resolve(ToyParams, "train", {}, project=project).text == Path("c/text")
+
+
+def test_imported_rows_in_a_stage_file_are_told_what_to_do(tmp_path):
+    config = write(tmp_path / "c.toml", 'imported = "caches/imported"\n')
+    with pytest.raises(ParameterError, match=r"imported: not supported: .* remove the key"):
+        resolved(config=config)
+
+
 def test_non_utf8_file_is_named(tmp_path):
     (tmp_path / "c.toml").write_bytes(b"network_dim = 1 # \xff\n")
     with pytest.raises(ParameterError, match=r"c\.toml: is not UTF-8"):

@@ -154,11 +154,6 @@ def test_pictures_of_the_command_are_deps_of_dvc(command, tmp_path):
     assert ".sd3pipe/" in (tmp_path / "project" / ".dvcignore").read_text()
 
 
-def test_import_and_dry_run_exclude_one_another(command, tmp_path):
-    done = sd3pipe("from-kohya", command, "--out", tmp_path / "project", "--dry-run", "--import-cache", expect=2)
-    assert "pass one of them" in done.stderr
-
-
 @pytest.mark.slow
 def test_documented_example_runs_on_the_tiny_model(command, tmp_path):
     """fp16 with a loss scale, 8-bit AdamW, checkpointing and every block streamed, as the command says."""

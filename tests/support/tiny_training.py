@@ -137,9 +137,10 @@ def make_inputs(
     subsets: dict[str, dict[str, Any]] | None = None,
     vae: str = "vae-1",
     latent_tensor: str = "moments",
+    encoded_by: str | None = None,
     **defaults: Any,
 ) -> Inputs:
-    """Writes a random base and both caches below `folder`."""
+    """Writes a random base and both caches below `folder`; latents may be marked as encoded by another program."""
     model = folder / f"{variant}.safetensors"
     if not model.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +148,7 @@ def make_inputs(
         save_file({f"model.diffusion_model.{key}": tensor for key, tensor in weights.items()}, model)
     rules = {picture.subset: SUBSET | (subsets or {}).get(picture.subset, {}) for picture in dataset}
     _fill_text(folder / "caches" / "text", dataset, rules)
-    _fill_latents(folder / "caches" / "latents", dataset, rules, vae, latent_tensor)
+    _fill_latents(folder / "caches" / "latents", dataset, rules, vae, latent_tensor, encoded_by)
     return Inputs(
         folder=folder,
         model=model,
@@ -241,8 +242,14 @@ def text_row(text: str, tokens: int) -> dict[str, torch.Tensor]:
 
 
 def _fill_latents(
-    out: Path, dataset: Sequence[Picture], rules: dict[str, dict[str, Any]], vae: str, latent_tensor: str
+    out: Path,
+    dataset: Sequence[Picture],
+    rules: dict[str, dict[str, Any]],
+    vae: str,
+    latent_tensor: str,
+    encoded_by: str | None,
 ) -> None:
+    origin = {"imported_from": encoded_by} if encoded_by else {}
     uses = [
         (picture, crop, flip)
         for picture in dataset
@@ -252,15 +259,14 @@ def _fill_latents(
     rows = [
         WantedRow(
             source=latents_source(picture.image_hash),
-            recipe={"crop": crop, "flip": flip, "size": list(picture.size), "tensor": latent_tensor},
+            recipe={"crop": crop, "flip": flip, "size": list(picture.size), "tensor": latent_tensor, **origin},
             group=f"{8 * picture.size[0]}x{8 * picture.size[1]}",
             nbytes=1 << 16,
         )
         for picture, crop, flip in uses
     ]
-    bare = Wanted(
-        kind="latents", recipe_version=1, fingerprints={"vae": vae}, recipe={"tiny": 1}, rows=rows, samples={}
-    )
+    recipe = {"tiny": 1, **origin}
+    bare = Wanted(kind="latents", recipe_version=1, fingerprints={"vae": vae}, recipe=recipe, rows=rows, samples={})
     samples = {
         "name": [picture.name for picture, _, _ in uses],
         "subset": [picture.subset for picture, _, _ in uses],

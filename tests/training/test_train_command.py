@@ -51,6 +51,14 @@ def test_a_run_leaves_what_the_design_says(inputs):
     assert (run.folder / "plots" / "loss.csv").read_text().startswith("step,epoch,loss,")
 
 
+def test_rows_that_another_program_encoded_are_trained_on_and_told(tmp_path, caplog):
+    """Caches from the time when sd-scripts' rows could be taken over; such latents are one frozen draw."""
+    inputs = make_inputs(tmp_path, pictures(2), latent_tensor="sample", encoded_by="sd-scripts")
+    with caplog.at_level("INFO"):
+        assert len(inputs.train("theirs", max_train_steps=1).losses()) == 1
+    assert "holds rows that sd-scripts encoded" in caplog.text
+
+
 def test_a_run_is_set_aside_only_once_the_new_one_can_begin(inputs):
     run = inputs.train("kept", max_train_steps=1)
     for wrong, problem in (
