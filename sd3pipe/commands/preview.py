@@ -5,7 +5,6 @@ import re
 from collections.abc import Sequence
 
 from sd3pipe.cache.reader import CacheReader
-from sd3pipe.console import count
 from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.feed import default_workers
 from sd3pipe.data.scan import scan
@@ -40,9 +39,7 @@ def main(params: PreviewParams) -> None:
     write_text(page, render(preview))
     for warning in preview.warnings:
         log.warning("%s", warning)
-    pictures = sum(section.pictures for section in preview.sections)
-    left_out = f", {len(preview.left_out)} left out" if preview.left_out else ""
-    print(f"preview: {count(pictures, 'picture')} in {count(len(preview.sections), 'bucket')}{left_out}: {page}")
+    print(f"preview: {preview.counts}: {page}")
 
 
 def _of_dataset(params: PreviewParams) -> Preview:

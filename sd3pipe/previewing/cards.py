@@ -1,10 +1,13 @@
 """What a preview shows: a card per picture, a section per bucket. Plain data, drawn by sheet.py and page.py."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
+
+from sd3pipe.console import count
 
 CARD_PX = 240  # the longer side of a cut as it is drawn
 
@@ -42,6 +45,11 @@ class Card:
     captions: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    @property
+    def variants(self) -> Counter[str]:
+        """The different captions in the order of the first of each, with how often each is there."""
+        return Counter(self.captions)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
@@ -64,9 +72,7 @@ class Section:
     @property
     def counts(self) -> str:
         shown = "" if len(self.cards) >= self.pictures else f", {len(self.cards)} of them shown"
-        noun = "picture" if self.pictures == 1 else "pictures"
-        rows = "row" if self.rows == 1 else "rows"
-        return f"{self.pictures:,} {noun}{shown}; {self.rows:,} {rows} in the cache"
+        return f"{count(self.pictures, 'picture')}{shown}; {count(self.rows, 'row')} in the cache"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +84,12 @@ class Preview:
     warnings: tuple[str, ...] = ()
     left_out: tuple[tuple[str, str], ...] = ()  # name, reason
     tags: dict[str, dict[str, int]] = field(default_factory=dict)  # subset -> tag -> captions
+
+    @property
+    def counts(self) -> str:
+        pictures = sum(section.pictures for section in self.sections)
+        left_out = f", {len(self.left_out)} left out" if self.left_out else ""
+        return f"{count(pictures, 'picture')} in {count(len(self.sections), 'bucket')}{left_out}"
 
 
 def spread(items: Sequence[ItemT], most: int) -> list[ItemT]:

@@ -1,13 +1,18 @@
-"""The parts of the report page that are tables: what was trained on, what it cost, with which options, from what."""
+"""What the report says of a run: curves, sample pictures, and the rows of its tables."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from html import escape
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from sd3pipe.console import readable_bytes, readable_seconds
-from sd3pipe.reporting.collect import RunRecord
-from sd3pipe.reporting.html import bars, section, side_by_side, table, text
+from sd3pipe.console import count, readable_bytes, readable_seconds
+from sd3pipe.pages.charts import Chart, Series, line_chart
+from sd3pipe.pages.render import data_url
+from sd3pipe.reporting.collect import RunRecord, Sample
 
+Rows = list[list[Any]]  # a name, and the cells behind it
+
+_SMOOTH_OVER = 50  # steps of the running mean over the loss
+_MAX_POINTS = 2000
 _COUNTS = {
     "pictures": "pictures",
     "held_out": "held out",
@@ -21,99 +26,133 @@ _CAPTIONS = {
     "words_median": "words, median",
     "words_most": "words, most",
 }
+_PEAKS = {
+    "peak_rss_bytes": "most host memory",
+    "peak_device_bytes": "most device memory",
+    "streamed_bytes": "weights copied to the device",
+}
+_PREDICTED = {
+    "device_bytes": ("device memory", readable_bytes),
+    "seconds_per_step": ("time of a step", readable_seconds),
+}
 
 
-def data(runs: Sequence[RunRecord]) -> str:
-    """Returns counts, buckets and subsets, and what the encode stage counted of the captions."""
-    return section("Pictures and captions", side_by_side(runs, [_data(run) for run in runs]))
+def facts(run: RunRecord) -> dict[str, Any]:
+    """Returns what the page says of one run, in the order of the page; of what is missing it says nothing."""
+    report, text = run.report, run.text_report
+    data, captions = report.get("data") or {}, text.get("captions") or {}
+    return {
+        "name": run.name,
+        "sample_steps": sorted({sample.step for sample in run.samples}),
+        "samples": _samples(run.samples),
+        "validation": _validation(run.validations),
+        "verdict": report.get("validation"),
+        "counts": _named(data, _COUNTS),
+        "subsets": _subsets(data.get("subsets") or {}, report.get("subsets") or {}),
+        "buckets": _bars(data.get("buckets"), lambda rows: count(rows, "row")),
+        "captions": _named(captions, _CAPTIONS),
+        "frequent": _bars(captions.get("most_frequent"), lambda times: count(times, "caption")),
+        "cut": len(text.get("cut") or ()),
+        "phases": _bars(_phases(run), readable_seconds),
+        "peaks": [[title, readable_bytes(report[key])] for key, title in _PEAKS.items() if report.get(key)],
+        "predictions": _predictions(report.get("memory") or {}),
+        "events": [
+            [f"step {event['step']}", {key: value for key, value in event.items() if key not in ("kind", "step")}]
+            for event in run.events
+        ],
+        "provenance": list(_flat("", run.inputs)),
+    }
 
 
-def _data(run: RunRecord) -> str:
-    facts, captions = run.report.get("data") or {}, run.text_report.get("captions") or {}
-    seen = run.report.get("subsets") or {}
-    subsets = {name: {**values, **seen.get(name, {})} for name, values in (facts.get("subsets") or {}).items()}
-    keys = list(dict.fromkeys(key for values in subsets.values() for key in values))
-    rows = [[name, *(values.get(key) for key in keys)] for name, values in subsets.items()]
-    parts = [
-        table(_named(facts, _COUNTS)),
-        table(rows, ["subset", *(key.replace("_", " ") for key in keys)]),
-        _titled("Buckets", bars(facts.get("buckets") or {}, lambda rows: f"{text(rows)} rows")),
-        _titled("Captions", table(_named(captions, _CAPTIONS))),
-        _titled(
-            "Most frequent in captions",
-            bars(captions.get("most_frequent") or {}, lambda times: f"{text(times)} captions"),
-        ),
-    ]
-    cut = run.text_report.get("cut") or []
-    parts += [f"<p>{len(cut)} texts were cut when they were last encoded.</p>"] if cut else []
-    return "".join(part for part in parts if part)
+def losses(runs: Sequence[RunRecord]) -> Chart | None:
+    """Returns the loss of each step and its running mean."""
+    lines = []
+    for number, run in enumerate(runs):
+        x, y = _thinned([(record["step"], record["loss"]) for record in run.steps])
+        prefix = f"{run.name}: " if len(runs) > 1 else ""
+        lines.append(Series(name=f"{prefix}loss", x=x, y=y, faint=True, colour=number))
+        lines.append(Series(name=f"{prefix}running mean", x=x, y=_running_mean(y), colour=number))
+    return line_chart(lines, x_label="step", y_label="loss")
 
 
-def time_and_memory(runs: Sequence[RunRecord]) -> str:
-    """Returns time by phase, peaks of memory, and what the planner had predicted."""
-    contents = [_phases(run) + _peaks(run) + _predictions(run) for run in runs]
-    return section("Time and memory", side_by_side(runs, contents))
+def learning_rates(runs: Sequence[RunRecord]) -> Chart | None:
+    """Returns the learning rate of each run."""
+    lines = []
+    for run in runs:
+        x, y = _thinned([(r["step"], r["learning_rate"]) for r in run.steps if "learning_rate" in r])
+        lines.append(Series(name=run.name, x=x, y=y))
+    return line_chart(lines, x_label="step", y_label="rate")
 
 
-def _phases(run: RunRecord) -> str:
+def _validation(records: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """Returns the loss on held-out pictures: the mean with its interval, and one line per noise level."""
+    x = [record["step"] for record in records]
+    y = [record["loss"] for record in records]
+    half = [record.get("ci95") or 0.0 for record in records]
+    low, high = [a - b for a, b in zip(y, half, strict=True)], [a + b for a, b in zip(y, half, strict=True)]
+    lines = [Series(name="held-out loss, 95 % interval", x=x, y=y, low=low, high=high)]
+    for band in records[0].get("bands", {}) if records else ():
+        values = [record["bands"].get(band, float("nan")) for record in records]
+        lines.append(Series(name=band.replace("_", " "), x=x, y=values, dashed=True))
+    return line_chart(lines, x_label="step", y_label="loss")
+
+
+def _samples(samples: Sequence[Sample]) -> list[tuple[str, dict[int, str]]]:
+    """Returns each prompt's words and its pictures by step."""
+    titles: dict[str, str] = {}
+    pictures: dict[str, dict[int, str]] = defaultdict(dict)
+    for sample in samples:
+        titles[sample.prompt] = sample.title or sample.prompt
+        kind = {"jpg": "jpeg"}.get(sample.path.suffix[1:].lower(), sample.path.suffix[1:].lower())
+        pictures[sample.prompt][sample.step] = data_url(sample.path.read_bytes(), kind)
+    return [(title, pictures[prompt]) for prompt, title in titles.items()]
+
+
+def _subsets(planned: Mapping[str, Mapping[str, Any]], seen: Mapping[str, Mapping[str, Any]]) -> Rows:
+    """Returns the names of the subsets, then a row per fact."""
+    subsets = {name: {**values, **seen.get(name, {})} for name, values in planned.items()}
+    keys = dict.fromkeys(key for values in subsets.values() for key in values)
+    rows = [[key.replace("_", " "), *(values.get(key) for values in subsets.values())] for key in keys]
+    return [["", *subsets], *rows]
+
+
+def _phases(run: RunRecord) -> dict[str, float]:
     stages = (("encode-text", run.text_report), ("encode-latents", run.latents_report))
     seconds = {f"{name}, last run": report["seconds"] for name, report in stages if "seconds" in report}
-    seconds |= {f"train, {name}": value for name, value in (run.report.get("phases") or {}).items()}
-    return bars(seconds, readable_seconds)
+    return seconds | {f"train, {name}": value for name, value in (run.report.get("phases") or {}).items()}
 
 
-def _peaks(run: RunRecord) -> str:
-    names = {"peak_rss_bytes": "most host memory", "peak_device_bytes": "most device memory"}
-    names["streamed_bytes"] = "weights copied to the device"
-    rows = [[title, readable_bytes(run.report[key])] for key, title in names.items() if run.report.get(key)]
-    return table(rows)
-
-
-def _predictions(run: RunRecord) -> str:
-    memory = run.report.get("memory") or {}
+def _predictions(memory: Mapping[str, Any]) -> Rows:
+    """Returns what the planner had predicted beside what was measured."""
     rows = []
-    for key, title, shown in (
-        ("device_bytes", "device memory", readable_bytes),
-        ("seconds_per_step", "time of a step", readable_seconds),
-    ):
+    for key, (title, show) in _PREDICTED.items():
         pair = memory.get(key) or {}
         values = [pair.get("predicted"), pair.get("measured")]
         if any(values):
-            rows.append([title, *("" if not value else shown(value) for value in values)])
-    return _titled("What was planned, and what came", table(rows, ["", "predicted", "measured"]))
+            rows.append([title, *(show(value) if value else "" for value in values)])
+    return rows
 
 
-def parameters(runs: Sequence[RunRecord]) -> str:
-    """Returns all options; of two runs, those that differ first and marked."""
-    options = [run.report.get("options") or {} for run in runs]
-    names = sorted({name for values in options for name in values})
-    rows = [[name, *(values.get(name) for values in options)] for name in names]
-    differing = [row for row in rows if any(cell != row[1] for cell in row[2:])]
-    same = [row for row in rows if row not in differing]
-    heads = ["option", *(run.name for run in runs)] if len(runs) > 1 else []
-    changed = table(differing, heads, [True] * len(differing))
-    rest = table(same, heads)
-    folded = f"<details><summary>{len(same)} options{' that are equal' if changed else ''}</summary>{rest}</details>"
-    return section("Options", changed + (folded if rest else ""))
+def _thinned(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    every = max(1, len(points) // _MAX_POINTS)
+    kept = points[::every] + (points[-1:] if (len(points) - 1) % every else [])
+    return [x for x, _ in kept], [y for _, y in kept]
 
 
-def events(runs: Sequence[RunRecord]) -> str:
-    """Returns what happened once: a resume, a rollback."""
-    contents = [
-        table(
-            [f"step {event['step']}", {key: value for key, value in event.items() if key not in ("kind", "step")}]
-            for event in run.events
-        )
-        for run in runs
-    ]
-    return section("Events", side_by_side(runs, contents))
+def _running_mean(values: Sequence[float]) -> list[float]:
+    means: list[float] = []
+    for number, value in enumerate(values):
+        weight = 1 / min(number + 1, _SMOOTH_OVER)
+        means.append(value if not means else means[-1] + weight * (value - means[-1]))
+    return means
 
 
-def provenance(runs: Sequence[RunRecord]) -> str:
-    """Returns what the adapter was made from, as final/inputs.json has it."""
-    contents = [table(_flat("", run.inputs)) for run in runs]
-    folded = [f"<details><summary>inputs.json</summary>{content}</details>" if content else "" for content in contents]
-    return section("Provenance", side_by_side(runs, folded))
+def _bars(values: Mapping[str, Any] | None, words: Callable[[Any], str]) -> Rows:
+    return [[name, number, words(number)] for name, number in (values or {}).items()]
+
+
+def _named(values: Mapping[str, Any], titles: Mapping[str, str]) -> Rows:
+    return [[title, values[key]] for key, title in titles.items() if key in values]
 
 
 def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[list[Any]]:
@@ -122,11 +161,3 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[list[Any]]:
             yield from _flat(f"{prefix}{key}.", value)
         else:
             yield [f"{prefix}{key}", value]
-
-
-def _named(values: Mapping[str, Any], titles: Mapping[str, str]) -> list[list[Any]]:
-    return [[title, values[key]] for key, title in titles.items() if key in values]
-
-
-def _titled(title: str, content: str) -> str:
-    return f"<h3>{escape(title)}</h3>{content}" if content else ""

@@ -2,21 +2,18 @@
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from support.browser import ask, needs_chromium
 from support.command_line import sd3pipe
 
-from sd3pipe.reporting.charts import Series, line_chart, ticks
+from sd3pipe.previewing.cards import Card, Preview, Section
+from sd3pipe.previewing.page import render as preview_page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=2000",
-)  # fmt: skip
+LONG = "unbroken_" * 30
 
 
 def write_run(folder: Path, *, steps: int = 30, rate: float = 1e-3) -> Path:
@@ -62,7 +59,7 @@ def page(tmp_path_factory) -> Path:
 
 def test_page_shows_losses_options_and_provenance_escaped(page):
     text = page.read_text(encoding="utf-8")
-    assert text.count("<svg") == 3  # loss, validation, learning rate
+    assert text.count('<svg class="chart"') == 3  # loss, validation, learning rate
     assert "network_dim" in text and "370 MB" in text
     assert "abc&lt;def&gt;" in text and "abc<def>" not in text
 
@@ -84,46 +81,82 @@ def test_two_runs_stand_side_by_side_and_differences_are_marked(tmp_path):
     runs = [write_run(tmp_path / "a", rate=1e-3), write_run(tmp_path / "b", rate=2e-3)]
     sd3pipe("report", *runs, "--out", tmp_path / "both.html")
     text = (tmp_path / "both.html").read_text(encoding="utf-8")
-    marked = re.findall(r'<tr class="differs"><th>([^<]*)', text)
-    assert marked == ["learning_rate"]
+    marked = re.findall(r'<table class="differs">(.*?)</table>', text, re.DOTALL)
+    assert [re.findall(r"<tr><th>([a-z_]+)", rows) for rows in marked] == [["learning_rate"]]
 
 
 def test_a_folder_without_a_run_is_told(tmp_path):
     assert "is no run folder" in sd3pipe("report", tmp_path, expect=3).stderr
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_run_without_a_step_has_a_page(tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps({"stage": "train", "exit_code": 8}))
+    sd3pipe("report", tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "no step was recorded" in text and "<h2>Samples" not in text and "<h2>Validation" not in text
+
+
+@needs_chromium
 def test_slider_changes_the_pictures_and_nothing_is_fetched(page, tmp_path):
-    """Moves the slider to the first step by a script appended to a copy, and reads the page back from the browser."""
-    probe = (
-        "<script>const s=document.querySelector('input[type=range]');s.value=0;"
-        "s.dispatchEvent(new Event('input'));"
-        "document.title=JSON.stringify({text:document.querySelector('output').textContent,"
-        "shown:[...document.querySelectorAll('img.large')].filter(i=>!i.hidden&&i.naturalWidth)"
-        ".map(i=>i.dataset.step)});</script>"
-    )
-    copy = tmp_path / "probe.html"
-    copy.write_text(page.read_text(encoding="utf-8").replace("</body>", probe + "</body>"), encoding="utf-8")
-    log = tmp_path / "net.json"
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", "--dump-dom"]
-    done = subprocess.run([*command, copy.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
-    assert title is not None
-    state = json.loads(title[1].replace("&quot;", '"'))
-    assert state == {"text": "step 0", "shown": ["0", "0"]}
-    asked = set(re.findall(r'"url":"([^"]+)"', log.read_text(errors="replace")))
+    script = """
+        const slider = document.querySelector("input[type=range]");
+        slider.value = 0;
+        slider.dispatchEvent(new Event("input"));
+        const large = [...document.querySelectorAll("img.large")].filter((i) => i.checkVisibility() && i.src);
+        return [document.querySelector("output").textContent, large.map((i) => i.dataset.step)];
+    """
+    assert ask(page.read_text(encoding="utf-8"), script, tmp_path) == ["step 0", ["0", "0"]]
+    asked = set(re.findall(r'"url":"([^"]+)"', (tmp_path / "net.json").read_text(errors="replace")))
     assert not {url for url in asked if url.startswith(("http:", "https:")) and "google" not in url}
 
 
-def test_ticks_are_round_numbers_inside_the_range():
-    assert ticks(0.0, 1.0) == [0.0, 0.2, 0.4, 0.6000000000000001, 0.8, 1.0]
-    assert ticks(3, 1997) == [500, 1000, 1500]
+@needs_chromium
+def test_without_its_script_the_page_shows_every_picture(page, tmp_path):
+    text = page.read_text(encoding="utf-8")
+    unscripted = re.sub(r"<script>.*</script>", "", text, flags=re.DOTALL)
+    script = "return [...document.images].filter((i) => i.checkVisibility()).map((i) => i.naturalWidth)"
+    assert unscripted != text and ask(unscripted, script, tmp_path) == [16] * 6
 
 
-def test_a_chart_without_points_says_so():
-    assert "nothing was recorded" in line_chart([Series(name="a", x=[], y=[])], x_label="x", y_label="y")
+def narrow_pages(folder: Path) -> list[str]:
+    """Returns a preview, a report and a comparison whose names and captions are long and unbroken."""
+    card = Card(
+        name=LONG, picture=np.zeros((90, 240, 3), np.uint8), facts=(LONG,), captions=(LONG, "b"), warnings=(LONG,)
+    )
+    section = Section(width=64, height=64, pictures=1, rows=1, cards=(card,))
+    preview = Preview(
+        title=LONG, sections=(section,), warnings=(LONG,), left_out=((LONG, LONG),), tags={LONG: {LONG: 1}}
+    )
+    runs = [write_run(folder / "a"), write_run(folder / "b", rate=0.25)]
+    for run in runs:
+        report = json.loads((run / "report.json").read_text())
+        report["options"][LONG] = LONG + run.name
+        report["validation"], report["data"]["buckets"] = LONG, {LONG: 3}
+        report["data"]["subsets"] = {f"{LONG}{n}": {"pictures": 12, "loss_weight": n} for n in range(4)}
+        (run / "report.json").write_text(json.dumps(report))
+    sd3pipe("report", runs[0])
+    sd3pipe("report", *runs, "--out", folder / "both.html")
+    paths = (runs[0] / "report.html", folder / "both.html")
+    return [preview_page(preview), *(path.read_text(encoding="utf-8") for path in paths)]
 
 
-def test_a_loss_that_is_no_number_leaves_the_rest_of_the_line():
-    svg = line_chart([Series(name="a", x=[1, 2, 3], y=[1.0, float("nan"), 2.0])], x_label="x", y_label="y")
-    assert not re.search(r"\bnan\b", svg)
+@needs_chromium
+def test_nothing_runs_off_at_phone_width_and_axes_stay_readable(tmp_path):
+    script = """
+        for (const folded of document.querySelectorAll("details")) folded.open = true;
+        const texts = [...document.querySelectorAll(".chart text")].map((text) => text.getBoundingClientRect());
+        const charts = [...document.querySelectorAll(".chart > svg")].map((svg) => svg.getBoundingClientRect().width);
+        return {
+          width: document.scrollingElement.scrollWidth,
+          outside: texts.filter((box) => box.left < 0 || box.right > 400).length,
+          lowest: Math.min(...texts.map((box) => box.height)),
+          narrowest: Math.min(...charts),
+        };
+    """
+    for number, page in enumerate(narrow_pages(tmp_path)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        found = ask(page, script, folder, width=400)
+        assert found["width"] <= 400 and found["outside"] == 0, (number, found)
+        if number:
+            assert found["lowest"] >= 12 and found["narrowest"] > 0.7 * found["width"], (number, found)
