@@ -95,7 +95,8 @@ def _project_files(folder: Path, translation: Translation, sources: Sequence[str
 
 
 def _absolute(value: str) -> str:
-    return str(Path(value).absolute()) if Path(value).exists() else value
+    path = Path(value).expanduser()
+    return str(path.absolute()) if path.exists() else value
 
 
 def _tell(params: FromKohyaParams, translation: Translation, texts: dict[str, str]) -> None:

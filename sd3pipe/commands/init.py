@@ -1,5 +1,6 @@
 """`sd3pipe init`: a project of the user's own, with every value that was chosen for them explained beside it."""
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from sd3pipe.project.pictures import PictureFolder, dataset_toml, look_into, pro
 from sd3pipe.project.pipeline import dvc_yaml
 from sd3pipe.project.recipes import Recipe, Variant, recipe
 from sd3pipe.project.writer import project_toml, write_project
+from sd3pipe.shell import no_option, shell_word
 
 _ENCODER_NAMES = {  # as ComfyUI's and Stability's downloads are called, best first
     "clip_l": ("clip_l.safetensors",),
@@ -29,6 +31,7 @@ _ENCODER_NAMES = {  # as ComfyUI's and Stability's downloads are called, best fi
     "t5xxl": ("t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors", "t5xxl_fp8_e4m3fn.safetensors"),
 }
 _ENCODER_FOLDERS = (".", "text_encoders", "clip", "../text_encoders", "../clip")
+_MISREAD = re.compile(r"~|[\w+.-]+:")  # a home, or what DVC takes for the address of a store
 
 
 def main(params: InitParams) -> None:
@@ -114,11 +117,12 @@ def _encoders_near(model: str) -> dict[str, Path]:
 
 def _as_seen_from(folder: Path, value: str | Path) -> str:
     """Returns a path as project.toml should say it: relative if it lies in the project, else absolute."""
-    path = Path(value)
+    path = Path(value).expanduser()
     if isinstance(value, str) and not path.exists():
         return value  # a hub id
-    absolute = path.absolute()
-    return str(absolute.relative_to(folder.absolute())) if absolute.is_relative_to(folder.absolute()) else str(absolute)
+    absolute, here = path.absolute(), folder.absolute()
+    relative = str(absolute.relative_to(here)) if absolute.is_relative_to(here) else None
+    return str(absolute) if relative is None or _MISREAD.match(relative) else relative
 
 
 def _stage_files(params: InitParams, variant: Variant, advice: Recipe) -> dict[str, str]:
@@ -137,5 +141,5 @@ def _tell(folder: Path, pictures: PictureFolder, variant: Variant, texts: dict[s
         f"{pictures.path}: {count(pictures.pictures, 'picture')}, {pictures.captions} with a caption, {without} without"
     )
     print(f"{folder}: {count(len(texts), 'file')} written for {variant}")
-    go = "" if folder.resolve() == Path.cwd() else f"cd {folder} && "
+    go = "" if folder.resolve() == Path.cwd() else f"cd {shell_word(no_option(str(folder)))} && "
     print(f"next: {go}sd3pipe preview (draws what training will see), then {go}sd3pipe run")

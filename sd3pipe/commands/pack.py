@@ -7,8 +7,8 @@ from sd3pipe.config import PROJECT_FILE, Project, find_project, read_project
 from sd3pipe.console import count, readable_bytes, readable_seconds
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.params.pack import PackParams
+from sd3pipe.stages import STAGES_BY_NAME, place
 
-_CACHES = ("text", "latents", "prompts")
 _MACHINE_FOLDER = ".sd3pipe"  # what an encode stage remembers about this machine's files
 
 
@@ -34,14 +34,14 @@ def main(params: PackParams) -> None:
 def _files(project: Project, *, with_model: bool) -> Iterator[Path]:
     yield project.file
     yield from sorted((project.folder / "stages").glob("*.toml"))
-    caches = Path(project.paths.get("caches", "caches"))
-    for name in _CACHES:
-        folder = caches / name
+    caches = [path for path in STAGES_BY_NAME["train"].paths if path.key.startswith("caches/")]
+    for cache in caches:
+        folder = Path(place({"caches": "caches", **project.paths}, cache.key))
         if (folder / "manifest.json").is_file():
             yield from sorted(
                 path for path in folder.rglob("*") if path.is_file() and _MACHINE_FOLDER not in path.parts
             )
-        elif name != "prompts":
+        elif cache.role == "made":
             raise InputError(f"{folder}: holds no cache yet: run `sd3pipe run encode-text encode-latents` first")
     if with_model and "model" in project.paths:
         model = Path(project.paths["model"])

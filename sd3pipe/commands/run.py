@@ -5,16 +5,14 @@ run, export by the content of the adapter. So this program knows the order and t
 """
 
 import os
-import shlex
-from collections.abc import Mapping
 from pathlib import Path
 
 from sd3pipe.child import ChildFailed, run_child
 from sd3pipe.config import PROJECT_FILE, Project, find_project, read_project
 from sd3pipe.errors import ExitCode, ParameterError
 from sd3pipe.params.run import RunParams
-
-Paths = Mapping[str, str]
+from sd3pipe.shell import shell_line
+from sd3pipe.stages import REQUIRED_KEYS, command_words, stages_of
 
 
 def main(params: RunParams) -> None:
@@ -34,33 +32,8 @@ def main(params: RunParams) -> None:
 
 def stage_arguments(project: Project) -> dict[str, list[str]]:
     """Returns the stages of a project in order, each with its command line behind `sd3pipe`. Raises ParameterError."""
-    _require(project, "model", "dataset", "caches", "run", "export")
-    paths = project.paths
-    stages = {"encode-text": _encode_text(paths, "--dataset", paths["dataset"], "text")}
-    if "sample_prompts" in paths:
-        stages["encode-prompts"] = _encode_text(paths, "--sample-prompts", paths["sample_prompts"], "prompts")
-    stages["encode-latents"] = [
-        "encode-latents", *_options(paths, "model", "vae", "dataset"), "--out", f"{paths['caches']}/latents"
-    ]  # fmt: skip
-    stages["train"] = _train(paths)
-    stages["export"] = ["export", "--adapter", paths["run"], *_options(paths, "model"), "--out", paths["export"]]
-    return stages
-
-
-def _encode_text(paths: Paths, source: str, file: str, cache: str) -> list[str]:
-    encoders = _options(paths, "model", "clip_l", "clip_g", "t5xxl", "tokenizers")
-    return ["encode-text", *encoders, source, file, "--out", f"{paths['caches']}/{cache}"]
-
-
-def _train(paths: Paths) -> list[str]:
-    caches = ["--text", f"{paths['caches']}/text", "--latents", f"{paths['caches']}/latents"]
-    if "sample_prompts" in paths:
-        caches += ["--prompts", f"{paths['caches']}/prompts"]
-    return ["train", *_options(paths, "model", "vae"), *caches, "--out", paths["run"], *_options(paths, "loras_dir")]
-
-
-def _options(paths: Paths, *keys: str) -> list[str]:
-    return [word for key in keys if key in paths for word in (f"--{key.replace('_', '-')}", paths[key])]
+    _require(project, *REQUIRED_KEYS)
+    return {stage.name: command_words(stage, project.paths) for stage in stages_of(project.paths)}
 
 
 def _require(project: Project, *keys: str) -> None:
@@ -82,8 +55,7 @@ def _project(folder: Path | None) -> Project:
 
 
 def _run_stage(stage: str, arguments: list[str], project: Project, *, dry_run: bool) -> None:
-    shown = shlex.join(["sd3pipe", *arguments])
-    print(f"$ {shown}", flush=True)
+    print(f"$ {shell_line(['sd3pipe', *arguments])}", flush=True)
     if dry_run:
         return
     code = run_child(arguments)

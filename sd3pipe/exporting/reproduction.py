@@ -1,7 +1,6 @@
 """The commands that would make an adapter again, from the provenance in its metadata."""
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,19 +8,17 @@ from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.fields import Params
 from sd3pipe.params.train import TrainParams
-
-_PATHS = {
-    "encode-text": "--model MODEL --dataset DATASET --out caches/text",
-    "encode-latents": "--model MODEL --dataset DATASET --out caches/latents",
-    "train": "--model MODEL --text caches/text --latents caches/latents --out runs/NAME",
-}
-
+from sd3pipe.shell import shell_line, shell_word
+from sd3pipe.stages import REQUIRED_KEYS, STAGES_BY_NAME, command_words
 
 _OPTION_SETS: dict[str, type[Params]] = {
     "encode-text": EncodeTextParams,
     "encode-latents": EncodeLatentsParams,
     "train": TrainParams,
 }
+
+# A project with nothing but what it must have; whoever runs the commands puts in their own.
+_PLACES = {**{key: key.upper() for key in REQUIRED_KEYS}, "caches": "caches", "run": "runs/NAME"}
 
 LATER_STEPS_KEY = "sd3pipe_later_steps"
 
@@ -34,11 +31,12 @@ def reproduction(provenance: Mapping[str, Any], later: Sequence[str] = ()) -> st
     lines += [f"# {name} {version}" for name, version in sorted(versions.items())]
     lines += ["# made from, by content:"]
     lines += [f"#   {name:<14} {value}" for name, value in sorted(fingerprints.items())]
-    for command, paths in _PATHS.items():
+    for command in _OPTION_SETS:
         options = provenance.get("parameters", {}).get(command, {})
         given = {name: value for name, value in options.items() if _is_option(command, name, value)}
         lines += [f"# {command}: {name} = {json.dumps(value)}" for name, value in _others(options, given)]
-        lines.append(f"sd3pipe {command} {paths} {_options(given)}".rstrip())
+        words = shell_line(["sd3pipe", *command_words(STAGES_BY_NAME[command], _PLACES)])
+        lines.append(f"{words} {_options(given)}".rstrip())
     return "\n".join([*lines, *later])
 
 
@@ -75,7 +73,7 @@ def _options(options: Mapping[str, Any]) -> str:
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         elif isinstance(value, Sequence) and not isinstance(value, str):
-            words += [f"--{option} {shlex.quote(str(item))}" for item in value]
+            words += [f"--{option} {shell_word(str(item))}" for item in value]
         else:
-            words.append(f"--{option} {shlex.quote(str(value))}")
+            words.append(f"--{option} {shell_word(str(value))}")
     return " ".join(words)

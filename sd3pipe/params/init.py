@@ -22,7 +22,10 @@ class InitParams(Params):
     resolution: int = option(1024, "Side of the square whose area pictures are scaled to.", ge=64, panel="Pictures")
     goal: Literal["subject", "style", "concepts"] = option("subject", "What the adapter is to learn.", panel="Training")
     vram: Size | None = option(None, "Memory of the training card, such as 12GB.", panel="Training")
-    name: str | None = option(None, "Name of the adapter; default: the trigger or the folder's name.", panel="Training")
+    name: str | None = option(
+        None, "Name of the adapter; default: the trigger or the folder's name.", panel="Training",
+        pattern=r"^[^/\\\x00-\x1f\x7f]+$",
+    )  # fmt: skip
     loras_dir: OptionPath | None = option(
         None, "Folder that every saved adapter is copied to (ComfyUI's models/loras).", role="path", panel="Training"
     )

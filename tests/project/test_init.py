@@ -67,3 +67,27 @@ def test_a_folder_without_pictures_is_told(tmp_path):
     (tmp_path / "empty").mkdir()
     done = sd3pipe("init", "x", "--model", "m", "--for", "sd35-large", "--images", "empty", cwd=tmp_path, expect=3)
     assert "holds no picture" in done.stderr
+
+
+def test_paths_with_blanks_are_quoted_where_a_shell_reads_them(tmp_path):
+    base = write_tiny_base(tmp_path / "my models", variant="sd35-medium", layout="single")
+    write_photographs(tmp_path / "a b" / "photo set", ("chelsea.png",), 96)
+    done = sd3pipe("init", "a b", "--model", base.model, "--images", tmp_path / "a b" / "photo set", cwd=tmp_path)
+    assert 'next: cd "a b" && sd3pipe preview' in done.stdout
+    text = (tmp_path / "a b" / "dvc.yaml").read_text()
+    assert 'sd3pipe encode-latents --model "${paths.model}" --dataset ${paths.dataset}' in text
+    assert "\n      - photo set\n" in text
+
+
+@pytest.mark.parametrize("folder", ["~x", "s3:x", "C:x"])
+def test_a_folder_that_would_be_misread_is_named_whole(tmp_path, folder):
+    write_photographs(tmp_path / folder, ("chelsea.png",), 96)
+    sd3pipe("init", ".", "--model", "a/b", "--for", "sd35-large", "--images", tmp_path / folder, cwd=tmp_path)
+    tables = tomllib.loads((tmp_path / "dataset.toml").read_text())
+    assert tables["datasets"][0]["subsets"][0]["image_dir"] == str(tmp_path / folder)
+
+
+def test_a_name_is_no_path(tmp_path):
+    write_photographs(tmp_path / "photos", ("chelsea.png",), 96)
+    given = ("--model", "a/b", "--for", "sd35-large", "--images", "photos", "--name", "../x")
+    assert "--name" in sd3pipe("init", "p", *given, cwd=tmp_path, expect=2).stderr

@@ -1,0 +1,132 @@
+"""The stages of a project in one table: which places each reads and writes, by the keys of project.toml's [paths].
+
+A key may go on below its folder: 'caches/text' is text/ in the folder that `caches` names.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from sd3pipe.shell import no_option
+
+# data     a file of the user's: always there
+# weights  files of a model, or a hub id, which is no file
+# made     what an earlier stage wrote
+# out      what the stage writes
+# aside    helps, but changes nothing in what the stage makes
+Role = Literal["data", "weights", "made", "out", "aside"]
+Paths = Mapping[str, str]
+
+REQUIRED_KEYS = ("model", "dataset", "caches", "run", "export")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePath:
+    """One option of a stage that names a place."""
+
+    option: str  # as the option set calls it
+    key: str
+    role: Role
+    part: str = ""  # key of the part that matters, which is what DVC looks at, if not the whole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One command line of a project; `paths` in the order in which they stand on it."""
+
+    name: str
+    command: str
+    paths: tuple[StagePath, ...]
+
+    @property
+    def module(self) -> str:
+        """What the command is called where a dash cannot stand: in files' names and in dvc.yaml."""
+        return self.command.replace("-", "_")
+
+    @property
+    def out(self) -> StagePath:
+        return next(path for path in self.paths if path.role == "out")
+
+
+def _path(option: str, role: Role, key: str = "", part: str = "") -> StagePath:
+    return StagePath(option=option, key=key or option, role=role, part=part)
+
+
+_ENCODERS = (*(_path(name, "weights") for name in ("model", "clip_l", "clip_g", "t5xxl")), _path("tokenizers", "aside"))
+
+STAGES = (
+    Stage(
+        name="encode-text",
+        command="encode-text",
+        paths=(
+            *_ENCODERS,
+            _path("dataset", "data"),
+            _path("out", "out", "caches/text"),
+        ),
+    ),
+    Stage(
+        name="encode-prompts",
+        command="encode-text",
+        paths=(*_ENCODERS, _path("sample_prompts", "data"), _path("out", "out", "caches/prompts")),
+    ),
+    Stage(
+        name="encode-latents",
+        command="encode-latents",
+        paths=(
+            _path("model", "weights"),
+            _path("vae", "weights"),
+            _path("dataset", "data"),
+            _path("out", "out", "caches/latents"),
+        ),
+    ),
+    Stage(
+        name="train",
+        command="train",
+        paths=(
+            _path("model", "weights"),
+            _path("vae", "aside"),
+            _path("text", "made", "caches/text"),
+            _path("latents", "made", "caches/latents"),
+            _path("prompts", "aside", "caches/prompts"),
+            _path("out", "out", "run", part="run/final"),
+            _path("loras_dir", "aside"),
+        ),
+    ),
+    Stage(
+        name="export",
+        command="export",
+        paths=(
+            _path("adapter", "made", "run", part="run/final"),
+            _path("model", "weights"),
+            _path("out", "out", "export"),
+        ),
+    ),
+)
+STAGES_BY_NAME = {stage.name: stage for stage in STAGES}
+
+
+def stages_of(paths: Paths) -> tuple[Stage, ...]:
+    """Returns the stages that a project has something for: without sample prompts, none encodes them."""
+    return tuple(stage for stage in STAGES if all(path.key in paths for path in stage.paths if path.role == "data"))
+
+
+def paths_of(stage: Stage, paths: Paths) -> Iterator[StagePath]:
+    """Yields the places of a stage that a project has; what another stage would make, only if it has that stage."""
+    absent = {other.out.key for other in STAGES} - {other.out.key for other in stages_of(paths)}
+    for path in stage.paths:
+        if path.key.partition("/")[0] in paths and path.key not in absent:
+            yield path
+
+
+def place(paths: Paths, key: str) -> str:
+    """Returns where a key lies: 'caches/text' below the folder that `caches` names."""
+    base, _, below = key.partition("/")
+    return f"{paths[base]}/{below}" if below else paths[base]
+
+
+def command_words(stage: Stage, paths: Paths) -> list[str]:
+    """Returns the command line of a stage behind `sd3pipe`."""
+    words = [stage.command]
+    for path in paths_of(stage, paths):
+        words += [f"--{path.option.replace('_', '-')}", no_option(place(paths, path.key))]
+    return words
