@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -50,6 +50,12 @@ def one_line(text: str) -> str:
 def count(number: int, noun: str, plural: str = "") -> str:
     """Returns '1 picture', '2 pictures'."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def listed(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
+    """Returns the first names, and how many more there are."""
+    rest = len(names) - most
+    return separator.join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def readable_bytes(number: float) -> str:

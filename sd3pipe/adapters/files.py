@@ -5,7 +5,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from sd3pipe.adapters.precision import Rounded, StoredDtype, check_error, rounde
 from sd3pipe.adapters.recognise import describe, foreign_kind
 from sd3pipe.adapters.sizes import depth_of, fitting_variants
 from sd3pipe.adapters.tensor_file import DTYPE_NAMES, data_sha256, in_file_order, write_tensors
+from sd3pipe.console import listed
 from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_file
 
@@ -102,7 +103,8 @@ def read_adapter(path: Path, *, ignore_unknown: bool = False) -> AdapterFile:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         raise InputError(f"{path}: is no SD3 adapter: it seems to be {describe(shapes)}")
     if parsed.unknown:
-        message = f"{path}: {len(parsed.unknown)} keys stand for nothing in an SD3 model: {_listed(parsed.unknown)}"
+        shown = listed([ascii(key)[1:101] for key in parsed.unknown], _SHOWN_KEYS)
+        message = f"{path}: {len(parsed.unknown)} keys stand for nothing in an SD3 model: {shown}"
         if not ignore_unknown:
             raise InputError(f"{message}; `sd3pipe adapter convert --ignore-unknown` leaves them out")
         log.warning("%s: left out", message)
@@ -272,8 +274,3 @@ def _peft_config(ranks: Mapping[str, int], *, dora: bool) -> dict[str, object]:
             f"{prefix}.use_dora": dora,
         }
     return config
-
-
-def _listed(keys: Sequence[str]) -> str:
-    rest = len(keys) - _SHOWN_KEYS
-    return ", ".join(ascii(key)[1:101] for key in keys[:_SHOWN_KEYS]) + (f" and {rest} more" if rest > 0 else "")

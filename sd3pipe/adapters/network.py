@@ -14,10 +14,9 @@ from sd3pipe.adapters.dropout import DropoutKeys, DropoutRates
 from sd3pipe.adapters.layers import AdaptedLinear, AdapterLayer, LayerSetup, LoRA, SplitLoRA
 from sd3pipe.adapters.lycoris import LoHa, LoKr, lokr_shapes
 from sd3pipe.adapters.targets import AdapterSpec, learning_rates, target_ranks
+from sd3pipe.console import listed
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.fingerprint import digest_bytes
-
-_NAMED = 3  # modules that a message spells out
 
 
 class LinearSlot(AdaptedLinear, Protocol):
@@ -255,7 +254,5 @@ def _listed(verb: str, missing: set[str], excess: set[str]) -> str:
     parts = []
     for word, paths in ((verb, missing), ("has more", excess)):
         if paths:
-            shown = ", ".join(sorted(paths)[:_NAMED])
-            rest = len(paths) - _NAMED
-            parts.append(f"{word} {shown}".strip() + (f" and {rest} more" if rest > 0 else ""))
+            parts.append(f"{word} {listed(sorted(paths))}".strip())
     return "; ".join(parts)

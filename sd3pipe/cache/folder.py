@@ -6,6 +6,7 @@ import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 
+from sd3pipe.console import listed
 from sd3pipe.errors import InputError, StorageError
 from sd3pipe.files import make_folder, storage_errors
 
@@ -60,8 +61,9 @@ class CacheFolder:
         foreign = sorted(entry.name for entry in entries_of(self.path) if entry.name not in (MANIFEST, SEGMENTS, INDEX))
         visible = [name for name in foreign if not name.startswith(".")]
         if visible:
-            names = ", ".join(visible[:3]) + (f" and {len(visible) - 3} more" if len(visible) > 3 else "")
-            raise InputError(f"{self.path} holds {names}, no part of a cache: move that away or choose another --out")
+            raise InputError(
+                f"{self.path} holds {listed(visible)}, no part of a cache: move that away or choose another --out"
+            )
 
     def check_exists(self) -> None:
         """Raises InputError unless a cache is here, or what an encode stage noted about one."""

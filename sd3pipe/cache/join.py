@@ -1,14 +1,13 @@
 """Pairs each picture's latents with its texts, and refuses caches that do not belong together."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.samples import hex_list
+from sd3pipe.console import count, listed
 from sd3pipe.errors import InputError, StaleError
-
-_MOST_NAMED = 5
 
 Picture = tuple[str, str, int]  # image hash, subset, and which one it is among equal pictures of the subset
 
@@ -137,7 +136,7 @@ def _refuse_unexplained(
     for where, names in lacking.items():
         if names:
             raise StaleError(
-                f"{where} lacks {_listed(names)}, which the other cache has: "
+                f"{where} lacks {count(len(names), 'picture')} ({listed(sorted(names))}), which the other cache has: "
                 "the two were encoded from different datasets; run both encode stages"
             )
 
@@ -154,9 +153,3 @@ def _quarantine_messages(readers: Readers) -> tuple[str, ...]:
         for entry in reader.manifest.quarantined
     }
     return tuple(f"{name}: {reason}" for name, reason in sorted(reasons.items()))
-
-
-def _listed(names: Iterable[str]) -> str:
-    shown = sorted(names)
-    more = f" and {len(shown) - _MOST_NAMED} more" if len(shown) > _MOST_NAMED else ""
-    return f"{len(shown)} picture{'s' if len(shown) > 1 else ''} ({', '.join(shown[:_MOST_NAMED])}{more})"

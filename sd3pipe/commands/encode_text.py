@@ -15,7 +15,7 @@ from sd3pipe.cache.staleness import remember_sources
 from sd3pipe.cache.store import FillCounts, Unreadable, fill_cache, missing_rows
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.config import find_project
-from sd3pipe.console import StageReport, count, one_line, readable_bytes, readable_seconds, version
+from sd3pipe.console import StageReport, count, listed, one_line, readable_bytes, readable_seconds, version
 from sd3pipe.data.captions import caption_statistics
 from sd3pipe.data.dataset_file import Dataset, load_dataset
 from sd3pipe.data.prompts import load_prompts
@@ -44,7 +44,6 @@ log = logging.getLogger(__name__)
 _Kind = Literal["text", "prompts"]
 
 _PROJECT_KEYS: dict[_Kind, str] = {"text": "dataset", "prompts": "sample_prompts"}
-_SHOWN = 5  # how many cut texts a warning names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,10 +237,8 @@ def _tell_about_cuts(cut: Sequence[Mapping[str, Any]], clip_length: int, t5_leng
     for name, title, length in (("clip_l", "CLIP", clip_length), ("t5xxl", "T5", t5_length)):
         users = [f"{one_line(item['used_by'])} ({item['tokens'][name]})" for item in cut if name in item["tokens"]]
         if users:
-            shown = ", ".join(users[:_SHOWN]) + (f" and {len(users) - _SHOWN} more" if len(users) > _SHOWN else "")
-            log.warning(
-                "%s reads the first %d tokens of %s: %s", title, length, count(len(users), "longer text"), shown
-            )
+            texts = count(len(users), "longer text")
+            log.warning("%s reads the first %d tokens of %s: %s", title, length, texts, listed(users))
 
 
 def _forecast(ready: _Prepared, params: EncodeTextParams, target: _Target) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from sd3pipe.cache.folder import machine_folder
 from sd3pipe.cache.staleness import check_sources
-from sd3pipe.console import StageReport, count
+from sd3pipe.console import StageReport, count, listed
 from sd3pipe.device_memory import memory_errors, peak_device_bytes, peak_rss_bytes
 from sd3pipe.errors import ParameterError, StaleError, Stopped, StorageError
 from sd3pipe.files import lock_file
@@ -40,7 +40,6 @@ from sd3pipe.training.validation import verdict
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 5  # how many changed files an error names
 _NO_KERNEL = ("No available kernel", "No viable backend")
 _ATTENTION_SWITCHES: dict[str, Callable[[bool], None]] = {
     "flash": torch.backends.cuda.enable_flash_sdp,
@@ -141,9 +140,7 @@ def _check_freshness(params: TrainParams) -> str:
         check = check_sources(cache)
         states.append(check.state)
         if check.state == "changed":
-            shown = "; ".join(check.changes[:_SHOWN])
-            more = f" and {len(check.changes) - _SHOWN} more" if len(check.changes) > _SHOWN else ""
-            message = f"{cache} is older than what it was encoded from: {shown}{more}"
+            message = f"{cache} is older than what it was encoded from: {listed(check.changes, separator='; ')}"
             if not params.stale_ok:
                 raise StaleError(f"{message}: encode again, or train all the same with --stale-ok")
             log.warning("%s", message)

@@ -4,10 +4,10 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
+from sd3pipe.console import listed
 from sd3pipe.errors import InputError
 from sd3pipe.models.layouts import OPTIONS, TITLES, Component
 from sd3pipe.models.safetensors_header import PICKLE_SUFFIXES, StoredTensor, read_header
-from sd3pipe.models.shapes import listed
 
 Fetch = Callable[[str], Path | None]  # the local path of a file of the folder, None if there is none
 

@@ -1,12 +1,11 @@
 """Canonical keys with their shapes: what the three architectures share. Free of torch."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
+from sd3pipe.console import listed
 from sd3pipe.errors import InputError
 
 Shapes = dict[str, tuple[int, ...]]
-
-_NAMED = 4  # names that an error message spells out before it counts the rest
 
 
 def linear_shapes(name: str, out_features: int, in_features: int) -> Shapes:
@@ -40,9 +39,3 @@ def compare_shapes(kind: str, expected: Shapes, found: Mapping[str, tuple[int, .
             f"the {kind} has tensors of unexpected shape: {listed(other)}; "
             f"{key} is {list(found[key])} and should be {list(expected[key])}"
         )
-
-
-def listed(names: Sequence[str]) -> str:
-    """Returns the first names, and how many more there are."""
-    rest = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
