@@ -69,22 +69,28 @@ def parse_json(data: bytes | str, kind: "TypeAdapter[T]", where: str) -> T:
 
     Names of files that are no UTF-8 arrive as Python has them, with lone surrogates.
     """
-    from pydantic import ValidationError  # takes 100 ms; `sd3pipe --help` imports this module
-
     try:
         text = data.decode("utf-8-sig", "surrogateescape") if isinstance(data, bytes) else data
         value = json.loads(text)
-        if "\\ud" in text.lower():  # as JSON escapes surrogates, in pairs or alone
+        if "\\ud" in text or "\\uD" in text:  # as JSON escapes surrogates, in pairs or alone
             json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
-        return kind.validate_python(value)
-    except ValidationError as error:
-        raise DocumentError(f"{where}: {first_problem(error)}") from error
     except UnicodeEncodeError as error:
         raise DocumentError(f"{where}: is not valid JSON: half a surrogate pair stands in it") from error
     except ValueError as error:
         raise DocumentError(f"{where}: is not valid JSON: {error}") from error
     except RecursionError as error:
         raise DocumentError(f"{where}: is not valid JSON: it is nested too deeply") from error
+    return checked(value, kind, where)
+
+
+def checked(value: object, kind: "TypeAdapter[T]", where: str) -> T:
+    """Returns a value that came from `where` in the form of a pydantic adapter. Raises DocumentError."""
+    from pydantic import ValidationError  # takes 100 ms; `sd3pipe --help` imports this module
+
+    try:
+        return kind.validate_python(value)
+    except ValidationError as error:
+        raise DocumentError(f"{where}: {first_problem(error)}") from error
 
 
 def first_problem(error: Any) -> str:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from blake3 import blake3
 
@@ -32,6 +32,11 @@ def hash_bytes(data: bytes | memoryview) -> str:
 def hash_json(value: Any) -> str:
     """Returns the blake3 digest of the canonical JSON of `value` as 64 hex digits."""
     return hash_bytes(canonical_json(value))
+
+
+def is_hash(value: object) -> TypeGuard[str]:
+    """Whether a value that was read is a digest as 64 hex digits."""
+    return isinstance(value, str) and len(value) == 64 and all(digit in "0123456789abcdef" for digit in value)
 
 
 def hash_chunks(chunks: Iterable[bytes | memoryview]) -> str:

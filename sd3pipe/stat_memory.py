@@ -4,11 +4,14 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISLNK
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
+from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, read_json
 from sd3pipe.errors import StorageError
 from sd3pipe.files import write_bytes
 
@@ -19,6 +22,12 @@ _FINE_CLOCK_NS = 20_000_000  # two ticks of a kernel's 100 Hz clock
 _COARSE_CLOCK_NS = 2_000_000_000  # FAT, the coarsest, counts in two seconds
 
 Stamp = tuple[int, int, int, int, int]  # size, mtime_ns, ctime_ns, device, inode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _File:
+    format: Literal[1]
+    files: dict[str, tuple[Stamp, dict[str, Any]]]
 
 
 class StatMemory:
@@ -128,9 +137,6 @@ def _settled_stamp(path: Path) -> Stamp | None:
 def _read_entries(file: Path) -> dict[str, tuple[Stamp, dict[str, Any]]]:
     """Returns the saved entries; a missing, damaged or foreign memory file is an empty one."""
     try:
-        content = json.loads(file.read_bytes().decode("utf-8", "surrogatepass"))
-        if not isinstance(content, Mapping) or content.get("format") != _FORMAT:
-            return {}
-        return {real: (tuple(stamp), dict(values)) for real, (stamp, values) in content["files"].items()}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return read_json(file, TypeAdapter(_File), most_bytes=MOST_LIST_BYTES).files
+    except DocumentError:
         return {}

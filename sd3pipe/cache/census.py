@@ -1,7 +1,10 @@
 """What a cache should hold and what of it is there, as one process sees it at one moment."""
 
-import json
+import contextlib
 import logging
+from dataclasses import asdict, dataclass
+
+from pydantic import TypeAdapter
 
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.manifest import read_manifest
@@ -9,10 +12,21 @@ from sd3pipe.cache.plan import Leaf, plan_leaves
 from sd3pipe.cache.publish import Holdings, load_published
 from sd3pipe.cache.segment import SegmentHeader, read_header
 from sd3pipe.cache.wanted import Readable, Wanted
+from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import InputError
 from sd3pipe.files import write_json
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Note:
+    """What writers tell each other about a row that cannot be made."""
+
+    reason: str
+
+
+_NOTE = TypeAdapter(_Note)
 
 
 class Census:
@@ -33,7 +47,8 @@ class Census:
     def learn_unreadable(self) -> None:
         """Adds the rows that other writers, or an earlier run, found unreadable."""
         for note in sorted(self._folder.unreadable.glob("*.json")):  # notes first: publishing removes them last
-            self._learn(note.stem, json.loads(note.read_text(encoding="utf-8"))["reason"])
+            with contextlib.suppress(DocumentError):  # a row whose note is damaged is tried again
+                self._learn(note.stem, read_json(note, _NOTE).reason)
         manifest = read_manifest(self._folder.manifest)
         if manifest is not None and manifest != self._distrusted:
             for key, reason in manifest.unreadable_rows().items():
@@ -42,7 +57,7 @@ class Census:
     def note_unreadable(self, key: str, reason: str) -> None:
         """Makes it known to all writers that a row cannot be made. Raises StorageError."""
         self._learn(key, reason)
-        write_json(self._folder.unreadable / f"{key}.json", {"reason": reason})
+        write_json(self._folder.unreadable / f"{key}.json", asdict(_Note(reason=reason)))
 
     def _learn(self, key: str, reason: str) -> None:
         if key in self._wanted.row_by_key:

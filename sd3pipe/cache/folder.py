@@ -9,6 +9,7 @@ from pathlib import Path
 from sd3pipe.console import listed
 from sd3pipe.errors import InputError, StorageError
 from sd3pipe.files import make_folder, storage_errors
+from sd3pipe.fingerprint import is_hash
 
 MANIFEST = "manifest.json"
 SEGMENTS = "segments"
@@ -113,7 +114,7 @@ def _today(folder: Path) -> Path:
 def is_segment(path: Path) -> bool:
     """Whether a file has the name of a segment: 64 hex digits and the suffix."""
     stem = path.name.removesuffix(SUFFIX)
-    return stem != path.name and len(stem) == 64 and all(digit in "0123456789abcdef" for digit in stem)
+    return stem != path.name and is_hash(stem)
 
 
 def entries_of(folder: Path) -> list[Path]:

@@ -1,24 +1,29 @@
 """The index: for every row its segment, place, layout and digest, in columns that open at once."""
 
-import contextlib
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from sd3pipe.cache.keys import Kind
-from sd3pipe.cache.rows import Layout, layout_from_json, layout_to_json
-from sd3pipe.cache.samples import COLUMNS, Samples, hash_array, row_column
+from sd3pipe.cache.rows import Layout, layout_bytes, layout_to_json
+from sd3pipe.cache.samples import Samples, array_shapes, check_samples, hash_array
 from sd3pipe.cache.segment import SegmentHeader
 from sd3pipe.cache.zarr_group import ReadFile, arrays_hash, read_array, write_group
+from sd3pipe.documents import parse_json
 from sd3pipe.errors import InputError
 from sd3pipe.fingerprint import canonical_json
 
-_ROW_ARRAYS = ("row_key", "row_segment", "row_offset", "row_bytes", "row_layout", "row_digest")
-_OTHER_ARRAYS = ("segment_id", "segment_bytes", "layouts")
+_ROW_ARRAYS = {
+    "row_key": ("uint8", 2), "row_segment": ("uint32", 1), "row_offset": ("uint64", 1), "row_bytes": ("uint64", 1),
+    "row_layout": ("uint32", 1), "row_digest": ("uint8", 2),
+}  # fmt: skip
+_OTHER_ARRAYS = {"segment_id": ("uint8", 2), "segment_bytes": ("uint64", 1), "layouts": ("uint8", 1)}
+_MOST_ROW_BYTES = 2**63
+_LAYOUTS = TypeAdapter(list[Layout])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,14 +40,20 @@ class RowTable:
 
 
 class Index:
-    """An index's arrays. Rows are sorted by key, so that a row's number is found by bisection."""
+    """An index's arrays. Rows are sorted by key, so that a row's number is found by bisection.
+
+    Raises ValueError or InputError for arrays that do not belong together.
+    """
 
     def __init__(self, kind: Kind, arrays: Mapping[str, np.ndarray]) -> None:
         self.kind: Kind = kind
         self.arrays = arrays
         self.samples = Samples(kind, arrays)
-        self.layouts: list[Layout] = [layout_from_json(item) for item in json.loads(arrays["layouts"].tobytes())]
+        self.layouts: list[Layout] = parse_json(arrays["layouts"].tobytes(), _LAYOUTS, "layouts")
+        _check_formats(kind, arrays)
         self._sorted_keys = np.ascontiguousarray(arrays["row_key"]).view("S32").reshape(-1)
+        _check_rows(arrays, self._sorted_keys, self.layouts)
+        check_samples(kind, arrays, len(self._sorted_keys))
 
     def __len__(self) -> int:
         return len(self.arrays["row_key"])
@@ -128,15 +139,50 @@ def build_row_arrays(tables: Iterable[RowTable]) -> dict[str, np.ndarray]:
 
 def read_index(kind: Kind, digest: str, read: ReadFile, where: str, *, check: bool = True) -> Index:
     """Returns an index, checked against the hash that names it. Raises InputError."""
-    names = [*_ROW_ARRAYS, *_OTHER_ARRAYS, *_sample_array_names(kind)]
-    arrays = {name: read_array(read, name, where) for name in names}
+    arrays = {name: read_array(read, name, where) for name in _formats(kind)}
     if check and arrays_hash(arrays) != digest:
         raise InputError(
             f"{where}: the index does not have the hash in its name: run `sd3pipe cache verify --repair`, then encode"
         )
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    try:
         return Index(kind, arrays)
-    raise InputError(f"{where}: the index cannot be understood: run `sd3pipe cache verify --repair`, then encode")
+    except (ValueError, InputError) as error:
+        raise InputError(
+            f"{where}: the index cannot be understood ({error}): run `sd3pipe cache verify --repair`, then encode"
+        ) from error
+
+
+def _formats(kind: Kind) -> dict[str, tuple[str, int]]:
+    return {**_ROW_ARRAYS, **_OTHER_ARRAYS, **array_shapes(kind)}
+
+
+def _check_formats(kind: Kind, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError for an array of another number format or shape; all of two axes hold hashes."""
+    for name, (dtype, axes) in _formats(kind).items():
+        array = arrays[name]
+        if array.dtype != dtype or array.ndim != axes or (axes == 2 and array.shape[1] != 32):
+            raise ValueError(f"{name} is {array.dtype} {list(array.shape)}")
+
+
+def _check_rows(arrays: Mapping[str, np.ndarray], keys: np.ndarray, layouts: Sequence[Layout]) -> None:
+    """Raises ValueError for rows out of order, outside of their segments or of another size than their layout."""
+    segments, sizes = arrays["row_segment"], arrays["row_bytes"]
+    if any(len(arrays[name]) != len(keys) for name in _ROW_ARRAYS):
+        raise ValueError("its columns differ in length")
+    if len(arrays["segment_id"]) != len(arrays["segment_bytes"]):
+        raise ValueError("its segments differ in number")
+    if not len(keys):
+        return
+    if np.any(keys[1:] <= keys[:-1]):
+        raise ValueError("its keys are not ascending")
+    if int(segments.max()) >= len(arrays["segment_id"]) or int(arrays["row_layout"].max()) >= len(layouts):
+        raise ValueError("a row names a segment or layout that is not there")
+    ends = arrays["segment_bytes"][segments]
+    if np.any(arrays["row_offset"] > ends) or np.any(sizes > ends - arrays["row_offset"]):
+        raise ValueError("a row lies outside of its segment")
+    expected = np.array([min(layout_bytes(layout), _MOST_ROW_BYTES) for layout in layouts], np.uint64)
+    if not np.array_equal(expected[arrays["row_layout"]], sizes):
+        raise ValueError("a row's size does not fit its layout")
 
 
 def _codes(texts: list[Any]) -> tuple[list[Any], np.ndarray]:
@@ -144,14 +190,3 @@ def _codes(texts: list[Any]) -> tuple[list[Any], np.ndarray]:
     distinct = sorted(set(texts))
     numbers = {text: number for number, text in enumerate(distinct)}
     return distinct, np.fromiter((numbers[text] for text in texts), np.uint32, len(texts))
-
-
-def _sample_array_names(kind: Kind) -> list[str]:
-    names = []
-    for name, column in COLUMNS[kind].items():
-        if column == "text":
-            names += [f"sample_{name}_bytes", f"sample_{name}_ends"]
-            names += [f"sample_{name}_code"] if name in ("subset", "split") else []
-        else:
-            names.append(f"sample_{row_column(name) if column == 'row' else name}")
-    return names

@@ -4,9 +4,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
-from sd3pipe.cache.keys import FORMAT_VERSION, KINDS, Kind
+from pydantic import ConfigDict, Field, JsonValue, StrictBool, StrictInt, TypeAdapter
+from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
+
+from sd3pipe.cache.keys import FORMAT_VERSION, Kind
+from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, checked, parse_json, read_data
 from sd3pipe.errors import InputError
 
 READABLE_FORMATS = (FORMAT_VERSION,)
@@ -56,19 +60,13 @@ class Manifest:
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """Returns the manifest in a file's bytes. Raises InputError for a damaged, foreign or newer one."""
     try:
-        value = json.loads(data.decode("utf-8", "surrogateescape"))
-        version = value["format"]
+        value = parse_json(data, _OBJECT, where)
+        version = value.get("format")
         if version in READABLE_FORMATS:
-            own = {name: value[name] for name in _OWN if name != "format"}
-            own["quarantined"] = tuple(own["quarantined"])
-            manifest = Manifest(**own, extra={name: item for name, item in value.items() if name not in _OWN})
-            if manifest.kind not in KINDS or len(bytes.fromhex(manifest.index)) != 32:
-                raise ValueError(f"kind {manifest.kind}, index {manifest.index}")
-            return manifest
-    except (ValueError, KeyError, TypeError) as error:
+            return _manifest(checked(value, _CONTENT, where))
+    except DocumentError as error:
         raise InputError(
-            f"{where} is damaged or no manifest of a cache ({error}): "
-            "restore it, or run `sd3pipe cache verify --repair`"
+            f"{error}: it is damaged or no manifest of a cache: restore it, or run `sd3pipe cache verify --repair`"
         ) from error
     raise InputError(
         f"{where} has format {version}, this sd3pipe reads {', '.join(map(str, READABLE_FORMATS))}: update it"
@@ -78,8 +76,70 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 def read_manifest(path: Path) -> Manifest | None:
     """Returns a cache folder's manifest, None where nothing was published. Raises InputError."""
     try:
-        return parse_manifest(path.read_bytes(), str(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+        data = read_data(path, most_bytes=MOST_LIST_BYTES)
+    except DocumentError as error:
+        if error.missing:
+            return None
+        raise
+    return parse_manifest(data, str(path))
+
+
+_ANYTHING_ELSE = ConfigDict(extra="allow")
+_Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
+_Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+
+
+class _Settings(TypedDict, total=False):
+    __pydantic_config__ = _ANYTHING_ELSE  # pyright: ignore[reportGeneralTypeIssues]
+
+    dataset: _Count
+    num_repeats: _Count
+    is_reg: StrictBool
+    prior_loss_weight: _Number | None
+    loss_weight: _Number | None
+    caption_dropout_rate: Annotated[_Number, Field(le=1)]
+    caption_dropout_every_n_epochs: _Count
+    diff_output_preservation: StrictBool
+
+
+class _Quarantined(TypedDict):
+    __pydantic_config__ = _ANYTHING_ELSE  # pyright: ignore[reportGeneralTypeIssues]
+
+    name: str
+    reason: str
+    subset: NotRequired[str]
+    image_hash: NotRequired[str]
+    keys: NotRequired[list[str]]
+
+
+class _Content(TypedDict):
+    __pydantic_config__ = _ANYTHING_ELSE  # pyright: ignore[reportGeneralTypeIssues]
+
+    kind: Kind
+    recipe: dict[str, JsonValue]
+    recipe_version: _Count
+    fingerprints: dict[str, str]
+    subsets: dict[str, _Settings]
+    quarantined: tuple[_Quarantined, ...]
+    rows: _Count
+    samples: _Count
+    index: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+def _manifest(content: _Content) -> Manifest:
+    return Manifest(
+        kind=content["kind"],
+        recipe=content["recipe"],
+        recipe_version=content["recipe_version"],
+        fingerprints=content["fingerprints"],
+        subsets=content["subsets"],
+        quarantined=content["quarantined"],
+        rows=content["rows"],
+        samples=content["samples"],
+        index=content["index"],
+        extra={name: item for name, item in content.items() if name not in _OWN},
+    )
+
+
+_CONTENT = TypeAdapter(_Content)
+_OBJECT = TypeAdapter(dict[str, Any])

@@ -14,6 +14,8 @@ from sd3pipe.cache.manifest import Manifest, read_manifest
 from sd3pipe.cache.samples import hex_list, sample_arrays
 from sd3pipe.cache.segment import SegmentHeader
 from sd3pipe.cache.wanted import Readable, Wanted
+from sd3pipe.cache.zarr_group import ReadFile
+from sd3pipe.documents import MOST_LIST_BYTES, read_data
 from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_file, storage_errors, sync_folder
 from sd3pipe.temporaries import remove_tree
@@ -53,7 +55,12 @@ def load_published(folder: CacheFolder, kind: Kind) -> tuple[Manifest | None, In
 def open_index(folder: CacheFolder, manifest: Manifest) -> Index:
     """Returns the index that a manifest names, checked. Raises InputError."""
     path = folder.index(manifest.index)
-    return read_index(manifest.kind, manifest.index, lambda name: (path / name).read_bytes(), str(path))
+    return read_index(manifest.kind, manifest.index, reader_of(path), str(path))
+
+
+def reader_of(folder: Path) -> ReadFile:
+    """Returns what reads the files of an index's folder."""
+    return lambda name: read_data(folder / name, most_bytes=MOST_LIST_BYTES)
 
 
 def publish(folder: CacheFolder, wanted: Wanted, readable: Readable, holdings: Holdings, scratch: Path) -> None:
@@ -117,7 +124,7 @@ def _write_index(folder: CacheFolder, kind: Kind, index: Index, digest: str, scr
     final = folder.index(digest)
     if final.exists() and not trusted:
         try:
-            read_index(kind, digest, lambda name: (final / name).read_bytes(), str(final))
+            read_index(kind, digest, reader_of(final), str(final))
         except InputError:
             folder.set_aside(final)
     if final.exists():

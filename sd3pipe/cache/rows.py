@@ -3,9 +3,10 @@
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
+from pydantic import Field
 
 from sd3pipe.errors import InputError
 
@@ -14,8 +15,9 @@ DType = Literal["F32", "F16", "BF16", "U8"]
 ITEM_BYTES: dict[str, int] = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 _NUMPY_DTYPES: dict[str, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "|u1"}
 
+Size = Annotated[int, Field(strict=True, ge=0, lt=2**40)]
 Layout = tuple[
-    tuple[str, DType, tuple[int, ...]], ...
+    tuple[str, DType, tuple[Size, ...]], ...
 ]  # name, dtype and shape of each tensor, in the order of the bytes
 
 
@@ -93,17 +95,3 @@ def row_from_bytes(layout: Layout, data: memoryview) -> dict[str, Tensor]:
 def layout_to_json(layout: Layout) -> list[list[Any]]:
     """Returns a layout as JSON has it: [name, dtype, shape] of each tensor."""
     return [[name, dtype, list(shape)] for name, dtype, shape in layout]
-
-
-def layout_from_json(value: Any) -> Layout:
-    """Returns the layout that `layout_to_json` wrote. Raises ValueError for anything else."""
-    layout = []
-    for name, dtype, shape in value:
-        if (
-            not isinstance(name, str)
-            or dtype not in ITEM_BYTES
-            or not all(type(size) is int and size >= 0 for size in shape)
-        ):
-            raise ValueError(f"{[name, dtype, shape]} is no tensor of a row")
-        layout.append((name, dtype, tuple(shape)))
-    return tuple(layout)

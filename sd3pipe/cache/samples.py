@@ -108,6 +108,49 @@ class Samples:
         return columns
 
 
+def array_shapes(kind: Kind) -> dict[str, tuple[str, int]]:
+    """Returns the number format and the number of axes of each array of the table."""
+    shapes: dict[str, tuple[str, int]] = {}
+    for name, column in COLUMNS[kind].items():
+        if column == "text":
+            shapes |= {f"sample_{name}_bytes": ("uint8", 1), f"sample_{name}_ends": ("uint64", 1)}
+            shapes |= {f"sample_{name}_code": ("uint32", 1)} if name in _FEW else {}
+        elif column == "hash":
+            shapes[f"sample_{name}"] = ("uint8", 2)
+        elif column == "row":
+            shapes[f"sample_{row_column(name)}"] = ("uint32", 1)
+        else:
+            shapes[f"sample_{name}"] = ("int32", 1)
+    return shapes
+
+
+def check_samples(kind: Kind, arrays: Mapping[str, np.ndarray], rows: int) -> None:
+    """Raises ValueError where the table's arrays, of the right formats, do not fit each other or the number of rows."""
+    count = len(arrays["sample_row"])
+    for name, column in COLUMNS[kind].items():
+        if column == "text":
+            _check_texts(name, arrays, count)
+            continue
+        array = arrays[f"sample_{row_column(name) if column == 'row' else name}"]
+        if len(array) != count:
+            raise ValueError(f"{name} has {len(array)} samples, not {count}")
+        if column == "row" and count and int(array.max()) >= rows:
+            raise ValueError(f"{name} names a row that is not there")
+        if column == "number" and count and int(array.min()) < 0:
+            raise ValueError(f"{name} is negative")
+
+
+def _check_texts(name: str, arrays: Mapping[str, np.ndarray], count: int) -> None:
+    ends, size = arrays[f"sample_{name}_ends"], len(arrays[f"sample_{name}_bytes"])
+    if np.any(ends[1:] < ends[:-1]) or (int(ends[-1]) if len(ends) else 0) != size:
+        raise ValueError(f"the texts of {name} do not lie one after the other")
+    codes = arrays.get(f"sample_{name}_code")
+    if len(ends if codes is None else codes) != count:
+        raise ValueError(f"{name} has other samples than the table")
+    if codes is not None and count and int(codes.max()) >= len(ends):
+        raise ValueError(f"{name} names a text that is not there")
+
+
 def row_column(key_column: str) -> str:
     """Returns the stored name of a column of keys: it holds row numbers instead."""
     return key_column.removesuffix("key") + "row"
@@ -118,7 +161,7 @@ def sample_arrays(kind: Kind, columns: Columns, keys: np.ndarray) -> dict[str, n
 
     Raises ValueError for missing or unknown columns, columns of unequal length, and keys that are no row.
     """
-    _check_columns(kind, columns)
+    check_columns(kind, columns)
     order = _sorted_order(columns)
     arrays: dict[str, np.ndarray] = {}
     for name, column in COLUMNS[kind].items():
@@ -172,12 +215,16 @@ def _as_text(hashes: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(hashes).view("S32").reshape(-1)
 
 
-def _check_columns(kind: Kind, columns: Columns) -> None:
+def check_columns(kind: Kind, columns: Columns) -> None:
+    """Raises ValueError for missing or unknown columns, for columns of unequal length and for texts that are none."""
     if set(columns) != set(COLUMNS[kind]):
         raise ValueError(f"samples of {kind} have the columns {sorted(COLUMNS[kind])}, not {sorted(columns)}")
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"columns of samples differ in length: {lengths}")
+    for name, column in COLUMNS[kind].items():
+        if column != "number" and not all(isinstance(value, str) for value in columns[name]):
+            raise ValueError(f"{name} has values that are no texts")
 
 
 def _sorted_order(columns: Columns) -> list[int]:

@@ -8,13 +8,16 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, JsonValue, TypeAdapter
 
 from sd3pipe.cache.keys import FORMAT_VERSION, KINDS, Kind, row_key
 from sd3pipe.cache.plan import plan_id
-from sd3pipe.cache.rows import Layout, layout_bytes, layout_from_json, layout_to_json, tensor_bytes
+from sd3pipe.cache.rows import Layout, Size, layout_bytes, layout_to_json, tensor_bytes
+from sd3pipe.documents import DocumentError, checked, parse_json
 from sd3pipe.errors import InputError
-from sd3pipe.files import publish_once, storage_errors, sync_file
+from sd3pipe.files import open_regular, publish_once, storage_errors, sync_file
 from sd3pipe.fingerprint import canonical_json, digest_bytes, hash_json
 from sd3pipe.temporaries import temporary_name
 
@@ -27,7 +30,7 @@ _MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 class Ingredients:
     """What a row's key is made of, beside its source; shared by many rows."""
 
-    recipe: Mapping[str, Any]
+    recipe: Mapping[str, JsonValue]
     recipe_version: int
     fingerprints: Mapping[str, str]
 
@@ -74,6 +77,24 @@ class SegmentHeader:
         return self.offsets[-1]
 
 
+_Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_Number = Annotated[int, Field(strict=True, ge=0)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Facts:
+    """The metadata of a segment's file, but for its own hash; docs/cache-format.md."""
+
+    format: int
+    kind: Kind
+    group: str
+    nbytes: Size
+    layouts: list[Layout]
+    ingredients: list[Ingredients]
+    versions: list[str]
+    rows: list[tuple[_Hash, _Number, _Hash, str, _Number, _Number]]
+
+
 def write_segment(path: Path, *, kind: Kind, group: str, nbytes: int, rows: Sequence[StoredRow], scratch: Path) -> bool:
     """Writes a segment under a temporary name in `scratch`, then gives it its name unless another writer did.
 
@@ -96,7 +117,7 @@ def write_segment(path: Path, *, kind: Kind, group: str, nbytes: int, rows: Sequ
 def read_header(path: Path) -> SegmentHeader:
     """Returns a segment's header, checked against its own hash, the file's size and name. Raises InputError."""
     try:
-        with open(path, "rb") as handle:
+        with open_regular(path) as handle:
             size = os.fstat(handle.fileno()).st_size
             length = int.from_bytes(handle.read(8), "little")
             if not 2 <= length <= min(_MOST_HEADER_BYTES, size - 8):
@@ -104,7 +125,7 @@ def read_header(path: Path) -> SegmentHeader:
             header = parse_header(handle.read(length), 8 + length)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (OSError, ValueError, IndexError, RecursionError, DocumentError) as error:
         raise InputError(f"{path}: not a whole segment of a cache ({error})") from error
     if header.file_bytes != size:
         raise InputError(f"{path}: {size} bytes where its header says {header.file_bytes}: the file was cut or changed")
@@ -114,33 +135,34 @@ def read_header(path: Path) -> SegmentHeader:
 
 
 def parse_header(data: bytes, data_start: int) -> SegmentHeader:
-    """Returns the header in the JSON of a safetensors file. Raises ValueError, KeyError and their like if damaged."""
-    tensors = json.loads(data)
-    facts = json.loads(tensors.pop("__metadata__")[METADATA_KEY])
-    check = facts.pop("check")
-    if facts["format"] != FORMAT_VERSION or facts["kind"] not in KINDS:
-        raise ValueError(f"format {facts['format']}, kind {facts['kind']} is unknown")
-    if hash_json([facts, tensors]) != check:
+    """Returns the header in the JSON of a safetensors file. Raises DocumentError, ValueError, IndexError if damaged."""
+    tensors = parse_json(data, _OBJECT, "its header")
+    metadata = tensors.pop("__metadata__", None)
+    text = metadata.get(METADATA_KEY) if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
+        raise ValueError("its header is not that of a segment")
+    raw = parse_json(text, _OBJECT, "its header")
+    check = raw.pop("check", None)
+    if raw.get("format") != FORMAT_VERSION or raw.get("kind") not in KINDS:
+        raise ValueError(f"format {raw.get('format')}, kind {raw.get('kind')} is unknown")
+    if hash_json([raw, tensors]) != check:
         raise ValueError("its header was changed")
-    ingredients = [Ingredients(**item) for item in facts["ingredients"]]
-    layouts = [layout_from_json(item) for item in facts["layouts"]]
+    facts = checked(raw, _FACTS, "its header")
     rows = tuple(
         RowInfo(
             key=key,
-            layout=layouts[layout],
+            layout=facts.layouts[layout],
             digest=bytes.fromhex(digest),
             source=source,
-            ingredients=ingredients[ingredient],
-            made_with=facts["versions"][version],
+            ingredients=facts.ingredients[ingredient],
+            made_with=facts.versions[version],
         )
-        for key, layout, digest, source, ingredient, version in facts["rows"]
+        for key, layout, digest, source, ingredient, version in facts.rows
     )
     offsets = [data_start]
     for row in rows:
         offsets.append(offsets[-1] + layout_bytes(row.layout))
-    return SegmentHeader(
-        kind=facts["kind"], group=facts["group"], nbytes=facts["nbytes"], rows=rows, offsets=tuple(offsets)
-    )
+    return SegmentHeader(kind=facts.kind, group=facts.group, nbytes=facts.nbytes, rows=rows, offsets=tuple(offsets))
 
 
 def read_exactly(handle: int, count: int, offset: int) -> bytes:
@@ -232,3 +254,7 @@ def _pieces(header: bytes, rows: Sequence[StoredRow]) -> Iterator[Any]:
 def _write_all(handle: int, data: memoryview) -> None:
     while data:
         data = data[os.write(handle, data) :]
+
+
+_FACTS = TypeAdapter(_Facts)
+_OBJECT = TypeAdapter(dict[str, Any])

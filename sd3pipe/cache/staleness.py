@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.manifest import read_manifest
+from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, read_json
 from sd3pipe.files import write_bytes
 from sd3pipe.fingerprint import hash_bytes, hash_file, hash_json
 from sd3pipe.stat_memory import Stamp, stamp_of, tick_ns
@@ -24,6 +27,17 @@ class SourceCheck:
     state: Literal["fresh", "changed", "unknown"]
     changes: tuple[str, ...] = ()
     reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Note:
+    """What was encoded: for each file its stamp, which is compared and no more, and its hash; of folders a listing."""
+
+    format: Literal[1]
+    cache: str | None
+    dataset: str
+    files: dict[str, tuple[Any, str]]
+    folders: dict[str, tuple[list[str], str]]
 
 
 def remember_sources(
@@ -64,25 +78,28 @@ def check_sources(cache: Path) -> SourceCheck:
     note = _read_note(CacheFolder(cache).machine / _FILE)
     if note is None:
         return SourceCheck("unknown", reason=f"{cache} was not encoded on this machine")
-    if note["cache"] != _published(cache):
+    if note.cache != _published(cache):
         return SourceCheck("unknown", reason=f"{cache} was replaced since it was encoded on this machine")
-    gone = [path for path in (note["dataset"], *note["folders"]) if not Path(path).exists()]
+    gone = [path for path in (note.dataset, *note.folders) if not os.path.exists(path)]  # noqa: PTH110, which raises nothing
     if gone:
         return SourceCheck("unknown", reason=f"{gone[0]}, which {cache} was encoded from, is not here")
     changes = tuple(_changes(note))
     return SourceCheck("changed", changes) if changes else SourceCheck("fresh")
 
 
-def _changes(note: Mapping[str, Any]) -> Iterator[str]:
-    for name, (stamp, digest) in note["files"].items():
+def _changes(note: _Note) -> Iterator[str]:
+    for name, (stamp, digest) in note.files.items():
         try:
             if list(_stamp(name)) != stamp and hash_file(Path(name)) != digest:
                 yield f"{name} was changed"
-        except OSError:
+        except (OSError, ValueError):  # ValueError: no path of a file
             yield f"{name} is gone"
-    for name, (suffixes, listing) in note["folders"].items():
-        if _listing(Path(name), suffixes) != listing:
-            yield f"{name} has other files than before"
+    for name, (suffixes, listing) in note.folders.items():
+        try:
+            if _listing(Path(name), suffixes) != listing:
+                yield f"{name} has other files than before"
+        except OSError as error:
+            yield f"{name} cannot be read ({error.strerror})"
 
 
 def _published(cache: Path) -> str | None:
@@ -128,9 +145,8 @@ def _suffix(name: str) -> str:
     return dot + ending if stem and ending else ""
 
 
-def _read_note(file: Path) -> dict[str, Any] | None:
+def _read_note(file: Path) -> _Note | None:
     try:
-        note = json.loads(file.read_bytes().decode("utf-8", "surrogatepass"))
-    except (OSError, ValueError):
+        return read_json(file, TypeAdapter(_Note), most_bytes=MOST_LIST_BYTES)
+    except DocumentError:
         return None
-    return note if isinstance(note, dict) and note.get("format") == _FORMAT else None

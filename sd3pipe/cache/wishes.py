@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import JsonValue, NonNegativeInt, TypeAdapter
+
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.keys import Kind
+from sd3pipe.cache.samples import check_columns
 from sd3pipe.cache.segment import Ingredients
 from sd3pipe.cache.wanted import Wanted
+from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, read_json
 from sd3pipe.files import write_bytes
 
 _PREFIX = "wanted-"
@@ -22,6 +26,18 @@ class Wish:
     kind: Kind
     samples: Mapping[str, Sequence[Any]]
     rows: Mapping[str, tuple[str, Ingredients]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Note:
+    """A wish as JSON; each row has its source and the number of its recipe."""
+
+    kind: Kind
+    recipe_version: int
+    fingerprints: dict[str, str]
+    recipes: list[dict[str, JsonValue]]
+    rows: dict[str, tuple[str, NonNegativeInt]]
+    samples: dict[str, list[str | int]]
 
 
 def note_wish(folder: CacheFolder, wanted: Wanted) -> None:
@@ -48,15 +64,22 @@ def note_wish(folder: CacheFolder, wanted: Wanted) -> None:
             other.unlink(missing_ok=True)
 
 
+def _wish(note: _Note) -> Wish:
+    """Returns what a note says. Raises ValueError, IndexError if its parts do not fit each other."""
+    check_columns(note.kind, note.samples)
+    ingredients = [
+        Ingredients(recipe=recipe, recipe_version=note.recipe_version, fingerprints=note.fingerprints)
+        for recipe in note.recipes
+    ]
+    rows = {key: (source, ingredients[number]) for key, (source, number) in note.rows.items()}
+    return Wish(kind=note.kind, samples=note.samples, rows=rows)
+
+
 def last_wish(cache: Path) -> Wish | None:
     """Returns what an encode stage on this machine last wanted in a cache; None if that is not known."""
     for file in CacheFolder(cache).machine.glob(f"{_PREFIX}*.json"):
         try:
-            note = json.loads(file.read_bytes().decode("utf-8", "surrogatepass"))
-            shared = {name: note[name] for name in ("recipe_version", "fingerprints")}
-            ingredients = [Ingredients(recipe=recipe, **shared) for recipe in note["recipes"]]
-            rows = {key: (source, ingredients[number]) for key, (source, number) in note["rows"].items()}
-            return Wish(kind=note["kind"], samples=note["samples"], rows=rows)
-        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            return _wish(read_json(file, TypeAdapter(_Note), most_bytes=MOST_LIST_BYTES))
+        except (DocumentError, ValueError, IndexError):
             continue
     return None

@@ -1,7 +1,6 @@
 """Who is writing into a cache now. Writers of one plan need no lock; a second plan is refused while a writer lives."""
 
 import contextlib
-import json
 import logging
 import os
 import socket
@@ -11,7 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from sd3pipe.cache.folder import CacheFolder
+from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import StaleError
 from sd3pipe.files import make_folder, storage_errors, write_json
 from sd3pipe.living import is_alive, process_mark
@@ -119,8 +121,8 @@ def _scratch_folders(folder: CacheFolder) -> list[Path]:
 def _read_card(scratch: Path) -> Writer | None:
     """Returns a writer's description; None while it is not written yet, or if it is damaged."""
     try:
-        return Writer(**json.loads((scratch / _CARD).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return read_json(scratch / _CARD, TypeAdapter(Writer))
+    except DocumentError:
         return None
 
 

@@ -8,12 +8,15 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from blake3 import blake3
+from pydantic import Field, TypeAdapter
 
+from sd3pipe.documents import MOST_BYTES, DocumentError, parse_json
 from sd3pipe.errors import InputError
 from sd3pipe.files import sync_file, sync_folder
 
@@ -22,6 +25,14 @@ _NAMES = {np.dtype(code): name for name, code in _DTYPES.items()}
 
 Arrays = Mapping[str, np.ndarray]
 ReadFile = Callable[[str], Any]  # a name below the group's folder -> its bytes; raises FileNotFoundError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Metadata:
+    """What a reader needs of an array's zarr.json."""
+
+    data_type: Literal["uint8", "int32", "uint32", "int64", "uint64"]
+    shape: Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=2**53)]], Field(max_length=2)]
 
 
 def arrays_hash(arrays: Arrays) -> str:
@@ -51,11 +62,14 @@ def write_group(folder: Path, arrays: Arrays) -> None:
 def read_array(read: ReadFile, name: str, where: str) -> np.ndarray:
     """Returns one array of a group, a view of the bytes that `read` gave. Raises InputError if it is damaged."""
     try:
-        metadata = json.loads(bytes(read(f"{name}/zarr.json")))
-        dtype, shape = np.dtype(_DTYPES[metadata["data_type"]]), tuple(metadata["shape"])
+        data = read(f"{name}/zarr.json")
+        if len(data) > MOST_BYTES:
+            raise ValueError("its zarr.json is too large")
+        metadata = parse_json(bytes(data), _METADATA, "zarr.json")
+        shape = metadata.shape
         data = read(f"{name}/{_chunk(len(shape))}") if math.prod(shape) else b""
-        return np.frombuffer(data, dtype=dtype).reshape(shape)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return np.frombuffer(data, dtype=_DTYPES[metadata.data_type]).reshape(shape)
+    except (OSError, ValueError, DocumentError) as error:
         raise InputError(f"{where}: array {name} of the index cannot be read ({error})") from error
 
 
@@ -89,3 +103,6 @@ def _write(path: Path, data: Any) -> None:
     with open(path, "xb") as handle:
         handle.write(data)
         sync_file(handle)
+
+
+_METADATA = TypeAdapter(_Metadata)

@@ -10,6 +10,7 @@ from sd3pipe.data.headers import MAX_PIXELS, UnreadablePicture
 from sd3pipe.data.images import composited, decode
 from sd3pipe.data.masks import latent_mask
 from sd3pipe.data.resize import resize
+from sd3pipe.files import open_regular
 from sd3pipe.fingerprint import hash_bytes
 
 
@@ -72,7 +73,8 @@ def _cut_out(pixels_HWC: np.ndarray, cut: Cut) -> np.ndarray:
 
 def _bytes(path: Path, expected_hash: str) -> bytes:
     try:
-        data = path.read_bytes()
+        with open_regular(path) as file:
+            data = file.read()
     except OSError as error:
         raise UnreadablePicture(f"it cannot be read ({error.strerror})") from error
     if hash_bytes(data) != expected_hash:

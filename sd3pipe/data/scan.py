@@ -19,7 +19,8 @@ from sd3pipe.data.dataset_file import Dataset, Subset
 from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, Entry, folder_entries, mask_files
 from sd3pipe.data.metadata import metadata_entries
 from sd3pipe.errors import InputError
-from sd3pipe.fingerprint import hash_bytes, hash_file, hash_json
+from sd3pipe.files import open_regular
+from sd3pipe.fingerprint import hash_bytes, hash_file, hash_json, is_hash
 from sd3pipe.stat_memory import StatMemory
 
 log = logging.getLogger(__name__)
@@ -231,7 +232,7 @@ def _mask_problem(picture: Mapping[str, Any], mask: Mapping[str, Any]) -> str | 
 
 def _known(path: Path, memory: StatMemory) -> Mapping[str, Any]:
     """Returns hash and header of a picture file, or its hash and why it is unreadable; from memory where possible."""
-    known = memory.recall(path, "picture")
+    known = _remembered(memory.recall(path, "picture"))
     if known is not None and known.get("decoder", _decoder()) == _decoder():
         return known
     known = _look_into(path)
@@ -240,12 +241,24 @@ def _known(path: Path, memory: StatMemory) -> Mapping[str, Any]:
     return known
 
 
+def _remembered(known: object) -> Mapping[str, Any] | None:
+    """Returns what was remembered about a picture if it is what `_look_into` returns."""
+    if not isinstance(known, dict) or not is_hash(known.get("hash")):
+        return None
+    if isinstance(known.get("unreadable"), str):
+        return known
+    sides, flags = (known.get("width"), known.get("height")), (known.get("has_alpha"), known.get("animated"))
+    fits = all(type(side) is int and side > 0 for side in sides) and all(type(flag) is bool for flag in flags)
+    return known if fits else None
+
+
 def _look_into(path: Path) -> dict[str, Any]:
     from sd3pipe.data.headers import UnreadablePicture as Broken  # imports Pillow, which a second scan does not need
     from sd3pipe.data.headers import read_header
 
     try:
-        data = path.read_bytes()
+        with open_regular(path) as file:
+            data = file.read()
     except OSError as error:
         return {"unreadable": f"it cannot be read ({error.strerror})"}
     try:

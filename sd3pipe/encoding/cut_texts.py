@@ -1,9 +1,11 @@
 """Which texts are longer than an encoder reads, remembered by row key for runs that encode nothing."""
 
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
+from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, read_json
 from sd3pipe.files import write_json
 from sd3pipe.models.text_architecture import EncoderName
 
@@ -15,12 +17,10 @@ Cuts = dict[str, dict[EncoderName, int]]  # row key -> encoder that cuts the tex
 def recall_cuts(folder: Path, keys: Collection[str]) -> Cuts:
     """Returns what a machine folder remembers of rows that are still wanted; nothing where it is damaged."""
     try:
-        content = json.loads((folder / _FILE).read_bytes())
-    except (OSError, ValueError):
+        content = read_json(folder / _FILE, TypeAdapter(Cuts), most_bytes=MOST_LIST_BYTES)
+    except DocumentError:
         return {}
-    if not isinstance(content, Mapping):
-        return {}
-    return {key: tokens for key, tokens in content.items() if key in keys and isinstance(tokens, dict)}
+    return {key: tokens for key, tokens in content.items() if key in keys}
 
 
 def remember_cuts(folder: Path, cuts: Cuts) -> None:

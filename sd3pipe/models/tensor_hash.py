@@ -14,7 +14,7 @@ from typing import Any
 from blake3 import blake3
 
 from sd3pipe.console import readable_bytes
-from sd3pipe.fingerprint import hash_json
+from sd3pipe.fingerprint import hash_json, is_hash
 from sd3pipe.models.tensor_entry import RangeReader, TensorEntry, chunks
 from sd3pipe.stat_memory import StatMemory
 
@@ -36,7 +36,7 @@ def hash_tensors(tensors: Mapping[str, TensorEntry], memory: StatMemory | None =
     what = f"tensors {_plan_hash(tensors, paths)}"
     if memory is not None:
         recalled = [memory.recall(path, what) for path in paths]  # every file is asked: each look is also a stamp
-        if isinstance(recalled[0], str) and all(found == recalled[0] for found in recalled):
+        if is_hash(recalled[0]) and all(found == recalled[0] for found in recalled):
             return recalled[0]
     _tell_about_reading(tensors, paths)
     fingerprint = _hash(tensors)

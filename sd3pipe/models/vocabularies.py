@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sd3pipe.errors import InputError
-from sd3pipe.fingerprint import hash_bytes, hash_json
+from sd3pipe.fingerprint import hash_bytes, hash_json, is_hash
 from sd3pipe.models.text_architecture import EncoderName
 from sd3pipe.stat_memory import StatMemory
 
@@ -60,7 +60,7 @@ def vocabulary_identity(folder: Path, kind: VocabularyKind, memory: StatMemory |
         return _identity(_read(folder, kind))
     anchor, what = files[-1], "vocabulary " + " ".join(_stamp(file) for file in files)
     known = memory.recall(anchor, what)
-    if isinstance(known, str):
+    if is_hash(known):
         return known
     identity = _identity(_read(folder, kind))
     memory.remember(anchor, what, identity)
