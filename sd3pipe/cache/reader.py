@@ -1,5 +1,6 @@
 """Reads rows of a published cache, in any process, in any order, each with one read from one file."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -8,11 +9,13 @@ import numpy as np
 
 from sd3pipe.cache.folder import INDEX, INDEX_SUFFIX, MANIFEST
 from sd3pipe.cache.index import Index, read_index
+from sd3pipe.cache.made_from import contradiction
 from sd3pipe.cache.manifest import Manifest, parse_manifest
 from sd3pipe.cache.places import place_of
 from sd3pipe.cache.rows import Tensor, row_from_bytes
 from sd3pipe.cache.samples import Samples
-from sd3pipe.errors import InputError
+from sd3pipe.cache.segment import SegmentHeader, key_is_true, parse_header
+from sd3pipe.errors import InputError, StaleError
 from sd3pipe.fingerprint import digest_bytes
 
 VerifyReads = Literal["first", "always", "never"]
@@ -22,24 +25,20 @@ class CacheReader:
     """A published cache, open for reading. Safe to pickle and to fork; every process opens the files for itself.
 
     `verify_reads` says when a row's bytes are compared with its digest: on its first read here, always, or never.
-    Raises InputError for anything that is no whole cache.
+    Raises InputError for anything that is no whole cache, StaleError for one whose manifest contradicts its rows.
     """
 
     def __init__(self, where: str | Path, *, verify_reads: VerifyReads = "first") -> None:
         if verify_reads not in get_args(VerifyReads):
             raise ValueError(f"verify_reads is {verify_reads}, not one of {get_args(VerifyReads)}")
-        self.where = str(where)
-        self._verify: VerifyReads = verify_reads
-        self._place = place_of(where)
-        self.manifest, self._index = self._open()
-        self._plan_ids = self._index.plan_ids()
-        self._verified = np.zeros(len(self._index), bool)
+        self._load(where, verify_reads)
+        self._check_manifest()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"where": self.where, "verify": self._verify, "index": self.manifest.index}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__init__(state["where"], verify_reads=state["verify"])
+        self._load(state["where"], state["verify"])
         if self.manifest.index != state["index"]:
             raise InputError(f"{self.where} was encoded again while it was being read: start again")
 
@@ -92,6 +91,42 @@ class CacheReader:
                 raise InputError(f"{self.where}: row {number} in segment {plan_id} is damaged: {_CURE}")
             self._verified[number] = True
         return row_from_bytes(self._index.layouts[arrays["row_layout"][number]], data)
+
+    def _load(self, where: str | Path, verify_reads: VerifyReads) -> None:
+        self.where = str(where)
+        self._verify: VerifyReads = verify_reads
+        self._place = place_of(where)
+        self.manifest, self._index = self._open()
+        self._plan_ids = self._index.plan_ids()
+        self._verified = np.zeros(len(self._index), bool)
+
+    def _check_manifest(self) -> None:
+        """Raises StaleError where the manifest contradicts what the rows of the first segment were made from.
+
+        All rows are made from equal weights by one recipe, and their keys, which the index has, prove from which. A
+        segment that is missing or damaged is told when its rows are read.
+        """
+        header = self._first_header()
+        if header is None or not header.rows:
+            return
+        if not key_is_true(header.kind, header.rows[0]):
+            raise InputError(f"{self.where}: row {header.rows[0].key} was not made from what its key says: {_CURE}")
+        said = contradiction(self.manifest, header.rows[0].ingredients)
+        if said:
+            raise StaleError(
+                f"{self.where}/{MANIFEST} {said}: it was changed: restore it, or run the encode stage, which writes it "
+                "anew and keeps the rows"
+            )
+
+    def _first_header(self) -> SegmentHeader | None:
+        arrays = self._index.arrays
+        offsets = arrays["row_offset"][arrays["row_segment"] == 0]
+        if not len(offsets):
+            return None
+        with contextlib.suppress(OSError, EOFError, InputError):
+            start = self._place.read_segment(self._plan_ids[0], 0, int(offsets.min()))
+            return parse_header(start, self.where)
+        return None
 
     def _open(self) -> tuple[Manifest, Index]:
         """Reads manifest and index; once more if a writer swapped them in between."""

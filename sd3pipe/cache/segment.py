@@ -23,6 +23,7 @@ from sd3pipe.temporaries import temporary_name
 
 METADATA_KEY = "sd3pipe"
 _HEADER_UNIT = 4096  # data starts on a page, and texts of nearly equal length do not move it
+_DAMAGE = (ValueError, IndexError, RecursionError, DocumentError)
 _MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -122,10 +123,10 @@ def read_header(path: Path) -> SegmentHeader:
             length = int.from_bytes(handle.read(8), "little")
             if not 2 <= length <= min(_MOST_HEADER_BYTES, size - 8):
                 raise ValueError("it is cut short or no safetensors file")
-            header = parse_header(handle.read(length), 8 + length)
+            header = _parse(handle.read(length), 8 + length)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, IndexError, RecursionError, DocumentError) as error:
+    except (OSError, *_DAMAGE) as error:
         raise InputError(f"{path}: not a whole segment of a cache ({error})") from error
     if header.file_bytes != size:
         raise InputError(f"{path}: {size} bytes where its header says {header.file_bytes}: the file was cut or changed")
@@ -134,8 +135,17 @@ def read_header(path: Path) -> SegmentHeader:
     return header
 
 
-def parse_header(data: bytes, data_start: int) -> SegmentHeader:
-    """Returns the header in the JSON of a safetensors file. Raises DocumentError, ValueError, IndexError if damaged."""
+def parse_header(start: memoryview, where: str) -> SegmentHeader:
+    """Returns the header in the first bytes of a segment, checked against its own hash. Raises InputError."""
+    try:
+        length = int.from_bytes(start[:8], "little")
+        return _parse(bytes(start[8 : 8 + length]), 8 + length)
+    except _DAMAGE as error:
+        raise InputError(f"{where}: not a whole segment of a cache ({error})") from error
+
+
+def _parse(data: bytes, data_start: int) -> SegmentHeader:
+    """Returns the header in the JSON of a safetensors file. Raises what _DAMAGE lists."""
     tensors = parse_json(data, _OBJECT, "its header")
     metadata = tensors.pop("__metadata__", None)
     text = metadata.get(METADATA_KEY) if isinstance(metadata, dict) else None

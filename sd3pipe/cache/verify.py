@@ -10,7 +10,7 @@ import numpy as np
 
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.index import Index, header_table
-from sd3pipe.cache.keys import Kind
+from sd3pipe.cache.made_from import contradiction
 from sd3pipe.cache.manifest import Manifest, read_manifest
 from sd3pipe.cache.publish import open_index
 from sd3pipe.cache.segment import key_is_true, read_header, read_rows
@@ -44,10 +44,9 @@ def verify_cache(cache: Path, *, threads: int | None = None) -> Verification:
     live = dict.fromkeys(index.plan_ids()) if index is not None else {}
     problems += _missing(folder, live)
     paths = [*folder.segment_ids().values(), *folder.attic_segments()]
-    kind = manifest.kind if manifest is not None else None
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        checked = list(pool.map(lambda path: _check_segment(path, kind, folder, index), paths))
-    problems += [problem for _, problem in checked if problem is not None]
+        checked = list(pool.map(lambda path: _check_segment(path, manifest, folder, index), paths))
+    problems += dict.fromkeys(problem for _, problem in checked if problem is not None)
     if index is not None and manifest is not None:
         problems += _check_references(folder, manifest, index)
     return Verification(
@@ -88,14 +87,14 @@ def _missing(folder: CacheFolder, live: dict[str, None]) -> Iterator[Problem]:
 
 
 def _check_segment(
-    path: Path, kind: Kind | None, folder: CacheFolder, index: Index | None
+    path: Path, manifest: Manifest | None, folder: CacheFolder, index: Index | None
 ) -> tuple[int, Problem | None]:
     """Returns how many rows of a segment were read, and what is wrong with it."""
     count = 0
     try:
         header = read_header(path)
-        if kind is not None and header.kind != kind:
-            return 0, Problem(what=f"{path} holds rows of {header.kind}, not of {kind}", path=path)
+        if manifest is not None and header.kind != manifest.kind:
+            return 0, Problem(what=f"{path} holds rows of {header.kind}, not of {manifest.kind}", path=path)
         for info, _, whole in read_rows(path, header):
             count += 1
             if not whole:
@@ -106,6 +105,11 @@ def _check_segment(
         indexed = index is not None and path.parent == folder.segments and plan_id in index.segments()
         if index is not None and indexed and not _agrees(index, plan_id, path):
             return count, Problem(what=f"{path}: the index places its rows elsewhere", path=path)
+        if manifest is not None and indexed:
+            made_from = {id(info.ingredients): info.ingredients for info in header.rows}
+            said = next(filter(None, (contradiction(manifest, parts) for parts in made_from.values())), "")
+            if said:
+                return count, Problem(what=f"{folder.manifest} {said}: it was changed", path=folder.manifest)
     except (InputError, OSError, EOFError) as error:
         return count, Problem(what=str(error), path=path if path.exists() else None)
     return count, None

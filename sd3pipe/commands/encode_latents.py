@@ -21,6 +21,7 @@ from sd3pipe.data.buckets import Placement, cut_by_limit
 from sd3pipe.data.dataset_file import Dataset, load_dataset
 from sd3pipe.data.scan import Scan, scan, source_files, tell_about_pictures
 from sd3pipe.encoding.latent_plan import Sample, Sources, find_sources, latents_wanted
+from sd3pipe.encoding.recipe_version import version_change
 from sd3pipe.errors import InputError, QuarantineError
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.models.vae_architecture import VAEArchitecture, detect_vae
@@ -52,12 +53,15 @@ class _Prepared:
 def main(params: EncodeLatentsParams) -> None:
     """Fills the latents cache of a dataset. Raises QuarantineError after publishing if too much is unreadable."""
     if params.dry_run:
-        print(_forecast(_prepare(params), params))
+        ready = _prepare(params)
+        _tell_version_change(ready, params)
+        print(f"encode-latents, dry run: {_forecast(ready, params)}")
         return
     inputs = {"dataset": str(params.dataset), "model": params.model, "vae": str(params.vae) if params.vae else None}
     with StageReport("encode-latents", path=Path(f"{params.out}.report.json"), inputs=inputs) as report:
         ready = _prepare(params)
         report.update(**_picture_report(ready.sources))
+        _tell_version_change(ready, params)
         if params.engine == "ray":
             counts = _fill_on_ray(ready, params)
         else:
@@ -199,20 +203,27 @@ def _is_cut(sample: Sample) -> bool:
     return cut_by_limit(Placement(bucket=cut.size, resized=cut.resized), sample.picture.subset.bucketing)
 
 
+def _tell_version_change(ready: _Prepared, params: EncodeLatentsParams) -> None:
+    """Says before anything is encoded what another recipe version takes."""
+    words = version_change(params.out, ready.wanted)
+    if words:
+        log.warning("%s: %s", words, _forecast(ready, params))
+
+
 def _forecast(ready: _Prepared, params: EncodeLatentsParams) -> str:
     """Returns what a run would do: rows, time on this device, size."""
     missing = missing_rows(params.out, ready.wanted)
     there = len(ready.wanted.row_by_key) - len(missing.keys)
     left_out = f"{len(ready.sources.left_out)} of {count(ready.sources.pictures, 'picture')} left out"
     if not missing.keys:
-        return f"encode-latents, dry run: nothing to encode, {count(there, 'row')} there, {left_out}"
+        return f"nothing to encode, {count(there, 'row')} there, {left_out}"
     from sd3pipe.encoding.latent_rows import device_speed  # imports torch, only to tell the time
 
     cut_by_key = {key: sample.view.cut for key, sample in zip(ready.wanted.keys, ready.sources.samples, strict=True)}
     pixels = sum(cut_by_key[key].size[0] * cut_by_key[key].size[1] for key in missing.keys)
     device, pixels_per_second = device_speed(ready.architecture, params)
     return (
-        f"encode-latents, dry run: {count(len(missing.keys), 'row')} to encode, {there} there, {left_out}; about "
+        f"{count(len(missing.keys), 'row')} to encode, {there} there, {left_out}; about "
         f"{readable_seconds(pixels / pixels_per_second)} on {device}, {readable_bytes(missing.nbytes)} to write, "
         f"{readable_bytes(missing.free_bytes)} free"
     )

@@ -21,6 +21,7 @@ from sd3pipe.data.dataset_file import Dataset, load_dataset
 from sd3pipe.data.prompts import load_prompts
 from sd3pipe.data.scan import Scan, scan, source_files, tell_about_captions
 from sd3pipe.encoding.cut_texts import Cuts, recall_cuts, remember_cuts
+from sd3pipe.encoding.recipe_version import version_change
 from sd3pipe.encoding.text_plan import (
     TextEncoders,
     Texts,
@@ -70,7 +71,9 @@ def main(params: EncodeTextParams) -> None:
     """Fills the text cache of a dataset or the cache of sample prompts; in a project, without either named, both."""
     for target in _targets(params):
         if params.dry_run:
-            print(_forecast(_prepare(params, target), params, target))
+            ready = _prepare(params, target)
+            _tell_version_change(ready, params, target)
+            print(f"encode-text, dry run: {_forecast(ready, params, target)}")
         else:
             _fill(params, target)
 
@@ -102,6 +105,7 @@ def _fill(params: EncodeTextParams, target: _Target) -> None:
         if target.kind == "text":
             used = [ready.texts.text_by_hash[digest] for digest in ready.texts.columns["caption_hash"]]
             report.update(captions=caption_statistics(used))
+        _tell_version_change(ready, params, target)
         folder = machine_folder(target.out)
         cuts = recall_cuts(folder, set(ready.wanted.keys))
         if params.engine == "ray":
@@ -241,17 +245,24 @@ def _tell_about_cuts(cut: Sequence[Mapping[str, Any]], clip_length: int, t5_leng
             log.warning("%s reads the first %d tokens of %s: %s", title, length, texts, listed(users))
 
 
+def _tell_version_change(ready: _Prepared, params: EncodeTextParams, target: _Target) -> None:
+    """Says before anything is encoded what another recipe version takes."""
+    words = version_change(target.out, ready.wanted)
+    if words:
+        log.warning("%s: %s", words, _forecast(ready, params, target))
+
+
 def _forecast(ready: _Prepared, params: EncodeTextParams, target: _Target) -> str:
     """Returns what a run would do: rows, time on this device, size."""
     missing = missing_rows(target.out, ready.wanted)
     there = len(ready.wanted.row_by_key) - len(missing.keys)
     if not missing.keys:
-        return f"encode-text, dry run: nothing to encode, {count(there, 'row')} there"
+        return f"nothing to encode, {count(there, 'row')} there"
     from sd3pipe.encoding.text_encoding import seconds_to_encode  # imports torch, only to tell the time
 
     device, seconds = seconds_to_encode(len(missing.keys), ready.encoders, ready.recipe, params)
     return (
-        f"encode-text, dry run: {count(len(missing.keys), 'row')} to encode, {there} there; about "
+        f"{count(len(missing.keys), 'row')} to encode, {there} there; about "
         f"{readable_seconds(seconds)} on {device}, {readable_bytes(missing.nbytes)} to write, "
         f"{readable_bytes(missing.free_bytes)} free"
     )

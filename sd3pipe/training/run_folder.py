@@ -1,12 +1,14 @@
 """Where a run begins: afresh, or from which checkpoint; and what becomes of an older run in the same folder."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import JsonValue, TypeAdapter
+
+from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import InputError, ParameterError, StaleError
 from sd3pipe.files import storage_errors
 from sd3pipe.fingerprint import hash_file
@@ -25,6 +27,18 @@ log = logging.getLogger(__name__)
 Identity = Mapping[str, Any]
 _FINAL, _INPUTS = "final", "inputs.json"
 _METRICS = "metrics.jsonl"
+
+
+# Runs that were begun before a run's identity named these had them
+_UNSAID = {"latents_recipe_version": 1, "text_recipe_version": 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Final:
+    """What final/inputs.json says: what the adapter beside it was made from."""
+
+    identity: dict[str, JsonValue]
+    steps: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,16 +80,17 @@ def is_finished(run: Path, start: Start, identity: Identity, total_steps: int) -
     if start.checkpoint is None or start.checkpoint.step != total_steps or start.changes:
         return False
     try:
-        made_from = json.loads((run / _FINAL / _INPUTS).read_text(encoding="utf-8"))
+        made_from = read_json(run / _FINAL / _INPUTS, TypeAdapter(_Final))
         saved = start.checkpoint.state["files"][ADAPTER_FILE]["blake3"]
-        same = made_from == {"identity": dict(identity), "steps": total_steps}
+        same = made_from.steps == total_steps and not differences(made_from.identity, identity)
         return same and hash_file(run / _FINAL / ADAPTER_FILE) == saved
-    except (OSError, ValueError):
+    except (OSError, DocumentError):
         return False
 
 
 def differences(old: Identity, new: Identity) -> dict[str, list[Any]]:
     """Returns [old value, new value] of every key of the identities that differs."""
+    old = {**{key: value for key, value in _UNSAID.items() if key in new}, **old}
     return {
         key: [old.get(key), new.get(key)] for key in sorted({*old, *new}) if key not in old or old[key] != new.get(key)
     }

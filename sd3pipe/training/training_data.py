@@ -10,14 +10,17 @@ import numpy as np
 from sd3pipe.cache.join import JoinedSample, join_samples
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.rows import latents_name
+from sd3pipe.data import geometry
 from sd3pipe.data.weighting import sample_repeats
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.fingerprint import digest_bytes, hash_bytes, hash_json
+from sd3pipe.models import text_recipe
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.items import Items, RowLists, SubsetRules
 
 log = logging.getLogger(__name__)
 
+_RECIPE_VERSIONS = {"latents": geometry.RECIPE_VERSION, "text": text_recipe.RECIPE_VERSION}
 _EMPTY_CAPTION = "empty_caption"  # the text manifest's name for the key of the row of ""
 
 
@@ -40,7 +43,9 @@ class TrainingData:
         return {
             **{f"encoded_with.{name}": value for name, value in sorted(self.fingerprints().items())},
             "latents_recipe": hash_json(dict(self.latents.manifest.recipe)),
+            "latents_recipe_version": self.latents.manifest.recipe_version,
             "text_recipe": hash_json(dict(self.text.manifest.recipe)),
+            "text_recipe_version": self.text.manifest.recipe_version,
             "training_rows": _digest(self.train, self.latents, self.text),
         }
 
@@ -52,6 +57,7 @@ def open_data(params: TrainParams) -> TrainingData:
     joined = join_samples(latents, text)
     for reader in (latents, text):
         _tell_origin(reader)
+        _tell_version(reader)
     for message in joined.left_out:
         log.warning("left out: %s", message)
     subsets = _subsets(latents, text, params)
@@ -77,6 +83,16 @@ def _tell_origin(reader: CacheReader) -> None:
     origin = reader.manifest.recipe.get("imported_from")
     if origin:
         log.info("%s holds rows that %s encoded; `sd3pipe cache ls` shows how many of each shape", reader.where, origin)
+
+
+def _tell_version(reader: CacheReader) -> None:
+    made, ours = reader.manifest.recipe_version, _RECIPE_VERSIONS[reader.manifest.kind]
+    if made != ours:
+        log.warning(
+            "%s was encoded by version %d of its recipe, this sd3pipe has version %d: it is trained on as it is; the "
+            "encode stage would make its rows anew, and says beforehand what that takes",
+            reader.where, made, ours,
+        )  # fmt: skip
 
 
 Picture = tuple[str, str, int]  # subset, image hash, occurrence

@@ -159,6 +159,17 @@ def test_a_dry_run_writes_nothing(base, project, capsys):
     assert not (project / "caches" / "text.report.json").exists()
 
 
+def test_another_recipe_version_says_beforehand_what_it_takes(base, project, monkeypatch, capsys):
+    encode(base, project)
+    monkeypatch.setattr("sd3pipe.encoding.text_plan.RECIPE_VERSION", 2)
+    assert encode(base, project)["encoded"] == 4
+    told = "version 1 of its recipe, this sd3pipe has version 2, which makes its rows anew"
+    errors = capsys.readouterr().err
+    assert told in errors and "4 rows to encode, 0 there; about " in errors
+    encode(base, project)
+    assert told not in capsys.readouterr().err
+
+
 def test_sources_are_remembered_for_the_stat_check(base, project):
     encode(base, project)
     assert check_sources(project / "caches" / "text").state == "fresh"

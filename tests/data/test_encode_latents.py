@@ -194,6 +194,22 @@ def test_a_dry_run_tells_and_leaves_nothing_behind(project, base, capsys):
     assert not (project / "latents").exists()
 
 
+def test_another_recipe_version_says_beforehand_what_it_takes(project, base, monkeypatch, caplog, capsys):
+    encode(project, base)
+    monkeypatch.setattr("sd3pipe.encoding.latent_plan.RECIPE_VERSION", 2)
+    with pytest.raises(FileNotFoundError):
+        (project / "latents.report.json").unlink()
+        encode(project, base, dry_run=True)
+    assert "4 rows to encode, 0 there" in capsys.readouterr().out
+    assert encode(project, base)["encoded"] == 4
+    told = "version 1 of its recipe, this sd3pipe has version 2, which makes its rows anew"
+    assert [told in line for line in caplog.messages].count(True) == 2
+    assert "4 rows to encode, 0 there, 0 of 4 pictures left out; about " in caplog.text
+    caplog.clear()
+    encode(project, base)
+    assert told not in caplog.text
+
+
 def test_shards_fill_one_cache_together(project, base):
     encode(project, base)
     whole = contents(project)

@@ -256,16 +256,16 @@ def _fill_latents(
         for crop in range(picture.crops)
         for flip in range(1 + picture.flips)
     ]
+    recipe = {"tiny": 1, **origin}
     rows = [
         WantedRow(
             source=latents_source(picture.image_hash),
-            recipe={"crop": crop, "flip": flip, "size": list(picture.size), "tensor": latent_tensor, **origin},
+            recipe={**recipe, "crop": crop, "flip": flip, "size": list(picture.size), "tensor": latent_tensor},
             group=f"{8 * picture.size[0]}x{8 * picture.size[1]}",
             nbytes=1 << 16,
         )
         for picture, crop, flip in uses
     ]
-    recipe = {"tiny": 1, **origin}
     bare = Wanted(kind="latents", recipe_version=1, fingerprints={"vae": vae}, recipe=recipe, rows=rows, samples={})
     samples = {
         "name": [picture.name for picture, _, _ in uses],

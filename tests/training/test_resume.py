@@ -193,6 +193,26 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_taken(inputs, caplog):
         inputs.train("torn", resume=str(run.checkpoint(2)))
 
 
+def test_caches_of_an_older_recipe_version_train_and_say_so(inputs, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("sd3pipe.training.training_data._RECIPE_VERSIONS", {"latents": 2, "text": 1})
+    run = inputs.train(tmp_path / "old", max_train_steps=1)
+    told = [line for line in caplog.messages if "by version 1 of its recipe, this sd3pipe has version 2" in line]
+    assert len(told) == 1 and str(inputs.latents) in told[0]
+    assert run.state(1)["identity"]["latents_recipe_version"] == 1
+
+
+def test_a_run_from_before_recipe_versions_were_named_goes_on(inputs, tmp_path):
+    run = inputs.train(tmp_path / "run", max_train_steps=2)
+    for file in (run.checkpoint(2) / "state.json", run.folder / "final" / "inputs.json"):
+        content = json.loads(file.read_text())
+        assert content["identity"].pop("latents_recipe_version") == content["identity"].pop("text_recipe_version") == 1
+        content.pop("digest", None)
+        file.write_text(json.dumps(content))
+    assert inputs.train(tmp_path / "run", max_train_steps=2).report()["steps_now"] == 0
+    assert inputs.train(tmp_path / "run", max_train_steps=3).report()["steps_now"] == 1
+    assert not (tmp_path / "run.1").exists()
+
+
 def test_network_weights_start_a_new_run_from_an_adapter(inputs):
     first = inputs.train("teacher", max_train_steps=2)
     pupil = inputs.train("pupil", max_train_steps=2, network_weights=first.folder)
