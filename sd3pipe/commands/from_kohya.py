@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3pipe.config import PROJECT_FILE
+from sd3pipe.console import count
 from sd3pipe.models.architecture import detect_mmdit
 from sd3pipe.models.sources import find_component
 from sd3pipe.params.command_line import load_stage_models
@@ -34,9 +35,8 @@ def main(params: FromKohyaParams) -> None:
         _modernize(given, translation)
     tables = read_dataset(translation)
     texts = _texts(params.out, tables, translation)
-    if not params.dry_run:
-        write_project(params.out, texts)
-    _tell(params, translation, texts)
+    names = list(texts) if params.dry_run else write_project(params.out, texts)
+    _tell(params, translation, names)
 
 
 def _read(source: tuple[str, ...]) -> dict[str, Any]:
@@ -99,10 +99,11 @@ def _absolute(value: str) -> str:
     return str(path.absolute()) if path.exists() else value
 
 
-def _tell(params: FromKohyaParams, translation: Translation, texts: dict[str, str]) -> None:
+def _tell(params: FromKohyaParams, translation: Translation, names: list[str]) -> None:
     for kind, heading in _HEADINGS.items():
         lines = getattr(translation, kind)
         if lines:
             print(heading, *(f"  {line}" for line in lines), sep="\n")
     done = "would be written" if params.dry_run else "written"
-    print(f"{params.out}: {len(texts)} files {done}: {', '.join(texts)}")
+    listed = f": {', '.join(names)}" if names else ", since all were there"
+    print(f"{params.out}: {count(len(names), 'file')} {done}{listed}")

@@ -55,8 +55,8 @@ def main(params: InitParams) -> None:
         ".gitignore": gitignore([_as_seen_from(params.folder, pictures.path)]),
         ".dvcignore": DVCIGNORE,
     }
-    write_project(params.folder, texts)
-    _tell(params.folder, pictures, variant, texts)
+    written = write_project(params.folder, texts)
+    _tell(params.folder, pictures, variant, written)
 
 
 def _ask(question: str, option: str) -> str:
@@ -135,11 +135,11 @@ def _stage_files(params: InitParams, variant: Variant, advice: Recipe) -> dict[s
     return texts
 
 
-def _tell(folder: Path, pictures: PictureFolder, variant: Variant, texts: dict[str, str]) -> None:
+def _tell(folder: Path, pictures: PictureFolder, variant: Variant, written: list[str]) -> None:
     without = pictures.pictures - pictures.captions
     print(
         f"{pictures.path}: {count(pictures.pictures, 'picture')}, {pictures.captions} with a caption, {without} without"
     )
-    print(f"{folder}: {count(len(texts), 'file')} written for {variant}")
+    print(f"{folder}: {count(len(written), 'file')} written for {variant}")
     go = "" if folder.resolve() == Path.cwd() else f"cd {shell_word(no_option(str(folder)))} && "
     print(f"next: {go}sd3pipe preview (draws what training will see), then {go}sd3pipe run")

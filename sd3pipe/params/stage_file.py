@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from sd3pipe.errors import ParameterError
 from sd3pipe.params.fields import Params, option_extra
 
 _WIDTH = 118
@@ -38,21 +39,23 @@ def render_stage_file(
 
 
 def toml_value(value: Any) -> str:
-    """Returns a value as TOML text."""
+    """Returns a value as TOML text. Raises ParameterError for a file's name that is no text."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, list | tuple):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
-    escaped = "".join(_escaped(char) for char in str(value))
+    escaped = "".join(_escaped(char, value) for char in str(value))
     return f'"{escaped}"'
 
 
-def _escaped(char: str) -> str:
+def _escaped(char: str, value: object) -> str:
     if char in '"\\':
         return "\\" + char
-    return char if char.isprintable() else f"\\u{ord(char):04X}"
+    if "\ud800" <= char <= "\udfff":  # how Python holds a byte of a name that is not UTF-8
+        raise ParameterError(f"{value!a}: is not UTF-8 text, which TOML wants: rename that file or folder")
+    return char if char.isprintable() else f"\\U{ord(char):08X}"
 
 
 def _belongs(name: str, field: FieldInfo) -> bool:

@@ -1,10 +1,11 @@
 """Writes the files of a new project, all or none."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from sd3pipe.errors import ParameterError
-from sd3pipe.files import make_folder, write_text
+from sd3pipe.files import atomic_file, make_folder, sync_file
 from sd3pipe.params.stage_file import toml_value
 
 
@@ -16,11 +17,43 @@ def project_toml(paths: Mapping[str, str]) -> str:
     )
 
 
-def write_project(folder: Path, texts: Mapping[str, str]) -> None:
-    """Writes `texts` by their names below `folder`. Raises ParameterError if one exists already; overwrites nothing."""
-    there = [name for name in texts if (folder / name).exists()]
-    if there:
-        raise ParameterError(f"{folder}: {', '.join(there)} exist already and are not overwritten: name another folder")
-    for name, text in texts.items():
-        make_folder((folder / name).parent)
-        write_text(folder / name, text)
+def write_project(folder: Path, texts: Mapping[str, str]) -> list[str]:
+    """Writes `texts` by their names below `folder`, all or none, and returns the names of those that were missing.
+
+    What is there already with just this content, as after a run that was cut short, counts as written. Raises
+    ParameterError if anything else is there, which is never overwritten, and StorageError.
+    """
+    contents = {name: text.encode() for name, text in texts.items()}
+    there = [name for name in contents if (folder / name).exists()]
+    other = [name for name in there if not _holds(folder / name, contents[name])]
+    if other:
+        raise ParameterError(f"{folder}: {', '.join(other)} exist already and are not overwritten: name another folder")
+    missing = [name for name in contents if name not in there]
+    with _new_folders({(folder / name).parent for name in missing}), contextlib.ExitStack() as files:
+        for name in missing:
+            file = files.enter_context(atomic_file(folder / name))
+            file.write(contents[name])
+            sync_file(file)  # a full disk is noticed before the first file gets its name
+    return missing
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    with contextlib.suppress(OSError):
+        return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
+    return False
+
+
+@contextlib.contextmanager
+def _new_folders(folders: Iterable[Path]) -> Iterator[None]:
+    """Makes folders with their parents, and removes those that it made when the block fails."""
+    wanted = sorted({path for folder in folders for path in (folder, *folder.parents)})
+    made = [path for path in wanted if not path.exists()]
+    try:
+        for path in made:
+            make_folder(path)
+        yield
+    except BaseException:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise

@@ -91,3 +91,14 @@ def test_a_name_is_no_path(tmp_path):
     write_photographs(tmp_path / "photos", ("chelsea.png",), 96)
     given = ("--model", "a/b", "--for", "sd35-large", "--images", "photos", "--name", "../x")
     assert "--name" in sd3pipe("init", "p", *given, cwd=tmp_path, expect=2).stderr
+
+
+def test_the_same_init_completes_what_is_half_there(tmp_path):
+    write_photographs(tmp_path / "photos", ("chelsea.png",), 96)
+    given = ("init", "p", "--model", "a/b", "--for", "sd35-large", "--images", "photos")
+    sd3pipe(*given, cwd=tmp_path)
+    before = {file: file.read_bytes() for file in (tmp_path / "p").rglob("*") if file.is_file()}
+    for name in ("stages/train.toml", "dvc.yaml"):
+        (tmp_path / "p" / name).unlink()
+    assert "p: 2 files written" in sd3pipe(*given, cwd=tmp_path).stdout
+    assert {file: file.read_bytes() for file in (tmp_path / "p").rglob("*") if file.is_file()} == before
