@@ -10,28 +10,23 @@ _TICKS = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """Points of one line by rising x; `low` and `high` are the ends of an interval around y, if there is one.
-
-    Lines of equal `colour` belong together; without one a line has the colour of its place.
-    """
+    """Points of one line by rising x; `low` and `high` are the ends of an interval around y, if there is one."""
 
     name: str
+    look: str  # classes of the style: a colour, and faint or dashed
     x: Sequence[float]
     y: Sequence[float]
     low: Sequence[float] = ()
     high: Sequence[float] = ()
-    faint: bool = False
-    dashed: bool = False
-    colour: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """A line as it is drawn: `look` are classes of the style, `band` is the outline of its interval."""
+    """A line as it is drawn: places as "x,y"; `band` is the outline of its interval."""
 
     name: str
     look: str
-    points: Sequence[str]  # "x,y"
+    points: Sequence[str]
     band: Sequence[str]
 
 
@@ -60,7 +55,7 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str) -> Chart
         y_label=y_label,
         x_ticks=x_axis.ticks(),
         y_ticks=y_axis.ticks(),
-        lines=[_line(x_axis, y_axis, line, number) for number, line in enumerate(series)],
+        lines=[_line(x_axis, y_axis, line) for line in series],
     )
 
 
@@ -87,15 +82,10 @@ class _Axis:
         return [(self.at(value), f"{value:g}") for value in ticks(*sorted((self.low, self.high)))]
 
 
-def _line(x_axis: _Axis, y_axis: _Axis, line: Series, number: int) -> Line:
+def _line(x_axis: _Axis, y_axis: _Axis, line: Series) -> Line:
     def places(ys: Sequence[float]) -> list[str]:
         pairs = zip(line.x, ys, strict=True) if ys else ()
         return [f"{x_axis.at(x):.2f},{y_axis.at(y):.2f}" for x, y in pairs if math.isfinite(y)]
 
-    colour = (number if line.colour is None else line.colour) % COLOURS
-    return Line(
-        name=line.name,
-        look=f"c{colour}{' faint' if line.faint else ''}{' dashed' if line.dashed else ''}",
-        points=places(line.y),
-        band=places(line.high) + places(line.low)[::-1],
-    )
+    band = places(line.high) + places(line.low)[::-1]
+    return Line(name=line.name, look=line.look, points=places(line.y), band=band)

@@ -48,15 +48,13 @@ def _card(cache: CacheReader, vae: VAE, number: int) -> Card:
     mask = row["mask"].numpy().astype(np.float32) if "mask" in row else None
     crop, flip = int(samples.numbers("crop")[number]), bool(samples.numbers("flip")[number])
     original = f"{samples.numbers('original_w')[number]} x {samples.numbers('original_h')[number]}"
-    facts = [f"from {original}, {name} {' x '.join(map(str, row[name].shape))} {row[name].dtype}"]
-    facts.append(", ".join([f"subset {one_line(samples.strings('subset')[number])}", f"crop {crop}"]))
-    facts[-1] += ", mirrored" if flip else ""
-    facts[-1] += ", validation" if samples.strings("split")[number] == "validation" else ""
+    use = [f"subset {one_line(samples.strings('subset')[number])}", f"crop {crop}", *(["mirrored"] if flip else [])]
+    use += ["validation"] if samples.strings("split")[number] == "validation" else []
     return Card(
         name=one_line(samples.strings("name")[number]),
         picture=picture,
         mask=None if mask is None else _enlarged(mask, picture.shape[:2]),
-        facts=tuple(facts),
+        facts=(f"from {original}, {name} {' x '.join(map(str, row[name].shape))} {row[name].dtype}", ", ".join(use)),
     )
 
 

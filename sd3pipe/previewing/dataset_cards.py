@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from sd3pipe.console import one_line
+from sd3pipe.console import count, one_line
 from sd3pipe.data.buckets import NoBucket, Placement, Size, cut_by_limit
 from sd3pipe.data.captions import processed_captions, tag_frequency
 from sd3pipe.data.decoding import Job, Pixels
@@ -106,7 +106,7 @@ def _job(item: Found) -> Job:
     picture, found_views, _ = item
     cuts = [view.cut for view in found_views]
     first = cuts[0]
-    shrink = CARD_PX / max(first.size)
+    source, shrink = (picture.width, picture.height), CARD_PX / max(first.size)
     resized = (max(1, round(first.resized[0] * shrink)), max(1, round(first.resized[1] * shrink)))
     left, top, right, bottom = (round(edge * shrink) for edge in _window(cuts))
     small = replace(
@@ -115,10 +115,8 @@ def _job(item: Found) -> Job:
         left=min(left, resized[0] - 1),
         top=min(top, resized[1] - 1),
         size=(max(1, min(right, resized[0]) - left), max(1, min(bottom, resized[1]) - top)),
-        resize_filter=filter_name(picture.width, picture.height, resized, None),
+        resize_filter=None if resized == source else filter_name(*source, resized, None),
     )
-    if small.resized == (picture.width, picture.height):
-        small = replace(small, resize_filter=None)
     return Job(
         path=picture.path,
         image_hash=picture.image_hash,
@@ -146,13 +144,14 @@ def _card(
     picture, found_views, captions = item
     cuts = [view.cut for view in found_views]
     pixels = drawn if isinstance(drawn, Pixels) else None
+    counted = (tokens[captions[0]].shown,) if captions[0] in tokens else ()
     broken = () if pixels else (f"left out: {getattr(drawn, 'reason', '')}",)
     return Card(
         name=one_line(picture.name),
         picture=pixels.rgb if pixels else np.full((CARD_PX // 2, CARD_PX, 3), 90, np.uint8),
         mask=pixels.mask if pixels else None,
         cuts=_boxes(cuts) if pixels else (),
-        facts=(*_facts(picture, found_views), *_token_facts(captions, tokens)),
+        facts=(*_facts(picture, found_views), *counted),
         captions=captions,
         warnings=(*broken, *_card_warnings(picture, cuts[0], captions, copies, tokens)),
     )
@@ -171,11 +170,6 @@ def _facts(picture: Picture, found_views: Sequence[View]) -> Iterator[str]:
     more += [f"seen {picture.subset.num_repeats} times"] if picture.subset.num_repeats > 1 else []
     more += ["regularisation"] if picture.subset.is_reg else []
     yield ", ".join([f"subset {one_line(picture.subset.name)}", *more])
-
-
-def _token_facts(captions: Sequence[str], tokens: Mapping[str, CaptionTokens]) -> Iterator[str]:
-    if captions[0] in tokens:
-        yield tokens[captions[0]].shown
 
 
 def _first_cut_off(captions: Sequence[str], tokens: Mapping[str, CaptionTokens]) -> CaptionTokens | None:
@@ -220,26 +214,22 @@ def _warnings(
     if lone:
         yield f"{len(lone)} of {len(buckets)} buckets hold a single picture, so batches there have one: {_list(lone)}"
     if copies:
-        noun = "1 picture is" if len(copies) == 1 else f"{len(copies)} pictures are"
-        yield f"{noun} there more than once: {_list(' = '.join(same) for same in copies.values())}"
+        same_ones = _list(" = ".join(same) for same in copies.values())
+        yield f"{count(len(copies), 'picture is', 'pictures are')} there more than once: {same_ones}"
     yield from _about([p.name for p, _, captions in everything if not any(captions)], "{} without a caption")
     long = [p.name for p, _, captions in everything if _first_cut_off(captions, tokens)]
     yield from _about(long, "{} with a caption that is cut off")
     cropped = [p.name for p, cuts, _ in everything if _share_cut_off(cuts[0].cut) >= _MUCH_CUT_OFF]
     yield from _about(cropped, "{} of which a fifth or more is cut off")
-    limited = Counter(cuts[0].cut.size for picture, cuts, _ in everything if _is_limited(picture, cuts[0].cut))
+    placed = [(p, Placement(bucket=cuts[0].cut.size, resized=cuts[0].cut.resized)) for p, cuts, _ in everything]
+    limited = Counter(place.bucket for p, place in placed if cut_by_limit(place, p.subset.bucketing))
     for (width, height), number in limited.items():
         yield f"{number} pictures train at {width} x {height}, well below the resolution: max_bucket_reso cuts them"
 
 
-def _is_limited(picture: Picture, cut: Cut) -> bool:
-    return cut_by_limit(Placement(bucket=cut.size, resized=cut.resized), picture.subset.bucketing)
-
-
 def _about(names: Sequence[str], text: str) -> Iterator[str]:
     if names:
-        noun = "1 picture" if len(names) == 1 else f"{len(names):,} pictures"
-        yield f"{text.format(noun)}: {_list(names)}"
+        yield f"{text.format(count(len(names), 'picture'))}: {_list(names)}"
 
 
 def _list(names: Sequence[str] | Iterator[str]) -> str:

@@ -50,29 +50,36 @@ def _striped(pixels_HWC: np.ndarray) -> np.ndarray:
 
 def draw_sheet(section: Section) -> bytes:
     """Returns the PNG of one bucket."""
-    font, small = ImageFont.load_default(_TEXT_PX), ImageFont.load_default(_TITLE_PX)
-    images = [draw_card(card) for card in section.cards]
-    cell = max([_MIN_CARD_PX, *(image.width for image in images)])
-    columns = max(1, min(len(images), _SHEET_PX // (cell + _GAP)))
-    lines = [_text_lines(card, cell, font) for card in section.cards]
-    rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
-    tallest = [max(images[number].height for number in row) for row in rows]
-    longest = [max(len(lines[number]) for number in row) for row in rows]
-    heights = [image_px + text * _LINE_PX + 2 * _GAP for image_px, text in zip(tallest, longest, strict=True)]
-    title_px = _TITLE_PX + 2 * _GAP
-    width = max(columns * (cell + _GAP) + _GAP, 560)
-    sheet = Image.new("RGB", (width, title_px + sum(heights)), _PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((_GAP, _GAP), f"{section.title}   {section.counts}", _INK, font=small)
-    top = title_px
-    for row, image_px, height in zip(rows, tallest, heights, strict=True):
-        for column, number in enumerate(row):
-            left = _GAP + column * (cell + _GAP)
-            sheet.paste(images[number], (left, top + image_px - images[number].height))
-            for line, (text, colour) in enumerate(lines[number]):
-                draw.text((left, top + image_px + 6 + line * _LINE_PX), text, colour, font=font)
+    width = max([_MIN_CARD_PX, *(card.picture.shape[1] for card in section.cards)])
+    cells = [_cell(card, width) for card in section.cards]
+    columns = max(1, min(len(cells), _SHEET_PX // (width + _GAP)))
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    heights = [max(cell.height for cell in row) + _GAP for row in rows]
+    top = _TITLE_PX + 2 * _GAP
+    sheet = Image.new("RGB", (max(columns * (width + _GAP) + _GAP, 560), top + sum(heights)), _PAPER)
+    title = f"{section.title}   {section.counts}"
+    ImageDraw.Draw(sheet).text((_GAP, _GAP), title, _INK, font=ImageFont.load_default(_TITLE_PX))
+    for row, height in zip(rows, heights, strict=True):
+        for column, cell in enumerate(row):
+            sheet.paste(cell, (_GAP + column * (width + _GAP), top))
         top += height
-    return _png(sheet)
+    return _encoded(sheet, "PNG", optimize=True)
+
+
+def card_jpeg(card: Card) -> bytes:
+    """Returns a card's picture for the page."""
+    return _encoded(draw_card(card), "JPEG", quality=85)
+
+
+def _cell(card: Card, width: int) -> Image.Image:
+    """Returns a card's picture with its text below."""
+    font = ImageFont.load_default(_TEXT_PX)
+    picture, lines = draw_card(card), _text_lines(card, width, font)
+    cell = Image.new("RGB", (width, picture.height + 6 + len(lines) * _LINE_PX), _PAPER)
+    cell.paste(picture)
+    for number, (text, colour) in enumerate(lines):
+        ImageDraw.Draw(cell).text((0, picture.height + 6 + number * _LINE_PX), text, colour, font=font)
+    return cell
 
 
 def _inside(card: Card) -> np.ndarray:
@@ -100,14 +107,7 @@ def _wrapped(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTy
     return textwrap.wrap(text, letters, max_lines=most, placeholder=" ...") or []
 
 
-def _png(image: Image.Image) -> bytes:
+def _encoded(image: Image.Image, kind: str, **options: int) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
-
-
-def card_jpeg(card: Card) -> bytes:
-    """Returns a card's picture for the page."""
-    buffer = io.BytesIO()
-    draw_card(card).save(buffer, "JPEG", quality=85)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()

@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sd3pipe.console import count, readable_bytes, readable_seconds
-from sd3pipe.pages.charts import Chart, Series, line_chart
+from sd3pipe.pages.charts import COLOURS, Chart, Series, line_chart
 from sd3pipe.pages.render import data_url
 from sd3pipe.reporting.collect import RunRecord, Sample
 
 Rows = list[list[Any]]  # a name, and the cells behind it
 
-_SMOOTH_OVER = 50  # steps of the running mean over the loss
 _MAX_POINTS = 2000
 _COUNTS = {
     "pictures": "pictures",
@@ -68,20 +67,24 @@ def losses(runs: Sequence[RunRecord]) -> Chart | None:
     """Returns the loss of each step and its running mean."""
     lines = []
     for number, run in enumerate(runs):
-        x, y = _thinned([(record["step"], record["loss"]) for record in run.steps])
         prefix = f"{run.name}: " if len(runs) > 1 else ""
-        lines.append(Series(name=f"{prefix}loss", x=x, y=y, faint=True, colour=number))
-        lines.append(Series(name=f"{prefix}running mean", x=x, y=_running_mean(y), colour=number))
+        lines.append(_curve(run, "loss", name=f"{prefix}loss", look=f"c{number} faint"))
+        lines.append(_curve(run, "loss_mean", name=f"{prefix}running mean", look=f"c{number}"))
     return line_chart(lines, x_label="step", y_label="loss")
 
 
 def learning_rates(runs: Sequence[RunRecord]) -> Chart | None:
     """Returns the learning rate of each run."""
-    lines = []
-    for run in runs:
-        x, y = _thinned([(r["step"], r["learning_rate"]) for r in run.steps if "learning_rate" in r])
-        lines.append(Series(name=run.name, x=x, y=y))
+    lines = [_curve(run, "learning_rate", name=run.name, look=f"c{number}") for number, run in enumerate(runs)]
     return line_chart(lines, x_label="step", y_label="rate")
+
+
+def _curve(run: RunRecord, key: str, *, name: str, look: str) -> Series:
+    """Returns one number of the steps, thinned to what a screen can show."""
+    there = [record for record in run.steps if key in record]
+    kept = there[:: max(1, len(there) // _MAX_POINTS)]
+    kept += there[-1:] if kept[-1:] != there[-1:] else []
+    return Series(name=name, look=look, x=[record["step"] for record in kept], y=[record[key] for record in kept])
 
 
 def _validation(records: Sequence[Mapping[str, Any]]) -> Chart | None:
@@ -90,10 +93,10 @@ def _validation(records: Sequence[Mapping[str, Any]]) -> Chart | None:
     y = [record["loss"] for record in records]
     half = [record.get("ci95") or 0.0 for record in records]
     low, high = [a - b for a, b in zip(y, half, strict=True)], [a + b for a, b in zip(y, half, strict=True)]
-    lines = [Series(name="held-out loss, 95 % interval", x=x, y=y, low=low, high=high)]
-    for band in records[0].get("bands", {}) if records else ():
+    lines = [Series(name="held-out loss, 95 % interval", look="c0", x=x, y=y, low=low, high=high)]
+    for number, band in enumerate(records[0].get("bands", {}) if records else (), 1):
         values = [record["bands"].get(band, float("nan")) for record in records]
-        lines.append(Series(name=band.replace("_", " "), x=x, y=values, dashed=True))
+        lines.append(Series(name=band.replace("_", " "), look=f"c{number % COLOURS} dashed", x=x, y=values))
     return line_chart(lines, x_label="step", y_label="loss")
 
 
@@ -124,27 +127,9 @@ def _phases(run: RunRecord) -> dict[str, float]:
 
 def _predictions(memory: Mapping[str, Any]) -> Rows:
     """Returns what the planner had predicted beside what was measured."""
-    rows = []
-    for key, (title, show) in _PREDICTED.items():
-        pair = memory.get(key) or {}
-        values = [pair.get("predicted"), pair.get("measured")]
-        if any(values):
-            rows.append([title, *(show(value) if value else "" for value in values)])
-    return rows
-
-
-def _thinned(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    every = max(1, len(points) // _MAX_POINTS)
-    kept = points[::every] + (points[-1:] if (len(points) - 1) % every else [])
-    return [x for x, _ in kept], [y for _, y in kept]
-
-
-def _running_mean(values: Sequence[float]) -> list[float]:
-    means: list[float] = []
-    for number, value in enumerate(values):
-        weight = 1 / min(number + 1, _SMOOTH_OVER)
-        means.append(value if not means else means[-1] + weight * (value - means[-1]))
-    return means
+    pairs = {key: [(memory.get(key) or {}).get(which) for which in ("predicted", "measured")] for key in _PREDICTED}
+    rows = ([title, *(show(n) if n else "" for n in pairs[key])] for key, (title, show) in _PREDICTED.items())
+    return [row for row in rows if any(row[1:])]
 
 
 def _bars(values: Mapping[str, Any] | None, words: Callable[[Any], str]) -> Rows:
