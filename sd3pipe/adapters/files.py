@@ -3,22 +3,19 @@
 import json
 import logging
 import math
-import re
-from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sd3pipe.adapters.deltas import Adapter, Delta, LoRADelta, difference, same_factors
-from sd3pipe.adapters.forms import Strength, parse, prepared, tensors_of
+from sd3pipe.adapters.forms import Parsed, parse, prepared, tensors_of
 from sd3pipe.adapters.integrity import TENSOR_HASH_KEY, check_bytes, with_digest
 from sd3pipe.adapters.keymap import Form, is_text_encoder
+from sd3pipe.adapters.peft_config import PEFT_CONFIG_KEY, needed_config, read_strengths
 from sd3pipe.adapters.precision import Rounded, StoredDtype, check_error, rounded_adapter
 from sd3pipe.adapters.recognise import describe, foreign_kind
 from sd3pipe.adapters.sizes import depth_of, fitting_variants
@@ -30,15 +27,12 @@ from sd3pipe.files import atomic_file
 log = logging.getLogger(__name__)
 
 DORA_NORM_KEY = "sd3pipe_dora_norm"
-PEFT_CONFIG_KEY = "lora_adapter_metadata"
-PEFT_PREFIX = "base_model.model"
 
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 _KEPT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FLOATS = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
 _WHOLE_NUMBERS = ("I8", "U8", "I16", "I32", "I64")
 _SHOWN_KEYS = 6
-_UP = ".lora_B.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,23 +85,19 @@ def read_adapter(path: Path, *, ignore_unknown: bool = False) -> AdapterFile:
     """Returns the adapter in a safetensors file of any known form.
 
     Raises InputError for a damaged or foreign file, saying what it seems to be, and for keys that stand for nothing in
-    an SD3 model unless `ignore_unknown`, which lists them in a warning.
+    an SD3 model unless `ignore_unknown`, which lists them in a warning; most of a file is never left out.
     """
     tensors, metadata = _read_tensors(path)
+    strength = read_strengths(path, metadata)
     try:
-        config = _peft_config_of(path, metadata)
-        parsed = parse(tensors, strength=_strength(config), base_norm=metadata.get(DORA_NORM_KEY) == "base")
+        parsed = parse(tensors, strength=strength, base_norm=metadata.get(DORA_NORM_KEY) == "base")
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     if not parsed.adapter:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         raise InputError(f"{path}: is no SD3 adapter: it seems to be {describe(shapes)}")
     if parsed.unknown:
-        shown = listed([ascii(key)[1:101] for key in parsed.unknown], _SHOWN_KEYS)
-        message = f"{path}: {len(parsed.unknown)} keys stand for nothing in an SD3 model: {shown}"
-        if not ignore_unknown:
-            raise InputError(f"{message}; `sd3pipe adapter convert --ignore-unknown` leaves them out")
-        log.warning("%s: left out", message)
+        _tell_unknown(path, parsed, ignore_unknown)
     return AdapterFile(
         path=path,
         forms=tuple(sorted(parsed.forms)),
@@ -177,6 +167,21 @@ def _written_error(source: Adapter, rounded: Mapping[str, Rounded], written: Ada
     return errors[where], where
 
 
+def _tell_unknown(path: Path, parsed: Parsed, ignore_unknown: bool) -> None:
+    """Warns of keys that are left out. Raises InputError where they may not be."""
+    shown = listed([ascii(key)[1:101] for key in parsed.unknown], _SHOWN_KEYS)
+    unknown, modules = len(parsed.unknown_modules), len(parsed.unknown_modules) + parsed.modules
+    if unknown > parsed.modules:
+        raise InputError(
+            f"{path}: {unknown} of {modules} modules stand for nothing in an SD3 model: {shown}; "
+            "without them it would be another adapter"
+        )
+    message = f"{path}: {len(parsed.unknown)} keys stand for nothing in an SD3 model: {shown}"
+    if not ignore_unknown:
+        raise InputError(f"{message}; `sd3pipe adapter convert --ignore-unknown` leaves them out")
+    log.warning("%s: left out, %d of %d modules", message, unknown, modules)
+
+
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the tensors and the metadata of a file, once its names and shapes say that it may be an adapter."""
     if path.suffix.lower() in _PICKLES:
@@ -211,66 +216,12 @@ def _kept(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in _KEPT_DTYPES else tensor.float()
 
 
-def _peft_config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the configuration that diffusers puts into the metadata, or peft beside the file under its own name."""
-    text = metadata.get(PEFT_CONFIG_KEY, "{}")
-    beside = path.parent / "adapter_config.json"
-    prefix = ""
-    if path.name == "adapter_model.safetensors" and beside.is_file():
-        text, prefix = beside.read_text(encoding="utf-8"), f"{PEFT_PREFIX}."
-    with suppress(ValueError):  # not JSON: written by somebody else, under the same name
-        config = json.loads(text)
-        if isinstance(config, dict):
-            return {prefix + key: value for key, value in config.items()}
-    return {}
-
-
-def _strength(config: Mapping[str, Any]) -> Strength:
-    """Returns what peft's configuration says of each module's strength, alpha over rank."""
-
-    def strength(name: str, rank: int) -> float | None:
-        prefix = PEFT_PREFIX if name.startswith(f"{PEFT_PREFIX}.") else name.partition(".")[0]
-        module = name.removeprefix(f"{prefix}.")
-        if not isinstance(config.get(f"{prefix}.lora_alpha"), int | float):
-            return None
-        patterns = config.get(f"{prefix}.alpha_pattern") or {}
-        found = (alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module))
-        alpha = next(found, config[f"{prefix}.lora_alpha"])
-        return float(alpha) / (rank**0.5 if config.get(f"{prefix}.use_rslora") else rank)
-
-    return strength
-
-
 def _needed_metadata(adapter: Adapter, tensors: Mapping[str, Tensor], form: Form) -> dict[str, str]:
     """Returns the metadata without which the file would be loaded wrongly."""
     needed: dict[str, str] = {}
     if any(isinstance(delta, LoRADelta) and delta.base_norm for delta in adapter.values()):
         needed[DORA_NORM_KEY] = "base"
-    if form == "diffusers":
-        ranks = {name.removesuffix(_UP): tensor.shape[1] for name, tensor in tensors.items() if name.endswith(_UP)}
-        if len(set(ranks.values())) > 1:
-            needed[PEFT_CONFIG_KEY] = json.dumps(
-                _peft_config(ranks, dora=len(tensors) > 2 * len(ranks)), sort_keys=True
-            )
+    config = needed_config(tensors) if form == "diffusers" else None
+    if config is not None:
+        needed[PEFT_CONFIG_KEY] = json.dumps(config, sort_keys=True)
     return needed
-
-
-def _peft_config(ranks: Mapping[str, int], *, dora: bool) -> dict[str, object]:
-    """Returns peft's configuration for modules of several ranks, each at strength 1.
-
-    Without it older diffusers takes the first module's rank for everybody's alpha. ComfyUI does not read it.
-    """
-    config: dict[str, object] = {}
-    for prefix in sorted({name.partition(".")[0] for name in ranks}):
-        modules = {name.partition(".")[2]: rank for name, rank in ranks.items() if name.startswith(prefix + ".")}
-        (usual, _), *_ = Counter(modules.values()).most_common(1)
-        pattern = {f"^{module}": rank for module, rank in sorted(modules.items()) if rank != usual}
-        config |= {
-            f"{prefix}.r": usual,
-            f"{prefix}.lora_alpha": usual,
-            f"{prefix}.rank_pattern": pattern,
-            f"{prefix}.alpha_pattern": pattern,
-            f"{prefix}.target_modules": sorted(modules),
-            f"{prefix}.use_dora": dora,
-        }
-    return config

@@ -4,7 +4,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -17,12 +17,20 @@ from sd3pipe.adapters.keymap import Form, Place, find_place, halves_swapped, mod
 from sd3pipe.adapters.sizes import depth_of
 from sd3pipe.errors import InputError, ParameterError
 
-Strength: TypeAlias = Callable[[str, int], float | None]  # (module name, rank) -> factor of up down
+Strength: TypeAlias = Callable[
+    [str, int | None], float | None
+]  # (module name, rank if it shows) -> factor of the change
 
 PATCH_EMBEDDER = "x_embedder.proj"  # a 2 x 2 convolution, whose factors files keep with those axes
 PATCH = 2
 DIFFUSERS_ORDER: tuple[Form, ...] = ("diffusers", "onetrainer", "lycoris")
 
+_TUCKER_CORES = (
+    "lora_mid.weight",
+    "hada_t1",
+    "hada_t2",
+    "lokr_t2",
+)  # of convolutions that are decomposed along all axes
 _NAMES_OF_PARTS = {
     "down": ("lora_down.weight", "lora_A.weight", "lora_A.default.weight", "lora_A", "lora.down.weight",
              "lora_linear_layer.down.weight"),
@@ -33,6 +41,7 @@ _NAMES_OF_PARTS = {
     "magnitude": ("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight"),
     **{f"hada_{name}": (f"hada_{name}",) for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
     **{f"lokr_{name}": (f"lokr_{name}",) for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
+    **{name: (name,) for name in _TUCKER_CORES},
 }  # fmt: skip
 _SUFFIXES = {f".{name}": part for part, names in _NAMES_OF_PARTS.items() for name in names} | {
     "_lora.down.weight": "down",
@@ -44,11 +53,19 @@ _SUFFIX = re.compile("|".join(re.escape(suffix) + "$" for suffix in sorted(_SUFF
 
 @dataclass(slots=True)
 class Parsed:
-    """What the tensors of a file say. `unknown` are the keys that stand for nothing in an SD3 model."""
+    """What the tensors of a file say. `unknown` are the keys that stand for nothing in an SD3 model.
+
+    `modules` is the number of modules as the file has them, q, k and v apart or not; `unknown_modules` are the others.
+    """
 
     forms: set[Form] = field(default_factory=set)
     adapter: dict[str, Delta] = field(default_factory=dict)
+    modules: int = 0
     unknown: list[str] = field(default_factory=list)
+
+    @property
+    def unknown_modules(self) -> set[str]:
+        return {_module_of(key) or key.rpartition(".")[0] or key for key in self.unknown}
 
 
 def parse(
@@ -69,6 +86,7 @@ def parse(
         if place.part in places.setdefault(place.path, {}):
             raise InputError(f"two sets of keys adapt {place.path}: {name} is the second")
         places[place.path][place.part] = (place, delta)
+        parsed.modules += 1
         parsed.forms.add(place.form)
     joined = {path: _joined(path, found) for path, found in places.items()}
     depth = _depth({path: delta for path, (_, delta) in joined.items()})
@@ -145,12 +163,14 @@ def _delta(name: str, parts: Mapping[str, Tensor], strength: Strength, *, base_n
     return delta
 
 
-def _delta_of(parts: Mapping[str, Tensor], strength: Callable[[int], float | None], *, base_norm: bool) -> Delta:
+def _delta_of(parts: Mapping[str, Tensor], strength: Callable[[int | None], float | None], *, base_norm: bool) -> Delta:
     kinds = {"lora" if part in ("down", "up") else part[:4] for part in parts} - {"alph", "dora", "magn"}
     if len(kinds) != 1:
         raise ValueError(f"its tensors ({', '.join(sorted(parts))}) make no adapter layer")
-    matrices = {part: tensor.flatten(1) for part, tensor in parts.items() if part.startswith(_MATRICES)}
-    alpha = float(parts["alpha"].float()) if "alpha" in parts and parts["alpha"].numel() == 1 else None
+    if parts.keys() & set(_TUCKER_CORES):
+        raise ValueError("its convolution is decomposed along all axes (Tucker), which is not supported")
+    matrices = {part: _as_matrix(part, tensor) for part, tensor in parts.items() if part.startswith(_MATRICES)}
+    alpha = _one_number(parts["alpha"]) if "alpha" in parts else None
     magnitude = _magnitude(parts)
     match kinds.pop():
         case "lora":
@@ -170,11 +190,32 @@ def _delta_of(parts: Mapping[str, Tensor], strength: Callable[[int], float | Non
             return LoHaDelta(w1_a=w1_a, w1_b=w1_b, w2_a=w2_a, w2_b=w2_b, alpha=_alpha(alpha, strength, w1_b.shape[0]))
         case _:
             w1, w2 = _factor(matrices, "lokr_w1"), _factor(matrices, "lokr_w2")
-            delta = LoKrDelta(w1=w1, w2=w2, alpha=1.0)
-            return LoKrDelta(w1=w1, w2=w2, alpha=_alpha(alpha, strength, delta.rank or 1))
+            delta = LoKrDelta(w1=w1, w2=w2, alpha=1.0 if alpha is None else alpha)
+            if delta.rank:
+                return replace(delta, alpha=_alpha(alpha, strength, delta.rank))
+            scale = strength(None) if alpha is None else None  # LyCORIS gives whole factors no scale, peft its own
+            return delta if scale is None else replace(delta, w1=_whole(w1).float() * scale)
 
 
-def _alpha(alpha: float | None, strength: Callable[[int], float | None], rank: int) -> float:
+def _as_matrix(part: str, tensor: Tensor) -> Tensor:
+    """Returns a factor as a matrix. Raises ValueError where it has no rows, no columns or no axes for them."""
+    if tensor.ndim < 2 or not tensor.numel():
+        raise ValueError(f"{part} has the shape {list(tensor.shape)}, and with it the layer no rank")
+    return tensor.flatten(1)
+
+
+def _whole(factor: Factor) -> Tensor:
+    assert isinstance(factor, Tensor), "a LoKr whose tensors show no rank has whole factors"
+    return factor
+
+
+def _one_number(alpha: Tensor) -> float:
+    if alpha.numel() != 1:
+        raise ValueError(f"alpha has the shape {list(alpha.shape)} and should be one number")
+    return float(alpha.float())
+
+
+def _alpha(alpha: float | None, strength: Callable[[int | None], float | None], rank: int) -> float:
     """Returns the alpha of a layer: its own, else by the metadata's strength, else the rank, as ComfyUI has it."""
     if alpha is not None:
         return alpha

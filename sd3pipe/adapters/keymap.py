@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Form = Literal["comfyui", "comfyui-generic", "diffusers", "onetrainer", "lycoris"]
+Form = Literal["comfyui", "comfyui-generic", "diffusers", "onetrainer", "lycoris", "native"]
 WRITTEN_FORMS: tuple[Form, ...] = ("comfyui", "comfyui-generic", "diffusers")
 
 # native name below joint_blocks.N -> diffusers names below transformer_blocks.N; three are thirds of a layer's rows
@@ -48,6 +48,7 @@ _T5_MODULES = (
     *(f"layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")),
 )
 _DIFFUSERS_PREFIXES = ("transformer.", "base_model.model.", "")
+_NATIVE_PREFIXES = ("transformer.", "model.diffusion_model.", "base_model.model.", "")
 _UNDERSCORED_DIFFUSERS: Mapping[str, Form] = {"lora_transformer_": "onetrainer", "lycoris_": "lycoris"}
 _DIFFUSERS_TEXT = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # its pipeline adapts no T5
 
@@ -78,7 +79,13 @@ def halves_swapped(path: str, depth: int) -> bool:
 
 def find_place(name: str) -> Place | None:
     """Returns what the module name of any known form stands for, or None."""
-    return _kohya_place(name) or _generic_place(name) or _diffusers_place(name) or _underscored_place(name)
+    return (
+        _kohya_place(name)
+        or _generic_place(name)
+        or _diffusers_place(name)
+        or _underscored_place(name)
+        or _native_place(name)
+    )
 
 
 def module_names(path: str, form: Form) -> tuple[str, ...]:
@@ -141,6 +148,18 @@ def _underscored_place(name: str) -> Place | None:
     for prefix, form in _UNDERSCORED_DIFFUSERS.items():
         if name.startswith(prefix):
             return _from_diffusers(form, name.removeprefix(prefix), _UNDERSCORED)
+    return None
+
+
+def _native_place(name: str) -> Place | None:
+    """Finds the checkpoint's own names, as OneTrainer writes them: with q, k and v as qkv.0, qkv.1 and qkv.2."""
+    prefix = next(prefix for prefix in _NATIVE_PREFIXES if name.startswith(prefix))
+    path = name.removeprefix(prefix)
+    if _is_native(path):
+        return Place("native", path)
+    fused, _, part = path.rpartition(".")
+    if fused.endswith(".qkv") and part in ("0", "1", "2") and _is_native(fused):
+        return Place("native", fused, int(part))
     return None
 
 

@@ -11,8 +11,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, JsonValue, TypeAdapter
 
 from sd3pipe.adapters.targets import AdapterSpec
+from sd3pipe.documents import parse_json
 from sd3pipe.errors import InputError, ParameterError
 
 PROVENANCE_KEY = "sd3pipe"
@@ -137,15 +141,23 @@ def provenance(
     }
 
 
-def read_provenance(metadata: Mapping[str, str], path: Path) -> dict[str, object]:
+class Provenance(BaseModel):
+    """What `provenance` returned, as it is found in a file, which may come from anybody."""
+
+    format: Literal[1]
+    version: str = ""
+    step: int | None = None
+    seed: int | None = None
+    fingerprints: dict[str, str] = {}
+    parameters: dict[str, dict[str, JsonValue]] = {}
+    versions: dict[str, str] = {}
+
+
+def read_provenance(metadata: Mapping[str, str], path: Path) -> Provenance:
     """Returns the provenance in a file's metadata. Raises InputError where there is none that is understood."""
-    try:
-        value = json.loads(metadata.get(PROVENANCE_KEY, "null"))
-    except ValueError as error:
-        raise InputError(f"{path}: its provenance is damaged") from error
-    if not isinstance(value, dict) or value.get("format") != PROVENANCE_FORMAT:
+    if PROVENANCE_KEY not in metadata:
         raise InputError(f"{path}: does not say how it was made: it was not trained by sd3pipe, or without metadata")
-    return value
+    return parse_json(metadata[PROVENANCE_KEY], TypeAdapter(Provenance), f"{path}: its provenance")
 
 
 def network_args(spec: AdapterSpec) -> dict[str, str]:

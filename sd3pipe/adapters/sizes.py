@@ -11,6 +11,7 @@ Sizes = Mapping[str, tuple[int, int]]  # module path -> (out features, in featur
 
 _ROWS = {"attn.qkv": 3, "attn2.qkv": 3, "attn.proj": 1, "attn2.proj": 1, "mlp.fc1": 4, "mlp.fc2": 1}
 _DEPTHS = {"sd3-medium": 24, "sd35-medium": 24, "sd35-large": 38}
+_MOST_BLOCKS = 128  # no SD3 model comes near it, and factors of a few bytes may claim any size
 _DUAL_BLOCKS = 13  # SD3.5-medium's first 13 blocks have a second attention, and 9 vectors of modulation
 
 
@@ -35,6 +36,8 @@ def depth_of(sizes: Sizes) -> int:
     if len(widths) > 1 or width % HEAD_WIDTH or not width:
         raise InputError(f"its layers belong to models of different width ({', '.join(map(str, sorted(widths)))})")
     depth = width // HEAD_WIDTH
+    if depth > _MOST_BLOCKS:
+        raise InputError(f"its layers are {width} wide, and the widest that are read are {_MOST_BLOCKS * HEAD_WIDTH}")
     for path, size in of_model.items():
         if not _fits(path, size, width, depth):
             raise InputError(f"{path} has size {list(size)}, which no SD3 model of width {width} has")

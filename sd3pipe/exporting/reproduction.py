@@ -1,9 +1,15 @@
 """The commands that would make an adapter again, from the provenance in its metadata."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from sd3pipe.adapters.metadata import Provenance
+from sd3pipe.console import one_line
+from sd3pipe.documents import DocumentError, parse_json
 from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.fields import Params
@@ -23,20 +29,19 @@ _PLACES = {**{key: key.upper() for key in REQUIRED_KEYS}, "caches": "caches", "r
 LATER_STEPS_KEY = "sd3pipe_later_steps"
 
 
-def reproduction(provenance: Mapping[str, Any], later: Sequence[str] = ()) -> str:
+def reproduction(provenance: Provenance, later: Sequence[str] = ()) -> str:
     """Returns shell commands, with the hashes of everything that goes into them as comments."""
-    fingerprints, versions = provenance.get("fingerprints", {}), provenance.get("versions", {})
-    step, seed, version = (provenance.get(name) for name in ("step", "seed", "version"))
-    lines = [f"# the state after step {step}, seed {seed}, sd3pipe {version}"]
-    lines += [f"# {name} {version}" for name, version in sorted(versions.items())]
-    lines += ["# made from, by content:"]
-    lines += [f"#   {name:<14} {value}" for name, value in sorted(fingerprints.items())]
+    made = f"the state after step {provenance.step}, seed {provenance.seed}, sd3pipe {provenance.version}"
+    comments = [made, *(f"{name} {version}" for name, version in sorted(provenance.versions.items()))]
+    comments.append("made from, by content:")
+    comments += [f"  {name:<14} {value}" for name, value in sorted(provenance.fingerprints.items())]
+    lines = [f"# {one_line(comment)}" for comment in comments]
     for command in _OPTION_SETS:
-        options = provenance.get("parameters", {}).get(command, {})
+        options = provenance.parameters.get(command, {})
         given = {name: value for name, value in options.items() if _is_option(command, name, value)}
-        lines += [f"# {command}: {name} = {json.dumps(value)}" for name, value in _others(options, given)]
+        lines += [one_line(f"# {command}: {name} = {json.dumps(value)}") for name, value in _others(options, given)]
         words = shell_line(["sd3pipe", *command_words(STAGES_BY_NAME[command], _PLACES)])
-        lines.append(f"{words} {_options(given)}".rstrip())
+        lines.append(one_line(f"{words} {_options(given)}".rstrip()))
     return "\n".join([*lines, *later])
 
 
@@ -47,12 +52,16 @@ def with_step(metadata: Mapping[str, str], command: str, options: Mapping[str, A
 
 
 def later_steps(metadata: Mapping[str, str]) -> list[str]:
-    """Returns the commands that changed an adapter after its training; whatever else stands there is none."""
+    """Returns the commands that changed an adapter after its training; whatever else stands there is none.
+
+    The words of a file from anybody come back quoted, so that a shell runs `sd3pipe adapter` and nothing else.
+    """
     try:
-        steps = json.loads(metadata.get(LATER_STEPS_KEY, "[]"))
-    except ValueError:
+        steps = parse_json(metadata.get(LATER_STEPS_KEY, "[]"), TypeAdapter(list[str]), LATER_STEPS_KEY)
+        words = [shlex.split(step) for step in steps]
+    except (DocumentError, ValueError):
         return []
-    return [step for step in steps if isinstance(step, str)] if isinstance(steps, list) else []
+    return [one_line(shlex.join(step)) for step in words if step[:2] == ["sd3pipe", "adapter"]]
 
 
 def _is_option(command: str, name: str, value: object) -> bool:

@@ -17,6 +17,7 @@ from sd3pipe.adapters.algebra import approximate, merge, resize
 from sd3pipe.adapters.deltas import LoRADelta, delta_norm, difference
 from sd3pipe.adapters.files import compare, read_adapter, save_adapter
 from sd3pipe.adapters.inspection import norms_by_part
+from sd3pipe.adapters.metadata import Provenance
 from sd3pipe.adapters.network import attach_deltas
 from sd3pipe.commands import adapter as commands
 from sd3pipe.errors import InputError, ParameterError
@@ -254,6 +255,42 @@ def test_reproduce_prints_commands_and_hashes(tmp_path, capsys):
         commands.inspect(options.AdapterInspectParams(adapter=lora(tmp_path / "b.safetensors"), reproduce=True))
 
 
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        "3", "[]", "{", "null", '{"format": 2}', '{"format": 1, "step": "x"}', '{"format": 1, "fingerprints": []}',
+        '{"format": 1, "parameters": {"train": []}}', '{"format": 1, "version": "\\ud800"}', "[" * 100_000,
+    ],
+)  # fmt: skip
+def test_a_damaged_provenance_is_refused_in_a_line(tmp_path, provenance):
+    path = lora(tmp_path / "a.safetensors", sd3pipe=provenance)
+    with pytest.raises(InputError, match="its provenance") as refusal:
+        commands.inspect(options.AdapterInspectParams(adapter=path, reproduce=True))
+    assert "\n" not in str(refusal.value)
+    commands.inspect(options.AdapterInspectParams(adapter=path))  # what else the file says is shown
+
+
+def test_a_strangers_provenance_prints_no_command_of_its_own(tmp_path, capsys):
+    """The lines are there to be pasted."""
+    evil = "x\nrm -rf ~\n\x1b[2J"
+    made_from = {
+        "format": 1, "version": evil, "versions": {evil: evil}, "fingerprints": {evil: evil},
+        "parameters": {"train": {evil: evil, "training_comment": evil}, "encode-text": {}},
+    }  # fmt: skip
+    later = ["rm -rf ~", "sd3pipe adapter resize ADAPTER; rm -rf ~", "sd3pipe adapter 'open", evil]
+    path = lora(
+        tmp_path / "a.safetensors", sd3pipe=json.dumps(made_from), sd3pipe_later_steps=json.dumps(later[:2])
+    )  # fmt: skip
+    commands.inspect(options.AdapterInspectParams(adapter=path, reproduce=True))
+    printed = capsys.readouterr().out
+    assert all(line.startswith(("# ", "sd3pipe ")) for line in printed.splitlines()) and "\x1b" not in printed
+    assert printed.splitlines()[-1] == "sd3pipe adapter resize 'ADAPTER;' rm -rf '~'"
+    for steps in (json.dumps(later), "3", "[3]", "{"):
+        again = lora(tmp_path / "b.safetensors", sd3pipe=json.dumps(made_from), sd3pipe_later_steps=steps)
+        commands.inspect(options.AdapterInspectParams(adapter=again, reproduce=True))
+        assert capsys.readouterr().out.splitlines()[-1].startswith("sd3pipe train --model")
+
+
 def given_on(line):
     """The options of a printed command as the command line's parser hands them on."""
     words, given = shlex.split(line)[2:], {}
@@ -274,7 +311,7 @@ def test_the_printed_command_means_the_options_that_were_used():
         network_dim=4, lr_rules=("mlp=1e-5",), network_args=("split_qkv=True", "x_mlp_dim=8"), full_bf16=True,
         training_shift=3.0, lr_warmup_steps=0.1, subsets={"cats": {"num_repeats": 2}},
     )  # fmt: skip
-    printed = reproduction({"parameters": {"train": used.with_role("identity")}})
+    printed = reproduction(Provenance(format=1, parameters={"train": used.with_role("identity")}))
     line = next(line for line in printed.splitlines() if line.startswith("sd3pipe train"))
     again = resolve(TrainParams, "train", given_on(line))
     assert again.with_role("identity") == used.with_role("identity") | {"subsets": {}}
