@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import json
 import logging
 import sys
 import time
@@ -11,12 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import ExitCode, Sd3pipeError
-from sd3pipe.files import make_folder, write_json
+from sd3pipe.files import make_folder, storage_errors, write_json
 
 log = logging.getLogger(__name__)
 
 _LINE_SHARE = 0.1  # without a terminal, one line per tenth of the work
+_BEGAN = "began"  # in a report: false where the stage was refused before it made anything
 
 
 def version() -> str:
@@ -154,13 +155,19 @@ class StageReport:
     """Measures a stage, prints its summary line and writes its report file, also when the stage fails.
 
     The report holds stage, version, seconds, exit_code, inputs and whatever `update` was given. `summary` is the text
-    of the line without stage and seconds.
+    of the line without stage and seconds. A stage that fails before it called `begin` has changed nothing: its report
+    says so, and leaves an earlier one that tells of work, for it then becomes OUT.refused.report.json.
     """
 
     def __init__(self, stage: str, path: Path, inputs: dict[str, Any]) -> None:
         self.stage, self.path, self.inputs = stage, path, inputs
         self.summary = ""
         self.values: dict[str, Any] = {}
+        self._began = False
+
+    def begin(self) -> None:
+        """Says that something was made: from here on the report belongs to this call, also if it fails."""
+        self._began = True
 
     def update(self, **values: Any) -> None:
         """Adds values (JSON types) to the report."""
@@ -169,9 +176,10 @@ class StageReport:
     def keep(self, **otherwise: Any) -> None:
         """Takes over the values of the report that is there, or else `otherwise`, for a stage without work."""
         there: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
-            there = json.loads(self.path.read_text(encoding="utf-8"))
-        there.pop("error", None)
+        with contextlib.suppress(DocumentError):
+            there = self._read()
+        for name in ("error", _BEGAN):
+            there.pop(name, None)
         self.values = {**otherwise, **there, **self.values}
 
     def __enter__(self) -> Self:
@@ -197,10 +205,35 @@ class StageReport:
             "exit_code": _exit_code(error),
             "inputs": self.inputs,
         }
+        path, refused = self.path, _refusal_path(self.path)
         if error is not None:
             report["error"] = one_line(str(error))
-        make_folder(self.path.parent)
-        write_json(self.path, report)
+        if error is not None and not self._began:
+            report[_BEGAN] = False
+            path = refused if self._tells_of_work() else self.path
+        make_folder(path.parent)
+        write_json(path, report)
+        if path is self.path:
+            with storage_errors(refused):
+                refused.unlink(missing_ok=True)
+
+    def _tells_of_work(self) -> bool:
+        """Whether the report that is there is not that of a refusal; a damaged one may tell of anything."""
+        try:
+            return self._read().get(_BEGAN) is not False
+        except DocumentError as error:
+            return not error.missing
+
+    def _read(self) -> dict[str, Any]:
+        from pydantic import TypeAdapter  # takes 100 ms; `sd3pipe --help` imports this module
+
+        return read_json(self.path, TypeAdapter(dict[str, Any]))
+
+
+def _refusal_path(report: Path) -> Path:
+    """Returns where the report of a stage goes that was refused, beside OUT and kept out of git and DVC like all."""
+    out = report.parent if report.name == "report.json" else report.with_name(report.name.removesuffix(".report.json"))
+    return Path(f"{out.absolute()}.refused.report.json")
 
 
 def _exit_code(error: BaseException | None) -> int:

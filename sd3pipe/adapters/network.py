@@ -79,8 +79,8 @@ class AdapterNetwork(nn.Module):
         self, spec: AdapterSpec, learning_rate: float, *, loraplus_lr_ratio: float = 1.0
     ) -> list[dict[str, Any]]:
         """Returns the optimizer's groups, one per learning rate; LoRA+ (arXiv:2402.12354) multiplies that of `up`."""
-        if loraplus_lr_ratio != 1.0 and spec.algorithm not in ("lora", "dora"):
-            raise ParameterError(f"loraplus_lr_ratio is for LoRA and DoRA, not for {spec.algorithm}")
+        if loraplus_lr_ratio != 1.0:
+            check_is_lora(spec, "loraplus_lr_ratio")
         rates = learning_rates(self.layers, spec, learning_rate)
         groups: dict[float, list[nn.Parameter]] = {}
         for path, layer in self.layers.items():
@@ -183,6 +183,12 @@ def merge_into(model: AdaptableModel, adapter: Adapter, multiplier: float = 1.0)
             raise ParameterError("base_weights need a base in 16 or 32 bit: they are added before it is quantised")
         merged = merged_weight(weight.detach().flatten(1).to("cpu"), delta, multiplier)
         weight.copy_(merged.view_as(weight))
+
+
+def check_is_lora(spec: AdapterSpec, option: str) -> None:
+    """Raises ParameterError where an option needs down and up matrices, and the adapter has others."""
+    if spec.algorithm not in ("lora", "dora"):
+        raise ParameterError(f"{option} is for LoRA and DoRA, not for {spec.algorithm}")
 
 
 def check_fit(slots: Mapping[str, LinearSlot], adapter: Adapter) -> None:

@@ -23,6 +23,7 @@ def main(params: DemoParams) -> None:
         if not MODEL.is_file():
             raise InputError(f"{MODEL}: the demo base is missing: `python scripts/make_demo_base.py` makes it")
         _write(folder, params.steps)
+        report.begin()
         _run(folder, "run")
         seeds = range(1, params.seeds + 1)
         _run(

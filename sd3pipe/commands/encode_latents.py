@@ -63,9 +63,10 @@ def main(params: EncodeLatentsParams) -> None:
         report.update(**_picture_report(ready.sources))
         _tell_version_change(ready, params)
         if params.engine == "ray":
-            counts = _fill_on_ray(ready, params)
+            counts = _fill_on_ray(ready, params, report.begin)
         else:
-            counts = _filler(ready, params)(params.shard_numbers())
+            counts = _filler(ready, params, report.begin)(params.shard_numbers())
+        report.begin()
         report.update(**counts.as_report())
         seen = source_files(ready.found, ready.dataset, captions=False)
         remember_sources(
@@ -81,11 +82,13 @@ def main(params: EncodeLatentsParams) -> None:
 
 def filler(params: EncodeLatentsParams) -> Callable[[tuple[int, int]], FillCounts]:
     """Returns what fills part i of n of the cache, for as many parts as it is asked to, with one VAE."""
-    return _filler(_prepare(params), params)
+    return _filler(_prepare(params), params, lambda: None)
 
 
-def _filler(ready: _Prepared, params: EncodeLatentsParams) -> Callable[[tuple[int, int]], FillCounts]:
-    encode = _encoder(ready, params)
+def _filler(
+    ready: _Prepared, params: EncodeLatentsParams, begin: Callable[[], None]
+) -> Callable[[tuple[int, int]], FillCounts]:
+    encode = _encoder(ready, params, begin)
 
     def fill(shard: tuple[int, int]) -> FillCounts:
         return fill_cache(
@@ -100,15 +103,16 @@ def _filler(ready: _Prepared, params: EncodeLatentsParams) -> Callable[[tuple[in
     return fill
 
 
-def _fill_on_ray(ready: _Prepared, params: EncodeLatentsParams) -> FillCounts:
+def _fill_on_ray(ready: _Prepared, params: EncodeLatentsParams, begin: Callable[[], None]) -> FillCounts:
     """Lets the workers of a cluster make what is missing, and publishes it."""
     if params.rehash:
-        _filler(ready, params)(NO_PART)  # forgets which rows were unreadable
+        _filler(ready, params, begin)(NO_PART)  # forgets which rows were unreadable
     theirs = params.model_copy(update={"rehash": False})
     missing = missing_rows(params.out, ready.wanted)
     if missing.keys:
         from sd3pipe.encoding.ray_engine import fill_parts
 
+        begin()
         fill_parts(
             "encode-latents",
             functools.partial(filler, theirs),
@@ -116,7 +120,7 @@ def _fill_on_ray(ready: _Prepared, params: EncodeLatentsParams) -> FillCounts:
             workers=params.ray_workers,
             on_cpu=params.device == "cpu",
         )
-    return _filler(ready, theirs)((0, 1)).since(missing)
+    return _filler(ready, theirs, begin)((0, 1)).since(missing)
 
 
 def _prepare(params: EncodeLatentsParams) -> _Prepared:
@@ -150,7 +154,7 @@ def _prepare(params: EncodeLatentsParams) -> _Prepared:
 
 
 def _encoder(
-    ready: _Prepared, params: EncodeLatentsParams
+    ready: _Prepared, params: EncodeLatentsParams, begin: Callable[[], None]
 ) -> Callable[[Sequence[str]], Iterator[tuple[str, Row | Unreadable]]]:
     """Returns the function that encodes rows by their keys; with its first call torch and the VAE are loaded."""
     sample_by_key = dict(zip(ready.wanted.keys, ready.sources.samples, strict=True))
@@ -167,6 +171,7 @@ def _encoder(
         samples = [sample_by_key[key] for key in keys]
         with progress("encode-latents", len(keys), "rows") as bar:
             for key, row in encoded_rows(keys, samples, encoder(), ready.architecture, params):
+                begin()
                 bar.advance()
                 yield key, row
 

@@ -109,9 +109,10 @@ def _fill(params: EncodeTextParams, target: _Target) -> None:
         folder = machine_folder(target.out)
         cuts = recall_cuts(folder, set(ready.wanted.keys))
         if params.engine == "ray":
-            counts = _fill_on_ray(ready, params, target, cuts)
+            counts = _fill_on_ray(ready, params, target, cuts, report.begin)
         else:
-            counts = _filler(ready, params, target, cuts)(params.shard_numbers())
+            counts = _filler(ready, params, target, cuts, report.begin)(params.shard_numbers())
+        report.begin()
         remember_cuts(folder, cuts)
         cut = _cut_texts(ready, cuts)
         report.update(**counts.as_report(), cut=cut)
@@ -127,13 +128,13 @@ def _fill(params: EncodeTextParams, target: _Target) -> None:
 
 def filler(params: EncodeTextParams, target: _Target) -> Callable[[tuple[int, int]], FillCounts]:
     """Returns what fills part i of n of a cache."""
-    return _filler(_prepare(params, target), params, target, {})
+    return _filler(_prepare(params, target), params, target, {}, lambda: None)
 
 
 def _filler(
-    ready: _Prepared, params: EncodeTextParams, target: _Target, cuts: Cuts
+    ready: _Prepared, params: EncodeTextParams, target: _Target, cuts: Cuts, begin: Callable[[], None]
 ) -> Callable[[tuple[int, int]], FillCounts]:
-    encode = _encoder(ready, params, machine_folder(target.out), cuts)
+    encode = _encoder(ready, params, machine_folder(target.out), cuts, begin)
 
     def fill(shard: tuple[int, int]) -> FillCounts:
         return fill_cache(target.out, ready.wanted, encode, made_with=_made_with(), shard=shard)
@@ -141,13 +142,16 @@ def _filler(
     return fill
 
 
-def _fill_on_ray(ready: _Prepared, params: EncodeTextParams, target: _Target, cuts: Cuts) -> FillCounts:
+def _fill_on_ray(
+    ready: _Prepared, params: EncodeTextParams, target: _Target, cuts: Cuts, begin: Callable[[], None]
+) -> FillCounts:
     """Lets the workers of a cluster make what is missing, and publishes it."""
     missing = missing_rows(target.out, ready.wanted)
     if missing.keys:
         from sd3pipe.encoding.ray_engine import fill_parts
 
         _tokens(ready, missing.keys, cuts)
+        begin()
         theirs = params.model_copy(update={"rehash": False, "verify_weights": False})
         fill_parts(
             "encode-text",
@@ -156,7 +160,7 @@ def _fill_on_ray(ready: _Prepared, params: EncodeTextParams, target: _Target, cu
             workers=params.ray_workers,
             on_cpu=params.device == "cpu",
         )
-    return _filler(ready, params, target, cuts)((0, 1)).since(missing)
+    return _filler(ready, params, target, cuts, begin)((0, 1)).since(missing)
 
 
 def _inputs(params: EncodeTextParams, target: _Target) -> dict[str, str | None]:
@@ -203,7 +207,7 @@ def _made_with() -> str:
 
 
 def _encoder(
-    ready: _Prepared, params: EncodeTextParams, scratch: Path, cuts: Cuts
+    ready: _Prepared, params: EncodeTextParams, scratch: Path, cuts: Cuts, begin: Callable[[], None]
 ) -> Callable[[Sequence[str]], Iterator[tuple[str, Row | Unreadable]]]:
     """Returns the function that encodes rows by their keys; it adds the texts that lose tokens to `cuts`."""
 
@@ -212,7 +216,9 @@ def _encoder(
 
         tokens = _tokens(ready, keys, cuts)
         rows = encoded_texts(tokens, ready.encoders, ready.recipe, params, scratch)
-        yield from zip(keys, rows, strict=True)
+        for key, row in zip(keys, rows, strict=True):
+            begin()
+            yield key, row
 
     return encode
 

@@ -38,7 +38,7 @@ def main(params: ExportParams) -> None:
         device = choose_device(params.device, params.threads)
         _refuse_what_would_be_ignored(params)
         if params.checkpoints is not None:
-            saved = _export_all(params)
+            saved = _export_all(params, report)
             report.update(files={file.path.name: as_report(file) for file in saved})
             worst = max(file.largest_difference for file in saved)
             report.summary = f"{params.out}, {count(len(saved), 'file')}; read back, every change is within {worst:.1e}"
@@ -85,7 +85,7 @@ def _export(source: AdapterFile, out: Path, params: ExportParams) -> SavedAdapte
     return save_adapter(out, adapter, form=params.format, dtype=params.dtype, metadata=metadata)
 
 
-def _export_all(params: ExportParams) -> list[SavedAdapter]:
+def _export_all(params: ExportParams, report: StageReport) -> list[SavedAdapter]:
     """Writes the adapter of every checkpoint, and the finished one, under names that sort by step."""
     if params.format == "checkpoint":
         raise ParameterError("--checkpoints all writes adapters: --format checkpoint makes whole models one at a time")
@@ -97,7 +97,11 @@ def _export_all(params: ExportParams) -> list[SavedAdapter]:
     final = params.adapter / "final"
     if final.is_dir():
         wanted[f"{name}.safetensors"] = find_adapter(final)
-    return [_export(_read(path), params.out / file, params) for file, path in wanted.items()]
+    saved: list[SavedAdapter] = []
+    for file, path in wanted.items():
+        saved.append(_export(_read(path), params.out / file, params))
+        report.begin()
+    return saved
 
 
 def _merge(source: AdapterFile, params: ExportParams, device: torch.device) -> MergedModel:

@@ -72,7 +72,7 @@ def main(params: SampleParams) -> None:
         if params.decode:
             sheet, drawn, skipped = read_sheet(params.out), 0, 0
         else:
-            sheet, drawn, skipped = _draw(params, places, memory)
+            sheet, drawn, skipped = _draw(params, places, memory, report)
         memory.save()
         decoded = _decode(params, sheet, places, vae) if vae else 0
         grids = _lay_out(sheet, places) if vae else 0
@@ -91,7 +91,7 @@ def _find_vae(params: SampleParams) -> ComponentSource | None:
         return None
 
 
-def _draw(params: SampleParams, places: _Places, memory: StatMemory) -> tuple[Sheet, int, int]:
+def _draw(params: SampleParams, places: _Places, memory: StatMemory, report: StageReport) -> tuple[Sheet, int, int]:
     """Draws the cells that are not there yet as latents; returns the layout, how many were drawn, how many skipped."""
     from sd3pipe.training.sample_prompts import read_prompts  # imports torch
 
@@ -117,7 +117,7 @@ def _draw(params: SampleParams, places: _Places, memory: StatMemory) -> tuple[Sh
     cells = [cell for lines in rows for line in lines for cell in line]
     missing = [cell for cell in cells if not places.is_done(cell.name)]
     if missing:
-        _draw_cells(params, source, missing, places)
+        _draw_cells(params, source, missing, places, report)
     return sheet, len(missing), len(cells) - len(missing)
 
 
@@ -159,7 +159,9 @@ def _settings(params: SampleParams, source: ComponentSource) -> "SamplingSetting
     return replace(settings, skip_layers=skip)
 
 
-def _draw_cells(params: SampleParams, source: ComponentSource, cells: list[_Cell], places: _Places) -> None:
+def _draw_cells(
+    params: SampleParams, source: ComponentSource, cells: list[_Cell], places: _Places, report: StageReport
+) -> None:
     """Loads the base once and draws cell after cell, adapter by adapter."""
     from sd3pipe.device import choose_device
     from sd3pipe.device_memory import memory_errors
@@ -187,6 +189,7 @@ def _draw_cells(params: SampleParams, source: ComponentSource, cells: list[_Cell
                 with _adapted(mmdit, column_cells[0].column, device):
                     for cell in column_cells:
                         _draw_cell(cell, mmdit, settings, places, device, dtype, bar)
+                        report.begin()
 
 
 def _way_out(streamed: int, depth: int) -> str:

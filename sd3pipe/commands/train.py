@@ -6,7 +6,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,19 +21,20 @@ from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.params.idle import idle_options
 from sd3pipe.params.train import TrainParams
 from sd3pipe.stat_memory import StatMemory
+from sd3pipe.training.checkpoints import set_aside_later
 from sd3pipe.training.data_summary import data_summary
 from sd3pipe.training.identity import RunInputs, resolve_inputs, run_identity
 from sd3pipe.training.loop import Loop
 from sd3pipe.training.memory_plan import CLIP_TOKENS, MemoryPlan, run_memory
-from sd3pipe.training.occasions import check_prompts
 from sd3pipe.training.optimizers import check_optimizer
 from sd3pipe.training.precision import BASE_DTYPES, resolve_precision
 from sd3pipe.training.processes import Processes, join_processes
 from sd3pipe.training.progressed import Progressed
-from sd3pipe.training.records import subset_figures
-from sd3pipe.training.run_folder import Start, choose_start, is_finished
-from sd3pipe.training.setup import build_loop
+from sd3pipe.training.records import forget_after, subset_figures
+from sd3pipe.training.run_folder import RunFolder, Start, choose_start, is_finished
+from sd3pipe.training.setup import build_loop, check_options
 from sd3pipe.training.stopping import parse_duration
+from sd3pipe.training.trackers import check_trackers
 from sd3pipe.training.training_data import open_data
 from sd3pipe.training.validation import verdict
 
@@ -55,10 +55,11 @@ def main(params: TrainParams) -> None:
     _set_numerics(params)
     inputs = {"model": params.model, "text": str(params.text), "latents": str(params.latents)}
     report = StageReport("train", path=params.out / "report.json", inputs=inputs)
-    with _only_writer(params.out) if processes.is_main else contextlib.nullcontext():
+    folder = RunFolder(params.out)
+    with _only_writer(folder) if processes.is_main else contextlib.nullcontext():
         try:
             with report if processes.is_main else contextlib.nullcontext():
-                _train(params, processes, report)
+                _train(params, processes, report, folder)
         except Stopped:
             processes.wait()  # a launcher ends all once one has left, and the main process may still be writing
             raise
@@ -66,23 +67,25 @@ def main(params: TrainParams) -> None:
 
 
 @contextlib.contextmanager
-def _only_writer(run: Path) -> Iterator[None]:
+def _only_writer(folder: RunFolder) -> Iterator[None]:
     """Keeps other processes from training into the same folder. Raises StorageError where one does, or it is none."""
+    run = folder.place
     if run.is_file():
         raise StorageError(f"{run} is a file, not a folder: choose another --out")
     with lock_file(machine_folder(run).parent / f"{run.resolve().name}.lock") as free:
         if not free:
             raise StorageError(f"another process trains into {run}: wait for it, stop it, or choose another --out")
+        folder.recover()
         yield
 
 
-def _train(params: TrainParams, processes: Processes, report: StageReport) -> None:
+def _train(params: TrainParams, processes: Processes, report: StageReport, folder: RunFolder) -> None:
     started = time.monotonic()
     for line in idle_options(params) if processes.is_main else ():
         log.warning("%s", line)
     freshness = _check_freshness(params)
     check_optimizer(params.optimizer_type)
-    check_prompts(params)
+    check_trackers(params)
     data = open_data(params)
     source = find_component("mmdit", model=params.model, file=params.mmdit)
     run = resolve_inputs(
@@ -103,24 +106,35 @@ def _train(params: TrainParams, processes: Processes, report: StageReport) -> No
         report.update(**_how_far(done), steps_now=0, subsets=subset_figures(params.out))
         report.summary = f"nothing to do, all {count(run.total_steps, 'step')} are done"
         return
+    architecture = mmdit_architecture(source)
+    check_options(params, architecture, data, run)
     memory = run_memory(
         params,
-        mmdit_architecture(source),
+        architecture,
         resolutions_px=data.resolutions,
         text_tokens=CLIP_TOKENS + int(data.train.text_lengths.max()),
         device=processes.device,
         dtype=BASE_DTYPES[run.precision],
     )
+    if start.aside and processes.is_main:
+        folder.keep_apart(start.aside)
     with memory_errors(lambda: memory.advice(processes.device)), _kernel_errors(params):
-        loop = build_loop(params, processes, data, source, run, identity, start, memory)
+        loop = build_loop(params, processes, data, source, run, identity, start, memory, folder)
         steps_before = loop.progressed.step
         loop.seconds_by_phase["preparing"] = time.monotonic() - started
         try:
+            if processes.is_main:
+                _begin_at(steps_before, params, folder)
             loop.run(parse_duration(params.time_limit) if params.time_limit else None)
-            loop.saver.finish({"identity": identity, "steps": run.total_steps})
         finally:
             loop.close()
-            report.update(**_figures(loop, memory, processes, steps_before), subsets=subset_figures(params.out))
+            report.update(**_figures(loop, memory, processes, steps_before), subsets=subset_figures(folder.path))
+            if loop.progressed.step != steps_before:
+                if folder.is_in_place:
+                    report.begin()
+            elif processes.is_main:
+                folder.forget()
+        loop.saver.finish({"identity": identity, "steps": run.total_steps})  # last: nothing is missing once it is there
     says = verdict(params.out)
     if says:
         log.info("%s", says)
@@ -131,6 +145,13 @@ def _train(params: TrainParams, processes: Processes, report: StageReport) -> No
 def _start(params: TrainParams, identity: dict[str, Any], run: RunInputs) -> Start:
     allowed = [name.strip() for text in params.allow_changes for name in text.split(",") if name.strip()]
     return choose_start(params.out, params.resume, identity, allow_changes=allowed, total_steps=run.total_steps)
+
+
+def _begin_at(step: int, params: TrainParams, folder: RunFolder) -> None:
+    """Lets what the run recorded after a step go, for it is done again; only once nothing can be refused any more."""
+    if params.resume not in ("auto", "never"):
+        set_aside_later(folder.path, step)
+    forget_after(folder.path, step)
 
 
 def _check_freshness(params: TrainParams) -> str:

@@ -5,6 +5,7 @@ import logging
 from torch.optim import Optimizer
 
 from sd3pipe.errors import InputError
+from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.checkpoint import load_vae
 from sd3pipe.models.sources import find_component
 from sd3pipe.models.vae import VAE
@@ -13,10 +14,12 @@ from sd3pipe.training.objective import Objective
 from sd3pipe.training.precision import BASE_DTYPES, Precision
 from sd3pipe.training.processes import Processes
 from sd3pipe.training.progressed import Progressed
+from sd3pipe.training.run_folder import RunFolder
 from sd3pipe.training.sample_prompts import read_prompts
 from sd3pipe.training.sampling import DEFAULTS
 from sd3pipe.training.step_samples import StepSamples
 from sd3pipe.training.trained_weights import TrainedWeights
+from sd3pipe.training.training_data import check_widths
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +45,18 @@ class Sampler:
         network.train()
 
 
-def check_prompts(params: TrainParams) -> None:
-    """Raises InputError for sample prompts that cannot be read; that there are none is fine."""
-    if params.prompts is not None and params.prompts.exists():
-        read_prompts(params.prompts)
+def check_prompts(params: TrainParams, architecture: MMDiTArchitecture) -> None:
+    """Raises InputError for sample prompts that cannot be read or drawn; that there are none is fine."""
+    if params.prompts is None or not params.prompts.exists():
+        return
+    for prompt in read_prompts(params.prompts):
+        for text in (prompt.text, prompt.negative):
+            check_widths(params.prompts, text.context.shape[-1], text.pooled.shape[-1], architecture)
 
 
 def make_sampler(
     params: TrainParams,
+    run: RunFolder,
     objective: Objective,
     weights: TrainedWeights,
     optimizer: Optimizer,
@@ -66,7 +73,7 @@ def make_sampler(
         )
         return None
     samples = StepSamples(
-        params.out,
+        run,
         read_prompts(params.prompts),
         mmdit=objective.mmdit,
         vae=_find_vae(params),

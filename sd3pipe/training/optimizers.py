@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sd3pipe.errors import InputError, ParameterError
@@ -62,16 +63,10 @@ _ESTIMATE_THEIR_RATE = ("prodigy", "dadapt")  # their learning_rate multiplies a
 
 def make_optimizer(name: str, groups: ParameterGroups, args: Mapping[str, Any]) -> Optimizer:
     """Returns the optimizer for `name`: a short name, a class of torch.optim, or any dotted class path."""
-    optimizer_class, defaults = _find(name)
-    options = {"lr": groups[0]["lr"], **_fast_kernels(optimizer_class, groups, args), **defaults, **args}
-    _check_args(name, optimizer_class, args)
     _check_rates(name, groups)
     if args.get("relative_step"):
         log.warning("learning_rate, lr_scheduler and lr_rules have no effect: relative_step=True sets the steps itself")
-    try:
-        optimizer = optimizer_class([dict(group) for group in groups], **options)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ParameterError(f"optimizer_type = {name}, optimizer_args = {dict(args)}: {error}") from error
+    optimizer = _construct(name, groups, args)
     set_training(optimizer, training=True)  # schedule-free optimizers of other packages begin in neither mode
     return optimizer
 
@@ -81,6 +76,21 @@ def check_optimizer(name: str) -> None:
     known = _NAMES.get(name.lower())
     if known is None or importlib.util.find_spec(known.path.partition(".")[0]) is None:
         _find(name)
+
+
+def check_optimizer_args(name: str, args: Mapping[str, Any]) -> None:
+    """Raises ParameterError for arguments that the optimizer does not take."""
+    _construct(name, [{"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0}], args)
+
+
+def _construct(name: str, groups: ParameterGroups, args: Mapping[str, Any]) -> Optimizer:
+    optimizer_class, defaults = _find(name)
+    _check_args(name, optimizer_class, args)
+    options = {"lr": groups[0]["lr"], **_fast_kernels(optimizer_class, groups, args), **defaults, **args}
+    try:
+        return optimizer_class([dict(group) for group in groups], **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ParameterError(f"optimizer_type = {name}, optimizer_args = {dict(args)}: {error}") from error
 
 
 def set_training(optimizer: Optimizer, *, training: bool) -> None:

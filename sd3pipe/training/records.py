@@ -5,12 +5,13 @@ import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sd3pipe.files import append_text, make_folder, write_json, write_text
 from sd3pipe.params.bands import BAND_NAMES
+from sd3pipe.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -18,11 +19,17 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Records:
-    """The lines of metrics.jsonl; `trackers` is an accelerate Accelerator with trackers, or None."""
+    """The lines of metrics.jsonl, and what trackers hear of them.
 
-    def __init__(self, run: Path, trackers: Any | None = None) -> None:
-        self._run, self._trackers = run, trackers
-        make_folder(run)
+    `start_trackers` returns an accelerate Accelerator. Trackers keep open what they write into, so they start when the
+    run has its final place, and are told then what was recorded before.
+    """
+
+    def __init__(self, run: RunFolder, start_trackers: Callable[[], Any] | None = None) -> None:
+        self._run, self._start_trackers = run, start_trackers
+        self._trackers: Any | None = None
+        self._untold: list[tuple[int, dict[str, Any]]] = []
+        self._tell_trackers()
 
     def step(self, step: int, **values: Any) -> None:
         """Records one training step."""
@@ -38,17 +45,27 @@ class Records:
 
     def close(self) -> None:
         """Writes the summaries for DVC and ends the trackers."""
-        write_summaries(self._run)
+        write_summaries(self._run.path)
+        self._tell_trackers()
         if self._trackers is not None:
             for tracker in self._trackers.trackers:  # its own end_training would end the group of processes, too
                 tracker.finish()
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         line = json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n"
-        path = self._run / METRICS_FILE
+        path = make_folder(self._run.path) / METRICS_FILE
         append_text(path, line)
-        if self._trackers is not None and kind != "event":
-            self._trackers.log(dict(_flat(f"{kind}/", values)), step=step)
+        if self._start_trackers is not None and kind != "event":
+            self._untold.append((step, dict(_flat(f"{kind}/", values))))
+            self._tell_trackers()
+
+    def _tell_trackers(self) -> None:
+        if self._start_trackers is None or not self._run.is_in_place:
+            return
+        trackers = self._trackers = self._trackers or self._start_trackers()
+        for step, numbers in self._untold:
+            trackers.log(numbers, step=step)
+        self._untold.clear()
 
 
 def read_records(run: Path) -> Iterator[dict[str, Any]]:

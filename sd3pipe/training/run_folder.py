@@ -1,6 +1,11 @@
-"""Where a run begins: afresh, or from which checkpoint; and what becomes of an older run in the same folder."""
+"""Where a run begins: afresh, or from which checkpoint; and what becomes of an older run in the same folder.
+
+A new run in the place of an older one writes into a folder apart. Only its first whole checkpoint makes it take the
+place, and the older run gets the name NAME.1; so whatever ends it before that leaves the older run as it was.
+"""
 
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +13,10 @@ from typing import Any
 
 from pydantic import JsonValue, TypeAdapter
 
+from sd3pipe.cache.folder import machine_folder
 from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import InputError, ParameterError, StaleError
-from sd3pipe.files import storage_errors
+from sd3pipe.files import storage_errors, sync_folder
 from sd3pipe.fingerprint import hash_file
 from sd3pipe.training.checkpoints import (
     ADAPTER_FILE,
@@ -19,7 +25,6 @@ from sd3pipe.training.checkpoints import (
     checkpoint_paths,
     newest_checkpoint,
     read_checkpoint,
-    set_aside_later,
 )
 
 log = logging.getLogger(__name__)
@@ -43,35 +48,89 @@ class _Final:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """The checkpoint to go on from, or None, and the differences that the user allowed."""
+    """The checkpoint to go on from, or None, and the differences that the user allowed.
+
+    `aside` is why the run in the folder is not this one and gives way to it, "" where it does not have to.
+    """
 
     checkpoint: Checkpoint | None
     changes: Mapping[str, Sequence[Any]]
+    aside: str = ""
+
+
+class RunFolder:
+    """Where a run writes: `place`, or a folder apart as long as an older run lies there and nothing is saved."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = self.path = place
+        self._reason = ""
+
+    @property
+    def is_in_place(self) -> bool:
+        return self.path == self.place
+
+    def keep_apart(self, reason: str) -> None:
+        """Leaves the place to the older run until `settle`."""
+        self.path, self._reason = _apart(self.place), reason
+        log.warning(
+            "%s holds another run (%s): it stays until the first checkpoint of the new one, which writes into %s",
+            self.place,
+            reason,
+            self.path,
+        )
+
+    def settle(self) -> None:
+        """Takes the place, after renaming the older run to NAME.1 or the next free number. Raises StorageError."""
+        if self.is_in_place:
+            return
+        place = self.place.resolve()
+        number = 1
+        while (target := place.with_name(f"{place.name}.{number}")).exists():
+            number += 1
+        with storage_errors(place):
+            place.rename(target)
+            self.path.rename(place)
+        sync_folder(place.parent)
+        self.path = self.place
+        log.warning("%s is set aside as %s: %s", self.place, target, self._reason)
+
+    def recover(self) -> None:
+        """Ends what a killed process had begun: the new run takes the place, or what it never saved is deleted."""
+        apart, place = _apart(self.place), self.place.resolve()
+        if checkpoint_paths(apart) and not place.exists():
+            with storage_errors(place):
+                apart.rename(place)
+        self.forget()
+
+    def forget(self) -> None:
+        """Deletes what a new run wrote, and its process or an earlier one did not save."""
+        shutil.rmtree(_apart(self.place), ignore_errors=True)
+
+
+def _apart(place: Path) -> Path:
+    return Path(f"{machine_folder(place)}.new")
 
 
 def choose_start(
     run: Path, resume: str, identity: Identity, *, allow_changes: Sequence[str] = (), total_steps: int
 ) -> Start:
-    """Returns where the run begins, after setting an older run aside where need be.
+    """Returns where the run begins, and why an older run in its folder gives way, if it does. Changes nothing.
 
-    `auto` goes on from the newest whole checkpoint of an equal run, and sets any other run aside as NAME.1;
-    `never` always sets it aside; a path goes on from that checkpoint or raises StaleError with what differs.
+    `auto` goes on from the newest whole checkpoint of an equal run, any other run gives way; with `never` each does;
+    a path goes on from that checkpoint or raises StaleError with what differs.
     """
     _check_allowed(allow_changes, identity)
     if resume == "never":
-        set_aside(run, "--resume never")
-        return Start(checkpoint=None, changes={})
+        return _afresh(run, "--resume never")
     if resume != "auto":
         return _start_from(Path(resume), run, identity, allow_changes, total_steps)
     checkpoint = newest_checkpoint(run, up_to=total_steps)
     if checkpoint is None:
-        if checkpoint_paths(run):
-            set_aside(run, "none of its checkpoints can be resumed at this number of steps")
-        return Start(checkpoint=None, changes={})
+        is_old = bool(checkpoint_paths(run)) or (run / _FINAL).exists()
+        return _afresh(run, "it has no checkpoint that can be resumed at this number of steps" if is_old else "")
     changes = differences(checkpoint.state["identity"], identity)
     if set(changes) - set(allow_changes):
-        set_aside(run, f"its {describe(changes)}")
-        return Start(checkpoint=None, changes={})
+        return _afresh(run, f"its {describe(changes)}")
     return Start(checkpoint=checkpoint, changes=changes)
 
 
@@ -101,16 +160,12 @@ def describe(changes: Mapping[str, Sequence[Any]]) -> str:
     return ", ".join(f"{key} was {_short(old)}, is {_short(new)}" for key, (old, new) in changes.items())
 
 
-def set_aside(run: Path, reason: str) -> None:
-    """Renames a run folder with content to NAME.1, or the next free number, and says why."""
-    if not run.is_dir() or not any((run / name).exists() for name in ("checkpoints", _FINAL, _METRICS)):
-        return
-    number = 1
-    while (target := run.with_name(f"{run.name}.{number}")).exists():
-        number += 1
-    with storage_errors(run):
-        run.rename(target)
-    log.warning("%s is set aside as %s and a new run starts: %s", run, target, reason)
+def _afresh(run: Path, reason: str) -> Start:
+    return Start(checkpoint=None, changes={}, aside=reason if _has_content(run) else "")
+
+
+def _has_content(run: Path) -> bool:
+    return any((run / name).exists() for name in ("checkpoints", _FINAL, _METRICS))
 
 
 def _start_from(place: Path, run: Path, identity: Identity, allow_changes: Sequence[str], total_steps: int) -> Start:
@@ -128,11 +183,9 @@ def _start_from(place: Path, run: Path, identity: Identity, allow_changes: Seque
         )
     if checkpoint.step > total_steps:
         raise ParameterError(f"--resume {place} is at step {checkpoint.step}, beyond max_train_steps = {total_steps}")
-    if run.resolve() in checkpoint.path.resolve().parents:
-        set_aside_later(run, checkpoint.step)
-    else:
-        set_aside(run, f"--resume {place} comes from another folder")
-    return Start(checkpoint=checkpoint, changes=changes)
+    is_foreign = run.resolve() not in checkpoint.path.resolve().parents
+    aside = f"--resume {place} comes from another folder" if is_foreign and _has_content(run) else ""
+    return Start(checkpoint=checkpoint, changes=changes, aside=aside)
 
 
 def _check_allowed(allow_changes: Sequence[str], identity: Identity) -> None:

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sd3pipe.adapters.precision import StoredDtype
 from sd3pipe.files import atomic_file, followed, storage_errors, write_json
 from sd3pipe.training.checkpoints import (
     ADAPTER_FILE,
+    CHECKPOINTS_FOLDER,
     Checkpoint,
     Retention,
     prune,
@@ -26,6 +28,7 @@ from sd3pipe.training.optimizers import export_state, import_state
 from sd3pipe.training.processes import Processes
 from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.records import forget_after
+from sd3pipe.training.run_folder import RunFolder
 from sd3pipe.training.trained_weights import TrainedWeights
 
 log = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ class Saver:
     def __init__(
         self,
         *,
-        run: Path,
+        run: RunFolder,
         processes: Processes,
         network: AdapterNetwork,
         weights: TrainedWeights,
@@ -63,7 +66,8 @@ class Saver:
         self._retention, self._names = retention, names
         self._loras_dir, self._output_name = loras_dir, output_name
         self._newest = newest.path if newest else None
-        self._newest_step = newest.step if newest else None
+        is_ours = newest is not None and run.path.resolve() in newest.path.resolve().parents
+        self._newest_step = newest.step if newest and is_ours else None
 
     @property
     def can_roll_back(self) -> bool:
@@ -97,7 +101,7 @@ class Saver:
         self.restore(checkpoint)
         progressed.become(Progressed.from_state(checkpoint.state))
         if self._processes.is_main:
-            forget_after(self._run, checkpoint.step)
+            forget_after(self._run.path, checkpoint.step)
 
     def finish(self, inputs: Mapping[str, Any]) -> None:
         """Makes final/ from the newest checkpoint: the adapter, and what it was made from."""
@@ -106,10 +110,12 @@ class Saver:
             return
         if self._loras_dir is not None:
             copy_file(self._newest / ADAPTER_FILE, followed(self._loras_dir / f"{self._output_name}.safetensors"))
-        copy_file(self._newest / ADAPTER_FILE, self._run / FINAL_FOLDER / ADAPTER_FILE)
-        write_json(self._run / FINAL_FOLDER / INPUTS_FILE, inputs)  # comes last: it says that the run is finished
+        final = self._run.path / FINAL_FOLDER
+        copy_file(self._newest / ADAPTER_FILE, final / ADAPTER_FILE)
+        write_json(final / INPUTS_FILE, inputs)  # comes last: it says that the run is finished
 
     def _write(self, progressed: Progressed) -> Path:
+        """Writes a checkpoint, with the first of which a new run takes the place of an older one."""
         tensors, values = export_state(self._optimizer, self._weights.optimized)
         numbers: dict[str, Any] = {**progressed.to_state(), "optimizer": values}
         if self._scaler is not None:
@@ -117,7 +123,7 @@ class Saver:
         with self._weights.delivered(self._optimizer):
             deltas = self._network.deltas()
         checkpoint = write_checkpoint(
-            self._run,
+            self._run.path,
             step=progressed.step,
             write_adapter=lambda path: save_adapter(
                 path, deltas, dtype=self._dtype, metadata=self._metadata(progressed)
@@ -125,11 +131,14 @@ class Saver:
             tensors={**self._weights.export(), **tensors},
             state={**self._state, **numbers},
         )
+        if not self._run.is_in_place:
+            self._run.settle()
+            checkpoint = replace(checkpoint, path=self._run.path / CHECKPOINTS_FOLDER / checkpoint.path.name)
         if self._loras_dir is not None:
             name = f"{self._output_name}-step{progressed.step:08d}.safetensors"
             copy_file(checkpoint.adapter, followed(self._loras_dir / name))
         best = [progressed.best_step] if progressed.best_step is not None else []
-        prune(self._run, checkpoint, self._retention, keep_steps=best)
+        prune(self._run.path, checkpoint, self._retention, keep_steps=best)
         return checkpoint.path
 
 

@@ -10,11 +10,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sd3pipe.adapters.files import read_adapter
-from sd3pipe.adapters.network import AdapterNetwork, attach, attach_deltas, merge_into
+from sd3pipe.adapters.network import AdapterNetwork, attach, attach_deltas, check_fit, check_is_lora, merge_into
 from sd3pipe.adapters.precision import StoredDtype
+from sd3pipe.adapters.targets import learning_rates, target_ranks
+from sd3pipe.files import make_folder
 from sd3pipe.memory.layer_major import run_layer_major
 from sd3pipe.memory.plan import Settings
 from sd3pipe.memory.streaming import BlockStreamer
+from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.pos_embed import ScaledPositions
 from sd3pipe.models.sources import ComponentSource
@@ -31,23 +34,44 @@ from sd3pipe.training.identity import RunInputs, continued, make_schedule
 from sd3pipe.training.loop import Loop, Plan
 from sd3pipe.training.memory_plan import MemoryPlan
 from sd3pipe.training.objective import LossRules, Objective, Question
-from sd3pipe.training.occasions import make_sampler
-from sd3pipe.training.optimizers import make_optimizer, parse_args
+from sd3pipe.training.occasions import check_prompts, make_sampler
+from sd3pipe.training.optimizers import check_optimizer_args, make_optimizer, parse_args
 from sd3pipe.training.precision import BASE_DTYPES
 from sd3pipe.training.processes import Processes
 from sd3pipe.training.progressed import Every, Progressed
-from sd3pipe.training.records import Records, forget_after
-from sd3pipe.training.run_folder import Start
+from sd3pipe.training.records import Records
+from sd3pipe.training.run_folder import RunFolder, Start
 from sd3pipe.training.saving import Saver
 from sd3pipe.training.step_runner import LayerMajor, StepRunner
 from sd3pipe.training.trackers import start_trackers
 from sd3pipe.training.trained_weights import TrainedWeights
-from sd3pipe.training.training_data import TrainingData
+from sd3pipe.training.training_data import TrainingData, check_captions
 from sd3pipe.training.validation import Validator
 
 log = logging.getLogger(__name__)
 
 _SAVED_DTYPES: Mapping[str | None, StoredDtype] = {None: "fp32", "float": "fp32", "fp16": "fp16", "bf16": "bf16"}
+
+
+def check_options(params: TrainParams, architecture: MMDiTArchitecture, data: TrainingData, run: RunInputs) -> None:
+    """Refuses, before any weights of the base are read, options, adapters and texts that cannot be trained with."""
+    check_captions(params, data.text, architecture)
+    check_prompts(params, architecture)
+    make_schedule(params, run.total_steps)
+    spec = adapter_spec(params)
+    linears = dict(MMDiT(architecture, device="meta").linears())
+    learning_rates(target_ranks(linears, spec), spec, params.learning_rate)
+    for option, is_set in {
+        "loraplus_lr_ratio": loraplus_ratio(params) != 1.0,
+        "scale_weight_norms": params.scale_weight_norms is not None,
+    }.items():
+        if is_set:
+            check_is_lora(spec, option)
+    check_optimizer_args(params.optimizer_type, parse_args("optimizer_args", params.optimizer_args))
+    for path in (*run.base_weights, *([run.network_weights] if run.network_weights else [])):
+        check_fit(linears, read_adapter(path).model_part)
+    if params.loras_dir is not None:
+        make_folder(params.loras_dir)
 
 
 def build_loop(
@@ -59,6 +83,7 @@ def build_loop(
     identity: Mapping[str, Any],
     start: Start,
     memory: MemoryPlan,
+    folder: RunFolder,
 ) -> Loop:
     """Returns a loop that is ready to run, from the checkpoint of `start` if there is one."""
     checkpoint = start.checkpoint
@@ -75,7 +100,7 @@ def build_loop(
     )
     scaler = torch.amp.GradScaler(processes.device.type) if run.precision == "fp16" else None
     saver = Saver(
-        run=params.out,
+        run=folder,
         processes=processes,
         network=network,
         weights=weights,
@@ -97,7 +122,7 @@ def build_loop(
         saver.restore(checkpoint)
         progressed = Progressed.from_state(checkpoint.state)
     objective = Objective(mmdit, network, _loss_rules(params))
-    records = _records(params, processes, start, identity)
+    records = _records(params, folder, processes, start, identity)
     runner = StepRunner(
         objective=objective,
         network=network,
@@ -113,7 +138,9 @@ def build_loop(
         layer_major=_layer_major(objective, streamer) if params.layer_major else None,
     )
     sampler = (
-        make_sampler(params, objective, weights, optimizer, processes, run.precision) if processes.is_main else None
+        make_sampler(params, folder, objective, weights, optimizer, processes, run.precision)
+        if processes.is_main
+        else None
     )
     return Loop(
         runner=runner,
@@ -122,7 +149,7 @@ def build_loop(
         steps_from=functools.partial(_steps_from, params, data, mmdit, streamer, processes),
         saver=saver,
         records=records,
-        validate=_validator(params, data, objective, weights, optimizer, processes, records),
+        validate=_validator(params, folder, data, objective, weights, optimizer, processes, records),
         sample=sampler,
         processes=processes,
         streamer=streamer,
@@ -131,6 +158,7 @@ def build_loop(
 
 def _validator(
     params: TrainParams,
+    folder: RunFolder,
     data: TrainingData,
     objective: Objective,
     weights: TrainedWeights,
@@ -150,7 +178,7 @@ def _validator(
         optimizer=optimizer,
         processes=processes,
         records=records,
-        run=params.out,
+        run=folder,
     )
 
 
@@ -319,9 +347,11 @@ def _state(identity: Mapping[str, Any], warmup_steps: int, start: Start) -> dict
     return {**state, "changes": changes}
 
 
-def _records(params: TrainParams, processes: Processes, start: Start, identity: Mapping[str, Any]) -> Records | None:
-    """Returns where the main process writes what happens; lines of steps that are taken again go."""
+def _records(
+    params: TrainParams, folder: RunFolder, processes: Processes, start: Start, identity: Mapping[str, Any]
+) -> Records | None:
+    """Returns where the main process writes what happens."""
     if not processes.is_main:
         return None
-    forget_after(params.out, start.checkpoint.step if start.checkpoint else 0)
-    return Records(params.out, start_trackers(params, identity, processes))
+    trackers = functools.partial(start_trackers, params, identity, processes) if params.log_with else None
+    return Records(folder, trackers)

@@ -11,6 +11,7 @@ from sd3pipe.files import make_folder
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.vae import VAE
 from sd3pipe.training.kept_latents import keep_latents
+from sd3pipe.training.run_folder import RunFolder
 from sd3pipe.training.sample_prompts import SamplePrompt
 from sd3pipe.training.sampling import SamplingSettings, decode_pictures, sample_latents
 
@@ -29,7 +30,7 @@ class StepSamples:
 
     def __init__(
         self,
-        run: Path,
+        run: RunFolder,
         prompts: Sequence[SamplePrompt],
         *,
         mmdit: MMDiT,
@@ -38,9 +39,13 @@ class StepSamples:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.folder = run / "samples"
+        self._run = run
         self.prompts, self.mmdit, self.vae = prompts, mmdit, vae
         self.defaults, self.device, self.dtype = defaults, device, dtype
+
+    @property
+    def folder(self) -> Path:
+        return self._run.path / "samples"
 
     def draw(self, step: int) -> list[Path]:
         """Draws what is not there yet for a step, in eval mode, and returns the files of the step."""

@@ -11,27 +11,29 @@ from sd3pipe.training.processes import Processes
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
-def start_trackers(params: TrainParams, config: Mapping[str, Any], processes: Processes) -> Any | None:
-    """Returns an accelerate Accelerator whose trackers are running, or None where none were asked for.
-
-    Raises ParameterError for a tracker that is not installed. W&B goes offline where WANDB_MODE=offline says so.
-    """
-    if params.log_with is None:
-        return None
-    names: list[Any] = list(_PACKAGES) if params.log_with == "all" else [params.log_with]
-    missing = [name for name in names if importlib.util.find_spec(_PACKAGES[name]) is None]
+def check_trackers(params: TrainParams) -> None:
+    """Raises ParameterError for a tracker that is not installed."""
+    missing = [name for name in _wanted(params) if importlib.util.find_spec(_PACKAGES[name]) is None]
     if missing:
         raise ParameterError(
             f"log_with = {params.log_with}: {missing[0]} is not installed: pip install 'sd3pipe[{missing[0]}]'"
         )
+
+
+def start_trackers(params: TrainParams, config: Mapping[str, Any], processes: Processes) -> Any:
+    """Returns an accelerate Accelerator whose trackers are running; W&B is offline where WANDB_MODE=offline says so."""
     from accelerate import Accelerator  # takes its time, and a run without trackers needs none of it
 
     folder = params.logging_dir or params.out / "logs"
     on_cpu = processes.count == 1 or processes.device.type == "cpu"  # several processes have their state already
-    accelerator = Accelerator(cpu=on_cpu, log_with=names, project_dir=folder)
+    accelerator = Accelerator(cpu=on_cpu, log_with=_wanted(params), project_dir=folder)
     accelerator.init_trackers(
         params.log_tracker_name or params.output_name or params.out.name,
         config={name: value for name, value in config.items() if isinstance(value, bool | int | float | str)},
         init_kwargs={"wandb": {"name": params.wandb_run_name, "dir": str(folder)}},
     )
     return accelerator
+
+
+def _wanted(params: TrainParams) -> list[Any]:
+    return list(_PACKAGES) if params.log_with == "all" else [params.log_with] if params.log_with else []

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from sd3pipe.data.weighting import sample_repeats
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.fingerprint import digest_bytes, hash_bytes, hash_json
 from sd3pipe.models import text_recipe
+from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.items import Items, RowLists, SubsetRules
 
@@ -77,6 +79,23 @@ def open_data(params: TrainParams) -> TrainingData:
         validation=_items(held_out, subsets, params, text, shapes),
         resolutions=tuple(sorted({(sample.bucket_w, sample.bucket_h) for sample in joined.samples})),
     )
+
+
+def check_widths(where: Path, context_width: int, pooled_width: int, architecture: MMDiTArchitecture) -> None:
+    """Raises InputError for texts that are not as wide as the model reads them."""
+    there, read = (context_width, pooled_width), (architecture.context_width, architecture.pooled_width)
+    if there != read:
+        raise InputError(
+            f"{where} holds texts that are {there[0]} and {there[1]} wide, and the model reads {read[0]} and "
+            f"{read[1]}: encode them with the text encoders that belong to the model"
+        )
+
+
+def check_captions(params: TrainParams, text: CacheReader, architecture: MMDiTArchitecture) -> None:
+    """Raises InputError for captions that are not as wide as the model reads them."""
+    for layout in text.index.layouts:
+        widths = {name: shape[-1] for name, _, shape in layout}
+        check_widths(params.text, widths["t5xxl"], widths["pooled_l"] + widths["pooled_g"], architecture)
 
 
 def _tell_origin(reader: CacheReader) -> None:

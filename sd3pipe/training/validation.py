@@ -20,6 +20,7 @@ from sd3pipe.training.objective import Objective
 from sd3pipe.training.processes import Processes
 from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.records import Records, read_records
+from sd3pipe.training.run_folder import RunFolder
 from sd3pipe.training.trained_weights import TrainedWeights
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Validator:
         optimizer: Optimizer,
         processes: Processes,
         records: Records | None,
-        run: Path,
+        run: RunFolder,
     ) -> None:
         self._feed, self._objective = feed, objective
         self._weights, self._optimizer = weights, optimizer
@@ -75,7 +76,7 @@ class Validator:
             by_picture=by_picture,
         )
         if progressed.best_step == progressed.step:
-            write_json(self._run / CHECKPOINTS_FOLDER / "best.json", {"step": progressed.step, "loss": loss})
+            write_json(self._run.path / CHECKPOINTS_FOLDER / "best.json", {"step": progressed.step, "loss": loss})
 
     @torch.no_grad()
     def losses(self) -> Tensor:

@@ -295,3 +295,14 @@ def test_one_bit_of_t5_makes_every_row_anew(base, project, tmp_path):
         **{name: getattr(base, name) for name in base.__slots__} | {"t5xxl": tmp_path / "t5.safetensors"}
     )
     assert encode(other, project)["encoded"] == 4
+
+
+def test_a_refused_encode_leaves_the_report_of_the_last_one(base, project):
+    encode(base, project)
+    report = project / "caches" / "text.report.json"
+    before = report.read_bytes()
+    (project / "dataset.toml").write_text("[[datasets]]\ncolour = 3\n")
+    encode(base, project, expect=2)
+    assert report.read_bytes() == before
+    refusal = json.loads((project / "caches" / "text.refused.report.json").read_text())
+    assert refusal["exit_code"] == 2 and "colour" in refusal["error"]

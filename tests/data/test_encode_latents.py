@@ -328,3 +328,12 @@ def test_paths_enter_no_key(project, base, tmp_path_factory):
     assert contents(project) == contents(other)
     assert not any(str(project).encode() in data for data in contents(project).values())
     assert Path(project / ".sd3pipe").is_dir()
+
+
+def test_a_refused_encode_leaves_the_report_of_the_last_one(project, base):
+    encode(project, base)
+    before = report(project)
+    with pytest.raises(InputError):
+        encode(project, base, vae=project / "nothing.safetensors")
+    assert report(project) == before
+    assert json.loads((project / "latents.refused.report.json").read_text())["exit_code"] == 3

@@ -184,6 +184,17 @@ def test_folders_without_adapters_are_refused(tmp_path, what, message):
     assert report_of(tmp_path / "out.safetensors")["exit_code"] == 3
 
 
+def test_a_refused_export_leaves_the_report_of_the_file_that_is_there(run, tmp_path):
+    out = tmp_path / "out.safetensors"
+    report = export(run, out)
+    with pytest.raises(InputError):
+        export(tmp_path / "nothing", out)
+    assert report_of(out) == report
+    assert report_of(tmp_path / "out.safetensors.refused")["exit_code"] == 3
+    export(run, out)
+    assert not (tmp_path / "out.safetensors.refused.report.json").exists()
+
+
 def test_large_or_foreign_thumbnails_are_refused(run, tmp_path):
     (tmp_path / "a.png").write_bytes(b"GIF89a")
     with pytest.raises(InputError, match="PNG, JPEG or WebP"):

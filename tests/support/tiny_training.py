@@ -229,12 +229,12 @@ def _fill_text(out: Path, dataset: Sequence[Picture], rules: dict[str, dict[str,
     fill_cache(out, wanted, encode, made_with="tiny 1")
 
 
-def text_row(text: str, tokens: int) -> dict[str, torch.Tensor]:
+def text_row(text: str, tokens: int, context_width: int = CONTEXT_WIDTH) -> dict[str, torch.Tensor]:
     """Returns the tensors of a caption's row."""
     return {
         "clip_l": _random(CLIP_TOKENS, CLIP_WIDTHS[0], key=f"l {text}"),
         "clip_g": _random(CLIP_TOKENS, CLIP_WIDTHS[1], key=f"g {text}"),
-        "t5xxl": _random(tokens, CONTEXT_WIDTH, key=f"t5 {text}"),
+        "t5xxl": _random(tokens, context_width, key=f"t5 {text}"),
         "pooled_l": _random(POOLED_WIDTHS[0], key=f"pl {text}"),
         "pooled_g": _random(POOLED_WIDTHS[1], key=f"pg {text}"),
         "mask_t5": torch.ones(tokens, dtype=torch.uint8),

@@ -10,6 +10,7 @@ from sd3pipe.models.vae import VAE
 from sd3pipe.models.vae_architecture import VAEArchitecture
 from sd3pipe.training.kept_latents import read_latents
 from sd3pipe.training.picture_grid import Grid, read_picture_file, render_grid, save_picture
+from sd3pipe.training.run_folder import RunFolder
 from sd3pipe.training.sample_prompts import SamplePrompt
 from sd3pipe.training.sampling import SamplingSettings, TextCondition
 from sd3pipe.training.step_samples import StepSamples
@@ -42,8 +43,14 @@ def vae():
 def samples(run, prompts, vae):
     mmdit = tiny_mmdit("sd35-medium").train()
     return StepSamples(
-        run, prompts, mmdit=mmdit, vae=vae, defaults=DEFAULTS, device=torch.device("cpu"), dtype=torch.float32
-    )
+        RunFolder(run),
+        prompts,
+        mmdit=mmdit,
+        vae=vae,
+        defaults=DEFAULTS,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )  # fmt: skip
 
 
 def test_every_step_gets_its_pictures_and_the_grid_grows(tmp_path, prompts, vae):
