@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import Abort, TyperException
 
-from sd3pipe.console import one_line, setup_logging, version
+from sd3pipe.console import say, say_error, setup_logging, version
 from sd3pipe.errors import ExitCode, Sd3pipeError, Stopped
 
 
@@ -138,7 +138,7 @@ def _do_nothing() -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(version())
+        say(version())
         raise typer.Exit
 
 
@@ -191,8 +191,8 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    for line in message.splitlines():
-        print(f"error: {one_line(line)}", file=sys.stderr)
+    for line in message.split("\n"):
+        say_error(line)
     return code
 
 

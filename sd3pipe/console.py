@@ -1,11 +1,17 @@
-"""What the user sees: progress, one summary line per stage and the stage's report file. Only this module uses rich."""
+"""What the user sees: lines, progress, one summary line per stage and the stage's report file.
+
+Only this module writes to the terminal. Names, captions and metadata may come from anywhere, so control characters are
+shown, not sent, and nothing is read as markup of rich, which only this module uses.
+"""
 
 import contextlib
 import importlib.metadata
+import json
 import logging
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -40,12 +46,48 @@ class _LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return prefix + record.getMessage()
+        return one_line(prefix + record.getMessage())
 
 
 def one_line(text: str) -> str:
     """Returns `text` with control characters escaped, so that a name with a newline stays on its line."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def say(*lines: str) -> None:
+    """Prints results, a line for each argument, with control characters escaped."""
+    print(*map(one_line, lines), sep="\n", flush=True)
+
+
+def say_error(line: str) -> None:
+    """Prints what went wrong to stderr, with control characters escaped."""
+    print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
+
+
+def say_json(value: Any) -> None:
+    """Prints a value as indented JSON in ASCII, in which JSON itself escapes control characters."""
+    print(json.dumps(value, indent=2).replace("\x7f", "\\u007f"), flush=True)
+
+
+def say_table(rows: Sequence[Sequence[str]], colours: Mapping[str, str]) -> None:
+    """Prints rows in columns; `colours` of words that fill a cell are shown on a terminal."""
+    from rich.console import Console  # rich takes 60 ms to import
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*(Text(one_line(cell), style=colours.get(cell, "")) for cell in row))
+    Console().print(table)
+
+
+def hand_over(lines: Sequence[str]) -> None:
+    """Prints lines for another program as they are, byte for byte; with control characters escaped on a terminal."""
+    if sys.stdout.isatty():
+        say(*lines)
+        return
+    sys.stdout.flush()
+    sys.stdout.buffer.write(b"".join(os.fsencode(line) + b"\n" for line in lines))
 
 
 def count(number: int, noun: str, plural: str = "") -> str:
@@ -126,16 +168,16 @@ def _bar(description: str, total: int, unit: str, done: int) -> Iterator[Progres
     from rich.console import Console
 
     columns = (
-        rich_progress.TextColumn("{task.description}"),
+        rich_progress.TextColumn("{task.description}", markup=False),
         rich_progress.BarColumn(),
         rich_progress.MofNCompleteColumn(),
         rich_progress.TextColumn(unit),
         rich_progress.TimeElapsedColumn(),
         rich_progress.TimeRemainingColumn(),
-        rich_progress.TextColumn("{task.fields[shown]}"),
+        rich_progress.TextColumn("{task.fields[shown]}", markup=False),
     )
     with rich_progress.Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(description, total=total, completed=done, shown="")
+        task = bars.add_task(one_line(description), total=total, completed=done, shown="")
         yield _ProgressBar(bars, task)
 
 
@@ -191,8 +233,7 @@ class StageReport:
     ) -> None:
         seconds = time.monotonic() - self._start
         if error is None:
-            print(f"{self.stage}: {self.summary}, {readable_seconds(seconds)}" if self.summary else
-                  f"{self.stage}: done, {readable_seconds(seconds)}", flush=True)  # fmt: skip
+            say(f"{self.stage}: {self.summary or 'done'}, {readable_seconds(seconds)}")
         with contextlib.suppress(Sd3pipeError) if error is not None else contextlib.nullcontext():
             self._write(seconds, error)
 

@@ -176,6 +176,25 @@ def test_names_say_what_they_hold():
     assert not wrong
 
 
+def writes_to_a_terminal(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return node.func.id == "print"
+    return isinstance(node, ast.Attribute) and ast.unparse(node).startswith(("sys.stdout", "sys.stderr", "typer.echo"))
+
+
+def test_only_the_console_writes_to_a_terminal():
+    """Names and captions pass through its escaping."""
+    others = [file for file in module_files() if module_name(file) != "sd3pipe.console"]
+    wrong = [
+        f"{module_name(file)}: line {node.lineno}"
+        for file in others
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if writes_to_a_terminal(node)
+    ]
+    wrong += [module_name(file) for file in others if any(n.split(".")[0] == "rich" for n in imports_of(file))]
+    assert not wrong
+
+
 def test_test_files_have_names_of_their_own():
     """Test modules are imported by file name, so two of one name shadow each other."""
     names = [file.name for file in (ROOT / "tests").rglob("*.py") if file.name != "conftest.py"]

@@ -59,16 +59,15 @@ def norms_by_part(norms: Mapping[str, float], depth: int) -> list[list[float | N
     return [[_root(squares.get((part, block))) for block in range(depth)] for part in BLOCK_PARTS]
 
 
-def norm_table(norms: Mapping[str, float], depth: int) -> str:
-    """Returns the norms as text: a row per block, a column per part, then the layers outside the blocks."""
+def norm_table(norms: Mapping[str, float], depth: int) -> list[str]:
+    """Returns the norms as lines of text: a row per block, a column per part, then the layers outside the blocks."""
     columns = norms_by_part(norms, depth)
     lines = ["block " + "".join(f"{part:>14}" for part in BLOCK_PARTS)]
     for block in range(depth):
         cells = (column[block] for column in columns)
         lines.append(f"{block:>5} " + "".join(f"{'-' if cell is None else f'{cell:.4g}':>14}" for cell in cells))
     outside = {path: norm for path, norm in norms.items() if block_of(path) is None}
-    lines += [f"{path}  {norm:.4g}" for path, norm in outside.items()]
-    return "\n".join(lines)
+    return lines + [f"{path}  {norm:.4g}" for path, norm in outside.items()]
 
 
 def norm_picture(title: str, norms: Mapping[str, float], depth: int) -> str:

@@ -14,7 +14,7 @@ from sd3pipe.adapters.find import find_adapter
 from sd3pipe.adapters.inspection import Inspection, norm_picture, norm_table, squared_norms
 from sd3pipe.adapters.inspection import inspect as inspected
 from sd3pipe.adapters.metadata import read_provenance
-from sd3pipe.console import count, one_line
+from sd3pipe.console import count, one_line, say, say_json
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.exporting.adapter_files import (
     as_summary,
@@ -43,7 +43,7 @@ def inspect(params: AdapterInspectParams) -> None:
     """Prints what a file holds, what it says of itself, and what base it fits."""
     file = read_adapter(find_adapter(params.adapter), ignore_unknown=params.ignore_unknown)
     if params.reproduce:
-        print(reproduction(read_provenance(file.metadata, file.path), later_steps(file.metadata)))
+        say(*reproduction(read_provenance(file.metadata, file.path), later_steps(file.metadata)).split("\n"))
         return
     found = inspected(file)
     if params.picture is not None:
@@ -52,7 +52,10 @@ def inspect(params: AdapterInspectParams) -> None:
                 f"--picture {params.picture}: the picture is an SVG: name it {params.picture.stem}.svg"
             )
         write_text(params.picture, norm_picture(file.path.name, found.norms, found.depth))
-    print(json.dumps(_as_json(file, found), indent=2) if params.as_json else _as_text(file, found))
+    if params.as_json:
+        say_json(_as_json(file, found))
+    else:
+        say(*_as_lines(file, found))
 
 
 def convert(params: AdapterConvertParams) -> None:
@@ -70,7 +73,7 @@ def resize(params: AdapterResizeParams) -> None:
     options = {"rank": params.rank, "energy": params.energy}
     metadata = with_step(_without_ranks(file.metadata), "adapter resize", options)
     _save(params, [file], adapter, metadata, file.variants)
-    print(f"adapter resize: {kept:.2%} of the squared norm kept, {_ranks(adapter)}")
+    say(f"adapter resize: {kept:.2%} of the squared norm kept, {_ranks(adapter)}")
 
 
 def merge(params: AdapterMergeParams) -> None:
@@ -87,7 +90,7 @@ def merge(params: AdapterMergeParams) -> None:
         told = f", {mean_kept(found, squared_norms(adapter)):.2%} of the sum's squared norm kept"
         adapter = {path: approximation.delta for path, approximation in found.items()}
     _save(params, files, adapter, _merged_words(files, weights), variants)
-    print(f"adapter merge: {count(len(files), 'adapter')}, {_ranks(adapter)}{told}")
+    say(f"adapter merge: {count(len(files), 'adapter')}, {_ranks(adapter)}{told}")
 
 
 def extract(params: AdapterExtractParams) -> None:
@@ -100,7 +103,7 @@ def extract(params: AdapterExtractParams) -> None:
     in_layers = sum(result.squared_norms.values())
     metadata = {"sd3pipe_extracted_from": json.dumps({"tuned": tuned.fingerprint(), "base": base.fingerprint()})}
     _save(params, [], adapter, metadata, (mmdit_architecture(base).variant,))
-    print(
+    say(
         f"adapter extract: {_ranks(adapter)}, {kept:.2%} of the squared difference of these layers kept; "
         f"{result.left_out / (in_layers + result.left_out):.2%} of the whole difference lies elsewhere"
     )
@@ -134,7 +137,7 @@ def _save(
         dtype=params.dtype,
         metadata=export_metadata(metadata, params, params.format, variants),
     )
-    print(as_summary(saved))
+    say(as_summary(saved))
 
 
 def _without_ranks(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -162,7 +165,7 @@ def _as_json(file: AdapterFile, found: Inspection) -> dict[str, object]:
     return {"file": str(file.path), **asdict(found), "metadata": file.metadata}
 
 
-def _as_text(file: AdapterFile, found: Inspection) -> str:
+def _as_lines(file: AdapterFile, found: Inspection) -> list[str]:
     fits = " or ".join(found.variants) or (
         f"a model of {count(found.depth, 'block')}" if found.depth else "text encoders"
     )
@@ -175,12 +178,12 @@ def _as_text(file: AdapterFile, found: Inspection) -> str:
         f"  alpha/rank  {_counts(found.strengths)}",
         "",
         "norm of the change of the weights:",
-        norm_table(found.norms, found.depth),
+        *norm_table(found.norms, found.depth),
         "",
     ]
-    lines += [f"unknown key: {one_line(key)}" for key in found.unknown]
-    lines += [f"{one_line(key)}: {_shortened(value)}" for key, value in sorted(file.metadata.items())]
-    return "\n".join(lines)
+    lines += [f"unknown key: {key}" for key in found.unknown]
+    lines += [f"{key}: {_shortened(value)}" for key, value in sorted(file.metadata.items())]
+    return lines
 
 
 def _counts(numbers: Mapping[Any, int]) -> str:

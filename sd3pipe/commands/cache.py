@@ -10,7 +10,7 @@ from sd3pipe.cache.plain_zarr import export_zarr
 from sd3pipe.cache.unused import delete_unused
 from sd3pipe.cache.verify import repair, verify_cache
 from sd3pipe.cache.why import Explanation, explain
-from sd3pipe.console import count, one_line, readable_bytes
+from sd3pipe.console import count, readable_bytes, say, say_json
 from sd3pipe.errors import InputError
 from sd3pipe.params.cache import (
     CacheExportParams,
@@ -28,22 +28,23 @@ def ls(params: CacheLsParams) -> None:
     """Prints recipe, rows and sizes of one cache or of all caches in a folder."""
     described = [describe(cache) for cache in find_caches(params.cache)]
     if params.json_output:
-        print(json.dumps(described, indent=2, sort_keys=True))
+        say_json(described)
         return
-    print("\n\n".join("\n".join(_ls_lines(item)) for item in described))
+    lines = [line for item in described for line in ("", *_ls_lines(item))]
+    say(*lines[1:])
 
 
 def verify(params: CacheVerifyParams) -> None:
     """Checks every checksum and key. Raises InputError if anything is wrong, repaired or not."""
     verification = verify_cache(params.cache, threads=params.threads)
     for problem in verification.problems:
-        print(one_line(problem.what))
+        say(problem.what)
     checked = (
         f"{count(verification.rows, 'row')} in {count(verification.segments, 'segment')}, "
         f"{readable_bytes(verification.nbytes)}"
     )
     if not verification.problems:
-        print(f"cache verify: {checked}: all as it was encoded")
+        say(f"cache verify: {checked}: all as it was encoded")
         return
     found = f"{params.cache}: {count(len(verification.problems), 'problem')} in {checked}"
     if all(problem.path is None for problem in verification.problems):
@@ -58,9 +59,9 @@ def why(params: CacheWhyParams) -> None:
     """Prints for each row of a picture or caption whether it is there, and what the nearest row has otherwise."""
     explanations = explain(params.cache, params.subject)
     if params.json_output:
-        print(json.dumps([asdict(item) for item in explanations], indent=2, sort_keys=True))
+        say_json([asdict(item) for item in explanations])
         return
-    print("\n".join(line for item in explanations for line in _why_lines(item)))
+    say(*(line for item in explanations for line in _why_lines(item)))
 
 
 def gc(params: CacheGcParams) -> None:
@@ -71,19 +72,19 @@ def gc(params: CacheGcParams) -> None:
     )
     verb = "would delete" if params.dry_run else "deleted"
     size = readable_bytes(sum(item.nbytes for item in deleted))
-    print(f"cache gc: {verb} {count(len(deleted), 'unused file')}, {size}")
+    say(f"cache gc: {verb} {count(len(deleted), 'unused file')}, {size}")
 
 
 def merge(params: CacheMergeParams) -> None:
     """Unites caches of equal recipe and weights."""
     counts = merge_caches(params.caches, params.out)
-    print(f"cache merge: {count(counts.reused, 'row')} of {count(len(params.caches), 'cache')} in {params.out}")
+    say(f"cache merge: {count(counts.reused, 'row')} of {count(len(params.caches), 'cache')} in {params.out}")
 
 
 def export(params: CacheExportParams) -> None:
     """Writes a cache as plain zarr arrays."""
     rows = export_zarr(params.cache, params.out)
-    print(f"cache export: {count(rows, 'row')} in {params.out}")
+    say(f"cache export: {count(rows, 'row')} in {params.out}")
 
 
 def _ls_lines(item: dict[str, Any]) -> list[str]:
@@ -99,10 +100,7 @@ def _ls_lines(item: dict[str, Any]) -> list[str]:
         f"  {'unused':<24}{count(item['unused']['files'], 'file')}, {readable_bytes(item['unused']['bytes'])}",
     ]
     quarantined = item["quarantined"]
-    lines += [
-        f"  {'unreadable':<24}{one_line(str(entry['name']))}: {one_line(str(entry['reason']))}"
-        for entry in quarantined[:_SHOWN_QUARANTINED]
-    ]
+    lines += [f"  {'unreadable':<24}{entry['name']}: {entry['reason']}" for entry in quarantined[:_SHOWN_QUARANTINED]]
     if len(quarantined) > _SHOWN_QUARANTINED:
         lines.append(f"  {'':<24}and {len(quarantined) - _SHOWN_QUARANTINED} more; --json lists all")
     return lines
@@ -126,11 +124,11 @@ def _settings(settings: dict[str, Any]) -> str:
 def _why_lines(item: Explanation) -> list[str]:
     sample = item.sample
     named = [f"{name} {sample[name]}" for name in ("crop", "flip", "variant") if sample.get(name)]
-    about = ", ".join([one_line("/".join(str(sample[name]) for name in ("subset", "name") if name in sample)), *named])
+    about = ", ".join(["/".join(str(sample[name]) for name in ("subset", "name") if name in sample), *named])
     said = {
         "hit": f"hit, row {item.key} in segment {item.where}",
         "unused": f"unused row {item.key} in segment {item.where}: comes back without encoding",
-        "quarantined": f"unreadable: {one_line(item.where)}",
+        "quarantined": f"unreadable: {item.where}",
         "miss": f"miss, row {item.key} is not there",
     }[item.state]
     lines = [f"{about}: {said}"]

@@ -2,21 +2,17 @@
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from sd3pipe.console import readable_bytes, version
+from sd3pipe.console import readable_bytes, say_json, say_table, version
 from sd3pipe.device import has_nvidia_card, usable_cores
 from sd3pipe.errors import InputError
 from sd3pipe.files import free_bytes
@@ -25,7 +21,7 @@ from sd3pipe.params.doctor import DoctorParams
 
 Verdict = Literal["ok", "note", "problem"]
 
-_MARKS: dict[Verdict, str] = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}
+_COLOURS: dict[str, str] = {"ok": "green", "note": "yellow", "problem": "red"}
 _ROOMY_DISK_BYTES = 20e9  # a text cache of 5,000 captions and its latents
 _ROOMY_RAM_BYTES = 12e9  # T5-XXL in 16 bit, 9.5 GB, and the process
 
@@ -52,12 +48,9 @@ def main(params: DoctorParams) -> None:
         _dvc(),
     ]
     if params.json_output:
-        print(json.dumps([{"what": f.what, "verdict": f.verdict, "text": f.text} for f in findings], indent=2))
+        say_json([asdict(finding) for finding in findings])
         return
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for finding in findings:
-        table.add_row(finding.what, _MARKS[finding.verdict], escape(finding.text))
-    Console().print(table)
+    say_table([(finding.what, finding.verdict, finding.text) for finding in findings], _COLOURS)
 
 
 def _versions() -> Finding:

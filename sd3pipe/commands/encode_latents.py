@@ -16,7 +16,7 @@ from sd3pipe.cache.rows import Row
 from sd3pipe.cache.staleness import remember_sources
 from sd3pipe.cache.store import NO_PART, FillCounts, Unreadable, fill_cache, missing_rows
 from sd3pipe.cache.wanted import Wanted
-from sd3pipe.console import StageReport, count, one_line, progress, readable_bytes, readable_seconds, version
+from sd3pipe.console import StageReport, count, one_line, progress, readable_bytes, readable_seconds, say, version
 from sd3pipe.data.buckets import Placement, cut_by_limit
 from sd3pipe.data.dataset_file import Dataset, load_dataset
 from sd3pipe.data.scan import Scan, scan, source_files, tell_about_pictures
@@ -55,7 +55,7 @@ def main(params: EncodeLatentsParams) -> None:
     if params.dry_run:
         ready = _prepare(params)
         _tell_version_change(ready, params)
-        print(f"encode-latents, dry run: {_forecast(ready, params)}")
+        say(f"encode-latents, dry run: {_forecast(ready, params)}")
         return
     inputs = {"dataset": str(params.dataset), "model": params.model, "vae": str(params.vae) if params.vae else None}
     with StageReport("encode-latents", path=Path(f"{params.out}.report.json"), inputs=inputs) as report:

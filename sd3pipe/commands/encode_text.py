@@ -15,7 +15,7 @@ from sd3pipe.cache.staleness import remember_sources
 from sd3pipe.cache.store import FillCounts, Unreadable, fill_cache, missing_rows
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.config import find_project
-from sd3pipe.console import StageReport, count, listed, one_line, readable_bytes, readable_seconds, version
+from sd3pipe.console import StageReport, count, listed, one_line, readable_bytes, readable_seconds, say, version
 from sd3pipe.data.captions import caption_statistics
 from sd3pipe.data.dataset_file import Dataset, load_dataset
 from sd3pipe.data.prompts import load_prompts
@@ -73,7 +73,7 @@ def main(params: EncodeTextParams) -> None:
         if params.dry_run:
             ready = _prepare(params, target)
             _tell_version_change(ready, params, target)
-            print(f"encode-text, dry run: {_forecast(ready, params, target)}")
+            say(f"encode-text, dry run: {_forecast(ready, params, target)}")
         else:
             _fill(params, target)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3pipe.config import PROJECT_FILE
-from sd3pipe.console import count
+from sd3pipe.console import count, say
 from sd3pipe.models.architecture import detect_mmdit
 from sd3pipe.models.sources import find_component
 from sd3pipe.params.command_line import load_stage_models
@@ -103,7 +103,7 @@ def _tell(params: FromKohyaParams, translation: Translation, names: list[str]) -
     for kind, heading in _HEADINGS.items():
         lines = getattr(translation, kind)
         if lines:
-            print(heading, *(f"  {line}" for line in lines), sep="\n")
+            say(heading, *(f"  {line}" for line in lines))
     done = "would be written" if params.dry_run else "written"
     listed = f": {', '.join(names)}" if names else ", since all were there"
-    print(f"{params.out}: {count(len(names), 'file')} {done}{listed}")
+    say(f"{params.out}: {count(len(names), 'file')} {done}{listed}")

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from sd3pipe.config import PROJECT_FILE
-from sd3pipe.console import count
+from sd3pipe.console import count, say
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.models.architecture import detect_mmdit
 from sd3pipe.models.sources import find_component
@@ -137,9 +137,9 @@ def _stage_files(params: InitParams, variant: Variant, advice: Recipe) -> dict[s
 
 def _tell(folder: Path, pictures: PictureFolder, variant: Variant, written: list[str]) -> None:
     without = pictures.pictures - pictures.captions
-    print(
+    say(
         f"{pictures.path}: {count(pictures.pictures, 'picture')}, {pictures.captions} with a caption, {without} without"
     )
-    print(f"{folder}: {count(len(written), 'file')} written for {variant}")
+    say(f"{folder}: {count(len(written), 'file')} written for {variant}")
     go = "" if folder.resolve() == Path.cwd() else f"cd {shell_word(no_option(str(folder)))} && "
-    print(f"next: {go}sd3pipe preview (draws what training will see), then {go}sd3pipe run")
+    say(f"next: {go}sd3pipe preview (draws what training will see), then {go}sd3pipe run")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sd3pipe.config import PROJECT_FILE, Project, find_project, read_project
-from sd3pipe.console import count, readable_bytes, readable_seconds
+from sd3pipe.console import count, hand_over, readable_bytes, readable_seconds, say
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.params.pack import PackParams
 from sd3pipe.stages import STAGES_BY_NAME, place
@@ -20,15 +20,15 @@ def main(params: PackParams) -> None:
     files = list(_files(project, with_model=params.with_model))
     names = [_name(file, project.folder) for file in files]
     if params.list_only:
-        print(*names, sep="\n")
+        hand_over(names)
         return
     sizes = [file.stat().st_size for file in files]
     for name, size in zip(names, sizes, strict=True):
-        print(f"{readable_bytes(size):>9}  {name}")
+        say(f"{readable_bytes(size):>9}  {name}")
     seconds = sum(sizes) * 8 / (params.uplink * 1e6)
     minutes = readable_seconds(seconds)
-    print(f"{count(len(files), 'file')}, {readable_bytes(sum(sizes))}: {minutes} at {params.uplink:g} Mbit/s")
-    print("send them from the project's folder: sd3pipe pack --list-only | rsync -a --files-from=- . HOST:FOLDER")
+    say(f"{count(len(files), 'file')}, {readable_bytes(sum(sizes))}: {minutes} at {params.uplink:g} Mbit/s")
+    say("send them from the project's folder: sd3pipe pack --list-only | rsync -a --files-from=- . HOST:FOLDER")
 
 
 def _files(project: Project, *, with_model: bool) -> Iterator[Path]:

@@ -1,14 +1,13 @@
 """`sd3pipe plan`: memory, copies, seconds and disk of a training run, from headers alone."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sd3pipe.cache.folder import machine_folder
-from sd3pipe.console import readable_bytes, readable_seconds
+from sd3pipe.console import readable_bytes, readable_seconds, say, say_json
 from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.scan import scan
 from sd3pipe.encoding.latent_plan import find_sources
@@ -44,13 +43,11 @@ def main(params: PlanParams) -> None:
     chosen = _chosen(params, model, work, wanted, rates)
     disk = _disk(params)
     if params.json_output:
-        print(json.dumps(_as_json(shapes, model, rows, chosen, disk), indent=2))
+        say_json(_as_json(shapes, model, rows, chosen, disk))
         return
-    print(_header_text(shapes, model, params))
-    print(_table(rows))
-    print(_verdict(params, chosen))
+    say(_header_text(shapes, model, params), *_table(rows), _verdict(params, chosen))
     if disk:
-        print("disk: " + ", ".join(f"{name} {readable_bytes(size)}" for name, size in disk.items()))
+        say("disk: " + ", ".join(f"{name} {readable_bytes(size)}" for name, size in disk.items()))
 
 
 def _shapes(params: PlanParams) -> dict[str, tuple[int, ...]]:
@@ -156,7 +153,7 @@ def _header_text(shapes: Mapping[str, tuple[int, ...]], model: ModelSize, params
     )
 
 
-def _table(rows: list[tuple[Settings, Prediction]]) -> str:
+def _table(rows: list[tuple[Settings, Prediction]]) -> list[str]:
     lines = [f"{'settings':<44} {'device':>9} {'host':>9} {'copied/step':>12} {'step':>9}"]
     for settings, prediction in rows:
         seconds = "-" if prediction.seconds is None else readable_seconds(prediction.seconds)
@@ -166,7 +163,7 @@ def _table(rows: list[tuple[Settings, Prediction]]) -> str:
         )
     if len(rows) == 1:
         lines += [f"  {name}: {readable_bytes(size)}" for name, size in rows[0][1].device_parts.items() if size]
-    return "\n".join(lines)
+    return lines
 
 
 def _verdict(params: PlanParams, chosen: tuple[Settings, Prediction] | None) -> str:

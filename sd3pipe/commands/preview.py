@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 
 from sd3pipe.cache.reader import CacheReader
+from sd3pipe.console import say
 from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.feed import default_workers
 from sd3pipe.data.scan import scan
@@ -39,7 +40,7 @@ def main(params: PreviewParams) -> None:
     write_text(page, render(preview))
     for warning in preview.warnings:
         log.warning("%s", warning)
-    print(f"preview: {preview.counts}: {page}")
+    say(f"preview: {preview.counts}: {page}")
 
 
 def _of_dataset(params: PreviewParams) -> Preview:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sd3pipe.child import ChildFailed, run_child
 from sd3pipe.config import PROJECT_FILE, Project, find_project, read_project
+from sd3pipe.console import say
 from sd3pipe.errors import ExitCode, ParameterError
 from sd3pipe.params.run import RunParams
 from sd3pipe.shell import shell_line
@@ -55,7 +56,7 @@ def _project(folder: Path | None) -> Project:
 
 
 def _run_stage(stage: str, arguments: list[str], project: Project, *, dry_run: bool) -> None:
-    print(f"$ {shell_line(['sd3pipe', *arguments])}", flush=True)
+    say(f"$ {shell_line(['sd3pipe', *arguments])}")
     if dry_run:
         return
     code = run_child(arguments)

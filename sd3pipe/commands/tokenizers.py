@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from sd3pipe.console import say
 from sd3pipe.errors import InputError, NetworkError
 from sd3pipe.files import write_bytes
 from sd3pipe.models.hub import HubRepository
@@ -30,7 +31,7 @@ def main(params: TokenizersParams) -> None:
             fetch_tokenizer(encoder, target)
         if vocabulary_identity(target, kind) != GENUINE_IDENTITIES[kind]:
             raise InputError(f"{target}: is not the tokenizer that SD3 was trained with: delete the folder, run again")
-    print(f"tokenizers: clip_l, clip_g and t5xxl are in {params.folder}: pass --tokenizers {params.folder}")
+    say(f"tokenizers: clip_l, clip_g and t5xxl are in {params.folder}: pass --tokenizers {params.folder}")
 
 
 def fetch_tokenizer(encoder: EncoderName, target: Path) -> None:

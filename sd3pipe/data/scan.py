@@ -149,17 +149,12 @@ def tell_about_pictures(found: Scan) -> None:
     animated = [picture for picture in found.pictures if picture.animated]
     _tell(animated, "animated picture", "of which only the first frame is used")
     for broken in found.unreadable:
-        log.warning("%s: left out: %s", ascii_path(broken.path), broken.reason)
-
-
-def ascii_path(path: Path) -> str:
-    """Returns a path on one printable line, whatever bytes its name is made of."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(path))
+        log.warning("%s: left out: %s", broken.path, broken.reason)
 
 
 def _tell(pictures: Sequence[Picture], noun: str, what: str) -> None:
     if pictures:
-        names = ", ".join(ascii_path(picture.path) for picture in pictures[:_SHOWN])
+        names = ", ".join(str(picture.path) for picture in pictures[:_SHOWN])
         more = ", ..." if len(pictures) > _SHOWN else ""
         log.warning("%s %s: %s%s", count(len(pictures), noun), what, names, more)
 
