@@ -6,9 +6,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 
-from sd3pipe.errors import ExitCode, Sd3pipeError
+from sd3pipe import stopping
+from sd3pipe.errors import ExitCode, Sd3pipeError, Stopped
+
+_PROGRAM = Path(__file__).with_name("__main__.py")  # by path: no other folder named sd3pipe is taken for it
 
 
 class ChildFailed(Sd3pipeError):
@@ -20,24 +22,37 @@ class ChildFailed(Sd3pipeError):
         self.exit_code = code if code > 0 else ExitCode.STOPPED
 
 
-def run_child(arguments: Sequence[str], folder: Path | None = None) -> int:
-    """Runs `sd3pipe ARGUMENTS`, in `folder` if given, and returns its exit code; negative: ended by that signal.
+def run_child(what: str, arguments: Sequence[str], *, same_command: str, folder: Path | None = None) -> None:
+    """Runs `sd3pipe ARGUMENTS`, in `folder` if given. Raises Stopped where it was stopped on purpose, else ChildFailed.
 
-    Ctrl-C and SIGTERM are handed on and waited for: the command finishes its step, saves, and says so itself.
+    `what` and `same_command` are for the message: what was run, and what to run again. Ctrl-C and SIGTERM are handed on
+    and waited for: the command finishes its step, saves, and says so itself.
     """
-    child = subprocess.Popen([sys.executable, "-m", "sd3pipe", *arguments], cwd=folder)
-    with _signals_handed_on(child):
+    stopping.check()
+    code = _exit_code([sys.executable, "-P", str(_PROGRAM), *arguments], folder)
+    if code == ExitCode.DONE:
+        return
+    if code == ExitCode.STOPPED or stopping.reason() or -code in stopping.SIGNALS:
+        raise Stopped(f"{what} was stopped: `{same_command}` goes on from there")
+    raise ChildFailed(what, code, same_command)
+
+
+def _exit_code(command: Sequence[str], folder: Path | None) -> int:
+    with contextlib.ExitStack() as handed_on:
+        with _held_back():
+            child = subprocess.Popen(command, cwd=folder)
+            handed_on.enter_context(stopping.handing_on(child.send_signal))
         return child.wait()
 
 
 @contextlib.contextmanager
-def _signals_handed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        child.send_signal(number)  # from a terminal it comes a second time, at once, which counts as the same
-
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+def _held_back() -> Iterator[None]:
+    """Keeps signals waiting until somebody can answer them; a child takes this over, and ends it once it listens."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stopping.SIGNALS)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -4,21 +4,19 @@ Typer builds the commands; the options come from the pydantic models in params/,
 failure ends here, as one line on stderr and the exit code of errors.py.
 """
 
-import contextlib
 import importlib
-import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from typer.exceptions import Abort, TyperException
 
-from sd3pipe.console import say, say_error, setup_logging, version
+from sd3pipe import safe_path, stopping
+from sd3pipe.console import say, say_aside, say_error, setup_logging, version
 from sd3pipe.errors import ExitCode, Sd3pipeError, Stopped
 
 
@@ -79,24 +77,34 @@ _GROUP_HELP = {
 
 
 def main() -> None:
-    """Runs the command line and exits with the code of docs/errors.md."""
+    """Runs the command line and exits with the code of docs/errors.md. The program's door is `sd3pipe.__main__`."""
+    safe_path.leave_current_folder_out()
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """Runs one command line and returns its exit code."""
     setup_logging()
+    with stopping.listening():
+        return _exit_code(arguments)
+
+
+def _exit_code(arguments: list[str]) -> int:
     try:
-        with _stopped_by_signals():
-            app = typer.main.get_command(build_app(arguments))
-            result = app.main(arguments, prog_name="sd3pipe", standalone_mode=False)
+        stopping.check()
+        app = typer.main.get_command(build_app(arguments))
+        result = app.main(arguments, prog_name="sd3pipe", standalone_mode=False)
+    except Stopped as stopped:
+        return _stopped(str(stopped))
     except Sd3pipeError as error:
         return _fail(str(error), error.exit_code)
     except TyperException as error:
         return _fail(error.format_message(), ExitCode.PARAMETERS)
     except Abort:
-        return _fail("stopped: the same command goes on from here", ExitCode.STOPPED)
+        return _stopped("stopped: the same command goes on from here")
     except Exception as error:  # the outermost frame: whatever arrives here is our own bug
+        if stopping.reason():  # a process beside this one was told to stop, too, and did not answer any more
+            return _stopped(f"stopped by {stopping.reason()} ({type(error).__name__}: {error})")
         return _fail(_keep_traceback(error), ExitCode.BUG)
     return result if isinstance(result, int) else ExitCode.DONE
 
@@ -168,32 +176,19 @@ def _command_body(command: Command, arguments: list[str]) -> Callable[..., None]
 def _run_program(command: Command, params: Any) -> None:
     module_name, function_name = command.program.split(":")
     module = importlib.import_module(f"sd3pipe.commands.{module_name}")
+    stopping.check()
     getattr(module, function_name)(params)
-
-
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Turns Ctrl-C and SIGTERM into Stopped; what was started to ignore one of them goes on ignoring it."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    heard = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-    try:
-        for number in heard:
-            signal.signal(number, _stop)
-        yield
-    finally:
-        for number in heard:
-            signal.signal(number, before[number])
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # a process and its group get it twice, and cleaning up is quick
-    raise Stopped(f"stopped by {signal.Signals(number).name}: the same command goes on from here")
 
 
 def _fail(message: str, code: int) -> int:
     for line in message.split("\n"):
         say_error(line)
     return code
+
+
+def _stopped(message: str) -> int:
+    say_aside(message)
+    return ExitCode.STOPPED
 
 
 def _keep_traceback(error: Exception) -> str:

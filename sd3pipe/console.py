@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _LINE_SHARE = 0.1  # without a terminal, one line per tenth of the work
 _BEGAN = "began"  # in a report: false where the stage was refused before it made anything
+_INNER_LINE_SECONDS = 10.0  # and for work within other work not more often than that
 
 
 def version() -> str:
@@ -33,12 +34,20 @@ def version() -> str:
 
 def setup_logging(*, verbose: bool = False) -> None:
     """Sends the package's log to stderr as plain lines, so that stdout stays for results."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     handler.setFormatter(_LineFormatter())
     root = logging.getLogger("sd3pipe")
     root.handlers[:] = [handler]
     root.setLevel(logging.DEBUG if verbose else logging.INFO)
     root.propagate = False
+
+
+class _StderrHandler(logging.Handler):
+    """Prints to what sys.stderr is at the time: while a bar is shown, to that which prints above the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            print(self.format(record), file=sys.stderr, flush=True)
 
 
 class _LineFormatter(logging.Formatter):
@@ -62,6 +71,11 @@ def say(*lines: str) -> None:
 def say_error(line: str) -> None:
     """Prints what went wrong to stderr, with control characters escaped."""
     print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
+
+
+def say_aside(line: str) -> None:
+    """Prints what is neither a result nor an error to stderr, with control characters escaped."""
+    print(one_line(line), file=sys.stderr, flush=True)
 
 
 def say_json(value: Any) -> None:
@@ -131,13 +145,37 @@ class Progress(Protocol):
 def progress(description: str, total: int, unit: str, *, done: int = 0) -> Iterator[Progress]:
     """Shows how far a loop has come: a bar on a terminal, one line per tenth of the work otherwise.
 
-    `done` units were done by an earlier run: they count as done, but not for the rate.
+    `done` units were done by an earlier run: they count as done, but not for the rate. Work within work has a bar of
+    its own below the other, and its time does not count for the other's rate.
     """
-    if sys.stderr.isatty():
-        with _bar(description, total, unit, done) as bar:
-            yield bar
-    else:
-        yield _ProgressLines(description, total, unit, done)
+    start, work = time.monotonic(), (description, total, unit, done)
+    with _bar(*work) if sys.stderr.isatty() else contextlib.nullcontext(_ProgressLines(*work)) as shown:
+        _at_work.append(shown)
+        try:
+            yield shown
+        finally:
+            _at_work.pop()
+            if _at_work:
+                _at_work[-1].rate.pause(time.monotonic() - start)
+
+
+class _Rate:
+    """Units per second, or seconds per unit where that is the larger number."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def pause(self, seconds: float) -> None:
+        """Leaves a time out."""
+        self._start += seconds
+
+    def per_second(self, units: int) -> float:
+        seconds = time.monotonic() - self._start
+        return units / seconds if seconds > 0 else 0.0
+
+    def shown(self, units: int) -> str:
+        rate = self.per_second(units)
+        return f"{1 / rate:.3g} s/it" if 0 < rate < 1 else f"{rate:.3g}/s"
 
 
 class _ProgressLines:
@@ -145,52 +183,77 @@ class _ProgressLines:
         self._description, self._total, self._unit = description, total, unit
         self._before = self._done = done
         self._next_line = done + max(1, round(total * _LINE_SHARE))
-        self._start = time.monotonic()
+        self._quiet_until = time.monotonic() + _INNER_LINE_SECONDS if _at_work else 0.0
+        self.rate = _Rate()
 
     def advance(self, number: int = 1, **fields: object) -> None:
         self._done += number
-        if self._done < self._next_line and self._done < self._total:
+        now = time.monotonic()
+        if now < self._quiet_until or (self._done < self._next_line and self._done < self._total):
             return
         self._next_line = self._done + max(1, round(self._total * _LINE_SHARE))
-        seconds = time.monotonic() - self._start
-        rate = (self._done - self._before) / seconds if seconds > 0 else 0.0
+        self._quiet_until = now + _INNER_LINE_SECONDS if self._quiet_until else 0.0
+        rate = self.rate.per_second(self._done - self._before)
         eta = readable_seconds((self._total - self._done) / rate) if rate else "?"
         shown = "".join(f", {name} {value}" for name, value in fields.items())
         log.info(
-            "%s: %d/%d %s, %.3g/s, %s left%s",
-            self._description, self._done, self._total, self._unit, rate, eta, shown,
+            "%s: %d/%d %s, %s, %s left%s",
+            self._description, self._done, self._total, self._unit, self.rate.shown(self._done - self._before), eta,
+            shown,
         )  # fmt: skip
 
 
 @contextlib.contextmanager
-def _bar(description: str, total: int, unit: str, done: int) -> Iterator[Progress]:
+def _bar(description: str, total: int, unit: str, done: int) -> Iterator["_ProgressBar"]:
+    outer = next((shown for shown in _at_work if isinstance(shown, _ProgressBar)), None)
+    with contextlib.nullcontext(outer.bars) if outer else _bars() as bars:
+        task = bars.add_task(one_line(description), total=total, completed=done, unit=unit, shown="")
+        try:
+            yield _ProgressBar(bars, task)
+        finally:
+            if outer:
+                bars.remove_task(task)
+
+
+def _bars() -> Any:
+    """Returns an empty display of bars; where the terminal is narrow, what stands behind the times is cut first."""
     from rich import progress as rich_progress  # rich takes 60 ms to import and is needed on a terminal only
     from rich.console import Console
+    from rich.table import Column
 
-    columns = (
+    console = Console(stderr=True)
+    whole, cut = Column(no_wrap=True), Column(overflow="ellipsis")
+
+    class Fields(rich_progress.TextColumn):
+        def render(self, task: rich_progress.Task) -> Any:
+            text = super().render(task)
+            text.no_wrap = True
+            return text
+
+    return rich_progress.Progress(
         rich_progress.TextColumn("{task.description}", markup=False),
-        rich_progress.BarColumn(),
-        rich_progress.MofNCompleteColumn(),
-        rich_progress.TextColumn(unit),
-        rich_progress.TimeElapsedColumn(),
-        rich_progress.TimeRemainingColumn(),
-        rich_progress.TextColumn("{task.fields[shown]}", markup=False),
+        rich_progress.BarColumn(min(40, max(8, console.width - 100)), table_column=whole.copy()),
+        rich_progress.MofNCompleteColumn(table_column=whole.copy()),
+        rich_progress.TextColumn("{task.fields[unit]}", markup=False),
+        rich_progress.TimeElapsedColumn(table_column=whole.copy()),
+        rich_progress.TimeRemainingColumn(table_column=whole.copy()),
+        Fields("{task.fields[shown]}", markup=False, table_column=cut),
+        console=console,
     )
-    with rich_progress.Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(one_line(description), total=total, completed=done, shown="")
-        yield _ProgressBar(bars, task)
 
 
 class _ProgressBar:
     def __init__(self, bars: Any, task: Any) -> None:
-        self._bars, self._task = bars, task
-        self._done, self._start = 0, time.monotonic()
+        self.bars, self._task, self._done = bars, task, 0
+        self.rate = _Rate()
 
     def advance(self, number: int = 1, **fields: object) -> None:
         self._done += number
-        rate = self._done / max(time.monotonic() - self._start, 1e-9)
-        shown = "  ".join([f"{rate:.3g}/s", *(f"{name} {value}" for name, value in fields.items())])
-        self._bars.update(self._task, advance=number, shown=shown)
+        shown = "  ".join([self.rate.shown(self._done), *(f"{name} {value}" for name, value in fields.items())])
+        self.bars.update(self._task, advance=number, shown=shown)
+
+
+_at_work: list[_ProgressBar | _ProgressLines] = []  # the outermost first
 
 
 class StageReport:

@@ -16,6 +16,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from sd3pipe import stopping
 from sd3pipe.adapters.deltas import Adapter, Delta, LoRADelta, merged_weight, on_device
 from sd3pipe.adapters.fusing import swap_halves
 from sd3pipe.adapters.keymap import find_place, halves_swapped
@@ -175,6 +176,7 @@ def _pieces(handle: IO[bytes], tensor: Stored) -> Iterator[bytes]:
     handle.seek(tensor.offset)
     left = tensor.nbytes
     while left:
+        stopping.check()
         piece = handle.read(min(_PIECE, left))
         if not piece:
             raise InputError(f"{tensor.path}: the file ends within {tensor.name}: it is cut short")

@@ -9,7 +9,6 @@ import numpy as np
 
 from sd3pipe.cache.folder import MANIFEST, CacheFolder, entries_of
 from sd3pipe.cache.reader import CacheReader
-from sd3pipe.cache.rows import Layout
 from sd3pipe.cache.unused import unused_files
 from sd3pipe.errors import InputError
 
@@ -58,9 +57,7 @@ def _samples(reader: CacheReader) -> Mapping[str, int]:
 def _layouts(reader: CacheReader) -> list[dict[str, Any]]:
     """Returns each shape that rows have, with how many have it, the most frequent first."""
     counts = np.bincount(reader.index.arrays["row_layout"], minlength=len(reader.index.layouts)).tolist()
-    listed = zip(reader.index.layouts, counts, strict=True)
-    return [{"rows": rows, "tensors": _tensors(layout)} for layout, rows in sorted(listed, key=lambda item: -item[1])]
-
-
-def _tensors(layout: Layout) -> dict[str, list[Any]]:
-    return {name: [dtype, *shape] for name, dtype, shape in layout}
+    ordered = sorted(zip(reader.index.layouts, counts, strict=True), key=lambda item: -item[1])
+    return [
+        {"rows": rows, "tensors": {name: [dtype, *shape] for name, dtype, shape in layout}} for layout, rows in ordered
+    ]

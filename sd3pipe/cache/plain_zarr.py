@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from sd3pipe import stopping
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.rows import layout_to_json
 from sd3pipe.errors import InputError
@@ -66,6 +67,7 @@ def _fill(reader: CacheReader, rows: np.ndarray, arrays: dict[str, Any]) -> None
     """Writes rows a chunk of the largest array at a time."""
     step = min((array.chunks[0] for array in arrays.values()), default=1)
     for start in range(0, len(rows), step):
+        stopping.check()
         batch = [reader.row(int(number)) for number in rows[start : start + step]]
         for name, array in arrays.items():
             array[start : start + len(batch)] = np.stack([row[name].numpy() for row in batch])

@@ -85,7 +85,8 @@ def publish(folder: CacheFolder, wanted: Wanted, readable: Readable, holdings: H
         index=digest,
         extra=wanted.extra,
     )
-    _write_index(folder, wanted.kind, index, digest, scratch, trusted=_is(holdings.old, digest))
+    trusted = holdings.old is not None and holdings.old.digest() == digest
+    _write_index(folder, wanted.kind, index, digest, scratch, trusted=trusted)
     if not folder.manifest.exists() or folder.manifest.read_bytes() != manifest.to_bytes():
         with atomic_file(folder.manifest, temporary_in=scratch) as handle:
             handle.write(manifest.to_bytes())
@@ -139,7 +140,3 @@ def _write_index(folder: CacheFolder, kind: Kind, index: Index, digest: str, scr
                 if error.errno != errno.ENOTEMPTY:  # another writer was first
                     raise
         sync_folder(final.parent)
-
-
-def _is(index: Index | None, digest: str) -> bool:
-    return index is not None and index.digest() == digest

@@ -1,5 +1,6 @@
 """The encode driver: fills a cache with the rows that a dataset needs, whatever is there already and whoever helps."""
 
+import contextlib
 import logging
 import sys
 from collections import Counter
@@ -8,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from sd3pipe import stopping
 from sd3pipe.cache.census import Census
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.plan import Leaf, plan_id
@@ -19,7 +21,7 @@ from sd3pipe.cache.wanted import Wanted
 from sd3pipe.cache.wishes import note_wish
 from sd3pipe.cache.writers import is_alone, writing
 from sd3pipe.console import readable_bytes
-from sd3pipe.errors import InputError, StorageError
+from sd3pipe.errors import InputError, Stopped, StorageError
 from sd3pipe.files import free_bytes, storage_errors
 from sd3pipe.fingerprint import hash_chunks
 
@@ -195,14 +197,23 @@ class _Fill:
         rows = iter(encode(keys)) if keys else iter(())
         try:
             for leaf, mine in jobs:
+                stopping.check()
                 self._make(leaf, mine, rows, stock)
         finally:
             getattr(rows, "close", lambda: None)()
         return bool(jobs)
 
     def _make(self, leaf: Leaf, mine: list[str], rows: Iterator[tuple[str, Row | Unreadable]], stock: Stock) -> None:
-        """Writes one segment; an incomplete one, under its own id, if others must make some of its rows."""
-        fresh = [row for key in mine if (row := self._encoded(key, rows)) is not None]
+        """Writes one segment; an incomplete one, under its own id, if others must make some of its rows.
+
+        Asked to stop, it keeps in the same way what is encoded by then.
+        """
+        fresh: list[StoredRow] = []
+        with contextlib.suppress(Stopped):
+            for key in mine:
+                stopping.check()
+                if (row := self._encoded(key, rows)) is not None:
+                    fresh.append(row)
         copies = [taken for key in leaf.keys if key in stock and (taken := stock.take(key)) is not None]
         stored = fresh + [row for row, _ in copies]
         complete = len(stored) == len(leaf.keys)

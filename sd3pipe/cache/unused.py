@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
+from sd3pipe import stopping
 from sd3pipe.cache.folder import CacheFolder, entries_of, is_segment
 from sd3pipe.files import storage_errors
 from sd3pipe.temporaries import remove_tree
@@ -44,6 +45,7 @@ def delete_unused(
         chosen = _oldest_beyond(chosen, keep_bytes)
     if not dry_run:
         for item in chosen:
+            stopping.check()
             with storage_errors(item.path):
                 remove_tree(item.path)
     return chosen

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sd3pipe import stopping
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.index import Index, header_table
 from sd3pipe.cache.made_from import contradiction
@@ -90,6 +91,7 @@ def _check_segment(
     path: Path, manifest: Manifest | None, folder: CacheFolder, index: Index | None
 ) -> tuple[int, Problem | None]:
     """Returns how many rows of a segment were read, and what is wrong with it."""
+    stopping.check()
     count = 0
     try:
         header = read_header(path)

@@ -63,11 +63,13 @@ class Wanted:
         """Returns what remains when some rows, given with reasons, cannot be made: their pictures go as a whole."""
         if not unreadable:
             return Readable(keys=frozenset(self.keys), samples=self.samples, quarantined=_sorted(self.quarantined))
-        pictures = list(zip(self.samples["name"], *self._identifying(), strict=True))
+        identity = [name for name in ("name", "subset", "image_hash") if name in self.samples]
+        pictures = list(zip(*(self.samples[name] for name in identity), strict=True))
         bad: dict[tuple[Any, ...], dict[str, Any]] = {}
         for picture, key in self._uses(pictures):
             if key in unreadable:
-                entry = bad.setdefault(picture, {**self._about(picture), "reason": unreadable[key], "keys": []})
+                about = dict(zip(identity, picture, strict=True))
+                entry = bad.setdefault(picture, {**about, "reason": unreadable[key], "keys": []})
                 entry["keys"] = sorted({*entry["keys"], key})
         keep = [picture not in bad for picture in pictures]
         used, kept = set(), set()
@@ -78,12 +80,6 @@ class Wanted:
         keys = {key for key in self.keys if key not in unreadable and (key in kept or key not in used)}
         quarantined = _sorted([*self.quarantined, *bad.values()])
         return Readable(keys=frozenset(keys), samples=select(self.samples, keep), quarantined=quarantined)
-
-    def _identifying(self) -> list[Sequence[Any]]:
-        return [self.samples[name] for name in ("subset", "image_hash") if name in self.samples]
-
-    def _about(self, picture: tuple[Any, ...]) -> dict[str, Any]:
-        return dict(zip(("name", "subset", "image_hash"), picture, strict=False))
 
     def _uses(self, pictures: Sequence[tuple[Any, ...]]) -> list[tuple[tuple[Any, ...], str]]:
         """Returns each use of a row by a picture."""

@@ -160,11 +160,8 @@ def _is_about(sample: Mapping[str, Any], subject: str, digest: str | None) -> bo
         as_path = Path(subject).as_posix()
         return sample.get("image_hash") == digest or as_path == name or as_path.endswith(f"/{name}")
     exact = (name, sample.get("prompt"), sample.get("image_hash"), f"{sample.get('subset')}/{name}")
-    return subject in exact or sample.get("caption_hash") == text_source(subject) or _starts(sample["key"], subject)
-
-
-def _starts(key: str, subject: str) -> bool:
-    return len(subject) >= 8 and key.startswith(subject)
+    starts_key = len(subject) >= 8 and sample["key"].startswith(subject)
+    return subject in exact or sample.get("caption_hash") == text_source(subject) or starts_key
 
 
 def _place(sample: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -53,7 +53,7 @@ def inspect(params: AdapterInspectParams) -> None:
             )
         write_text(params.picture, norm_picture(file.path.name, found.norms, found.depth))
     if params.as_json:
-        say_json(_as_json(file, found))
+        say_json({"file": str(file.path), **asdict(found), "metadata": file.metadata})
     else:
         say(*_as_lines(file, found))
 
@@ -159,10 +159,6 @@ def _ranks(adapter: Adapter) -> str:
     ranks = [delta.rank for delta in adapter.values()]
     several = f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else f"{max(ranks)}"
     return f"{count(len(ranks), 'module')} of rank {several}"
-
-
-def _as_json(file: AdapterFile, found: Inspection) -> dict[str, object]:
-    return {"file": str(file.path), **asdict(found), "metadata": file.metadata}
 
 
 def _as_lines(file: AdapterFile, found: Inspection) -> list[str]:

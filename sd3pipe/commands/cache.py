@@ -92,7 +92,10 @@ def _ls_lines(item: dict[str, Any]) -> list[str]:
     sizes = f"{count(item['segments'], 'segment')}, {readable_bytes(item['bytes'])}"
     lines = [
         f"{item['cache']}: {item['kind']}, {rows}, {sizes}",
-        *(f"  {name:<24}{value}" for name, value in _flat(item["recipe"])),
+        *(
+            f"  {name:<24}{json.dumps(value) if isinstance(value, dict | list) else value}"
+            for name, value in item["recipe"].items()
+        ),
         f"  {'recipe version':<24}{item['recipe_version']}",
         *(f"  {name:<24}{value}" for name, value in item["fingerprints"].items()),
         *(f"  {'shape':<24}{_shape(layout)}" for layout in item["layouts"]),
@@ -104,12 +107,6 @@ def _ls_lines(item: dict[str, Any]) -> list[str]:
     if len(quarantined) > _SHOWN_QUARANTINED:
         lines.append(f"  {'':<24}and {len(quarantined) - _SHOWN_QUARANTINED} more; --json lists all")
     return lines
-
-
-def _flat(recipe: dict[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (name, json.dumps(value) if isinstance(value, dict | list) else str(value)) for name, value in recipe.items()
-    ]
 
 
 def _shape(layout: dict[str, Any]) -> str:

@@ -4,11 +4,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from sd3pipe.child import ChildFailed, run_child
+from sd3pipe.child import run_child
 from sd3pipe.console import StageReport
 from sd3pipe.demo.base_files import MODEL
 from sd3pipe.demo.project import PROMPTED, RUN, write_files
-from sd3pipe.errors import ExitCode, InputError, ParameterError
+from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.files import make_folder, write_bytes
 from sd3pipe.params.demo import DemoParams
 
@@ -53,9 +53,7 @@ def _write(folder: Path, steps: int) -> None:
 
 def _run(folder: Path, *arguments: str) -> None:
     """Runs one command in the project's folder, in a process of its own."""
-    code = run_child(arguments, folder)
-    if code != ExitCode.DONE:
-        raise ChildFailed(f"`sd3pipe {arguments[0]}` in {folder}", code, "sd3pipe demo")
+    run_child(f"`sd3pipe {arguments[0]}` in {folder}", arguments, same_command="sd3pipe demo", folder=folder)
 
 
 def _before_and_after(folder: Path, seeds: Sequence[int]) -> dict[str, int]:

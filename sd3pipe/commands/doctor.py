@@ -113,10 +113,6 @@ def _tokenizers(folder: Path | None, model: str | None) -> Finding:
     return Finding(what="tokenizers", verdict="ok", text=", ".join(places))
 
 
-def _bitsandbytes() -> Finding:
-    return _optional("bitsandbytes", "8-bit optimizers and nf4/int8 bases", needs_cuda=True)
-
-
 def _dvc() -> Finding:
     in_same_folder = Path(sys.executable).with_name("dvc").exists()
     if in_same_folder or shutil.which("dvc"):
@@ -126,10 +122,9 @@ def _dvc() -> Finding:
     )
 
 
-def _optional(package: str, purpose: str, *, needs_cuda: bool) -> Finding:
-    if importlib.util.find_spec(package) is None:
-        return Finding(what=package, verdict="note", text=f"not installed; it brings {purpose}")
-    text = f"{importlib.metadata.version(package)}: {purpose}"
-    if needs_cuda and not torch.cuda.is_available():
-        text += " (most of them need a CUDA device)"
-    return Finding(what=package, verdict="ok", text=text)
+def _bitsandbytes() -> Finding:
+    what, purpose = "bitsandbytes", "8-bit optimizers and nf4/int8 bases"
+    if importlib.util.find_spec(what) is None:
+        return Finding(what=what, verdict="note", text=f"not installed; it brings {purpose}")
+    usable = "" if torch.cuda.is_available() else " (most of them need a CUDA device)"
+    return Finding(what=what, verdict="ok", text=f"{importlib.metadata.version(what)}: {purpose}{usable}")

@@ -17,15 +17,16 @@ from sd3pipe.cache.staleness import remember_sources
 from sd3pipe.cache.store import NO_PART, FillCounts, Unreadable, fill_cache, missing_rows
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.console import StageReport, count, one_line, progress, readable_bytes, readable_seconds, say, version
-from sd3pipe.data.buckets import Placement, cut_by_limit
+from sd3pipe.data.buckets import cut_by_limit
 from sd3pipe.data.dataset_file import Dataset, load_dataset
 from sd3pipe.data.scan import Scan, scan, source_files, tell_about_pictures
-from sd3pipe.encoding.latent_plan import Sample, Sources, find_sources, latents_wanted
+from sd3pipe.encoding.latent_plan import Sources, find_sources, latents_wanted
 from sd3pipe.encoding.recipe_version import version_change
 from sd3pipe.errors import InputError, QuarantineError
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.models.vae_architecture import VAEArchitecture, detect_vae
 from sd3pipe.params.encode_latents import EncodeLatentsParams
+from sd3pipe.params.sharing import shard_of_process
 from sd3pipe.stat_memory import StatMemory
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def main(params: EncodeLatentsParams) -> None:
         if params.engine == "ray":
             counts = _fill_on_ray(ready, params, report.begin)
         else:
-            counts = _filler(ready, params, report.begin)(params.shard_numbers())
+            counts = _filler(ready, params, report.begin)(shard_of_process(params.shard))
         report.begin()
         report.update(**counts.as_report())
         seen = source_files(ready.found, ready.dataset, captions=False)
@@ -192,7 +193,7 @@ def _picture_report(sources: Sources) -> dict[str, Any]:
 
 def _below_resolution(sources: Sources) -> str:
     """Returns words about rows that max_bucket_reso makes much smaller than the resolution, if there are any."""
-    small = [sample for sample in sources.samples if _is_cut(sample)]
+    small = [item for item in sources.samples if cut_by_limit(item.view.cut.size, item.picture.subset.bucketing)]
     if not small:
         return ""
     width, height = Counter(sample.view.cut.size for sample in small).most_common(1)[0][0]
@@ -201,11 +202,6 @@ def _below_resolution(sources: Sources) -> str:
         f", {count(len(small), 'row')} smaller than the resolution ({width} x {height} instead of the area of "
         f"{bucketing.width} x {bucketing.height}: max_bucket_reso = {bucketing.max_bucket_reso} cuts the longer side)"
     )
-
-
-def _is_cut(sample: Sample) -> bool:
-    cut = sample.view.cut
-    return cut_by_limit(Placement(bucket=cut.size, resized=cut.resized), sample.picture.subset.bucketing)
 
 
 def _tell_version_change(ready: _Prepared, params: EncodeLatentsParams) -> None:

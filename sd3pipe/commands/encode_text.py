@@ -35,6 +35,7 @@ from sd3pipe.errors import ParameterError
 from sd3pipe.models.text_architecture import EncoderName
 from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.params.encode_text import EncodeTextParams
+from sd3pipe.params.sharing import shard_of_process
 from sd3pipe.stat_memory import StatMemory
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def _fill(params: EncodeTextParams, target: _Target) -> None:
         if params.engine == "ray":
             counts = _fill_on_ray(ready, params, target, cuts, report.begin)
         else:
-            counts = _filler(ready, params, target, cuts, report.begin)(params.shard_numbers())
+            counts = _filler(ready, params, target, cuts, report.begin)(shard_of_process(params.shard))
         report.begin()
         remember_cuts(folder, cuts)
         cut = _cut_texts(ready, cuts)

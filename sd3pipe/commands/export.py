@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from sd3pipe import stopping
 from sd3pipe.adapters.files import AdapterFile, SavedAdapter, read_adapter, save_adapter
 from sd3pipe.adapters.find import checkpoint_adapters, find_adapter
 from sd3pipe.adapters.keymap import is_text_encoder
@@ -99,6 +100,7 @@ def _export_all(params: ExportParams, report: StageReport) -> list[SavedAdapter]
         wanted[f"{name}.safetensors"] = find_adapter(final)
     saved: list[SavedAdapter] = []
     for file, path in wanted.items():
+        stopping.check()
         saved.append(_export(_read(path), params.out / file, params))
         report.begin()
     return saved

@@ -80,7 +80,7 @@ def _texts(folder: Path, tables: Mapping[str, Any], translation: Translation) ->
             if option_extra(model.model_fields[key])["role"] != "path"
         }
         texts[f"stages/{stage}.toml"] = render_stage_file(model, stage.replace("_", "-"), values)
-    return {**texts, ".gitignore": gitignore([]), ".dvcignore": DVCIGNORE}
+    return {**texts, ".gitignore": gitignore(f"runs/{translation.name}", []), ".dvcignore": DVCIGNORE}
 
 
 def _project_files(folder: Path, translation: Translation, sources: Sequence[str]) -> dict[str, str]:

@@ -52,7 +52,7 @@ def main(params: InitParams) -> None:
         "sample_prompts.txt": prompts_txt(params.trigger, params.resolution),
         **_stage_files(params, variant, advice),
         "dvc.yaml": dvc_yaml(paths, [_as_seen_from(params.folder, pictures.path)], folder=params.folder),
-        ".gitignore": gitignore([_as_seen_from(params.folder, pictures.path)]),
+        ".gitignore": gitignore(paths["run"], [_as_seen_from(params.folder, pictures.path)]),
         ".dvcignore": DVCIGNORE,
     }
     written = write_project(params.folder, texts)

@@ -9,6 +9,7 @@ from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.params.pack import PackParams
 from sd3pipe.stages import STAGES_BY_NAME, place
 
+_SHOWN = 10
 _MACHINE_FOLDER = ".sd3pipe"  # what an encode stage remembers about this machine's files
 
 
@@ -23,7 +24,11 @@ def main(params: PackParams) -> None:
         hand_over(names)
         return
     sizes = [file.stat().st_size for file in files]
-    for name, size in zip(names, sizes, strict=True):
+    shown = list(zip(sizes, names, strict=True))
+    if not params.all and len(shown) > _SHOWN:
+        say(f"the {_SHOWN} largest of {len(shown)} files (--all lists them all):")
+        shown = sorted(shown, key=lambda item: -item[0])[:_SHOWN]
+    for size, name in shown:
         say(f"{readable_bytes(size):>9}  {name}")
     seconds = sum(sizes) * 8 / (params.uplink * 1e6)
     minutes = readable_seconds(seconds)

@@ -7,10 +7,10 @@ run, export by the content of the adapter. So this program knows the order and t
 import os
 from pathlib import Path
 
-from sd3pipe.child import ChildFailed, run_child
+from sd3pipe.child import run_child
 from sd3pipe.config import PROJECT_FILE, Project, find_project, read_project
 from sd3pipe.console import say
-from sd3pipe.errors import ExitCode, ParameterError
+from sd3pipe.errors import ParameterError
 from sd3pipe.params.run import RunParams
 from sd3pipe.shell import shell_line
 from sd3pipe.stages import REQUIRED_KEYS, command_words, stages_of
@@ -59,6 +59,4 @@ def _run_stage(stage: str, arguments: list[str], project: Project, *, dry_run: b
     say(f"$ {shell_line(['sd3pipe', *arguments])}")
     if dry_run:
         return
-    code = run_child(arguments)
-    if code != ExitCode.DONE:
-        raise ChildFailed(stage, code, "sd3pipe run")
+    run_child(stage, arguments, same_command="sd3pipe run")

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sd3pipe import stopping
 from sd3pipe.cache.folder import machine_folder
 from sd3pipe.console import Progress, StageReport, count, progress
 from sd3pipe.errors import InputError
@@ -260,6 +261,7 @@ def _decode(params: SampleParams, sheet: Sheet, places: _Places, source: Compone
     with memory_errors(way_out), progress("sample: decode", len(waiting), "pictures") as bar:
         vae: VAE = load_vae(source, device=device)
         for prompt, name in waiting:
+            stopping.check()
             picture = decode_pictures(vae, read_latents(places.latents(name)).to(device))[0].numpy()
             save_picture(places.picture(name), picture, title=prompt.title)
             bar.advance()

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from sd3pipe import stopping
 from sd3pipe.cache.folder import machine_folder
 from sd3pipe.cache.staleness import check_sources
 from sd3pipe.console import StageReport, count, listed
 from sd3pipe.device_memory import memory_errors, peak_device_bytes, peak_rss_bytes
-from sd3pipe.errors import ParameterError, StaleError, Stopped, StorageError
+from sd3pipe.errors import ParameterError, StaleError, StorageError
 from sd3pipe.files import lock_file
 from sd3pipe.models.checkpoint import mmdit_architecture
 from sd3pipe.models.sources import ComponentSource, find_component
@@ -23,6 +24,7 @@ from sd3pipe.params.train import TrainParams
 from sd3pipe.stat_memory import StatMemory
 from sd3pipe.training.checkpoints import set_aside_later
 from sd3pipe.training.data_summary import data_summary
+from sd3pipe.training.durations import parse_duration
 from sd3pipe.training.identity import RunInputs, resolve_inputs, run_identity
 from sd3pipe.training.loop import Loop
 from sd3pipe.training.memory_plan import CLIP_TOKENS, MemoryPlan, run_memory
@@ -33,7 +35,6 @@ from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.records import forget_after, subset_figures
 from sd3pipe.training.run_folder import RunFolder, Start, choose_start, is_finished
 from sd3pipe.training.setup import build_loop, check_options
-from sd3pipe.training.stopping import parse_duration
 from sd3pipe.training.trackers import check_trackers
 from sd3pipe.training.training_data import open_data
 from sd3pipe.training.validation import verdict
@@ -56,13 +57,11 @@ def main(params: TrainParams) -> None:
     inputs = {"model": params.model, "text": str(params.text), "latents": str(params.latents)}
     report = StageReport("train", path=params.out / "report.json", inputs=inputs)
     folder = RunFolder(params.out)
-    with _only_writer(folder) if processes.is_main else contextlib.nullcontext():
-        try:
-            with report if processes.is_main else contextlib.nullcontext():
-                _train(params, processes, report, folder)
-        except Stopped:
-            processes.wait()  # a launcher ends all once one has left, and the main process may still be writing
-            raise
+    with contextlib.ExitStack() as main_only:
+        if processes.is_main:
+            main_only.enter_context(_only_writer(folder))
+            main_only.enter_context(report)
+        _train(params, processes, report, folder)
     processes.leave()
 
 
@@ -116,6 +115,7 @@ def _train(params: TrainParams, processes: Processes, report: StageReport, folde
         device=processes.device,
         dtype=BASE_DTYPES[run.precision],
     )
+    stopping.check()
     if start.aside and processes.is_main:
         folder.keep_apart(start.aside)
     with memory_errors(lambda: memory.advice(processes.device)), _kernel_errors(params):
@@ -124,7 +124,7 @@ def _train(params: TrainParams, processes: Processes, report: StageReport, folde
         loop.seconds_by_phase["preparing"] = time.monotonic() - started
         try:
             if processes.is_main:
-                _begin_at(steps_before, params, folder)
+                _begin_at(loop.progressed, params, folder)
             loop.run(parse_duration(params.time_limit) if params.time_limit else None)
         finally:
             loop.close()
@@ -147,11 +147,11 @@ def _start(params: TrainParams, identity: dict[str, Any], run: RunInputs) -> Sta
     return choose_start(params.out, params.resume, identity, allow_changes=allowed, total_steps=run.total_steps)
 
 
-def _begin_at(step: int, params: TrainParams, folder: RunFolder) -> None:
-    """Lets what the run recorded after a step go, for it is done again; only once nothing can be refused any more."""
+def _begin_at(state: Progressed, params: TrainParams, folder: RunFolder) -> None:
+    """Lets what the run recorded go that is done again; only once nothing can be refused any more."""
     if params.resume not in ("auto", "never"):
-        set_aside_later(folder.path, step)
-    forget_after(folder.path, step)
+        set_aside_later(folder.path, state.step)
+    forget_after(folder.path, state.step, state.owed if state.step else ("validation",))
 
 
 def _check_freshness(params: TrainParams) -> str:

@@ -56,9 +56,9 @@ def bucket_sizes(bucketing: Bucketing) -> tuple[Size, ...]:
     return tuple(sorted(sizes))
 
 
-def cut_by_limit(placement: Placement, bucketing: Bucketing) -> bool:
+def cut_by_limit(size: Size, bucketing: Bucketing) -> bool:
     """Whether max_bucket_reso makes a picture train well below the resolution's area: 16:9 at 1024 squared, say."""
-    width, height = placement.bucket
+    width, height = size
     listed = bucketing.enable_bucket and not bucketing.bucket_no_upscale
     too_small = width * height < _MUCH_SMALLER * bucketing.width * bucketing.height
     return listed and too_small and max(width, height) == bucketing.max_bucket_reso

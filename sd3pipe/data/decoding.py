@@ -8,8 +8,7 @@ import numpy as np
 from sd3pipe.data.geometry import Cut
 from sd3pipe.data.headers import MAX_PIXELS, UnreadablePicture
 from sd3pipe.data.images import composited, decode
-from sd3pipe.data.masks import latent_mask
-from sd3pipe.data.resize import resize
+from sd3pipe.data.resize import area_mean, resize
 from sd3pipe.files import open_regular
 from sd3pipe.fingerprint import hash_bytes
 
@@ -42,12 +41,20 @@ def decode_row(job: Job, max_pixels: int = MAX_PIXELS) -> Pixels:
     pixels = _cut_out(pixels, cut)
     mask = None
     if cut.mask == "alpha":
-        mask = latent_mask(pixels[..., 3], job.latent_px)
+        mask = _latent_mask(pixels[..., 3], job.latent_px)
     elif cut.mask == "picture":
-        mask = latent_mask(_mask_levels(job, max_pixels), job.latent_px)
+        mask = _latent_mask(_mask_levels(job, max_pixels), job.latent_px)
     if cut.background is not None:
         pixels = composited(pixels, cut.background)
     return Pixels(rgb=np.ascontiguousarray(pixels[..., :3]), mask=mask)
+
+
+def _latent_mask(levels_HW: np.ndarray, latent_px: int) -> np.ndarray:
+    """Returns a uint8 mask averaged over latents of `latent_px` pixels a side, as float16 [h, w] from 0 to 1.
+
+    sd-scripts averages over the same areas at training time; half precision is exact to 1/2048 there.
+    """
+    return (area_mean(levels_HW, latent_px) / 255).astype(np.float16)
 
 
 def _mask_levels(job: Job, max_pixels: int) -> np.ndarray:

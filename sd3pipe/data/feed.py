@@ -8,7 +8,6 @@ about a tenth of the CPU time per picture; where there is too little of it (cont
 import multiprocessing
 import os
 import shutil
-import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sd3pipe import stopping
 from sd3pipe.data.decoding import Job, Pixels, decode_row
 from sd3pipe.data.headers import DECODER_ERRORS, MAX_PIXELS, UnreadablePicture, reason
 
@@ -27,6 +27,7 @@ _AHEAD_PER_WORKER = 4
 _SLOT_BYTES = 4 << 20  # shared memory per row: 1182 x 1182 pixels; larger rows come through a pipe
 _SHARED_FOLDER = Path("/dev/shm")  # where Linux keeps shared memory, often a small file system of its own
 _ENVIRONMENT = {  # of the workers
+    "PYTHONSAFEPATH": "1",  # spawned by `python -c`, which would look for modules in the current folder first
     "OPENBLAS_NUM_THREADS": "1",  # for numpy's products: there are as many workers as cores
     # Linux's allocator keeps freed memory for the next picture; given back and fetched anew, its pages cost as much
     # CPU time as the decoding.
@@ -164,8 +165,8 @@ _block_of_worker: list[SharedMemory] = []
 
 
 def _start_worker(block_name: str | None) -> None:
-    """Leaves Ctrl-C to the parent, which ends the workers, and opens the shared memory."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leaves signals to the parent, which ends the workers, and opens the shared memory."""
+    stopping.leave_to_parent()
     if block_name is not None:
         _block_of_worker.append(SharedMemory(name=block_name))
 

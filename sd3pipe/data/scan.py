@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sd3pipe import stopping
 from sd3pipe.console import count
 from sd3pipe.data.dataset_file import Dataset, Subset
 from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, Entry, folder_entries, mask_files
@@ -84,7 +85,7 @@ def scan(dataset: Dataset, memory: StatMemory, *, with_captions: bool = True) ->
     problems: list[str] = []
     for subset in dataset.subsets:
         try:
-            entries = _entries(subset, with_captions)
+            entries = metadata_entries(subset) if subset.metadata_file else folder_entries(subset, with_captions)
         except CaptionError as error:
             problems += error.problems
             continue
@@ -157,12 +158,6 @@ def _tell(pictures: Sequence[Picture], noun: str, what: str) -> None:
         names = ", ".join(str(picture.path) for picture in pictures[:_SHOWN])
         more = ", ..." if len(pictures) > _SHOWN else ""
         log.warning("%s %s: %s%s", count(len(pictures), noun), what, names, more)
-
-
-def _entries(subset: Subset, with_captions: bool) -> list[Entry]:
-    if subset.metadata_file is not None:
-        return metadata_entries(subset)
-    return folder_entries(subset, with_captions)
 
 
 def _examine(
@@ -251,6 +246,7 @@ def _look_into(path: Path) -> dict[str, Any]:
     from sd3pipe.data.headers import UnreadablePicture as Broken  # imports Pillow, which a second scan does not need
     from sd3pipe.data.headers import read_header
 
+    stopping.check()
     try:
         with open_regular(path) as file:
             data = file.read()

@@ -80,6 +80,7 @@ def project_texts(*, steps: int) -> dict[str, str]:
     lines = "".join(f'{key} = "{value}"\n' for key, value in paths.items())
     head = "# The demo's project; `sd3pipe run` in this folder does what is not up to date.\n[paths]\n"
     return {
+        ".gitignore": "*\n",  # in whatever repository it is tried, it leaves nothing to commit
         PROJECT_FILE: head + lines,
         "dataset.toml": _DATASET,
         "sample_prompts.txt": "".join(f"{prompt_line(subject, seed)}\n" for seed, subject in enumerate(PROMPTED, 1)),

@@ -4,10 +4,12 @@ Each worker is one process, with its encoders loaded once. It fills whole parts 
 by segment; so a part that is given to another worker, because its own was lost, goes on where it was.
 """
 
+import contextlib
 import json
 import logging
 import os
 import socket
+import sys
 import traceback
 import warnings
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd3pipe import errors
+from sd3pipe import errors, stopping
 from sd3pipe.console import count, progress, setup_logging
 from sd3pipe.errors import InputError, ParameterError, Sd3pipeError
 
@@ -50,7 +52,7 @@ def fill_parts(
         cluster = _cluster(ray, workers, on_cpu)
         log.info("ray: %s with %g CPUs, %g GPUs each", count(cluster.workers, "worker"), cluster.cpus, cluster.gpus)
         parts = cluster.workers * parts_per_worker
-        with progress(stage, parts, "parts") as bar:
+        with progress(stage, parts, "parts") as bar, stopping.breaking_off():
             for batch in _mapped(ray, cluster, parts, make_fill).iter_batches(batch_size=1):
                 _raise_again(*json.loads(batch["error"][0]))
                 bar.advance()
@@ -116,7 +118,9 @@ def _start() -> Any:
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     _check_address(os.environ.get("RAY_ADDRESS", ""))
-    ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, ignore_reinit_error=True)
+    with contextlib.chdir(sys.prefix):  # where Ray is started, its workers look for modules first
+        ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, ignore_reinit_error=True)
+    stopping.listen_again()  # Ray answers SIGTERM by leaving at once
     return ray
 
 

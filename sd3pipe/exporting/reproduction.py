@@ -38,7 +38,8 @@ def reproduction(provenance: Provenance, later: Sequence[str] = ()) -> str:
     lines = [f"# {one_line(comment)}" for comment in comments]
     for command in _OPTION_SETS:
         options = provenance.parameters.get(command, {})
-        given = {name: value for name, value in options.items() if _is_option(command, name, value)}
+        known = _OPTION_SETS[command].model_fields
+        given = {name: value for name, value in options.items() if name in known and not isinstance(value, Mapping)}
         lines += [one_line(f"# {command}: {name} = {json.dumps(value)}") for name, value in _others(options, given)]
         words = shell_line(["sd3pipe", *command_words(STAGES_BY_NAME[command], _PLACES)])
         lines.append(one_line(f"{words} {_options(given)}".rstrip()))
@@ -62,10 +63,6 @@ def later_steps(metadata: Mapping[str, str]) -> list[str]:
     except (DocumentError, ValueError):
         return []
     return [one_line(shlex.join(step)) for step in words if step[:2] == ["sd3pipe", "adapter"]]
-
-
-def _is_option(command: str, name: str, value: object) -> bool:
-    return name in _OPTION_SETS[command].model_fields and not isinstance(value, Mapping)
 
 
 def _others(options: Mapping[str, Any], given: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -172,7 +172,7 @@ def _variations(model: ModelSize, wanted: Settings, modes: Sequence[ModulationMo
 
 def _device_parts(model: ModelSize, work: Workload, settings: Settings, streamed: tuple[int, ...]) -> dict[str, int]:
     resident = [block for number, block in enumerate(model.blocks) if number not in streamed]
-    blocks = sum(_whole_bytes(block, settings) for block in resident)
+    blocks = sum(_part_bytes(block, "whole", settings) for block in resident)
     if settings.modulation == "resident":
         blocks += sum(model.blocks[number].modulation_bytes(settings.dtype_bytes) for number in streamed)
     tokens = work.batch * (work.image_tokens + work.text_tokens)
@@ -200,14 +200,14 @@ def _host_parts(model: ModelSize, work: Workload, settings: Settings, streamed: 
     with_modulation = settings.modulation != "resident"
     blocks = [model.blocks[number] for number in streamed]
     parts["streamed blocks"] = sum(
-        _whole_bytes(block, settings) - (0 if with_modulation else block.modulation_bytes(settings.dtype_bytes))
+        _part_bytes(block, "whole", settings) - (0 if with_modulation else block.modulation_bytes(settings.dtype_bytes))
         for block in blocks
     )
     if settings.activation_offload:
         repeats = work.accumulation if settings.layer_major else 1
         parts["block inputs"] = repeats * model.depth * tokens * model.width * settings.dtype_bytes
     parts["one block while loading"] = max(
-        _whole_bytes(block, replace(settings, base_format="dense")) for block in model.blocks
+        _part_bytes(block, "whole", replace(settings, base_format="dense")) for block in model.blocks
     )
     return parts
 
@@ -255,10 +255,6 @@ def _part_bytes(block: BlockSize, part: str, settings: Settings) -> int:
     body = block.body_bytes(settings.dtype_bytes, settings.base_format)
     modulation = block.modulation_bytes(settings.dtype_bytes)
     return {"body": body, "modulation": modulation, "whole": body + modulation}[part]
-
-
-def _whole_bytes(block: BlockSize, settings: Settings) -> int:
-    return _part_bytes(block, "whole", settings)
 
 
 def _saved_bytes(model: ModelSize, block: BlockSize, work: Workload, settings: Settings) -> int:

@@ -116,11 +116,6 @@ class BlockStreamer:
         return self._rings.copied_bytes
 
     @property
-    def ring_bytes(self) -> int:
-        """Device memory that the streamed blocks take in place of their own size."""
-        return self._rings.bytes()
-
-    @property
     def host_bytes(self) -> int:
         """Host memory of the streamed blocks."""
         return sum(block.layout.total_bytes for block in self._flat.values())
@@ -158,7 +153,7 @@ class BlockStreamer:
 
     def __call__(self, index: int, context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> Pair:
         """Returns context and x after block `index`; this is what the model calls."""
-        with self._offloading():
+        with self._activations.saving() if self._activations is not None else contextlib.nullcontext():
             if index not in self._flat:
                 self._check_recomputation()
                 return self._model.run_block(index, context_BLD, x_BLD, condition_BD)
@@ -273,9 +268,6 @@ class BlockStreamer:
             raise ParameterError(
                 "offload_activations needs gradient_checkpointing: only block inputs are worth the trip"
             )
-
-    def _offloading(self) -> contextlib.AbstractContextManager[object]:
-        return self._activations.saving() if self._activations is not None else contextlib.nullcontext()
 
 
 def _recomputed_whole(block: Block, context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> Pair:

@@ -7,6 +7,7 @@ import errno
 import re
 from pathlib import Path
 
+from sd3pipe import stopping
 from sd3pipe.errors import InputError, NetworkError
 from sd3pipe.files import storage_error
 
@@ -41,7 +42,8 @@ class HubRepository:
         from huggingface_hub import errors, hf_hub_download
 
         try:
-            return Path(hf_hub_download(self.repo, name, revision=self.revision))
+            with stopping.breaking_off():
+                return Path(hf_hub_download(self.repo, name, revision=self.revision))
         except errors.LocalEntryNotFoundError as error:
             self.unreachable = _first_line(error.__cause__ or error)
             return None

@@ -54,7 +54,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     start = 8 + header_bytes
-    tensors = _tensors(path, _parse(path, text), start)
+    entries = _parse(path, text)
+    tensors = {name: _tensor(path, name, entry, start) for name, entry in entries.items() if name != "__metadata__"}
     _check_layout(path, tensors, start, file_bytes)
     return tensors
 
@@ -121,10 +122,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _short(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _tensors(path: Path, header: Mapping[str, Any], start: int) -> dict[str, StoredTensor]:
-    return {name: _tensor(path, name, entry, start) for name, entry in header.items() if name != "__metadata__"}
 
 
 def _tensor(path: Path, name: str, entry: Any, start: int) -> StoredTensor:

@@ -9,6 +9,7 @@ from threading import Lock
 from types import TracebackType
 from typing import Self
 
+from sd3pipe import stopping
 from sd3pipe.errors import InputError
 
 
@@ -58,7 +59,11 @@ class RangeReader:
         self._handles.clear()
 
     def read_bytes(self, buffer: memoryview, part: ByteRange) -> None:
-        """Fills `buffer` with the first len(buffer) bytes of the range. Raises InputError if the file is too short."""
+        """Fills `buffer` with the first len(buffer) bytes of the range. Raises InputError if the file is too short.
+
+        Weights and fingerprints take minutes to read, so a wish to stop ends the reading: raises Stopped.
+        """
+        stopping.check()
         handle, done = self._open(part.path), 0
         while done < len(buffer):
             try:

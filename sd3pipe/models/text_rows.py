@@ -13,6 +13,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from sd3pipe import stopping
 from sd3pipe.device import has_bfloat16
 from sd3pipe.errors import InputError
 from sd3pipe.files import storage_errors
@@ -89,6 +90,7 @@ def _clip_rows(
     letter = name.removeprefix("clip_")
     with progress(f"encode-text {TITLES[name]}", len(tokens.ids), "captions") as counter:
         for numbers in _batches(range(len(tokens.ids)), machine.batch_rows):
+            stopping.check()
             batch = tokens.batch(_filled_up(numbers, machine.batch_rows))
             hidden_BLD, pooled_BP = encoder.encode(batch, masked=recipe.apply_lg_attn_mask)
             masks_BL = torch.from_numpy(batch.mask)
@@ -114,9 +116,14 @@ def _t5_rows(
     batches = [[b for numbers in groups for b in _batches(numbers, machine.batch_rows)] for groups in windows]
     passes = sum(map(len, batches)) * machine.batch_rows * encoder.architecture.depth
     with progress(f"encode-text {TITLES['t5xxl']}", passes, "caption layers") as counter:
+
+        def advance(number: int = 1) -> None:
+            stopping.check()
+            counter.advance(number)
+
         for window_batches in batches:
             padded = [tokens.batch(_filled_up(numbers, machine.batch_rows)) for numbers in window_batches]
-            states = encoder.encode(padded, masked=recipe.apply_t5_attn_mask, advance=counter.advance)
+            states = encoder.encode(padded, masked=recipe.apply_t5_attn_mask, advance=advance)
             rows: dict[int, Row] = {}
             for numbers, batch, hidden_BLD in zip(window_batches, padded, states, strict=True):
                 masks_BL = torch.from_numpy(batch.mask)

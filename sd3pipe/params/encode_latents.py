@@ -13,7 +13,6 @@ from sd3pipe.params.sharing import (
     Engine,
     Shard,
     check_engine,
-    shard_of_process,
 )
 from sd3pipe.params.stage import StageParams
 
@@ -95,10 +94,6 @@ class EncodeLatentsParams(StageParams):
     def _options_agree(self) -> "EncodeLatentsParams":
         check_engine(self.engine, self.shard, self.ray_workers)
         return self
-
-    def shard_numbers(self) -> tuple[int, int]:
-        """Returns (this part, number of parts)."""
-        return shard_of_process(self.shard)
 
     def quarantine_limit(self, pictures: int) -> int:
         """Returns how many of so many source pictures may be unreadable."""

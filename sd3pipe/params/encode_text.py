@@ -13,7 +13,6 @@ from sd3pipe.params.sharing import (
     Engine,
     Shard,
     check_engine,
-    shard_of_process,
 )
 from sd3pipe.params.stage import StageParams
 
@@ -112,7 +111,3 @@ class EncodeTextParams(StageParams):
                 "lower the first or raise the second"
             )
         return self
-
-    def shard_numbers(self) -> tuple[int, int]:
-        """Returns (this part, number of parts)."""
-        return shard_of_process(self.shard)

@@ -43,7 +43,7 @@ class _ExportOptions(Params):
     )
     out: NewFilePath = option(
         ..., "File to write; a folder with --checkpoints, and for a base in a folder.",
-        role="path", panel=_PATHS, paths_key="export",
+        role="path", panel=_PATHS, paths_key="export", varies_with="format",
     )  # fmt: skip
     model: str | None = option(
         None,

@@ -41,6 +41,7 @@ def option(
     positional: bool = False,
     aliases: tuple[str, ...] = (),
     paths_key: str | None = None,
+    varies_with: str | None = None,
     **constraints: Any,
 ) -> Any:
     """Declares one option; `...` as default makes it required.
@@ -48,7 +49,8 @@ def option(
     `panel` is the heading in --help; `advanced` options show in --help-all only; `positional` ones are arguments
     without a name on the command line; `aliases` are further spellings without dashes; `paths_key` is the key of
     project.toml [paths] that fills a missing value ('caches/text' is the folder text/ below the one that `caches`
-    names); `constraints` are pydantic's (ge, le, gt, lt, min_length, pattern).
+    names); `varies_with` is an option whose value goes into that file's name where the command line gives another than
+    the project's; `constraints` are pydantic's (ge, le, gt, lt, min_length, pattern).
     """
     extra = {
         "role": role,
@@ -57,6 +59,7 @@ def option(
         "positional": positional,
         "aliases": list(aliases),
         "paths_key": paths_key,
+        "varies_with": varies_with,
     }
     return Field(default, description=help, json_schema_extra=extra, **constraints)
 

@@ -23,6 +23,7 @@ from sd3pipe.params.refused import ALREADY_SO, GONE, REFUSED
 log = logging.getLogger(__name__)
 
 P = TypeVar("P", bound=Params)
+_SUFFIX = ".safetensors"
 
 
 def option_name(field_name: str) -> str:
@@ -57,7 +58,7 @@ def resolve(
     for name, value in _project_paths(model, project).items():
         if name not in values:
             values[name], origins[name] = (
-                value,
+                _varied(model, name, value, given, values),
                 f"project.toml: paths.{option_extra(model.model_fields[name])['paths_key']}",
             )
     for name, value in given.items():
@@ -145,6 +146,15 @@ def _gone_paths(command: str, project: Project | None) -> list[str]:
     if project is None or not command.startswith("encode-"):
         return []
     return [f"{project.file}: paths.{key}: not supported: {GONE[key]}" for key in project.paths if key in GONE]
+
+
+def _varied(model: type[Params], name: str, value: str, given: Mapping[str, Any], in_file: Mapping[str, Any]) -> str:
+    """Returns a path of the project, or beside it one for what the command line makes otherwise than the project."""
+    other = option_extra(model.model_fields[name])["varies_with"]
+    if other not in given or given[other] == in_file.get(other, model.model_fields[other].default):
+        return value
+    stem, suffix = (value[: -len(_SUFFIX)], _SUFFIX) if value.endswith(_SUFFIX) else (value, "")
+    return f"{stem}-{given[other]}{suffix}"
 
 
 def _check(field: FieldInfo, value: Any, *, from_text: bool) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from sd3pipe.console import count, one_line
-from sd3pipe.data.buckets import NoBucket, Placement, Size, cut_by_limit
+from sd3pipe.data.buckets import NoBucket, Size, cut_by_limit
 from sd3pipe.data.captions import processed_captions, tag_frequency
 from sd3pipe.data.decoding import Job, Pixels
 from sd3pipe.data.feed import decoded_rows
@@ -144,14 +144,14 @@ def _card(
     picture, found_views, captions = item
     cuts = [view.cut for view in found_views]
     pixels = drawn if isinstance(drawn, Pixels) else None
-    counted = (tokens[captions[0]].shown,) if captions[0] in tokens else ()
+    token_facts = (tokens[captions[0]].shown,) if captions[0] in tokens else ()
     broken = () if pixels else (f"left out: {getattr(drawn, 'reason', '')}",)
     return Card(
         name=one_line(picture.name),
         picture=pixels.rgb if pixels else np.full((CARD_PX // 2, CARD_PX, 3), 90, np.uint8),
         mask=pixels.mask if pixels else None,
         cuts=_boxes(cuts) if pixels else (),
-        facts=(*_facts(picture, found_views), *counted),
+        facts=(*_facts(picture, found_views), *token_facts),
         captions=captions,
         warnings=(*broken, *_card_warnings(picture, cuts[0], captions, copies, tokens)),
     )
@@ -221,8 +221,8 @@ def _warnings(
     yield from _about(long, "{} with a caption that is cut off")
     cropped = [p.name for p, cuts, _ in everything if _share_cut_off(cuts[0].cut) >= _MUCH_CUT_OFF]
     yield from _about(cropped, "{} of which a fifth or more is cut off")
-    placed = [(p, Placement(bucket=cuts[0].cut.size, resized=cuts[0].cut.resized)) for p, cuts, _ in everything]
-    limited = Counter(place.bucket for p, place in placed if cut_by_limit(place, p.subset.bucketing))
+    sizes = [cuts[0].cut.size for p, cuts, _ in everything if cut_by_limit(cuts[0].cut.size, p.subset.bucketing)]
+    limited = Counter(sizes)
     for (width, height), number in limited.items():
         yield f"{number} pictures train at {width} x {height}, well below the resolution: max_bucket_reso cuts them"
 

@@ -6,6 +6,7 @@ import textwrap
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from sd3pipe import stopping
 from sd3pipe.previewing.cards import Card, Section
 
 _INK, _GREY, _ORANGE, _PAPER = (28, 30, 34), (110, 114, 122), (190, 84, 0), (250, 250, 248)
@@ -21,6 +22,7 @@ _CAPTION_LINES = 5
 
 def draw_card(card: Card) -> Image.Image:
     """Returns a card's picture with what is cut off darkened, what the loss leaves out striped, and cuts outlined."""
+    stopping.check()
     pixels = card.picture.astype(np.float32)
     if card.mask is not None:
         left_out = (1 - np.clip(card.mask.astype(np.float32), 0, 1))[..., None]

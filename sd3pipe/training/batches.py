@@ -39,7 +39,8 @@ class Position:
 
 def epoch_batches(items: Items, *, seed: int, epoch: int, batch_size: int) -> list[MicroBatch]:
     """Returns the micro-batches of one epoch in their order. The last batch of a shape may be smaller."""
-    pictures, repeats = _occurrences(items)
+    pictures = np.repeat(np.arange(len(items)), items.repeats)
+    repeats = _count_up(items.repeats)
     ids = mix(items.ids[pictures] ^ mix(repeats.astype(np.uint64)))
     latent_rows = _latent_rows(items, pictures, ids, seed, epoch)
     text_rows = _text_rows(items, pictures, repeats, ids, seed, epoch)
@@ -104,11 +105,6 @@ def fixed_batches(items: Items, *, batch_size: int) -> list[MicroBatch]:
         )
         for index, chosen in enumerate(_cut(_shapes(items, latent_rows, text_rows), items.ids, batch_size))
     ]
-
-
-def _occurrences(items: Items) -> tuple[Rows, Rows]:
-    """Returns picture and repeat number of each occurrence in an epoch."""
-    return np.repeat(np.arange(len(items)), items.repeats), _count_up(items.repeats)
 
 
 def _count_up(counts: Rows) -> Rows:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sd3pipe import stopping
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.rows import Row, latents_name
 from sd3pipe.cache.tensors import to_torch
@@ -177,9 +178,14 @@ def load_steps(feed: Feed, plans: Iterator[StepPlan], *, workers: int, pin_memor
         collate_fn=_as_it_is,
         num_workers=workers,
         pin_memory=pin_memory,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # else the loader draws its base seed from the global generator
     )
     return iter(loader)
+
+
+def _begin_worker(number: int) -> None:
+    stopping.leave_to_parent()
 
 
 def with_modulation(steps: Iterator[Step], prepare: Callable[[Tensor, Tensor], ModulationTicket]) -> Iterator[Step]:

@@ -2,12 +2,14 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from sd3pipe import stopping
 from sd3pipe.console import Progress, progress, readable_bytes
 from sd3pipe.device_memory import peak_device_bytes, peak_rss_bytes
 from sd3pipe.errors import InputError, Stopped
@@ -19,7 +21,6 @@ from sd3pipe.training.progressed import Every, Progressed
 from sd3pipe.training.records import Records
 from sd3pipe.training.saving import Saver
 from sd3pipe.training.step_runner import StepResult, StepRunner
-from sd3pipe.training.stopping import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +74,9 @@ class Loop:
         """Trains to the last step and saves. Raises Stopped, after saving, when asked to stop on the way."""
         state = self.progressed
         total = self.plan.total_steps
-        with progress("train", total, "steps", done=state.step) as bar, StopRequest(time_limit_seconds) as stop:
-            if state.step == 0:
-                self._before_the_first_step()
+        ends = math.inf if time_limit_seconds is None else time.monotonic() + time_limit_seconds
+        with progress("train", total, "steps", done=state.step) as bar:
+            self._before_the_first_step()
             steps = self.steps_from(state.position)
             while state.step < total:
                 start, copied = time.monotonic(), self.streamer.copied_bytes
@@ -83,14 +84,15 @@ class Loop:
                 if state.step in state.skipped_steps:
                     state.passed(step.plan, None)
                     continue
-                result = self.runner.step(state.step, step.batches, loss_mean=state.loss_mean, stop=bool(stop.reason))
+                reason = stopping.reason() or ("time limit" if start >= ends else "")
+                result = self.runner.step(state.step, step.batches, loss_mean=state.loss_mean, stop=bool(reason))
                 if result.bad:
                     steps = self._after_bad_loss(result, step)
                     continue
                 self.copied_per_step.append(self.streamer.copied_bytes - copied)
                 self._after_step(step, result, bar, time.monotonic() - start)
                 if result.stop_wanted and state.step < total:
-                    self._stop(stop.reason)
+                    self._stop(reason)
         with self._phase("saving"):
             self.saver.save(state)
 
@@ -101,12 +103,10 @@ class Loop:
             self.records.close()
 
     def _before_the_first_step(self) -> None:
-        if self.validate:
-            with self._phase("validation"):
-                self.validate(self.progressed)
-        if self.sample and self.plan.sample_at_first:
-            with self._phase("samples"):
-                self.sample(self.progressed)
+        """Does what an earlier run owes, or, before anything is learnt, what shows the base as it is."""
+        if self.progressed.step == 0:
+            self.progressed.owed = self._due(validate=True, sample=self.plan.sample_at_first)
+        self._work_off()
 
     def _after_step(self, step: Step, result: StepResult, bar: Progress, seconds: float) -> None:
         state, epochs_before = self.progressed, self.progressed.epochs_done
@@ -128,15 +128,26 @@ class Loop:
         bar.advance(1, loss=f"{state.loss_mean:.4f}", lr=f"{result.learning_rate:.3g}", memory=self._memory())
         now = (state.step, epochs_before, state.epochs_done)
         last = state.step == self.plan.total_steps
-        if self.validate and (self.plan.validate.due(*now) or last):
-            with self._phase("validation"):
-                self.validate(state)
-        if self.sample and (self.plan.sample.due(*now) or last):
-            with self._phase("samples"):
-                self.sample(state)
+        state.owed = self._due(validate=self.plan.validate.due(*now) or last, sample=self.plan.sample.due(*now) or last)
+        self._work_off()
         if self.plan.save.due(*now) or last or state.best_step == state.step:
             with self._phase("saving"):
                 self.saver.save(state)
+
+    def _due(self, *, validate: bool, sample: bool) -> list[str]:
+        return [name for name, due in (("validation", validate), ("samples", sample)) if due]
+
+    def _work_off(self) -> None:
+        """Validates and draws what is owed; asked to stop, it leaves the rest to the run that goes on from here."""
+        state, occasions = self.progressed, {"validation": self.validate, "samples": self.sample}
+        while state.owed:
+            occasion = occasions[state.owed[0]]
+            with self._phase(state.owed[0]), contextlib.suppress(Stopped):
+                if occasion and not stopping.reason():
+                    occasion(state)
+            if self.processes.any(bool(stopping.reason())):
+                self._stop(stopping.reason())
+            state.owed = state.owed[1:]
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -152,9 +163,13 @@ class Loop:
         return readable_bytes(peak_device_bytes(self.processes.device) or peak_rss_bytes())
 
     def _stop(self, reason: str) -> None:
-        self.saver.save(self.progressed)
+        """Saves and raises Stopped, on all processes alike."""
+        state = self.progressed
+        if state.step:
+            self.saver.save(state)
+        self.processes.wait()  # a launcher ends all once one has left, and the main process may still be writing
         raise Stopped(
-            f"stopped by {reason or 'another process'} at step {self.progressed.step} of {self.plan.total_steps}, "
+            f"stopped by {reason or 'another process'} at step {state.step} of {self.plan.total_steps}, "
             "everything is saved: the same command goes on"
         )
 

@@ -204,7 +204,7 @@ def import_state(
         owner, key = rest.rsplit("/", 1)
         if kind == "group":
             if key != "lr":
-                _restore_group(optimizer, int(owner), key, value)
+                optimizer.param_groups[int(owner)][key] = tuple(value) if isinstance(value, list) else value
             continue
         if owner not in parameters:
             raise InputError(f"the checkpoint's optimizer state has {owner}, which this adapter does not")
@@ -213,11 +213,6 @@ def import_state(
             # torch keeps step counters on the CPU unless a kernel on the device reads them
             value = value.clone() if key == "step" and not fused else value.to(parameter.device, copy=True)
         optimizer.state[parameter][key] = value
-
-
-def _restore_group(optimizer: Optimizer, number: int, key: str, value: Any) -> None:
-    group = optimizer.param_groups[number]
-    group[key] = tuple(value) if isinstance(value, list) else value
 
 
 def _put(path: str, value: Any, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:

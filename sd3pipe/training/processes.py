@@ -67,6 +67,10 @@ class Processes:
         distributed.all_gather_object(values, value)
         return values
 
+    def any(self, flag: bool) -> bool:
+        """Returns on every process whether any of them says so."""
+        return any(self.all(flag))
+
     def wait(self) -> None:
         """Waits until all processes are here."""
         if self.count > 1:

@@ -11,7 +11,10 @@ _MEAN_OVER = 50  # steps that the shown loss is averaged over, exponentially
 
 @dataclass(slots=True, kw_only=True)
 class Progressed:
-    """`step` counts the steps done; `skipped_steps` are those that a bad loss made the run leave out."""
+    """`step` counts the steps done; `skipped_steps` are those that a bad loss made the run leave out.
+
+    `owed` names what is due after this step and not done: validation, samples.
+    """
 
     step: int = 0
     position: Position = field(default_factory=Position)
@@ -22,6 +25,7 @@ class Progressed:
     skipped_steps: list[int] = field(default_factory=list)
     best_step: int | None = None
     best_loss: float | None = None
+    owed: list[str] = field(default_factory=list)
 
     def passed(self, plan: StepPlan, loss: float | None) -> None:
         """Counts a step; `loss` is None where it was skipped."""
@@ -45,8 +49,9 @@ class Progressed:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Progressed":
         """Returns what `to_state` was made from; other keys of the state are passed over."""
-        values = {name: state[name] for name in cls.__dataclass_fields__ if name != "position"}
         epoch, index = state["position"]
+        state = {"owed": [], **state}  # checkpoints of versions that do not know it owe nothing
+        values = {name: state[name] for name in cls.__dataclass_fields__ if name != "position"}
         return cls(**values, position=Position(epoch=epoch, index=index))
 
 

@@ -78,9 +78,13 @@ def read_records(run: Path) -> Iterator[dict[str, Any]]:
         return
 
 
-def forget_after(run: Path, step: int) -> None:
-    """Drops the lines of steps after `step`, which a resumed run takes again."""
-    kept = [record for record in read_records(run) if record["step"] <= step]
+def forget_after(run: Path, step: int, kinds: Sequence[str] = ()) -> None:
+    """Drops the lines of steps after `step`, and those of `kinds` at it, which a resumed run writes again."""
+    kept = [
+        record
+        for record in read_records(run)
+        if record["step"] < step or (record["step"] == step and record["kind"] not in kinds)
+    ]
     if kept or (run / METRICS_FILE).exists():
         write_text(run / METRICS_FILE, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 

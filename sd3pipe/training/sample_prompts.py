@@ -3,7 +3,6 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -77,7 +76,7 @@ def read_prompts(where: str | Path) -> list[SamplePrompt]:
             negative_key=(negative_key := columns["negative_key"][number]),
             text=conditions[key],
             negative=conditions[negative_key],
-            **_settings(columns["settings"][number]),
+            **json.loads(columns["settings"][number]),
         )
         for number in range(len(reader.samples))
     ]
@@ -87,7 +86,3 @@ def _condition(reader: CacheReader, key: str) -> TextCondition:
     row = {name: to_torch(tensor) for name, tensor in reader.row(key).items()}
     context_BLD, pooled_BP = assemble_conditioning([row])
     return TextCondition(context=context_BLD, pooled=pooled_BP)
-
-
-def _settings(text: str) -> dict[str, Any]:
-    return json.loads(text)

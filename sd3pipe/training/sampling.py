@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sd3pipe import stopping
 from sd3pipe.errors import ParameterError
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.vae import VAE, from_model_space
@@ -111,7 +112,7 @@ def sample_latents(
     """Returns unscaled latents [B, C, h, w], fp32, as the VAE decodes them.
 
     `negative` is the prompt that guidance moves away from; it may be None where settings.scale is at most 1. The model
-    must be in eval mode. Raises ParameterError where blocks to skip do not exist.
+    must be in eval mode. Raises ParameterError where blocks to skip do not exist, Stopped when asked to stop.
     """
     if mmdit.training:
         raise AssertionError("samples are drawn in eval mode")
@@ -119,6 +120,7 @@ def sample_latents(
     latents_BChw = noise_BChw.float()
     sigmas = sampling_sigmas(settings.steps, settings.shift)
     for step, (sigma, following) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)):
+        stopping.check()
         velocity_BChw = _guided_velocity(mmdit, latents_BChw, sigma, positive, negative, settings, step)
         latents_BChw = latents_BChw + (following - sigma) * velocity_BChw
         if on_step is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from sd3pipe.console import Progress, progress
 from sd3pipe.files import make_folder
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.vae import VAE
@@ -48,28 +49,31 @@ class StepSamples:
         return self._run.path / "samples"
 
     def draw(self, step: int) -> list[Path]:
-        """Draws what is not there yet for a step, in eval mode, and returns the files of the step."""
+        """Draws what is not there yet for a step, in eval mode, and returns the step's files. Raises Stopped."""
         folder = make_folder(self.folder / f"step-{step:08d}")
         suffix = ".safetensors" if self.vae is None else ".png"
         files = [folder / f"{prompt.name}{suffix}" for prompt in self.prompts]
+        missing = [pair for pair in zip(self.prompts, files, strict=True) if not pair[1].is_file()]
+        steps = sum(prompt.settings(self.defaults).steps for prompt, _ in missing)
         training = self.mmdit.training
         self.mmdit.eval()
         try:
-            for prompt, file in zip(self.prompts, files, strict=True):
-                if not file.is_file():
-                    self._draw(prompt, file)
+            with progress(f"samples at step {step}", steps, "steps") as bar:
+                for prompt, file in missing:
+                    self._draw(prompt, file, bar)
         finally:
             self.mmdit.train(training)
         if self.vae is not None:
             self._update_grids()
         return files
 
-    def _draw(self, prompt: SamplePrompt, file: Path) -> None:
+    def _draw(self, prompt: SamplePrompt, file: Path, bar: Progress) -> None:
         latents = sample_latents(
             self.mmdit,
             *prompt.on(self.device, self.dtype),
             noise_BChw=prompt.noise(self.mmdit.architecture).to(self.device),
             settings=prompt.settings(self.defaults),
+            on_step=bar.advance,
         )
         if self.vae is None:
             keep_latents(file, latents, prompt=prompt.prompt)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sd3pipe.console import count
+from sd3pipe import stopping
+from sd3pipe.console import count, progress
+from sd3pipe.errors import Stopped
 from sd3pipe.files import write_json
 from sd3pipe.params.bands import BAND_NAMES, SIGMAS
 from sd3pipe.training.batches import fixed_batches
@@ -56,7 +58,7 @@ class Validator:
         self._batches = fixed_batches(feed.items, batch_size=batch_size)[:max_batches]
 
     def __call__(self, progressed: Progressed) -> None:
-        """Validates, records the result and marks the best step so far."""
+        """Validates, records the result and marks the best step so far. Raises Stopped, on all processes alike."""
         losses_PS = self.losses().cpu()
         measured = ~losses_PS.isnan().any(dim=1)
         by_picture = losses_PS[measured].mean(dim=1).tolist()
@@ -80,19 +82,28 @@ class Validator:
 
     @torch.no_grad()
     def losses(self) -> Tensor:
-        """Returns the loss of each held-out picture (row) at each noise level (column); NaN where not measured."""
+        """Returns the loss of each held-out picture (row) at each noise level (column); NaN where not measured.
+
+        Raises Stopped when one of the processes was asked to stop on the way.
+        """
         processes, network = self._processes, self._objective.network
         losses_PS = torch.full((len(self._feed.items), len(SIGMAS)), math.nan, dtype=torch.float64)
         shared = torch.zeros_like(losses_PS).to(processes.device)
         network.eval()
         network.set_dropout_keys(None)
-        with self._weights.delivered(self._optimizer):
-            for plan in self._batches[processes.rank :: processes.count]:
+        mine = self._batches[processes.rank :: processes.count]
+        with self._weights.delivered(self._optimizer), progress("validation", len(mine), "batches") as bar:
+            for plan in mine:
+                if stopping.reason():
+                    break
                 batch = self._feed.batch(plan).to(processes.device)
                 for column, sigma in enumerate(SIGMAS):
                     rows = torch.from_numpy(plan.pictures).to(processes.device)
                     shared[rows, column] = self._objective.losses_at(batch, sigma).double()
+                bar.advance()
         network.train()
+        if processes.any(bool(stopping.reason())):
+            raise Stopped("stopped while validating")
         processes.sum(shared)
         for plan in self._batches:
             losses_PS[plan.pictures] = shared.cpu()[plan.pictures]

@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from sd3pipe.config import Project, find_project
 from sd3pipe.errors import ParameterError
+from sd3pipe.params.export import ExportParams
 from sd3pipe.params.fields import OptionPath, Params, option
 from sd3pipe.params.resolve import resolve
 
@@ -198,3 +199,21 @@ def test_a_missing_file_names_the_nearest_and_a_folder_is_told(tmp_path):
         resolved(config=tmp_path / "trian.toml")
     with pytest.raises(ParameterError, match="is a folder: name a file"):
         resolved(config=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("in_file", "given", "out"),
+    [
+        ("", {}, "exports/cat.safetensors"),
+        ("", {"format": "comfyui"}, "exports/cat.safetensors"),
+        ("", {"format": "diffusers"}, "exports/cat-diffusers.safetensors"),
+        ("", {"format": "diffusers", "out": "mine.safetensors"}, "mine.safetensors"),
+        ('format = "diffusers"', {}, "exports/cat.safetensors"),
+        ('format = "diffusers"', {"format": "comfyui"}, "exports/cat-comfyui.safetensors"),
+    ],
+)
+def test_an_export_of_another_format_than_the_projects_lies_beside_it(tmp_path, monkeypatch, in_file, given, out):
+    write(tmp_path / "project.toml", '[paths]\nrun = "runs/cat"\nexport = "exports/cat.safetensors"\n')
+    write(tmp_path / "stages" / "export.toml", in_file)
+    monkeypatch.chdir(tmp_path)
+    assert resolve(ExportParams, "export", given, project=find_project(tmp_path)).out == Path(out)

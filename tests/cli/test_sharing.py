@@ -19,8 +19,8 @@ def test_a_process_alone_does_everything(monkeypatch):
 def test_a_rank_does_its_part_and_the_option_beats_it(monkeypatch):
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "5")
-    assert resolve(EncodeLatentsParams, "encode-latents", GIVEN).shard_numbers() == (2, 5)
-    assert resolve(EncodeLatentsParams, "encode-latents", {**GIVEN, "shard": "1/3"}).shard_numbers() == (1, 3)
+    assert shard_of_process(resolve(EncodeLatentsParams, "encode-latents", GIVEN).shard) == (2, 5)
+    assert shard_of_process(resolve(EncodeLatentsParams, "encode-latents", {**GIVEN, "shard": "1/3"}).shard) == (1, 3)
 
 
 @pytest.mark.parametrize("text", ["3/3", "x/2", "1/0"])

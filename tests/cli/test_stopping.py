@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from sd3pipe import cli
+from sd3pipe import cli, stopping
 from sd3pipe.child import ChildFailed
 from sd3pipe.commands import doctor
-from sd3pipe.training.stopping import StopRequest
+from sd3pipe.errors import Stopped
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 
@@ -24,27 +25,114 @@ def _ctrl_c_is_heard():
     signal.signal(signal.SIGINT, before)
 
 
+def run_doctor(monkeypatch, program) -> int:
+    """Runs a command line whose program is another one."""
+    monkeypatch.setattr(doctor, "main", program)
+    return cli.run(["doctor"])
+
+
+def asked(number: int) -> None:
+    """Sends a signal to this process, and goes on once the thread that watches for it has said so."""
+    signal.raise_signal(number)
+    time.sleep(0.2)
+
+
 @BOTH
-def test_a_signal_ends_a_command_with_one_line(monkeypatch, capsys, number):
+def test_a_signal_is_acknowledged_and_ends_a_command_at_its_next_look(monkeypatch, capsys, number):
     before = signal.getsignal(number)
 
-    def killed(params):
-        os.kill(os.getpid(), number)
-        time.sleep(10)
+    def program(params):
+        asked(number)
+        print("still at work")
+        stopping.check()
+        raise AssertionError("not stopped")
 
-    monkeypatch.setattr(doctor, "main", killed)
-    assert cli.run(["doctor"]) == 75
-    assert capsys.readouterr().err == f"error: stopped by {number.name}: the same command goes on from here\n"
+    assert run_doctor(monkeypatch, program) == 75
+    said = capsys.readouterr()
+    assert said.out == "still at work\n"
+    assert said.err == (
+        f"{number.name}: stopping after what is under way; once more ends at once\n"
+        f"stopped by {number.name}: the same command goes on from here\n"
+    )
     assert signal.getsignal(number) is before
+
+
+def test_a_library_that_catches_everything_does_not_swallow_the_wish(monkeypatch):
+    def program(params):
+        try:
+            with stopping.breaking_off():
+                asked(signal.SIGTERM)
+        except Exception:
+            pass
+        stopping.check()
+
+    assert run_doctor(monkeypatch, program) == 75
+
+
+def test_waiting_for_others_is_broken_off_at_once(monkeypatch):
+    def program(params):
+        with stopping.breaking_off():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    start = time.monotonic()
+    assert run_doctor(monkeypatch, program) == 75
+    assert time.monotonic() - start < 10
+
+
+def test_an_error_after_the_wish_is_no_bug_of_ours(monkeypatch, capsys):
+    """A process beside this one may have been told, too, and be gone."""
+
+    def program(params):
+        asked(signal.SIGTERM)
+        raise ConnectionResetError("the other one has left")
+
+    assert run_doctor(monkeypatch, program) == 75
+    assert "stopped by SIGTERM (ConnectionResetError: the other one has left)" in capsys.readouterr().err
+
+
+def test_what_is_finished_all_the_same_counts_as_done(monkeypatch):
+    assert run_doctor(monkeypatch, lambda params: asked(signal.SIGTERM)) == 0
 
 
 def test_what_was_started_to_ignore_ctrl_c_goes_on_ignoring_it(monkeypatch):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    monkeypatch.setattr(doctor, "main", lambda params: os.kill(os.getpid(), signal.SIGINT))
+
+    def program(params):
+        asked(signal.SIGINT)
+        stopping.check()
+
     try:
-        assert cli.run(["doctor"]) == 0
+        assert run_doctor(monkeypatch, program) == 0
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+DEAF = """
+import hashlib, sys, time
+from sd3pipe import stopping
+stopping.listen()
+print("ready", flush=True)
+hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1) if "busy" in sys.argv else time.sleep(600)
+"""
+
+
+@BOTH
+@pytest.mark.parametrize("how", ["busy", "asleep"])
+def test_a_second_signal_ends_what_does_not_answer(number, how):
+    """Also where the main thread is in a library for half an hour: a handler would have to wait for it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", DEAF, how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.stderr.readline().startswith(f"{number.name}: stopping after what is under way")
+    process.send_signal(number)  # at once: the same wish
+    time.sleep(1.2)
+    assert process.poll() is None
+    process.send_signal(number)
+    assert process.wait(timeout=20) == 128 + number
 
 
 CHILD = """
@@ -54,42 +142,73 @@ def stop(number, frame):
     sys.exit(75)
 signal.signal(signal.SIGINT, stop)
 signal.signal(signal.SIGTERM, stop)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
 print("ready", flush=True)
 time.sleep(30)
+"""
+PARENT = """
+import sys
+from pathlib import Path
+from sd3pipe import child, stopping
+child._PROGRAM = Path(sys.argv[1])
+with stopping.listening():
+    try:
+        child.run_child("train", [], same_command="sd3pipe run")
+    except child.Stopped as stopped:
+        print(stopped)
 """
 
 
 @BOTH
 @pytest.mark.parametrize("to", ["process", "group"])
 def test_a_signal_is_handed_on_and_the_command_may_finish(tmp_path, number, to):
-    (tmp_path / "sd3pipe").mkdir()
-    (tmp_path / "sd3pipe" / "__init__.py").touch()
-    (tmp_path / "sd3pipe" / "__main__.py").write_text(CHILD)
-    parent = (
-        f"from sd3pipe.child import run_child; from pathlib import Path; print(run_child([], Path({str(tmp_path)!r})))"
-    )
+    program = tmp_path / "program.py"
+    program.write_text(CHILD)
     process = subprocess.Popen(
-        [sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", PARENT, program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    assert process.stdout is not None
+    assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline() == "ready\n"
     (os.killpg if to == "group" else os.kill)(process.pid, number)
-    assert process.stdout.read() == "75\n"
+    assert process.stdout.read() == "train was stopped: `sd3pipe run` goes on from there\n"
+    assert process.stderr.read() == ""  # the command says that it heard, and not the one that runs it as well
+
+
+def test_a_signal_before_a_command_is_started_reaches_it(tmp_path, monkeypatch):
+    from sd3pipe import child
+
+    program = tmp_path / "program.py"
+    program.write_text(CHILD)
+    monkeypatch.setattr(child, "_PROGRAM", program)
+    start = subprocess.Popen
+
+    def started(*arguments, **named):
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        return start(*arguments, stdout=subprocess.DEVNULL, **named)
+
+    monkeypatch.setattr(child.subprocess, "Popen", started)
+    begun = time.monotonic()
+    with stopping.listening(), pytest.raises(Stopped):
+        child.run_child("train", [], same_command="sd3pipe run")
+    assert time.monotonic() - begun < 20
+
+
+def test_nothing_is_started_after_the_wish(monkeypatch):
+    from sd3pipe import child
+
+    monkeypatch.setattr(child, "_PROGRAM", Path("nothing"))
+    with stopping.listening():
+        asked(signal.SIGTERM)
+        with pytest.raises(Stopped):
+            child.run_child("train", [], same_command="sd3pipe run")
 
 
 def test_a_failed_command_gives_its_code_and_a_killed_one_may_go_on():
     assert ChildFailed("train", 7, "sd3pipe run").exit_code == 7
     killed = ChildFailed("train", -9, "sd3pipe run")
     assert (killed.exit_code, str(killed)) == (75, "train was ended by signal 9: `sd3pipe run` goes on from there")
-
-
-def test_the_same_wish_said_twice_at_once_counts_once(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with StopRequest() as stop:
-        for _ in range(2):
-            signal.raise_signal(signal.SIGINT)
-        assert stop.reason == "SIGINT"
-        now[0] += 2
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)

@@ -119,10 +119,10 @@ def test_a_tie_between_aspects_takes_the_first_of_the_sorted_list(size):
 
 def test_max_bucket_reso_is_told_where_it_costs_pixels():
     wide = bucketing()
-    assert cut_by_limit(place(1920, 1080, wide), wide)
-    assert not cut_by_limit(place(1024, 1024, wide), wide)
+    assert cut_by_limit(place(1920, 1080, wide).bucket, wide)
+    assert not cut_by_limit(place(1024, 1024, wide).bucket, wide)
     roomy = bucketing(high=2048)
-    assert not cut_by_limit(place(1920, 1080, roomy), roomy)
+    assert not cut_by_limit(place(1920, 1080, roomy).bucket, roomy)
 
 
 @given(

@@ -195,7 +195,7 @@ def test_ring_memory_is_two_blocks_per_shape():
     with BlockStreamer(model, blocks_to_swap=8, device="cpu", modulation="resident") as streamer:
         body = sum(p.numel() * 4 for name, p in model.joint_blocks[0].named_parameters() if "adaLN" not in name)
         last = sum(p.numel() * 4 for name, p in model.joint_blocks[7].named_parameters() if "adaLN" not in name)
-        assert 0 <= streamer.ring_bytes - (2 * body + last) < 3 * 256 * 40  # alignment of at most 40 tensors a block
+        assert 0 <= streamer.rings.bytes() - (2 * body + last) < 3 * 256 * 40  # alignment of at most 40 tensors a block
 
 
 def test_offloading_resident_blocks_that_are_not_recomputed_is_refused():

@@ -85,5 +85,18 @@ def test_pack_lists_caches_and_parameters(folder):
     assert "6 files, 4." in sd3pipe("pack", cwd=folder).stdout
 
 
+def test_pack_shows_the_ten_largest_and_all_on_demand(folder):
+    for name in ("text", "latents"):
+        (folder / "caches" / name / "segments").mkdir(parents=True)
+        (folder / "caches" / name / "manifest.json").write_text("{}")
+        for number in range(8):
+            (folder / "caches" / name / "segments" / f"{number}.safetensors").write_bytes(bytes(1000 * number))
+    lines = sd3pipe("pack", cwd=folder).stdout.splitlines()
+    assert lines[0] == "the 10 largest of 19 files (--all lists them all):"
+    assert [line.split()[0] for line in lines[1:11]] == [str(number) for number in (7, 7, 6, 6, 5, 5, 4, 4, 3, 3)]
+    assert lines[11].startswith("19 files, 56.")
+    assert len(sd3pipe("pack", "--all", cwd=folder).stdout.splitlines()) == 19 + 2
+
+
 def test_pack_asks_for_the_caches_first(folder):
     assert "encode" in sd3pipe("pack", cwd=folder, expect=3).stderr

@@ -25,7 +25,7 @@ def peak():
 before = peak()
 source = find_component("mmdit", model=sys.argv[1])
 mmdit, streamer = load_base(source, dtype=torch.bfloat16, device=torch.device("cpu"), blocks_to_swap=int(sys.argv[2]))
-print(peak() - before - streamer.ring_bytes)
+print(peak() - before - streamer.rings.bytes())
 """
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import sys
 from types import SimpleNamespace
 from typing import ClassVar
@@ -12,9 +13,11 @@ from safetensors.torch import load_file
 from support.tiny_parts import TINY_VAE, random_tensors, save_single_file
 from support.tiny_training import Inputs, equal, fill_prompts, make_inputs, pictures
 
-from sd3pipe.errors import InputError
+from sd3pipe import stopping
+from sd3pipe.errors import InputError, Stopped
 from sd3pipe.params.bands import BAND_NAMES, SIGMAS
 from sd3pipe.training.objective import Objective
+from sd3pipe.training.step_samples import StepSamples
 from sd3pipe.training.validation import mean_and_half_width, verdict
 
 HELD_OUT = 4
@@ -302,3 +305,43 @@ def test_train_imports_neither_text_encoders_nor_pillow(inputs):
     )
     done = subprocess.run([sys.executable, "-c", code, params], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+# stopping
+
+
+def asked_at(monkeypatch, where: type, name: str, call: int) -> None:
+    """Makes the process hear SIGTERM when a method is called the given number of times."""
+    method, calls = getattr(where, name), []
+
+    def told(self, *arguments, **named):
+        calls.append(name)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return method(self, *arguments, **named)
+
+    monkeypatch.setattr(where, name, told)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "call"),
+    [
+        (Objective, "losses_at", 2),  # of the validation before the first step
+        (StepSamples, "_draw", 2),  # of the samples before the first step: the first picture is there by then
+        (Objective, "answer", 2),  # in the second step, after which both are due
+        (StepSamples, "_draw", 4),  # after the second step: what is left is owed
+        (StepSamples, "_draw", 6),  # after the last step
+    ],
+)
+def test_what_a_stopped_run_owes_is_done_when_it_goes_on(inputs, prompts, monkeypatch, where, name, call):
+    options = {"prompts": prompts, "sample_every_n_steps": 2, "validate_every_n_steps": 2, "output_name": "owed"}
+    whole = inputs.train("not-stopped", **options)
+    with monkeypatch.context() as patch, stopping.listening(), pytest.raises(Stopped):
+        asked_at(patch, where, name, call)
+        inputs.train("stopped", resume="never", **options)
+    parts = inputs.train("stopped", **options)
+    assert equal(parts.adapter(), whole.adapter())
+    assert parts.records("validation") == whole.records("validation")
+    assert [record["step"] for record in parts.records()] == [1, 2, 3, 4]
+    drawn = [{path.relative_to(run.folder) for path in run.folder.glob("samples/*/*")} for run in (parts, whole)]
+    assert drawn[0] == drawn[1]

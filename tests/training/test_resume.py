@@ -12,7 +12,7 @@ import pytest
 from support.tiny_training import Inputs, Run, equal, make_inputs, pictures, with_other_vae
 
 from sd3pipe.errors import InputError, ParameterError, StaleError, Stopped
-from sd3pipe.training.stopping import StopRequest
+from sd3pipe.training.step_runner import StepRunner
 
 STEPS = 6
 
@@ -41,14 +41,14 @@ def assert_same_run(first: Run, second: Run, step: int = STEPS) -> None:
 
 
 def stop_after(monkeypatch, step: int) -> None:
-    """Makes runs see a stop request during the given step."""
-    seen = {"steps": 0}
+    """Makes runs see a wish to stop during the given step."""
+    take, seen = StepRunner.step, {"steps": 0}
 
-    def reason(self: StopRequest) -> str:
+    def heard(self: StepRunner, *arguments, stop: bool, **named):
         seen["steps"] += 1
-        return "SIGTERM" if seen["steps"] == step else ""
+        return take(self, *arguments, stop=stop or seen["steps"] == step, **named)
 
-    monkeypatch.setattr(StopRequest, "reason", property(reason))
+    monkeypatch.setattr(StepRunner, "step", heard)
 
 
 FAMILIES = {
@@ -267,11 +267,13 @@ def test_a_run_killed_within_a_step_goes_on_to_the_same_bits(inputs, family):
 
 EXITS_LIKE_THE_COMMAND = """
 import sys
+from sd3pipe import stopping
 from sd3pipe.commands.train import main
 from sd3pipe.errors import Sd3pipeError
 from sd3pipe.params.train import TrainParams
 try:
-    main(TrainParams.model_validate_json(sys.argv[1]))
+    with stopping.listening():
+        main(TrainParams.model_validate_json(sys.argv[1]))
 except Sd3pipeError as error:
     sys.exit(error.exit_code)
 """
