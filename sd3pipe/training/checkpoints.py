@@ -1,6 +1,5 @@
 """Checkpoints: a folder of safetensors and one JSON file that appears whole or not at all, and is checked when read."""
 
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +14,15 @@ from torch import Tensor
 from sd3pipe.adapters.find import ADAPTER_NAME, STATE_NAME
 from sd3pipe.adapters.tensor_file import in_file_order, write_tensors
 from sd3pipe.errors import InputError
-from sd3pipe.files import atomic_folder, remove_folder, storage_errors, sync_file, write_json
+from sd3pipe.files import atomic_folder, remove_folder, storage_errors, sync_file
 from sd3pipe.fingerprint import hash_file
+from sd3pipe.training.state_file import FileIdentity, State, read_state, write_state
 
 log = logging.getLogger(__name__)
 
 ADAPTER_FILE, STATE_FILE = ADAPTER_NAME, STATE_NAME
 OPTIMIZER_FILE = "optimizer.safetensors"
 CHECKPOINTS_FOLDER = "checkpoints"
-FORMAT_VERSION = 1
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -34,7 +33,7 @@ class Checkpoint:
 
     path: Path
     step: int
-    state: Mapping[str, Any]
+    state: State
 
     @property
     def adapter(self) -> Path:
@@ -46,8 +45,11 @@ class Checkpoint:
         return OPTIMIZER_FILE in self.state["files"]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the trained tensors and the optimizer's, as they were saved."""
-        return load_file(self.path / OPTIMIZER_FILE)
+        """Returns the trained tensors and the optimizer's, as they were saved. Raises InputError."""
+        try:
+            return load_file(self.path / OPTIMIZER_FILE)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{self.path / OPTIMIZER_FILE} cannot be read ({error})") from error
 
 
 def step_name(step: int) -> str:
@@ -71,8 +73,7 @@ def write_checkpoint(
             write_tensors(handle, in_file_order(tensors), {})
             sync_file(handle)
         files = {name: _identity(temporary / name) for name in (ADAPTER_FILE, OPTIMIZER_FILE)}
-        content = {**state, "format": FORMAT_VERSION, "step": step, "files": files}
-        write_json(temporary / STATE_FILE, content)
+        content = write_state(temporary / STATE_FILE, {**state, "step": step, "files": files})
         if final.exists():
             remove_folder(final)
     return Checkpoint(path=final, step=step, state=content)
@@ -80,18 +81,16 @@ def write_checkpoint(
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Returns the checkpoint in a folder after checking its files' bytes. Raises InputError that says what is wrong."""
+    state = read_state(path / STATE_FILE)
+    if _NAME.fullmatch(path.name) and path.name != step_name(state["step"]):
+        raise InputError(f"{path} is no whole checkpoint: its {STATE_FILE} is that of step {state['step']}")
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        if state["format"] != FORMAT_VERSION:
-            raise InputError(f"{path} has checkpoint format {state['format']}, this sd3pipe reads {FORMAT_VERSION}")
         for name, identity in state["files"].items():
             if _size(path / name) != identity["bytes"] or hash_file(path / name) != identity["blake3"]:
                 raise InputError(f"{path} is torn: {name} is not the file that {STATE_FILE} describes")
-        return Checkpoint(path=path, step=state["step"], state=state)
     except OSError as error:
         raise InputError(f"{path} is no whole checkpoint: {error.filename}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"{path} is torn: {STATE_FILE} is damaged ({error})") from error
+    return Checkpoint(path=path, step=state["step"], state=state)
 
 
 def checkpoint_paths(run: Path) -> list[Path]:
@@ -139,12 +138,12 @@ class Retention:
     last_epochs_state: int | None = None
     num_states: int = 2
 
-    def keeps_adapter(self, state: Mapping[str, Any], newest: Mapping[str, Any]) -> bool:
+    def keeps_adapter(self, state: State, newest: State) -> bool:
         if self.last_steps is not None and state["step"] < newest["step"] - self.last_steps:
             return False
         return self.last_epochs is None or state["position"][0] > newest["position"][0] - self.last_epochs
 
-    def keeps_optimizer(self, state: Mapping[str, Any], newest: Mapping[str, Any], age: int) -> bool:
+    def keeps_optimizer(self, state: State, newest: State, age: int) -> bool:
         if self.last_steps_state is not None:
             return state["step"] >= newest["step"] - self.last_steps_state
         if self.last_epochs_state is not None:
@@ -157,8 +156,8 @@ def prune(run: Path, newest: Checkpoint, retention: Retention, *, keep_steps: Se
     older = [path for path in checkpoint_paths(run) if path != newest.path]
     for age, path in enumerate(reversed(older), start=1):
         try:
-            state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            state = read_state(path / STATE_FILE)
+        except InputError:
             continue  # a torn checkpoint is left for the user to look at
         if not retention.keeps_adapter(state, newest.state) and state["step"] not in keep_steps:
             remove_folder(path)
@@ -166,15 +165,15 @@ def prune(run: Path, newest: Checkpoint, retention: Retention, *, keep_steps: Se
             _drop_optimizer(path, state)
 
 
-def _drop_optimizer(path: Path, state: dict[str, Any]) -> None:
+def _drop_optimizer(path: Path, state: State) -> None:
     """Deletes the optimizer's state; the JSON goes first, so that a crash in between leaves a whole checkpoint."""
     del state["files"][OPTIMIZER_FILE]
-    write_json(path / STATE_FILE, state)
+    write_state(path / STATE_FILE, state)
     with storage_errors(path):
         (path / OPTIMIZER_FILE).unlink(missing_ok=True)
 
 
-def _identity(path: Path) -> dict[str, Any]:
+def _identity(path: Path) -> FileIdentity:
     with open(path, "rb+") as handle:
         sync_file(handle)
     return {"bytes": _size(path), "blake3": hash_file(path)}

@@ -5,9 +5,9 @@ import importlib
 import importlib.util
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,7 @@ _NAMES = {
     "dadaptsgd": OptimizerClass(path="dadaptation.DAdaptSGD"),
 }
 _IN_EXTRA = ("prodigyopt", "schedulefree")  # pip install sd3pipe[optimizers]
+_WITHOUT_DEVICE = ("torch.optim", "sd3pipe.")  # optimizers that take a step wherever a parameter lies
 _NEAR_ONE = 0.1
 _ESTIMATE_THEIR_RATE = ("prodigy", "dadapt")  # their learning_rate multiplies an estimate, and belongs near 1
 
@@ -197,6 +198,7 @@ def import_state(
     Unlike load_state_dict, no tensor changes its dtype.
     """
     parameters = {name: parameter for parameter, name in names.items()}
+    _check_state(optimizer, parameters, {**tensors, **values})
     fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     optimizer.state.clear()
     for path, value in {**tensors, **values}.items():
@@ -206,13 +208,64 @@ def import_state(
             if key != "lr":
                 optimizer.param_groups[int(owner)][key] = tuple(value) if isinstance(value, list) else value
             continue
-        if owner not in parameters:
-            raise InputError(f"the checkpoint's optimizer state has {owner}, which this adapter does not")
         parameter = parameters[owner]
         if isinstance(value, Tensor):
             # torch keeps step counters on the CPU unless a kernel on the device reads them
             value = value.clone() if key == "step" and not fused else value.to(parameter.device, copy=True)
         optimizer.state[parameter][key] = value
+
+
+def _check_state(optimizer: Optimizer, parameters: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
+    """Raises InputError for state of other parameters, or of another form than this optimizer's."""
+    by_owner: dict[str, dict[str, Any]] = {}
+    for path, value in found.items():
+        kind, _, rest = path.partition("/")
+        owner, _, key = rest.rpartition("/")
+        if kind == "group":
+            _check_group_value(optimizer, owner, key, value)
+        elif kind != "state" or owner not in parameters:
+            raise InputError(f"the checkpoint's optimizer state has {owner or path}, which this adapter does not")
+        else:
+            by_owner.setdefault(owner, {})[key] = value
+    expected: dict[tuple[int, ...], Mapping[str, Any] | None] = {}
+    for owner, state in by_owner.items():
+        shape = tuple(parameters[owner].shape)
+        if shape not in expected:
+            expected[shape] = _first_state(optimizer, shape)
+        if (wanted := expected[shape]) is not None and {key: _form(value) for key, value in state.items()} != wanted:
+            raise InputError(f"the checkpoint's optimizer state of {owner} is not that of a {type(optimizer).__name__}")
+
+
+def _check_group_value(optimizer: Optimizer, number: str, key: str, value: Any) -> None:
+    groups = optimizer.param_groups
+    if not number.isascii() or not number.isdecimal() or int(number) >= len(groups):
+        raise InputError(f"the checkpoint's optimizer has a group {number}, this run's has {len(groups)}")
+    own = groups[int(number)].get(key)
+    if own is not None and value is not None and _form(own) != _form(value):
+        raise InputError(f"the checkpoint's optimizer has {key} = {value!r}, where this run's has {own!r}")
+
+
+def _first_state(optimizer: Optimizer, shape: tuple[int, ...]) -> Mapping[str, Any] | None:
+    """Returns the form of what an optimizer of torch or of ours keeps for a parameter; of others it is not known."""
+    if not type(optimizer).__module__.startswith(_WITHOUT_DEVICE):
+        return None
+    parameter = torch.zeros(shape, requires_grad=True)
+    parameter.grad = torch.zeros(shape)
+    options = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    make: Callable[..., Optimizer] = cast(Any, type(optimizer))
+    trial = make([{**options, "params": [parameter]}])
+    trial.step()
+    return {key: _form(value) for key, value in trial.state[parameter].items()}
+
+
+def _form(value: Any) -> Any:
+    """Returns what makes two values stand for each other: shape and number format, or the kind of JSON value."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, list | tuple):
+        return [_form(item) for item in value]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return "a number" if is_number else type(value)
 
 
 def _put(path: str, value: Any, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:

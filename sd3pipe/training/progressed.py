@@ -1,10 +1,10 @@
 """How far a run is: the small numbers that go into every checkpoint beside the tensors."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sd3pipe.training.batches import Position, StepPlan
+from sd3pipe.training.state_file import State
 
 _MEAN_OVER = 50  # steps that the shown loss is averaged over, exponentially
 
@@ -47,7 +47,7 @@ class Progressed:
         return {**asdict(self), "position": [self.position.epoch, self.position.index]}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "Progressed":
+    def from_state(cls, state: State) -> "Progressed":
         """Returns what `to_state` was made from; other keys of the state are passed over."""
         epoch, index = state["position"]
         state = {"owed": [], **state}  # checkpoints of versions that do not know it owe nothing

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from sd3pipe.adapters.files import save_adapter
 from sd3pipe.adapters.network import AdapterNetwork
 from sd3pipe.adapters.precision import StoredDtype
+from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_file, followed, storage_errors, write_json
 from sd3pipe.training.checkpoints import (
     ADAPTER_FILE,
@@ -92,6 +93,8 @@ class Saver:
         state = {name: tensor for name, tensor in tensors.items() if name.startswith(("state/", "group/"))}
         import_state(self._optimizer, self._weights.optimized, state, checkpoint.state["optimizer"])
         if self._scaler is not None:
+            if "loss_scale" not in checkpoint.state:
+                raise InputError(f"{checkpoint.path} was not trained in fp16: it has no loss scale")
             self._scaler.load_state_dict(dict(checkpoint.state["loss_scale"]))
 
     def roll_back(self, progressed: Progressed) -> None:

@@ -341,7 +341,7 @@ def _retention(params: TrainParams) -> Retention:
 def _state(identity: Mapping[str, Any], warmup_steps: int, start: Start) -> dict[str, Any]:
     """Returns what every checkpoint of the run says, wherever it stands."""
     state: dict[str, Any] = {"identity": dict(identity), "warmup_steps": warmup_steps}
-    changes = list(start.checkpoint.state.get("changes", [])) if start.checkpoint else []
+    changes: list[dict[str, Any]] = list(start.checkpoint.state.get("changes", [])) if start.checkpoint else []
     if start.checkpoint and start.changes:
         changes.append({"step": start.checkpoint.step, **start.changes})
     return {**state, "changes": changes}

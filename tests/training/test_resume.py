@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support.tiny_training import Inputs, Run, equal, make_inputs, pictures, with_other_vae
 
 from sd3pipe.errors import InputError, ParameterError, StaleError, Stopped
+from sd3pipe.fingerprint import hash_file
 from sd3pipe.training.step_runner import StepRunner
 
 STEPS = 6
@@ -211,6 +214,38 @@ def test_a_run_from_before_recipe_versions_were_named_goes_on(inputs, tmp_path):
     assert inputs.train(tmp_path / "run", max_train_steps=2).report()["steps_now"] == 0
     assert inputs.train(tmp_path / "run", max_train_steps=3).report()["steps_now"] == 1
     assert not (tmp_path / "run.1").exists()
+
+
+def broken_optimizer(run: Run, change) -> None:
+    """Replaces the tensors of a checkpoint and what its state says of their file, as a run without digest would."""
+    path = run.checkpoint(2)
+    tensors = run.optimizer(2)
+    change(tensors, next(name.removesuffix("/exp_avg") for name in tensors if name.endswith("/exp_avg")))
+    save_file(tensors, path / "optimizer.safetensors")
+    state = run.state(2)
+    del state["digest"]
+    size, digest = (path / "optimizer.safetensors").stat().st_size, hash_file(path / "optimizer.safetensors")
+    state["files"]["optimizer.safetensors"] = {"bytes": size, "blake3": digest}
+    (path / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, owner: tensors.pop(f"{owner}/exp_avg"),
+        lambda tensors, owner: tensors.pop(f"{owner}/step"),
+        lambda tensors, owner: tensors.update({f"{owner}/exp_avg": tensors[f"{owner}/exp_avg"].flatten()}),
+        lambda tensors, owner: tensors.update({f"{owner}/exp_avg": tensors[f"{owner}/exp_avg"].half()}),
+        lambda tensors, owner: tensors.update({"state/elsewhere/exp_avg": torch.zeros(2)}),
+        lambda tensors, owner: tensors.update({"group/9/k": torch.zeros(2)}),
+        lambda tensors, owner: tensors.pop(next(name for name in tensors if name.startswith("weights/"))),
+    ],
+)
+def test_tensors_that_the_optimizer_does_not_expect_are_refused(inputs, tmp_path, change):
+    run = inputs.train(tmp_path / "run", max_train_steps=2)
+    broken_optimizer(run, change)
+    with pytest.raises(InputError, match="checkpoint"):
+        inputs.train(tmp_path / "run", max_train_steps=3)
 
 
 def test_network_weights_start_a_new_run_from_an_adapter(inputs):
