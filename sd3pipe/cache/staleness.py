@@ -2,10 +2,11 @@
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import TypeAdapter
 
@@ -18,6 +19,11 @@ from sd3pipe.stat_memory import Stamp, stamp_of, tick_ns
 
 _FORMAT = 1
 _FILE = "sources.json"
+_OF_THE_DATASET = {".toml", ".json", ".jsonl"}  # the dataset file and the metadata files that it names
+
+
+_Files: TypeAlias = dict[str, tuple[Any, str]]
+_Folders: TypeAlias = dict[str, tuple[list[str], str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +42,8 @@ class _Note:
     format: Literal[1]
     cache: str | None
     dataset: str
-    files: dict[str, tuple[Any, str]]
-    folders: dict[str, tuple[list[str], str]]
+    files: _Files
+    folders: _Folders
 
 
 def remember_sources(
@@ -75,26 +81,76 @@ def remember_sources(
 
 def check_sources(cache: Path) -> SourceCheck:
     """Compares the files that a cache was encoded from with what they are now. A touched file alone is fresh."""
-    note = _read_note(CacheFolder(cache).machine / _FILE)
-    if note is None:
+    return Sources(cache).check()
+
+
+class Sources:
+    """What a cache was encoded from, by the note beside it, for comparison with what there is now."""
+
+    def __init__(self, cache: Path) -> None:
+        self._note = _read_note(CacheFolder(cache).machine / _FILE)
+        self._unknown = _why_unknown(cache, self._note)
+
+    def check(self) -> SourceCheck:
+        """Compares all of it."""
+        return self._unknown or _compared(_changes(self._note.files, self._note.folders))
+
+    def check_picture(self, name: str, image_hash: str) -> SourceCheck:
+        """Compares what one picture's rows were made from: its files, those that came to it, those of the dataset.
+
+        `name` and `image_hash` are those of the samples table.
+        """
+        if self._unknown:
+            return self._unknown
+        files, folders, stem = self._note.files, self._note.folders, Path(name).stem
+        alike = self._by_stem.get(stem, [])
+        places = {path.parent for path in alike if files[str(path)][1] == image_hash and _ends_with(path, name)}
+        about = {path: entry for path, entry in files.items() if _suffix(path).lower() in _OF_THE_DATASET}
+        # a folder that is not listed holds masks
+        about |= {str(p): files[str(p)] for p in alike if p.parent in places or str(p.parent) not in folders}
+        for place in places & {Path(folder) for folder in folders}:
+            siblings = (path for path in place.iterdir() if path.stem == stem and str(path) not in files)
+            about |= {str(p): (None, "") for p in siblings if p.suffix.lower() in folders[str(place)][0]}
+        return _compared(_changes(about, {}))
+
+    @cached_property
+    def _by_stem(self) -> dict[str, list[Path]]:
+        """The files by name without ending, which a picture, its caption and its mask share."""
+        found: dict[str, list[Path]] = {}
+        for path in map(Path, self._note.files):
+            found.setdefault(path.stem, []).append(path)
+        return found
+
+
+def _why_unknown(cache: Path, note: _Note) -> SourceCheck | None:
+    """Returns why a cache cannot be compared with its sources; None where it can."""
+    if not note.dataset:
         return SourceCheck("unknown", reason=f"{cache} was not encoded on this machine")
     if note.cache != _published(cache):
         return SourceCheck("unknown", reason=f"{cache} was replaced since it was encoded on this machine")
-    gone = [path for path in (note.dataset, *note.folders) if not os.path.exists(path)]  # noqa: PTH110, which raises nothing
+    gone = [path for path in (note.dataset, *note.folders) if not os.path.exists(path)]  # noqa: PTH110, raises nothing
     if gone:
         return SourceCheck("unknown", reason=f"{gone[0]}, which {cache} was encoded from, is not here")
-    changes = tuple(_changes(note))
-    return SourceCheck("changed", changes) if changes else SourceCheck("fresh")
+    return None
 
 
-def _changes(note: _Note) -> Iterator[str]:
-    for name, (stamp, digest) in note.files.items():
+def _compared(changes: Iterable[str]) -> SourceCheck:
+    found = tuple(changes)
+    return SourceCheck("changed", found) if found else SourceCheck("fresh")
+
+
+def _ends_with(path: Path, name: str) -> bool:
+    return path.as_posix().endswith(f"/{name}")
+
+
+def _changes(files: _Files, folders: _Folders) -> Iterator[str]:
+    for name, (stamp, digest) in files.items():
         try:
             if list(_stamp(name)) != stamp and hash_file(Path(name)) != digest:
-                yield f"{name} was changed"
+                yield f"{name} was changed" if digest else f"{name} is new"
         except (OSError, ValueError):  # ValueError: no path of a file
             yield f"{name} is gone"
-    for name, (suffixes, listing) in note.folders.items():
+    for name, (suffixes, listing) in folders.items():
         try:
             if _listing(Path(name), suffixes) != listing:
                 yield f"{name} has other files than before"
@@ -145,8 +201,9 @@ def _suffix(name: str) -> str:
     return dot + ending if stem and ending else ""
 
 
-def _read_note(file: Path) -> _Note | None:
+def _read_note(file: Path) -> _Note:
+    """Returns the note in a file; one without a dataset where there is none that can be read."""
     try:
         return read_json(file, TypeAdapter(_Note), most_bytes=MOST_LIST_BYTES)
     except DocumentError:
-        return None
+        return _Note(format=1, cache=None, dataset="", files={}, folders={})

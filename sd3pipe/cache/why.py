@@ -9,11 +9,13 @@ from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.keys import text_source
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.segment import Ingredients, RowInfo, read_header
+from sd3pipe.cache.staleness import SourceCheck, Sources
 from sd3pipe.cache.wishes import Wish, last_wish
 from sd3pipe.errors import InputError
 from sd3pipe.fingerprint import hash_file
 
-State = Literal["hit", "unused", "quarantined", "miss"]
+State = Literal["hit", "stale", "unused", "quarantined", "miss"]
+_SOURCES = ("image_hash", "caption_hash")
 _GEOMETRY = ("crop", "flip", "variant", "bucket_h", "bucket_w")
 
 
@@ -33,7 +35,7 @@ class Explanation:
     sample: Mapping[str, Any]
     key: str
     state: State
-    where: str  # the segment, for hit and unused; the reason, for quarantined
+    where: str  # the segment, for hit, stale and unused; the reason, for quarantined
     nearest: str | None  # key of the nearest row, for a miss
     differences: tuple[Difference, ...]
     note: str
@@ -70,7 +72,22 @@ def explain(cache: Path, subject: str) -> list[Explanation]:
             f"{cache} and its last encode know no picture, caption or key {subject!r}: "
             "run the encode stage with --dry-run if it is new, then ask again"
         )
-    return [_explain(sample, digest, evidence) for sample in chosen]
+    published = {_place(sample): sample for sample in evidence.live_samples}
+    sources = Sources(cache)
+    return [
+        _explain(_as_it_is(sample, published.get(_place(sample), sample), sources), digest, evidence, sources)
+        for sample in chosen
+    ]
+
+
+def _as_it_is(wanted: Mapping[str, Any], published: Mapping[str, Any], sources: Sources) -> Mapping[str, Any]:
+    """Returns the published sample where a dry run looked at another state of the files than there is now."""
+    same = all(wanted.get(name) == published.get(name) for name in _SOURCES)
+    return wanted if same or _check(published, sources).state != "fresh" else published
+
+
+def _check(sample: Mapping[str, Any], sources: Sources) -> SourceCheck:
+    return sources.check_picture(sample["name"], sample.get("image_hash", ""))
 
 
 def _gather(cache: Path) -> _Evidence:
@@ -87,13 +104,13 @@ def _gather(cache: Path) -> _Evidence:
     )
 
 
-def _explain(sample: Mapping[str, Any], digest: str | None, evidence: _Evidence) -> Explanation:
+def _explain(sample: Mapping[str, Any], digest: str | None, evidence: _Evidence, sources: Sources) -> Explanation:
     key, row = sample["key"], evidence.rows.get(sample["key"])
-    changed = digest is not None and sample.get("image_hash") not in (None, digest)
+    changes = _changes(sample, digest, sources)
     state: State = "miss"
     nearest, differences, where = None, (), ""
     if row is not None:
-        state, where = ("hit" if row.live else "unused"), row.path.name
+        state, where = (("stale" if changes else "hit") if row.live else "unused"), row.path.name
     elif key in evidence.quarantine:
         state, where = "quarantined", evidence.quarantine[key]
     elif evidence.wish is not None and key in evidence.wish.rows:
@@ -106,8 +123,15 @@ def _explain(sample: Mapping[str, Any], digest: str | None, evidence: _Evidence)
         where=where,
         nearest=nearest,
         differences=differences,
-        note="the file was changed since the last encode or --dry-run looked at it" if changed else "",
+        note="; ".join(changes),
     )
+
+
+def _changes(sample: Mapping[str, Any], digest: str | None, sources: Sources) -> tuple[str, ...]:
+    """Returns what has changed since rows were last made of a picture and its caption; `digest` is the picture's."""
+    if digest is not None and sample.get("image_hash") not in (None, digest):
+        return ("the file was changed since the last encode or --dry-run looked at it",)
+    return _check(sample, sources).changes
 
 
 def _nearest(

@@ -43,7 +43,7 @@ def inspect(params: AdapterInspectParams) -> None:
     """Prints what a file holds, what it says of itself, and what base it fits."""
     file = read_adapter(find_adapter(params.adapter), ignore_unknown=params.ignore_unknown)
     if params.reproduce:
-        say(*reproduction(read_provenance(file.metadata, file.path), later_steps(file.metadata)).split("\n"))
+        say(*reproduction(read_provenance(file.metadata, file.path), later_steps(file.metadata)))
         return
     found = inspected(file)
     if params.picture is not None:

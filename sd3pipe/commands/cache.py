@@ -124,6 +124,7 @@ def _why_lines(item: Explanation) -> list[str]:
     about = ", ".join(["/".join(str(sample[name]) for name in ("subset", "name") if name in sample), *named])
     said = {
         "hit": f"hit, row {item.key} in segment {item.where}",
+        "stale": f"stale, row {item.key} in segment {item.where} is of what was there before: encode again",
         "unused": f"unused row {item.key} in segment {item.where}: comes back without encoding",
         "quarantined": f"unreadable: {item.where}",
         "miss": f"miss, row {item.key} is not there",

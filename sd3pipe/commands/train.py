@@ -23,7 +23,7 @@ from sd3pipe.params.idle import idle_options
 from sd3pipe.params.train import TrainParams
 from sd3pipe.stat_memory import StatMemory
 from sd3pipe.training.checkpoints import set_aside_later
-from sd3pipe.training.data_summary import data_summary
+from sd3pipe.training.data_summary import data_summary, encode_summary
 from sd3pipe.training.durations import parse_duration
 from sd3pipe.training.identity import RunInputs, resolve_inputs, run_identity
 from sd3pipe.training.loop import Loop
@@ -98,7 +98,7 @@ def _train(params: TrainParams, processes: Processes, report: StageReport, folde
     start = processes.same(_start(params, identity, run) if processes.is_main else None)
     assert start is not None
     report.update(options=params.model_dump(mode="json"), identity=identity, sources_checked=freshness)
-    report.update(data=data_summary(data))
+    report.update(data=data_summary(data), encoded=encode_summary({"text": params.text, "latents": params.latents}))
     if is_finished(params.out, start, identity, run.total_steps):
         done = Progressed.from_state(start.checkpoint.state) if start.checkpoint else Progressed()
         report.keep(seconds_per_step=None, peak_rss_bytes=peak_rss_bytes(), peak_device_bytes=0)

@@ -8,7 +8,6 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from sd3pipe.adapters.metadata import Provenance
-from sd3pipe.console import one_line
 from sd3pipe.documents import DocumentError, parse_json
 from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.params.encode_text import EncodeTextParams
@@ -29,21 +28,21 @@ _PLACES = {**{key: key.upper() for key in REQUIRED_KEYS}, "caches": "caches", "r
 LATER_STEPS_KEY = "sd3pipe_later_steps"
 
 
-def reproduction(provenance: Provenance, later: Sequence[str] = ()) -> str:
-    """Returns shell commands, with the hashes of everything that goes into them as comments."""
+def reproduction(provenance: Provenance, later: Sequence[str] = ()) -> list[str]:
+    """Returns lines of shell commands, with the hashes of everything that goes into them as comments."""
     made = f"the state after step {provenance.step}, seed {provenance.seed}, sd3pipe {provenance.version}"
     comments = [made, *(f"{name} {version}" for name, version in sorted(provenance.versions.items()))]
     comments.append("made from, by content:")
     comments += [f"  {name:<14} {value}" for name, value in sorted(provenance.fingerprints.items())]
-    lines = [f"# {one_line(comment)}" for comment in comments]
+    lines = [f"# {comment}" for comment in comments]
     for command in _OPTION_SETS:
         options = provenance.parameters.get(command, {})
         known = _OPTION_SETS[command].model_fields
         given = {name: value for name, value in options.items() if name in known and not isinstance(value, Mapping)}
-        lines += [one_line(f"# {command}: {name} = {json.dumps(value)}") for name, value in _others(options, given)]
+        lines += [f"# {command}: {name} = {json.dumps(value)}" for name, value in _others(options, given)]
         words = shell_line(["sd3pipe", *command_words(STAGES_BY_NAME[command], _PLACES)])
-        lines.append(one_line(f"{words} {_options(given)}".rstrip()))
-    return "\n".join([*lines, *later])
+        lines.append(f"{words} {_options(given)}".rstrip())
+    return [*lines, *later]
 
 
 def with_step(metadata: Mapping[str, str], command: str, options: Mapping[str, Any]) -> dict[str, str]:
@@ -62,7 +61,7 @@ def later_steps(metadata: Mapping[str, str]) -> list[str]:
         words = [shlex.split(step) for step in steps]
     except (DocumentError, ValueError):
         return []
-    return [one_line(shlex.join(step)) for step in words if step[:2] == ["sd3pipe", "adapter"]]
+    return [shell_line(step) for step in words if step[:2] == ["sd3pipe", "adapter"]]
 
 
 def _others(options: Mapping[str, Any], given: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -33,12 +33,14 @@ class RunRecord:
     validations: list[dict[str, Any]]
     events: list[dict[str, Any]]
     samples: list[Sample]
-    text_report: dict[str, Any]  # of the encode stages whose caches the run read, where they are still there
-    latents_report: dict[str, Any]
 
     @property
     def name(self) -> str:
         return self.folder.resolve().name
+
+    def encoded(self, cache: str) -> dict[str, Any]:
+        """Returns what the run noted of the stage that had filled its cache of text or of latents."""
+        return (self.report.get("encoded") or {}).get(cache) or {}
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -55,16 +57,7 @@ def read_run(folder: Path) -> RunRecord:
         validations=[record for record in records if record["kind"] == "validation"],
         events=[record for record in records if record["kind"] == "event"],
         samples=_samples(folder / "samples"),
-        text_report=_report_beside(report, "text", folder),
-        latents_report=_report_beside(report, "latents", folder),
     )
-
-
-def _report_beside(report: dict[str, Any], cache: str, folder: Path) -> dict[str, Any]:
-    """Returns the report of the stage that filled one of the run's caches; a relative path starts above the run."""
-    path = (report.get("inputs") or {}).get(cache)
-    places = [Path(f"{parent / path}.report.json") for parent in folder.resolve().parents] if path else []
-    return next((found for place in places if (found := _json(place))), {})
 
 
 def _json(path: Path) -> dict[str, Any]:

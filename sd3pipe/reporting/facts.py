@@ -38,7 +38,7 @@ _PREDICTED = {
 
 def facts(run: RunRecord) -> dict[str, Any]:
     """Returns what the page says of one run, in the order of the page; of what is missing it says nothing."""
-    report, text = run.report, run.text_report
+    report, text = run.report, run.encoded("text")
     data, captions = report.get("data") or {}, text.get("captions") or {}
     return {
         "name": run.name,
@@ -51,7 +51,7 @@ def facts(run: RunRecord) -> dict[str, Any]:
         "buckets": _bars(data.get("buckets"), lambda rows: count(rows, "row")),
         "captions": _named(captions, _CAPTIONS),
         "frequent": _bars(captions.get("most_frequent"), lambda times: count(times, "caption")),
-        "cut": len(text.get("cut") or ()),
+        "cut": text.get("cut") or 0,
         "phases": _bars(_phases(run), readable_seconds),
         "peaks": [[title, readable_bytes(report[key])] for key, title in _PEAKS.items() if report.get(key)],
         "predictions": _predictions(report.get("memory") or {}),
@@ -120,8 +120,8 @@ def _subsets(planned: Mapping[str, Mapping[str, Any]], seen: Mapping[str, Mappin
 
 
 def _phases(run: RunRecord) -> dict[str, float]:
-    stages = (("encode-text", run.text_report), ("encode-latents", run.latents_report))
-    seconds = {f"{name}, last run": report["seconds"] for name, report in stages if "seconds" in report}
+    stages = (("encode-text", run.encoded("text")), ("encode-latents", run.encoded("latents")))
+    seconds = {f"{name}, last run before": stage["seconds"] for name, stage in stages if "seconds" in stage}
     return seconds | {f"train, {name}": value for name, value in (run.report.get("phases") or {}).items()}
 
 

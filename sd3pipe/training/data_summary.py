@@ -1,14 +1,42 @@
 """What a run trained on, in the numbers that a report shows."""
 
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, JsonValue, TypeAdapter
 
+from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.training.items import Items
 from sd3pipe.training.training_data import TrainingData
 
 _PIXELS_PER_LATENT = 8
+
+
+class _EncodeReport(BaseModel):
+    """What an encode stage said of itself beside the cache that it filled."""
+
+    exit_code: Literal[0]
+    seconds: float
+    captions: dict[str, JsonValue] = {}
+    cut: list[JsonValue] = []
+
+
+def encode_summary(caches: Mapping[str, Path]) -> dict[str, Any]:
+    """Returns, by cache, what its encode stage counted, as JSON types; nothing of a cache that came without a report.
+
+    It belongs into the run's own report, because the cache may hold other captions when somebody reads that.
+    """
+    summary: dict[str, Any] = {}
+    for name, cache in caches.items():
+        try:
+            report = read_json(Path(f"{cache}.report.json"), TypeAdapter(_EncodeReport))
+        except DocumentError:
+            continue
+        summary[name] = {"seconds": report.seconds, "captions": report.captions, "cut": len(report.cut)}
+    return summary
 
 
 def data_summary(data: TrainingData) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from support.fake_cache import captions, fake_row, fill, folder_bytes, wanted_te
 from sd3pipe import cli
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.reader import CacheReader
+from sd3pipe.cache.staleness import remember_sources
 from sd3pipe.cache.store import missing_rows
+from sd3pipe.fingerprint import hash_file
 
 
 @pytest.fixture
@@ -146,6 +148,41 @@ def test_why_tells_unused_and_unreadable_rows(out, sd3pipe):
     assert "00003.png: unreadable: cannot be said" in sd3pipe("cache", "why", out, "00003.png")[1]
     missing_rows(out, wanted_texts(captions(30)))
     assert "unused row" in sd3pipe("cache", "why", out, "00003.png")[1]
+
+
+@pytest.fixture
+def photos(out, tmp_path):
+    """The pictures and captions that the cache remembers to be made from."""
+    folder, wanted = tmp_path / "photos", wanted_texts(captions(30)).samples
+    folder.mkdir()
+    (tmp_path / "dataset.toml").write_text("")
+    files = {}
+    for name, image_hash in zip(wanted["name"], wanted["image_hash"], strict=True):
+        picture, caption = folder / name, (folder / name).with_suffix(".txt")
+        picture.write_text("picture")
+        caption.write_text("caption")
+        files |= {picture: image_hash, caption: hash_file(caption)}
+    remember_sources(
+        out, dataset_file=tmp_path / "dataset.toml", files=files, folders={folder: (".png", ".txt")},
+        scan_started=time.time() + 60,
+    )  # fmt: skip
+    return folder
+
+
+def test_why_calls_a_row_stale_where_train_does(out, photos, sd3pipe):
+    assert "00003.png: hit" in sd3pipe("cache", "why", out, "00003.png")[1]
+    (photos / "00003.txt").write_text("another caption")
+    printed = sd3pipe("cache", "why", out, "00003.png")[1]
+    assert "00003.png: stale, row" in printed and "00003.txt was changed" in printed
+    assert "00004.png: hit" in sd3pipe("cache", "why", out, "00004.png")[1]
+
+
+def test_why_forgets_a_dry_run_over_files_that_are_back_as_they_were(out, photos, sd3pipe):
+    (photos / "00003.txt").write_text("another text")
+    missing_rows(out, wanted_texts({**captions(30), "00003.png": "another text"}))  # as a dry run would
+    assert "00003.png: miss" in sd3pipe("cache", "why", out, "00003.png")[1]
+    (photos / "00003.txt").write_text("caption")
+    assert "00003.png: hit" in sd3pipe("cache", "why", out, "00003.png")[1]
 
 
 def test_why_of_an_unknown_picture_is_an_input_error(out, sd3pipe):

@@ -8,7 +8,7 @@ import pytest
 from support.fake_cache import captions, fill, wanted_texts
 
 from sd3pipe.cache.folder import machine_folder
-from sd3pipe.cache.staleness import check_sources, remember_sources
+from sd3pipe.cache.staleness import Sources, check_sources, remember_sources
 from sd3pipe.fingerprint import hash_file
 
 
@@ -109,3 +109,50 @@ def test_the_note_is_machine_local_and_damage_to_it_only_skips_the_check(project
     assert str(project).encode() in note.read_bytes()
     note.write_bytes(b"{")
     assert check(project).state == "unknown"
+
+
+def about(project, name):
+    picture = project / "photos" / f"{name}.png"
+    return Sources(project / "caches" / "text").check_picture(picture.name, hash_file(picture))
+
+
+def test_of_one_picture_only_its_own_files_and_those_of_the_dataset_count(project):
+    assert about(project, "a").state == about(project, "b").state == "fresh"
+    (project / "photos" / "a.txt").write_text("another text")
+    assert about(project, "a").changes == (f"{project / 'photos' / 'a.txt'} was changed",)
+    assert about(project, "b").state == "fresh" and check(project).state == "changed"
+    (project / "photos" / "a.txt").unlink()
+    assert about(project, "a").changes == (f"{project / 'photos' / 'a.txt'} is gone",)
+    (project / "dataset.toml").write_text("[[datasets]]  # other")
+    assert about(project, "b").changes == (f"{project / 'dataset.toml'} was changed",)
+
+
+def test_a_caption_that_came_to_a_picture_counts(project):
+    (project / "photos" / "b.txt").unlink()
+    remember(project)
+    assert about(project, "b").state == "fresh"
+    (project / "photos" / "b.txt").write_text("its first caption")
+    (project / "photos" / "c.txt").write_text("of nobody")
+    assert about(project, "b").changes == (f"{project / 'photos' / 'b.txt'} is new",)
+    assert about(project, "a").state == "fresh"
+
+
+def test_a_mask_in_a_folder_of_its_own_counts(project):
+    mask = project / "masks" / "a.png"
+    mask.parent.mkdir()
+    mask.write_bytes(b"mask")
+    files = {path: hash_file(path) for path in (*sorted((project / "photos").iterdir()), mask)}
+    remember_sources(
+        project / "caches" / "text",
+        dataset_file=project / "dataset.toml",
+        files=files,
+        folders={project / "photos": (".png", ".txt")},
+        scan_started=time.time(),
+    )
+    mask.write_bytes(b"another mask")
+    assert about(project, "a").state == "changed" and about(project, "b").state == "fresh"
+
+
+def test_nothing_can_be_said_of_a_picture_without_a_note(project):
+    (machine_folder(project / "caches" / "text") / "sources.json").unlink()
+    assert about(project, "a").state == "unknown"

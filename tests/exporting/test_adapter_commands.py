@@ -284,7 +284,7 @@ def test_a_strangers_provenance_prints_no_command_of_its_own(tmp_path, capsys):
     commands.inspect(options.AdapterInspectParams(adapter=path, reproduce=True))
     printed = capsys.readouterr().out
     assert all(line.startswith(("# ", "sd3pipe ")) for line in printed.splitlines()) and "\x1b" not in printed
-    assert printed.splitlines()[-1] == "sd3pipe adapter resize 'ADAPTER;' rm -rf '~'"
+    assert printed.splitlines()[-1] == 'sd3pipe adapter resize "ADAPTER;" rm -rf "~"'
     for steps in (json.dumps(later), "3", "[3]", "{"):
         again = lora(tmp_path / "b.safetensors", sd3pipe=json.dumps(made_from), sd3pipe_later_steps=steps)
         commands.inspect(options.AdapterInspectParams(adapter=again, reproduce=True))
@@ -312,10 +312,10 @@ def test_the_printed_command_means_the_options_that_were_used():
         training_shift=3.0, lr_warmup_steps=0.1, subsets={"cats": {"num_repeats": 2}},
     )  # fmt: skip
     printed = reproduction(Provenance(format=1, parameters={"train": used.with_role("identity")}))
-    line = next(line for line in printed.splitlines() if line.startswith("sd3pipe train"))
+    line = next(line for line in printed if line.startswith("sd3pipe train"))
     again = resolve(TrainParams, "train", given_on(line))
     assert again.with_role("identity") == used.with_role("identity") | {"subsets": {}}
-    assert '# train: subsets = {"cats"' in printed
+    assert any(line.startswith('# train: subsets = {"cats"') for line in printed)
 
 
 def test_the_command_line_reaches_every_command(tmp_path):

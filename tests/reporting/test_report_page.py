@@ -16,7 +16,7 @@ from sd3pipe.previewing.page import render as preview_page
 LONG = "unbroken_" * 30
 
 
-def write_run(folder: Path, *, steps: int = 30, rate: float = 1e-3) -> Path:
+def write_run(folder: Path, *, steps: int = 30, rate: float = 1e-3, caption: str = "a cat") -> Path:
     """Writes a run folder as train leaves it, with sample pictures of one colour per step."""
     (folder / "final").mkdir(parents=True)
     records = [
@@ -31,15 +31,11 @@ def write_run(folder: Path, *, steps: int = 30, rate: float = 1e-3) -> Path:
     report = {
         "stage": "train", "steps": steps, "loss_first": 1.0, "loss_last": 1 / steps, "seconds": 12.0,
         "peak_rss_bytes": 370225152, "options": {"learning_rate": rate, "network_dim": 4},
-        "inputs": {"text": "caches/text", "latents": "caches/latents"}, "phases": {"steps": 10.0, "samples": 2.0},
+        "phases": {"steps": 10.0, "samples": 2.0},
         "memory": {"device_bytes": {"predicted": 9_000_000_000, "measured": 8_500_000_000}},
         "data": {"pictures": 12, "buckets": {"64x96": 4}, "subsets": {"cats": {"pictures": 12, "loss_weight": 1.0}}},
+        "encoded": {"text": {"seconds": 5.0, "captions": {"captions": 12, "most_frequent": {caption: 9}}, "cut": 2}},
     }  # fmt: skip
-    caches = folder.parent / "caches"
-    caches.mkdir(exist_ok=True)
-    (caches / "text.report.json").write_text(
-        json.dumps({"seconds": 5.0, "captions": {"captions": 12, "different": 11, "most_frequent": {"a cat": 9}}})
-    )
     (folder / "report.json").write_text(json.dumps(report))
     (folder / "final" / "inputs.json").write_text(json.dumps({"base": "abc<def>"}))
     for step, colour in ((0, "red"), (10, "green"), (30, "blue")):
@@ -66,7 +62,7 @@ def test_page_shows_losses_options_and_provenance_escaped(page):
 
 def test_page_shows_data_phases_and_predictions(page):
     text = page.read_text(encoding="utf-8")
-    for words in ("64x96", "a cat", "sigma 0.9", "train, samples", "encode-text, last run", "9 GB", "8.5 GB"):
+    for words in ("64x96", "a cat", "sigma 0.9", "train, samples", "encode-text, last run before", "9 GB", "8.5 GB"):
         assert words in text, words
 
 
@@ -83,6 +79,19 @@ def test_two_runs_stand_side_by_side_and_differences_are_marked(tmp_path):
     text = (tmp_path / "both.html").read_text(encoding="utf-8")
     marked = re.findall(r'<table class="differs">(.*?)</table>', text, re.DOTALL)
     assert [re.findall(r"<tr><th>([a-z_]+)", rows) for rows in marked] == [["learning_rate"]]
+
+
+def test_each_run_keeps_the_captions_that_it_was_trained_on(tmp_path):
+    """Whatever the cache holds by now."""
+    runs = [write_run(tmp_path / name, caption=f"caption of {name}") for name in ("new", "old")]
+    for name in ("text", "latents"):
+        (tmp_path / f"{name}.report.json").write_text('{"seconds": 1, "captions": {"most_frequent": {"of today": 3}}}')
+    for run in runs:
+        report = json.loads((run / "report.json").read_text())
+        (run / "report.json").write_text(json.dumps(report | {"inputs": {"text": "text", "latents": "latents"}}))
+    sd3pipe("report", *runs, "--out", tmp_path / "both.html")
+    text = (tmp_path / "both.html").read_text(encoding="utf-8")
+    assert "caption of new" in text and "caption of old" in text and "of today" not in text
 
 
 def test_a_folder_without_a_run_is_told(tmp_path):

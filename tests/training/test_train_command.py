@@ -5,6 +5,7 @@ import json
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -57,6 +58,20 @@ def test_rows_that_another_program_encoded_are_trained_on_and_told(tmp_path, cap
     with caplog.at_level("INFO"):
         assert len(inputs.train("theirs", max_train_steps=1).losses()) == 1
     assert "holds rows that sd-scripts encoded" in caplog.text
+
+
+def test_a_run_notes_what_the_encode_stages_had_counted(inputs):
+    report = Path(f"{inputs.text}.report.json")
+    captions = {"captions": 6, "most_frequent": {"picture": 6}}
+    try:
+        report.write_text(json.dumps({"exit_code": 0, "seconds": 2.5, "captions": captions, "cut": [{"used_by": "a"}]}))
+        run = inputs.train("noted", max_train_steps=1)
+        for other in ({"exit_code": 5, "seconds": 1.0}, []):
+            report.write_text(json.dumps(other))
+            assert inputs.train("unnoted", max_train_steps=1).report()["encoded"] == {}
+    finally:
+        report.unlink()
+    assert run.report()["encoded"] == {"text": {"seconds": 2.5, "captions": captions, "cut": 1}}
 
 
 def test_a_run_is_set_aside_only_once_the_new_one_can_begin(inputs):
