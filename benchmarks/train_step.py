@@ -28,12 +28,11 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "parity")]
+sys.path.insert(0, str(ROOT / "tests"))
 
 from peft import LoraConfig, get_peft_model
 from support import tiny_mmdit, tiny_training
-from test_mmdit_against_diffusers import _oracle
-from test_training_against_peft import their_names
+from support.diffusers_mmdit import diffusers_mmdit, their_names
 
 from sd3pipe.device import choose_device
 from sd3pipe.models.checkpoint import mmdit_architecture
@@ -169,7 +168,7 @@ def peft_step(loop: Loop) -> Callable[[], None]:
     """The same step as one would write it with diffusers and peft."""
     paths = list(loop.runner.network.layers)
     targets = [name for path in paths for name in their_names(path)]
-    oracle = _oracle("sd35-medium", torch.float32)
+    oracle = diffusers_mmdit("sd35-medium", torch.float32)
     model = get_peft_model(oracle, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)

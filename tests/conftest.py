@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
+
+if TYPE_CHECKING:
+    from support.tiny_base import TinyBase
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,3 +25,11 @@ def shared_dir() -> Path:
     if not (folder / "tokenizers").is_dir():
         pytest.skip(f"no real tokenizers and configurations at {folder}; set SD3PIPE_SHARED")
     return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> "TinyBase":
+    """A tiny SD3.5-medium whose text encoders lie in files of their own; tests share it and write nothing there."""
+    from support.tiny_base import write_tiny_base  # torch takes seconds, and many tests need none of it
+
+    return write_tiny_base(tmp_path_factory.mktemp("base"), layout="separate")

@@ -9,3 +9,8 @@ import pytest
 def _no_waiting_for_the_disk(monkeypatch):
     """These tests kill processes, not machines: what is written is visible to the next process without fsync."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "caches" / "text"

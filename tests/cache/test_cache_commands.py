@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 import zarr
-from support.fake_cache import captions, fake_row, fill, folder_bytes, wanted_texts
+from support.comparing import folder_bytes
+from support.fake_cache import captions, fake_row, fill, wanted_texts
 
 from sd3pipe import cli
 from sd3pipe.cache.folder import CacheFolder

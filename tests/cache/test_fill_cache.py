@@ -1,7 +1,8 @@
 """A cache folder holds what is wanted now, and is the same whatever it held before."""
 
 import pytest
-from support.fake_cache import FakeEncoder, captions, fake_row, fill, folder_bytes, wanted_texts
+from support.comparing import folder_bytes
+from support.fake_cache import FakeEncoder, captions, fake_row, fill, wanted_texts
 
 from sd3pipe.cache.census import Census
 from sd3pipe.cache.folder import CacheFolder, machine_folder
@@ -9,11 +10,6 @@ from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.store import fill_cache, missing_rows
 from sd3pipe.errors import InputError
 from sd3pipe.stat_memory import stamp_of
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "caches" / "text"
 
 
 def fresh(tmp_path, wanted, name="fresh", **options):

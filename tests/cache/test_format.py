@@ -12,7 +12,8 @@ import pytest
 import zarr
 from blake3 import blake3
 from safetensors import safe_open
-from support.fake_cache import captions, fake_row, fill, folder_bytes, wanted_texts
+from support.comparing import folder_bytes
+from support.fake_cache import captions, fake_row, fill, wanted_texts
 
 from sd3pipe.cache.keys import latents_source, row_key, text_source
 from sd3pipe.cache.plan import plan_leaves, rows_per_segment

@@ -7,7 +7,8 @@ import shutil
 import subprocess
 
 import pytest
-from support.fake_cache import FakeEncoder, captions, fill, folder_bytes, wanted_texts
+from support.comparing import folder_bytes
+from support.fake_cache import FakeEncoder, captions, fill, wanted_texts
 
 from sd3pipe.cache import segment, store
 from sd3pipe.cache.folder import CacheFolder, machine_folder
@@ -15,11 +16,6 @@ from sd3pipe.cache.merge import merge_caches
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.store import fill_cache
 from sd3pipe.errors import InputError, StorageError
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "caches" / "text"
 
 
 def full_disk_after(monkeypatch, writes):

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.fake_cache import fake_row, fill, folder_bytes, wanted_texts
+from support.comparing import folder_bytes
+from support.fake_cache import fake_row, fill, wanted_texts
 
 from sd3pipe.cache import publish, segment, store
 from sd3pipe.cache.folder import CacheFolder

@@ -8,7 +8,8 @@ import time
 
 import pytest
 from support import forked
-from support.fake_cache import FakeEncoder, captions, fill, folder_bytes, wanted_texts
+from support.comparing import folder_bytes
+from support.fake_cache import FakeEncoder, captions, fill, wanted_texts
 
 from sd3pipe.cache import writers
 from sd3pipe.cache.folder import CacheFolder
@@ -18,11 +19,6 @@ from sd3pipe.errors import StaleError
 
 UNREADABLE = {"picture number 7": "cut short", "picture number 30": "cut short"}
 COUNT = 60
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "caches" / "text"
 
 
 @pytest.fixture(scope="module")

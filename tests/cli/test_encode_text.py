@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.command_line import report_of, sd3pipe
+from support.comparing import folder_bytes
 from support.photographs import CAPTIONS, write_dataset_file, write_photographs
-from support.tiny_base import write_tiny_base
 
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.staleness import check_sources
@@ -19,11 +19,6 @@ from sd3pipe.cli import run
 
 SMALL = ("--t5xxl-max-token-length", "16", "--threads", "1")
 PICTURES = ("astronaut.png", "chelsea.png", "coffee.png")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_base(tmp_path_factory.mktemp("base"), layout="separate")
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +48,6 @@ def encode(base, project, *more, expect=0):
     words = arguments(base, project, *more)
     assert run(words) == expect
     return report_of(Path(words[words.index("--out") + 1]))
-
-
-def folder_bytes(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def loaded_modules(words):

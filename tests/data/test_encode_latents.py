@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 from support.photographs import write_dataset_file, write_photographs
-from support.tiny_base import write_tiny_base
 
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.commands.encode_latents import main
@@ -27,11 +26,6 @@ from sd3pipe.params.resolve import resolve
 from sd3pipe.stat_memory import StatMemory
 
 NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

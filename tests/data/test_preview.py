@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from support.tiny_base import write_tiny_base
 
 from sd3pipe.commands.encode_latents import main as encode_latents
 from sd3pipe.commands.preview import main
@@ -62,11 +61,6 @@ def preview(project, **options):
     params = {"dataset": project / "d.toml", "out": project / "out", "max_data_loader_n_workers": 0, "threads": 1}
     main(PreviewParams(**(params | options)))
     return (project / "out" / "index.html").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 def test_there_is_a_png_per_bucket_and_a_page_that_needs_nothing_else(project, capsys):

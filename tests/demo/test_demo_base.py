@@ -1,12 +1,11 @@
 """The base in the package: its size and layout, and that it draws what held-out prompts say."""
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.demo_pictures import accuracy, draw_latents, encode_subjects, read_latents
+from support.demo_pictures import accuracy, draw_latents, encode_subjects, held_out_subjects, read_latents
 
 from sd3pipe.demo.base_files import FOLDER, MODEL, TOKENIZERS
 from sd3pipe.demo.drawings import NEW_WORD, Subject
@@ -18,14 +17,6 @@ from sd3pipe.models.vae_architecture import detect_vae
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST = {"shape": 0.9, "colour": 0.9, "size": 0.9, "background": 0.9}
-
-
-def held_out_subjects() -> list[Subject]:
-    """The subjects whose captions no training step has seen, as the script that makes the base splits them."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from demo_base_mmdit import split_subjects
-
-    return split_subjects()[1]
 
 
 def test_base_is_at_most_20_megabytes_in_half_precision():

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from support.command_line import sd3pipe
-from support.demo_pictures import FIELDS, accuracy, draw_latents, encode_subjects, read_latents
-from test_demo_base import held_out_subjects
+from support.demo_pictures import FIELDS, accuracy, draw_latents, encode_subjects, held_out_subjects, read_latents
 
 from sd3pipe.demo.base_files import MODEL, TOKENIZERS
 from sd3pipe.demo.drawings import NEW_WORD, Subject

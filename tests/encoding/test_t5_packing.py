@@ -3,7 +3,6 @@
 import pytest
 import torch
 from support.text_encoding import encode, equal_bits
-from support.tiny_base import write_tiny_base
 from torch import nn
 
 from sd3pipe.encoding.t5_packing import PackedLinear, t5_packer
@@ -16,11 +15,6 @@ TEXTS = ["", "a photo of a cat", "red circle!"]
 SHORT = {"t5xxl_max_token_length": 16, "t5_pad_to": 16, "text_dtype": "float32"}
 # relative error of the last states: 2 to 3 bits of mantissa, 7 bits, 4 bits; through every block of the tiny T5
 ERRORS = {"fp8": (5e-3, 0.1), "int8": (1e-3, 0.04), "nf4": (2e-2, 0.3)}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_base(tmp_path_factory.mktemp("tiny"), layout="separate")
 
 
 @pytest.mark.parametrize("format", ERRORS)

@@ -19,11 +19,6 @@ from sd3pipe.stat_memory import StatMemory
 RECIPE = TextRecipe()
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_base(tmp_path_factory.mktemp("base"), layout="separate")
-
-
 def key_of(base, tmp_path, *, text="a cat", recipe=RECIPE, model=None, tokenizers=None, **files):
     """Returns the key of one text."""
     paths = {name: getattr(base, name) for name in ("clip_l", "clip_g", "t5xxl")} | files
@@ -125,16 +120,18 @@ def test_rows_cost_what_the_plan_says(base, tmp_path):
     assert {row.nbytes for row in wanted.rows} == {2 * (78 * 2048 + 256 * 4096) + 2 * 77 + 256}
 
 
-def test_encoders_of_different_models_are_an_input_error(base):
+def test_encoders_of_different_models_are_an_input_error(base, tmp_path):
     with pytest.raises(InputError, match="not the encoders of one model"):
         find_text_encoders(
-            str(base.model), {"clip_l": base.clip_g, "clip_g": wide_clip(base), "t5xxl": base.t5xxl}, base.tokenizers
+            str(base.model),
+            {"clip_l": base.clip_g, "clip_g": wide_clip(base, tmp_path), "t5xxl": base.t5xxl},
+            base.tokenizers,
         )
 
 
-def wide_clip(base):
+def wide_clip(base, folder):
     """Returns a CLIP whose width, with another CLIP's, is more than T5's."""
     architecture = replace(base.architecture.clip_g, width=192, projected_width=192)
     tensors = {key: torch.zeros(shape) for key, shape in architecture.shapes().items()}
-    save_file(tensors, base.folder / "wide.safetensors")
-    return base.folder / "wide.safetensors"
+    save_file(tensors, folder / "wide.safetensors")
+    return folder / "wide.safetensors"

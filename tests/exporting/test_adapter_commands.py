@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.command_line import sd3pipe
+from support.comparing import relative_error
 from support.random_adapters import random_adapter
 from support.tiny_mmdit import random_inputs, random_weights, tiny_architecture
-from test_export import metadata_of, trained_metadata
-from test_whole_checkpoints import relative_error, single_file
+from support.written_files import metadata_of, single_file, trained_metadata
 
 from sd3pipe.adapters.algebra import approximate, merge, resize
 from sd3pipe.adapters.deltas import LoRADelta, delta_norm, difference

@@ -6,18 +6,16 @@ import json
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors import safe_open
 from safetensors.torch import load_file
 from support.command_line import report_of
 from support.random_adapters import random_adapter
 from support.tiny_mmdit import tiny_architecture
-from test_whole_checkpoints import single_file
+from support.written_files import metadata_of, single_file, trained_metadata
 
 from sd3pipe.adapters.deltas import with_norm_of
 from sd3pipe.adapters.files import compare, read_adapter, save_adapter
-from sd3pipe.adapters.metadata import modelspec, provenance, training_metadata
+from sd3pipe.adapters.metadata import modelspec
 from sd3pipe.adapters.network import attach_deltas
-from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.commands.export import main
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.models.checkpoint import load_mmdit
@@ -27,28 +25,6 @@ ARCHITECTURE = tiny_architecture("sd35-medium")
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
-
-
-def metadata_of(path):
-    with safe_open(path, "pt") as file:
-        return file.metadata()
-
-
-def trained_metadata(step=20):
-    made_from = provenance(
-        version="0.1.0", step=step, seed=42, fingerprints={"mmdit": "ab" * 32}, versions={"torch": "2.13.0"},
-        parameters={"train": {"network_dim": 4, "learning_rate": 1e-4}},
-    )  # fmt: skip
-    return training_metadata(
-        variant="sd35-medium",
-        spec=AdapterSpec(rank=4, alpha=2.0, part_ranks={"x_mlp": 8}),
-        options={"seed": 42, "apply_t5_attn_mask": False, "t5xxl_max_token_length": 154},
-        step=step,
-        epoch=2,
-        output_name="cat",
-        resolution=(1024, 768),
-        provenance=made_from,
-    )
 
 
 @pytest.fixture

@@ -11,10 +11,12 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.command_line import report_of, sd3pipe
+from support.comparing import relative_error
 from support.random_adapters import random_adapter
 from support.tiny_base import write_tiny_base
-from support.tiny_mmdit import random_inputs, random_weights, tiny_architecture
+from support.tiny_mmdit import random_inputs, tiny_architecture
 from support.tiny_parts import PREFIXES
+from support.written_files import single_file
 
 from sd3pipe.adapters.files import save_adapter
 from sd3pipe.adapters.network import attach_deltas
@@ -27,23 +29,11 @@ VARIANTS = ["sd3-medium", "sd35-medium", "sd35-large"]
 KINDS = ["lora", "dora", "loha", "lokr"]
 
 
-def single_file(path, variant, dtype=torch.float32, prefix=PREFIXES["mmdit"]):
-    """A checkpoint with MMDiT and something else, in an order that is not that of the names."""
-    mmdit = {prefix + key: tensor.to(dtype) for key, tensor in random_weights(tiny_architecture(variant)).items()}
-    other = {f"first_stage_model.{name}": torch.randn(7, 3) for name in ("b", "a")}
-    save_file(other | mmdit, path, metadata={"modelspec.title": "base", "modelspec.hash_sha256": "0x1"})
-    return path
-
-
 def export(tmp_path, model, adapter, out, **options):
     save_adapter(tmp_path / "lora.safetensors", adapter)
     main(ExportParams(adapter=tmp_path / "lora.safetensors", format="checkpoint", model=str(model), out=out, threads=1,
                       device="cpu", **options))  # fmt: skip
     return report_of(out)
-
-
-def relative_error(ours, theirs):
-    return (torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs)).item()
 
 
 def layout(path):

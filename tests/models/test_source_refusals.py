@@ -6,16 +6,11 @@ import zipfile
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.tiny_parts import PREFIXES, save_part, save_single_file, tiny_parts
+from support.tiny_parts import PREFIXES, save_part, save_single_file
 
 from sd3pipe.errors import ExitCode, InputError
 from sd3pipe.models.checkpoint import load_mmdit, load_vae
 from sd3pipe.models.sources import find_component
-
-
-@pytest.fixture(scope="module")
-def parts():
-    return tiny_parts()
 
 
 def _refusal(component, model, file=None):

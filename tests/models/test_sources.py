@@ -28,11 +28,6 @@ SUBFOLDERS = {
 
 
 @pytest.fixture(scope="module")
-def parts():
-    return tiny_parts()
-
-
-@pytest.fixture(scope="module")
 def single_file(parts, tmp_path_factory):
     return save_single_file(tmp_path_factory.mktemp("single") / "sd3.5.safetensors", parts)
 

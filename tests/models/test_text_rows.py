@@ -17,11 +17,6 @@ SHORT = {"t5xxl_max_token_length": 32, "t5_pad_to": 32, "text_dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_base(tmp_path_factory.mktemp("tiny"), layout="separate")
-
-
-@pytest.fixture(scope="module")
 def rows(base, tmp_path_factory):
     return encode(base, TEXTS, tmp_path_factory.mktemp("scratch"))
 

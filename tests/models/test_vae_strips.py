@@ -3,6 +3,7 @@
 import pytest
 import torch
 from skimage import data
+from support.comparing import relative_error
 from support.tiny_parts import TINY_VAE, random_tensors
 
 from sd3pipe.models.vae import VAE
@@ -28,10 +29,6 @@ def vae():
     return vae.eval().requires_grad_(False)
 
 
-def _relative_error(found, expected):
-    return ((found - expected).norm() / expected.norm()).item()
-
-
 def _largest_error_in_rows(found, expected):
     return (found - expected).abs().amax(dim=(0, 1, 3)) / expected.std()
 
@@ -48,7 +45,7 @@ def test_encoding_in_strips_equals_encoding_whole(vae, height, width, strip_byte
     assert torch.equal(pixels_BCHW, before)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.shape == theirs.shape
-        assert _relative_error(ours, theirs) < 1e-12  # double rounds at 1e-16; some 50 layers lie between
+        assert relative_error(ours, theirs) < 1e-12  # double rounds at 1e-16; some 50 layers lie between
 
 
 @pytest.mark.parametrize("strip_bytes", [ONE_ROW_PAIR, 2 * SOME_ROWS, 1 << 40])
@@ -56,7 +53,7 @@ def test_encoding_in_strips_equals_encoding_whole(vae, height, width, strip_byte
 def test_decoding_in_strips_equals_decoding_whole(vae, height, width, strip_bytes):
     latents_BChw = torch.randn(2, 16, height, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = decode_in_strips(vae, latents_BChw, strip_bytes=strip_bytes)
-    assert _relative_error(found, vae.decode(latents_BChw)) < 1e-12
+    assert relative_error(found, vae.decode(latents_BChw)) < 1e-12
 
 
 @pytest.mark.slow
@@ -82,7 +79,7 @@ def test_bfloat16_stays_bfloat16_with_norms_in_float32(vae):
     found = decode_in_strips(half, latents_BChw, strip_bytes=ONE_ROW_PAIR)
     exact = vae.decode(latents_BChw.double())
     assert found.dtype == torch.bfloat16
-    assert _relative_error(found.double(), exact) < 1.5 * _relative_error(whole.double(), exact)
+    assert relative_error(found.double(), exact) < 1.5 * relative_error(whole.double(), exact)
 
 
 def test_wrong_sizes_are_refused_as_by_the_vae(vae):

@@ -5,9 +5,10 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
+from support.comparing import relative_error
+from support.diffusers_mmdit import diffusers_mmdit
 from support.random_adapters import random_adapter
 from support.tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
-from test_mmdit_against_diffusers import _oracle
 
 from sd3pipe.adapters.files import read_adapter, save_adapter
 from sd3pipe.adapters.find import find_adapter
@@ -29,10 +30,6 @@ def theirs(model, inputs):
         )[0]
 
 
-def relative_error(ours, theirs):
-    return (torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs)).item()
-
-
 def pipeline(transformer):
     return StableDiffusion3Pipeline(
         transformer=transformer, scheduler=None, vae=None, text_encoder=None, tokenizer=None, text_encoder_2=None,
@@ -46,7 +43,7 @@ def pipeline(transformer):
 def test_pipeline_with_the_exported_file_predicts_the_same(tmp_path, variant, kind, every):
     adapter, inputs = random_adapter(tiny_architecture(variant), kind, every=every), random_inputs()
     save_adapter(tmp_path / "lora.safetensors", adapter, form="diffusers")
-    ours, oracle = tiny_mmdit(variant), _oracle(variant, torch.float32)
+    ours, oracle = tiny_mmdit(variant), diffusers_mmdit(variant, torch.float32)
     before = theirs(oracle, inputs)
     attach_deltas(ours, adapter)
     pipeline(oracle).load_lora_weights(tmp_path / "lora.safetensors")
@@ -56,7 +53,7 @@ def test_pipeline_with_the_exported_file_predicts_the_same(tmp_path, variant, ki
 
 
 def test_a_trained_split_adapter_keeps_its_small_ranks(tmp_path):
-    ours, oracle, inputs = tiny_mmdit("sd35-medium"), _oracle("sd35-medium", torch.float32), random_inputs()
+    ours, oracle, inputs = tiny_mmdit("sd35-medium"), diffusers_mmdit("sd35-medium", torch.float32), random_inputs()
     network = attach(ours, AdapterSpec(rank=4, alpha=2.0, split_qkv=True))
     for layer in network.layers.values():
         torch.nn.init.normal_(layer.up, std=0.2, generator=torch.Generator().manual_seed(0))
@@ -72,7 +69,7 @@ def test_peft_alone_predicts_the_same(tmp_path, variant):
     adapter = {path: delta for path, delta in adapter.items() if delta.rank == 3}
     save_adapter(tmp_path / "lora.safetensors", adapter, form="diffusers")
     tensors = {key.removeprefix("transformer."): t for key, t in load_file(tmp_path / "lora.safetensors").items()}
-    oracle = _oracle(variant, torch.float32)
+    oracle = diffusers_mmdit(variant, torch.float32)
     targets = sorted({key.split(".lora_")[0] for key in tensors})
     model = get_peft_model(oracle, LoraConfig(r=3, lora_alpha=3, target_modules=targets))
     result = set_peft_model_state_dict(model, {f"base_model.model.{key}": t for key, t in tensors.items()})
@@ -85,7 +82,7 @@ def test_peft_alone_predicts_the_same(tmp_path, variant):
 @pytest.mark.parametrize("every", [1, 2])
 def test_what_diffusers_saves_is_read(tmp_path, every):
     """Also with a strength of alpha / rank in the metadata, which ComfyUI would not see."""
-    oracle, ours, inputs = _oracle("sd35-medium", torch.float32), tiny_mmdit("sd35-medium"), random_inputs()
+    oracle, ours, inputs = diffusers_mmdit("sd35-medium", torch.float32), tiny_mmdit("sd35-medium"), random_inputs()
     config = LoraConfig(
         r=4, lora_alpha=2, target_modules=["to_q", "to_v", "attn.to_out.0", "norm1_context.linear", "proj_out"]
     )
@@ -106,7 +103,7 @@ def test_what_diffusers_saves_is_read(tmp_path, every):
 
 
 def test_a_folder_that_peft_saves_is_read_at_its_strength(tmp_path):
-    oracle, ours, inputs = _oracle("sd35-large", torch.float32), tiny_mmdit("sd35-large"), random_inputs()
+    oracle, ours, inputs = diffusers_mmdit("sd35-large", torch.float32), tiny_mmdit("sd35-large"), random_inputs()
     config = LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=["to_k", "ff.net.2", "norm_out.linear"])
     model = get_peft_model(oracle, config)
     generator = torch.Generator().manual_seed(0)

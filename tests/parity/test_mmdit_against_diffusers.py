@@ -1,86 +1,11 @@
-"""The MMDiT computes what diffusers' SD3Transformer2DModel computes: output and gradients of every input.
-
-The map of keys is stated here once more, from the tables of the formats, independently of the package's own.
-"""
+"""The MMDiT computes what diffusers' SD3Transformer2DModel computes: output and gradients of every input."""
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
-from support.tiny_mmdit import random_inputs, random_weights, tiny_architecture, tiny_mmdit
+from support.diffusers_mmdit import diffusers_mmdit
+from support.tiny_mmdit import random_inputs, tiny_mmdit
 
 VARIANTS = ["sd3-medium", "sd35-medium", "sd35-large"]
-TOP = {
-    "x_embedder.proj": "pos_embed.proj",
-    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
-    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
-    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
-    "context_embedder": "context_embedder",
-    "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-}
-IN_BLOCK = {
-    "x_block.adaLN_modulation.1": "norm1.linear",
-    "context_block.adaLN_modulation.1": "norm1_context.linear",
-    "x_block.attn.proj": "attn.to_out.0",
-    "context_block.attn.proj": "attn.to_add_out",
-    "x_block.attn2.proj": "attn2.to_out.0",
-    "x_block.attn.ln_q": "attn.norm_q",
-    "x_block.attn.ln_k": "attn.norm_k",
-    "context_block.attn.ln_q": "attn.norm_added_q",
-    "context_block.attn.ln_k": "attn.norm_added_k",
-    "x_block.attn2.ln_q": "attn2.norm_q",
-    "x_block.attn2.ln_k": "attn2.norm_k",
-    "x_block.mlp.fc1": "ff.net.0.proj",
-    "x_block.mlp.fc2": "ff.net.2",
-    "context_block.mlp.fc1": "ff_context.net.0.proj",
-    "context_block.mlp.fc2": "ff_context.net.2",
-}
-THIRDS = {
-    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-}
-
-
-def _diffusers_weights(native, depth):
-    weights = {"pos_embed.pos_embed": native["pos_embed"]}
-    swapped = {"final_layer.adaLN_modulation.1", f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1"}
-    for key, tensor in native.items():
-        if key == "pos_embed":
-            continue
-        name, kind = key.rsplit(".", 1)
-        if name in swapped:
-            tensor = torch.cat(tensor.chunk(2)[::-1])
-        if name in TOP:
-            weights[f"{TOP[name]}.{kind}"] = tensor
-            continue
-        _, index, inner = name.split(".", 2)
-        block = f"transformer_blocks.{index}"
-        if inner in THIRDS:
-            for part, third in zip(THIRDS[inner], tensor.chunk(3), strict=True):
-                weights[f"{block}.{part}.{kind}"] = third
-        else:
-            weights[f"{block}.{IN_BLOCK[inner]}.{kind}"] = tensor
-    return weights
-
-
-def _oracle(variant, dtype):
-    a = tiny_architecture(variant)
-    model = SD3Transformer2DModel(
-        sample_size=a.pos_embed_max * 2,
-        num_layers=a.depth,
-        num_attention_heads=a.heads,
-        attention_head_dim=64,
-        joint_attention_dim=a.context_width,
-        caption_projection_dim=a.width,
-        pooled_projection_dim=a.pooled_width,
-        pos_embed_max_size=a.pos_embed_max,
-        dual_attention_layers=a.dual_attention_blocks,
-        qk_norm="rms_norm" if a.qk_norm else None,
-    )
-    model.load_state_dict(_diffusers_weights(random_weights(a), a.depth), strict=True)
-    return model.to(dtype)
 
 
 def _ours(variant, dtype):
@@ -111,7 +36,7 @@ def _call_oracle(oracle):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-6)], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_output_and_input_gradients_equal_the_oracles(variant, dtype, tolerance):
-    ours, oracle = _ours(variant, dtype), _call_oracle(_oracle(variant, dtype))
+    ours, oracle = _ours(variant, dtype), _call_oracle(diffusers_mmdit(variant, dtype))
     for batch in (1, 3):
         for height, width in ((8, 8), (8, 12), (12, 8)):  # square, 3:2 and 2:3
             inputs = random_inputs(batch=batch, height=height, width=width, dtype=dtype)

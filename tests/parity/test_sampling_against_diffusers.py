@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.comparing import relative_error
 from support.tiny_base import write_tiny_base
 
 from sd3pipe.models.checkpoint import load_mmdit, load_vae
@@ -78,10 +79,6 @@ def oracle_latents(pipeline, texts, noise, settings):
         output_type="latent",
         **options,
     ).images
-
-
-def relative_error(actual, expected):
-    return ((actual - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 28, 50])

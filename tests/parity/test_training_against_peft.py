@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.diffusers_mmdit import diffusers_mmdit, their_names
 from support.tiny_mmdit import random_inputs, tiny_mmdit
-from test_mmdit_against_diffusers import IN_BLOCK, THIRDS, _oracle
 
 from sd3pipe.adapters.network import attach
 from sd3pipe.adapters.targets import AdapterSpec
@@ -69,13 +69,6 @@ def our_gradients(variant, batch, rules):
     return (losses * batch.weights).mean().item(), gradients, network
 
 
-def their_names(path):
-    """Returns diffusers' layers that stand for one of ours."""
-    _, index, inner = path.split(".", 2)
-    names = THIRDS.get(inner, (IN_BLOCK.get(inner),))
-    return [f"transformer_blocks.{index}.{name}" for name in names]
-
-
 def halves_swapped(path, depth):
     """diffusers' last context norm has scale before shift."""
     return path == f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1"
@@ -85,7 +78,7 @@ def their_gradients(variant, batch, network, loss_of):
     depth = 3
     paths = list(network.layers)
     targets = [name for path in paths for name in their_names(path)]
-    oracle = _oracle(variant, torch.float64)
+    oracle = diffusers_mmdit(variant, torch.float64)
     oracle.requires_grad_(False)
     model = get_peft_model(oracle, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)).double()
     layers = {name: model.get_submodule(f"base_model.model.{name}") for name in targets}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from support.comparing import relative_error
 from support.tiny_parts import TINY_VAE, random_tensors
 
 from sd3pipe.models.vae import VAE
@@ -36,10 +37,6 @@ def both():
     return ours.eval().requires_grad_(False), oracle.eval().requires_grad_(False)
 
 
-def _relative_error(found, expected):
-    return ((found - expected).norm() / expected.norm()).item()
-
-
 def _random(*shape, dtype):
     return torch.rand(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype) * 2 - 1
 
@@ -52,8 +49,8 @@ def test_moments_equal_autoencoderkls(both, batch, height, width, dtype, toleran
     mean, logvar = ours.encode(pixels_BCHW)
     expected = oracle.encode(pixels_BCHW).latent_dist
     assert mean.shape == (batch, 16, height, width)
-    assert _relative_error(mean, expected.mean) < tolerance
-    assert _relative_error(logvar, expected.logvar) < tolerance
+    assert relative_error(mean, expected.mean) < tolerance
+    assert relative_error(logvar, expected.logvar) < tolerance
 
 
 @PRECISIONS
@@ -63,7 +60,7 @@ def test_decoded_pixels_equal_autoencoderkls(both, batch, height, width, dtype, 
     latents_BChw = _random(batch, 16, height, width, dtype=dtype) * 3
     pixels_BCHW = ours.decode(latents_BChw)
     assert pixels_BCHW.shape == (batch, 3, 8 * height, 8 * width)
-    assert _relative_error(pixels_BCHW, oracle.decode(latents_BChw).sample) < tolerance
+    assert relative_error(pixels_BCHW, oracle.decode(latents_BChw).sample) < tolerance
 
 
 def test_log_variance_is_clamped_as_autoencoderkls(both):
@@ -75,7 +72,7 @@ def test_log_variance_is_clamped_as_autoencoderkls(both):
         pixels_BCHW = _random(1, 3, 64, 64, dtype=torch.float32)
         _, logvar = ours.encode(pixels_BCHW)
         assert logvar.min() == -30 and logvar.max() == 20
-        assert _relative_error(logvar, oracle.encode(pixels_BCHW).latent_dist.logvar) < 1e-4
+        assert relative_error(logvar, oracle.encode(pixels_BCHW).latent_dist.logvar) < 1e-4
     finally:
         with torch.no_grad():
             for model in (ours, oracle):

@@ -15,11 +15,6 @@ TEXT_ENCODER_FILES = {"--clip-l": "clip_l", "--clip-g": "clip_g", "--t5xxl": "t5
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> TinyBase:
-    return write_tiny_base(tmp_path_factory.mktemp("separate"), variant="sd35-medium", layout="separate")
-
-
-@pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     return write_dataset_file(folder / "dataset.toml", write_photographs(folder / "images", TWO, 96), resolution=64)

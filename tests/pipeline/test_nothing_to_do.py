@@ -9,18 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.command_line import report_of, sd3pipe
-from support.tiny_base import write_tiny_base
 
 from sd3pipe import cli
 from sd3pipe.cache.rows import from_numpy
 from sd3pipe.stat_memory import stamp_of
 
 HEAVY = {"torch", "transformers", "tokenizers", "PIL", "zarr", "safetensors", "rich"}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_base(tmp_path_factory.mktemp("nothing-to-do") / "base")
 
 
 def write_dataset(folder, count):

@@ -10,7 +10,7 @@ import time
 import pytest
 from PIL import Image
 from support.command_line import report_of, sd3pipe
-from support.tiny_base import write_tiny_base
+from support.comparing import folder_bytes
 
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cli import run
@@ -21,11 +21,6 @@ pytest.importorskip("ray", reason="needs Ray: pip install 'sd3pipe[ray]'")
 SIZES = tuple((64 + 32 * wide, 64 + 32 * high) for wide in range(3) for high in range(3))  # a bucket and a segment each
 LONG = "so many words " * 20
 ON_RAY = ("--engine", "ray", "--ray-workers", "2")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture
@@ -46,10 +41,6 @@ def dataset(tmp_path, monkeypatch):
     )
     file.write_text(f"[[datasets]]\n{buckets}\n[[datasets.subsets]]\nimage_dir = '{photos}'\n")
     return file
-
-
-def folder_bytes(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def kill_a_worker(out, deadline):

@@ -7,6 +7,7 @@ import sys
 import pytest
 from PIL import Image
 from support.command_line import sd3pipe
+from support.comparing import folder_bytes
 from support.tiny_base import write_tiny_base
 
 from sd3pipe.cache.reader import CacheReader
@@ -34,10 +35,6 @@ def torchrun(ranks, arguments, cwd):
     done = subprocess.run(command, cwd=cwd, env=os.environ, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def folder_bytes(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def encoded_counts(output):

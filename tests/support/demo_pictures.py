@@ -1,5 +1,6 @@
 """Draws many prompts with the demo base and an adapter at once, and counts what the measure reads off the pictures."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,3 +78,11 @@ def accuracy(subjects: Sequence[Subject], readings: Sequence[Reading]) -> dict[s
     """Returns the share of right readings of each field."""
     pairs = list(zip(subjects, readings, strict=True))
     return {field: sum(getattr(s, field) == getattr(r, field) for s, r in pairs) / len(pairs) for field in FIELDS}
+
+
+def held_out_subjects() -> list[Subject]:
+    """The subjects whose captions no training step has seen, as the script that makes the base splits them."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+    from demo_base_mmdit import split_subjects
+
+    return split_subjects()[1]

@@ -93,11 +93,6 @@ def fill(out: Path, wanted: Wanted, *, unreadable: Mapping[str, str] | None = No
     return fill_cache(out, wanted, FakeEncoder(wanted, unreadable), made_with="fake 1", **options)
 
 
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    """Returns the content of every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def captions(count: int, start: int = 0) -> dict[str, str]:
     """Returns `count` different captions by picture name."""
     return {f"{number:05}.png": f"picture number {number}" for number in range(start, start + count)}

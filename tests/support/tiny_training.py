@@ -17,6 +17,10 @@ from sd3pipe.cache.tensors import from_torch
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.commands.train import main
 from sd3pipe.params.train import TrainParams
+from sd3pipe.training.batches import MicroBatch, epoch_batches
+from sd3pipe.training.feed import Feed, FeedRules
+from sd3pipe.training.flow import SigmaSampling
+from sd3pipe.training.training_data import open_data
 from support.tiny_mmdit import CONTEXT_WIDTH, random_weights, tiny_architecture
 
 CLIP_WIDTHS = (24, 40)
@@ -179,6 +183,17 @@ def fill_prompts(out: Path, settings: Sequence[dict[str, Any]], *, tokens: int =
 
     fill_cache(out, replace(bare, samples=samples), encode, made_with="tiny 1")
     return out
+
+
+def make_feed(inputs: Inputs, **rules: Any) -> Feed:
+    """Returns what makes batches of the rows to train on."""
+    data = open_data(inputs.params("none"))
+    return Feed(data.train, data.latents, data.text, FeedRules(**{"seed": 42, "sampling": SigmaSampling(), **rules}))
+
+
+def plans(feed: Feed, epochs: range, batch_size: int = 6) -> list[MicroBatch]:
+    """Returns the batches of some epochs."""
+    return [p for e in epochs for p in epoch_batches(feed.items, seed=42, epoch=e, batch_size=batch_size)]
 
 
 def with_other_vae(inputs: Inputs, folder: Path, dataset: Sequence[Picture]) -> Inputs:

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.tiny_mmdit import tiny_mmdit
-from support.tiny_training import Inputs, Run, make_inputs, pictures
-from test_training_feed import make_feed, plans
+from support.tiny_training import Inputs, Run, make_feed, make_inputs, pictures, plans
 
 from sd3pipe.adapters.network import attach
 from sd3pipe.adapters.targets import AdapterSpec

@@ -3,13 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from support.tiny_training import CLIP_TOKENS, CLIP_WIDTHS, POOLED_WIDTHS, Inputs, make_inputs, pictures
+from support.tiny_training import (
+    CLIP_TOKENS,
+    CLIP_WIDTHS,
+    POOLED_WIDTHS,
+    Inputs,
+    make_feed,
+    make_inputs,
+    pictures,
+    plans,
+)
 
 from sd3pipe.models.vae import from_model_space
-from sd3pipe.training.batches import MicroBatch, epoch_batches
-from sd3pipe.training.feed import Batch, Feed, FeedRules
-from sd3pipe.training.flow import SigmaSampling
-from sd3pipe.training.training_data import open_data
+from sd3pipe.training.feed import Batch
 
 STANDARD_DEVIATION = float(np.exp(-2))  # tiny_training's rows have log-variance -4
 
@@ -19,15 +25,6 @@ def inputs(tmp_path_factory) -> Inputs:
     subsets = {"photos": {"diff_output_preservation": True}, "class": {"is_reg": True, "prior_loss_weight": 0.25}}
     dataset = [*pictures(3, size=(8, 8)), *pictures(6, size=(8, 8), subset="class")[3:]]
     return make_inputs(tmp_path_factory.mktemp("feed"), dataset, subsets=subsets)
-
-
-def make_feed(inputs: Inputs, **rules) -> Feed:
-    data = open_data(inputs.params("none"))
-    return Feed(data.train, data.latents, data.text, FeedRules(**{"seed": 42, "sampling": SigmaSampling(), **rules}))
-
-
-def plans(feed: Feed, epochs: range, batch_size: int = 6) -> list[MicroBatch]:
-    return [p for e in epochs for p in epoch_batches(feed.items, seed=42, epoch=e, batch_size=batch_size)]
 
 
 def by_sample(batch: Batch) -> dict[int, dict[str, torch.Tensor]]:
