@@ -138,7 +138,8 @@ def attach(
         )
         layers[path] = _layer(path, setup, spec)
         layers[path].reset(torch.Generator().manual_seed(_number(f"{spec.seed}/{path}")))
-        _measure(layers[path], slots[path])
+        if isinstance(layer := layers[path], DoRA):
+            layer.measure(slots[path])
     return AdapterNetwork(layers, {path: slots[path] for path in layers}, keys)
 
 
@@ -236,11 +237,6 @@ def _over_changed_rows(delta: Delta, slot: LinearSlot) -> Delta:
     if isinstance(delta, LoRADelta) and delta.base_norm:
         return with_norm_of(delta, slot.dense_weight().to("cpu"), base_norm=False)
     return delta
-
-
-def _measure(layer: AdapterLayer, slot: LinearSlot) -> None:
-    if isinstance(layer, DoRA):
-        layer.measure(slot)
 
 
 def _alpha(spec: AdapterSpec, rank: int) -> float:

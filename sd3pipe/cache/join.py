@@ -131,7 +131,8 @@ def _refuse_unexplained(
     lacking: dict[str, list[str]] = {latents.where: [], text.where: []}
     for picture in one_sided:
         other = text if picture in crops else latents
-        if not any(_is_picture(entry, picture) for entry in other.manifest.quarantined):
+        quarantined = {(entry.get("image_hash"), entry.get("subset")) for entry in other.manifest.quarantined}
+        if picture[:2] not in quarantined:
             lacking[other.where].append(crops[picture][0].name if picture in crops else texts[picture][0])
     for where, names in lacking.items():
         if names:
@@ -139,10 +140,6 @@ def _refuse_unexplained(
                 f"{where} lacks {count(len(names), 'picture')} ({listed(sorted(names))}), which the other cache has: "
                 "the two were encoded from different datasets; run both encode stages"
             )
-
-
-def _is_picture(entry: Mapping[str, Any], picture: Picture) -> bool:
-    return (entry.get("image_hash"), entry.get("subset")) == picture[:2]
 
 
 def _quarantine_messages(readers: Readers) -> tuple[str, ...]:

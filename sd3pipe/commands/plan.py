@@ -38,7 +38,9 @@ def main(params: PlanParams) -> None:
     shapes = _shapes(params)
     model = model_size(shapes)
     work, wanted = _workload(params, shapes), _settings(params)
-    rates = _rates(params)
+    rates = None
+    if params.tflops is not None:
+        rates = Rates(flop_per_second=params.tflops * 1e12, copy_bytes_per_second=params.copy_gb_per_second * 1e9)
     rows = _rows(params, model, work, wanted, rates)
     chosen = _chosen(params, model, work, wanted, rates)
     disk = _disk(params)
@@ -83,12 +85,6 @@ def _settings(params: PlanParams) -> Settings:
         layer_major=params.layer_major,
         dtype_bytes=4 if params.mixed_precision == "no" else 2,
     )
-
-
-def _rates(params: PlanParams) -> Rates | None:
-    if params.tflops is None:
-        return None
-    return Rates(flop_per_second=params.tflops * 1e12, copy_bytes_per_second=params.copy_gb_per_second * 1e9)
 
 
 def _rows(

@@ -93,7 +93,8 @@ def _position(picture: Picture, draw: Callable[[], random.Random]) -> tuple[Plac
         if placed is not None:
             return placed
     placement = place(*size, bucketing)
-    if picture.subset.random_crop and not bucketing.enable_bucket and _covers(size, placement.bucket):
+    covers = size[0] >= placement.bucket[0] and size[1] >= placement.bucket[1]
+    if picture.subset.random_crop and not bucketing.enable_bucket and covers:
         placement = Placement(bucket=placement.bucket, resized=size)  # sd-scripts cuts from the full size then
     spare = [placement.resized[axis] - placement.bucket[axis] for axis in (0, 1)]
     if picture.subset.random_crop:
@@ -102,10 +103,6 @@ def _position(picture: Picture, draw: Callable[[], random.Random]) -> tuple[Plac
     else:
         left, top = (rest // 2 for rest in spare)
     return placement, left, top
-
-
-def _covers(size: Size, target: Size) -> bool:
-    return size[0] >= target[0] and size[1] >= target[1]
 
 
 def _cut(picture: Picture, placement: Placement, left: int, top: int, flip: bool) -> Cut:

@@ -66,11 +66,11 @@ class JointBlock(nn.Module):
 
     def _is_trained(self) -> bool:
         adapters = (module.adapter for module in self.modules() if isinstance(module, Linear))
-        return any(not isinstance(a, nn.Module) or _any_trained(a) for a in adapters if a is not None)
-
-
-def _any_trained(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
+        return any(
+            not isinstance(a, nn.Module) or any(parameter.requires_grad for parameter in a.parameters())
+            for a in adapters
+            if a is not None
+        )
 
 
 class BlockSide(nn.Module):
