@@ -22,6 +22,7 @@ from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.params.idle import idle_options
 from sd3pipe.params.train import TrainParams
 from sd3pipe.stat_memory import StatMemory
+from sd3pipe.training.belonging import misfits
 from sd3pipe.training.checkpoints import set_aside_later
 from sd3pipe.training.data_summary import data_summary, encode_summary
 from sd3pipe.training.durations import parse_duration
@@ -36,7 +37,7 @@ from sd3pipe.training.records import forget_after, subset_figures
 from sd3pipe.training.run_folder import RunFolder, Start, choose_start, is_finished
 from sd3pipe.training.setup import build_loop, check_options
 from sd3pipe.training.trackers import check_trackers
-from sd3pipe.training.training_data import open_data
+from sd3pipe.training.training_data import TrainingData, open_data
 from sd3pipe.training.validation import verdict
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,8 @@ def _train(params: TrainParams, processes: Processes, report: StageReport, folde
         return
     architecture = mmdit_architecture(source)
     check_options(params, architecture, data, run)
+    if processes.is_main:
+        _tell_misfits(params, data)
     memory = run_memory(
         params,
         architecture,
@@ -169,10 +172,22 @@ def _check_freshness(params: TrainParams) -> str:
 
 
 def _fingerprint(params: TrainParams, source: ComponentSource) -> str:
-    memory = StatMemory(machine_folder(params.out).parent / "stat.json", trust=not params.verify_weights)
+    memory = _weights_memory(params)
     fingerprint = source.fingerprint(memory)
     memory.save()
     return fingerprint
+
+
+def _weights_memory(params: TrainParams) -> StatMemory:
+    return StatMemory(machine_folder(params.out).parent / "stat.json", trust=not params.verify_weights)
+
+
+def _tell_misfits(params: TrainParams, data: TrainingData) -> None:
+    """Warns of what does not belong together."""
+    memory = _weights_memory(params)
+    for line in misfits(params, data, memory):
+        log.warning("%s", line)
+    memory.save()
 
 
 def _figures(loop: Loop, memory: MemoryPlan, processes: Processes, steps_before: int) -> dict[str, Any]:

@@ -162,11 +162,21 @@ def make_inputs(
     )
 
 
-def fill_prompts(out: Path, settings: Sequence[dict[str, Any]], *, tokens: int = 6) -> Path:
+def fill_prompts(
+    out: Path,
+    settings: Sequence[dict[str, Any]],
+    *,
+    tokens: int = 6,
+    recipe: dict[str, Any] | None = None,
+    clip_l: str = "l",
+) -> Path:
     """Writes a cache of sample prompts, one for each of the settings."""
     texts = [*(f"prompt {number}" for number in range(len(settings))), ""]
-    rows = [WantedRow(source=text_source(text), recipe={"tiny": 1}, group="text", nbytes=4096) for text in texts]
-    bare = Wanted(kind="prompts", recipe_version=1, fingerprints={"clip_l": "l"}, recipe={}, rows=rows, samples={})
+    recipe = recipe or {"tiny": 1}
+    rows = [WantedRow(source=text_source(text), recipe=recipe, group="text", nbytes=4096) for text in texts]
+    bare = Wanted(
+        kind="prompts", recipe_version=1, fingerprints={"clip_l": clip_l}, recipe=recipe, rows=rows, samples={}
+    )
     samples = {
         "name": [f"{number:03d}" for number in range(len(settings))],
         "prompt": texts[:-1],

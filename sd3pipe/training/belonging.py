@@ -1,0 +1,65 @@
+"""What a run is given that does not belong together, in the user's words: no error, for some mean it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sd3pipe.cache.manifest import Manifest
+from sd3pipe.cache.reader import CacheReader
+from sd3pipe.errors import InputError
+from sd3pipe.models.layouts import TITLES
+from sd3pipe.models.sources import ComponentSource, find_component
+from sd3pipe.params.train import TrainParams
+from sd3pipe.stat_memory import StatMemory
+from sd3pipe.training.training_data import TrainingData
+
+_HASH_DIGITS = 12
+
+
+def misfits(params: TrainParams, data: TrainingData, memory: StatMemory) -> Iterator[str]:
+    """Yields a sentence for each pair that does not fit, with both sides named."""
+    vae, latents = _own_vae(params), data.latents.manifest.fingerprints.get("vae")
+    if vae is not None and latents is not None:
+        own = vae.fingerprint(memory)
+        if own != latents:
+            yield (
+                f"{params.latents} was encoded with VAE {_short(latents)}, and {vae.where} holds VAE {_short(own)}: "
+                "the adapter learns other latents than it is used with; encode them again, or name the right --vae"
+            )
+    if params.prompts is not None and params.prompts.exists():
+        text, prompts = data.text.manifest, CacheReader(params.prompts).manifest
+        yield from _other_text(f"{params.text}", text, f"{params.prompts}", prompts)
+
+
+def _own_vae(params: TrainParams) -> ComponentSource | None:
+    """Returns the VAE that the user named or that lies in the model; nothing is fetched to find one."""
+    if params.vae is None and not Path(params.model).expanduser().exists():
+        return None
+    try:
+        return find_component("vae", model=params.model, file=params.vae)
+    except InputError:
+        return None
+
+
+def _other_text(where: str, text: Manifest, other_where: str, prompts: Manifest) -> Iterator[str]:
+    """Yields how the captions that are trained on and the prompts that samples are drawn of were made otherwise."""
+    titles: dict[str, str] = {**TITLES}
+    encoders = {
+        titles.get(name, name): (text.fingerprints[name], prompts.fingerprints[name])
+        for name in text.fingerprints.keys() & prompts.fingerprints.keys()
+    }
+    settings = {name: (text.recipe.get(name), prompts.recipe.get(name)) for name in {**text.recipe, **prompts.recipe}}
+    for what, pairs in (("encoders", encoders), ("options", settings)):
+        odd = {name: pair for name, pair in sorted(pairs.items()) if pair[0] != pair[1]}
+        if odd:
+            ours, theirs = (", ".join(f"{name} {_short(pair[side])}" for name, pair in odd.items()) for side in (0, 1))
+            yield (
+                f"{where} was encoded with {ours}, and {other_where} with {theirs}: samples are drawn of other texts "
+                f"than are trained on; run encode-text for both with the same {what}"
+            )
+
+
+def _short(value: Any) -> str:
+    """Returns a setting, or the start of a fingerprint."""
+    text = "unset" if value is None else str(value)
+    return f"{text[:_HASH_DIGITS]}..." if len(text) > _HASH_DIGITS else text
