@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import BaseModel, JsonValue, TypeAdapter
 
 from sd3pipe.adapters.targets import AdapterSpec
-from sd3pipe.documents import parse_json
+from sd3pipe.documents import parse_json, read_data
 from sd3pipe.errors import InputError, ParameterError
 
 PROVENANCE_KEY = "sd3pipe"
@@ -189,10 +189,7 @@ def source_date() -> str | None:
 
 def thumbnail_url(path: Path) -> str:
     """Returns a PNG, JPEG or WebP file as a data URL. Raises InputError for other files, and for large ones."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: the thumbnail cannot be read ({error.strerror})") from error
+    data = read_data(path)
     kind = next((kind for start, kind in _PICTURE_TYPES.items() if data.startswith(start)), None)
     if kind is None:
         raise InputError(f"{path}: a thumbnail is a PNG, JPEG or WebP picture")

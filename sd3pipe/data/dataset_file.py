@@ -3,15 +3,17 @@
 A value is looked up in the subset, then its dataset, then [general], then the default. Nothing here looks at pictures.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from sd3pipe.config import read_toml
 from sd3pipe.data.dataset_keys import ELSEWHERE, KEYS, PRESERVATION, Key, Level, refusal, remark
 from sd3pipe.data.dataset_values import check_value, shown_value
+from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import ParameterError
 
 DEFAULT_CAPTION_EXTENSIONS = (".txt", ".caption")
@@ -334,18 +336,10 @@ def _unused(stem: str, taken: set[str]) -> str:
 
 def _parse(path: Path) -> dict[str, Any]:
     """Returns the file's tables. Raises ParameterError."""
-    if path.suffix.lower() != ".json":
-        return read_toml(path)
     try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError as error:
-        raise ParameterError(f"{path}: there is no such file") from error
-    except OSError as error:
-        raise ParameterError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ParameterError(f"{path}: is not UTF-8 text (byte {error.start})") from error
-    except (ValueError, RecursionError) as error:
-        raise ParameterError(f"{path}: is not valid JSON: {error}") from error
+        content = read_json(path, TypeAdapter(Any)) if path.suffix.lower() == ".json" else read_toml(path)
+    except DocumentError as error:
+        raise ParameterError(str(error)) from error
     if not isinstance(content, dict):
         raise ParameterError(f"{path}: must hold a table with general and datasets")
     return content

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from sd3pipe.data.geometry import Cut
-from sd3pipe.data.headers import MAX_PIXELS, UnreadablePicture
+from sd3pipe.data.headers import MAX_PIXELS, UnreadablePicture, read_picture
 from sd3pipe.data.images import composited, decode
 from sd3pipe.data.resize import area_mean, resize
-from sd3pipe.files import open_regular
 from sd3pipe.fingerprint import hash_bytes
 
 
@@ -79,11 +78,7 @@ def _cut_out(pixels_HWC: np.ndarray, cut: Cut) -> np.ndarray:
 
 
 def _bytes(path: Path, expected_hash: str) -> bytes:
-    try:
-        with open_regular(path) as file:
-            data = file.read()
-    except OSError as error:
-        raise UnreadablePicture(f"it cannot be read ({error.strerror})") from error
+    data = read_picture(path)
     if hash_bytes(data) != expected_hash:
         raise UnreadablePicture("it changed while it was being encoded: run again")
     return data

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sd3pipe.data.dataset_file import Subset
+from sd3pipe.documents import read_data
 from sd3pipe.errors import InputError
 from sd3pipe.fingerprint import hash_bytes
 
@@ -70,11 +71,7 @@ def is_picture_name(name: str) -> bool:
 
 def _with_caption(entry: Entry, path: Path) -> Entry:
     """Returns the entry with its caption file's text. Raises InputError unless that is UTF-8."""
-    try:
-        with open(path, "rb", buffering=0) as handle:
-            data = handle.read()
-    except OSError as error:
-        raise InputError(f"{path}: the caption cannot be read ({error.strerror})") from error
+    data = read_data(path)
     try:
         text = normalised(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -124,7 +121,7 @@ def _file_problem(entry: os.DirEntry[str]) -> str | None:
     try:
         if entry.is_file():
             return None
-        return "it is a link to nowhere" if entry.is_symlink() else "it is no regular file"
+        return "it is no regular file" if Path(entry.path).exists() else "it is a link to nowhere"
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
 

@@ -1,15 +1,20 @@
 """What a picture's header says, without decoding it. The only part of a scan that needs Pillow."""
 
 import io
+import os
 import struct
 import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from sd3pipe.files import open_regular
+
 MAX_PIXELS = 200_000_000  # larger than the largest cameras' 150 MP; 600 MB as RGB
+MAX_FILE_BYTES = 1_000_000_000  # so many pixels in four bytes each, and room for what a camera adds
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JXL", "MPO", "PNG", "TIFF", "WEBP")  # none runs programs
 PLUGINS = {
     ".jxl": ("JXL", "pillow_jxl", "pillow-jxl-plugin"),
@@ -36,6 +41,17 @@ class Header:
     height: int
     has_alpha: bool
     animated: bool
+
+
+def read_picture(path: Path) -> bytes:
+    """Returns the bytes of a picture file, which is a regular one of bounded size. Raises UnreadablePicture."""
+    try:
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise UnreadablePicture(f"the file is larger than {MAX_FILE_BYTES:,} bytes")
+            return file.read(MAX_FILE_BYTES)
+    except OSError as error:
+        raise UnreadablePicture(f"it cannot be read ({error.strerror})") from error
 
 
 def open_picture(data: bytes, suffix: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:

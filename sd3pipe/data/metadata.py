@@ -2,16 +2,19 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from sd3pipe.data.dataset_file import Subset
 from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, Entry, normalised
+from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, parse_json, read_text
 
 _PATH_FIELDS = ("image_path", "file_name")
 _TEXT_FIELDS = ("caption", "text")
+_ANYTHING = TypeAdapter(Any)
 
 
 def metadata_entries(subset: Subset) -> list[Entry]:
@@ -39,11 +42,11 @@ def metadata_entries(subset: Subset) -> list[Entry]:
 
 def _records(file: Path) -> Iterator[tuple[str, Any, Any]]:
     """Yields (place in the file, picture name, fields). Raises CaptionError."""
-    text = _text(file)
     ending = file.suffix.lower()
     try:
+        text = read_text(file, most_bytes=MOST_LIST_BYTES)
         if ending == ".json":
-            content = json.loads(text)
+            content = parse_json(text, _ANYTHING, str(file))
             if not isinstance(content, Mapping):
                 raise CaptionError([f"{file}: must be a table from picture names to captions and tags"])
             for name, record in content.items():
@@ -51,24 +54,17 @@ def _records(file: Path) -> Iterator[tuple[str, Any, Any]]:
         elif ending == ".jsonl":
             for number, line in enumerate(text.split("\n"), start=1):
                 if line.strip():
-                    record = json.loads(line)
+                    record = parse_json(line, _ANYTHING, f"{file}: line {number}")
                     yield f"{file}: line {number}", _first(record, _PATH_FIELDS), record
         elif ending == ".csv":
             for number, record in enumerate(csv.DictReader(io.StringIO(text)), start=2):
                 yield f"{file}: line {number}", _first(record, _PATH_FIELDS), record
         else:
             raise CaptionError([f"{file}: a metadata_file ends in .json, .jsonl or .csv"])
-    except (ValueError, csv.Error, RecursionError) as error:
-        raise CaptionError([f"{file}: is not valid {ending[1:]}: {error}"]) from error
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except OSError as error:
-        raise CaptionError([f"{file}: cannot be read ({error.strerror})"]) from error
-    except UnicodeDecodeError as error:
-        raise CaptionError([f"{file}: is not UTF-8 text (byte {error.start})"]) from error
+    except csv.Error as error:
+        raise CaptionError([f"{file}: is not valid CSV: {error}"]) from error
+    except DocumentError as error:
+        raise CaptionError([str(error)]) from error
 
 
 def _first(record: Any, fields: tuple[str, ...]) -> Any:

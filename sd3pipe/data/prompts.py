@@ -5,15 +5,16 @@ Text: one prompt a line, # for comments, then --n negative prompt, --w --h size,
 when the picture is drawn.
 """
 
-import json
 import logging
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from sd3pipe.documents import DocumentError, parse_json, parse_toml, read_text
 from sd3pipe.errors import InputError, ParameterError
 
 log = logging.getLogger(__name__)
@@ -68,9 +69,12 @@ def load_prompts(path: Path) -> list[SamplePrompt]:
 
     Raises InputError for a file that cannot be read, ParameterError with one line for each problem in it.
     """
-    text = _read(path)
+    text = read_text(path)
     readers: dict[str, Callable[[str, Path], Iterator[_Draft]]] = {".toml": _from_toml, ".json": _from_json}
-    drafts = list(readers.get(path.suffix.lower(), _from_lines)(text, path))
+    try:
+        drafts = list(readers.get(path.suffix.lower(), _from_lines)(text, path))
+    except DocumentError as error:
+        raise ParameterError(str(error)) from error
     problems = [f"{path}: {draft.where}: {problem}" for draft in drafts for problem in draft.problems()]
     if problems:
         raise ParameterError("\n".join(problems))
@@ -130,15 +134,6 @@ def _is_int(value: Any, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
-
-
 def _from_lines(text: str, path: Path) -> Iterator[_Draft]:
     for number, line in enumerate(text.split("\n"), start=1):
         line = line.strip()
@@ -163,10 +158,7 @@ def _parsed(name: str, text: str) -> Any:
 
 
 def _from_toml(text: str, path: Path) -> Iterator[_Draft]:
-    try:
-        content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ParameterError(f"{path}: is not valid TOML: {error}") from error
+    content = parse_toml(text, str(path))
     shared = content.get("prompt")
     if not isinstance(shared, Mapping) or set(content) != {"prompt"}:
         raise ParameterError(f"{path}: must hold one table [prompt], with [[prompt.subset]] for each prompt")
@@ -179,10 +171,7 @@ def _from_toml(text: str, path: Path) -> Iterator[_Draft]:
 
 
 def _from_json(text: str, path: Path) -> Iterator[_Draft]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ParameterError(f"{path}: is not valid JSON: {error}") from error
+    content = parse_json(text, TypeAdapter(Any), str(path))
     if not isinstance(content, list) or not all(isinstance(table, dict) for table in content):
         raise ParameterError(f"{path}: must hold a list of tables, each with a prompt")
     for number, table in enumerate(content, start=1):

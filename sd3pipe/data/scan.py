@@ -20,7 +20,6 @@ from sd3pipe.data.dataset_file import Dataset, Subset
 from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, Entry, folder_entries, mask_files
 from sd3pipe.data.metadata import metadata_entries
 from sd3pipe.errors import InputError
-from sd3pipe.files import open_regular
 from sd3pipe.fingerprint import hash_bytes, hash_file, hash_json, is_hash
 from sd3pipe.stat_memory import StatMemory
 
@@ -244,14 +243,13 @@ def _remembered(known: object) -> Mapping[str, Any] | None:
 
 def _look_into(path: Path) -> dict[str, Any]:
     from sd3pipe.data.headers import UnreadablePicture as Broken  # imports Pillow, which a second scan does not need
-    from sd3pipe.data.headers import read_header
+    from sd3pipe.data.headers import read_header, read_picture
 
     stopping.check()
     try:
-        with open_regular(path) as file:
-            data = file.read()
-    except OSError as error:
-        return {"unreadable": f"it cannot be read ({error.strerror})"}
+        data = read_picture(path)
+    except Broken as error:
+        return {"unreadable": str(error)}
     try:
         header = read_header(data, path.suffix)
     except Broken as error:

@@ -1,10 +1,12 @@
 """Finds a component's tensors in a diffusers folder, be it on the disk or on the hub. Free of torch."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
+from pydantic import TypeAdapter
+
 from sd3pipe.console import listed
+from sd3pipe.documents import DocumentError, checked, read_json
 from sd3pipe.errors import InputError
 from sd3pipe.models.layouts import OPTIONS, TITLES, Component
 from sd3pipe.models.safetensors_header import PICKLE_SUFFIXES, StoredTensor, read_header
@@ -26,6 +28,7 @@ _STEMS: dict[Component, tuple[str, ...]] = {
     "t5xxl": ("model",),
 }
 _MAX_INDEX_BYTES = 10_000_000
+_INDEX = TypeAdapter(dict[str, object])
 
 
 def folder_tensors(component: Component, fetch: Fetch, subfolder: str) -> dict[str, StoredTensor] | None:
@@ -86,13 +89,9 @@ def _sharded_tensors(index: Path, fetch: Fetch) -> dict[str, StoredTensor]:
 def _weight_map(index: Path) -> Iterator[tuple[str, str]]:
     """Yields tensor name and file name; a file name that leaves the folder is refused."""
     try:
-        if index.stat().st_size > _MAX_INDEX_BYTES:
-            raise ValueError("too large")
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        pairs = list(weight_map.items())
-    except OSError as error:
-        raise InputError(f"{index}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        content = read_json(index, _INDEX, most_bytes=_MAX_INDEX_BYTES)
+        pairs = checked(content["weight_map"], _INDEX, str(index)).items()
+    except (DocumentError, KeyError) as error:
         raise InputError(f"{index}: damaged: no weight_map in it: download the folder again") from error
     for name, shard in pairs:
         if not isinstance(shard, str) or shard != PurePosixPath(shard).name or "\\" in shard or not shard:

@@ -6,13 +6,15 @@ with equal content in different formats have one identity, so it does not matter
 
 import base64
 import contextlib
-import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
+from sd3pipe.documents import read_data, read_json, read_text
 from sd3pipe.errors import InputError
 from sd3pipe.fingerprint import hash_bytes, hash_json, is_hash
 from sd3pipe.models.text_architecture import EncoderName
@@ -29,6 +31,8 @@ CLIP_START = "<|startoftext|>"
 CLIP_END = "<|endoftext|>"
 T5_SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2
 
+_TABLE = TypeAdapter(dict[str, Any])
+_MOST_BYTES = 100_000_000  # the largest vocabularies in use take 20 MB
 _SENTINEL = "<extra_id_"  # of T5's pre-training; tokenizer.json lists the 100 of them as pieces, spiece.model does not
 
 
@@ -75,7 +79,7 @@ def read_clip_vocabulary(folder: Path) -> ClipVocabulary:
     with _readable(folder):
         if len(files) == 2:
             ids = _json(files[0])
-            lines = files[1].read_text(encoding="utf-8").split("\n")
+            lines = read_text(files[1], most_bytes=_MOST_BYTES).split("\n")
             merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         else:
             model = _json(files[0])["model"]
@@ -137,8 +141,8 @@ def _identity(vocabulary: ClipVocabulary | T5Vocabulary) -> str:
     return hash_json({"kind": "t5", "pieces": vocabulary.pieces, "normalizer": table})
 
 
-def _json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
+def _json(file: Path) -> dict[str, Any]:
+    return read_json(file, _TABLE, most_bytes=_MOST_BYTES)
 
 
 def _read_unigram(file: Path) -> tuple[list[tuple[str, float]], bytes]:
@@ -153,7 +157,7 @@ def _read_sentencepiece(file: Path) -> tuple[list[tuple[str, float]], bytes]:
     """Reads sentencepiece's ModelProto: field 1 the pieces (1 text, 2 score), field 3 the normaliser (2 its table)."""
     pieces: list[tuple[str, float]] = []
     table = b""
-    for field, value in _protobuf_fields(file.read_bytes()):
+    for field, value in _protobuf_fields(read_data(file, most_bytes=_MOST_BYTES)):
         if field == 1:
             piece = dict(_protobuf_fields(value))
             pieces.append((piece[1].decode("utf-8"), struct.unpack("<f", piece.get(2, bytes(4)))[0]))

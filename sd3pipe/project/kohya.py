@@ -42,7 +42,10 @@ def read_command(text: str) -> dict[str, Any]:
 
     Raises ParameterError if it is no command of sd3_train_network.py.
     """
-    words = [word for word in shlex.split(text.replace("\\\n", " ").replace("^\n", " ")) if word.strip()]
+    try:
+        words = [word for word in shlex.split(text.replace("\\\n", " ").replace("^\n", " ")) if word.strip()]
+    except ValueError as error:
+        raise ParameterError(f"the command cannot be split into words: {error}") from error
     scripts = [number for number, word in enumerate(words) if Path(word).name.endswith(".py")]
     if scripts and Path(words[scripts[0]]).name != SCRIPT:
         raise ParameterError(f"{words[scripts[0]]}: only commands of {SCRIPT} (SD3 LoRA training) can be translated")
@@ -59,12 +62,12 @@ def read_command(text: str) -> dict[str, Any]:
         else:
             given[name].append(word)
     options = {key: _from_words(key, values) for key, values in given.items()}
-    config = options.pop("config_file", None)
-    return (
-        {**read_config(Path(config if config.endswith(".toml") else f"{config}.toml")), **options}
-        if config
-        else options
-    )
+    if "config_file" not in options:
+        return options
+    config = options.pop("config_file")
+    if not isinstance(config, str):
+        raise ParameterError("--config_file: names no file")
+    return {**read_config(Path(config if config.endswith(".toml") else f"{config}.toml")), **options}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -193,7 +196,7 @@ def _parsed(option: KohyaOption | None, word: str) -> Any:
                 return float(word)
             case "int_or_float":
                 return _ratio_or_steps(word)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ParameterError(f"{word}: is not a number, as {SCRIPT} would want here") from error
     return word
 

@@ -1,17 +1,20 @@
 """Writes sd-scripts' dataset file, or its --train_data_dir folders, as ours: every value explicit."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from sd3pipe.config import read_toml
+from sd3pipe.documents import checked, read_json
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.params.stage_file import toml_value
 from sd3pipe.project.kohya import Translation
 
 _PATH_KEYS = ("image_dir", "metadata_file", "conditioning_data_dir")
+_TABLE, _TABLES = TypeAdapter(dict[str, Any]), TypeAdapter(list[dict[str, Any]])
 _REPEATS = re.compile(r"(\d+)_(.*)")  # sd-scripts' folder names: 10_mycat
 
 
@@ -21,13 +24,20 @@ def read_dataset(translation: Translation) -> dict[str, Any]:
     if file is not None:
         if not file.is_file():
             raise InputError(f"{file}: the dataset file of the command is not here: run this where it is, or copy it")
-        if file.suffix == ".json":
-            return json.loads(file.read_text(encoding="utf-8"))
-        return read_toml(file)
+        tables = read_json(file, _TABLE) if file.suffix == ".json" else read_toml(file)
+        _check_tables(tables, str(file))
+        return tables
     if translation.picture_folders:
         subsets = [subset for folder, is_reg in translation.picture_folders for subset in _subsets(folder, is_reg)]
         return {"datasets": [{"subsets": subsets}]}
     raise ParameterError("the command names no pictures: it has neither --dataset_config nor --train_data_dir")
+
+
+def _check_tables(tables: Mapping[str, Any], where: str) -> None:
+    """Raises InputError unless the tables are nested as sd-scripts has them."""
+    checked(tables.get("general", {}), _TABLE, f"{where}: general")
+    for number, dataset in enumerate(checked(tables.get("datasets", []), _TABLES, f"{where}: datasets")):
+        checked(dataset.get("subsets", []), _TABLES, f"{where}: datasets.{number}.subsets")
 
 
 def source_paths(tables: Mapping[str, Any]) -> list[str]:

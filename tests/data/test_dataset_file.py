@@ -193,7 +193,7 @@ def test_preservation_goes_to_the_weighting_only(tmp_path):
         ("d.toml", b"\xff\xfe", "UTF-8"),
         ("d.json", b"[1]", "table"),
         ("d.json", b"{", "not valid JSON"),
-        ("d.json", b"\xff", "UTF-8"),
+        ("d.json", b"\xff", "not valid JSON"),
         ("d.toml", b"", "[[datasets]]"),
         ("d.toml", b"datasets = 3", "[[datasets]]"),
         ("d.toml", b"[[datasets]]\nresolution = 512", "[[datasets.subsets]]"),

@@ -98,7 +98,7 @@ def test_bad_files_are_named(tmp_path, name, content, kind):
 
 
 def test_missing_file_is_an_input_error(tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="there is no such file"):
         load_prompts(tmp_path / "none.txt")
 
 

@@ -132,7 +132,7 @@ def test_record_files_follow_the_conventions_of_datasets(folder, name, text):
     "name, text, told",
     [
         ("m.json", "[]", "must be a table"),
-        ("m.json", "{", "not valid json"),
+        ("m.json", "{", "not valid JSON"),
         ("m.jsonl", '{"text": "no name"}', "line 1"),
         ("m.jsonl", '{"file_name": "a.png"}', "neither caption nor tags"),
         ("m.txt", "", "ends in .json"),
