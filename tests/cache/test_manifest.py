@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fake_cache import captions, fill, folder_bytes, wanted_texts
+from support.comparing import folder_bytes
+from support.fake_cache import captions, fill, wanted_texts
 
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.reader import CacheReader
