@@ -200,3 +200,10 @@ def test_test_files_have_names_of_their_own():
     """Test modules are imported by file name, so two of one name shadow each other."""
     names = [file.name for file in (ROOT / "tests").rglob("*.py") if file.name != "conftest.py"]
     assert sorted(names) == sorted(set(names))
+
+
+def test_tests_share_through_support_alone():
+    """A helper that two test modules need lies in tests/support/, for tests and benchmarks alike."""
+    files = [file for folder in ("tests", "benchmarks", "scripts") for file in (ROOT / folder).rglob("*.py")]
+    wrong = [f"{file.name} imports {name}" for file in files for name in imports_of(file) if name.startswith("test_")]
+    assert not wrong

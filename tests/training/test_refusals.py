@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import forked, tiny_training
-from support.fake_cache import folder_bytes
+from support.comparing import folder_bytes
 from support.tiny_training import Inputs, fill_prompts, make_inputs, pictures
 
 from sd3pipe.errors import ExitCode, Sd3pipeError
