@@ -26,6 +26,8 @@ def main(params: RunParams) -> None:
         raise ParameterError(
             f"{project.file}: paths.sample_prompts is missing, so there is nothing for {missing[0]} to do"
         )
+    if params.allow_code:
+        arguments["train"].append("--allow-code")
     for stage in arguments:
         if stage in wanted:
             _run_stage(stage, arguments[stage], project, dry_run=params.dry_run)

@@ -19,6 +19,11 @@ Role = Literal["path", "recipe", "identity", "free"]
 # identity  changes what a training run computes; must be equal on resume
 # free      changes neither; may differ on resume
 
+Trust = Literal["file", "code", "typed"]
+# file   a parameter file, which may come from anybody, may set it
+# code   as well; but what would be imported and run, a class of any package, needs --allow-code then
+# typed  the command line alone
+
 
 class Params(BaseModel):
     """Base of all option sets: unknown keys and ill-typed values are errors, instances never change."""
@@ -42,6 +47,7 @@ def option(
     aliases: tuple[str, ...] = (),
     paths_key: str | None = None,
     varies_with: str | None = None,
+    trust: Trust = "file",
     **constraints: Any,
 ) -> Any:
     """Declares one option; `...` as default makes it required.
@@ -50,7 +56,8 @@ def option(
     without a name on the command line; `aliases` are further spellings without dashes; `paths_key` is the key of
     project.toml [paths] that fills a missing value ('caches/text' is the folder text/ below the one that `caches`
     names); `varies_with` is an option whose value goes into that file's name where the command line gives another than
-    the project's; `constraints` are pydantic's (ge, le, gt, lt, min_length, pattern).
+    the project's; `trust` says what a parameter file may do with it; `constraints` are pydantic's (ge, le, gt, lt,
+    min_length, pattern).
     """
     extra = {
         "role": role,
@@ -60,8 +67,14 @@ def option(
         "aliases": list(aliases),
         "paths_key": paths_key,
         "varies_with": varies_with,
+        "trust": trust,
     }
     return Field(default, description=help, json_schema_extra=extra, **constraints)
+
+
+def is_foreign_code(value: Any) -> bool:
+    """Whether a value names a class by a dotted path that is none of torch's optimizers."""
+    return isinstance(value, str) and "." in value and not value.startswith("torch.optim.")
 
 
 def option_extra(field: FieldInfo) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from sd3pipe.config import Project, flatten, read_toml, relative_to
 from sd3pipe.errors import ParameterError
-from sd3pipe.params.fields import Params, option_extra, takes_several
+from sd3pipe.params.fields import Params, is_foreign_code, option_extra, takes_several
 from sd3pipe.params.refused import ALREADY_SO, GONE, REFUSED
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ def resolve(
         config = project.stage_file(command)
     values, problems = source.read(config, project.folder if project else None) if config else ({}, [])
     origins = {name: f"{config}: {name}" for name in values}
+    problems += _not_trusted(model, values, origins, given)
     for name, value in _project_paths(model, project).items():
         if name not in values:
             values[name], origins[name] = (
@@ -73,6 +74,23 @@ def resolve(
     if problems:
         raise ParameterError("\n".join(problems))
     return _build(model, command, checked, origins)
+
+
+def _not_trusted(
+    model: type[Params], values: Mapping[str, Any], origins: Mapping[str, str], given: Mapping[str, Any]
+) -> list[str]:
+    """Returns what a parameter file says that is for the user to say: the file may come from anybody."""
+    problems = []
+    for name in values.keys() - given.keys():
+        trust, option = option_extra(model.model_fields[name])["trust"], option_name(name)
+        if trust == "typed":
+            problems.append(f"{origins[name]}: is for the command line alone: {option}")
+        if trust == "code" and is_foreign_code(values[name]) and not given.get("allow_code"):
+            problems.append(
+                f"{origins[name]} = {values[name]}: would be imported and run: pass --allow-code if you trust it, "
+                f"or say {option} {values[name]} yourself"
+            )
+    return problems
 
 
 class _ConfigSource:

@@ -12,6 +12,11 @@ class RunParams(Params):
         (), "Stages to run (encode-text, encode-prompts, encode-latents, train, export); default: all.", positional=True
     )
     dry_run: bool = option(False, "Print the commands, and run none of them.")
+    allow_code: bool = option(
+        False,
+        "Let train import and run an optimizer that stages/train.toml names by a dotted class path.",
+        trust="typed",
+    )
     project: OptionPath | None = option(
         None, "Folder of the project; default: the current one or the nearest above it.", role="path"
     )

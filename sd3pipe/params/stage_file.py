@@ -62,6 +62,7 @@ def _belongs(name: str, field: FieldInfo) -> bool:
     return (
         option_extra(field)["role"] != "path"
         and name not in _NOT_OF_A_PROJECT
+        and option_extra(field)["trust"] != "typed"
         and not option_extra(field)["positional"]
     )
 

@@ -136,7 +136,11 @@ class TrainParams(StageParams):
     )
     optimizer_type: str = option(
         "AdamW", "AdamW, AdamW8bit, Lion, Adafactor, Prodigy, AdamWScheduleFree, ..., a class of torch.optim, or a "
-        "dotted class path.", role="identity", panel=_OPTIMISATION,
+        "dotted class path.", role="identity", panel=_OPTIMISATION, trust="code",
+    )
+    allow_code: bool = option(
+        False, "Import and run an optimizer that a parameter file names by a dotted class path.",
+        panel=_OPTIMISATION, advanced=True, trust="typed",
     )
     optimizer_args: tuple[str, ...] = option(
         (), "Arguments of the optimizer as KEY=VALUE, such as weight_decay=0.01.",

@@ -12,7 +12,7 @@ from typing import Any
 
 from sd3pipe.config import flatten, read_toml
 from sd3pipe.errors import ParameterError
-from sd3pipe.params.fields import Params
+from sd3pipe.params.fields import Params, is_foreign_code
 from sd3pipe.params.refused import ALREADY_SO, REFUSED
 from sd3pipe.params.resolve import nearest
 from sd3pipe.project.kohya_options import DATASET_OPTIONS, OTHER_OPTIONS, PATH_OPTIONS, TRAIN_OPTIONS, KohyaOption
@@ -152,6 +152,11 @@ def _fix_meanings(given: Mapping[str, Any], result: Translation) -> None:
         train["masked_loss"] = "sum"
     if train.get("optimizer_type") == "":
         train["optimizer_type"] = "AdamW"
+    if is_foreign_code(train.get("optimizer_type")):
+        result.changed.append(
+            f"optimizer_type = {train['optimizer_type']}: is imported and run, which a file may not ask for by itself: "
+            "pass --allow-code to `sd3pipe run` or `train`"
+        )
     if str(train.get("optimizer_type")).lower() == "adafactor":
         train["optimizer_args"] = _adafactor_args(train.get("optimizer_args") or [])
     if given.get("max_train_epochs") is not None:

@@ -95,8 +95,10 @@ def _title(path: Path) -> str:
     """Returns the words that a sample's file carries as its title."""
     from PIL import Image  # only where there are pictures
 
+    from sd3pipe.data.headers import FORMATS
+
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return str(image.info.get("Description", ""))
     except (OSError, ValueError):
         return ""

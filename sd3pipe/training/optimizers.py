@@ -128,11 +128,13 @@ def _find(name: str) -> tuple[type[Optimizer], Mapping[str, Any]]:
             f"optimizer_type = {name}: the package {package} cannot be imported ({error}): "
             f"pip install {wanted}, or choose AdamW"
         ) from error
-    except AttributeError as error:
+    except AttributeError:
+        optimizer_class = None
+    if not isinstance(optimizer_class, type) or not issubclass(optimizer_class, Optimizer):
         raise ParameterError(
             f"optimizer_type = {name}: unknown: use a class of torch.optim, a dotted class path, or one of "
             + ", ".join(sorted(_NAMES))
-        ) from error
+        )
     return optimizer_class, known.args if known else {}
 
 

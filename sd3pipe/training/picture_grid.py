@@ -36,7 +36,7 @@ def save_picture(path: Path, picture: NDArray[np.uint8], *, title: str = "") -> 
 
 def read_picture_file(path: Path) -> NDArray[np.uint8]:
     """Returns a picture [H, W, 3] of a PNG that save_picture wrote."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=("PNG",)) as image:  # of a run that may come from anybody: some formats run programs
         return np.asarray(image.convert("RGB"))
 
 

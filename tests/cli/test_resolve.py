@@ -22,6 +22,8 @@ class ToyParams(Params):
     learning_rate: float = option(1e-4, "Step size.", gt=0)
     training_shift: float | Literal["auto"] = option("auto", "Shift.")
     gradient_checkpointing: bool = option(True, "Recompute.")
+    optimizer_type: str = option("AdamW", "Optimizer.", trust="code")
+    allow_code: bool = option(False, "Import what a file names.", trust="typed")
     optimizer_args: tuple[str, ...] = option((), "Arguments.")
     mixed_precision: Literal["auto", "no", "bf16"] = option("auto", "Precision.")
 
@@ -217,3 +219,29 @@ def test_an_export_of_another_format_than_the_projects_lies_beside_it(tmp_path, 
     write(tmp_path / "stages" / "export.toml", in_file)
     monkeypatch.chdir(tmp_path)
     assert resolve(ExportParams, "export", given, project=find_project(tmp_path)).out == Path(out)
+
+
+@pytest.mark.parametrize("name", ["os.system", "theirs.Optimizer", "torch.hub.load"])
+def test_code_that_a_file_names_needs_the_user_s_word(tmp_path, name):
+    config = write(tmp_path / "train.toml", f'optimizer_type = "{name}"')
+    with pytest.raises(ParameterError) as caught:
+        resolved(config=config)
+    assert str(caught.value) == (
+        f"{config}: optimizer_type = {name}: would be imported and run: pass --allow-code if you trust it, "
+        f"or say --optimizer-type {name} yourself"
+    )
+    assert resolved({"allow_code": True}, config=config).optimizer_type == name
+    assert resolved({"optimizer_type": name}).optimizer_type == name
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "prodigy", "torch.optim.NAdam"])
+def test_short_names_and_torch_s_own_optimizers_need_none(tmp_path, name):
+    assert resolved(config=write(tmp_path / "train.toml", f'optimizer_type = "{name}"')).optimizer_type == name
+
+
+def test_a_file_cannot_give_that_word_itself(tmp_path):
+    config = write(tmp_path / "train.toml", 'allow_code = true\noptimizer_type = "os.system"')
+    with pytest.raises(ParameterError) as caught:
+        resolved(config=config)
+    assert "allow_code: is for the command line alone: --allow-code" in str(caught.value)
+    assert "optimizer_type = os.system: would be imported" in str(caught.value)

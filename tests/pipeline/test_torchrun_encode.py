@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -31,7 +32,7 @@ def dataset(tmp_path):
 def torchrun(ranks, arguments, cwd):
     """Runs one command line in every rank; nothing but torchrun's variables tells them apart."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*launch, "-m", "sd3pipe", *arguments]
+    command = [*launch, "--no-python", str(Path(sys.executable).with_name("sd3pipe")), *arguments]
     done = subprocess.run(command, cwd=cwd, env=os.environ, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

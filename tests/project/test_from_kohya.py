@@ -66,6 +66,12 @@ def test_adafactor_gets_the_arguments_that_sd_scripts_sets(given, written):
     assert train["optimizer_args"] == written
 
 
+def test_an_optimizer_of_a_package_is_said_to_need_the_user_s_word():
+    lines = translate({"optimizer_type": "pytorch_optimizer.CAME"}, load_stage_models()).changed
+    assert any("optimizer_type = pytorch_optimizer.CAME" in line and "--allow-code" in line for line in lines)
+    assert not any("--allow-code" in line for line in translate({}, load_stage_models()).changed)
+
+
 def test_documented_example_is_translated_value_by_value(command, tmp_path):
     done = sd3pipe("from-kohya", command, "--out", tmp_path / "project")
     train = stage_values(tmp_path / "project", "train")

@@ -218,6 +218,8 @@ def test_network_args_say_what_is_unknown_and_what_is_refused(inputs):
     ("options", "message"),
     [
         ({"optimizer_type": "AdamX"}, "unknown: use a class of torch.optim"),
+        ({"optimizer_type": "os.system"}, "unknown: use a class of torch.optim"),
+        ({"optimizer_type": "torch.optim.lr_scheduler.StepLR"}, "unknown: use a class of torch.optim"),
         ({"optimizer_type": "torchless.Adam"}, "the package torchless cannot be imported"),
         ({"optimizer_args": ("lr=3",)}, "set learning_rate instead"),
         ({"optimizer_args": ("weight_decoy=3",)}, "does not know weight_decoy"),

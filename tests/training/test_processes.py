@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -187,8 +186,3 @@ def test_a_launcher_whose_processes_do_not_find_each_other_is_refused(inputs, mo
     monkeypatch.setattr("accelerate.Accelerator", Alone)
     with pytest.raises(ParameterError, match="started 2 processes, but 1 found"):
         processes.join_processes("cpu", 1)
-
-
-def test_the_script_of_these_tests_is_what_a_user_starts():
-    """`sd3pipe` is a module, so torchrun -m sd3pipe train works as well."""
-    assert (Path(__file__).parents[2] / "sd3pipe" / "__main__.py").is_file()
