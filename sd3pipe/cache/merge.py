@@ -22,13 +22,16 @@ def merge_caches(caches: Sequence[Path], out: Path) -> FillCounts:
     """Makes `out` the cache of all samples that any of the caches has. Returns the counts.
 
     Raises InputError for caches that were made from other weights or by another recipe, that disagree on a sample or a
-    subset, or that are damaged; also if `out` is a cache but not one of them.
+    subset, or that are damaged; also if `out` is a cache that holds anything else, unless it is one of them.
     """
     readers = [CacheReader(cache) for cache in caches]
-    if CacheFolder(out).manifest.exists() and out.resolve() not in {cache.resolve() for cache in caches}:
-        raise InputError(f"{out} is a cache already: name it among the caches to unite, or choose another --out")
     _check_same(readers)
     wanted = united(readers, caches)
+    is_there = CacheFolder(out).manifest.exists() and out.resolve() not in {cache.resolve() for cache in caches}
+    if is_there and not _content(CacheReader(out)) <= _content(*readers):
+        raise InputError(
+            f"{out} is a cache already, of other rows: name it among the caches to unite, or choose another --out"
+        )
     return fill_cache(out, wanted, _cannot_encode, made_with="", others=caches)
 
 
@@ -50,6 +53,13 @@ def united(readers: Sequence[CacheReader], caches: Sequence[Path]) -> Wanted:
         ],
         extra=first.extra,
     )
+
+
+def _content(*readers: CacheReader) -> set[str]:
+    """Returns what caches hold together: how their rows were made, and each sample."""
+    made = {repr([getattr(reader.manifest, name) for name in _SAME]) for reader in readers}
+    samples = (zip(*reader.samples.to_columns(reader.keys).values(), strict=True) for reader in readers)
+    return made.union(*({repr(line) for line in lines} for lines in samples))
 
 
 def _check_same(readers: Sequence[CacheReader]) -> None:

@@ -151,7 +151,7 @@ def _fill_on_ray(
     if missing.keys:
         from sd3pipe.encoding.ray_engine import fill_parts
 
-        _tokens(ready, missing.keys, cuts)
+        _tokens(ready, missing.keys, cuts, machine_folder(target.out))
         begin()
         theirs = params.model_copy(update={"rehash": False, "verify_weights": False})
         fill_parts(
@@ -215,7 +215,7 @@ def _encoder(
     def encode(keys: Sequence[str]) -> Iterator[tuple[str, Row | Unreadable]]:
         from sd3pipe.encoding.text_encoding import encoded_texts  # imports torch and transformers
 
-        tokens = _tokens(ready, keys, cuts)
+        tokens = _tokens(ready, keys, cuts, scratch)
         rows = encoded_texts(tokens, ready.encoders, ready.recipe, params, scratch)
         for key, row in zip(keys, rows, strict=True):
             begin()
@@ -224,8 +224,11 @@ def _encoder(
     return encode
 
 
-def _tokens(ready: _Prepared, keys: Sequence[str], cuts: Cuts) -> "Tokens":
-    """Returns the token ids of the rows' texts, warns of those that lose some, and adds them to `cuts`."""
+def _tokens(ready: _Prepared, keys: Sequence[str], cuts: Cuts, folder: Path) -> "Tokens":
+    """Returns the token ids of the rows' texts, warns of those that lose some, and adds them to `cuts`.
+
+    They are remembered at once: when the rows are published, a run that encodes nothing must know of them.
+    """
     from sd3pipe.encoding.text_encoding import tokenized
 
     hash_by_key = dict(zip(ready.wanted.keys, ready.texts.text_by_hash, strict=True))
@@ -233,6 +236,7 @@ def _tokens(ready: _Prepared, keys: Sequence[str], cuts: Cuts) -> "Tokens":
     tokens, cut = tokenized(texts, ready.encoders, ready.recipe)
     found: Cuts = {keys[text.number]: dict(text.tokens) for text in cut}
     cuts.update(found)
+    remember_cuts(folder, cuts)
     _tell_about_cuts(_cut_texts(ready, found), ready.encoders.clip_length, ready.recipe.t5xxl_max_token_length)
     return tokens
 

@@ -106,7 +106,10 @@ class Loop:
         """Does what an earlier run owes, or, before anything is learnt, what shows the base as it is."""
         if self.progressed.step == 0:
             self.progressed.owed = self._due(validate=True, sample=self.plan.sample_at_first)
+        owed = self.progressed.owed
         self._work_off()
+        if owed:
+            self.saver.note(self.progressed)
 
     def _after_step(self, step: Step, result: StepResult, bar: Progress, seconds: float) -> None:
         state, epochs_before = self.progressed, self.progressed.epochs_done

@@ -18,6 +18,7 @@ from sd3pipe.files import atomic_file, followed, storage_errors, write_json
 from sd3pipe.training.checkpoints import (
     ADAPTER_FILE,
     CHECKPOINTS_FOLDER,
+    STATE_FILE,
     Checkpoint,
     Retention,
     prune,
@@ -30,6 +31,7 @@ from sd3pipe.training.processes import Processes
 from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.records import forget_after
 from sd3pipe.training.run_folder import RunFolder
+from sd3pipe.training.state_file import read_state, write_state
 from sd3pipe.training.trained_weights import TrainedWeights
 
 log = logging.getLogger(__name__)
@@ -85,6 +87,12 @@ class Saver:
             return
         path = self._write(progressed) if self._processes.is_main else None
         self._newest, self._newest_step = self._processes.same(path), progressed.step
+
+    def note(self, progressed: Progressed) -> None:
+        """Writes how far the run is into the checkpoint of this very step, if there is one: its weights stay as is."""
+        if self._processes.is_main and self._newest is not None and self._newest_step == progressed.step:
+            state = self._newest / STATE_FILE
+            write_state(state, {**read_state(state), **progressed.to_state()})
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Puts weights, optimizer and the fp16 loss scale back to what they were."""

@@ -219,6 +219,10 @@ def test_merge_unites_two_machines(tmp_path, sd3pipe):
     assert code == 0 and "45 rows of 2 caches" in printed
     fill(tmp_path / "fresh" / "text", wanted_texts(captions(45), subsets=subsets))
     assert folder_bytes(tmp_path / "all" / "text") == folder_bytes(tmp_path / "fresh" / "text")
+    assert sd3pipe("cache", "merge", "a/text", "b/text", "--out", "all/text")[0] == 0  # the same command again
+    assert folder_bytes(tmp_path / "all" / "text") == folder_bytes(tmp_path / "fresh" / "text")
+    code, _, message = sd3pipe("cache", "merge", "a/text", "--out", "all/text")
+    assert code == 3 and "is a cache already, of other rows" in message
 
 
 def test_merge_refuses_other_weights_and_contradictions(tmp_path, sd3pipe):

@@ -343,5 +343,7 @@ def test_what_a_stopped_run_owes_is_done_when_it_goes_on(inputs, prompts, monkey
     assert equal(parts.adapter(), whole.adapter())
     assert parts.records("validation") == whole.records("validation")
     assert [record["step"] for record in parts.records()] == [1, 2, 3, 4]
+    states = [{**run.state(4), "files": None} for run in (parts, whole)]
+    assert states[0] == states[1]
     drawn = [{path.relative_to(run.folder) for path in run.folder.glob("samples/*/*")} for run in (parts, whole)]
     assert drawn[0] == drawn[1]

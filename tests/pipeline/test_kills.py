@@ -1,0 +1,190 @@
+"""Commands that SIGKILL or SIGTERM ends at random times: the same command again ends as if nothing had happened.
+
+The commands run in forked processes, which have torch and transformers already, so that a kill costs a moment.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import transformers.models.clip.modeling_clip
+import transformers.models.t5.modeling_t5  # noqa: F401
+from support import forked
+from support.comparing import folder_bytes
+from support.fake_cache import captions, fill, wanted_texts
+from support.photographs import write_dataset_file, write_photographs
+from support.random_adapters import random_adapter
+from support.tiny_base import write_tiny_base
+from support.tiny_mmdit import tiny_architecture
+from support.tiny_training import make_inputs, pictures
+
+import sd3pipe.commands.encode_latents
+import sd3pipe.commands.encode_text
+import sd3pipe.commands.export
+import sd3pipe.commands.init
+import sd3pipe.commands.train
+import sd3pipe.encoding.latent_rows
+import sd3pipe.encoding.text_encoding  # noqa: F401
+from sd3pipe import cli
+from sd3pipe.adapters.files import save_adapter
+from sd3pipe.errors import ExitCode
+
+LONGEST_SECONDS = 60.0  # a process that was told to end has ended by then
+STEPS = 4
+CAPTIONS = 40
+_STEP = f"step-{STEPS:08d}"
+_ATTIC = "/attic/"  # has what was encoded before a SIGTERM, in a segment that the whole plan does not have
+_OF_A_TIME = (".report.json", "report.json", "stat.json", "weights.json")  # hold times and places of files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command line to be run in a folder that `prepare` has filled, with which it begins and ends."""
+
+    words: tuple[object, ...]
+    prepare: Callable[[Path], object] = lambda folder: None
+    extra: Callable[[str], bool] = lambda name: False  # what may be there or not, depending on when it was stopped
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory) -> dict[str, Command]:
+    folder = tmp_path_factory.mktemp("given")
+    base = write_tiny_base(folder / "base", layout="separate")
+    photographs = write_photographs(folder / "photographs", ("chelsea.png", "coffee.png", "rocket.jpg"), 64)
+    dataset = write_dataset_file(folder / "dataset.toml", photographs, resolution=64)
+    training = make_inputs(folder / "training", pictures(3))
+    training.train(folder / "older" / "run", seed=7, max_train_steps=2)
+    save_adapter(folder / "adapter.safetensors", random_adapter(tiny_architecture("sd35-medium"), seed=1))
+    for machine, start in (("a", 0), ("b", CAPTIONS)):
+        fill(folder / machine / "text", wanted_texts(captions(CAPTIONS, start)))
+    fill(folder / "used" / "text", wanted_texts(captions(CAPTIONS)))
+    fill(folder / "used" / "text", wanted_texts(captions(CAPTIONS, start=CAPTIONS - 5)))
+    one_thread = ("--threads", 1, "--device", "cpu")
+    return {
+        "train": Command(
+            words=(
+                "train", "--model", training.model, "--text", training.text, "--latents", training.latents,
+                "--out", "runs/run", "--network-dim", 2, "--max-train-steps", STEPS, "--save-every-n-steps", 1,
+                *one_thread,
+            ),
+            prepare=lambda out: shutil.copytree(folder / "older", out / "runs"),
+            extra=lambda name: "checkpoints/" in name and _STEP not in name,
+        ),
+        "encode-text": Command(
+            words=(
+                "encode-text", "--model", base.model, *base.encoder_options(), "--dataset", dataset,
+                "--out", "caches/text", "--t5xxl-max-token-length", 16, *one_thread,
+            ),
+            extra=lambda name: _ATTIC in name,
+        ),
+        "encode-latents": Command(
+            words=(
+                "encode-latents", "--model", base.model, "--dataset", dataset,
+                "--out", "caches/latents", "--max-data-loader-n-workers", 0, *one_thread,
+            ),
+            extra=lambda name: _ATTIC in name,
+        ),
+        "export": Command(
+            words=("export", "--adapter", folder / "adapter.safetensors", "--out", "cat.safetensors", *one_thread)
+        ),
+        "merge": Command(words=("cache", "merge", folder / "a" / "text", folder / "b" / "text", "--out", "all/text")),
+        "gc": Command(
+            words=("cache", "gc", "used/text"), prepare=lambda out: shutil.copytree(folder / "used", out / "used")
+        ),
+        "init": Command(
+            words=(
+                "init", "cat", "--model", base.model, "--images", photographs, "--trigger", "cat",
+                "--tokenizers", base.tokenizers,
+            ),
+        ),
+    }  # fmt: skip
+
+
+def start(command: Command, folder: Path) -> int:
+    """Returns the id of a process that runs the command line in a folder."""
+
+    def act():
+        os.chdir(folder)
+        os._exit(cli.run([str(word) for word in command.words]))
+
+    return forked.start(act)
+
+
+def outcome(command: Command, folder: Path) -> dict[str, object]:
+    """Returns the content of every file below a folder, but for times and what depends on the moment of a stop."""
+    files = {name: data for name, data in folder_bytes(folder).items() if not command.extra(name)}
+    return {name: _without_times(name, data) for name, data in files.items()}
+
+
+def _without_times(name: str, data: bytes) -> object:
+    if name.endswith(_OF_A_TIME):
+        return None
+    if name.endswith("metrics.jsonl"):
+        return [{**json.loads(line), "seconds": None} for line in data.splitlines()]
+    return data
+
+
+def ended(process: int) -> int:
+    """Returns the exit code of a process, which has to end soon."""
+    end = time.monotonic() + LONGEST_SECONDS
+    while (found := os.waitpid(process, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > end:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            pytest.fail("a process that was told to end goes on")
+        time.sleep(0.002)
+    return os.waitstatus_to_exitcode(found[1])
+
+
+NAMES = ("train", "encode-text", "encode-latents", "export", "merge", "gc", "init")
+ENDS = {
+    signal.SIGKILL: (-signal.SIGKILL, ExitCode.DONE),
+    signal.SIGTERM: (ExitCode.STOPPED, -signal.SIGTERM, ExitCode.DONE),  # by the signal before anything began
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(commands, tmp_path_factory) -> Callable[[str], tuple[float, dict[str, object]]]:
+    """Returns how long a command takes, and what it leaves, when nothing happens to it."""
+    known: dict[str, tuple[float, dict[str, object]]] = {}
+
+    def of(name: str) -> tuple[float, dict[str, object]]:
+        if name not in known:
+            folder = tmp_path_factory.mktemp(name)
+            commands[name].prepare(folder)
+            began = time.monotonic()
+            assert ended(start(commands[name], folder)) == 0
+            known[name] = time.monotonic() - began, outcome(commands[name], folder)
+        return known[name]
+
+    return of
+
+
+@pytest.mark.parametrize("number", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sent", ENDS, ids=lambda sent: sent.name)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_command_again_ends_as_if_nothing_had_happened(commands, undisturbed, tmp_path, name, sent, number):
+    command, (seconds, expected) = commands[name], undisturbed(name)
+    codes = []
+    chance = random.Random(f"{name} {sent} {number}")
+    for attempt in range(number):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        command.prepare(folder)
+        process = start(command, folder)
+        time.sleep(chance.uniform(0.0, 1.1 * seconds))
+        os.kill(process, sent)
+        codes.append(ended(process))
+        assert codes[-1] in ENDS[sent]
+        assert ended(start(command, folder)) == 0
+        found = outcome(command, folder)
+        assert sorted(found) == sorted(expected), f"attempt {attempt}, of the exit codes {codes}"
+        assert found == expected, f"attempt {attempt}, of the exit codes {codes}"
+    assert any(codes), "none was ended before it was done"
