@@ -43,13 +43,13 @@ class Header:
     animated: bool
 
 
-def read_picture(path: Path) -> bytes:
+def read_picture(path: Path, most_bytes: int = MAX_FILE_BYTES) -> bytes:
     """Returns the bytes of a picture file, which is a regular one of bounded size. Raises UnreadablePicture."""
     try:
         with open_regular(path) as file:
-            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
-                raise UnreadablePicture(f"the file is larger than {MAX_FILE_BYTES:,} bytes")
-            return file.read(MAX_FILE_BYTES)
+            if os.fstat(file.fileno()).st_size > most_bytes:
+                raise UnreadablePicture(f"the file is larger than {most_bytes:,} bytes")
+            return file.read(most_bytes)
     except OSError as error:
         raise UnreadablePicture(f"it cannot be read ({error.strerror})") from error
 

@@ -1,15 +1,22 @@
 """Reads what a run folder tells about itself."""
 
 import json
+import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sd3pipe.data.headers import DECODER_ERRORS, UnreadablePicture, open_picture, read_picture, reason
 from sd3pipe.errors import InputError
+
+log = logging.getLogger(__name__)
 
 _SAMPLE_NAME = re.compile(r"step-?(\d+)")
 _PICTURES = (".png", ".jpg", ".webp")
+_SHOWN_FORMATS = ("PNG", "JPEG", "WEBP")
+_MOST_BYTES, _MOST_PIXELS = 100_000_000, 4096 * 4096  # the largest samples that are drawn, and their bytes in a PNG
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +26,8 @@ class Sample:
     prompt: str
     title: str  # the prompt's words, as far as the picture's file says
     step: int
-    path: Path
+    kind: str  # png, jpeg or webp
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,18 +95,29 @@ def _samples(folder: Path) -> list[Sample]:
         match = _SAMPLE_NAME.search(name)
         if path.suffix.lower() in _PICTURES and match:
             prompt = (name[: match.start()] + name[match.end() :]).strip("-_/ ").removesuffix(path.suffix).strip("-_/ ")
-            found.append(Sample(prompt=prompt or "sample", title=_title(path), step=int(match[1]), path=path))
+            try:
+                kind, data, title = _picture(path, folder.parent)
+            except UnreadablePicture as error:
+                log.warning("%s: is not shown: %s", path, error)
+                continue
+            found.append(Sample(prompt=prompt or "sample", title=title, step=int(match[1]), kind=kind, data=data))
     return found
 
 
-def _title(path: Path) -> str:
-    """Returns the words that a sample's file carries as its title."""
-    from PIL import Image  # only where there are pictures
+def _picture(path: Path, run: Path) -> tuple[str, bytes, str]:
+    """Returns kind, bytes and title of a picture file that lies inside the run, behind links, too, and decodes whole.
 
-    from sd3pipe.data.headers import FORMATS
-
+    Raises UnreadablePicture.
+    """
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(os.path.realpath(run)):
+        raise UnreadablePicture("it is a link that leads out of the run")
+    data = read_picture(real, _MOST_BYTES)
+    image = open_picture(data, max_pixels=_MOST_PIXELS)
+    if image.format not in _SHOWN_FORMATS:
+        raise UnreadablePicture(f"{image.format} is not what a browser shows")
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            return str(image.info.get("Description", ""))
-    except (OSError, ValueError):
-        return ""
+        image.load()
+        return image.format.lower(), data, str(image.info.get("Description", ""))
+    except DECODER_ERRORS as error:
+        raise UnreadablePicture(f"it is damaged ({reason(error)})") from error

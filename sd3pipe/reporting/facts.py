@@ -106,8 +106,7 @@ def _samples(samples: Sequence[Sample]) -> list[tuple[str, dict[int, str]]]:
     pictures: dict[str, dict[int, str]] = defaultdict(dict)
     for sample in samples:
         titles[sample.prompt] = sample.title or sample.prompt
-        kind = {"jpg": "jpeg"}.get(sample.path.suffix[1:].lower(), sample.path.suffix[1:].lower())
-        pictures[sample.prompt][sample.step] = data_url(sample.path.read_bytes(), kind)
+        pictures[sample.prompt][sample.step] = data_url(sample.data, sample.kind)
     return [(title, pictures[prompt]) for prompt, title in titles.items()]
 
 

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from sd3pipe.data.headers import DECODER_ERRORS, UnreadablePicture, open_picture, read_picture, reason
+from sd3pipe.errors import InputError
 from sd3pipe.files import write_bytes
 
 _GAP_PX = 6
@@ -35,9 +37,11 @@ def save_picture(path: Path, picture: NDArray[np.uint8], *, title: str = "") -> 
 
 
 def read_picture_file(path: Path) -> NDArray[np.uint8]:
-    """Returns a picture [H, W, 3] of a PNG that save_picture wrote."""
-    with Image.open(path, formats=("PNG",)) as image:  # of a run that may come from anybody: some formats run programs
-        return np.asarray(image.convert("RGB"))
+    """Returns a picture [H, W, 3] of a PNG that save_picture wrote. Raises InputError for what is no picture."""
+    try:
+        return np.asarray(open_picture(read_picture(path)).convert("RGB"))
+    except (UnreadablePicture, *DECODER_ERRORS) as error:
+        raise InputError(f"{path}: is no whole picture ({reason(error)}): delete it and draw again") from error
 
 
 def save_grid(path: Path, grid: Grid) -> None:

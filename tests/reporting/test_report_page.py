@@ -1,7 +1,9 @@
 """The report page: complete, self-contained, and alive in a browser."""
 
 import json
+import os
 import re
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from support.command_line import sd3pipe
 
 from sd3pipe.previewing.cards import Card, Preview, Section
 from sd3pipe.previewing.page import render as preview_page
+from sd3pipe.reporting.collect import read_run
 
 LONG = "unbroken_" * 30
 
@@ -96,6 +99,55 @@ def test_each_run_keeps_the_captions_that_it_was_trained_on(tmp_path):
 
 def test_a_folder_without_a_run_is_told(tmp_path):
     assert "is no run folder" in sd3pipe("report", tmp_path, expect=3).stderr
+
+
+def png() -> bytes:
+    data = BytesIO()
+    Image.new("RGB", (16, 16), "red").save(data, "PNG")
+    return data.getvalue()
+
+
+def plant(run: Path) -> dict[str, str]:
+    """Puts into the samples what no page may hold; returns names and the reason to leave each out."""
+    samples, outside = run / "samples", run.parent / "outside"
+    outside.mkdir()
+    (outside / "secret.txt").write_text("secret-4711")
+    (outside / "picture.png").write_bytes(png())
+    (samples / "link-step-1.png").symlink_to(outside / "secret.txt")
+    (samples / "picture-step-1.png").symlink_to(outside / "picture.png")
+    (samples / "folder").symlink_to(outside)
+    (samples / "within-step-1.png").symlink_to(samples / "folder" / "picture.png")
+    (samples / "nowhere-step-1.png").symlink_to("gone")
+    (samples / "circle-step-1.png").symlink_to("circle-step-1.png")
+    (samples / "page-step-1.png").write_text("<html><script>alert(4711)</script></html>")
+    (samples / "drawing-step-1.png").write_text("<svg xmlns='http://www.w3.org/2000/svg'><script>4711</script></svg>")
+    (samples / "cut-step-1.png").write_bytes(png()[:50])
+    Image.new("1", (5000, 5000)).save(samples / "wide-step-1.png")
+    (samples / "bitmap-step-1.png").write_bytes(b"BM" + bytes(60))
+    (samples / "device-step-1.png").symlink_to("/dev/zero")
+    (samples / "folder-step-1.png").mkdir()
+    os.mkfifo(samples / "pipe-step-1.png")
+    (samples / "long-step-1.png").touch()
+    os.truncate(samples / "long-step-1.png", 3_000_000_000)
+    return {
+        "link": "leads out", "picture": "leads out", "within": "leads out", "device": "leads out",
+        "nowhere": "cannot be read", "circle": "cannot be read", "folder": "cannot be read", "pipe": "no regular file",
+        "page": "no picture", "drawing": "no picture", "cut": "damaged", "wide": "pixels", "bitmap": "damaged",
+        "long": "larger than",
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_the_page_holds_pictures_inside_the_run_alone(tmp_path, caplog):
+    run = write_run(tmp_path / "cat")
+    (run / "samples" / "own-step-1.png").symlink_to(run / "samples" / "step-00000000" / "000.png")
+    reasons = plant(run)
+    samples = read_run(run).samples
+    assert len(samples) == 7 and all(sample.kind == "png" for sample in samples)
+    told = {Path(record.args[0]).name.removesuffix("-step-1.png"): record.getMessage() for record in caplog.records}
+    assert set(told) == set(reasons)
+    assert all(reason in told[name] for name, reason in reasons.items())
+    assert b"secret" not in b"".join(sample.data for sample in samples)
 
 
 def test_a_run_without_a_step_has_a_page(tmp_path):
