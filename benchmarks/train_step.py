@@ -41,7 +41,7 @@ from sd3pipe.training.identity import resolve_inputs, run_identity
 from sd3pipe.training.loop import Loop
 from sd3pipe.training.memory_plan import run_memory
 from sd3pipe.training.processes import join_processes
-from sd3pipe.training.run_folder import Start
+from sd3pipe.training.run_folder import RunFolder, Start
 from sd3pipe.training.setup import build_loop
 from sd3pipe.training.training_data import open_data
 
@@ -94,7 +94,8 @@ def open_loop(inputs: tiny_training.Inputs) -> Loop:
         dtype=torch.float32,
     )
     identity = run_identity(params, data, run)
-    return build_loop(params, processes, data, source, run, identity, Start(checkpoint=None, changes={}), memory)
+    start = Start(checkpoint=None, changes={})
+    return build_loop(params, processes, data, source, run, identity, start, memory, RunFolder(params.out))
 
 
 def compare(inputs: tiny_training.Inputs, options: argparse.Namespace) -> None:
