@@ -196,6 +196,56 @@ def test_only_the_console_writes_to_a_terminal():
     assert not wrong
 
 
+OWN_READERS = {  # what they parse is no file of text, or one of the kernel's
+    "sd3pipe.documents": "is the door",
+    "sd3pipe.device_memory": "/proc and /sys/fs/cgroup",
+    "sd3pipe.living": "/proc",
+    "sd3pipe.cache.segment": "JSON in a header, checked by its hash",
+    "sd3pipe.encoding.ray_engine": "JSON between processes of one run",
+    "sd3pipe.exporting.checkpoints": "JSON in a header that was checked",
+    "sd3pipe.models.fp8_scales": "JSON in a tensor of bounded size",
+    "sd3pipe.models.safetensors_header": "JSON in a header of bounded size",
+    "sd3pipe.training.sample_prompts": "JSON in a checked index",
+    "sd3pipe.training.state_file": "a copy of its own JSON",
+}
+OWN_WRITERS = {  # they write what has no name of the user's yet
+    "sd3pipe.files": "is the door",
+    "sd3pipe.cache.segment": "into a writer's own folder",
+    "sd3pipe.cache.writers": "a writer's own heartbeat",
+    "sd3pipe.cache.zarr_group": "into a writer's own folder",
+    "sd3pipe.exporting.checkpoints": "into a folder that is named when it is whole",
+    "sd3pipe.training.checkpoints": "into a folder that is named when it is whole",
+}
+
+
+def calls_of(file: Path) -> list[ast.Call]:
+    return [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+
+
+def reads_text(call: ast.Call) -> bool:
+    name = ast.unparse(call.func)
+    return name in ("json.load", "json.loads", "tomllib.load", "tomllib.loads") or name.endswith(
+        (".read_text", "path.read_bytes", "file.read_bytes")
+    )
+
+
+def writes_a_file(call: ast.Call) -> bool:
+    name = ast.unparse(call.func)
+    if name == "open":
+        modes = [value.value for value in call.args[1:2] if isinstance(value, ast.Constant)]
+        return any(set(str(mode)) & set("wax+") for mode in modes)
+    return name in ("save_file", "shutil.copyfile", "shutil.copytree") or name.endswith(
+        (".write_text", ".write_bytes", ".touch")
+    )
+
+
+@pytest.mark.parametrize("act, exempt", [(reads_text, OWN_READERS), (writes_a_file, OWN_WRITERS)])
+def test_files_are_read_and_written_through_one_door(act, exempt):
+    """documents.py waits for no pipe and has bounds; files.py follows links, refuses devices, and is atomic."""
+    doing = {module_name(file) for file in module_files() if any(map(act, calls_of(file)))}
+    assert doing <= set(exempt), f"go through the door: {doing - set(exempt)}"
+
+
 def test_test_files_have_names_of_their_own():
     """Test modules are imported by file name, so two of one name shadow each other."""
     names = [file.name for file in (ROOT / "tests").rglob("*.py") if file.name != "conftest.py"]

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.manifest import read_manifest
-from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, read_json
+from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, holds, read_json
 from sd3pipe.files import write_bytes
 from sd3pipe.fingerprint import hash_bytes, hash_file, hash_json
 from sd3pipe.stat_memory import Stamp, stamp_of, tick_ns
@@ -75,7 +75,7 @@ def remember_sources(
     }
     data = json.dumps(note, sort_keys=True).encode("utf-8", "surrogatepass")
     file = CacheFolder(cache).machine / _FILE
-    if not file.exists() or file.read_bytes() != data:
+    if not holds(file, data):
         write_bytes(file, data)
 
 

@@ -1,6 +1,5 @@
 """`sd3pipe demo`: the whole pipeline on the embedded demo, from drawings to a LoRA that visibly changes pictures."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from sd3pipe.child import run_child
 from sd3pipe.console import StageReport
 from sd3pipe.demo.base_files import MODEL
 from sd3pipe.demo.project import PROMPTED, RUN, write_files
+from sd3pipe.documents import holds
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.files import make_folder, write_bytes
 from sd3pipe.params.demo import DemoParams
@@ -42,7 +42,7 @@ def main(params: DemoParams) -> None:
 def _write(folder: Path, steps: int) -> None:
     """Writes the project's files. Raises ParameterError where other files stand in their places."""
     files = write_files(folder, steps=steps)
-    other = [path for path, content in files.items() if path.exists() and path.read_bytes() != content]
+    other = [path for path, content in files.items() if path.exists() and not holds(path, content)]
     if other:
         raise ParameterError(f"{other[0]} is not the demo's and is not overwritten: name another folder")
     for path, content in files.items():
@@ -87,6 +87,5 @@ def _picture(folder: Path, name: str) -> Path:
     """Returns the file of a cell; its name ends with the VAE that decoded it."""
     found = sorted((folder / _SAMPLES / "pictures").glob(f"{name}-vae*.png"))
     if not found:
-        report = folder / f"{_SAMPLES}.report.json"
-        raise InputError(f"{name}: was not drawn: {json.loads(report.read_text(encoding='utf-8'))}")
+        raise InputError(f"{name}: was not drawn: see {folder / _SAMPLES}.report.json")
     return found[-1]

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from sd3pipe.console import say
+from sd3pipe.documents import read_data
 from sd3pipe.errors import InputError, NetworkError
 from sd3pipe.files import write_bytes
 from sd3pipe.models.hub import HubRepository
@@ -45,9 +46,9 @@ def fetch_tokenizer(encoder: EncoderName, target: Path) -> None:
             )
         if path is None:
             raise repository.offline_error(f"tokenizer ({name})")
-        write_bytes(target / name, path.read_bytes())
+        write_bytes(target / name, read_data(path))
     for name in _SETTINGS_FILES:
         path = repository.fetch(name)
         if path is not None:
-            write_bytes(target / name, path.read_bytes())
+            write_bytes(target / name, read_data(path))
     log.info("%s: fetched from %s", target, repository.repo)

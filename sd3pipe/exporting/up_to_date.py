@@ -1,10 +1,12 @@
 """Whether an exported file is what the same export would write again."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from sd3pipe.console import version
+from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.fingerprint import hash_file, hash_json
 from sd3pipe.params.export import ExportParams
 
@@ -30,9 +32,9 @@ def made_from(params: ExportParams, adapter: Path) -> str:
 def is_up_to_date(report: Path, out: Path, identity: str) -> bool:
     """Returns whether `report` says that `out` was made so, and `out` is still what was written then."""
     try:
-        recorded: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+        recorded = read_json(report, TypeAdapter(dict[str, Any]))
         return recorded["made_from"] == identity and recorded["output"] == hash_file(out)
-    except (OSError, ValueError, KeyError):
+    except (DocumentError, OSError, KeyError):
         return False
 
 

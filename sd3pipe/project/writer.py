@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from sd3pipe.documents import holds
 from sd3pipe.errors import ParameterError
 from sd3pipe.files import atomic_file, make_folder, sync_file
 from sd3pipe.params.stage_file import toml_value
@@ -25,7 +26,7 @@ def write_project(folder: Path, texts: Mapping[str, str]) -> list[str]:
     """
     contents = {name: text.encode() for name, text in texts.items()}
     there = [name for name in contents if (folder / name).exists()]
-    other = [name for name in there if not _holds(folder / name, contents[name])]
+    other = [name for name in there if not holds(folder / name, contents[name])]
     if other:
         raise ParameterError(f"{folder}: {', '.join(other)} exist already and are not overwritten: name another folder")
     missing = [name for name in contents if name not in there]
@@ -35,12 +36,6 @@ def write_project(folder: Path, texts: Mapping[str, str]) -> list[str]:
             file.write(contents[name])
             sync_file(file)  # a full disk is noticed before the first file gets its name
     return missing
-
-
-def _holds(path: Path, content: bytes) -> bool:
-    with contextlib.suppress(OSError):
-        return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
-    return False
 
 
 @contextlib.contextmanager

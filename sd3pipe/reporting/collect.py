@@ -1,6 +1,5 @@
 """Reads what a run folder tells about itself."""
 
-import json
 import logging
 import os
 import re
@@ -8,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from sd3pipe.data.headers import DECODER_ERRORS, UnreadablePicture, open_picture, read_picture, reason
+from sd3pipe.documents import DocumentError, read_json, read_json_lines
 from sd3pipe.errors import InputError
 
 log = logging.getLogger(__name__)
 
+_TABLE = TypeAdapter(dict[str, Any])
 _SAMPLE_NAME = re.compile(r"step-?(\d+)")
 _PICTURES = (".png", ".jpg", ".webp")
 _SHOWN_FORMATS = ("PNG", "JPEG", "WEBP")
@@ -70,21 +73,17 @@ def read_run(folder: Path) -> RunRecord:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path, _TABLE)
+    except DocumentError:
         return {}
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
     """Returns the whole lines; a line cut short by a crash ends them."""
-    records: list[dict[str, Any]] = []
     try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                records.append(json.loads(line))
-    except (OSError, ValueError):
-        pass
-    return records
+        return [record for record in read_json_lines(path, _TABLE) if {"kind", "step"} <= record.keys()]
+    except DocumentError:
+        return []
 
 
 def _samples(folder: Path) -> list[Sample]:

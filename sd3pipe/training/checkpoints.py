@@ -161,14 +161,15 @@ def prune(run: Path, newest: Checkpoint, retention: Retention, *, keep_steps: Se
             continue  # a torn checkpoint is left for the user to look at
         if not retention.keeps_adapter(state, newest.state) and state["step"] not in keep_steps:
             remove_folder(path)
-        elif OPTIMIZER_FILE in state["files"] and not retention.keeps_optimizer(state, newest.state, age):
+        elif not retention.keeps_optimizer(state, newest.state, age):
             _drop_optimizer(path, state)
 
 
 def _drop_optimizer(path: Path, state: State) -> None:
     """Deletes the optimizer's state; the JSON goes first, so that a crash in between leaves a whole checkpoint."""
-    del state["files"][OPTIMIZER_FILE]
-    write_state(path / STATE_FILE, state)
+    if OPTIMIZER_FILE in state["files"]:
+        del state["files"][OPTIMIZER_FILE]
+        write_state(path / STATE_FILE, state)
     with storage_errors(path):
         (path / OPTIMIZER_FILE).unlink(missing_ok=True)
 

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from sd3pipe.documents import DocumentError, read_json_lines
 from sd3pipe.files import append_text, make_folder, write_json, write_text
 from sd3pipe.params.bands import BAND_NAMES
 from sd3pipe.training.run_folder import RunFolder
@@ -16,6 +19,7 @@ from sd3pipe.training.run_folder import RunFolder
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+_RECORD = TypeAdapter(dict[str, Any])
 
 
 class Records:
@@ -69,13 +73,12 @@ class Records:
 
 
 def read_records(run: Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of metrics.jsonl; a line cut short by a crash ends them."""
+    """Yields the lines of metrics.jsonl; a line cut short by a crash ends them. Raises DocumentError."""
     try:
-        with open(run / METRICS_FILE, encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)
-    except (FileNotFoundError, ValueError):
-        return
+        yield from read_json_lines(run / METRICS_FILE, _RECORD)
+    except DocumentError as error:
+        if not error.missing:
+            raise
 
 
 def forget_after(run: Path, step: int, kinds: Sequence[str] = ()) -> None:

@@ -5,14 +5,16 @@ and never taken for others. sheet.json in the folder remembers the layout, so th
 machine. Free of torch.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from sd3pipe.adapters.find import checkpoint_adapters, find_adapter
+from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.files import write_json
 from sd3pipe.fingerprint import hash_file, hash_json
@@ -58,7 +60,7 @@ def read_sheet(out: Path) -> Sheet:
     """Returns the layout that an earlier run left in a folder. Raises InputError."""
     file = out / SHEET_FILE
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file, TypeAdapter(dict[str, Any]))
         if content["format"] != FORMAT:
             raise InputError(f"{file}: format {content['format']} is not {FORMAT}: draw again with this version")
         prompts = tuple(
@@ -71,9 +73,11 @@ def read_sheet(out: Path) -> Sheet:
             for prompt in content["prompts"]
         )
         return Sheet(columns=tuple(map(str, content["columns"])), prompts=prompts)
-    except FileNotFoundError:
-        raise InputError(f"{out}: no {SHEET_FILE}: draw the latents with `sd3pipe sample` first") from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except DocumentError as error:
+        if error.missing:
+            raise InputError(f"{out}: no {SHEET_FILE}: draw the latents with `sd3pipe sample` first") from None
+        raise
+    except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"{file} cannot be read ({error}): draw again") from error
 
 

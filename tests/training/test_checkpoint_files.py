@@ -143,3 +143,13 @@ def test_a_state_of_another_shape_is_damaged(tmp_path, changes):
     edit(path, **{"digest": None, **changes})
     with pytest.raises(InputError, match=r"state\.json: "):
         read_checkpoint(path)
+
+
+def test_an_optimizer_state_that_a_killed_process_has_left_goes_later(tmp_path):
+    """Its entry in state.json goes first, and a kill may come in between."""
+    older, newest = save(tmp_path, 1), save(tmp_path, 2)
+    left = (older.path / OPTIMIZER_FILE).read_bytes()
+    prune(tmp_path, newest, Retention(num_states=1))
+    (older.path / OPTIMIZER_FILE).write_bytes(left)
+    prune(tmp_path, newest, Retention(num_states=1))
+    assert not (older.path / OPTIMIZER_FILE).exists()
