@@ -255,7 +255,7 @@ def _first_state(optimizer: Optimizer, shape: tuple[int, ...]) -> Mapping[str, A
     parameter.grad = torch.zeros(shape)
     options = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
     make: Callable[..., Optimizer] = cast(Any, type(optimizer))
-    trial = make([{**options, "params": [parameter]}])
+    trial = make([{**options, "params": [parameter]}], lr=options["lr"])  # Adafactor takes none for granted
     trial.step()
     return {key: _form(value) for key, value in trial.state[parameter].items()}
 
