@@ -56,7 +56,8 @@ def norms_by_part(norms: Mapping[str, float], depth: int) -> list[list[float | N
         if block is not None:
             place = (str(part_of(path)), block)
             squares[place] = squares.get(place, 0.0) + norm * norm
-    return [[_root(squares.get((part, block))) for block in range(depth)] for part in BLOCK_PARTS]
+    roots = {place: math.sqrt(square) for place, square in squares.items()}
+    return [[roots.get((part, block)) for block in range(depth)] for part in BLOCK_PARTS]
 
 
 def norm_table(norms: Mapping[str, float], depth: int) -> list[str]:
@@ -106,7 +107,3 @@ def _cell(x: int, y: int, place: str, norm: float | None, largest: float) -> str
 
 def _counted(values: Iterable[K]) -> dict[K, int]:
     return dict(sorted(Counter(values).items()))
-
-
-def _root(square: float | None) -> float | None:
-    return None if square is None else math.sqrt(square)

@@ -13,14 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from sd3pipe.errors import ParameterError
 from sd3pipe.memory.activations import ActivationStore, Parcel
-from sd3pipe.memory.ahead import AheadModulation, ModulationTicket
+from sd3pipe.memory.ahead import AheadModulation, ModulationTicket, Pair
 from sd3pipe.memory.flat import FlatBlock, flat_layout, is_modulation, streamed_parameters
 from sd3pipe.memory.host import HostMemory
 from sd3pipe.memory.lanes import Lane, lane_to
 from sd3pipe.memory.rings import Rings, Use
 from sd3pipe.memory.schedule import RING_SLOTS, ModulationMode, spread_evenly
 
-Pair = tuple[Tensor, Tensor]
 Direction = Literal["forward", "turning", "backward"]  # turning: forward, and a backward pass follows
 
 

@@ -47,7 +47,8 @@ def read_tensors(
 
         def read(key: str) -> Tensor:
             entry = entries[key]
-            tensor = torch.empty(entry.shape, dtype=dtype or _kept_dtype(entry), device=device)
+            stored = TORCH_DTYPES[entry.dtype] if entry.scale is None else torch.float32
+            tensor = torch.empty(entry.shape, dtype=dtype or stored, device=device)
             reader.read_into(entry, tensor)
             return tensor
 
@@ -118,10 +119,6 @@ def _scaled(values: Tensor, scale: Tensor, done: int, row_length: int) -> Tensor
         return values.float() * scale
     rows = torch.arange(done, done + values.numel()) // row_length
     return values.float() * scale[rows]
-
-
-def _kept_dtype(entry: TensorEntry) -> torch.dtype:
-    return TORCH_DTYPES[entry.dtype] if entry.scale is None else torch.float32
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

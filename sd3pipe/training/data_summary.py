@@ -10,9 +10,8 @@ from pydantic import BaseModel, JsonValue, TypeAdapter
 
 from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.training.items import Items
+from sd3pipe.training.sampling import PIXELS_PER_LATENT
 from sd3pipe.training.training_data import TrainingData
-
-_PIXELS_PER_LATENT = 8
 
 
 class _EncodeReport(BaseModel):
@@ -63,6 +62,6 @@ def data_summary(data: TrainingData) -> dict[str, Any]:
 
 def _buckets(items: Items) -> dict[str, int]:
     """Returns how many rows to train on (crops and mirrored ones apart) have each size, in pixels."""
-    sides = items.latent_shapes[items.latents.rows] * _PIXELS_PER_LATENT
+    sides = items.latent_shapes[items.latents.rows] * PIXELS_PER_LATENT
     counts = Counter((int(width), int(height)) for height, width in sides)
     return {f"{width}x{height}": rows for (width, height), rows in sorted(counts.items())}

@@ -26,8 +26,7 @@ from sd3pipe.training.batches import MicroBatch, StepPlan
 from sd3pipe.training.draws import hashes, normals, uniforms
 from sd3pipe.training.flow import NUM_TIMESTEPS, SigmaSampling, sample_sigmas
 from sd3pipe.training.items import Items
-
-PIXELS_PER_LATENT = 8
+from sd3pipe.training.sampling import PIXELS_PER_LATENT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
