@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from sd3pipe.config import PROJECT_FILE
+from sd3pipe.config import PROJECT_FILE, read_project
 from sd3pipe.console import count, say
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.models.architecture import detect_mmdit
@@ -19,6 +19,7 @@ from sd3pipe.params.memory import size_bytes
 from sd3pipe.params.stage_file import render_stage_file
 from sd3pipe.project.fitting import fitting_advice
 from sd3pipe.project.ignored import DVCIGNORE, gitignore
+from sd3pipe.project.inputs import ENCODERS, missing_weights
 from sd3pipe.project.pictures import PictureFolder, dataset_toml, look_into, prompts_txt
 from sd3pipe.project.pipeline import dvc_yaml
 from sd3pipe.project.recipes import Recipe, Variant, recipe
@@ -141,5 +142,7 @@ def _tell(folder: Path, pictures: PictureFolder, variant: Variant, written: list
         f"{pictures.path}: {count(pictures.pictures, 'picture')}, {pictures.captions} with a caption, {without} without"
     )
     say(f"{folder}: {count(len(written), 'file')} written for {variant}")
+    for key, reason in missing_weights((*ENCODERS, "vae"), read_project(folder).paths).items():
+        say(f"not found, so fill in paths.{key} in {folder / PROJECT_FILE}: {reason}")
     go = "" if folder.resolve() == Path.cwd() else f"cd {shell_word(no_option(str(folder)))} && "
     say(f"next: {go}sd3pipe preview (draws what training will see), then {go}sd3pipe run")

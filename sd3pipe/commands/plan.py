@@ -22,15 +22,19 @@ from sd3pipe.memory.plan import (
     option_text,
     predict,
 )
-from sd3pipe.memory.sizes import ModelSize, adapter_weights, image_tokens, model_size
+from sd3pipe.memory.sizes import (
+    CLIP_TOKENS,
+    ModelSize,
+    adapter_weights,
+    image_tokens,
+    latent_bytes,
+    model_size,
+    text_row_bytes,
+)
 from sd3pipe.models.architecture import detect_mmdit
 from sd3pipe.models.sources import find_component
 from sd3pipe.params.plan import PlanParams
 from sd3pipe.stat_memory import StatMemory
-
-_CLIP_TOKENS = 77
-_TEXT_WIDTHS = (768, 1280, 4096)  # CLIP-L, CLIP-G, T5-XXL
-_MOMENTS = 32  # channels of a latent row, two bytes each
 
 
 def main(params: PlanParams) -> None:
@@ -67,7 +71,7 @@ def _workload(params: PlanParams, shapes: Mapping[str, tuple[int, ...]]) -> Work
     width, height = params.size_px
     return Workload(
         image_tokens=image_tokens(width, height),
-        text_tokens=_CLIP_TOKENS + params.t5xxl_max_token_length,
+        text_tokens=CLIP_TOKENS + params.t5xxl_max_token_length,
         batch=params.train_batch_size,
         accumulation=params.gradient_accumulation_steps,
         adapter_weights=adapter_weights(shapes, params.network_dim),
@@ -133,9 +137,7 @@ def _disk(params: PlanParams) -> dict[str, int]:
     sources = find_sources(found, crop_variants=4, seed=42)
     pixels = sum(math.prod(sample.view.cut.size) for sample in sources.samples)
     captions = len({picture.caption for picture in found.pictures}) + 1  # and the empty one
-    tokens = (_CLIP_TOKENS, _CLIP_TOKENS, params.t5xxl_max_token_length)
-    row = 2 * sum(count * width for count, width in zip(tokens, _TEXT_WIDTHS, strict=True))
-    return {"latents": pixels // 64 * _MOMENTS * 2, "text": captions * row}
+    return {"latents": latent_bytes(pixels), "text": captions * text_row_bytes(params.t5xxl_max_token_length)}
 
 
 def _header_text(shapes: Mapping[str, tuple[int, ...]], model: ModelSize, params: PlanParams) -> str:

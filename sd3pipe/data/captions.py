@@ -25,9 +25,14 @@ def processed_captions(picture: Picture, *, variants: int, seed: int) -> tuple[s
     Equal pictures get equal captions from equal text, wherever they lie.
     """
     rules = picture.subset.captions
-    draws = variants if _is_random(rules) else 1
+    draws = variants if is_random(rules) else 1
     drawn = tuple(process_caption(picture.caption, rules, _rng(seed, picture.image_hash, n)) for n in range(draws))
     return drawn[:1] if len(set(drawn)) == 1 else drawn
+
+
+def is_random(rules: CaptionRules) -> bool:
+    """Returns whether one raw text becomes several captions."""
+    return rules.enable_wildcard or rules.shuffle_caption or rules.caption_tag_dropout_rate > 0
 
 
 def process_caption(text: str, rules: CaptionRules, rng: random.Random) -> str:
@@ -73,10 +78,6 @@ def caption_statistics(captions: Sequence[str], *, most_tags: int = 10) -> dict[
         "words_most": words[-1] if words else 0,
         "most_frequent": dict(list(tag_frequency(captions).items())[:most_tags]),
     }
-
-
-def _is_random(rules: CaptionRules) -> bool:
-    return rules.enable_wildcard or rules.shuffle_caption or rules.caption_tag_dropout_rate > 0
 
 
 def _rng(seed: int, image_hash: str, variant: int) -> random.Random:

@@ -11,7 +11,7 @@ class RunParams(Params):
     stages: tuple[StageName, ...] = option(
         (), "Stages to run (encode-text, encode-prompts, encode-latents, train, export); default: all.", positional=True
     )
-    dry_run: bool = option(False, "Print the commands, and run none of them.")
+    dry_run: bool = option(False, "Check every stage, tell what lies ahead, and run nothing.")
     allow_code: bool = option(
         False,
         "Let train import and run an optimizer that stages/train.toml names by a dotted class path.",

@@ -102,3 +102,22 @@ def test_the_same_init_completes_what_is_half_there(tmp_path):
         (tmp_path / "p" / name).unlink()
     assert "p: 2 files written" in sd3pipe(*given, cwd=tmp_path).stdout
     assert {file: file.read_bytes() for file in (tmp_path / "p").rglob("*") if file.is_file()} == before
+
+
+def test_what_was_not_found_is_named(tmp_path):
+    base = write_tiny_base(tmp_path / "models", variant="sd35-medium", layout="separate")
+    base.tokenizers.rename(tmp_path / "elsewhere")
+    next(base.model.parent.rglob("clip_g.safetensors")).unlink()
+    write_photographs(tmp_path / "photos", ("chelsea.png",), 96)
+    done = sd3pipe("init", "p", "--model", base.model, "--images", "photos", cwd=tmp_path)
+    told = [line for line in done.stdout.splitlines() if line.startswith("not found")]
+    assert [line.split(" in p/project.toml: ")[0] for line in told] == [
+        "not found, so fill in paths.clip_g", "not found, so fill in paths.tokenizers",
+    ]  # fmt: skip
+    assert "holds no CLIP-G" in told[0] and "sd3pipe tokenizers" in told[1]
+
+
+def test_a_hub_id_is_not_looked_into(tmp_path):
+    write_photographs(tmp_path / "photos", ("chelsea.png",), 96)
+    done = sd3pipe("init", "p", "--model", "a/b", "--for", "sd35-large", "--images", "photos", cwd=tmp_path)
+    assert "not found" not in done.stdout

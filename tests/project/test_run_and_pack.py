@@ -1,11 +1,19 @@
 """`run` knows the order and the paths of a project; `pack` lists what a training machine needs."""
 
+import contextlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 from support.command_line import sd3pipe
+from support.photographs import write_photographs
+from support.tiny_base import write_tiny_base
 
-from sd3pipe.commands.run import stage_arguments
 from sd3pipe.config import read_project
-from sd3pipe.errors import ParameterError
+from sd3pipe.stages import command_words, stages_of
 
 
 @pytest.fixture
@@ -19,8 +27,38 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A project whose model, encoders and pictures are there."""
+    folder = tmp_path_factory.mktemp("run")
+    base = write_tiny_base(folder / "models", variant="sd35-medium", layout="separate")
+    tokenizers = base.tokenizers.rename(folder / "vocabularies")  # beside the model they would be found unnamed
+    write_photographs(folder / "photos", ("chelsea.png", "coffee.png"), 96)
+    sd3pipe(
+        "init", "my cat", "--model", base.model, "--images", "photos", "--tokenizers", tokenizers,
+        "--resolution", 64, cwd=folder,
+    )  # fmt: skip
+    return folder / "my cat"
+
+
+@contextlib.contextmanager
+def edited(file: Path, old: str, new: str) -> Iterator[None]:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    try:
+        yield
+    finally:
+        file.write_text(text)
+
+
+def line_of(file: Path, key: str) -> str:
+    return next(line for line in file.read_text().splitlines(keepends=True) if line.startswith(key))
+
+
 def test_stages_stand_in_order_with_their_paths(folder):
-    stages = stage_arguments(read_project(folder))
+    paths = read_project(folder).paths
+    stages = {stage.name: command_words(stage, paths) for stage in stages_of(paths)}
     assert list(stages) == ["encode-text", "encode-prompts", "encode-latents", "train", "export"]
     assert stages["encode-text"] == [
         "encode-text", "--model", "m.safetensors", "--t5xxl", "t5.safetensors",
@@ -31,38 +69,102 @@ def test_stages_stand_in_order_with_their_paths(folder):
     assert stages["export"][1:3] == ["--adapter", "runs/cat"]
 
 
-def test_a_project_without_prompts_has_no_prompt_stage(folder):
-    file = folder / "project.toml"
-    file.write_text("\n".join(line for line in file.read_text().splitlines() if "prompts" not in line))
-    stages = stage_arguments(read_project(folder))
-    assert "encode-prompts" not in stages
-    assert "--prompts" not in stages["train"]
-
-
 def test_missing_paths_are_all_named(folder):
     (folder / "project.toml").write_text('[paths]\nmodel = "m"\n')
-    with pytest.raises(ParameterError) as caught:
-        stage_arguments(read_project(folder))
-    assert str(caught.value).count("is missing") == 4
+    assert sd3pipe("run", cwd=folder, expect=2).stderr.count("is missing") == 4
 
 
-def test_dry_run_prints_the_commands_and_runs_none(folder):
-    done = sd3pipe("run", "--dry-run", cwd=folder)
-    assert [line.split()[2] for line in done.stdout.splitlines()] == [
-        "encode-text", "encode-text", "encode-latents", "train", "export",
-    ]  # fmt: skip
-    assert not (folder / "caches").exists()
+def test_dry_run_shows_what_differs_from_the_project_and_what_is_ahead(project):
+    done = sd3pipe("run", "--dry-run", cwd=project)
+    parts = [line.partition("#") for line in done.stdout.splitlines()]
+    assert [command.strip() for command, _, _ in parts] == [
+        "$ sd3pipe encode-text --dataset dataset.toml",
+        "$ sd3pipe encode-text --sample-prompts sample_prompts.txt",
+        "$ sd3pipe encode-latents",
+        "$ sd3pipe train",
+        "$ sd3pipe export",
+    ]
+    facts = [facts.strip() for _, _, facts in parts]
+    assert facts[0].startswith("3 captions, at most 7.") and facts[1].startswith("3 prompts, at most 14.")
+    assert facts[2] == "2 pictures, at most 8.19 KB"  # 64 x 64 pixels: 64 latents of 32 numbers in 16 bit
+    assert facts[3].startswith("2,000 steps")
+    assert "disk: at most " in done.stderr and str(project) not in done.stdout + done.stderr
+    assert not (project / "caches").exists()
 
 
-def test_wanted_stages_run_alone(folder):
-    done = sd3pipe("run", "--dry-run", "train", "export", cwd=folder)
-    assert [line.split()[2] for line in done.stdout.splitlines()] == ["train", "export"]
+def test_wanted_stages_are_shown_alone(project):
+    done = sd3pipe("run", "--dry-run", "encode-latents", "train", "encode-text", cwd=project)
+    assert [line.split()[2] for line in done.stdout.splitlines()] == ["encode-text", "encode-latents", "train"]
 
 
-def test_a_stage_that_fails_gives_its_exit_code(folder):
-    done = sd3pipe("run", cwd=folder, expect=2)
-    assert "dataset.toml: there is no such file" in done.stderr
-    assert "encode-text ended with exit code 2" in done.stderr
+def test_earlier_reports_tell_the_time(project):
+    (project / "caches").mkdir()
+    (project / "caches" / "latents.report.json").write_text('{"encoded": 10, "seconds": 50.0}')
+    run = project / "runs" / "my_cat"
+    (run / "checkpoints" / "step-00000500").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000500" / "adapter.safetensors").write_text("x")
+    (run / "report.json").write_text('{"seconds_per_step": 0.1}')
+    try:
+        lines = sd3pipe("run", "--dry-run", "encode-text", "encode-latents", "train", cwd=project).stdout.splitlines()
+    finally:
+        shutil.rmtree(project / "caches")
+        shutil.rmtree(project / "runs")
+    assert "about 10.0 s as last time" in lines[1]
+    assert "2,000 steps, 500 saved, about 2 min 30 s as last time" in lines[2]
+
+
+def test_every_problem_of_every_stage_is_named_before_anything_is_encoded(project):
+    stages = project / "stages"
+    with (
+        edited(stages / "train.toml", "network_dim = 16", "network_dmi = 16"),
+        edited(stages / "export.toml", 'dtype = "auto"', 'dtype = "fp61"'),
+        edited(stages / "encode_text.toml", "t5xxl_max_token_length = 256", "t5xxl_max_token_length = 9999"),
+        edited(project / "dataset.toml", "num_repeats", "num_repaets"),
+    ):
+        done = sd3pipe("run", cwd=project, expect=2)
+    for name in ("t5xxl_max_token_length = 9999", "network_dmi", "dtype = fp61", "num_repaets"):
+        assert done.stderr.count(name) == 1
+    assert len(done.stderr.splitlines()) == 4 and "did you mean network_dim?" in done.stderr
+    assert not done.stdout and not (project / "caches").exists()
+
+
+def test_what_is_not_found_is_named_by_its_key(project):
+    file = project / "project.toml"
+    with edited(file, line_of(file, "tokenizers"), ""), edited(file, line_of(file, "clip_g"), ""):
+        done = sd3pipe("run", cwd=project, expect=3)
+    assert "paths.clip_g is to be filled in" in done.stderr and "paths.tokenizers is to be filled in" in done.stderr
+    assert not (project / "caches").exists()
+
+
+def test_a_model_that_is_gone_is_told_once(project):
+    file = project / "project.toml"
+    with edited(file, line_of(file, "model"), 'model = "gone.safetensors"\n'):
+        (line,) = sd3pipe("run", cwd=project, expect=3).stderr.splitlines()
+    assert "paths.model is to be filled in: gone.safetensors: there is no such file" in line
+
+
+def test_train_alone_wants_caches_that_are_there(project):
+    done = sd3pipe("run", "train", cwd=project, expect=3)
+    assert "caches/text: is not there yet: `sd3pipe run encode-text` makes it" in done.stderr
+    assert "caches/latents: is not there yet" in done.stderr
+
+
+def test_looking_ahead_needs_no_torch_and_less_than_a_second(project):
+    code = (
+        "import sys, time; from sd3pipe.cli import run; start = time.process_time(); "
+        "code = run(['run', '--dry-run']); spent = time.process_time() - start; "
+        "assert code == 0 and 'torch' not in sys.modules; assert spent < 1, spent"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=project, check=True)
+
+
+def test_a_stage_that_fails_gives_its_exit_code(project):
+    (project / "caches").write_text("in the way")
+    try:
+        done = sd3pipe("run", cwd=project, expect=7)
+    finally:
+        (project / "caches").unlink()
+    assert "encode-text ended with exit code 7" in done.stderr
 
 
 def test_no_project_is_told(tmp_path):

@@ -1,0 +1,178 @@
+"""What lies ahead of `sd3pipe run`: pictures, captions, steps, disk, memory and, where a report knows it, time.
+
+Told from names, headers and earlier reports, without torch, so that it costs no time itself.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from sd3pipe.adapters.find import checkpoint_adapters
+from sd3pipe.config import Project
+from sd3pipe.console import count, readable_bytes, readable_seconds
+from sd3pipe.documents import DocumentError, read_json
+from sd3pipe.errors import Sd3pipeError
+from sd3pipe.memory.plan import (
+    PROCESS_BYTES,
+    Settings,
+    Workload,
+    adapter_bytes_per_weight,
+    fitting_settings,
+    option_text,
+    predict,
+)
+from sd3pipe.memory.sizes import (
+    CLIP_TOKENS,
+    adapter_weights,
+    image_tokens,
+    latent_bytes,
+    model_size,
+    text_row_bytes,
+)
+from sd3pipe.models.hub import is_hub_id
+from sd3pipe.models.sources import find_component
+from sd3pipe.params.encode_latents import EncodeLatentsParams
+from sd3pipe.params.encode_text import EncodeTextParams
+from sd3pipe.params.fields import Params
+from sd3pipe.params.train import TrainParams
+from sd3pipe.project.amounts import read_amounts, read_prompts
+from sd3pipe.project.card import card_bytes
+
+_VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_TEXTS_OF_PROMPT = 2  # the prompt and its negative
+_KEPT_STATES = 2  # optimizer states of a run
+
+
+class Ahead:
+    """What one stage has before it: `facts` to show, and the bytes that it will write at most."""
+
+    def __init__(self) -> None:
+        self.facts: list[str] = []
+        self.disk_bytes = 0
+
+
+def ahead(options: Params, project: Project) -> Ahead:
+    """Returns what a stage with these checked options has before it."""
+    found = Ahead()
+    if isinstance(options, EncodeTextParams):
+        _encode_text(options, found)
+    elif isinstance(options, EncodeLatentsParams):
+        _encode_latents(options, found)
+    elif isinstance(options, TrainParams):
+        _train(options, project, found)
+    return found
+
+
+def _encode_text(options: EncodeTextParams, found: Ahead) -> None:
+    if options.sample_prompts is not None:
+        prompts = len(read_prompts(options.sample_prompts))
+        texts, shown = _TEXTS_OF_PROMPT * prompts, count(prompts, "prompt")
+    else:
+        assert options.dataset is not None
+        texts = read_amounts(options.dataset, caption_variants=options.caption_variants).texts
+        shown = count(texts, "caption")
+    found.facts.append(shown)
+    assert options.out is not None
+    _cache(options.out, texts, texts * text_row_bytes(options.t5_pad_to or options.t5xxl_max_token_length), found)
+
+
+def _encode_latents(options: EncodeLatentsParams, found: Ahead) -> None:
+    amounts = read_amounts(options.dataset, crop_variants=options.crop_variants)
+    found.facts.append(count(amounts.pictures, "picture"))
+    if amounts.rows != amounts.pictures:
+        found.facts.append(f"{amounts.rows:,} with their crops and flips")
+    size = latent_bytes(
+        amounts.row_pixels,
+        moments=options.latent_mode == "moments",
+        value_bytes=_VALUE_BYTES[options.latent_dtype],
+    )
+    _cache(options.out, amounts.rows, size, found)
+
+
+def _cache(out: Path, rows: int, size: int, found: Ahead) -> None:
+    """Adds the size of a cache, and the time that an earlier report tells."""
+    if (out / "manifest.json").is_file():
+        found.facts.append(f"{out} is there: only what changed is encoded")
+        return
+    found.facts.append(f"at most {readable_bytes(size)}")
+    found.disk_bytes = size
+    report = _report(Path(f"{out}.report.json"))
+    if report.get("encoded"):
+        found.facts.append(f"about {readable_seconds(rows * report['seconds'] / report['encoded'])} as last time")
+
+
+def _train(options: TrainParams, project: Project, found: Ahead) -> None:
+    done = max(checkpoint_adapters(options.out), default=0)
+    if options.max_train_epochs is not None:
+        found.facts.append(count(options.max_train_epochs, "epoch"))
+    else:
+        found.facts.append(count(options.max_train_steps, "step") + (f", {done:,} saved" if done else ""))
+        seconds = _report(options.out / "report.json").get("seconds_per_step")
+        if seconds and done < options.max_train_steps:
+            found.facts.append(f"about {readable_seconds((options.max_train_steps - done) * seconds)} as last time")
+    shapes = _shapes(options)
+    if shapes:
+        weights = adapter_weights(shapes, options.network_dim)
+        saved = options.max_train_steps // options.save_every_n_steps if options.save_every_n_steps else 1
+        found.disk_bytes = 4 * weights * (saved + 1) + _KEPT_STATES * 8 * weights
+        found.facts += _memory(options, shapes, weights, project)
+
+
+def _shapes(options: TrainParams) -> Mapping[str, tuple[int, ...]]:
+    """Returns the shapes in the base model's header, or none of a hub repository, which would take the network."""
+    if options.mmdit is None and is_hub_id(options.model) and not Path(options.model).expanduser().exists():
+        return {}
+    return find_component("mmdit", model=options.model, file=options.mmdit).shapes()
+
+
+def _memory(
+    options: TrainParams, shapes: Mapping[str, tuple[int, ...]], weights: int, project: Project
+) -> Iterator[str]:
+    """Yields what a step takes of the card, if there is one to train on and the pictures' size is known here."""
+    card = card_bytes() if options.device != "cpu" else None
+    size = _largest_picture(project)
+    if card is None or size is None:
+        return
+    work = Workload(
+        image_tokens=image_tokens(*size),
+        text_tokens=CLIP_TOKENS + EncodeTextParams.model_fields["t5xxl_max_token_length"].default,
+        batch=options.train_batch_size,
+        accumulation=options.gradient_accumulation_steps,
+        adapter_weights=weights,
+        adapter_bytes_per_weight=adapter_bytes_per_weight(options.optimizer_type),
+    )
+    swapped = options.blocks_to_swap
+    wanted = Settings(
+        base_format=options.base_dtype or "dense",
+        blocks_to_swap=0 if swapped == "auto" else swapped,
+        modulation=options.modulation,
+        gradient_checkpointing=options.gradient_checkpointing,
+        activation_offload=options.activation_offload,
+        layer_major=options.layer_major,
+        dtype_bytes=4 if options.mixed_precision == "no" else 2,
+    )
+    model = model_size(shapes)
+    fits = fitting_settings(model, work, wanted, device_bytes=card) if swapped == "auto" else None
+    settings, prediction = fits or (wanted, predict(model, work, wanted))
+    needed = f"{readable_bytes(prediction.device_bytes)} of the card's {readable_bytes(card)}"
+    if prediction.device_bytes > card:
+        yield f"needs {needed}: `sd3pipe plan --vram {card / 1e9:.0f}GB` looks for settings that fit"
+        return
+    yield f"{needed} ({option_text(settings)})" if swapped == "auto" and settings.blocks_to_swap else needed
+    yield f"{readable_bytes(max(0, prediction.host_bytes - PROCESS_BYTES))} of host memory"
+
+
+def _largest_picture(project: Project) -> tuple[int, int] | None:
+    try:
+        return read_amounts(Path(project.paths["dataset"])).resolution
+    except (Sd3pipeError, OSError):  # a machine that only trains has no dataset
+        return None
+
+
+def _report(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path, TypeAdapter(dict[str, Any]))
+    except (OSError, DocumentError):
+        return {}
