@@ -17,6 +17,8 @@ FOREIGN_SECONDS = 86_400.0  # what a process of another machine has not touched 
 _PREFIX = "tmp-sd3pipe-"
 _NAME = re.compile(re.escape(_PREFIX) + f"({MARK})")
 _cleared: set[str] = set()
+if hasattr(os, "register_at_fork"):  # absent on Windows
+    os.register_at_fork(after_in_child=_cleared.clear)
 
 
 def temporary_name(folder: Path) -> Path:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sd3pipe.errors import ParameterError
+from sd3pipe.files import make_folder
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.processes import Processes
 
@@ -24,7 +25,7 @@ def start_trackers(params: TrainParams, config: Mapping[str, Any], processes: Pr
     """Returns an accelerate Accelerator whose trackers are running; W&B is offline where WANDB_MODE=offline says so."""
     from accelerate import Accelerator  # takes its time, and a run without trackers needs none of it
 
-    folder = params.logging_dir or params.out / "logs"
+    folder = make_folder(params.logging_dir or params.out / "logs")
     on_cpu = processes.count == 1 or processes.device.type == "cpu"  # several processes have their state already
     accelerator = Accelerator(cpu=on_cpu, log_with=_wanted(params), project_dir=folder)
     accelerator.init_trackers(
