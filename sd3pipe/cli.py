@@ -5,6 +5,7 @@ failure ends here, as one line on stderr and the exit code of errors.py.
 """
 
 import importlib
+import os
 import sys
 import tempfile
 import traceback
@@ -17,7 +18,7 @@ from typer.exceptions import Abort, TyperException
 
 from sd3pipe import safe_path, stopping
 from sd3pipe.console import say, say_aside, say_error, setup_logging, version
-from sd3pipe.errors import ExitCode, Sd3pipeError, Stopped
+from sd3pipe.errors import ExitCode, InputError, Sd3pipeError, Stopped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,10 +168,19 @@ def _command_body(command: Command, arguments: list[str]) -> Callable[..., None]
     arguments[:] = ["--help" if word == "--help-all" else word for word in normal]
 
     def body(**given: Any) -> None:
+        _check_current_folder()
         _run_program(command, command_line.options_given(command.name, model, given))
 
     body.__signature__ = command_line.signature(model, show_all=show_all)  # pyright: ignore[reportFunctionMemberAccess]
     return body
+
+
+def _check_current_folder() -> None:
+    """Raises InputError where there is none: it was deleted, and relative paths mean nothing in it."""
+    try:
+        os.getcwd()  # noqa: PTH109, pathlib is not needed otherwise
+    except OSError as error:
+        raise InputError(f"the current folder is not there any more ({error.strerror}): change to another") from error
 
 
 def _run_program(command: Command, params: Any) -> None:

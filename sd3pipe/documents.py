@@ -6,7 +6,6 @@ Files that a stranger may have put there pass through this door. What comes in i
 import json
 import os
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -73,18 +72,6 @@ def read_text(path: Path, *, most_bytes: int = MOST_BYTES) -> str:
 def read_json(path: Path, kind: "TypeAdapter[T]", *, most_bytes: int = MOST_BYTES) -> T:
     """Returns the value of a JSON file, checked by a pydantic adapter. Raises DocumentError."""
     return parse_json(read_data(path, most_bytes=most_bytes), kind, str(path))
-
-
-def read_json_lines(path: Path, kind: "TypeAdapter[T]") -> Iterator[T]:
-    """Yields the values of a file with JSON on each line; a line cut short by a crash, or damaged, ends them.
-
-    Raises DocumentError for a file that cannot be read.
-    """
-    for number, line in enumerate(read_text(path, most_bytes=MOST_LIST_BYTES).split("\n"), start=1):
-        try:
-            yield parse_json(line, kind, f"{path}: line {number}")
-        except DocumentError:
-            return
 
 
 def parse_json(data: bytes | str, kind: "TypeAdapter[T]", where: str) -> T:

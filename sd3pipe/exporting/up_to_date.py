@@ -1,7 +1,7 @@
 """Whether an exported file is what the same export would write again."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -29,12 +29,20 @@ def made_from(params: ExportParams, adapter: Path) -> str:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Recorded:
+    """What an export's report says of its file: what it was made from, and its hash."""
+
+    made_from: str
+    output: str
+
+
 def is_up_to_date(report: Path, out: Path, identity: str) -> bool:
     """Returns whether `report` says that `out` was made so, and `out` is still what was written then."""
     try:
-        recorded = read_json(report, TypeAdapter(dict[str, Any]))
-        return recorded["made_from"] == identity and recorded["output"] == hash_file(out)
-    except (DocumentError, OSError, KeyError):
+        recorded = read_json(report, TypeAdapter(_Recorded))
+        return recorded.made_from == identity and recorded.output == hash_file(out)
+    except (OSError, DocumentError):
         return False
 
 

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, JsonValue, TypeAdapter
+from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
 from sd3pipe.data.headers import DECODER_ERRORS, UnreadablePicture, open_picture, read_picture, reason
-from sd3pipe.documents import DocumentError, read_json, read_json_lines
+from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import InputError
+from sd3pipe.metrics import EventRecord, StepRecord, ValidationRecord, read_records
 
 log = logging.getLogger(__name__)
 
-_TABLE = TypeAdapter(dict[str, Any])
 _SAMPLE_NAME = re.compile(r"step-?(\d+)")
 _PICTURES = (".png", ".jpg", ".webp")
 _SHOWN_FORMATS = ("PNG", "JPEG", "WEBP")
@@ -40,9 +41,9 @@ class RunRecord:
     folder: Path
     report: dict[str, Any]
     inputs: dict[str, Any]
-    steps: list[dict[str, Any]]
-    validations: list[dict[str, Any]]
-    events: list[dict[str, Any]]
+    steps: list[StepRecord]
+    validations: list[ValidationRecord]
+    events: list[EventRecord]
     samples: list[Sample]
 
     @property
@@ -54,9 +55,56 @@ class RunRecord:
         return (self.report.get("encoded") or {}).get(cache) or {}
 
 
+_Numbers = dict[str, float]
+
+
+class _Data(TypedDict, total=False):
+    subsets: dict[str, dict[str, JsonValue]] | None
+    buckets: _Numbers | None
+
+
+class _Prediction(TypedDict, total=False):
+    predicted: float | None
+    measured: float | None
+
+
+class _Memory(TypedDict, total=False):
+    device_bytes: _Prediction | None
+    seconds_per_step: _Prediction | None
+
+
+class _Captions(TypedDict, total=False):
+    most_frequent: _Numbers | None
+
+
+class _Encoded(TypedDict, total=False):
+    captions: _Captions | None
+    cut: int | None
+    seconds: float
+
+
+class _About(TypedDict, total=False):
+    """The parts of a report, or of final/inputs.json, that the page does more with than to show them."""
+
+    options: dict[str, JsonValue] | None
+    data: _Data | None
+    memory: _Memory | None
+    encoded: dict[str, _Encoded | None] | None
+    subsets: dict[str, dict[str, JsonValue]] | None
+    phases: _Numbers | None
+    peak_rss_bytes: float | None
+    peak_device_bytes: float | None
+    streamed_bytes: float | None
+
+
+for _part in (_About, _Data, _Prediction, _Memory, _Captions, _Encoded):
+    _part.__pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportAttributeAccessIssue]
+_ABOUT = TypeAdapter(_About)
+
+
 def read_run(folder: Path) -> RunRecord:
     """Returns the record of a run. Raises InputError if the folder holds no run."""
-    records = _records(folder / "metrics.jsonl")
+    records = list(read_records(folder))
     report, inputs = _json(folder / "report.json"), _json(folder / "final" / "inputs.json")
     if not records and not report:
         raise InputError(f"{folder}: is no run folder: it has neither metrics.jsonl nor report.json")
@@ -72,18 +120,13 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """Returns what a JSON file says; nothing where it is missing, damaged or of another shape, which is told."""
     try:
-        return read_json(path, _TABLE)
-    except DocumentError:
+        return dict(read_json(path, _ABOUT))
+    except DocumentError as error:
+        if not error.missing:
+            log.warning("%s: left out of the report", error)
         return {}
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """Returns the whole lines; a line cut short by a crash ends them."""
-    try:
-        return [record for record in read_json_lines(path, _TABLE) if {"kind", "step"} <= record.keys()]
-    except DocumentError:
-        return []
 
 
 def _samples(folder: Path) -> list[Sample]:

@@ -4,22 +4,17 @@ import csv
 import io
 import json
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
-from sd3pipe.documents import DocumentError, read_json_lines
 from sd3pipe.files import append_text, make_folder, write_json, write_text
+from sd3pipe.metrics import METRICS_FILE, read_records
 from sd3pipe.params.bands import BAND_NAMES
 from sd3pipe.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
-
-METRICS_FILE = "metrics.jsonl"
-_RECORD = TypeAdapter(dict[str, Any])
 
 
 class Records:
@@ -72,15 +67,6 @@ class Records:
         self._untold.clear()
 
 
-def read_records(run: Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of metrics.jsonl; a line cut short by a crash ends them. Raises DocumentError."""
-    try:
-        yield from read_json_lines(run / METRICS_FILE, _RECORD)
-    except DocumentError as error:
-        if not error.missing:
-            raise
-
-
 def forget_after(run: Path, step: int, kinds: Sequence[str] = ()) -> None:
     """Drops the lines of steps after `step`, and those of `kinds` at it, which a resumed run writes again."""
     kept = [
@@ -112,15 +98,17 @@ def write_summaries(run: Path) -> None:
 def subset_figures(run: Path) -> dict[str, dict[str, float]]:
     """Returns per subset how many samples were seen, and their mean loss before any weighting, over the whole run."""
     seen: Counter[str] = Counter()
-    losses: Counter[str] = Counter()
+    losses: defaultdict[str, float] = defaultdict(float)
     for record in read_records(run):
+        if record["kind"] != "step":
+            continue
         for name, count in record.get("subset_samples", {}).items():
             seen[name] += count
-            losses[name] += count * record["subset_loss"][name]
-    return {name: {"samples_seen": seen[name], "loss_mean": losses[name] / seen[name]} for name in sorted(seen)}
+            losses[name] += count * record.get("subset_loss", {}).get(name, 0.0)
+    return {name: {"samples_seen": n, "loss_mean": losses[name] / n} for name, n in sorted(seen.items()) if n}
 
 
-def _write_table(path: Path, records: list[dict[str, Any]], names: Sequence[str] = ()) -> None:
+def _write_table(path: Path, records: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> None:
     """Writes a table with the columns `names`, which are there in a table without rows, too, and all others."""
     rows = [dict(_flat("", {key: value for key, value in record.items() if key != "seconds"})) for record in records]
     names = list(dict.fromkeys([*names, *(name for row in rows for name in row)]))

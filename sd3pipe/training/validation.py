@@ -14,6 +14,7 @@ from sd3pipe import stopping
 from sd3pipe.console import count, progress
 from sd3pipe.errors import Stopped
 from sd3pipe.files import write_json
+from sd3pipe.metrics import read_records
 from sd3pipe.params.bands import BAND_NAMES, SIGMAS
 from sd3pipe.training.batches import fixed_batches
 from sd3pipe.training.checkpoints import CHECKPOINTS_FOLDER
@@ -21,7 +22,7 @@ from sd3pipe.training.feed import Feed
 from sd3pipe.training.objective import Objective
 from sd3pipe.training.processes import Processes
 from sd3pipe.training.progressed import Progressed
-from sd3pipe.training.records import Records, read_records
+from sd3pipe.training.records import Records
 from sd3pipe.training.run_folder import RunFolder
 from sd3pipe.training.trained_weights import TrainedWeights
 
@@ -132,7 +133,7 @@ def verdict(run: Path) -> str:
     if len(records) < 2:
         return ""
     best, last = min(records, key=lambda record: record["loss"]), records[-1]
-    pictures = len(last["by_picture"])
+    pictures = len(last.get("by_picture", ()))
     if best is last:
         return f"validation loss is lowest at the last step ({_shown(last)}): no over-fitting is seen{_weak(pictures)}"
     rise, half_width = mean_and_half_width(_differences(best, last))
@@ -147,7 +148,9 @@ def verdict(run: Path) -> str:
 
 def _differences(best: Mapping[str, Any], last: Mapping[str, Any]) -> list[float]:
     """Returns by how much each picture's loss has risen: pairs are far less noisy than two means."""
-    return [after - before for before, after in zip(best["by_picture"], last["by_picture"], strict=True)]
+    return [
+        after - before for before, after in zip(best.get("by_picture", ()), last.get("by_picture", ()), strict=False)
+    ]
 
 
 def _shown(record: Mapping[str, Any]) -> str:

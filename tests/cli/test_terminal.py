@@ -104,3 +104,11 @@ def test_json_has_no_control_character(capfd):
     console.say_json({"a\x7f": HOSTILE})
     out = capfd.readouterr().out
     assert inert(out) and json.loads(out) == {"a\x7f": HOSTILE}
+
+
+def test_a_current_folder_that_was_deleted_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run(["cache", "ls", "x"]) == 3
+    assert "the current folder is not there any more" in capsys.readouterr().err

@@ -221,3 +221,13 @@ def test_nothing_runs_off_at_phone_width_and_axes_stay_readable(tmp_path):
         assert found["width"] <= 400 and found["outside"] == 0, (number, found)
         if number:
             assert found["lowest"] >= 12 and found["narrowest"] > 0.7 * found["width"], (number, found)
+
+
+def test_damaged_lines_and_reports_are_left_out(tmp_path, caplog):
+    folder = write_run(tmp_path / "run")
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"kind": "step", "step": "x"}\n[]\n' + "[" * 5000 + '\n{"kind": "step", "ste')
+    (folder / "report.json").write_text('{"phases": {"steps": "long"}}')
+    record = read_run(folder)
+    assert len(record.steps) == 30 and record.report == {}
+    assert "report.json: phases.steps" in caplog.text and "left out of the report" in caplog.text

@@ -1,0 +1,76 @@
+"""metrics.jsonl of a run: one line for each step, validation and event, as they come back from the disk."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, cast
+
+from pydantic import ConfigDict, Field, StrictInt, TypeAdapter
+from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
+
+from sd3pipe.documents import DocumentError, checked, parse_json
+from sd3pipe.files import open_regular
+
+METRICS_FILE = "metrics.jsonl"
+
+if TYPE_CHECKING:
+    Number = float
+    Count = int
+else:
+    Number = Annotated[float, Field(strict=True)]  # NaN and infinity are numbers here: a loss may be either
+    Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
+
+
+class StepRecord(TypedDict):
+    """What one training step measured."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    kind: Literal["step"]
+    step: Count
+    loss: Number
+    loss_mean: Number | None
+    learning_rate: NotRequired[Number]
+    subset_loss: NotRequired[dict[str, Number]]
+    subset_samples: NotRequired[dict[str, Count]]
+
+
+class ValidationRecord(TypedDict):
+    """What one validation measured: the mean over the held-out pictures, each of them, and by noise level."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    kind: Literal["validation"]
+    step: Count
+    loss: Number
+    ci95: Number | None
+    bands: dict[str, Number]
+    by_picture: NotRequired[list[Number]]
+
+
+class EventRecord(TypedDict):
+    """Something that happens seldom."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    kind: Literal["event"]
+    step: Count
+
+
+Record = StepRecord | ValidationRecord | EventRecord
+_OBJECT = TypeAdapter(dict[str, Any])
+_RECORD: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
+
+
+def read_records(run: Path) -> Iterator[Record]:
+    """Yields what the lines of a run's metrics say; a line that was cut short by a crash, or is damaged, is none."""
+    try:
+        with open_regular(run / METRICS_FILE) as file:
+            for line in file:
+                try:
+                    value = parse_json(line, _OBJECT, METRICS_FILE)
+                    checked(value, _RECORD, METRICS_FILE)
+                    yield cast(Record, value)  # as it stands: tables keep the order of its numbers
+                except DocumentError:
+                    continue
+    except OSError:
+        return
