@@ -126,9 +126,9 @@ def bare_step(loop: Loop) -> Callable[[], None]:
     batch = next(loop.steps_from(loop.progressed.position)).batches[0]
 
     def step() -> None:
-        question = objective.question(batch)
-        velocity = objective.answer(question)
-        objective.losses(question, velocity).mean().backward()
+        forward_pass = objective.prepare(batch)
+        velocity = objective.predict(forward_pass)
+        objective.losses(forward_pass, velocity).mean().backward()
         for parameter in loop.runner.weights.parameters:
             parameter.grad = None
 

@@ -124,7 +124,7 @@ MUTATIONS = {
         file="training/validation.py",
         old="network.eval()\n        network.set_dropout_keys(None)",
         new="network.train()",
-        tests=("tests/training/test_occasions.py::test_validation_changes_nothing_and_drops_nothing",),
+        tests=("tests/training/test_validation_and_samples.py::test_validation_changes_nothing_and_drops_nothing",),
     ),
     "LoRA+ on down": Mutation(
         file="adapters/network.py",
@@ -140,8 +140,8 @@ MUTATIONS = {
     ),
     "gradient summed over accumulation": Mutation(
         file="training/step_runner.py",
-        old="(losses_B * question.batch.weights).mean() / len(batches)",
-        new="(losses_B * question.batch.weights).mean()",
+        old="(losses_B * forward_pass.batch.weights).mean() / len(batches)",
+        new="(losses_B * forward_pass.batch.weights).mean()",
         tests=("tests/training/test_step_runner.py::test_accumulated_batches_make_the_step_of_one_large_batch",),
     ),
     "gradient summed over processes": Mutation(
@@ -158,7 +158,7 @@ MUTATIONS = {
     ),
     "sample weights ignored": Mutation(
         file="training/step_runner.py",
-        old="(losses_B * question.batch.weights).mean()",
+        old="(losses_B * forward_pass.batch.weights).mean()",
         new="losses_B.mean()",
         tests=("tests/training/test_options.py::test_subsets_are_weighed_and_repeated",),
     ),

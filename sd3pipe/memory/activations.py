@@ -8,53 +8,53 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from sd3pipe.memory.copy_streams import CopyStream, copy_stream_to
 from sd3pipe.memory.host import HostMemory
-from sd3pipe.memory.lanes import Lane, lane_to
 
-_STREAM_AXES = 3  # [B, L, D]; vectors per picture [B, K] are not worth a trip
+_STREAM_AXES = 3  # [B, L, D]; vectors per picture [B, K] are not worth a copy
 _LEAVING = 4  # tensors on the device that are being copied to the host: context and x of two blocks
 _SIZE_CLASSES = 8  # of buffers, from one power of two to the next: buckets of like size share buffers
 
 
-class Parcel:
+class OffloadedTensor:
     """One tensor that is on the host, or on its way there or back."""
 
-    def __init__(self, trip: "_Trip", like: Tensor) -> None:
-        self.trip = trip
+    def __init__(self, transfer: "_Transfer", like: Tensor) -> None:
+        self.transfer = transfer
         self.shape, self.dtype, self.device = like.shape, like.dtype, like.device
         self.nbytes = like.numel() * like.element_size()
 
     def on_host(self) -> Tensor:
         """Returns the tensor inside its buffer."""
-        return self.trip.buffer[: self.nbytes].view(self.dtype).view(self.shape)
+        return self.transfer.buffer[: self.nbytes].view(self.dtype).view(self.shape)
 
 
-class _Trip:
-    """A buffer under way, with what is pending when its parcel is dropped."""
+class _Transfer:
+    """A buffer under way, with what is pending when its tensor is dropped."""
 
     def __init__(self, buffer: Tensor) -> None:
         self.buffer = buffer
-        self.stored: object = None  # mark of the copy to the host
+        self.stored: object = None  # event of the copy to the host
         self.returning: tuple[Tensor, object] | None = None
 
 
 class ActivationStore:
     """Keeps what autograd saves inside `saving()` on the host, in page-locked buffers that are used again.
 
-    Copies leave on a lane of their own (the direction that one-way streaming leaves idle) and come back on another,
+    Copies leave on a stream of their own (the direction that one-way streaming leaves idle) and come back on another,
     one ahead of the backward pass. Only streams of tokens travel; vectors and weights stay where they are. Memory on
     the device is given away in the order of the computation, which waits for a copy two blocks after it was begun: so
     the peak does not depend on how far the host runs ahead.
     """
 
-    def __init__(self, device: torch.device, *, out: Lane | None = None, back: Lane | None = None) -> None:
+    def __init__(self, device: torch.device, *, out: CopyStream | None = None, back: CopyStream | None = None) -> None:
         self._device = device
-        self._out: Lane = out or lane_to(device)
-        self._back: Lane = back or lane_to(device)
+        self._out: CopyStream = out or copy_stream_to(device)
+        self._back: CopyStream = back or copy_stream_to(device)
         self._host = HostMemory(device)
-        self._free: dict[int, list[_Trip]] = defaultdict(list)
+        self._free: dict[int, list[_Transfer]] = defaultdict(list)
         self._leaving: deque[tuple[Tensor, object]] = deque()
-        self._waiting: list[weakref.ref[Parcel]] = []
+        self._waiting: list[weakref.ref[OffloadedTensor]] = []
         self.bytes_out = 0
         self.host_bytes = 0
 
@@ -69,71 +69,74 @@ class ActivationStore:
         with torch.autograd.graph.saved_tensors_hooks(self.put_away, self._unpack):
             yield
 
-    def put_away(self, tensor: Tensor) -> Tensor | Parcel:
+    def put_away(self, tensor: Tensor) -> Tensor | OffloadedTensor:
         """Sends a tensor to the host if it is a stream of tokens."""
         if tensor.ndim < _STREAM_AXES or isinstance(tensor, nn.Parameter) or tensor.device != self._device:
             return tensor
         return self.store(tensor)
 
-    def store(self, tensor: Tensor) -> Parcel:
+    def store(self, tensor: Tensor) -> OffloadedTensor:
         """Starts a tensor's way to the host; its device memory is free once the copy is done."""
         source = tensor.detach().contiguous()
-        trip = self._trip(source.numel() * source.element_size())
-        parcel = Parcel(trip, tensor)
-        trip.stored = self._out.copy(parcel.on_host(), source, self._out.mark())
-        weakref.finalize(parcel, self._recycle, trip)
-        self._leaving.append((source, trip.stored))
+        transfer = self._transfer(source.numel() * source.element_size())
+        offloaded = OffloadedTensor(transfer, tensor)
+        transfer.stored = self._out.copy(offloaded.on_host(), source, self._out.record_event())
+        weakref.finalize(offloaded, self._recycle, transfer)
+        self._leaving.append((source, transfer.stored))
         self._let_go(_LEAVING)
-        self._waiting.append(weakref.ref(parcel))
-        self.bytes_out += parcel.nbytes
-        return parcel
+        self._waiting.append(weakref.ref(offloaded))
+        self.bytes_out += offloaded.nbytes
+        return offloaded
 
-    def load(self, parcel: Parcel) -> Tensor:
+    def load(self, offloaded: OffloadedTensor) -> Tensor:
         """Returns the tensor on the device."""
-        self.start_back(parcel)
-        assert parcel.trip.returning is not None
-        tensor, mark = parcel.trip.returning
-        parcel.trip.returning = None
-        self._back.wait(mark)
+        self.start_back(offloaded)
+        assert offloaded.transfer.returning is not None
+        tensor, event = offloaded.transfer.returning
+        offloaded.transfer.returning = None
+        self._back.wait(event)
         return tensor
 
-    def start_back(self, parcel: Parcel) -> None:
+    def start_back(self, offloaded: OffloadedTensor) -> None:
         """Starts a tensor's way back, ahead of `load`."""
-        trip = parcel.trip
-        if trip.returning is None:
-            tensor = torch.empty(parcel.shape, dtype=parcel.dtype, device=parcel.device)
-            trip.returning = (tensor, self._back.copy(tensor, parcel.on_host(), trip.stored, self._back.mark()))
+        transfer = offloaded.transfer
+        if transfer.returning is None:
+            tensor = torch.empty(offloaded.shape, dtype=offloaded.dtype, device=offloaded.device)
+            transfer.returning = (
+                tensor,
+                self._back.copy(tensor, offloaded.on_host(), transfer.stored, self._back.record_event()),
+            )
 
     def _let_go(self, kept: int) -> None:
         """Drops all but the last tensors that leave, once the computation waits for their copies."""
         while len(self._leaving) > kept:
-            _, mark = self._leaving.popleft()
-            self._out.wait(mark)
+            _, event = self._leaving.popleft()
+            self._out.wait(event)
 
-    def _trip(self, nbytes: int) -> _Trip:
+    def _transfer(self, nbytes: int) -> _Transfer:
         capacity = _rounded(nbytes)
-        fitting = [size for size, trips in self._free.items() if trips and capacity <= size <= 2 * capacity]
+        fitting = [size for size, transfers in self._free.items() if transfers and capacity <= size <= 2 * capacity]
         if fitting:
             return self._free[min(fitting)].pop()
         self.host_bytes += capacity
-        return _Trip(self._host.buffer(capacity))
+        return _Transfer(self._host.buffer(capacity))
 
-    def _recycle(self, trip: _Trip) -> None:
-        """Takes back the buffer of a parcel that nothing refers to any more."""
-        if trip.returning is not None:  # it came back for nothing; its memory is not free before the copy is over
-            self._back.wait(trip.returning[1])
-            trip.returning = None
-        self._free[trip.buffer.numel()].append(trip)
+    def _recycle(self, transfer: _Transfer) -> None:
+        """Takes back the buffer of a tensor that nothing refers to any more."""
+        if transfer.returning is not None:  # it came back for nothing; its memory is not free before the copy is over
+            self._back.wait(transfer.returning[1])
+            transfer.returning = None
+        self._free[transfer.buffer.numel()].append(transfer)
 
-    def _prefetch(self, parcel: Parcel) -> None:
+    def _prefetch(self, offloaded: OffloadedTensor) -> None:
         """Starts the way back of the two tensors (context and x) that the next block to be recomputed will ask for."""
-        self._waiting = [ref for ref in self._waiting if ref() is not None and ref() is not parcel]
+        self._waiting = [ref for ref in self._waiting if ref() is not None and ref() is not offloaded]
         for reference in self._waiting[-2:]:
             waiting = reference()
             if waiting is not None:
                 self.start_back(waiting)
 
-    def _unpack(self, saved: Tensor | Parcel) -> Tensor:
+    def _unpack(self, saved: Tensor | OffloadedTensor) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
         tensor = self.load(saved)

@@ -18,7 +18,7 @@ Pair = tuple[Tensor, Tensor]
 _SIDES = ("context_block", "x_block")
 
 
-class ModulationTicket:
+class PendingModulation:
     """Modulation vectors that are being computed; inside the `with`, the model's forward pass uses them."""
 
     def __init__(self, owner: "AheadModulation", vectors: dict[int, Future[Pair]]) -> None:
@@ -26,13 +26,13 @@ class ModulationTicket:
         self.vectors = vectors
 
     def __enter__(self) -> Self:
-        self._owner.ticket = self
+        self._owner.pending = self
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._owner.ticket = None
+        self._owner.pending = None
 
 
 class AheadModulation:
@@ -50,14 +50,14 @@ class AheadModulation:
         self._on_host = tuple(copy.deepcopy(m).to("cpu") for m in self._embedders) if device.type != "cpu" else None
         self._sides = {i: tuple(getattr(model.joint_blocks[i], side) for side in _SIDES) for i in blocks}
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="modulation")
-        self.ticket: ModulationTicket | None = None
+        self.pending: PendingModulation | None = None
         self._unprepared: tuple[Tensor, dict[int, Future[Pair]]] | None = None
 
     def close(self) -> None:
         """Ends the worker thread."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
-    def prepare(self, timesteps_B: Tensor, pooled_BP: Tensor) -> ModulationTicket:
+    def prepare(self, timesteps_B: Tensor, pooled_BP: Tensor) -> PendingModulation:
         """Starts computing all vectors for a coming forward pass from tensors on the host.
 
         Autocast, where the forward pass runs under it, must be on here, too.
@@ -69,17 +69,17 @@ class AheadModulation:
             with _host_autocast(autocast), torch.no_grad():
                 return self._model.embed_condition(*embedders, timesteps_B, pooled_BP)
 
-        return ModulationTicket(self, self._start(self._worker.submit(condition), autocast))
+        return PendingModulation(self, self._start(self._worker.submit(condition), autocast))
 
     def modulation(self, index: int, condition_BD: Tensor) -> Pair:
         """Returns the vectors of one block on the device, with its adapters' terms.
 
-        Without a ticket, the first block asked for starts the host on all of them, so that it stays ahead of the device
-        within the forward pass.
+        Without pending ones, the first block asked for starts the host on all of them, so that it stays ahead of the
+        device within the forward pass.
         """
         self._refuse_trained_embedders(condition_BD)
-        if self.ticket is not None:
-            vectors = self.ticket.vectors
+        if self.pending is not None:
+            vectors = self.pending.vectors
         else:
             if self._unprepared is None or self._unprepared[0] is not condition_BD:
                 on_host: Future[Tensor] = Future()

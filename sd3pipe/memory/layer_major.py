@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sd3pipe.memory.activations import Parcel
+from sd3pipe.memory.activations import OffloadedTensor
 from sd3pipe.memory.rings import Use
 from sd3pipe.memory.streaming import Block, BlockStreamer, Pair
 
-Kept = Tensor | Parcel
+Kept = Tensor | OffloadedTensor
 
 
 @dataclass(slots=True)

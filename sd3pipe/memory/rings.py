@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sd3pipe.memory.copy_streams import CopyStream
 from sd3pipe.memory.flat import FlatBlock, FlatLayout
-from sd3pipe.memory.lanes import Lane
 from sd3pipe.memory.schedule import Copy, Part
 
 
@@ -19,8 +19,8 @@ class Slot:
     views: list[Tensor]
     block: int | None = None
     has_modulation: bool = False
-    ready: object = None  # mark of the last copy into it
-    done: object = None  # mark of the last computation that read it
+    ready: object = None  # event of the last copy into it
+    done: object = None  # event of the last computation that read it
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +58,17 @@ class Rings:
     One block at a time is bound. `copies` is the log of what was copied, in order.
     """
 
-    def __init__(self, blocks: dict[int, FlatBlock], *, slots: int, device: torch.device, lane: Lane) -> None:
+    def __init__(self, blocks: dict[int, FlatBlock], *, slots: int, device: torch.device, stream: CopyStream) -> None:
         by_layout: dict[tuple[object, ...], dict[int, FlatBlock]] = {}
         for index, block in sorted(blocks.items()):
             key = tuple((t.name, t.shape, t.dtype) for t in block.layout.tensors)
             by_layout.setdefault(key, {})[index] = block
         self.rings = [Ring(members, slots, device) for members in by_layout.values()]
         for slot in (slot for ring in self.rings for slot in ring.slots):
-            slot.done = lane.mark()  # what used this memory before
+            slot.done = stream.record_event()  # what used this memory before
         self.copies: list[Copy] = []
         self.copied_bytes = 0
-        self._lane = lane
+        self._stream = stream
         self._slots = slots
         self._of_block = {index: ring for ring in self.rings for index in ring.blocks}
         self._bound: int | None = None
@@ -91,7 +91,7 @@ class Rings:
             self._bring(ring, use, {use.block})
             slot = ring.find(use.block)
         assert slot is not None
-        self._lane.wait(slot.ready)  # copies happen in order, so this is the last one
+        self._stream.wait(slot.ready)  # copies happen in order, so this is the last one
         ring.blocks[use.block].bind(slot.views)
         self._bound = use.block
 
@@ -102,7 +102,7 @@ class Rings:
         ring = self._of_block[self._bound]
         slot = ring.find(self._bound)
         assert slot is not None
-        slot.done = self._lane.mark()
+        slot.done = self._stream.record_event()
         ring.blocks[self._bound].unbind()
         self._bound = None
 
@@ -110,7 +110,7 @@ class Rings:
         """Gives all parameters back; what uses the slots' memory next comes after the copies that are under way."""
         self.release()
         for slot in (slot for ring in self.rings for slot in ring.slots):
-            self._lane.wait(slot.ready)
+            self._stream.wait(slot.ready)
 
     def prefetch(self, upcoming: Iterable[Use]) -> None:
         """Starts the copies for the nearest uses: as many blocks as a ring has slots, the bound one included."""
@@ -143,7 +143,7 @@ class Rings:
         start = ring.layout.body_bytes if part == "modulation" else 0
         end = ring.layout.body_bytes if part == "body" else ring.layout.total_bytes
         source = ring.blocks[block].host
-        slot.ready = self._lane.copy(slot.buffer[start:end], source[start:end], slot.done)
+        slot.ready = self._stream.copy(slot.buffer[start:end], source[start:end], slot.done)
         slot.has_modulation = part != "body"
         self.copied_bytes += end - start
         self.copies.append(Copy(block, part))

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sd3pipe.errors import ParameterError
-from sd3pipe.memory.activations import ActivationStore, Parcel
-from sd3pipe.memory.ahead import AheadModulation, ModulationTicket, Pair
+from sd3pipe.memory.activations import ActivationStore, OffloadedTensor
+from sd3pipe.memory.ahead import AheadModulation, Pair, PendingModulation
+from sd3pipe.memory.copy_streams import CopyStream, copy_stream_to
 from sd3pipe.memory.flat import FlatBlock, flat_layout, is_modulation, streamed_parameters
 from sd3pipe.memory.host import HostMemory
-from sd3pipe.memory.lanes import Lane, lane_to
 from sd3pipe.memory.rings import Rings, Use
 from sd3pipe.memory.schedule import RING_SLOTS, ModulationMode, spread_evenly
 
@@ -57,7 +57,7 @@ class BlockStreamer:
     fill                  called with each block's number, in order, before that block's weights are moved: for a model
                           that begins on the meta device and is read block by block
     offload_activations   inputs of recomputed blocks wait on the host for the backward pass
-    lane                  how bytes are copied; tests put one here that delays every copy as long as it may
+    stream                how bytes are copied; tests put one here that delays every copy as long as it may
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class BlockStreamer:
         offload_activations: bool = False,
         fill: Callable[[int], None] | None = None,
         slots: int = RING_SLOTS,
-        lane: Lane | None = None,
+        stream: CopyStream | None = None,
     ) -> None:
         self._model: Any = mmdit
         self.device = torch.empty(0, device=device).device  # with its number, as tensors tell it
@@ -82,7 +82,7 @@ class BlockStreamer:
         self._flat = dict(self._settled_blocks(fill))
         self._ahead = AheadModulation(mmdit, self.streamed, self.device) if modulation == "ahead" else None
         move_resident(mmdit, self._flat.keys(), self.device, modulation=modulation)
-        self._rings = Rings(self._flat, slots=slots, device=self.device, lane=lane or lane_to(self.device))
+        self._rings = Rings(self._flat, slots=slots, device=self.device, stream=stream or copy_stream_to(self.device))
         self._backward_to_come: list[Use] = []
         self._model.block_runner = self
 
@@ -134,21 +134,21 @@ class BlockStreamer:
         """Whether `prepare` saves anything."""
         return self._ahead is not None and bool(self.streamed)
 
-    def prepare(self, timesteps_B: Tensor, pooled_BP: Tensor) -> ModulationTicket:
+    def prepare(self, timesteps_B: Tensor, pooled_BP: Tensor) -> PendingModulation:
         """Starts computing the modulation of a coming forward pass on the host (modulation = "ahead").
 
-        Both tensors lie on the host. Use: `with streamer.prepare(...)` around the forward pass; or keep the ticket
-        while the step before runs, and enter it then. Outside of any ticket, the
-        host begins with the forward pass and has to stay ahead of the device.
+        Both tensors lie on the host. Use: `with streamer.prepare(...)` around the forward pass; or keep what it returns
+        while the step before runs, and enter it then. Outside of it, the host begins with the forward pass and has to
+        stay ahead of the device.
         """
         if self._ahead is None:
             raise ParameterError(f"modulation is {self.modulation}: nothing can be prepared; use modulation = ahead")
         return self._ahead.prepare(timesteps_B, pooled_BP)
 
-    def use(self, ticket: ModulationTicket | None) -> None:
-        """Lets the blocks take their modulation from a ticket until further notice: for interleaved forward passes."""
+    def use(self, pending: PendingModulation | None) -> None:
+        """Lets the blocks take their modulation from there until further notice: for interleaved forward passes."""
         if self._ahead is not None:
-            self._ahead.ticket = ticket
+            self._ahead.pending = pending
 
     def __call__(self, index: int, context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> Pair:
         """Returns context and x after block `index`; this is what the model calls."""
@@ -185,17 +185,17 @@ class BlockStreamer:
         """
         return self.modulation == "stream" and index in self._flat and condition_BD.requires_grad
 
-    def keep(self, tensor: Tensor) -> Tensor | Parcel:
+    def keep(self, tensor: Tensor) -> Tensor | OffloadedTensor:
         """Puts a block's input away until `fetch`: on the host, where activations are offloaded."""
         return tensor if self._activations is None else self._activations.put_away(tensor)
 
-    def expect(self, kept: Iterable[Tensor | Parcel]) -> None:
+    def expect(self, kept: Iterable[Tensor | OffloadedTensor]) -> None:
         """Starts the way back of block inputs that `fetch` will be asked for next."""
         for item in kept:
-            if self._activations is not None and isinstance(item, Parcel):
+            if self._activations is not None and isinstance(item, OffloadedTensor):
                 self._activations.start_back(item)
 
-    def fetch(self, kept: Tensor | Parcel) -> Tensor:
+    def fetch(self, kept: Tensor | OffloadedTensor) -> Tensor:
         """Returns what `keep` took."""
         if self._activations is None or isinstance(kept, Tensor):
             assert isinstance(kept, Tensor)

@@ -19,7 +19,7 @@ from sd3pipe import stopping
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.rows import Row, latents_name
 from sd3pipe.cache.tensors import to_torch
-from sd3pipe.memory.ahead import ModulationTicket
+from sd3pipe.memory.ahead import PendingModulation
 from sd3pipe.models.conditioning import assemble_conditioning
 from sd3pipe.models.vae import to_model_space
 from sd3pipe.training.batches import MicroBatch, StepPlan
@@ -45,7 +45,7 @@ class Batch:
     crop_draws: tuple[float, ...]  # three uniform numbers: whether to move the position window, and where to
     mask: Tensor | None = None  # [B, h, w]
     preserve: Tensor | None = None  # [B] bool: samples whose target is the base model's own output
-    modulation: ModulationTicket | None = None  # computed ahead on the host
+    modulation: PendingModulation | None = None  # computed ahead on the host
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -187,8 +187,8 @@ def _begin_worker(number: int) -> None:
     stopping.leave_to_parent()
 
 
-def with_modulation(steps: Iterator[Step], prepare: Callable[[Tensor, Tensor], ModulationTicket]) -> Iterator[Step]:
-    """Yields the steps with tickets for their modulation, which the host begins with one step ahead.
+def with_modulation(steps: Iterator[Step], prepare: Callable[[Tensor, Tensor], PendingModulation]) -> Iterator[Step]:
+    """Yields the steps with their modulation pending, which the host begins with one step ahead.
 
     `prepare` takes timesteps and pooled text of a batch, in host memory.
     """
@@ -200,7 +200,7 @@ def with_modulation(steps: Iterator[Step], prepare: Callable[[Tensor, Tensor], M
     yield ready
 
 
-def _prepared(step: Step, prepare: Callable[[Tensor, Tensor], ModulationTicket]) -> Step:
+def _prepared(step: Step, prepare: Callable[[Tensor, Tensor], PendingModulation]) -> Step:
     batches = [replace(batch, modulation=prepare(batch.sigmas * NUM_TIMESTEPS, batch.pooled)) for batch in step.batches]
     return Step(plan=step.plan, batches=batches)
 

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 _MAX_ROLLBACKS = 3
 
 
-class Occasion(Protocol):
+class Callback(Protocol):
     """Something that is done now and then with the adapter as it stands: validation, sample pictures."""
 
     def __call__(self, progressed: Progressed) -> None: ...
@@ -57,8 +57,8 @@ class Loop:
         steps_from: Callable[[Position], Iterator[Step]],
         saver: Saver,
         records: Records | None,
-        validate: Occasion | None,
-        sample: Occasion | None,
+        validate: Callback | None,
+        sample: Callback | None,
         processes: Processes,
         streamer: BlockStreamer,
     ) -> None:
@@ -142,12 +142,12 @@ class Loop:
 
     def _work_off(self) -> None:
         """Validates and draws what is owed; asked to stop, it leaves the rest to the run that goes on from here."""
-        state, occasions = self.progressed, {"validation": self.validate, "samples": self.sample}
+        state, callbacks = self.progressed, {"validation": self.validate, "samples": self.sample}
         while state.owed:
-            occasion = occasions[state.owed[0]]
+            callback = callbacks[state.owed[0]]
             with self._phase(state.owed[0]), contextlib.suppress(Stopped):
-                if occasion and not stopping.reason():
-                    occasion(state)
+                if callback and not stopping.reason():
+                    callback(state)
             if self.processes.any(bool(stopping.reason())):
                 self._stop(stopping.reason())
             state.owed = state.owed[1:]

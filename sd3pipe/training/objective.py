@@ -30,8 +30,8 @@ class LossRules:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """What the model is asked about a batch, and what it should answer if not the velocity from picture to noise."""
+class ForwardPass:
+    """A batch with the arguments of the model's forward, and its target where that is not the flow's own velocity."""
 
     batch: Batch
     inputs: Mapping[str, Any]  # arguments of the model's forward
@@ -44,8 +44,8 @@ class Objective:
     def __init__(self, mmdit: MMDiT, network: AdapterNetwork, rules: LossRules) -> None:
         self.mmdit, self.network, self.rules = mmdit, network, rules
 
-    def question(self, batch: Batch) -> Question:
-        """Returns the forward pass's arguments; where the base's own output is the target, the base has answered."""
+    def prepare(self, batch: Batch) -> ForwardPass:
+        """Returns the forward pass's arguments; where the base's own output is the target, it is computed here."""
         inputs = self._inputs(batch, batch.sigmas, self._crop_offset(batch.crop_draws, batch.latents.shape[-2:]))
         target_BChw = None
         if batch.preserve is not None:
@@ -53,21 +53,21 @@ class Objective:
                 base_BChw = self.mmdit(**inputs)
             wanted_BChw = flow.velocity_target(batch.latents, batch.noise)
             target_BChw = torch.where(batch.preserve[:, None, None, None], base_BChw, wanted_BChw)
-        return Question(batch=batch, inputs=inputs, target=target_BChw)
+        return ForwardPass(batch=batch, inputs=inputs, target=target_BChw)
 
-    def answer(self, question: Question) -> Tensor:
+    def predict(self, forward_pass: ForwardPass) -> Tensor:
         """Returns the model's velocity."""
-        self.select(question)
-        with question.batch.modulation or contextlib.nullcontext():
-            return self.mmdit(**question.inputs)
+        self.select(forward_pass)
+        with forward_pass.batch.modulation or contextlib.nullcontext():
+            return self.mmdit(**forward_pass.inputs)
 
-    def select(self, question: Question) -> None:
+    def select(self, forward_pass: ForwardPass) -> None:
         """Makes the adapter's dropout that of this batch's samples."""
-        self.network.set_dropout_keys(question.batch.dropout_keys)
+        self.network.set_dropout_keys(forward_pass.batch.dropout_keys)
 
-    def losses(self, question: Question, velocity_BChw: Tensor) -> Tensor:
-        """Returns loss_B of an answer, before the samples' own weights."""
-        return self._penalised(velocity_BChw, question.batch, question.batch.sigmas, question.target)
+    def losses(self, forward_pass: ForwardPass, velocity_BChw: Tensor) -> Tensor:
+        """Returns loss_B of a predicted velocity, before the samples' own weights."""
+        return self._penalised(velocity_BChw, forward_pass.batch, forward_pass.batch.sigmas, forward_pass.target)
 
     @torch.no_grad()
     def losses_at(self, batch: Batch, sigma: float) -> Tensor:

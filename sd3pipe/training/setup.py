@@ -33,14 +33,14 @@ from sd3pipe.training.flow import Huber, SigmaSampling
 from sd3pipe.training.identity import RunInputs, continued, make_schedule
 from sd3pipe.training.loop import Loop, Plan
 from sd3pipe.training.memory_plan import MemoryPlan
-from sd3pipe.training.objective import LossRules, Objective, Question
-from sd3pipe.training.occasions import check_prompts, make_sampler
+from sd3pipe.training.objective import ForwardPass, LossRules, Objective
 from sd3pipe.training.optimizers import check_optimizer_args, make_optimizer, parse_args
 from sd3pipe.training.precision import BASE_DTYPES
 from sd3pipe.training.processes import Processes
 from sd3pipe.training.progressed import Every, Progressed
 from sd3pipe.training.records import Records
 from sd3pipe.training.run_folder import RunFolder, Start
+from sd3pipe.training.sampler import check_prompts, make_sampler
 from sd3pipe.training.saving import Saver
 from sd3pipe.training.step_runner import LayerMajor, StepRunner
 from sd3pipe.training.trackers import start_trackers
@@ -221,17 +221,17 @@ def _compile(params: TrainParams, mmdit: MMDiT, total_steps: int, device: torch.
 def _layer_major(objective: Objective, streamer: BlockStreamer) -> LayerMajor:
     """Returns what takes all micro-batches of a step through one block after the other."""
 
-    def select(question: Question) -> None:
-        objective.select(question)
-        streamer.use(question.batch.modulation)
+    def select(forward_pass: ForwardPass) -> None:
+        objective.select(forward_pass)
+        streamer.use(forward_pass.batch.modulation)
 
-    def run(questions: list[Question], weighed: Callable[[Question, Tensor], Tensor]) -> None:
+    def run(forward_passes: list[ForwardPass], weighed: Callable[[ForwardPass, Tensor], Tensor]) -> None:
         run_layer_major(
             objective.mmdit,
             streamer,
-            [question.inputs for question in questions],
-            loss=lambda number, velocity_BChw: weighed(questions[number], velocity_BChw),
-            select=lambda number: select(questions[number]),
+            [forward_pass.inputs for forward_pass in forward_passes],
+            loss=lambda number, velocity_BChw: weighed(forward_passes[number], velocity_BChw),
+            select=lambda number: select(forward_passes[number]),
         )
         streamer.use(None)
 

@@ -10,13 +10,13 @@ from torch.optim import Optimizer
 
 from sd3pipe.adapters.network import AdapterNetwork
 from sd3pipe.training.feed import Batch
-from sd3pipe.training.objective import Objective, Question
+from sd3pipe.training.objective import ForwardPass, Objective
 from sd3pipe.training.processes import Processes
 from sd3pipe.training.schedules import Schedule
 from sd3pipe.training.trained_weights import TrainedWeights
 
-# runs forward and backward of all questions; the second argument turns an answer into the loss to differentiate
-LayerMajor = Callable[[list[Question], Callable[[Question, Tensor], Tensor]], None]
+# runs forward and backward of all micro-batches; the second argument turns a velocity into the loss to differentiate
+LayerMajor = Callable[[list[ForwardPass], Callable[[ForwardPass, Tensor], Tensor]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,21 +84,21 @@ class StepRunner:
         """Returns sums [subsets + 2, 2]: per subset loss and samples, then the weighted mean loss, then flags."""
         device, objective = self.processes.device, self.objective
         sums = torch.zeros(len(self._subset_names) + 2, 2, dtype=torch.float64, device=device)
-        questions = (objective.question(batch.to(device)) for batch in batches)
+        forward_passes = (objective.prepare(batch.to(device)) for batch in batches)
 
-        def weighed(question: Question, velocity_BChw: Tensor) -> Tensor:
-            losses_B = objective.losses(question, velocity_BChw)
-            loss = (losses_B * question.batch.weights).mean() / len(batches)
-            sums[:, 0].index_add_(0, question.batch.subsets, losses_B.detach().double())
-            sums[:, 1].index_add_(0, question.batch.subsets, torch.ones_like(losses_B, dtype=torch.float64))
+        def weighed(forward_pass: ForwardPass, velocity_BChw: Tensor) -> Tensor:
+            losses_B = objective.losses(forward_pass, velocity_BChw)
+            loss = (losses_B * forward_pass.batch.weights).mean() / len(batches)
+            sums[:, 0].index_add_(0, forward_pass.batch.subsets, losses_B.detach().double())
+            sums[:, 1].index_add_(0, forward_pass.batch.subsets, torch.ones_like(losses_B, dtype=torch.float64))
             sums[-2, 0] += loss.detach().double()
             return loss if self.scaler is None else self.scaler.scale(loss)
 
         if self._layer_major is not None:
-            self._layer_major(list(questions), weighed)
+            self._layer_major(list(forward_passes), weighed)
             return sums
-        for question in questions:
-            weighed(question, objective.answer(question)).backward()
+        for forward_pass in forward_passes:
+            weighed(forward_pass, objective.predict(forward_pass)).backward()
         return sums
 
     def _result(self, number: int, numbers: list[float], accumulation: int, loss_mean: float | None) -> StepResult:

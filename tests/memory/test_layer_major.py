@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from support.streaming_cases import PoisoningLane, add_adapters, parameters
+from support.streaming_cases import PoisoningCopyStream, add_adapters, parameters
 from support.tiny_mmdit import random_inputs, tiny_mmdit
 
 from sd3pipe.memory.activations import ActivationStore
@@ -35,7 +35,7 @@ def _ordinary(variant, adapters, *, autocast=False, batches=BATCHES):
 def _layer_major(variant, adapters, *, autocast=False, batches=BATCHES, select=lambda number: None, **streaming):
     model = tiny_mmdit(variant)
     layers = add_adapters(model, adapters)
-    with BlockStreamer(model, device="cpu", lane=PoisoningLane(), **streaming) as streamer:
+    with BlockStreamer(model, device="cpu", stream=PoisoningCopyStream(), **streaming) as streamer:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             losses = run_layer_major(model, streamer, batches, _loss, select)
         return losses, {name: p.grad for name, p in parameters(layers)}, streamer.copied_bytes
@@ -94,10 +94,10 @@ def test_block_inputs_are_on_their_way_back_before_they_are_asked_for(monkeypatc
     late = []
     start_back = ActivationStore.start_back
 
-    def noted(self, parcel):
-        if parcel.trip.returning is None:
+    def noted(self, offloaded):
+        if offloaded.transfer.returning is None:
             late.append(inspect.stack()[1].function)
-        start_back(self, parcel)
+        start_back(self, offloaded)
 
     monkeypatch.setattr(ActivationStore, "start_back", noted)
     _layer_major("sd35-large", ["attn.qkv", "context_embedder"], blocks_to_swap=3, offload_activations=True)

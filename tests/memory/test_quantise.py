@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support.streaming_cases import PoisoningLane, train
+from support.streaming_cases import PoisoningCopyStream, train
 from support.tiny_mmdit import random_inputs, tiny_mmdit
 
 from sd3pipe.memory.quantise import PACKINGS, bits_per_weight, packable_linears, quantise
@@ -102,7 +102,7 @@ def test_streaming_a_quantised_base_changes_no_bit(format):
 
     resident = run()
     for modulation in ("stream", "ahead"):
-        streamed = run(blocks_to_swap=3, modulation=modulation, lane=PoisoningLane())
+        streamed = run(blocks_to_swap=3, modulation=modulation, stream=PoisoningCopyStream())
         for (name, tensor), other in zip(resident.items(), streamed.values(), strict=True):
             assert torch.equal(tensor, other), name
     assert all(math.isfinite(value) for name, value in resident.items() if name.startswith("loss"))

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from support.streaming_cases import PoisoningLane, add_adapters, parameters, train
+from support.streaming_cases import PoisoningCopyStream, add_adapters, parameters, train
 from support.tiny_mmdit import random_inputs, tiny_mmdit
 
 from sd3pipe.errors import ParameterError
@@ -40,10 +40,10 @@ def _assert_same(results, others):
 def test_streamed_training_equals_resident_training_bit_for_bit(variant, modulation):
     resident = train(tiny_mmdit(variant, depth=DEPTH))
     for count in range(1, DEPTH + 1):
-        lane = PoisoningLane()
-        streamed = train(tiny_mmdit(variant, depth=DEPTH), blocks_to_swap=count, modulation=modulation, lane=lane)
+        stream = PoisoningCopyStream()
+        streamed = train(tiny_mmdit(variant, depth=DEPTH), blocks_to_swap=count, modulation=modulation, stream=stream)
         _assert_same(streamed, resident)
-        assert lane.copies
+        assert stream.copies
 
 
 @pytest.mark.parametrize("adapters", [["mlp.fc1"], ["adaLN_modulation.1"], ["adaLN_modulation.1", "attn.qkv"]])
@@ -59,8 +59,11 @@ def test_adapted_embedders_get_their_gradient_through_streamed_modulation():
     resident = train(tiny_mmdit("sd35-large", depth=DEPTH), adapters=adapters)
     for modulation in ("stream", "resident"):
         model = tiny_mmdit("sd35-large", depth=DEPTH)
-        lane = PoisoningLane()
-        _assert_same(train(model, adapters=adapters, blocks_to_swap=DEPTH, modulation=modulation, lane=lane), resident)
+        stream = PoisoningCopyStream()
+        _assert_same(
+            train(model, adapters=adapters, blocks_to_swap=DEPTH, modulation=modulation, stream=stream),
+            resident,
+        )
     with pytest.raises(ParameterError, match="modulation = ahead computes without the adapters"):
         train(tiny_mmdit("sd35-large", depth=DEPTH), adapters=adapters, blocks_to_swap=2, modulation="ahead")
 
@@ -79,7 +82,7 @@ def test_autocast_and_bf16_stream_bit_for_bit():
 @pytest.mark.parametrize("base_format", [None, "fp8", "nf4"])
 def test_compiled_blocks_stream_bit_for_bit_and_are_recomputed_within_one_graph(base_format):
     results = []
-    for streaming in ({"blocks_to_swap": 0}, {"blocks_to_swap": DEPTH, "lane": PoisoningLane()}):
+    for streaming in ({"blocks_to_swap": 0}, {"blocks_to_swap": DEPTH, "stream": PoisoningCopyStream()}):
         torch._dynamo.reset()
         model = tiny_mmdit("sd35-medium", depth=DEPTH)
         if base_format is not None:
@@ -115,9 +118,9 @@ def test_every_block_s_streams_leave_and_their_buffers_are_used_again():
 @pytest.mark.parametrize("modulation", ["stream", "resident"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_copies_are_the_planned_ones(variant, modulation, count):
-    model, lane = tiny_mmdit(variant, depth=8), PoisoningLane()
+    model, stream = tiny_mmdit(variant, depth=8), PoisoningCopyStream()
     add_adapters(model, ["x_block.attn.qkv"])  # in every block, so that every block has a backward pass
-    with BlockStreamer(model, blocks_to_swap=count, modulation=modulation, device="cpu", lane=lane) as streamer:
+    with BlockStreamer(model, blocks_to_swap=count, modulation=modulation, device="cpu", stream=stream) as streamer:
         for _ in range(3):
             model(**random_inputs(batch=1, height=4, width=4)).sum().backward()
         rings = streamer.rings.members()
@@ -151,7 +154,7 @@ def test_sampling_and_skipped_blocks_work_between_steps():
     inputs = random_inputs()
     expected = [model(**inputs), model(**inputs, skip_blocks=[1, 2])]
     add_adapters(model, ["attn.qkv"], scale=0.0)
-    with BlockStreamer(model, blocks_to_swap=4, device="cpu", lane=PoisoningLane()):
+    with BlockStreamer(model, blocks_to_swap=4, device="cpu", stream=PoisoningCopyStream()):
         for _ in range(2):
             with torch.no_grad():
                 assert torch.equal(model(**inputs), expected[0])
@@ -165,7 +168,7 @@ def test_two_graphs_at_once_and_a_dropped_graph_are_right():
         model = tiny_mmdit("sd35-large", depth=DEPTH)
         model.gradient_checkpointing = True
         layers = add_adapters(model, ["attn.qkv", "mlp.fc2"])
-        with BlockStreamer(model, blocks_to_swap=count, device="cpu", lane=PoisoningLane()):
+        with BlockStreamer(model, blocks_to_swap=count, device="cpu", stream=PoisoningCopyStream()):
             model(**random_inputs(seed=5))  # never asked for gradients
             first, second = model(**random_inputs(seed=2)), model(**random_inputs(seed=3))
             (first.square().sum() + second.square().sum()).backward()
@@ -176,7 +179,7 @@ def test_two_graphs_at_once_and_a_dropped_graph_are_right():
 def test_weights_are_back_and_unchanged_after_training():
     model = tiny_mmdit("sd35-medium", depth=DEPTH)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    train(model, blocks_to_swap=DEPTH, lane=PoisoningLane())
+    train(model, blocks_to_swap=DEPTH, stream=PoisoningCopyStream())
     _assert_same(dict(model.state_dict()), before)
     assert model.block_runner is None
 

@@ -58,8 +58,8 @@ def our_gradients(variant, batch, rules):
     for number, layer in enumerate(network.layers.values()):
         torch.nn.init.normal_(layer.up, std=0.2, generator=torch.Generator().manual_seed(number))
     objective = Objective(mmdit, network, rules)
-    question = objective.question(batch)
-    losses = objective.losses(question, objective.answer(question))
+    forward_pass = objective.prepare(batch)
+    losses = objective.losses(forward_pass, objective.predict(forward_pass))
     (losses * batch.weights).mean().backward()
     gradients = {
         f"{path}.{name}": parameter.grad

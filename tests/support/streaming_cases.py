@@ -1,4 +1,4 @@
-"""A short training run with simple adapters, streamed or not, and a lane that shows every mistake in ordering."""
+"""A short training run with simple adapters, streamed or not, and a stream that shows every mistake in ordering."""
 
 import contextlib
 
@@ -23,7 +23,7 @@ class SmallTerm(nn.Module):
         return linear.base(x) + nn.functional.linear(low, self.up.to(x.dtype))
 
 
-class PoisoningLane:
+class PoisoningCopyStream:
     """Fills a copy's target with NaN at once and copies as late as it may: when the computation waits for it."""
 
     def __init__(self):
@@ -36,12 +36,12 @@ class PoisoningLane:
         self._pending.append((self.copies, target, source))
         return self.copies
 
-    def wait(self, mark):
-        while self._pending and mark is not None and self._pending[0][0] <= mark:
+    def wait(self, event):
+        while self._pending and event is not None and self._pending[0][0] <= event:
             _, target, source = self._pending.pop(0)
             target.copy_(source)
 
-    def mark(self):
+    def record_event(self):
         return None
 
 

@@ -54,7 +54,7 @@ def test_the_host_begins_with_a_step_before_the_one_before_it_runs(inputs, monke
         return step(self, *arguments, **named)
 
     def prepared_modulation(self, *arguments):
-        assert self.ticket is not None  # else the host begins only now
+        assert self.pending is not None  # else the host begins only now
         return modulation(self, *arguments)
 
     monkeypatch.setattr(BlockStreamer, "prepare", noted_prepare)

@@ -102,7 +102,7 @@ IN_THE_METADATA = {
 
 SHOWN_ELSEWHERE = {
     "test_resume.py": ["resume", "allow_changes", "time_limit", "network_weights", "dim_from_weights"],
-    "test_occasions.py": [
+    "test_validation_and_samples.py": [
         "prompts", "vae", "variant", "sample_every_n_steps", "sample_every_n_epochs", "validate_every_n_steps",
         "validate_every_n_epochs", "max_validation_steps", "validation_seed", "log_with", "logging_dir",
         "log_tracker_name", "wandb_run_name", "on_bad_loss", "loss_spike_factor", "save_every_n_steps",

@@ -105,9 +105,9 @@ POISONED = RUN.replace(
     """import math
 from sd3pipe.training.objective import Objective
 losses = Objective.losses
-def poisoned(self, question, velocity):
-    found = losses(self, question, velocity)
-    plan = question.batch.plan
+def poisoned(self, forward_pass, velocity):
+    found = losses(self, forward_pass, velocity)
+    plan = forward_pass.batch.plan
     return found * math.nan if (plan.epoch, plan.index) == (0, 1) else found
 Objective.losses = poisoned
 try:""",

@@ -121,12 +121,12 @@ def disk_full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def not_a_number(self, question, velocity):
+def not_a_number(self, forward_pass, velocity):
     return velocity.mean().reshape(1) * float("nan")
 
 
 TROUBLES = {
-    "out of memory": (ExitCode.MEMORY, Objective, "answer", out_of_memory),
+    "out of memory": (ExitCode.MEMORY, Objective, "predict", out_of_memory),
     "a bad loss": (ExitCode.INPUT, Objective, "losses", not_a_number),
     "a full disk": (ExitCode.STORAGE, checkpoints, "write_tensors", disk_full),
 }
@@ -143,7 +143,7 @@ def test_trouble_before_the_first_checkpoint_leaves_the_finished_run(inputs, kep
 
 def test_a_longer_run_that_is_out_of_memory_leaves_the_finished_one(inputs, kept, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Objective, "answer", out_of_memory)
+        patch.setattr(Objective, "predict", out_of_memory)
         refused(inputs, ExitCode.MEMORY, seed=42, max_train_steps=4)
 
 
@@ -169,9 +169,9 @@ def test_what_was_learnt_before_a_bad_loss_is_kept_apart(inputs, kept_run, monke
     """The older run keeps its place; the new one's lines can be looked at until the next command."""
     losses, seen = Objective.losses, []
 
-    def fails_at_the_second_step(self, question, velocity):
-        seen.append(question)
-        return losses(self, question, velocity) * (float("nan") if len(seen) > 1 else 1.0)
+    def fails_at_the_second_step(self, forward_pass, velocity):
+        seen.append(forward_pass)
+        return losses(self, forward_pass, velocity) * (float("nan") if len(seen) > 1 else 1.0)
 
     with monkeypatch.context() as patch:
         patch.setattr(Objective, "losses", fails_at_the_second_step)

@@ -276,14 +276,14 @@ import os, signal, sys
 from sd3pipe.commands.train import main
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.objective import Objective
-answer, left = Objective.answer, int(sys.argv[2])
-def deadly(self, question):
+predict, left = Objective.predict, int(sys.argv[2])
+def deadly(self, forward_pass):
     global left
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    return answer(self, question)
-Objective.answer = deadly
+    return predict(self, forward_pass)
+Objective.predict = deadly
 main(TrainParams.model_validate_json(sys.argv[1]))
 """
 

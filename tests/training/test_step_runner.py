@@ -59,11 +59,11 @@ def test_preserved_samples_aim_at_the_base_model_itself(inputs):
     for layer in network.layers.values():
         torch.nn.init.normal_(layer.up, std=0.3, generator=torch.Generator().manual_seed(1))
     objective = Objective(mmdit, network, RULES)
-    question = objective.question(batch)
-    assert question.target is not None
-    assert torch.equal(question.target[0::2], base[0::2])
-    assert torch.equal(question.target[1::2], (batch.noise - batch.latents)[1::2])
-    velocity = objective.answer(question)
+    forward_pass = objective.prepare(batch)
+    assert forward_pass.target is not None
+    assert torch.equal(forward_pass.target[0::2], base[0::2])
+    assert torch.equal(forward_pass.target[1::2], (batch.noise - batch.latents)[1::2])
+    velocity = objective.predict(forward_pass)
     assert not torch.equal(velocity, base)  # the adapter is back for the answer
-    expected = (velocity - question.target).square().mean(dim=(1, 2, 3))
-    torch.testing.assert_close(objective.losses(question, velocity), expected)
+    expected = (velocity - forward_pass.target).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(objective.losses(forward_pass, velocity), expected)

@@ -19,7 +19,7 @@ from sd3pipe.errors import Sd3pipeError, StaleError, StorageError
 from sd3pipe.files import lock_file
 from sd3pipe.fingerprint import hash_file
 from sd3pipe.training.compiling import compile_blocks
-from sd3pipe.training.objective import Objective, Question
+from sd3pipe.training.objective import ForwardPass, Objective
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +120,12 @@ def test_a_fresh_adapter_changes_nothing_bit_for_bit(inputs, monkeypatch):
     options = {"max_train_steps": 1, "gradient_accumulation_steps": 6}
     trained = inputs.train("fresh", **options)
 
-    def base_answer(self: Objective, question: Question) -> torch.Tensor:
+    def base_prediction(self: Objective, forward_pass: ForwardPass) -> torch.Tensor:
         with self.network.detached():
-            velocity = self.mmdit(**question.inputs)
+            velocity = self.mmdit(**forward_pass.inputs)
         return velocity + 0.0 * sum(parameter.sum() for parameter in self.network.parameters())
 
-    monkeypatch.setattr(Objective, "answer", base_answer)
+    monkeypatch.setattr(Objective, "predict", base_prediction)
     base = inputs.train("base-alone", **options)
     assert trained.losses() == base.losses()
 

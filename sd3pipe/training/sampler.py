@@ -1,4 +1,4 @@
-"""What a run does now and then with the adapter as it would be saved: validating and drawing samples."""
+"""Draws sample pictures with the adapter as it would be saved."""
 
 import logging
 
@@ -63,7 +63,7 @@ def make_sampler(
     processes: Processes,
     precision: Precision,
 ) -> Sampler | None:
-    """Returns what draws samples, or None without prompts or without an occasion to draw them."""
+    """Returns what draws samples, or None without prompts or where they are never due."""
     if params.prompts is None or not (params.sample_every_n_steps or params.sample_every_n_epochs):
         return None
     if not params.prompts.exists():

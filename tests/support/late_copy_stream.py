@@ -1,4 +1,4 @@
-"""A lane that behaves as badly as a GPU's may: copies happen as late as allowed, and keep nothing alive."""
+"""A copy stream that behaves as badly as a GPU's may: copies happen as late as allowed, and keep nothing alive."""
 
 import gc
 import weakref
@@ -19,7 +19,7 @@ class WeakTensor:
         return None if storage is None else torch.empty(0, dtype=dtype).set_(storage, *place)
 
 
-class Mark:
+class Event:
     """One copy that has not happened yet. It knows its tensors by weak references alone, as a stream does."""
 
     def __init__(self, target, source, after, before):
@@ -33,16 +33,16 @@ class Mark:
         if self.happened:
             return
         self.happened = True
-        for mark in (*self._after, self._before):
-            if isinstance(mark, Mark):
-                mark.happen()
+        for event in (*self._after, self._before):
+            if isinstance(event, Event):
+                event.happen()
         target, source = self._target.get(), self._source.get()
         assert target is not None, "the target was dropped before its copy"
         assert source is not None, "the source was dropped before its copy"
         target.copy_(source)
 
 
-class LateLane:
+class LateCopyStream:
     """Copies in order, each when the computation first waits for it."""
 
     def __init__(self):
@@ -50,14 +50,14 @@ class LateLane:
         self.copies = []
 
     def copy(self, target, source, *after):
-        self._last = Mark(target, source, after, self._last)
+        self._last = Event(target, source, after, self._last)
         self.copies.append(self._last)
         return self._last
 
-    def wait(self, mark):
+    def wait(self, event):
         gc.collect(0)
-        if mark is not None:
-            mark.happen()
+        if event is not None:
+            event.happen()
 
-    def mark(self):
+    def record_event(self):
         return None

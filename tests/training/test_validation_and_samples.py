@@ -26,7 +26,7 @@ HELD_OUT = 4
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Inputs:
     dataset = [*pictures(5), *(p for p in pictures(5 + HELD_OUT, split="validation") if p.name >= "005")]
-    return make_inputs(tmp_path_factory.mktemp("occasions"), dataset, network_dropout=0.5)
+    return make_inputs(tmp_path_factory.mktemp("between_steps"), dataset, network_dropout=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -260,9 +260,9 @@ def poison(monkeypatch, value: float) -> None:
     """Multiplies the loss of one batch of the first epoch."""
     original = Objective.losses
 
-    def losses(self, question, velocity):
-        found = original(self, question, velocity)
-        plan = question.batch.plan
+    def losses(self, forward_pass, velocity):
+        found = original(self, forward_pass, velocity)
+        plan = forward_pass.batch.plan
         return found * value if (plan.epoch, plan.index) == (0, BAD_STEP) else found
 
     monkeypatch.setattr(Objective, "losses", losses)
@@ -328,7 +328,7 @@ def asked_at(monkeypatch, where: type, name: str, call: int) -> None:
     [
         (Objective, "losses_at", 2),  # of the validation before the first step
         (StepSamples, "_draw", 2),  # of the samples before the first step: the first picture is there by then
-        (Objective, "answer", 2),  # in the second step, after which both are due
+        (Objective, "predict", 2),  # in the second step, after which both are due
         (StepSamples, "_draw", 4),  # after the second step: what is left is owed
         (StepSamples, "_draw", 6),  # after the last step
     ],
