@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from sd3pipe.demo.base_files import T5_LENGTH
 from sd3pipe.demo.drawings import WORDINGS, Subject, all_subjects, draw
 from sd3pipe.demo.measure import Reading, read_picture
-from sd3pipe.models.architecture import MMDiTArchitecture
-from sd3pipe.models.mmdit import MMDiT
-from sd3pipe.models.pos_embed import scaled_table
-from sd3pipe.models.vae import VAE, to_model_space
-from sd3pipe.training import flow
-from sd3pipe.training.sampling import (
+from sd3pipe.diffusion.sampler import (
     SamplingSettings,
     TextCondition,
     decode_pictures,
     sample_latents,
     start_noise,
 )
+from sd3pipe.models.architecture import MMDiTArchitecture
+from sd3pipe.models.mmdit import MMDiT
+from sd3pipe.models.pos_embed import scaled_table
+from sd3pipe.models.vae import VAE, to_model_space
+from sd3pipe.training import flow
 
 ARCHITECTURE = MMDiTArchitecture(
     depth=3, pos_embed_max=12, pooled_width=128, context_width=128, qk_norm=True, dual_attention_blocks=(0,)

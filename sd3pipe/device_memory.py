@@ -12,6 +12,7 @@ from sd3pipe.errors import DeviceMemoryError
 
 # What the libraries below torch say when the card or the host has no memory left; torch's own allocator has a class.
 _SIGNS = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
+_USABLE = 0.92  # of the free device memory; the rest is for fragmentation and sample pictures
 
 
 @contextlib.contextmanager
@@ -36,6 +37,11 @@ def decode_way_out(device: torch.device) -> str:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Returns whether torch, or a library that it calls (cuBLAS, cuDNN, the driver), found no memory."""
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _SIGNS)
+
+
+def usable_device_bytes(device: torch.device) -> int:
+    """Returns what may be planned with of the memory that is free on a CUDA device."""
+    return int(_USABLE * torch.cuda.mem_get_info(device)[0])
 
 
 def peak_device_bytes(device: torch.device) -> int:

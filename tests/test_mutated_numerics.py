@@ -36,13 +36,13 @@ MMDIT = "tests/parity/test_mmdit_against_diffusers.py::test_output_and_input_gra
 
 MUTATIONS = {
     "velocity points from noise to picture": Mutation(
-        file="training/flow.py",
+        file="diffusion/flow.py",
         old="return noise_BChw.float() - latents_BChw.float()",
         new="return latents_BChw.float() - noise_BChw.float()",
         tests=(FLOW, "tests/parity/test_training_against_peft.py"),
     ),
     "noise and picture change places": Mutation(
-        file="training/flow.py",
+        file="diffusion/flow.py",
         old="return (1 - sigmas_B111) * latents_BChw.float() + sigmas_B111 * noise_BChw.float()",
         new="return sigmas_B111 * latents_BChw.float() + (1 - sigmas_B111) * noise_BChw.float()",
         tests=(f"{FLOW}::test_noising_and_target_are_fp32_and_consistent",),
@@ -60,7 +60,7 @@ MUTATIONS = {
         tests=("tests/models/test_mmdit.py::test_timesteps_keep_float32_in_every_mode",),
     ),
     "training shift towards the picture": Mutation(
-        file="training/flow.py",
+        file="diffusion/flow.py",
         old="return shift * sigmas_B / (1 + (shift - 1) * sigmas_B)",
         new="return sigmas_B / (shift + (1 - shift) * sigmas_B)",
         tests=(FLOW,),
@@ -205,13 +205,13 @@ MUTATIONS = {
         tests=("tests/training/test_schedules.py",),
     ),
     "guidance on top of the prompt": Mutation(
-        file="training/sampling.py",
+        file="diffusion/sampler.py",
         old="uncond + settings.scale * (cond - uncond)",
         new="cond + settings.scale * (cond - uncond)",
         tests=("tests/parity/test_sampling_against_diffusers.py::test_latents_equal_the_pipelines",),
     ),
     "guidance towards the negative prompt": Mutation(
-        file="training/sampling.py",
+        file="diffusion/sampler.py",
         old="uncond + settings.scale * (cond - uncond)",
         new="uncond + settings.scale * (uncond - cond)",
         tests=("tests/parity/test_sampling_against_diffusers.py::test_latents_equal_the_pipelines",),

@@ -59,8 +59,8 @@ def _run(folder: Path, *arguments: str) -> None:
 def _before_and_after(folder: Path, seeds: Sequence[int]) -> dict[str, int]:
     """Lays the pictures out side by side, and counts by the measure how many show what their prompt says."""
     from sd3pipe.demo.measure import read_picture
-    from sd3pipe.training.picture_grid import Grid, read_picture_file, save_grid
-    from sd3pipe.training.sample_sheet import read_sheet
+    from sd3pipe.diffusion.picture_grid import Grid, read_picture_file, save_grid
+    from sd3pipe.diffusion.sheet import read_sheet
 
     sheet = read_sheet(folder / _SAMPLES)
     figures = {f"{kind}_{when}": 0 for kind in ("new", "old") for when in ("before", "after", "pictures")}

@@ -15,6 +15,7 @@ from sd3pipe.cache.folder import machine_folder
 from sd3pipe.cache.staleness import check_sources
 from sd3pipe.console import StageReport, count, listed
 from sd3pipe.device_memory import memory_errors, peak_device_bytes, peak_rss_bytes
+from sd3pipe.diffusion.precision import BASE_DTYPES, resolve_precision
 from sd3pipe.errors import ParameterError, StaleError, StorageError
 from sd3pipe.files import lock_file
 from sd3pipe.models.checkpoint import mmdit_architecture
@@ -30,7 +31,6 @@ from sd3pipe.training.identity import RunInputs, resolve_inputs, run_identity
 from sd3pipe.training.loop import Loop
 from sd3pipe.training.memory_plan import CLIP_TOKENS, MemoryPlan, run_memory
 from sd3pipe.training.optimizers import check_optimizer
-from sd3pipe.training.precision import BASE_DTYPES, resolve_precision
 from sd3pipe.training.processes import Processes, join_processes
 from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.records import forget_after, subset_figures

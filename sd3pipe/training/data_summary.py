@@ -8,9 +8,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, JsonValue, TypeAdapter
 
+from sd3pipe.diffusion.sampler import PIXELS_PER_LATENT
 from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.training.items import Items
-from sd3pipe.training.sampling import PIXELS_PER_LATENT
 from sd3pipe.training.training_data import TrainingData
 
 

@@ -19,14 +19,14 @@ from sd3pipe import stopping
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.rows import Row, latents_name
 from sd3pipe.cache.tensors import to_torch
+from sd3pipe.diffusion.sampler import PIXELS_PER_LATENT
 from sd3pipe.memory.ahead import PendingModulation
 from sd3pipe.models.conditioning import assemble_conditioning
-from sd3pipe.models.vae import to_model_space
+from sd3pipe.models.vae import sample_latents, to_model_space
 from sd3pipe.training.batches import MicroBatch, StepPlan
 from sd3pipe.training.draws import hashes, normals, uniforms
 from sd3pipe.training.flow import NUM_TIMESTEPS, SigmaSampling, sample_sigmas
 from sd3pipe.training.items import Items
-from sd3pipe.training.sampling import PIXELS_PER_LATENT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,9 +142,8 @@ class Feed(Dataset[Any]):
         if name != "moments":
             return to_torch(row[name]).float()
         mean, logvar = to_torch(row["moments"]).float().chunk(2)
-        return mean + (0.5 * logvar).exp() * torch.from_numpy(
-            normals(tuple(mean.shape), self.rules.seed, "latent", epoch, number)
-        )
+        noise = torch.from_numpy(normals(tuple(mean.shape), self.rules.seed, "latent", epoch, number))
+        return sample_latents(mean, logvar, noise)
 
     def _conditioning(self, plan: MicroBatch) -> tuple[Tensor, Tensor]:
         """Returns context and pooled text, with whole encoders replaced by zeros where they are dropped."""

@@ -1,4 +1,4 @@
-"""Rectified flow as SD3 was trained with it: noise levels, noising, the velocity target, weighting, loss. All in fp32.
+"""Rectified flow as SD3 was trained with it: how noise levels are drawn, weighting, loss. All in fp32.
 
 The words are those of Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis"
 (arXiv:2403.03206), sections 2 and 3; their t is called sigma here, and the model's timestep is 1000 * sigma. The x0
@@ -15,6 +15,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from sd3pipe.diffusion.flow import NUM_TIMESTEPS, per_sample, shift_sigmas, velocity_target
+from sd3pipe.diffusion.flow import add_noise as add_noise  # who trains finds it here
 from sd3pipe.errors import ParameterError
 
 WeightingScheme = Literal["uniform", "none", "logit_normal", "mode", "cosmap", "sigma_sqrt"]
@@ -23,7 +25,6 @@ LossType = Literal["l2", "l1", "huber", "smooth_l1"]
 HuberSchedule = Literal["constant", "exponential", "snr"]
 MaskNormalisation = Literal["area", "picture"]
 
-NUM_TIMESTEPS = 1000
 _SMALLEST_SIGMA = 1 / NUM_TIMESTEPS  # sigma_sqrt weighs sigma 0 as the first noisy timestep: its own weight is infinite
 
 
@@ -113,22 +114,6 @@ def training_shifts(pixels_B: Tensor, training_shift: float | Literal["auto"]) -
     return torch.full_like(pixels_B, training_shift, dtype=torch.float64)
 
 
-def shift_sigmas(sigmas_B: Tensor, shift: Tensor | float) -> Tensor:
-    """Moves noise levels towards noise for shift > 1: k s / (1 + (k - 1) s) (paper, eq. 23)."""
-    return shift * sigmas_B / (1 + (shift - 1) * sigmas_B)
-
-
-def add_noise(latents_BChw: Tensor, noise_BChw: Tensor, sigmas_B: Tensor) -> Tensor:
-    """Returns (1 - sigma) x_0 + sigma epsilon in fp32 (paper, eq. 13)."""
-    sigmas_B111 = _per_sample(sigmas_B)
-    return (1 - sigmas_B111) * latents_BChw.float() + sigmas_B111 * noise_BChw.float()
-
-
-def velocity_target(latents_BChw: Tensor, noise_BChw: Tensor) -> Tensor:
-    """Returns the velocity that the model is to predict, epsilon - x_0, in fp32."""
-    return noise_BChw.float() - latents_BChw.float()
-
-
 def loss(
     velocity_BChw: Tensor,
     latents_BChw: Tensor,
@@ -153,7 +138,7 @@ def loss(
     _check_name("loss_type", loss_type, get_args(LossType))
     target = velocity_target(latents_BChw, noise_BChw) if target_BChw is None else target_BChw.float()
     weights_B, error_scale_B = loss_weights(sigmas_B, weighting_scheme=weighting_scheme, loss_form=loss_form)
-    errors_BChw = _per_sample(error_scale_B) * (velocity_BChw.float() - target)
+    errors_BChw = per_sample(error_scale_B) * (velocity_BChw.float() - target)
     penalties_BChw = _penalties(errors_BChw, loss_type, huber_thresholds(sigmas_B, huber or Huber()))
     return weights_B * _mean(penalties_BChw, mask_Bhw, mask_normalisation)
 
@@ -200,7 +185,7 @@ def _penalties(errors_BChw: Tensor, loss_type: LossType, thresholds_B: Tensor) -
         case "l1":
             return errors_BChw.abs()
         case "huber" | "smooth_l1":
-            c_B111 = _per_sample(thresholds_B)
+            c_B111 = per_sample(thresholds_B)
             # sqrt(d^2 + c^2) - c without its cancellation at small d
             rises_BChw = errors_BChw.square() / ((errors_BChw.square() + c_B111.square()).sqrt() + c_B111)
             return 2 * rises_BChw * c_B111 if loss_type == "huber" else 2 * rises_BChw
@@ -216,7 +201,3 @@ def _mean(values_BChw: Tensor, mask_Bhw: Tensor | None, normalisation: MaskNorma
         return means_B
     areas_B = mask_B1hw.mean(dim=(1, 2, 3))
     return means_B / torch.where(areas_B > 0, areas_B, 1)
-
-
-def _per_sample(values_B: Tensor) -> Tensor:
-    return values_B.float().view(-1, 1, 1, 1)

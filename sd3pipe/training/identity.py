@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from sd3pipe.adapters.find import find_adapter
+from sd3pipe.diffusion.precision import Precision
 from sd3pipe.errors import ParameterError
 from sd3pipe.fingerprint import hash_file
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.batches import steps_of_epochs
-from sd3pipe.training.precision import Precision
 from sd3pipe.training.schedules import EXTENDABLE, Schedule, parse_pieces, resolve_steps
 from sd3pipe.training.training_data import TrainingData
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sd3pipe.console import readable_bytes
-from sd3pipe.device_memory import memory_errors, peak_rss_bytes, share_of_memory
+from sd3pipe.device_memory import memory_errors, peak_rss_bytes, share_of_memory, usable_device_bytes
 from sd3pipe.errors import DeviceMemoryError
 from sd3pipe.memory.plan import (
     PROCESS_BYTES,
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 CLIP_TOKENS = 77
 MODULATION_TO_CHOOSE: Sequence[ModulationMode] = ("resident", "stream")
-_USABLE = 0.92  # of the free device memory; the rest is for fragmentation and sample pictures
 _HOST_ADVICE = "stream fewer blocks, pack the base (--base-dtype int8, then nf4) or free some"
 
 
@@ -103,34 +102,6 @@ def run_memory(
     return plan_memory(architecture, work, wanted, modes=modes if auto else None, device=device, dtype=dtype)
 
 
-def blocks_to_sample(architecture: MMDiTArchitecture, *, tokens: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Returns how many blocks to stream so that pictures of so many tokens can be drawn; none without CUDA.
-
-    Raises DeviceMemoryError where even all of them are too few.
-    """
-    if device.type != "cuda":
-        return 0
-    return fewest_to_sample(
-        architecture, tokens=tokens, dtype=dtype, device_bytes=int(_USABLE * torch.cuda.mem_get_info(device)[0])
-    )
-
-
-def fewest_to_sample(architecture: MMDiTArchitecture, *, tokens: int, dtype: torch.dtype, device_bytes: int) -> int:
-    """Returns the fewest blocks to stream with so much device memory. Raises DeviceMemoryError where all are too few.
-
-    A step with the prompt and without it in one batch takes no more than a training step without kept block inputs.
-    """
-    work = Workload(image_tokens=tokens, batch=2)
-    wanted = Settings(activation_offload=True, dtype_bytes=dtype.itemsize)
-    found = fitting_settings(
-        model_size(architecture.shapes()), work, wanted, device_bytes=device_bytes, modes=("stream",)
-    )
-    if found is None:
-        free = readable_bytes(device_bytes)
-        raise DeviceMemoryError(f"{free} of free device memory are too little to draw in: draw smaller pictures")
-    return found[0].blocks_to_swap
-
-
 def plan_memory(
     architecture: MMDiTArchitecture,
     work: Workload,
@@ -148,7 +119,7 @@ def plan_memory(
     host = share_of_memory()
     rates = None
     if device.type == "cuda":
-        free = int(_USABLE * torch.cuda.mem_get_info(device)[0])  # before anything of ours lies there
+        free = usable_device_bytes(device)  # before anything of ours lies there
         with memory_errors(lambda: _no_room_for_one_block(work)):
             rates = measure_rates(architecture, work, device=device, dtype=dtype)
         torch.cuda.empty_cache()

@@ -4,6 +4,9 @@ import logging
 
 from torch.optim import Optimizer
 
+from sd3pipe.diffusion.precision import BASE_DTYPES, Precision
+from sd3pipe.diffusion.prompts import read_prompts
+from sd3pipe.diffusion.sampler import DEFAULTS
 from sd3pipe.errors import InputError
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.checkpoint import load_vae
@@ -11,12 +14,9 @@ from sd3pipe.models.sources import find_component
 from sd3pipe.models.vae import VAE
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.objective import Objective
-from sd3pipe.training.precision import BASE_DTYPES, Precision
 from sd3pipe.training.processes import Processes
 from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.run_folder import RunFolder
-from sd3pipe.training.sample_prompts import read_prompts
-from sd3pipe.training.sampling import DEFAULTS
 from sd3pipe.training.step_samples import StepSamples
 from sd3pipe.training.trained_weights import TrainedWeights
 from sd3pipe.training.training_data import check_widths

@@ -13,6 +13,8 @@ from sd3pipe.adapters.files import read_adapter
 from sd3pipe.adapters.network import AdapterNetwork, attach, attach_deltas, check_fit, check_is_lora, merge_into
 from sd3pipe.adapters.precision import StoredDtype
 from sd3pipe.adapters.targets import learning_rates, target_ranks
+from sd3pipe.diffusion.base_model import load_base
+from sd3pipe.diffusion.precision import BASE_DTYPES
 from sd3pipe.files import make_folder
 from sd3pipe.memory.layer_major import run_layer_major
 from sd3pipe.memory.plan import Settings
@@ -23,7 +25,6 @@ from sd3pipe.models.pos_embed import ScaledPositions
 from sd3pipe.models.sources import ComponentSource
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.adapter_options import adapter_spec, loraplus_ratio
-from sd3pipe.training.base_model import load_base
 from sd3pipe.training.batches import Position, plan_steps
 from sd3pipe.training.checkpoints import Retention
 from sd3pipe.training.compiling import compile_blocks, compiling_pays
@@ -35,7 +36,6 @@ from sd3pipe.training.loop import Loop, Plan
 from sd3pipe.training.memory_plan import MemoryPlan
 from sd3pipe.training.objective import ForwardPass, LossRules, Objective
 from sd3pipe.training.optimizers import check_optimizer_args, make_optimizer, parse_args
-from sd3pipe.training.precision import BASE_DTYPES
 from sd3pipe.training.processes import Processes
 from sd3pipe.training.progressed import Every, Progressed
 from sd3pipe.training.records import Records

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from sd3pipe.console import Progress, progress
+from sd3pipe.diffusion.kept_latents import keep_latents
+from sd3pipe.diffusion.prompts import SamplePrompt
+from sd3pipe.diffusion.sampler import SamplingSettings, decode_pictures
 from sd3pipe.files import make_folder
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.vae import VAE
-from sd3pipe.training.kept_latents import keep_latents
 from sd3pipe.training.run_folder import RunFolder
-from sd3pipe.training.sample_prompts import SamplePrompt
-from sd3pipe.training.sampling import SamplingSettings, decode_pictures, sample_latents
 
 log = logging.getLogger(__name__)
 
@@ -68,22 +68,16 @@ class StepSamples:
         return files
 
     def _draw(self, prompt: SamplePrompt, file: Path, bar: Progress) -> None:
-        latents = sample_latents(
-            self.mmdit,
-            *prompt.on(self.device, self.dtype),
-            noise_BChw=prompt.noise(self.mmdit.architecture).to(self.device),
-            settings=prompt.settings(self.defaults),
-            on_step=bar.advance,
-        )
+        latents = prompt.drawn(self.mmdit, self.defaults, self.device, self.dtype, on_step=bar.advance)
         if self.vae is None:
             keep_latents(file, latents, prompt=prompt.prompt)
             return
-        from sd3pipe.training.picture_grid import save_picture  # imports PIL, which a run without samples never needs
+        from sd3pipe.diffusion.picture_grid import save_picture  # imports PIL, which a run without samples never needs
 
         save_picture(file, decode_pictures(self.vae, latents)[0].numpy(), title=prompt.prompt)
 
     def _update_grids(self) -> None:
-        from sd3pipe.training.picture_grid import Grid, read_picture_file, save_grid
+        from sd3pipe.diffusion.picture_grid import Grid, read_picture_file, save_grid
 
         steps = sorted(
             (int(match[1]), folder) for folder in self.folder.iterdir() if (match := _STEP.fullmatch(folder.name))

@@ -15,12 +15,12 @@ from sd3pipe.adapters.files import save_adapter
 from sd3pipe.adapters.network import attach
 from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.commands import encode_text, sample
+from sd3pipe.diffusion.prompts import read_prompts
+from sd3pipe.diffusion.sheet import read_sheet
 from sd3pipe.errors import DeviceMemoryError, InputError, ParameterError
 from sd3pipe.models.checkpoint import load_mmdit
 from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.sample import SampleParams
-from sd3pipe.training.sample_prompts import read_prompts
-from sd3pipe.training.sample_sheet import read_sheet
 
 STEPS = (100, 200, 300)
 PROMPTS = """\
@@ -98,7 +98,7 @@ def test_pictures_that_exist_are_not_drawn_again_and_others_are(made, drawn, tmp
     out = shutil.copytree(drawn, tmp_path / "out")
     options = {"adapter": made / "runs/r", "checkpoints": "every:2", "multiplier": "0,1"}
     with monkeypatch.context() as patch:
-        patch.setattr(sample, "_draw_cells", lambda *_: pytest.fail("nothing is missing"))
+        patch.setattr(sample, "draw_cells", lambda *_, **__: pytest.fail("nothing is missing"))
         sample.main(params(made, out, **options, seeds="1,2"))
     before = {file: file.stat().st_mtime_ns for file in (out / "latents").iterdir()}
     sample.main(params(made, out, **options, seeds="1,3"))
@@ -143,7 +143,7 @@ def test_latents_without_vae_are_decoded_elsewhere_to_the_same_pictures(made, dr
     [("all", STEPS), ("every:1", STEPS), ("every:3", STEPS[2:]), ("300,100", (300, 100))],
 )
 def test_checkpoints_are_chosen(made, tmp_path, checkpoints, labels, monkeypatch):
-    monkeypatch.setattr(sample, "_draw_cells", lambda *_: None)
+    monkeypatch.setattr(sample, "draw_cells", lambda *_, **__: None)
     sample.main(params(made, tmp_path / "out", adapter=made / "runs/r", checkpoints=checkpoints))
     assert read_sheet(tmp_path / "out").columns == ("base", *(f"step {step}" for step in labels))
 
@@ -185,7 +185,7 @@ def test_no_memory_to_decode_keeps_the_latents_and_says_so(made, tmp_path, monke
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sd3pipe.training.sampling.decode_pictures", no_memory)
+        patch.setattr("sd3pipe.diffusion.drawing.decode_pictures", no_memory)
         with pytest.raises(DeviceMemoryError, match="device ran out of memory: free some of it") as caught:
             sample.main(params(made, tmp_path / "out", seeds="1", device="cpu"))
     assert caught.value.exit_code == 8

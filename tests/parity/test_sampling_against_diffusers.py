@@ -5,9 +5,7 @@ import torch
 from support.comparing import relative_error
 from support.tiny_base import write_tiny_base
 
-from sd3pipe.models.checkpoint import load_mmdit, load_vae
-from sd3pipe.models.vae import to_model_space
-from sd3pipe.training.sampling import (
+from sd3pipe.diffusion.sampler import (
     DEFAULTS,
     SamplingSettings,
     SkipLayerGuidance,
@@ -17,6 +15,8 @@ from sd3pipe.training.sampling import (
     sampling_sigmas,
     start_noise,
 )
+from sd3pipe.models.checkpoint import load_mmdit, load_vae
+from sd3pipe.models.vae import to_model_space
 
 # Both run the same fp32 sums in another order; 12 steps of a random model let rounding grow to about 1e-6.
 TOLERANCE = 2e-5

@@ -14,10 +14,10 @@ from sd3pipe.demo.base_files import MODEL, T5_LENGTH, TOKENIZERS
 from sd3pipe.demo.drawings import Subject
 from sd3pipe.demo.measure import Reading, read_picture
 from sd3pipe.demo.project import prompt_line
+from sd3pipe.diffusion.prompts import SamplePrompt, read_prompts
+from sd3pipe.diffusion.sampler import DEFAULTS, TextCondition, decode_pictures, sample_latents
 from sd3pipe.models.checkpoint import load_mmdit, load_vae
 from sd3pipe.params.encode_text import EncodeTextParams
-from sd3pipe.training.sample_prompts import SamplePrompt, read_prompts
-from sd3pipe.training.sampling import DEFAULTS, TextCondition, decode_pictures, sample_latents
 
 FIELDS = ("shape", "colour", "size", "background")
 _BATCH = 16

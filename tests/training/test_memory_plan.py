@@ -4,11 +4,12 @@ import pytest
 import torch
 from support.tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
 
+from sd3pipe.diffusion.base_model import fewest_to_sample
 from sd3pipe.errors import DeviceMemoryError
 from sd3pipe.memory.plan import Rates, Settings, Workload
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.training.compiling import compile_blocks
-from sd3pipe.training.memory_plan import choose, fewest_to_sample, plan_memory
+from sd3pipe.training.memory_plan import choose, plan_memory
 from sd3pipe.training.rates import measure_rates
 
 LARGE = MMDiTArchitecture(depth=38, pos_embed_max=192, qk_norm=True)

@@ -5,14 +5,14 @@ import torch
 from PIL import Image
 from support.tiny_mmdit import random_inputs, tiny_mmdit
 
+from sd3pipe.diffusion.kept_latents import read_latents
+from sd3pipe.diffusion.picture_grid import Grid, read_picture_file, render_grid, save_picture
+from sd3pipe.diffusion.prompts import SamplePrompt
+from sd3pipe.diffusion.sampler import SamplingSettings, TextCondition
 from sd3pipe.errors import InputError
 from sd3pipe.models.vae import VAE
 from sd3pipe.models.vae_architecture import VAEArchitecture
-from sd3pipe.training.kept_latents import read_latents
-from sd3pipe.training.picture_grid import Grid, read_picture_file, render_grid, save_picture
 from sd3pipe.training.run_folder import RunFolder
-from sd3pipe.training.sample_prompts import SamplePrompt
-from sd3pipe.training.sampling import SamplingSettings, TextCondition
 from sd3pipe.training.step_samples import StepSamples
 
 DEFAULTS = SamplingSettings(steps=2, scale=2.0)

@@ -7,18 +7,18 @@ StableDiffusion3Pipeline with its FlowMatchEulerDiscreteScheduler follows to the
 # B batch, C latent channels, h w latent pixels, L text tokens, D text width, P pooled width, N steps
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sd3pipe import stopping
+from sd3pipe.diffusion.flow import NUM_TIMESTEPS, shift_sigmas
 from sd3pipe.errors import ParameterError
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.vae import VAE, from_model_space
 from sd3pipe.models.vae_strips import decode_within, usable_memory
-from sd3pipe.training.flow import NUM_TIMESTEPS, shift_sigmas
 
 Variant = Literal["sd3-medium", "sd35-medium", "sd35-large", "sd35-large-turbo"]
 
@@ -135,15 +135,6 @@ def decode_pictures(vae: VAE, latents_BChw: Tensor) -> Tensor:
     memory_bytes = usable_memory(parameter.device, beside_others=True)
     pixels_BCHW = decode_within(vae, latents_BChw.to(parameter), memory_bytes).float()
     return ((pixels_BCHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-
-
-def with_overrides(defaults: SamplingSettings, *, steps: int | None, scale: float | None) -> SamplingSettings:
-    """Returns settings with a prompt's own steps and scale where it names them."""
-    return replace(
-        defaults,
-        steps=defaults.steps if steps is None else steps,
-        scale=defaults.scale if scale is None else scale,
-    )
 
 
 def _guided_velocity(

@@ -1,17 +1,19 @@
 """The sample prompts of a cache, ready to be drawn."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.tensors import to_torch
+from sd3pipe.diffusion.sampler import SamplingSettings, TextCondition, sample_latents, start_noise
 from sd3pipe.errors import InputError
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.conditioning import assemble_conditioning
-from sd3pipe.training.sampling import SamplingSettings, TextCondition, start_noise, with_overrides
+from sd3pipe.models.mmdit import MMDiT
 
 DEFAULT_SIDE_PX = 1024  # every public SD3 model draws best at this size
 DEFAULT_SEED = 42
@@ -45,15 +47,32 @@ class SamplePrompt:
 
     def settings(self, defaults: SamplingSettings) -> SamplingSettings:
         """Returns how this prompt is drawn: its own steps and scale where it names them."""
-        return with_overrides(defaults, steps=self.steps, scale=self.scale)
+        own = {name: value for name in ("steps", "scale") if (value := getattr(self, name)) is not None}
+        return replace(defaults, **own)
+
+    def drawn(
+        self,
+        mmdit: MMDiT,
+        defaults: SamplingSettings,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        seed: int | None = None,
+        on_step: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """Returns the unscaled latents [1, C, h, w] of the picture, as `sample_latents` draws them."""
+        return sample_latents(
+            mmdit,
+            self.text.to(device, dtype),
+            self.negative.to(device, dtype),
+            noise_BChw=self.noise(mmdit.architecture, seed).to(device),
+            settings=self.settings(defaults),
+            on_step=on_step,
+        )
 
     @property
     def own_seed(self) -> int:
         return DEFAULT_SEED if self.seed is None else self.seed
-
-    def on(self, device: torch.device, dtype: torch.dtype) -> tuple[TextCondition, TextCondition]:
-        """Returns prompt and negative prompt on the device that draws."""
-        return self.text.to(device, dtype), self.negative.to(device, dtype)
 
 
 def read_prompts(where: str | Path) -> list[SamplePrompt]:

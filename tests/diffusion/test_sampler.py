@@ -4,8 +4,8 @@ import pytest
 import torch
 from support.tiny_mmdit import random_inputs, tiny_mmdit
 
+from sd3pipe.diffusion.sampler import SamplingSettings, SkipLayerGuidance, TextCondition, sample_latents, start_noise
 from sd3pipe.errors import ParameterError
-from sd3pipe.training.sampling import SamplingSettings, SkipLayerGuidance, TextCondition, sample_latents, start_noise
 
 
 def test_noise_of_a_seed_depends_on_nothing_else():

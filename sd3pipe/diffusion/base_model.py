@@ -4,9 +4,15 @@ from collections.abc import Callable
 
 import torch
 
+from sd3pipe.console import readable_bytes
+from sd3pipe.device_memory import usable_device_bytes
+from sd3pipe.errors import DeviceMemoryError
+from sd3pipe.memory.plan import Settings, Workload, fitting_settings
 from sd3pipe.memory.quantise import QuantisedFormat, quantise
 from sd3pipe.memory.schedule import ModulationMode
+from sd3pipe.memory.sizes import model_size
 from sd3pipe.memory.streaming import BlockStreamer
+from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.checkpoint import mmdit_architecture
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.sources import ComponentSource
@@ -47,6 +53,32 @@ def load_base(
         fill=_filler(mmdit, source, dtype, device, base_format),
     )
     return mmdit.requires_grad_(False), streamer
+
+
+def blocks_to_sample(architecture: MMDiTArchitecture, *, tokens: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Returns how many blocks to stream so that pictures of so many tokens can be drawn; none without CUDA.
+
+    Raises DeviceMemoryError where even all of them are too few.
+    """
+    if device.type != "cuda":
+        return 0
+    return fewest_to_sample(architecture, tokens=tokens, dtype=dtype, device_bytes=usable_device_bytes(device))
+
+
+def fewest_to_sample(architecture: MMDiTArchitecture, *, tokens: int, dtype: torch.dtype, device_bytes: int) -> int:
+    """Returns the fewest blocks to stream with so much device memory. Raises DeviceMemoryError where all are too few.
+
+    A step with the prompt and without it in one batch takes no more than a training step without kept block inputs.
+    """
+    work = Workload(image_tokens=tokens, batch=2)
+    wanted = Settings(activation_offload=True, dtype_bytes=dtype.itemsize)
+    found = fitting_settings(
+        model_size(architecture.shapes()), work, wanted, device_bytes=device_bytes, modes=("stream",)
+    )
+    if found is None:
+        free = readable_bytes(device_bytes)
+        raise DeviceMemoryError(f"{free} of free device memory are too little to draw in: draw smaller pictures")
+    return found[0].blocks_to_swap
 
 
 def _filler(

@@ -1,4 +1,4 @@
-"""What `sd3pipe sample` draws: columns of adapters, rows of seeds, and which pictures of them are there already.
+"""What is drawn side by side: columns of adapters, rows of seeds, and which pictures of them are there already.
 
 A picture's file name carries a hash of everything that it is made from, so pictures that exist are never drawn again
 and never taken for others. sheet.json in the folder remembers the layout, so that latents can be decoded on another
@@ -54,6 +54,23 @@ class Sheet:
     def save(self, out: Path) -> None:
         """Writes the layout into the folder of the pictures."""
         write_json(out / SHEET_FILE, {"format": FORMAT, **asdict(self)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where pictures and latents of the cells lie; a picture's name says which VAE decoded it."""
+
+    out: Path
+    vae_mark: str = ""
+
+    def picture(self, name: str) -> Path:
+        return self.out / "pictures" / f"{name}-vae{self.vae_mark}.png"
+
+    def latents(self, name: str) -> Path:
+        return self.out / "latents" / f"{name}.safetensors"
+
+    def is_done(self, name: str) -> bool:
+        return self.latents(name).is_file() or (bool(self.vae_mark) and self.picture(name).is_file())
 
 
 def read_sheet(out: Path) -> Sheet:

@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import save_file
 from support.tiny_mmdit import random_inputs, random_weights, tiny_architecture
 
+from sd3pipe.diffusion.base_model import load_base
 from sd3pipe.errors import ParameterError
 from sd3pipe.memory.quantise import quantise
 from sd3pipe.models.checkpoint import load_mmdit
 from sd3pipe.models.sources import find_component
-from sd3pipe.training.base_model import load_base
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from sd3pipe.models.sources import find_component
-from sd3pipe.training.base_model import load_base
+from sd3pipe.diffusion.base_model import load_base
 import torch.utils.checkpoint
 
 def peak():

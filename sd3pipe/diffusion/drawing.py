@@ -1,0 +1,148 @@
+"""Draws the cells of a sheet that are not there yet, decodes them, and lays the grids out. Imports torch and PIL.
+
+What is drawn lies as latents in OUT/latents, and as pictures in OUT/pictures once a VAE has decoded it; who draws more
+columns or seeds into the same folder finds what is there already.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+import torch
+
+from sd3pipe import stopping
+from sd3pipe.adapters.files import read_adapter
+from sd3pipe.adapters.network import attach_deltas
+from sd3pipe.console import progress
+from sd3pipe.device_memory import decode_way_out, memory_errors
+from sd3pipe.diffusion.base_model import blocks_to_sample, load_base
+from sd3pipe.diffusion.kept_latents import keep_latents, read_latents
+from sd3pipe.diffusion.picture_grid import Grid, read_picture_file, save_grid, save_picture
+from sd3pipe.diffusion.prompts import SamplePrompt
+from sd3pipe.diffusion.sampler import SamplingSettings, decode_pictures
+from sd3pipe.diffusion.sheet import Column, Places, PromptCells, Sheet
+from sd3pipe.memory.sizes import image_tokens
+from sd3pipe.models.checkpoint import load_vae, mmdit_architecture
+from sd3pipe.models.mmdit import MMDiT
+from sd3pipe.models.sources import ComponentSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One picture to draw."""
+
+    name: str
+    column: Column
+    prompt: SamplePrompt
+    seed: int
+
+
+def sheet_of(prompts: Sequence[SamplePrompt], columns: Sequence[Column], rows: Sequence[list[list[Cell]]]) -> Sheet:
+    """Returns the layout of all prompts' cells, [prompt][seed][column]."""
+    return Sheet(
+        columns=tuple(column.label for column in columns),
+        prompts=tuple(
+            PromptCells(
+                name=prompt.name,
+                title=prompt.prompt,
+                rows=tuple(f"seed {line[0].seed}" for line in lines),
+                cells=tuple(tuple(cell.name for cell in line) for line in lines),
+            )
+            for prompt, lines in zip(prompts, rows, strict=True)
+        ),
+    )
+
+
+def draw_cells(
+    source: ComponentSource,
+    cells: Sequence[Cell],
+    places: Places,
+    *,
+    settings: SamplingSettings,
+    device: torch.device,
+    dtype: torch.dtype,
+    blocks_to_swap: int | Literal["auto"],
+    drawn: Callable[[], None] = lambda: None,
+) -> None:
+    """Loads the base once and draws cell after cell, adapter by adapter; `drawn` is called after each.
+
+    With `auto` as few blocks are streamed as fit. Raises DeviceMemoryError, Stopped.
+    """
+    architecture = mmdit_architecture(source)
+    if blocks_to_swap == "auto":
+        tokens = max(image_tokens(*cell.prompt.size(architecture)) for cell in cells)
+        blocks_to_swap = blocks_to_sample(architecture, tokens=tokens, device=device, dtype=dtype)
+    steps = sum(cell.prompt.settings(settings).steps for cell in cells)
+    by_adapter = sorted(cells, key=lambda cell: (str(cell.column.adapter or ""), cell.column.multiplier))
+    way_out = functools.partial(_way_out, blocks_to_swap, architecture.depth)
+    with memory_errors(way_out), progress("sample", steps, "steps") as bar:
+        mmdit, streamer = load_base(source, dtype=dtype, device=device, blocks_to_swap=blocks_to_swap)
+        with streamer:
+            for column, group in groupby(by_adapter, key=lambda cell: cell.column):
+                with _adapted(mmdit, column, device):
+                    for cell in group:
+                        latents = cell.prompt.drawn(mmdit, settings, device, dtype, seed=cell.seed, on_step=bar.advance)
+                        keep_latents(places.latents(cell.name), latents, prompt=cell.prompt.prompt)
+                        drawn()
+
+
+def decode_cells(sheet: Sheet, places: Places, source: ComponentSource, choose: Callable[[], torch.device]) -> int:
+    """Decodes the latents whose pictures are missing, on the device that `choose` returns, and returns how many.
+
+    Raises DeviceMemoryError, Stopped.
+    """
+    waiting = [
+        (prompt, name)
+        for prompt in sheet.prompts
+        for line in prompt.cells
+        for name in line
+        if places.latents(name).is_file() and not places.picture(name).is_file()
+    ]
+    if not waiting:
+        return 0
+    device = choose()
+    way_out = functools.partial(decode_way_out, device)
+    with memory_errors(way_out), progress("sample: decode", len(waiting), "pictures") as bar:
+        vae = load_vae(source, device=device)
+        for prompt, name in waiting:
+            stopping.check()
+            picture = decode_pictures(vae, read_latents(places.latents(name)).to(device))[0].numpy()
+            save_picture(places.picture(name), picture, title=prompt.title)
+            bar.advance()
+    return len(waiting)
+
+
+def lay_out(sheet: Sheet, places: Places) -> int:
+    """Writes the grid of every prompt that has a picture, and returns how many."""
+    grids = 0
+    for prompt in sheet.prompts:
+        files = [[places.picture(name) for name in line] for line in prompt.cells]
+        pictures = [[read_picture_file(file) if file.is_file() else None for file in line] for line in files]
+        if any(picture is not None for line in pictures for picture in line):
+            grid = Grid(title=prompt.title, columns=sheet.columns, rows=prompt.rows, pictures=pictures)
+            save_grid(places.out / f"{prompt.name}.png", grid)
+            grids += 1
+    return grids
+
+
+def _way_out(streamed: int, depth: int) -> str:
+    """Returns what to do after running out of memory."""
+    more = min(depth, streamed + max(1, depth // 4))
+    return f"pass --blocks-to-swap {more}" if streamed < depth else "draw smaller pictures"
+
+
+@contextlib.contextmanager
+def _adapted(mmdit: MMDiT, column: Column, device: torch.device) -> Iterator[None]:
+    """Attaches a column's adapter for the length of a block."""
+    if column.adapter is None:
+        yield
+        return
+    network = attach_deltas(mmdit, read_adapter(column.adapter).model_part, device=device).eval()
+    network.set_multiplier(column.multiplier)
+    try:
+        yield
+    finally:
+        network.detach()
