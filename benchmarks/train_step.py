@@ -35,7 +35,7 @@ from support import tiny_mmdit, tiny_training
 from support.diffusers_mmdit import diffusers_mmdit, their_names
 
 from sd3pipe.device import choose_device
-from sd3pipe.models.checkpoint import mmdit_architecture
+from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import find_component
 from sd3pipe.training.identity import resolve_inputs, run_identity
 from sd3pipe.training.loop import Loop

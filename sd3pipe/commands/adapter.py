@@ -25,7 +25,7 @@ from sd3pipe.exporting.base_weights import for_form
 from sd3pipe.exporting.extraction import extract as extracted_adapter
 from sd3pipe.exporting.reproduction import later_steps, reproduction, with_step
 from sd3pipe.files import write_text
-from sd3pipe.models.checkpoint import mmdit_architecture
+from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import find_component
 from sd3pipe.params.adapter import (
     AdapterConvertParams,

@@ -16,8 +16,7 @@ from sd3pipe.diffusion.sampler import DEFAULTS, SamplingSettings, SkipLayerGuida
 from sd3pipe.diffusion.sheet import Column, Places, Sheet, cell_name, choose_columns, read_sheet
 from sd3pipe.errors import InputError
 from sd3pipe.files import make_folder
-from sd3pipe.models.architecture import MMDiTArchitecture
-from sd3pipe.models.checkpoint import mmdit_architecture
+from sd3pipe.models.architecture import MMDiTArchitecture, mmdit_architecture
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.params.sample import SampleParams
 from sd3pipe.stat_memory import StatMemory

@@ -18,7 +18,7 @@ from sd3pipe.device_memory import memory_errors, peak_device_bytes, peak_rss_byt
 from sd3pipe.diffusion.precision import BASE_DTYPES, resolve_precision
 from sd3pipe.errors import ParameterError, StaleError, StorageError
 from sd3pipe.files import lock_file
-from sd3pipe.models.checkpoint import mmdit_architecture
+from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.params.idle import idle_options
 from sd3pipe.params.train import TrainParams

@@ -12,8 +12,7 @@ from sd3pipe.memory.quantise import QuantisedFormat, quantise
 from sd3pipe.memory.schedule import ModulationMode
 from sd3pipe.memory.sizes import model_size
 from sd3pipe.memory.streaming import BlockStreamer
-from sd3pipe.models.architecture import MMDiTArchitecture
-from sd3pipe.models.checkpoint import mmdit_architecture
+from sd3pipe.models.architecture import MMDiTArchitecture, mmdit_architecture
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.sources import ComponentSource
 from sd3pipe.models.weights import read_tensors

@@ -25,7 +25,8 @@ from sd3pipe.diffusion.prompts import SamplePrompt
 from sd3pipe.diffusion.sampler import SamplingSettings, decode_pictures
 from sd3pipe.diffusion.sheet import Column, Places, PromptCells, Sheet
 from sd3pipe.memory.sizes import image_tokens
-from sd3pipe.models.checkpoint import load_vae, mmdit_architecture
+from sd3pipe.models.architecture import mmdit_architecture
+from sd3pipe.models.checkpoint import load_vae
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.sources import ComponentSource
 

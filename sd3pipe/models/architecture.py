@@ -10,6 +10,7 @@ from typing import Literal
 
 from sd3pipe.errors import InputError
 from sd3pipe.models.shapes import Shapes, compare_shapes, linear_shapes
+from sd3pipe.models.sources import ComponentSource
 
 MMDiTVariant = Literal["sd3-medium", "sd35-medium", "sd35-large"]
 
@@ -90,6 +91,14 @@ class MMDiTArchitecture:
         if with_projection:
             shapes |= linear_shapes(f"{name}.proj", self.width, self.width)
         return shapes
+
+
+def mmdit_architecture(source: ComponentSource) -> MMDiTArchitecture:
+    """Returns the architecture of a found MMDiT from the headers alone. Raises InputError that names the place."""
+    try:
+        return detect_mmdit(source.shapes())
+    except InputError as error:
+        raise InputError(f"{source.where}: {error}") from error
 
 
 def detect_mmdit(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTArchitecture:

@@ -6,8 +6,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from sd3pipe.errors import InputError
-from sd3pipe.models.architecture import MMDiTArchitecture, detect_mmdit
+from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.layouts import Component
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.sources import ComponentSource, find_component
@@ -33,14 +32,6 @@ def load_vae(source: Source, *, dtype: torch.dtype = torch.float32, device: torc
     with torch.device("meta"):
         vae = VAE(architecture)
     return _filled(vae, found, dtype, device)
-
-
-def mmdit_architecture(source: ComponentSource) -> MMDiTArchitecture:
-    """Returns the architecture of a found MMDiT from the headers alone. Raises InputError that names the place."""
-    try:
-        return detect_mmdit(source.shapes())
-    except InputError as error:
-        raise InputError(f"{source.where}: {error}") from error
 
 
 def as_source(component: Component, source: Source) -> ComponentSource:

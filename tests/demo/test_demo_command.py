@@ -143,7 +143,7 @@ def test_exported_file_draws_the_same_in_diffusers(shown, wanted, tmp_path):
 
 
 def pipeline_architecture():
-    from sd3pipe.models.checkpoint import mmdit_architecture
+    from sd3pipe.models.architecture import mmdit_architecture
     from sd3pipe.models.sources import find_component
 
     return mmdit_architecture(find_component("mmdit", model=MODEL))

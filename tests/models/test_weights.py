@@ -12,7 +12,8 @@ from support.tiny_mmdit import random_inputs, tiny_mmdit
 from support.tiny_parts import save_part, save_single_file
 
 from sd3pipe.errors import InputError
-from sd3pipe.models.checkpoint import as_source, load_mmdit, load_vae, mmdit_architecture
+from sd3pipe.models.architecture import mmdit_architecture
+from sd3pipe.models.checkpoint import as_source, load_mmdit, load_vae
 from sd3pipe.models.sources import find_component
 from sd3pipe.models.weights import TensorReader, read_tensors
 

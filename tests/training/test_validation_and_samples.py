@@ -102,7 +102,7 @@ def test_validation_options_choose_pictures_noise_and_epochs(inputs):
 def test_the_verdict_says_where_over_fitting_begins_and_how_weak_that_is(tmp_path):
     def record(step: int, losses: list[float]) -> str:
         mean, half = mean_and_half_width(losses)
-        values = {"kind": "validation", "step": step, "loss": mean, "ci95": half, "by_picture": losses}
+        values = {"kind": "validation", "step": step, "loss": mean, "ci95": half, "bands": {}, "by_picture": losses}
         return json.dumps(values) + "\n"
 
     noise = [0.0, 0.4, -0.3, 0.2]

@@ -1,0 +1,168 @@
+"""What a training run takes in several settings: memory, copies, seconds and disk, from headers. Free of torch."""
+
+import contextlib
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from sd3pipe.cache.folder import machine_folder
+from sd3pipe.console import readable_bytes, readable_seconds
+from sd3pipe.data.buckets import NoBucket
+from sd3pipe.data.dataset_file import load_dataset
+from sd3pipe.data.geometry import views
+from sd3pipe.data.scan import scan
+from sd3pipe.errors import ParameterError
+from sd3pipe.memory.plan import (
+    Prediction,
+    Rates,
+    Settings,
+    Workload,
+    adapter_bytes_per_weight,
+    fitting_settings,
+    option_text,
+    predict,
+)
+from sd3pipe.memory.sizes import (
+    CLIP_TOKENS,
+    ModelSize,
+    adapter_weights,
+    image_tokens,
+    latent_bytes,
+    model_size,
+    text_row_bytes,
+)
+from sd3pipe.models.architecture import MMDiTVariant, mmdit_architecture
+from sd3pipe.models.sources import find_component
+from sd3pipe.params.plan import PlanParams
+from sd3pipe.stat_memory import StatMemory
+
+Row = tuple[Settings, Prediction]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Ways to keep a model and what a step takes then; the one that the given card wants; what caches take."""
+
+    variant: MMDiTVariant
+    model: ModelSize
+    rows: list[Row]
+    chosen: Row | None
+    disk: dict[str, int]
+
+    def as_json(self) -> dict[str, JsonValue]:
+        """Returns everything as JSON types."""
+        return {
+            "variant": self.variant,
+            "weights": self.model.weights,
+            "blocks": self.model.depth,
+            "settings": [_as_json(*row) for row in self.rows],
+            "fits": None if self.chosen is None else _as_json(*self.chosen),
+            "disk_bytes": {**self.disk},
+        }
+
+    def table(self) -> list[str]:
+        """Returns the rows in aligned columns; of a single one, the parts of its device memory, too."""
+        lines = [f"{'settings':<44} {'device':>9} {'host':>9} {'copied/step':>12} {'step':>9}"]
+        for settings, prediction in self.rows:
+            seconds = "-" if prediction.seconds is None else readable_seconds(prediction.seconds)
+            lines.append(
+                f"{option_text(settings):<44} {readable_bytes(prediction.device_bytes):>9} "
+                f"{readable_bytes(prediction.host_bytes):>9} {readable_bytes(prediction.copied_bytes):>12} {seconds:>9}"
+            )
+        if len(self.rows) == 1:
+            lines += [
+                f"  {name}: {readable_bytes(size)}" for name, size in self.rows[0][1].device_parts.items() if size
+            ]
+        return lines
+
+
+def make_plan(params: PlanParams) -> Plan:
+    """Returns the plan. Raises InputError, and ParameterError for more blocks than there are."""
+    if params.model is None and params.mmdit is None:
+        raise ParameterError("sd3pipe plan needs --model or --mmdit: a checkpoint file, a diffusers folder or a hub id")
+    source = find_component("mmdit", model=params.model, file=params.mmdit)
+    variant, shapes = mmdit_architecture(source).variant, source.shapes()
+    model = model_size(shapes)
+    work = Workload(
+        image_tokens=image_tokens(*params.size_px),
+        text_tokens=CLIP_TOKENS + params.t5xxl_max_token_length,
+        batch=params.train_batch_size,
+        accumulation=params.gradient_accumulation_steps,
+        adapter_weights=adapter_weights(shapes, params.network_dim),
+        adapter_bytes_per_weight=adapter_bytes_per_weight(params.optimizer_type),
+    )
+    wanted = _settings(params, model.depth)
+    rates = None
+    if params.tflops is not None:
+        rates = Rates(flop_per_second=params.tflops * 1e12, copy_bytes_per_second=params.copy_gb_per_second * 1e9)
+    return Plan(
+        variant=variant,
+        model=model,
+        rows=[(settings, predict(model, work, settings, rates)) for settings in _shown(params, model.depth, wanted)],
+        chosen=_chosen(params, model, work, wanted, rates),
+        disk={} if params.dataset is None else _disk(params.dataset, params.t5xxl_max_token_length),
+    )
+
+
+def _settings(params: PlanParams, depth: int) -> Settings:
+    blocks = 0 if params.blocks_to_swap == "auto" else params.blocks_to_swap
+    if blocks > depth:
+        raise ParameterError(f"--blocks-to-swap {blocks}: the model has {depth} blocks")
+    return Settings(
+        base_format=params.base_dtype or "dense",
+        blocks_to_swap=blocks,
+        modulation=params.modulation or "stream",
+        gradient_checkpointing=params.gradient_checkpointing,
+        activation_offload=params.activation_offload,
+        layer_major=params.layer_major,
+        dtype_bytes=4 if params.mixed_precision == "no" else 2,
+    )
+
+
+def _shown(params: PlanParams, depth: int, wanted: Settings) -> list[Settings]:
+    """Returns what to show: the wanted count, or none, half and all blocks in three formats."""
+    if params.blocks_to_swap != "auto":
+        return [wanted]
+    formats = ("dense", "fp8", "nf4") if params.base_dtype is None else (params.base_dtype,)
+    counts = (0, depth // 2, depth)
+    return [dataclasses.replace(wanted, base_format=f, blocks_to_swap=n) for f in formats for n in counts]
+
+
+def _chosen(params: PlanParams, model: ModelSize, work: Workload, wanted: Settings, rates: Rates | None) -> Row | None:
+    """Returns the settings that auto would take for the given card, or the wanted ones if they fit it."""
+    vram, ram = params.vram_bytes, params.ram_bytes
+    if vram is None:
+        return None
+    if params.blocks_to_swap == "auto":
+        modes = ("resident", "stream") if params.modulation is None else (params.modulation,)
+        return fitting_settings(model, work, wanted, device_bytes=vram, host_bytes=ram, rates=rates, modes=modes)
+    prediction = predict(model, work, wanted, rates)
+    fits = prediction.device_bytes <= vram and (ram is None or prediction.host_bytes <= ram)
+    return (wanted, prediction) if fits else None
+
+
+def _disk(dataset: Path, t5_tokens: int) -> dict[str, int]:
+    """Returns the bytes of the caches that a dataset fills."""
+    found = scan(load_dataset(dataset), StatMemory(machine_folder(Path("caches/latents")) / "stat.json"))
+    pixels = 0
+    for picture in found.pictures:
+        with contextlib.suppress(NoBucket):
+            pixels += sum(math.prod(view.cut.size) for view in views(picture, crop_variants=4, seed=42))
+    captions = len({picture.caption for picture in found.pictures}) + 1  # and the empty one
+    return {"latents": latent_bytes(pixels), "text": captions * text_row_bytes(t5_tokens)}
+
+
+def _as_json(settings: Settings, prediction: Prediction) -> dict[str, JsonValue]:
+    return {
+        **dataclasses.asdict(settings),
+        "device_bytes": prediction.device_bytes,
+        "device_parts": {**prediction.device_parts},
+        "host_bytes": prediction.host_bytes,
+        "host_parts": {**prediction.host_parts},
+        "copied_bytes_per_step": prediction.copied_bytes,
+        "seconds_per_step": prediction.seconds,
+        "compute_seconds_per_step": prediction.compute_seconds,
+    }
