@@ -43,8 +43,9 @@ class Header:
     animated: bool
 
 
-def read_picture(path: Path, most_bytes: int = MAX_FILE_BYTES) -> bytes:
+def read_picture(path: Path, most_bytes: int | None = None) -> bytes:
     """Returns the bytes of a picture file, which is a regular one of bounded size. Raises UnreadablePicture."""
+    most_bytes = most_bytes or MAX_FILE_BYTES
     try:
         with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size > most_bytes:

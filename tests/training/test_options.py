@@ -113,6 +113,7 @@ SHOWN_ELSEWHERE = {
     "test_train_command.py": ["mmdit", "loras_dir", "torch_compile", "tf32"],
     "test_adapter_options.py": ["base_weights", "base_weights_multiplier"],
     "test_numerics.py": ["sdpa_backend"],
+    "../cli/test_resolve.py": ["allow_code"],
 }  # fmt: skip
 
 
