@@ -1,9 +1,11 @@
 """The plan of the house: imports go downward only, rooms of a floor do not know each other, nothing heavy leaks."""
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from functools import cache
 from pathlib import Path
 
@@ -257,4 +259,36 @@ def test_tests_share_through_support_alone():
     """A helper that two test modules need lies in tests/support/, for tests and benchmarks alike."""
     files = [file for folder in ("tests", "benchmarks", "scripts") for file in (ROOT / folder).rglob("*.py")]
     wrong = [f"{file.name} imports {name}" for file in files for name in imports_of(file) if name.startswith("test_")]
+    assert not wrong
+
+
+AXES = re.compile(r"_?[a-z][a-z0-9_]*_([A-Z][A-Za-z0-9]*)")  # context_BLD, latents_BChw
+LEGEND_LINE = re.compile(r"(?m)^.*(?<![\w'])[A-Za-z](?: [A-Za-z])* [a-z]{2}.*$")  # "B batch, h w latent pixels"
+
+
+def axes_used(tree: ast.AST) -> set[str]:
+    """Returns the letters of the axes that names of the code end in."""
+    nodes = list(ast.walk(tree))
+    names = [node.id for node in nodes if isinstance(node, ast.Name)]
+    names += [node.arg for node in nodes if isinstance(node, ast.arg | ast.keyword) and node.arg]
+    names += [node.attr for node in nodes if isinstance(node, ast.Attribute)]
+    return {letter for name in names if (found := AXES.fullmatch(name)) for letter in found[1] if letter.isalpha()}
+
+
+def axes_explained(text: str, tree: ast.Module) -> set[str]:
+    """Returns the letters that stand alone in the legend: a comment, or the module's docstring."""
+    lines = [
+        token.string for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type == tokenize.COMMENT
+    ]
+    legend = LEGEND_LINE.findall("\n".join([ast.get_docstring(tree) or "", *lines]))
+    return set(re.findall(r"(?<![\w'])[A-Za-z](?![\w'])", "\n".join(legend)))
+
+
+def test_every_tensor_file_has_the_legend_of_its_axes():
+    wrong = {}
+    for file in module_files():
+        text = file.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        if missing := axes_used(tree) - axes_explained(text, tree):
+            wrong[module_name(file)] = sorted(missing)
     assert not wrong

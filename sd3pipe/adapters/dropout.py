@@ -4,7 +4,7 @@ A key stands for (seed, step, sample). So a mask depends neither on the batch th
 the forward pass runs a second time for gradient checkpointing, and a resumed run draws what the first one drew.
 """
 
-# B batch; the other axes of a mask are free
+# B batch, N all other axes of a mask, which are free
 
 import math
 from collections.abc import Sequence

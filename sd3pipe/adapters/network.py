@@ -1,5 +1,7 @@
 """Attaches adapter layers to a model, and holds them together: parameters, strength, dropout keys, state."""
 
+# B batch
+
 import contextlib
 import math
 from collections.abc import Iterator, Mapping

@@ -1,5 +1,7 @@
 """What a worker process does: one file in, the pixels and mask of one row out."""
 
+# H W pixels, C channels
+
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Decodes a picture file into upright sRGB pixels of eight bits, whatever it was saved as."""
 
+# H W pixels, C channels
+
 import io
 import warnings
 

@@ -5,6 +5,8 @@ by dense products of small matrices. Differences from OpenCV: at most one level,
 for linear and cubic, OpenCV's 11-bit weights) falls on the other side of a half.
 """
 
+# H W pixels, C channels
+
 import functools
 import math
 from dataclasses import dataclass

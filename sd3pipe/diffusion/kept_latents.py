@@ -1,5 +1,7 @@
 """Latents of sample pictures, kept in files until a VAE is at hand."""
 
+# B batch, C latent channels, h w latent pixels
+
 from pathlib import Path
 
 from safetensors import SafetensorError

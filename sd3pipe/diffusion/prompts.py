@@ -1,5 +1,7 @@
 """The sample prompts of a cache, ready to be drawn."""
 
+# B batch, L text tokens, D text width, P pooled width, C latent channels, h w latent pixels
+
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace

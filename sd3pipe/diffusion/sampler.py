@@ -4,7 +4,7 @@ The schedule and the guidance are those of Stability AI's sd3.5 reference (sd3_i
 StableDiffusion3Pipeline with its FlowMatchEulerDiscreteScheduler follows to the last step.
 """
 
-# B batch, C latent channels, h w latent pixels, L text tokens, D text width, P pooled width, N steps
+# B batch, C latent channels, h w latent pixels, H W pixels, L text tokens, D text width, P pooled width, N steps
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """The part of encode-text that needs torch and transformers: texts through tokenizers and encoders to rows."""
 
+# B batch, D width
+
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,5 +1,7 @@
 """Brings DoRA magnitudes into the form that the reading program expects, which takes the base's weights."""
 
+# O out features, I in features
+
 from pathlib import Path
 
 import torch

@@ -4,7 +4,7 @@ With A micro-batches a step, the bytes that streaming copies fall A-fold. The nu
 every parameter receives its A gradients in the order of the micro-batches.
 """
 
-# B batch, L tokens, D width, K modulation width
+# B batch, L tokens, D width, K modulation width, C latent channels, h w latent pixels
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence

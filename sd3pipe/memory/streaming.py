@@ -1,6 +1,6 @@
 """Frozen blocks that live on the host and visit the device: one way, ahead of time, nothing is ever copied back."""
 
-# B batch, L tokens, D width, K modulation width
+# B batch, L tokens, D width, K modulation width, P pooled width
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence

@@ -16,7 +16,7 @@ from sd3pipe.models.vae_strips import encode_within, usable_memory
 LatentMode = Literal["moments", "mean"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# B batch, H W pixels, h w latent pixels
+# B batch, C channels, H W pixels, h w latent pixels
 
 
 class LatentEncoder:

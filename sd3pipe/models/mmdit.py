@@ -4,7 +4,7 @@ Names of modules and parameters are the native checkpoint keys. Three variants d
 queries and keys (SD3.5), and a second attention of the image over itself in some blocks (SD3.5-medium, MMDiT-X).
 """
 
-# B batch, L tokens (context: text tokens, x: image patches), D width, K modulation or patch width,
+# B batch, L tokens (context: text tokens, x: image patches), D width, P pooled width, K modulation or patch width,
 # C latent channels, h w latent pixels, p q offsets inside a patch
 
 import math

@@ -1,6 +1,6 @@
 """Where image tokens sit: crops of the checkpoint's position table, and the tables of sd-scripts' scaled variant."""
 
-# h w patches of the picture, P side of a square table in patches, L = h w tokens, D width
+# h w patches of the picture, P side of a square table in patches, L = h w tokens, D width, B batch
 
 from bisect import bisect_left
 from collections.abc import Iterable

@@ -1,6 +1,6 @@
 """Runs texts through the three encoders, one loaded at a time, and gives their rows in the order of the texts."""
 
-# L tokens, D width
+# B batch, L tokens, D width, P pooled width
 
 import tempfile
 from collections import defaultdict

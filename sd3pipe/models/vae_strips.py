@@ -7,7 +7,7 @@ rounding, while the device holds one strip and the activations lie in host memor
 whole.
 """
 
-# B batch, C channels, G groups, H W pixels, h rows of a strip
+# B batch, C channels, G groups, N values of a group, H W pixels, h rows of a strip, h w latent pixels
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """Cards of a latents cache: its rows decoded again, which is what training really sees."""
 
+# B batch, C channels, H W pixels
+
 from collections import defaultdict
 from collections.abc import Sequence
 

@@ -1,5 +1,7 @@
 """Draws a section as one PNG: a grid of cards with their cuts, masks, captions and warnings."""
 
+# H W pixels, C channels
+
 import io
 import textwrap
 

@@ -3,7 +3,7 @@
 It runs in worker processes or in the main one; a batch is a pure function of its plan, so their number changes nothing.
 """
 
-# B batch, L tokens, D context width, P pooled width, C latent channels, h w latent pixels
+# B batch, L tokens, D context width, P pooled width, E the three encoders, C latent channels, h w latent pixels
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace

@@ -1,5 +1,7 @@
 """Builds a run from its options: base, adapter, optimizer, feed, saver, and the loop that drives them."""
 
+# B batch, C latent channels, h w latent pixels
+
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping

@@ -1,5 +1,7 @@
 """One training step: forward and backward over its micro-batches, checks, and the update of the adapter."""
 
+# B batch, C latent channels, h w latent pixels
+
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

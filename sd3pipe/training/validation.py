@@ -1,5 +1,7 @@
 """Loss on held-out pictures: fixed noise levels, noise keyed by picture, in eval mode, with confidence intervals."""
 
+# P pictures, S noise levels (sigmas)
+
 import logging
 import math
 from collections.abc import Mapping, Sequence
