@@ -1,4 +1,4 @@
-"""What streaming the base costs on a GPU, beside a resident base and beside swapping in both directions.
+"""What streaming the base costs on a GPU, beside a resident base.
 
     python benchmarks/gpu_streaming.py                      both models, within ten minutes on a data-centre card
     python benchmarks/gpu_streaming.py --models sd35-medium --pixels 512 --formats dense
@@ -7,10 +7,9 @@
 SD3.5-medium and SD3.5-large at their real sizes with random weights; a rank-16 LoRA on every layer of the blocks; T =
 333 text tokens; forward and backward. For none, half and all of the blocks, as bf16, fp8 and nf4: seconds per step,
 peak device memory, bytes copied, the share of copy time that is hidden, TFLOP/s reached, and the ratio to the computed
-floor: max(compute, copy) of both passes, computing at the rate of the step whose blocks are all resident. The peer
-swaps as sd-scripts does: in both directions through pageable memory, synchronously. Configurations that do not fit,
-lack a library or come after --minutes are listed as such. Prints each
-line as it is measured, and writes all as JSON to benchmarks/results/. Needs torch, and bitsandbytes for nf4.
+floor: max(compute, copy) of both passes, computing at the rate of the step whose blocks are all resident.
+Configurations that do not fit, lack a library or come after --minutes are listed as such. Prints each line as it is
+measured, and writes all as JSON to benchmarks/results/. Needs torch, and bitsandbytes for nf4.
 """
 
 import argparse
@@ -24,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sd3pipe.adapters.dropout import DropoutKeys, DropoutRates
 from sd3pipe.adapters.layers import LayerSetup, LoRA
@@ -49,7 +48,7 @@ TINY = {
 }
 TEXT_TOKENS, TINY_TEXT_TOKENS = 333, 8
 DTYPE = torch.bfloat16
-WARM_UPS, STEPS = 2, 3  # one step where they are slow; of the peer, which is slowest, the first
+WARM_UPS, STEPS = 2, 3  # one step where they are slow
 SLOW_SECONDS = 4.0
 ADAPTER_BYTES = 8  # of a weight: itself and its gradient
 
@@ -59,56 +58,10 @@ class Case:
     model: str
     base_format: BaseFormat
     blocks_to_swap: int
-    way: str  # one-way, two-way
     compiled: bool = False
     pixels: int = 0
     batch: int = 0
     text_tokens: int = TEXT_TOKENS
-
-
-class TwoWaySwap:
-    """Swaps blocks as sd-scripts does: before a block runs, a finished one goes to the host, and it comes, in series.
-
-    As many blocks as fit stay; with N swapped, the first `depth - N` are there at the start of a forward pass and the
-    last ones at its end. Only linear weights move, through pageable memory, with a sync on either side.
-    """
-
-    def __init__(self, mmdit: MMDiT, blocks_to_swap: int, device: torch.device) -> None:
-        self.mmdit, self.device = mmdit, device
-        self.room = len(mmdit.joint_blocks) - blocks_to_swap
-        self.present = list(range(self.room))
-        self.copied_bytes = 0
-        for name, parameter in mmdit.named_parameters():
-            block = int(name.split(".")[1]) if name.startswith("joint_blocks.") else -1
-            if block < self.room or not name.endswith(".weight") or parameter.ndim < 2:
-                parameter.data = parameter.data.to(device)
-        mmdit.block_runner = self
-
-    def __call__(self, index: int, context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> tuple[Tensor, Tensor]:
-        self._bring(index)
-        result = self.mmdit.run_block(index, context_BLD, x_BLD, condition_BD)
-        if result[1].requires_grad:
-            result[1].register_hook(lambda gradient: self._bring(index, gradient))
-        return result
-
-    def _bring(self, index: int, gradient: Tensor | None = None) -> Tensor | None:
-        if index not in self.present:
-            victim = max(self.present, key=lambda other: abs(other - index))
-            self._move(victim, torch.device("cpu"))
-            self._move(index, self.device)
-            self.present[self.present.index(victim)] = index
-        return gradient
-
-    def _move(self, index: int, device: torch.device) -> None:
-        synchronize(self.device)
-        for parameter in self.mmdit.joint_blocks[index].parameters():
-            if parameter.ndim == 2:
-                parameter.data = parameter.data.to(device)
-                self.copied_bytes += parameter.numel() * parameter.element_size()
-        synchronize(self.device)
-
-    def close(self) -> None:
-        self.mmdit.block_runner = None
 
 
 class Clock:
@@ -130,8 +83,7 @@ def main() -> None:
     )
     parser.add_argument("--pixels", nargs="+", type=int, default=[1024, 512])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--compile", action="store_true", help="let torch compile the blocks, but the peer's")
-    parser.add_argument("--no-peer", action="store_true", help="leave swapping in both directions out")
+    parser.add_argument("--compile", action="store_true", help="let torch compile the blocks")
     parser.add_argument("--minutes", type=float, default=9.0, help="measure nothing more after this time")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--device", default="cuda")
@@ -149,9 +101,7 @@ def main() -> None:
     for name in arguments.models:
         rates: dict[Case, Rates] = {}
         for build in _builds(name, arguments.formats):
-            if build.way == "two-way" and arguments.no_peer:
-                continue
-            build = replace(build, compiled=arguments.compile and build.way == "one-way")
+            build = replace(build, compiled=arguments.compile)
             build = replace(build, text_tokens=TINY_TEXT_TOKENS) if arguments.tiny else build
             lines += _measure(build, arguments.pixels, arguments.batches, device, clock, rates)
     _write(arguments.results, lines, device, compiled=arguments.compile)
@@ -160,13 +110,11 @@ def main() -> None:
 def _builds(name: str, formats: list[BaseFormat]) -> list[Case]:
     """Returns what to build: of each format the resident model first, which gives the rate of computing."""
     depth = ARCHITECTURES[name].depth
-    cases = [
-        Case(model=name, base_format=base_format, blocks_to_swap=count, way="one-way")
+    return [
+        Case(model=name, base_format=base_format, blocks_to_swap=count)
         for base_format in formats
         for count in (0, depth, depth // 2)
     ]
-    peers = [Case(model=name, base_format="dense", blocks_to_swap=n, way="two-way") for n in (depth - 2, depth // 2)]
-    return cases[:3] + peers + cases[3:] if "dense" in formats else cases
 
 
 def _measure(
@@ -189,8 +137,7 @@ def _measure(
     adapters = _attached(mmdit, device)
     lines = []
     for case in cases:
-        repeated = case.way == "two-way" and (case.batch, case.pixels) != (min(batches), max(pixels))
-        out = "no time was left" if clock.is_over else "copies the same bytes as the line above" if repeated else ""
+        out = "no time was left" if clock.is_over else ""
         lines.append(_told(case, {"left_out": out} if out else _measured(case, mmdit, runner, adapters, device, rates)))
     runner.close()
     del mmdit, runner, adapters
@@ -229,7 +176,7 @@ def _attached(mmdit: MMDiT, device: torch.device) -> nn.ModuleList:
     return layers
 
 
-def _built(case: Case, device: torch.device) -> tuple[MMDiT, BlockStreamer | TwoWaySwap]:
+def _built(case: Case, device: torch.device) -> tuple[MMDiT, BlockStreamer]:
     """Returns a model with random weights, built block by block, and what runs its blocks."""
     architecture = ARCHITECTURES[case.model]
     mmdit = MMDiT(architecture, device="meta", dtype=DTYPE).eval()
@@ -247,12 +194,7 @@ def _built(case: Case, device: torch.device) -> tuple[MMDiT, BlockStreamer | Two
 
     if case.compiled:
         compile_blocks(mmdit)
-    if case.way == "one-way":
-        return mmdit, BlockStreamer(mmdit, blocks_to_swap=case.blocks_to_swap, device=device, fill=fill)
-    for index in range(architecture.depth):
-        fill(index)
-        mmdit.joint_blocks[index].to("cpu")
-    return mmdit, TwoWaySwap(mmdit, case.blocks_to_swap, device)
+    return mmdit, BlockStreamer(mmdit, blocks_to_swap=case.blocks_to_swap, device=device, fill=fill)
 
 
 def _randomise(module: nn.Module, device: torch.device) -> None:
@@ -264,7 +206,7 @@ def _randomise(module: nn.Module, device: torch.device) -> None:
 def _measured(
     case: Case,
     mmdit: MMDiT,
-    runner: BlockStreamer | TwoWaySwap,
+    runner: BlockStreamer,
     adapters: nn.Module,
     device: torch.device,
     rates: dict[Case, Rates],
@@ -291,8 +233,8 @@ def _measured(
         adapter_bytes_per_weight=ADAPTER_BYTES,
     )
     try:
-        warmed = 0.0 if case.way == "two-way" else min(_timed(step, 1, device) for _ in range(WARM_UPS))
-        steps = 1 if case.way == "two-way" or warmed > SLOW_SECONDS else STEPS
+        warmed = min(_timed(step, 1, device) for _ in range(WARM_UPS))
+        steps = 1 if warmed > SLOW_SECONDS else STEPS
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         before = runner.copied_bytes
@@ -306,7 +248,7 @@ def _measured(
     size = model_size(ARCHITECTURES[case.model].shapes())
     tokens = (work.batch, work.image_tokens, work.text_tokens)
     operations = size.forward_flop(*tokens) + size.backward_flop(*tokens, recompute=True)
-    kind = replace(case, blocks_to_swap=0, way="one-way")
+    kind = replace(case, blocks_to_swap=0)
     if case == kind:
         rates[kind] = Rates(flop_per_second=operations / seconds, copy_bytes_per_second=_copy_rate(device))
     if kind not in rates:  # the resident model does not fit: one block's forward pass tells the rate
@@ -391,7 +333,7 @@ def _matmul_rate(device: torch.device) -> float:
 
 
 def _as_text(line: dict) -> str:
-    way = "compiled" if line["compiled"] else line["way"]
+    way = "compiled" if line["compiled"] else "eager"
     name = f"{line['model']} {line['base_format']:<5} {way:<8} N={line['blocks_to_swap']:<2} "
     name += f"{line['pixels']:>4} px B={line['batch']}"
     if "left_out" in line:
