@@ -18,6 +18,7 @@ from typer.exceptions import Abort, TyperException
 
 from sd3pipe import safe_path, stopping
 from sd3pipe.console import say, say_aside, say_error, setup_logging, version
+from sd3pipe.cores import bound_spinning
 from sd3pipe.errors import ExitCode, InputError, Sd3pipeError, Stopped
 
 
@@ -86,6 +87,7 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Runs one command line and returns its exit code."""
     setup_logging()
+    bound_spinning()
     with stopping.listening():
         return _exit_code(arguments)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from sd3pipe.cores import thread_count
 from sd3pipe.errors import ParameterError
 
 log = logging.getLogger(__name__)
@@ -15,11 +16,11 @@ def choose_device(name: str, threads: int | None = None) -> torch.device:
     """Returns the device that `--device` names and sets the number of CPU threads.
 
     `auto` is CUDA where torch can use it, else the CPU; an NVIDIA card that this torch build cannot use is named in
-    a warning. A CUDA device has its number and becomes the current one. `threads` = None takes all cores this process
-    may run on, also under torchrun, which would set one.
+    a warning. A CUDA device has its number and becomes the current one. `threads` = None leaves the number to
+    OMP_NUM_THREADS, or else takes all cores that this process may use.
     Raises ParameterError for an unknown or absent device.
     """
-    torch.set_num_threads(threads or usable_cores())
+    torch.set_num_threads(thread_count(threads))
     if name == "auto":
         if torch.cuda.is_available():
             rank = int(os.environ.get("LOCAL_RANK", "0"))  # under torchrun, each process takes a card of its own
@@ -37,11 +38,6 @@ def choose_device(name: str, threads: int | None = None) -> torch.device:
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s), from cuda:0"
         )
     return _current(device.index or 0) if device.type == "cuda" else device
-
-
-def usable_cores() -> int:
-    """Returns the number of cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def has_bfloat16() -> bool:

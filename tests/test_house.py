@@ -18,8 +18,8 @@ FLOORS = {
     "training": 3, "encoding": 3, "exporting": 3, "previewing": 3, "project": 3, "reporting": 3, "demo": 3,
     "diffusion": 2.5,  # stands on the rooms of floor 2, under those of floor 3: who trains, samples or judges draws
     "cache": 2, "data": 2, "models": 2, "memory": 2, "adapters": 2, "params": 1, "pages": 1,
-    "child": 0, "config": 0, "console": 0, "device": 0, "device_memory": 0, "documents": 0, "errors": 0, "files": 0,
-    "fingerprint": 0, "living": 0, "metrics": 0, "safe_path": 0, "shell": 0, "stages": 0,
+    "child": 0, "config": 0, "console": 0, "cores": 0, "device": 0, "device_memory": 0, "documents": 0, "errors": 0,
+    "files": 0, "fingerprint": 0, "living": 0, "metrics": 0, "safe_path": 0, "shell": 0, "stages": 0,
     "stat_memory": 0, "stopping": 0, "temporaries": 0,
 }  # fmt: skip
 TEXT_ENCODER_LIBRARIES = {"transformers", "tokenizers", "sentencepiece"}
@@ -203,6 +203,7 @@ OWN_READERS = {  # what they parse is no file of text, or one of the kernel's
     "sd3pipe.documents": "is the door",
     "sd3pipe.device_memory": "/proc and /sys/fs/cgroup",
     "sd3pipe.living": "/proc",
+    "sd3pipe.cores": "/sys",
     "sd3pipe.cache.segment": "JSON in a header, checked by its hash",
     "sd3pipe.encoding.ray_engine": "JSON between processes of one run",
     "sd3pipe.exporting.checkpoints": "JSON in a header that was checked",

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 
 from sd3pipe.console import readable_bytes, say_json, say_table, version
-from sd3pipe.device import has_nvidia_card, usable_cores
+from sd3pipe.cores import usable_cores
+from sd3pipe.device import has_nvidia_card
 from sd3pipe.errors import InputError
 from sd3pipe.files import free_bytes
 from sd3pipe.models.tokenizer_folders import find_tokenizers

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from sd3pipe import stopping
+from sd3pipe.cores import usable_cores
 from sd3pipe.data.decoding import Job, Pixels, decode_row
 from sd3pipe.data.headers import DECODER_ERRORS, MAX_PIXELS, UnreadablePicture, reason
 
@@ -58,8 +59,7 @@ def decoded_rows(jobs: Iterable[Job], *, workers: int, max_pixels: int = MAX_PIX
 
 def default_workers() -> int:
     """Returns as many workers as there are cores this process may use, eight at the most."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores)
+    return min(8, usable_cores())
 
 
 class _Feed:
