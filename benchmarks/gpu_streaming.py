@@ -26,7 +26,8 @@ import torch
 from torch import nn
 
 from sd3pipe.adapters.dropout import DropoutKeys, DropoutRates
-from sd3pipe.adapters.layers import LayerSetup, LoRA
+from sd3pipe.adapters.kind import LayerSetup
+from sd3pipe.adapters.lora import LoRA
 from sd3pipe.device_memory import peak_device_bytes
 from sd3pipe.errors import ParameterError
 from sd3pipe.memory.plan import Rates, Settings, Workload, predict

@@ -4,12 +4,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sd3pipe.adapters.deltas import Adapter, Delta, LoHaDelta, LoKrDelta, LoRADelta
+from sd3pipe.adapters.kind import Adapter, Delta, Product
+from sd3pipe.adapters.lora import LoRADelta
 from sd3pipe.errors import ParameterError
 
 _EXACT_SIDE = 1024  # matrices with a side up to this are decomposed exactly, larger ones by random projection
@@ -38,17 +39,18 @@ class _Factors:
 def resize(delta: Delta, *, rank: int | None, energy: float | None) -> Approximation:
     """Returns the nearest LoRA of at most `rank`, or of the least rank that keeps the share `energy`, or of both.
 
-    A LoRA is never given more rank than it has. Raises ParameterError for a DoRA, whose magnitudes belong to its
-    directions, and for a LoHa or LoKr without `rank`.
+    A LoRA is never given more rank than it has. Raises ParameterError for a change that depends on the base,
+    and for one that is no product without `rank`.
     """
-    if isinstance(delta, LoRADelta):
-        if delta.magnitude is not None:
-            raise ParameterError(
-                "a DoRA cannot be resized: export it with --format checkpoint, then `sd3pipe adapter extract`"
-            )
-        factors = _of_product(delta.up.double() * delta.scale, delta.down.double())
+    if delta.needs_base:
+        raise ParameterError(
+            f"a {delta.title} cannot be resized: export it with --format checkpoint, then `sd3pipe adapter extract`"
+        )
+    product = delta.product()
+    if product is not None:
+        factors = _of_product(product.up.double() * product.scale, product.down.double())
     elif rank is None:
-        raise ParameterError(f"a {delta.algorithm} has as many ranks as its layer is wide: give --rank")
+        raise ParameterError(f"a {delta.title} has as many ranks as its layer is wide: give --rank")
     else:
         factors = _of_matrix(delta.dense(), rank)
     return _approximation(factors, rank=rank, energy=energy)
@@ -69,43 +71,28 @@ def merge(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, De
     for path in paths:
         parts = [(adapter[path], weight) for adapter, weight in zip(adapters, weights, strict=True) if path in adapter]
         if len(parts) == 1:
-            merged[path] = scaled(*parts[0])
+            merged[path] = parts[0][0].scaled(parts[0][1])
         else:
             merged[path] = _sum([_summand(path, delta, weight) for delta, weight in parts])
     return merged
 
 
-def scaled(delta: Delta, weight: float) -> Delta:
-    """Returns the change times `weight`."""
-    match delta:
-        case LoRADelta():
-            if delta.magnitude is not None and weight != 1.0:
-                raise ParameterError("a DoRA cannot be weighted: its magnitudes act on the whole weight")
-            return replace(delta, alpha=delta.alpha * weight)
-        case LoHaDelta():
-            return replace(delta, alpha=delta.alpha * weight)
-        case LoKrDelta():
-            if delta.rank:
-                return replace(delta, alpha=delta.alpha * weight)
-            assert not isinstance(delta.w1, tuple), "a LoKr without rank has whole factors"
-            return replace(delta, w1=delta.w1 * weight)
-
-
-def _summand(path: str, delta: Delta, weight: float) -> LoRADelta:
-    if not isinstance(delta, LoRADelta) or delta.magnitude is not None:
+def _summand(path: str, delta: Delta, weight: float) -> Product:
+    product = None if delta.needs_base else delta.scaled(weight).product()
+    if product is None:
         raise ParameterError(
-            f"{path} is changed by several adapters, one of them a {delta.algorithm}, and only LoRAs add up: turn a "
+            f"{path} is changed by several adapters, one of them a {delta.title}, and only LoRAs add up: turn a "
             "LoHa or LoKr into a LoRA with `sd3pipe adapter resize` first"
         )
-    return replace(delta, alpha=delta.alpha * weight)
+    return product
 
 
-def _sum(parts: Sequence[LoRADelta]) -> LoRADelta:
-    down_RI = torch.cat([delta.down.float() for delta in parts])
-    if len({delta.scale for delta in parts}) == 1:
-        up_OR = torch.cat([delta.up.float() for delta in parts], dim=1)
+def _sum(parts: Sequence[Product]) -> LoRADelta:
+    down_RI = torch.cat([part.down.float() for part in parts])
+    if len({part.scale for part in parts}) == 1:
+        up_OR = torch.cat([part.up.float() for part in parts], dim=1)
         return LoRADelta(down=down_RI, up=up_OR, alpha=parts[0].scale * down_RI.shape[0])
-    up_OR = torch.cat([delta.up.float() * delta.scale for delta in parts], dim=1)
+    up_OR = torch.cat([part.up.float() * part.scale for part in parts], dim=1)
     return LoRADelta(down=down_RI, up=up_OR, alpha=float(down_RI.shape[0]))
 
 

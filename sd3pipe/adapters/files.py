@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sd3pipe.adapters.deltas import Adapter, Delta, LoRADelta, difference, same_factors
 from sd3pipe.adapters.forms import Parsed, parse, prepared, tensors_of
 from sd3pipe.adapters.integrity import TENSOR_HASH_KEY, check_bytes, with_digest
 from sd3pipe.adapters.keymap import Form, is_text_encoder
+from sd3pipe.adapters.kind import Adapter, Delta
 from sd3pipe.adapters.peft_config import PEFT_CONFIG_KEY, needed_config, read_strengths
 from sd3pipe.adapters.precision import Rounded, StoredDtype, check_error, rounded_adapter
 from sd3pipe.adapters.recognise import describe, foreign_kind
@@ -25,8 +25,6 @@ from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_file
 
 log = logging.getLogger(__name__)
-
-DORA_NORM_KEY = "sd3pipe_dora_norm"
 
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 _KEPT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -90,7 +88,7 @@ def read_adapter(path: Path, *, ignore_unknown: bool = False) -> AdapterFile:
     tensors, metadata = _read_tensors(path)
     strength = read_strengths(path, metadata)
     try:
-        parsed = parse(tensors, strength=strength, base_norm=metadata.get(DORA_NORM_KEY) == "base")
+        parsed = parse(tensors, strength=strength, metadata=metadata)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     if not parsed.adapter:
@@ -132,7 +130,7 @@ def save_adapter(
         write_tensors(handle, tensors, header)
         handle.flush()
         nbytes = handle.tell()
-        error, where = _written_error(adapter, rounded, read_adapter(Path(handle.name)).adapter)
+        error, where = compare(adapter, read_adapter(Path(handle.name)).adapter, rounded)
         check_error(where, error, dtype)
     return SavedAdapter(
         path=path,
@@ -145,24 +143,18 @@ def save_adapter(
     )
 
 
-def compare(source: Adapter, written: Adapter) -> tuple[float, str]:
-    """Returns the largest relative difference of a module's change, and the module; infinity where one is missing."""
+def compare(source: Adapter, written: Adapter, rounded: Mapping[str, Rounded] | None = None) -> tuple[float, str]:
+    """Returns the largest relative difference of a module's change, and the module; infinity where one is missing.
+
+    What is known of factors that were `rounded`, and written like that, is not computed again.
+    """
     odd = sorted(source.keys() ^ written.keys())
     if odd:
         return float("inf"), odd[0]
-    errors = {path: difference(delta, written[path]) for path, delta in source.items()}
-    where = max(errors, key=lambda path: errors[path])
-    return errors[where], where
-
-
-def _written_error(source: Adapter, rounded: Mapping[str, Rounded], written: Adapter) -> tuple[float, str]:
-    """Returns compare(source, written), without computing again what was computed for equal factors."""
-    if source.keys() != written.keys():
-        return compare(source, written)
-    errors = {
-        path: found.error if same_factors(found.delta, written[path]) else difference(source[path], written[path])
-        for path, found in rounded.items()
-    }
+    errors: dict[str, float] = {}
+    for path, delta in source.items():
+        known = rounded[path] if rounded else None
+        errors[path] = known.error if known and known.delta.same_as(written[path]) else delta.difference(written[path])
     where = max(errors, key=lambda path: errors[path])
     return errors[where], where
 
@@ -218,9 +210,7 @@ def _kept(tensor: Tensor) -> Tensor:
 
 def _needed_metadata(adapter: Adapter, tensors: Mapping[str, Tensor], form: Form) -> dict[str, str]:
     """Returns the metadata without which the file would be loaded wrongly."""
-    needed: dict[str, str] = {}
-    if any(isinstance(delta, LoRADelta) and delta.base_norm for delta in adapter.values()):
-        needed[DORA_NORM_KEY] = "base"
+    needed = {key: note for delta in adapter.values() for key, note in delta.notes().items()}
     config = needed_config(tensors) if form == "diffusers" else None
     if config is not None:
         needed[PEFT_CONFIG_KEY] = json.dumps(config, sort_keys=True)

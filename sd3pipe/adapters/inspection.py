@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from sd3pipe.adapters.deltas import Adapter, delta_norm
 from sd3pipe.adapters.files import AdapterFile
+from sd3pipe.adapters.kind import Adapter
 from sd3pipe.adapters.targets import BLOCK_PARTS, block_of, part_of
 
 K = TypeVar("K", str, int, float)
@@ -43,7 +43,7 @@ def inspect(file: AdapterFile) -> Inspection:
         ranks=_counted(delta.rank for delta in deltas),
         strengths=_counted(round(delta.scale, 6) for delta in deltas),
         parameters=sum(tensor.numel() for delta in deltas for tensor in delta.tensors().values()),
-        norms={path: delta_norm(delta) for path, delta in file.adapter.items()},
+        norms={path: delta.norm() for path, delta in file.adapter.items()},
         unknown=file.unknown,
     )
 
@@ -95,7 +95,7 @@ def norm_picture(title: str, norms: Mapping[str, float], depth: int) -> str:
 
 def squared_norms(adapter: Adapter) -> dict[str, float]:
     """Returns the squared norm of each module's change."""
-    return {path: delta_norm(delta) ** 2 for path, delta in adapter.items()}
+    return {path: delta.norm() ** 2 for path, delta in adapter.items()}
 
 
 def _cell(x: int, y: int, place: str, norm: float | None, largest: float) -> str:

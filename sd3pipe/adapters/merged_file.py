@@ -8,7 +8,7 @@ back and compared by digest.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -17,10 +17,9 @@ from blake3 import blake3
 from torch import Tensor
 
 from sd3pipe import stopping
-from sd3pipe.adapters.deltas import Adapter, Delta, LoRADelta, merged_weight, on_device
-from sd3pipe.adapters.fusing import swap_halves
+from sd3pipe.adapters.fusing import Rows, rows_of_part, swapped_halves
 from sd3pipe.adapters.keymap import find_place, halves_swapped
-from sd3pipe.adapters.layers import QKV_PARTS
+from sd3pipe.adapters.kind import Adapter
 from sd3pipe.adapters.sizes import depth_of
 from sd3pipe.adapters.tensor_file import DTYPES, tensor_bytes
 from sd3pipe.errors import InputError, StorageError
@@ -49,11 +48,10 @@ class Stored(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The delta that changes a tensor: that of a native module, or of the q, k or v rows of one."""
+    """The native module whose delta changes a tensor; `rows` takes the tensor's rows from the module's."""
 
     path: str
-    part: int | None = None
-    swapped: bool = False
+    rows: Rows | None = None
 
 
 @dataclass(slots=True)
@@ -144,7 +142,9 @@ def _target(name: str, adapter: Adapter, depth: int) -> Target | None:
     place = find_place(module)
     if place is None or place.form != "diffusers" or place.path not in adapter:
         return None
-    return Target(place.path, place.part, halves_swapped(place.path, depth))
+    if place.part is not None:
+        return Target(place.path, rows_of_part(place.part))
+    return Target(place.path, swapped_halves if halves_swapped(place.path, depth) else None)
 
 
 def _is_float(dtype: str) -> bool:
@@ -197,13 +197,14 @@ def _changed(
     dtype = DTYPES[tensor.dtype]
     raw = bytearray().join(_pieces(base, tensor))
     weight_OI = torch.frombuffer(raw, dtype=dtype).view(tensor.shape).flatten(1).to(device).float()
-    delta = _rows_of(adapter[target.path], target)
-    if delta.shape != tuple(weight_OI.shape):
+    delta = adapter[target.path]
+    size = delta.shape if target.rows is None else tuple(target.rows(torch.empty(delta.shape, device="meta")).shape)
+    if size != tuple(weight_OI.shape):
         raise InputError(
-            f"{tensor.path}: the adapter does not fit the model: {target.path} has size {list(delta.shape)} in it, "
+            f"{tensor.path}: the adapter does not fit the model: {target.path} has size {list(size)} in it, "
             f"{tensor.name} {list(tensor.shape)}"
         )
-    exact_OI = merged_weight(weight_OI, on_device(delta, device), multiplier)
+    exact_OI = delta.on(device).merged(weight_OI, multiplier, target.rows)
     stored_OI = exact_OI.to(dtype)
     _note(merged, target.path, exact_OI - weight_OI, stored_OI.float() - exact_OI)
     yield tensor_bytes(stored_OI)
@@ -215,17 +216,3 @@ def _note(merged: Merged, path: str, change_OI: Tensor, error_OI: Tensor) -> Non
     rounding = error / norm if norm else 0.0
     if rounding > merged.largest_rounding:
         merged.largest_rounding, merged.largest_at = rounding, path
-
-
-def _rows_of(delta: Delta, target: Target) -> Delta:
-    """Returns the delta of the tensor's rows: of the q, k or v part, or with halves exchanged."""
-    if target.swapped or target.part is not None:
-        if not isinstance(delta, LoRADelta):
-            dense_OI = delta.dense()
-            delta = LoRADelta(down=torch.eye(delta.shape[1]), up=dense_OI, alpha=float(delta.shape[1]))
-        if target.swapped:
-            return swap_halves(delta)
-        assert target.part is not None
-        magnitude = None if delta.magnitude is None else delta.magnitude.chunk(QKV_PARTS)[target.part]
-        return replace(delta, up=delta.up.chunk(QKV_PARTS)[target.part], magnitude=magnitude)
-    return delta

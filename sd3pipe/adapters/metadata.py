@@ -170,7 +170,7 @@ def network_args(spec: AdapterSpec) -> dict[str, str]:
         "rank_dropout": spec.dropout.rank or None,
         "module_dropout": spec.dropout.module or None,
         "rs_lora": spec.rs_lora or None,
-        "algo": None if spec.algorithm == "lora" else spec.algorithm,
+        "algo": None if spec.algorithm == AdapterSpec().algorithm else spec.algorithm,
         "rank_rules": [f"{pattern}={rank}" for pattern, rank in spec.rank_rules] or None,
         "lr_rules": [f"{pattern}={rate:g}" for pattern, rate in spec.learning_rate_rules] or None,
     }

@@ -10,11 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sd3pipe.adapters.deltas import Adapter, Delta, LoRADelta, merged_weight, with_norm_of
-from sd3pipe.adapters.dora import DoRA
 from sd3pipe.adapters.dropout import DropoutKeys, DropoutRates
-from sd3pipe.adapters.layers import AdaptedLinear, AdapterLayer, LayerSetup, LoRA, SplitLoRA
-from sd3pipe.adapters.lycoris import LoHa, LoKr, lokr_shapes
+from sd3pipe.adapters.kind import AdaptedLinear, Adapter, AdapterLayer, Delta, LayerSetup
+from sd3pipe.adapters.kinds import KINDS, check_option, check_spec
 from sd3pipe.adapters.targets import AdapterSpec, learning_rates, target_ranks
 from sd3pipe.console import listed
 from sd3pipe.errors import InputError, ParameterError
@@ -82,7 +80,7 @@ class AdapterNetwork(nn.Module):
     ) -> list[dict[str, Any]]:
         """Returns the optimizer's groups, one per learning rate; LoRA+ (arXiv:2402.12354) multiplies that of `up`."""
         if loraplus_lr_ratio != 1.0:
-            check_is_lora(spec, "loraplus_lr_ratio")
+            check_option(spec, "loraplus_lr_ratio")
         rates = learning_rates(self.layers, spec, learning_rate)
         groups: dict[float, list[nn.Parameter]] = {}
         for path, layer in self.layers.items():
@@ -102,16 +100,14 @@ class AdapterNetwork(nn.Module):
             raise InputError(f"the adapter does not fit the network: {_listed('lacks', missing, excess)}")
         for path, layer in self.layers.items():
             try:
-                layer.load(_over_changed_rows(adapter[path], self._slots[path]))
+                layer.load(_as_trained(adapter[path], self._slots[path]))
             except InputError as error:
                 raise InputError(f"{path}: {error}") from error
 
     @torch.no_grad()
     def limit_norms(self, largest: float) -> tuple[Tensor, Tensor]:
-        """Shrinks every LoRA whose |scale up down| exceeds `largest`; returns how many, and the mean norm after."""
-        limited = [layer.limit_norm(largest) for layer in self.layers.values() if isinstance(layer, LoRA)]
-        if len(limited) != len(self.layers):
-            raise ParameterError("scale_weight_norms is for LoRA and DoRA alone")
+        """Shrinks every layer whose norm exceeds `largest`; returns how many, and the mean norm after."""
+        limited = [layer.limit_norm(largest) for layer in self.layers.values()]
         return torch.stack([shrunk for _, shrunk in limited]).sum(), torch.stack([norm for norm, _ in limited]).mean()
 
 
@@ -123,6 +119,7 @@ def attach(
     dtype: torch.dtype = torch.float32,
 ) -> AdapterNetwork:
     """Attaches a fresh adapter, which changes nothing; start values depend on the seed and the module path alone."""
+    check_spec(spec)
     slots: dict[str, LinearSlot] = dict(model.linears())
     keys = DropoutKeys()
     layers: dict[str, AdapterLayer] = {}
@@ -138,10 +135,9 @@ def attach(
             device=device,
             dtype=dtype,
         )
-        layers[path] = _layer(path, setup, spec)
+        layers[path] = KINDS[spec.algorithm].fresh_layer(path, setup, spec)
         layers[path].reset(torch.Generator().manual_seed(_number(f"{spec.seed}/{path}")))
-        if isinstance(layer := layers[path], DoRA):
-            layer.measure(slots[path])
+        layers[path].measure(slots[path])
     return AdapterNetwork(layers, {path: slots[path] for path in layers}, keys)
 
 
@@ -170,8 +166,8 @@ def attach_deltas(
             device=device,
             dtype=dtype,
         )
-        layers[path] = _layer_of(delta, setup)
-        layers[path].load(_over_changed_rows(delta, slots[path]))
+        layers[path] = delta.layer(setup)
+        layers[path].load(_as_trained(delta, slots[path]))
     return AdapterNetwork(layers, {path: slots[path] for path in layers}, keys)
 
 
@@ -184,14 +180,8 @@ def merge_into(model: AdaptableModel, adapter: Adapter, multiplier: float = 1.0)
         weight = slots[path].weight
         if getattr(slots[path], "packing", None) is not None:
             raise ParameterError("base_weights need a base in 16 or 32 bit: they are added before it is quantised")
-        merged = merged_weight(weight.detach().flatten(1).to("cpu"), delta, multiplier)
+        merged = delta.merged(weight.detach().flatten(1).to("cpu"), multiplier)
         weight.copy_(merged.view_as(weight))
-
-
-def check_is_lora(spec: AdapterSpec, option: str) -> None:
-    """Raises ParameterError where an option needs down and up matrices, and the adapter has others."""
-    if spec.algorithm not in ("lora", "dora"):
-        raise ParameterError(f"{option} is for LoRA and DoRA, not for {spec.algorithm}")
 
 
 def check_fit(slots: Mapping[str, LinearSlot], adapter: Adapter) -> None:
@@ -209,36 +199,9 @@ def check_fit(slots: Mapping[str, LinearSlot], adapter: Adapter) -> None:
             )
 
 
-def _layer(path: str, setup: LayerSetup, spec: AdapterSpec) -> AdapterLayer:
-    match spec.algorithm:
-        case "lora":
-            return SplitLoRA(setup) if spec.split_qkv and path.endswith(".qkv") else LoRA(setup)
-        case "dora":
-            return DoRA(setup)
-        case "loha":
-            return LoHa(setup)
-        case "lokr":
-            shapes = lokr_shapes(setup.out_features, setup.in_features, setup.rank, spec.lokr_factor)
-            return LoKr(setup, shapes)
-
-
-def _layer_of(delta: Delta, setup: LayerSetup) -> AdapterLayer:
-    match delta.algorithm:
-        case "lora":
-            return LoRA(setup)
-        case "dora":
-            return DoRA(setup)
-        case "loha":
-            return LoHa(setup)
-        case "lokr":
-            return LoKr(setup, {name: tuple(tensor.shape) for name, tensor in delta.tensors().items()})
-
-
-def _over_changed_rows(delta: Delta, slot: LinearSlot) -> Delta:
-    """Returns a DoRA that was exported for ComfyUI with magnitudes as they are trained, over changed rows."""
-    if isinstance(delta, LoRADelta) and delta.base_norm:
-        return with_norm_of(delta, slot.dense_weight().to("cpu"), base_norm=False)
-    return delta
+def _as_trained(delta: Delta, slot: LinearSlot) -> Delta:
+    """Returns a delta that was made for another program's readers with the numbers that our layers train."""
+    return delta if delta.suits("native") else delta.suited("native", slot.dense_weight().to("cpu"))
 
 
 def _alpha(spec: AdapterSpec, rank: int) -> float:

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from sd3pipe.adapters.deltas import Adapter, Delta, LoHaDelta, LoKrDelta, LoRADelta, difference
+from sd3pipe.adapters.kind import Adapter, Delta
 from sd3pipe.errors import ParameterError
 
 StoredDtype = Literal["auto", "same", "fp32", "fp16", "bf16"]
@@ -51,42 +50,16 @@ def check_error(path: str, error: float, dtype: StoredDtype) -> None:
 
 
 def _rounded(source: Delta, held: Delta, dtype: StoredDtype) -> Rounded:
-    """Returns a delta in a number format; fp16 LoRA factors are brought to one magnitude where that helps."""
+    """Returns a delta in a number format; factors of fp16 are balanced where that helps."""
     if dtype == "same":
-        return Rounded(held, difference(source, held))
-    plain = _cast(held, DTYPES.get(dtype, torch.float16))
-    found = Rounded(plain, difference(source, plain))
-    if dtype not in ("auto", "fp16") or not isinstance(held, LoRADelta) or found.error < FP16_TOLERANCE / 2:
+        return Rounded(held, source.difference(held))
+    plain = held.cast(DTYPES.get(dtype, torch.float16))
+    found = Rounded(plain, source.difference(plain))
+    if dtype not in ("auto", "fp16") or found.error < FP16_TOLERANCE / 2:
         return found
-    balanced = _cast(_balanced(held), torch.float16)
-    other = Rounded(balanced, difference(source, balanced))
+    balanced = held.balanced()
+    if balanced is held:
+        return found
+    balanced = balanced.cast(torch.float16)
+    other = Rounded(balanced, source.difference(balanced))
     return other if other.error < found.error or math.isnan(found.error) else found
-
-
-def _balanced(delta: LoRADelta) -> LoRADelta:
-    """Returns the same product with a power of two moved between the factors, away from fp16's subnormal numbers."""
-    largest_down, largest_up = float(delta.down.abs().max()), float(delta.up.abs().max())
-    if not largest_down or not largest_up:
-        return delta
-    factor = 2.0 ** round(math.log2(largest_down / largest_up) / 2)
-    return replace(delta, down=delta.down.float() / factor, up=delta.up.float() * factor)
-
-
-def _cast(delta: Delta, dtype: torch.dtype) -> Delta:
-    match delta:
-        case LoRADelta():  # magnitudes stay in fp32: they are few, and their error would act on the whole weight
-            return replace(delta, down=delta.down.to(dtype), up=delta.up.to(dtype))
-        case LoHaDelta():
-            return replace(
-                delta,
-                w1_a=delta.w1_a.to(dtype),
-                w1_b=delta.w1_b.to(dtype),
-                w2_a=delta.w2_a.to(dtype),
-                w2_b=delta.w2_b.to(dtype),
-            )
-        case LoKrDelta():
-            return replace(delta, w1=_cast_factor(delta.w1, dtype), w2=_cast_factor(delta.w2, dtype))
-
-
-def _cast_factor(factor: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor | tuple[Tensor, Tensor]:
-    return (factor[0].to(dtype), factor[1].to(dtype)) if isinstance(factor, tuple) else factor.to(dtype)

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
 
-from sd3pipe.adapters.deltas import Algorithm
 from sd3pipe.adapters.dropout import DropoutRates
 from sd3pipe.errors import ParameterError
 
+Algorithm = Literal["lora", "dora", "loha", "lokr"]
 BlockPart = Literal["context_attn", "context_mlp", "context_mod", "x_attn", "x_mlp", "x_mod"]
 BLOCK_PARTS: tuple[BlockPart, ...] = get_args(BlockPart)
 
@@ -45,15 +45,6 @@ class AdapterSpec:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        if self.algorithm in ("loha", "lokr"):
-            wrong = [name for name in ("neuron", "rank") if getattr(self.dropout, name)]
-            wrong_names = " and ".join(f"{'rank' if name == 'rank' else 'network'}_dropout" for name in wrong)
-            if wrong:
-                raise ParameterError(f"{self.algorithm} has no rank activations: use module_dropout, not {wrong_names}")
-        if self.split_qkv and self.algorithm != "lora":
-            raise ParameterError(f"split_qkv is for LoRA alone, not for {self.algorithm}")
-        if self.lokr_factor != -1 and self.algorithm != "lokr":
-            raise ParameterError(f"lokr_factor is for LoKr alone, not for {self.algorithm}")
         if self.embedder_ranks and len(self.embedder_ranks) != len(EMBEDDERS):
             names = ", ".join(EMBEDDERS)
             raise ParameterError(f"emb_dims has {len(self.embedder_ranks)} numbers and needs {len(EMBEDDERS)}: {names}")

@@ -8,11 +8,11 @@ from typing import Any
 from sd3pipe.adapters.algebra import mean_kept
 from sd3pipe.adapters.algebra import merge as merged_adapter
 from sd3pipe.adapters.algebra import resize as resized
-from sd3pipe.adapters.deltas import Adapter
 from sd3pipe.adapters.files import AdapterFile, read_adapter, save_adapter
 from sd3pipe.adapters.find import find_adapter
 from sd3pipe.adapters.inspection import Inspection, norm_picture, norm_table, squared_norms
 from sd3pipe.adapters.inspection import inspect as inspected
+from sd3pipe.adapters.kind import Adapter
 from sd3pipe.adapters.metadata import read_provenance
 from sd3pipe.console import count, one_line, say, say_json
 from sd3pipe.errors import InputError, ParameterError

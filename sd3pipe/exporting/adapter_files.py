@@ -5,12 +5,16 @@ from pathlib import Path
 
 from sd3pipe.adapters.files import SavedAdapter
 from sd3pipe.adapters.keymap import Form
+from sd3pipe.adapters.kinds import KINDS
 from sd3pipe.adapters.metadata import Description, modelspec, thumbnail_url
+from sd3pipe.adapters.peft_config import PEFT_CONFIG_KEY
 from sd3pipe.console import count, readable_bytes
 from sd3pipe.errors import ParameterError
 from sd3pipe.params.export import DescriptionParams
 
-_OF_THE_SOURCE_FILE = {"format", "lora_adapter_metadata", "sd3pipe_dora_norm", "sshs_legacy_hash"}
+_OF_THE_SOURCE_FILE = {"format", PEFT_CONFIG_KEY, "sshs_legacy_hash"}.union(
+    *(kind.note_keys for kind in KINDS.values())
+)
 
 
 def export_metadata(

@@ -10,7 +10,7 @@ from typing import IO
 
 import torch
 
-from sd3pipe.adapters.deltas import Adapter
+from sd3pipe.adapters.kind import Adapter
 from sd3pipe.adapters.merged_file import (
     Merged,
     Target,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from sd3pipe.adapters.dropout import DropoutRates
+from sd3pipe.adapters.kinds import check_spec
 from sd3pipe.adapters.targets import BLOCK_PARTS, AdapterSpec
 from sd3pipe.errors import ParameterError
 from sd3pipe.params.resolve import nearest
@@ -25,7 +26,7 @@ _REFUSED = {
 def adapter_spec(params: TrainParams) -> AdapterSpec:
     """Returns the adapter that the options describe. Raises ParameterError for unknown or ill-typed network_args."""
     args = network_args(params.network_args)
-    return AdapterSpec(
+    spec = AdapterSpec(
         algorithm=params.adapter_type,
         rank=params.network_dim,
         alpha=params.network_alpha or None,
@@ -44,6 +45,8 @@ def adapter_spec(params: TrainParams) -> AdapterSpec:
         ),
         seed=params.seed,
     )
+    check_spec(spec)
+    return spec
 
 
 def loraplus_ratio(params: TrainParams) -> float:

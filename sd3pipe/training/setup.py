@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sd3pipe.adapters.files import read_adapter
-from sd3pipe.adapters.network import AdapterNetwork, attach, attach_deltas, check_fit, check_is_lora, merge_into
+from sd3pipe.adapters.kinds import check_option
+from sd3pipe.adapters.network import AdapterNetwork, attach, attach_deltas, check_fit, merge_into
 from sd3pipe.adapters.precision import StoredDtype
 from sd3pipe.adapters.targets import learning_rates, target_ranks
 from sd3pipe.diffusion.base_model import load_base
@@ -68,7 +69,7 @@ def check_options(params: TrainParams, architecture: MMDiTArchitecture, data: Tr
         "scale_weight_norms": params.scale_weight_norms is not None,
     }.items():
         if is_set:
-            check_is_lora(spec, option)
+            check_option(spec, option)
     check_optimizer_args(params.optimizer_type, parse_args("optimizer_args", params.optimizer_args))
     for path in (*run.base_weights, *([run.network_weights] if run.network_weights else [])):
         check_fit(linears, read_adapter(path).model_part)

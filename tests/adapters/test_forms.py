@@ -13,10 +13,8 @@ from safetensors.torch import load_file, save_file
 from support.random_adapters import linear_sizes, random_adapter, random_delta
 from support.tiny_mmdit import tiny_architecture
 
-from sd3pipe.adapters.deltas import LoRADelta, difference
 from sd3pipe.adapters.files import compare, read_adapter, save_adapter
-from sd3pipe.adapters.forms import parse, prepared, tensors_of
-from sd3pipe.adapters.fusing import join_qkv, split_qkv
+from sd3pipe.adapters.forms import join_qkv, parse, prepared, tensors_of
 from sd3pipe.adapters.keymap import (
     BLOCK_MODULES,
     OTHER_MODULES,
@@ -26,6 +24,7 @@ from sd3pipe.adapters.keymap import (
     halves_swapped,
     module_names,
 )  # fmt: skip
+from sd3pipe.adapters.lora import LoRADelta
 from sd3pipe.errors import InputError, ParameterError
 
 VARIANTS = ("sd3-medium", "sd35-medium", "sd35-large")
@@ -72,13 +71,13 @@ def test_diffusers_form_holds_dora_and_refuses_the_rest():
 def test_split_of_one_down_and_of_three_is_exact():
     generator = torch.Generator().manual_seed(0)
     shared = random_delta("lora", (192, 64), rank=4, alpha=3.0, generator=generator)
-    assert {part.rank for part in split_qkv(shared)} == {4}
-    assert difference(shared, join_qkv(dict(enumerate(split_qkv(shared))))) == 0.0
+    assert {part.rank for part in shared.split()} == {4}
+    assert shared.difference(join_qkv(dict(enumerate(shared.split())))) == 0.0
     apart = {i: random_delta("lora", (64, 64), rank=2, alpha=1.0, generator=generator) for i in range(3)}
     joined = join_qkv(apart)
     assert (joined.rank, joined.alpha) == (6, 3.0)
-    for index, part in enumerate(split_qkv(joined)):
-        assert difference(apart[index], part) == 0.0
+    for index, part in enumerate(joined.split()):
+        assert apart[index].difference(part) == 0.0
 
 
 def test_parts_of_other_ranks_and_strengths_join():
@@ -304,7 +303,7 @@ def test_a_lokr_of_another_program_is_read():
     name = "lycoris_transformer_blocks_0_attn_to_out_0"
     tensors = {f"{name}.lokr_{part}": tensor for part, tensor in delta.tensors().items()}
     (read,) = parse(tensors | {f"{name}.alpha": torch.tensor(1.0)}).adapter.values()
-    assert difference(delta, read) == 0.0
+    assert delta.difference(read) == 0.0
 
 
 @pytest.mark.parametrize("form", ["comfyui", "comfyui-generic"])

@@ -6,11 +6,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn import functional
 
-from sd3pipe.adapters.deltas import LoRADelta, difference, merged_weight
-from sd3pipe.adapters.dora import DoRA
+from sd3pipe.adapters.dora import DoRA, DoRADelta
 from sd3pipe.adapters.dropout import DropoutKeys, DropoutRates, kept, uniform
-from sd3pipe.adapters.layers import LayerSetup, LoRA, SplitLoRA
-from sd3pipe.adapters.lycoris import LoHa, LoKr, factor_pair, lokr_shapes
+from sd3pipe.adapters.kind import LayerSetup
+from sd3pipe.adapters.loha import LoHa
+from sd3pipe.adapters.lokr import LoKr, factor_pair, lokr_shapes
+from sd3pipe.adapters.lora import LoRA, SplitLoRA
 from sd3pipe.errors import InputError
 from sd3pipe.models.linear import Linear
 
@@ -73,7 +74,7 @@ def test_fresh_layer_changes_nothing_bit_for_bit(kind, dtype):
 def test_output_is_that_of_the_merged_weight(kind, multiplier):
     linear, layer, x = make_linear(), make_layer(kind, fresh=False), inputs(3, 5)
     layer.multiplier = multiplier
-    expected = functional.linear(x, merged_weight(linear.weight, layer.delta(), multiplier), linear.bias)
+    expected = functional.linear(x, layer.delta().merged(linear.weight, multiplier), linear.bias)
     torch.testing.assert_close(layer(x, linear), expected, rtol=1e-5, atol=1e-5)  # fp32 sums in another order
     assert (layer(x, linear) - linear.base(x)).abs().max() > 0.1
 
@@ -182,7 +183,7 @@ def test_norm_limit_bounds_the_change_and_leaves_smaller_ones(kind):
     layer = make_layer(kind, fresh=False)
     before = layer.delta()
     norm, shrunk = layer.limit_norm(1e6)
-    assert not shrunk and difference(before, layer.delta()) == 0.0
+    assert not shrunk and before.difference(layer.delta()) == 0.0
     assert norm.item() == pytest.approx(torch.linalg.vector_norm(before.dense()).item(), rel=1e-5)
     norm, shrunk = layer.limit_norm(0.5)
     assert shrunk and norm.item() == 0.5
@@ -271,10 +272,10 @@ def test_rates_out_of_range_are_refused():
 
 def test_difference_sees_strength_direction_and_magnitude():
     delta = make_layer("dora", fresh=False).delta()
-    assert difference(delta, delta) == 0.0
-    louder = LoRADelta(down=delta.down, up=delta.up * 1.01, alpha=delta.alpha, magnitude=delta.magnitude)
-    assert difference(delta, louder) == pytest.approx(0.01, rel=1e-4)
-    heavier = LoRADelta(down=delta.down, up=delta.up, alpha=delta.alpha, magnitude=delta.magnitude * 1.02)
-    assert difference(delta, heavier) == pytest.approx(0.02, rel=1e-4)
-    regauged = LoRADelta(down=delta.down * 3, up=delta.up / 3, alpha=delta.alpha, magnitude=delta.magnitude)
-    assert difference(delta, regauged) < 1e-6
+    assert delta.difference(delta) == 0.0
+    louder = DoRADelta(down=delta.down, up=delta.up * 1.01, alpha=delta.alpha, magnitude=delta.magnitude)
+    assert delta.difference(louder) == pytest.approx(0.01, rel=1e-4)
+    heavier = DoRADelta(down=delta.down, up=delta.up, alpha=delta.alpha, magnitude=delta.magnitude * 1.02)
+    assert delta.difference(heavier) == pytest.approx(0.02, rel=1e-4)
+    regauged = DoRADelta(down=delta.down * 3, up=delta.up / 3, alpha=delta.alpha, magnitude=delta.magnitude)
+    assert delta.difference(regauged) < 1e-6

@@ -6,9 +6,9 @@ import pytest
 import torch
 from support.tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
 
-from sd3pipe.adapters.deltas import with_norm_of
 from sd3pipe.adapters.dropout import DropoutRates
-from sd3pipe.adapters.layers import SplitLoRA
+from sd3pipe.adapters.kinds import check_spec
+from sd3pipe.adapters.lora import SplitLoRA
 from sd3pipe.adapters.network import attach, attach_deltas, merge_into
 from sd3pipe.adapters.targets import EMBEDDERS, AdapterSpec, parse_blocks, part_of, target_ranks
 from sd3pipe.errors import InputError, ParameterError
@@ -113,6 +113,7 @@ def test_rules_that_match_nothing_are_refused(rule):
 )
 def test_specs_that_cannot_be_are_refused(wrong):
     with pytest.raises(ParameterError):
+        check_spec(AdapterSpec(**wrong))
         target_ranks(paths_of("sd35-large"), AdapterSpec(**wrong))
 
 
@@ -159,7 +160,7 @@ def test_a_dora_exported_for_comfyui_attaches_and_loads_as_it_was_trained():
     network = attach(model, spec)
     disturb(network)
     expected = model(**inputs)
-    exported = {path: with_norm_of(delta, weights[path], base_norm=True) for path, delta in network.deltas().items()}
+    exported = {path: delta.suited("comfyui", weights[path]) for path, delta in network.deltas().items()}
     network.detach()
     again = attach_deltas(model, exported)
     torch.testing.assert_close(model(**inputs), expected, rtol=1e-4, atol=1e-4)

@@ -14,9 +14,9 @@ from support.tiny_mmdit import random_inputs, random_weights, tiny_architecture
 from support.written_files import metadata_of, single_file, trained_metadata
 
 from sd3pipe.adapters.algebra import approximate, merge, resize
-from sd3pipe.adapters.deltas import LoRADelta, delta_norm, difference
 from sd3pipe.adapters.files import compare, read_adapter, save_adapter
 from sd3pipe.adapters.inspection import norms_by_part
+from sd3pipe.adapters.lora import LoRADelta
 from sd3pipe.adapters.metadata import Provenance
 from sd3pipe.adapters.network import attach_deltas
 from sd3pipe.commands import adapter as commands
@@ -77,10 +77,10 @@ def test_resize_to_its_own_rank_changes_nothing_and_below_is_the_nearest():
     down, up = torch.randn(6, 40, generator=generator), torch.randn(50, 6, generator=generator)
     delta = LoRADelta(down=down, up=up, alpha=3.0)
     whole = resize(delta, rank=6, energy=None)
-    assert difference(delta, whole.delta) < 1e-6 and whole.kept == pytest.approx(1.0)
+    assert delta.difference(whole.delta) < 1e-6 and whole.kept == pytest.approx(1.0)
     half = resize(delta, rank=3, energy=None)
     values = torch.linalg.svdvals(delta.dense().double())
-    assert difference(delta, half.delta) == pytest.approx((values[3:].norm() / values.norm()).item(), rel=1e-4)
+    assert delta.difference(half.delta) == pytest.approx((values[3:].norm() / values.norm()).item(), rel=1e-4)
     assert half.kept == pytest.approx((values[:3].square().sum() / values.square().sum()).item(), rel=1e-5)
     assert half.delta.alpha == half.delta.rank == 3
     assert resize(delta, rank=20, energy=None).delta.rank == 6
@@ -229,7 +229,7 @@ def test_inspect_shows_norms_as_text_json_and_picture(tmp_path, capsys):
     commands.inspect(options.AdapterInspectParams(adapter=path, as_json=True))
     found = json.loads(capsys.readouterr().out)
     adapter = read_adapter(path).adapter
-    assert found["norms"] == pytest.approx({name: delta_norm(delta) for name, delta in adapter.items()})
+    assert found["norms"] == pytest.approx({name: delta.norm() for name, delta in adapter.items()})
     assert found["forms"] == ["comfyui"] and sum(found["ranks"].values()) == len(adapter)
     cells = [cell for row in norms_by_part(found["norms"], 3) for cell in row]
     inside = sum(norm**2 for name, norm in found["norms"].items() if name.startswith("joint_blocks"))

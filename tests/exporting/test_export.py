@@ -12,7 +12,6 @@ from support.random_adapters import random_adapter
 from support.tiny_mmdit import tiny_architecture
 from support.written_files import metadata_of, single_file, trained_metadata
 
-from sd3pipe.adapters.deltas import with_norm_of
 from sd3pipe.adapters.files import compare, read_adapter, save_adapter
 from sd3pipe.adapters.metadata import modelspec
 from sd3pipe.adapters.network import attach_deltas
@@ -140,7 +139,7 @@ def test_dora_for_comfyui_gives_its_sum_the_trained_weight(tmp_path):
         torch.testing.assert_close(ours, x @ by_comfyui.T, rtol=1e-4, atol=1e-4)
     again = read_adapter(tmp_path / "out.safetensors").adapter
     assert all(delta.base_norm for delta in again.values())
-    back = {path: with_norm_of(delta, weights[path], base_norm=False) for path, delta in again.items()}
+    back = {path: delta.suited("native", weights[path]) for path, delta in again.items()}
     assert compare(dora, back)[0] < 1e-5
     export(
         tmp_path / "out.safetensors",

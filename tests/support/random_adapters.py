@@ -2,8 +2,11 @@
 
 import torch
 
-from sd3pipe.adapters.deltas import Delta, LoHaDelta, LoKrDelta, LoRADelta
-from sd3pipe.adapters.lycoris import lokr_shapes
+from sd3pipe.adapters.dora import DoRADelta
+from sd3pipe.adapters.kind import Delta
+from sd3pipe.adapters.loha import LoHaDelta
+from sd3pipe.adapters.lokr import LoKrDelta, lokr_shapes
+from sd3pipe.adapters.lora import LoRADelta
 from sd3pipe.models.architecture import MMDiTArchitecture
 
 RANKS = (2, 3, 5)  # by turns, so that neighbours differ
@@ -43,7 +46,7 @@ def random_delta(kind: str, size: tuple[int, int], *, rank: int, alpha: float, g
         case "lora":
             return LoRADelta(down=draw(rank, columns), up=draw(rows, rank), alpha=alpha)
         case "dora":
-            return LoRADelta(down=draw(rank, columns), up=draw(rows, rank), alpha=alpha, magnitude=1 + 0.1 * draw(rows))
+            return DoRADelta(down=draw(rank, columns), up=draw(rows, rank), alpha=alpha, magnitude=1 + 0.1 * draw(rows))
         case "loha":
             return LoHaDelta(
                 w1_a=draw(rows, rank), w1_b=draw(rank, columns), w2_a=draw(rows, rank), w2_b=draw(rank, columns),

@@ -1,0 +1,33 @@
+"""The table of adapter kinds. A kind is a file with its Delta, which names all else, and a line here."""
+
+from collections.abc import Mapping
+
+from sd3pipe.adapters.dora import DoRADelta
+from sd3pipe.adapters.kind import Delta
+from sd3pipe.adapters.loha import LoHaDelta
+from sd3pipe.adapters.lokr import LoKrDelta
+from sd3pipe.adapters.lora import LoRADelta
+from sd3pipe.adapters.targets import AdapterSpec
+from sd3pipe.errors import ParameterError
+
+KINDS: dict[str, type[Delta]] = {kind.algorithm: kind for kind in (LoRADelta, DoRADelta, LoHaDelta, LoKrDelta)}
+
+
+def check_spec(spec: AdapterSpec) -> None:
+    """Raises ParameterError for options that the kind of adapter does not have."""
+    given: Mapping[str, bool] = {
+        "network_dropout": spec.dropout.neuron > 0.0,
+        "rank_dropout": spec.dropout.rank > 0.0,
+        "split_qkv": spec.split_qkv,
+        "lokr_factor": spec.lokr_factor != -1,
+    }
+    for option, is_given in given.items():
+        if is_given:
+            check_option(spec, option)
+
+
+def check_option(spec: AdapterSpec, option: str) -> None:
+    """Raises ParameterError where an option is for other kinds of adapters, saying for which."""
+    if option not in KINDS[spec.algorithm].options:
+        others = " and ".join(kind.title for kind in KINDS.values() if option in kind.options)
+        raise ParameterError(f"{option} is for {others} alone, not for {KINDS[spec.algorithm].title}")

@@ -1,0 +1,174 @@
+"""LoKr (arXiv:2309.14859): a Kronecker product, with LyCORIS' names, start values and choice of factors."""
+
+# I in features, O out features, R rank; in a Kronecker product I = M N, O = L K with w1 [L, M] and w2 [K, N]
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sd3pipe.adapters.kind import AdapterLayer, Delta, LayerSetup, kaiming_uniform, on_cpu
+from sd3pipe.adapters.parts import LayerParts
+from sd3pipe.adapters.targets import AdapterSpec
+
+Factor: TypeAlias = Tensor | tuple[Tensor, Tensor]  # a whole matrix, or the product of two thin ones
+
+_NAMES = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LoKrDelta(Delta):
+    """W + scale (w1 kron w2), each factor whole or the product of two thin matrices."""
+
+    algorithm: ClassVar[str] = "lokr"
+    title: ClassVar[str] = "LoKr"
+    options: ClassVar[frozenset[str]] = frozenset({"lokr_factor"})
+    part_names: ClassVar[Mapping[str, tuple[str, ...]]] = {f"lokr_{name}": (f".lokr_{name}",) for name in _NAMES}
+    file_prefix: ClassVar[str] = "lokr_"
+
+    w1: Factor
+    w2: Factor
+
+    def __post_init__(self) -> None:
+        for factor in (self.w1, self.w2):
+            parts = _matrices(factor)
+            thin = len(parts) == 2 and parts[0].shape[-1] != parts[1].shape[0]
+            if thin or any(part.ndim != 2 for part in parts):
+                raise ValueError(f"the Kronecker factors {[list(part.shape) for part in parts]} do not match")
+
+    @property
+    def rank(self) -> int:
+        for factor in (self.w2, self.w1):  # LyCORIS and ComfyUI let the second factor decide
+            if isinstance(factor, tuple):
+                return factor[0].shape[1]
+        return 0
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank if self.rank else 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        first, second = _matrices(self.w1), _matrices(self.w2)
+        return first[0].shape[0] * second[0].shape[0], first[-1].shape[1] * second[-1].shape[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, factor in (("w1", self.w1), ("w2", self.w2)):
+            if isinstance(factor, tuple):
+                tensors |= {f"{name}_a": factor[0], f"{name}_b": factor[1]}
+            else:
+                tensors[name] = factor
+        return tensors
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        w1, w2 = (
+            tensors[name] if name in tensors else (tensors[f"{name}_a"], tensors[f"{name}_b"]) for name in ("w1", "w2")
+        )
+        return replace(self, w1=w1, w2=w2)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.kron(_multiplied(self.w1, dtype), _multiplied(self.w2, dtype)) * self.scale
+
+    def scaled(self, weight: float) -> Self:
+        if self.rank:
+            return replace(self, alpha=self.alpha * weight)
+        return replace(self, w1=_multiplied(self.w1) * weight)
+
+    @classmethod
+    def read(cls, parts: LayerParts) -> Self:
+        own = parts.own_alpha()
+        delta = cls(
+            w1=_read_factor(parts, "lokr_w1"), w2=_read_factor(parts, "lokr_w2"), alpha=1.0 if own is None else own
+        )
+        if delta.rank:
+            return replace(delta, alpha=parts.alpha(delta.rank))
+        scale = parts.strength(None) if own is None else None  # LyCORIS gives whole factors no scale, peft its own
+        return delta if scale is None else replace(delta, w1=_multiplied(delta.w1, torch.float32) * scale)
+
+    @classmethod
+    def fresh_layer(cls, path: str, setup: LayerSetup, spec: AdapterSpec) -> AdapterLayer:
+        return LoKr(setup, lokr_shapes(setup.out_features, setup.in_features, setup.rank, spec.lokr_factor))
+
+    def layer(self, setup: LayerSetup) -> AdapterLayer:
+        return LoKr(setup, {name: tuple(tensor.shape) for name, tensor in self.tensors().items()})
+
+
+def _matrices(factor: Factor) -> tuple[Tensor, ...]:
+    return factor if isinstance(factor, tuple) else (factor,)
+
+
+def _multiplied(factor: Factor, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns a factor as one matrix, in `dtype` or as it is stored."""
+    first, *second = (matrix.to(dtype or matrix.dtype) for matrix in _matrices(factor))
+    return (first @ second[0] if second else first).contiguous()
+
+
+def _read_factor(parts: LayerParts, name: str) -> Factor:
+    if name in parts.tensors:
+        return parts.matrices(name)[0]
+    first, second = parts.matrices(f"{name}_a", f"{name}_b")
+    return first, second
+
+
+class LoKr(AdapterLayer):
+    """scale * (w1 kron w2) x, where each factor is a whole matrix or the product of two thin ones.
+
+    `shapes` names the trained tensors: w1 or w1_a and w1_b, w2 or w2_a and w2_b.
+    """
+
+    def __init__(self, setup: LayerSetup, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__(setup)
+        self.w1 = nn.ParameterList(setup.parameter(*shapes[name]) for name in _NAMES[:3] if name in shapes)
+        self.w2 = nn.ParameterList(setup.parameter(*shapes[name]) for name in _NAMES[3:] if name in shapes)
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        for factor in (*self.w1, *self.w2):
+            factor.copy_(kaiming_uniform(tuple(factor.shape), generator))
+        self.w2[-1].zero_()
+
+    def term(self, x: Tensor) -> Tensor:
+        columns_M = self.w1[-1].shape[1]
+        inner = _applied(x.unflatten(-1, (columns_M, -1)), self.w2)  # [..., M, K]
+        outer = _applied(inner.mT, self.w1)  # [..., K, L]
+        return outer.mT.flatten(-2) * self._scale
+
+    @property
+    def _scale(self) -> float:
+        return self.setup.scale if len(self.w1) + len(self.w2) > 2 else 1.0
+
+    def delta(self) -> LoKrDelta:
+        return LoKrDelta(w1=_factor(self.w1), w2=_factor(self.w2), alpha=self.setup.alpha)
+
+
+def lokr_shapes(out_features: int, in_features: int, rank: int, factor: int) -> dict[str, tuple[int, ...]]:
+    """Returns LyCORIS' choice: w1 whole and small; w2 thin where the rank is below half of its longer side."""
+    rows_L, rows_K = factor_pair(out_features, factor)
+    columns_M, columns_N = factor_pair(in_features, factor)
+    if rank < max(rows_K, columns_N) / 2:
+        return {"w1": (rows_L, columns_M), "w2_a": (rows_K, rank), "w2_b": (rank, columns_N)}
+    return {"w1": (rows_L, columns_M), "w2": (rows_K, columns_N)}
+
+
+def factor_pair(number: int, largest: int = -1) -> tuple[int, int]:
+    """Returns (m, n) with m n = number and m <= n, m as large as can be and at most `largest` (-1: any)."""
+    bound = math.isqrt(number) if largest < 1 else min(largest, math.isqrt(number))
+    smaller = max(m for m in range(1, bound + 1) if number % m == 0)
+    return smaller, number // smaller
+
+
+def _applied(x: Tensor, factor: Iterable[Tensor]) -> Tensor:
+    """Returns x F^T for a factor given as one matrix, or as the two whose product it is."""
+    for matrix in reversed(list(factor)):
+        x = functional.linear(x, matrix.to(x.dtype))
+    return x
+
+
+def _factor(parameters: nn.ParameterList) -> Factor:
+    matrices = [on_cpu(parameter) for parameter in parameters]
+    return matrices[0] if len(matrices) == 1 else (matrices[0], matrices[1])
