@@ -5,9 +5,10 @@ import importlib
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,6 @@ _NAMES = {
     "dadaptsgd": OptimizerClass(path="dadaptation.DAdaptSGD"),
 }
 _IN_EXTRA = ("prodigyopt", "schedulefree")  # pip install sd3pipe[optimizers]
-_WITHOUT_DEVICE = ("torch.optim", "sd3pipe.")  # optimizers that take a step wherever a parameter lies
 _NEAR_ONE = 0.1
 _ESTIMATE_THEIR_RATE = ("prodigy", "dadapt")  # their learning_rate multiplies an estimate, and belongs near 1
 
@@ -229,12 +229,16 @@ def _check_state(optimizer: Optimizer, parameters: Mapping[str, Tensor], found: 
             raise InputError(f"the checkpoint's optimizer state has {owner or path}, which this adapter does not")
         else:
             by_owner.setdefault(owner, {})[key] = value
-    expected: dict[tuple[int, ...], Mapping[str, Any] | None] = {}
+    expected: dict[tuple[int, ...], list[Mapping[str, Any]]] = {}
     for owner, state in by_owner.items():
         shape = tuple(parameters[owner].shape)
         if shape not in expected:
-            expected[shape] = _first_state(optimizer, shape)
-        if (wanted := expected[shape]) is not None and {key: _form(value) for key, value in state.items()} != wanted:
+            expected[shape] = _first_states(optimizer, parameters[owner])
+        forms = {key: _form(value) for key, value in state.items()}
+        known = expected[shape]
+        if forms.keys() != known[0].keys() or any(
+            all(form != one[key] for one in known) for key, form in forms.items()
+        ):
             raise InputError(f"the checkpoint's optimizer state of {owner} is not that of a {type(optimizer).__name__}")
 
 
@@ -247,17 +251,18 @@ def _check_group_value(optimizer: Optimizer, number: str, key: str, value: Any) 
         raise InputError(f"the checkpoint's optimizer has {key} = {value!r}, where this run's has {own!r}")
 
 
-def _first_state(optimizer: Optimizer, shape: tuple[int, ...]) -> Mapping[str, Any] | None:
-    """Returns the form of what an optimizer of torch or of ours keeps for a parameter; of others it is not known."""
-    if not type(optimizer).__module__.startswith(_WITHOUT_DEVICE):
-        return None
-    parameter = torch.zeros(shape, requires_grad=True)
-    parameter.grad = torch.zeros(shape)
-    options = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-    make: Callable[..., Optimizer] = cast(Any, type(optimizer))
-    trial = make([{**options, "params": [parameter]}], lr=options["lr"])  # Adafactor takes none for granted
-    trial.step()
-    return {key: _form(value) for key, value in trial.state[parameter].items()}
+def _first_states(optimizer: Optimizer, like: Tensor) -> list[Mapping[str, Any]]:
+    """Returns the forms of what an optimizer keeps for a parameter of one shape: Prodigy keeps less of one of zeros."""
+    forms = []
+    for fill in (torch.zeros_like, torch.ones_like):
+        parameter = nn.Parameter(fill(like))
+        parameter.grad = torch.ones_like(parameter)
+        trial = object.__new__(type(optimizer))  # a constructor wants what it was given, and not all keep that
+        groups = [{**optimizer.param_groups[0], "params": [parameter]}]
+        trial.__dict__ = {**optimizer.__dict__, "state": defaultdict(dict), "param_groups": groups}
+        trial.step()
+        forms.append({key: _form(value) for key, value in trial.state[parameter].items()})
+    return forms
 
 
 def _form(value: Any) -> Any:

@@ -114,6 +114,8 @@ class TrainedWeights:
             if name not in tensors or tensors[name].shape != place.shape:
                 raise InputError(f"the checkpoint has no {name} of shape {list(place.shape)}")
             place.copy_(tensors[name])
+        for name, copy in self._copies.items():
+            copy.data = self._parameters[name].detach().float()  # whole, as before the first step
 
     def _put_average(self, optimizer: Optimizer) -> None:
         if self._average:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sd3pipe.errors import ParameterError
+from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.training.optimizers import export_state, import_state, make_optimizer, parse_args
 from sd3pipe.training.trained_weights import TrainedWeights, stochastically_rounded
 
@@ -60,6 +60,40 @@ def test_state_survives_to_the_bit(name, dtype):
     assert torch.equal(fresh.up, network.up)
     assert torch.equal(fresh.down, network.down)
     assert not torch.equal(network.up, Network(dtype).up)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_run_can_go_back_to_where_it_was(dtype):
+    network, weights, optimizer = build(dtype)
+    train(network, weights, optimizer, range(3))
+    tensors, values = export_state(optimizer, weights.optimized)
+    saved = weights.export()
+    train(network, weights, optimizer, range(3, 6))
+    reached = network.up.detach().clone()
+    weights.restore(saved)
+    import_state(optimizer, weights.optimized, tensors, values)
+    train(network, weights, optimizer, range(3, 6))
+    assert torch.equal(network.up, reached)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_of_another_form_is_refused(name):
+    """A damaged state would fail, or be read wrongly, in the middle of a step."""
+    network, weights, optimizer = build(name=name)
+    train(network, weights, optimizer, range(2))
+    tensors, values = export_state(optimizer, weights.optimized)
+    largest = max((path for path in tensors if path.startswith("state/")), key=lambda path: tensors[path].numel())
+    damaged = {
+        "shorter": {**tensors, largest: tensors[largest].flatten()[:-1].clone()},
+        "other numbers": {**tensors, largest: tensors[largest].to(torch.int16)},
+        "renamed": {path.replace(largest, f"{largest}_2"): tensor for path, tensor in tensors.items()},
+        "too many": {**tensors, f"{largest}_2": tensors[largest]},
+    }
+    for what, wrong in damaged.items():
+        _, fresh_weights, fresh = build(name=name)
+        with pytest.raises(InputError, match=f"is not that of a {type(optimizer).__name__}"):
+            import_state(fresh, fresh_weights.optimized, wrong, values)
+            pytest.fail(what)
 
 
 def test_groups_keep_their_learning_rates():
