@@ -2,16 +2,20 @@
 
 # B batch, L text tokens, D text width, P pooled width, C latent channels, h w latent pixels
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import ConfigDict, Field, StrictInt, TypeAdapter
+from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.tensors import to_torch
 from sd3pipe.diffusion.sampler import SamplingSettings, TextCondition, sample_latents, start_noise
+from sd3pipe.diffusion.sheet import PlainName
+from sd3pipe.documents import checked, parse_json
 from sd3pipe.errors import InputError
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.conditioning import assemble_conditioning
@@ -19,6 +23,23 @@ from sd3pipe.models.mmdit import MMDiT
 
 DEFAULT_SIDE_PX = 1024  # every public SD3 model draws best at this size
 DEFAULT_SEED = 42
+
+_Side = Annotated[StrictInt, Field(ge=16, le=4096, multiple_of=16)]
+
+
+class _Settings(TypedDict, total=False):
+    """What data/prompts.py lets through, as the cache keeps it."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # pyright: ignore[reportGeneralTypeIssues]
+
+    width: _Side
+    height: _Side
+    steps: Annotated[StrictInt, Field(ge=1, le=1000)]
+    scale: Annotated[float, Field(strict=True, ge=0, lt=1000)]
+    seed: Annotated[StrictInt, Field(ge=0, lt=2**63)]
+
+
+_NAME, _SETTINGS = TypeAdapter(PlainName), TypeAdapter(_Settings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,13 +112,13 @@ def read_prompts(where: str | Path) -> list[SamplePrompt]:
     conditions = {key: _condition(reader, key) for key in {*columns["key"], *columns["negative_key"]}}
     return [
         SamplePrompt(
-            name=columns["name"][number],
+            name=checked(columns["name"][number], _NAME, f"{where}: name of a prompt"),
             prompt=columns["prompt"][number],
             key=(key := columns["key"][number]),
             negative_key=(negative_key := columns["negative_key"][number]),
             text=conditions[key],
             negative=conditions[negative_key],
-            **json.loads(columns["settings"][number]),
+            **parse_json(columns["settings"][number], _SETTINGS, f"{where}: settings of prompt {number + 1}"),
         )
         for number in range(len(reader.samples))
     ]

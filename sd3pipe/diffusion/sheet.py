@@ -9,12 +9,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from sd3pipe.adapters.find import checkpoint_adapters, find_adapter
-from sd3pipe.documents import DocumentError, read_json
+from sd3pipe.documents import DocumentError, checked, read_json
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.files import write_json
 from sd3pipe.fingerprint import hash_file, hash_json
@@ -22,6 +22,10 @@ from sd3pipe.fingerprint import hash_file, hash_json
 SHEET_FILE = "sheet.json"
 FORMAT = 1
 _ID_DIGITS = 16
+_MOST_WORDS = 80  # characters of a label in a file name, which has 255 bytes on most file systems
+
+# A file name of our own making: a cache or sheet may come from another machine, and no path in it is trusted
+PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._ -]*$", max_length=200)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +42,10 @@ class Column:
 class PromptCells:
     """A prompt's picture names, [row][column], without folder and ending."""
 
-    name: str
+    name: PlainName
     title: str
     rows: tuple[str, ...]
-    cells: tuple[tuple[str, ...], ...]
+    cells: tuple[tuple[PlainName, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +54,11 @@ class Sheet:
 
     columns: tuple[str, ...]
     prompts: tuple[PromptCells, ...]
+
+    def __post_init__(self) -> None:
+        for prompt in self.prompts:
+            if [len(line) for line in prompt.cells] != [len(self.columns)] * len(prompt.rows):
+                raise ValueError(f"prompt {prompt.name} has other cells than rows and columns")
 
     def save(self, out: Path) -> None:
         """Writes the layout into the folder of the pictures."""
@@ -77,25 +86,14 @@ def read_sheet(out: Path) -> Sheet:
     """Returns the layout that an earlier run left in a folder. Raises InputError."""
     file = out / SHEET_FILE
     try:
-        content = read_json(file, TypeAdapter(dict[str, Any]))
-        if content["format"] != FORMAT:
-            raise InputError(f"{file}: format {content['format']} is not {FORMAT}: draw again with this version")
-        prompts = tuple(
-            PromptCells(
-                name=str(prompt["name"]),
-                title=str(prompt["title"]),
-                rows=tuple(map(str, prompt["rows"])),
-                cells=tuple(tuple(map(_plain_name, line)) for line in prompt["cells"]),
-            )
-            for prompt in content["prompts"]
-        )
-        return Sheet(columns=tuple(map(str, content["columns"])), prompts=prompts)
+        content = read_json(file, _OBJECT)
+        if content.get("format") != FORMAT:
+            raise InputError(f"{file}: format {content.get('format')} is not {FORMAT}: draw again with this version")
+        return checked(content, _SHEET, str(file))
     except DocumentError as error:
         if error.missing:
             raise InputError(f"{out}: no {SHEET_FILE}: draw the latents with `sd3pipe sample` first") from None
-        raise
-    except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{file} cannot be read ({error}): draw again") from error
+        raise InputError(f"{error}: draw again") from error
 
 
 def choose_columns(adapter: Path | None, checkpoints: str | None, multipliers: Sequence[float]) -> list[Column]:
@@ -116,7 +114,7 @@ def cell_name(prompt: str, column: Column, seed: int, made_from: Mapping[str, An
     identity = {"adapter": column.adapter_hash, "multiplier": column.multiplier, "seed": seed, **made_from}
     if column.adapter is None:
         identity["multiplier"] = 0.0
-    words = re.sub(r"[^a-z0-9.]+", "-", column.label.lower()).strip("-")
+    words = re.sub(r"[^a-z0-9.]+", "-", column.label.lower()).strip("-")[:_MOST_WORDS]
     return f"{prompt}-{words}-seed{seed}-{hash_json(identity)[:_ID_DIGITS]}"
 
 
@@ -143,8 +141,4 @@ def _adapters(adapter: Path, checkpoints: str | None) -> dict[str, Path]:
     return {f"step {step}": found[step] for step in steps}
 
 
-def _plain_name(name: Any) -> str:
-    """Returns a file name of our own making; a sheet may come from another machine, and no path in it is trusted."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._ -]+", name) or name.startswith("."):
-        raise ValueError(f"{name!r} is no picture's name")
-    return name
+_OBJECT, _SHEET = TypeAdapter(dict[str, Any]), TypeAdapter(Sheet)

@@ -1,5 +1,6 @@
 """`sample`: grids with the base first, pictures that exist are skipped, latents kept and decoded elsewhere."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,13 +11,14 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from support.tiny_base import write_tiny_base
+from support.tiny_training import fill_prompts
 
 from sd3pipe.adapters.files import save_adapter
 from sd3pipe.adapters.network import attach
 from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.commands import encode_text, sample
 from sd3pipe.diffusion.prompts import read_prompts
-from sd3pipe.diffusion.sheet import read_sheet
+from sd3pipe.diffusion.sheet import Column, cell_name, read_sheet
 from sd3pipe.errors import DeviceMemoryError, InputError, ParameterError
 from sd3pipe.models.checkpoint import load_mmdit
 from sd3pipe.params.encode_text import EncodeTextParams
@@ -178,6 +180,46 @@ def test_options_that_contradict_are_refused(made, tmp_path, options, message):
 def test_a_cache_of_another_kind_is_refused(made, tmp_path):
     with pytest.raises(InputError, match="holds no finished cache"):
         read_prompts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda sheet: sheet["prompts"][0].update(name="../outside"),
+        lambda sheet: sheet["prompts"][0]["cells"][0].insert(0, "n" * 300),
+        lambda sheet: sheet["prompts"][0]["cells"][0].pop(),
+        lambda sheet: sheet["prompts"][0].pop("title"),
+        lambda sheet: sheet.update(columns=3),
+        lambda sheet: sheet.update(prompts={"0": []}),
+        lambda sheet: sheet.update(format=2),
+    ],
+)
+def test_a_damaged_sheet_is_refused(drawn, tmp_path, change):
+    sheet = json.loads((drawn / "sheet.json").read_text(encoding="utf-8"))
+    change(sheet)
+    (tmp_path / "sheet.json").write_text(json.dumps(sheet), encoding="utf-8")
+    with pytest.raises(InputError, match=r"sheet\.json: .*draw again"):
+        read_sheet(tmp_path)
+
+
+def test_a_long_label_still_gives_a_file_name():
+    column = Column(label="n" * 250, adapter=Path("n"))
+    assert len(cell_name("000", column, 1, {})) < 150
+
+
+@pytest.mark.parametrize(
+    "settings", [{"width": 10**9}, {"height": 8}, {"steps": 0}, {"scale": float("nan")}, {"seed": -1}, {"other": 1}]
+)
+def test_prompts_with_settings_that_no_encode_writes_are_refused(tmp_path, settings):
+    fill_prompts(tmp_path / "prompts", [{}, settings])
+    with pytest.raises(InputError, match="settings of prompt 2"):
+        read_prompts(tmp_path / "prompts")
+
+
+def test_a_prompt_whose_name_leads_outside_is_refused(tmp_path):
+    fill_prompts(tmp_path / "prompts", [{}], first_name="../outside")
+    with pytest.raises(InputError, match="name of a prompt"):
+        read_prompts(tmp_path / "prompts")
 
 
 def test_no_memory_to_decode_keeps_the_latents_and_says_so(made, tmp_path, monkeypatch):

@@ -169,6 +169,7 @@ def fill_prompts(
     tokens: int = 6,
     recipe: dict[str, Any] | None = None,
     clip_l: str = "l",
+    first_name: str = "000",
 ) -> Path:
     """Writes a cache of sample prompts, one for each of the settings."""
     texts = [*(f"prompt {number}" for number in range(len(settings))), ""]
@@ -178,7 +179,7 @@ def fill_prompts(
         kind="prompts", recipe_version=1, fingerprints={"clip_l": clip_l}, recipe=recipe, rows=rows, samples={}
     )
     samples = {
-        "name": [f"{number:03d}" for number in range(len(settings))],
+        "name": [first_name, *(f"{number:03d}" for number in range(1, len(settings)))],
         "prompt": texts[:-1],
         "negative": ["" for _ in settings],
         "settings": [json.dumps(values) for values in settings],
