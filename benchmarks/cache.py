@@ -21,14 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from sd3pipe.cache.index import Index
-from sd3pipe.cache.keys import row_key
 from sd3pipe.cache.manifest import Manifest
 from sd3pipe.cache.plan import WantedRow, plan_leaves
 from sd3pipe.cache.reader import CacheReader
@@ -240,22 +239,20 @@ def write_cache(shape: Shape, rows: int, folder: Path) -> dict[str, Read]:
 
 
 def wanted_rows(shape: Shape, count: int) -> Wanted:
-    """Returns the wish for a latents cache of so many rows; what the rows hold does not matter to the store."""
+    """Returns what is wanted in a latents cache of so many rows; what the rows hold does not matter to the store."""
     hashes = [hash_bytes(str(number).encode()) for number in range(count)]
     recipe, about = {"shape": shape.name}, {"recipe_version": 1, "fingerprints": {"vae": "0"}}
     return Wanted(
         kind="latents",
         recipe=recipe,
         rows=[WantedRow(source=item, recipe=recipe, group="1024x1024", nbytes=shape.nbytes) for item in hashes],
-        samples=latent_samples(
-            hashes, [row_key(kind="latents", source=item, recipe=recipe, **about) for item in hashes]
-        ),
+        samples=latent_samples(hashes, range(count)),
         subsets={"photos": {"num_repeats": 1}},
         **about,
     )
 
 
-def latent_samples(hashes: list[str], keys: list[str]) -> dict[str, list]:
+def latent_samples(hashes: list[str], keys: Sequence[object]) -> dict[str, list]:
     count = len(keys)
     return {
         "name": [f"{number:07}.jpg" for number in range(count)],

@@ -17,8 +17,9 @@ from torch import nn
 from sd3pipe.cache.store import FillCounts, fill_cache
 from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.feed import decoded_rows
+from sd3pipe.data.geometry import views_of_all
 from sd3pipe.data.scan import scan
-from sd3pipe.encoding.latent_plan import find_sources, latents_wanted
+from sd3pipe.encoding.latent_plan import latents_wanted
 from sd3pipe.encoding.latent_rows import row_job, rows_of
 from sd3pipe.models.latent_encoding import LatentEncoder
 from sd3pipe.models.vae import VAE
@@ -72,15 +73,16 @@ def run_stage(folder: Path, name: str, resolution: int, encoder: LatentEncoder, 
         f"[[datasets]]\nresolution = {resolution}\nenable_bucket = true\n[[datasets.subsets]]\nimage_dir = 'pics'\n"
     )
     dataset = load_dataset(file)
-    sources = find_sources(scan(dataset, StatMemory(folder / f"{name}.stat.json")), crop_variants=1, seed=0)
+    pictures, _ = views_of_all(scan(dataset, StatMemory(folder / f"{name}.stat.json")), crop_variants=1, seed=0)
+    views = [view for of_picture in pictures for view in of_picture]
     recipe = {"latent_mode": "moments", "latent_dtype": "float16", "vae_dtype": "float32"}
-    wanted = latents_wanted(sources, dataset, VAEArchitecture(), "0" * 64, recipe)
-    by_key = dict(zip(wanted.keys, sources.samples, strict=True))
+    wanted = latents_wanted(views, [], dataset, VAEArchitecture(), "0" * 64, recipe)
+    by_key = dict(zip(wanted.keys, views, strict=True))
 
     def encode(keys):
-        samples = [by_key[key] for key in keys]
-        decoded = decoded_rows((row_job(sample, 8) for sample in samples), workers=workers)
-        yield from rows_of(keys, samples, decoded, encoder)
+        asked = [by_key[key] for key in keys]
+        decoded = decoded_rows((row_job(view, 8) for view in asked), workers=workers)
+        yield from zip(keys, rows_of(asked, decoded, encoder), strict=True)
 
     return fill_cache(folder / name / "latents", wanted, encode, made_with="benchmark")
 

@@ -68,3 +68,11 @@ class Stopped(Sd3pipeError):
     """Stopped on purpose (Ctrl-C, SIGTERM, time limit); the same command goes on."""
 
     exit_code = ExitCode.STOPPED
+
+
+class UnreadablePicture(Exception):
+    """A picture cannot be used. The message is the reason, the same words on every machine.
+
+    It ends nothing: the picture is left out, and listed in the manifest of the cache. Where rows or pixels are yielded,
+    it is yielded in their place.
+    """

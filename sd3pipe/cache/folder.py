@@ -33,7 +33,7 @@ class CacheFolder:
         self.segments = path / SEGMENTS
         self.indexes = path / INDEX
         self.machine = machine_folder(path)
-        self.attic = self.machine / "attic"
+        self.unused = self.machine / "attic"  # segments that were displaced
         self.damaged = self.machine / "damaged"
         self.writers = self.machine / "writers"
         self.unreadable = self.machine / "unreadable"
@@ -48,7 +48,7 @@ class CacheFolder:
 
     def create(self) -> None:
         """Makes the folders that a writer needs. Raises StorageError where they cannot be written."""
-        for path in (self.segments, self.indexes, self.attic, self.damaged, self.writers, self.unreadable):
+        for path in (self.segments, self.indexes, self.unused, self.damaged, self.writers, self.unreadable):
             make_folder(path)
         if self.segments.stat().st_dev != self.writers.stat().st_dev:
             raise StorageError(
@@ -75,22 +75,22 @@ class CacheFolder:
         """Returns the plan id and path of every segment that lies in the published folder, of the plan or not."""
         return {path.name.removesuffix(SUFFIX): path for path in entries_of(self.segments) if is_segment(path)}
 
-    def attic_segments(self) -> list[Path]:
-        """Returns the displaced segments, those displaced last first."""
-        days = sorted((path for path in entries_of(self.attic) if path.is_dir()), reverse=True)
+    def unused_segments(self) -> list[Path]:
+        """Returns the unused segments, those displaced last first."""
+        days = sorted((path for path in entries_of(self.unused) if path.is_dir()), reverse=True)
         return [path for day in days for path in sorted(entries_of(day)) if is_segment(path)]
 
     def find_segment(self, plan_id: str) -> Path | None:
-        """Returns where a segment lies, in the published folder or, if it was displaced, in the attic."""
+        """Returns where a segment lies, in the published folder or, if it was displaced, among the unused ones."""
         published = self.segment(plan_id)
         if published.exists():
             return published
-        return next((path for path in self.attic_segments() if path.name == published.name), None)
+        return next((path for path in self.unused_segments() if path.name == published.name), None)
 
     def displace(self, path: Path) -> None:
-        """Moves a segment that the plan no longer needs to the attic, under today's date."""
+        """Makes a segment that the plan no longer needs an unused one, under today's date."""
         with storage_errors(path), contextlib.suppress(FileNotFoundError):  # another writer may have moved it
-            path.replace(_today(self.attic) / path.name)
+            path.replace(_today(self.unused) / path.name)
 
     def set_aside(self, path: Path) -> Path:
         """Moves a damaged or foreign file or folder where nothing reads it, and returns its new place."""

@@ -9,7 +9,7 @@ from sd3pipe.cache.samples import hex_list
 from sd3pipe.console import count, listed
 from sd3pipe.errors import InputError, StaleError
 
-Picture = tuple[str, str, int]  # image hash, subset, and which one it is among equal pictures of the subset
+PictureId = tuple[str, str, int]  # image hash, subset, and which one it is among equal pictures of the subset
 
 Readers = tuple[CacheReader, CacheReader]
 
@@ -36,14 +36,14 @@ class JoinedSamples:
     """What train trains on, in an order that depends on the caches' content alone."""
 
     samples: tuple[JoinedSample, ...]
-    left_out: tuple[str, ...]  # one message for each quarantined picture
+    unreadable: tuple[str, ...]  # one message for each unreadable picture
 
 
 def join_samples(latents: CacheReader, text: CacheReader) -> JoinedSamples:
     """Returns the samples of two caches joined on (image hash, subset, n-th occurrence).
 
     Raises InputError for caches of the wrong kinds, StaleError for a picture that only one of them has, unless the
-    other lists it as quarantined.
+    other lists it as unreadable.
     """
     _check_kinds(latents, text)
     crops, texts = _crops(latents), _texts(text)
@@ -54,7 +54,7 @@ def join_samples(latents: CacheReader, text: CacheReader) -> JoinedSamples:
         if picture in texts
         for crop in picture_crops
     )
-    return JoinedSamples(samples=samples, left_out=_quarantine_messages((latents, text)))
+    return JoinedSamples(samples=samples, unreadable=_unreadable_messages((latents, text)))
 
 
 def _check_kinds(latents: CacheReader, text: CacheReader) -> None:
@@ -63,7 +63,7 @@ def _check_kinds(latents: CacheReader, text: CacheReader) -> None:
             raise InputError(f"{reader.where} is a cache of {reader.manifest.kind}, not of {kind}")
 
 
-def _pictures(names: list[str], subsets: list[str], hashes: list[str]) -> list[Picture]:
+def _pictures(names: list[str], subsets: list[str], hashes: list[str]) -> list[PictureId]:
     """Returns each sample's picture; equal pictures of a subset are counted in the order of their names."""
     numbers: dict[tuple[str, str, str], int] = {}
     counts: dict[tuple[str, str], int] = {}
@@ -78,14 +78,14 @@ def _pictures(names: list[str], subsets: list[str], hashes: list[str]) -> list[P
     return pictures
 
 
-def _crops(latents: CacheReader) -> dict[Picture, list[JoinedSample]]:
+def _crops(latents: CacheReader) -> dict[PictureId, list[JoinedSample]]:
     """Returns the crops of each picture, without their texts."""
     table = latents.samples
     names, subsets = table.strings("name").to_list(), table.strings("subset").to_list()
     pictures = _pictures(names, subsets, hex_list(table.hashes("image_hash")))
     numbers = {name: table.numbers(name).tolist() for name in ("bucket_h", "bucket_w", "crop", "flip", "row")}
     splits = table.strings("split").to_list()
-    found: dict[Picture, dict[tuple[int, int, int], JoinedSample]] = {}
+    found: dict[PictureId, dict[tuple[int, int, int], JoinedSample]] = {}
     for place, picture in enumerate(pictures):
         geometry = (numbers["bucket_h"][place], numbers["bucket_w"][place], numbers["crop"][place])
         row, crops = numbers["row"][place], found.setdefault(picture, {})
@@ -108,12 +108,12 @@ def _crops(latents: CacheReader) -> dict[Picture, list[JoinedSample]]:
     return {picture: list(crops.values()) for picture, crops in found.items()}
 
 
-def _texts(text: CacheReader) -> dict[Picture, tuple[str, tuple[int, ...]]]:
+def _texts(text: CacheReader) -> dict[PictureId, tuple[str, tuple[int, ...]]]:
     """Returns the name and the text rows, by variant, of each picture."""
     table = text.samples
     names = table.strings("name").to_list()
     pictures = _pictures(names, table.strings("subset").to_list(), hex_list(table.hashes("image_hash")))
-    found: dict[Picture, tuple[str, dict[int, int]]] = {}
+    found: dict[PictureId, tuple[str, dict[int, int]]] = {}
     for name, picture, variant, row in zip(
         names, pictures, table.numbers("variant").tolist(), table.numbers("row").tolist(), strict=True
     ):
@@ -124,15 +124,18 @@ def _texts(text: CacheReader) -> dict[Picture, tuple[str, tuple[int, ...]]]:
 
 
 def _refuse_unexplained(
-    one_sided: set[Picture], crops: Mapping[Picture, list[JoinedSample]], texts: Mapping[Picture, Any], readers: Readers
+    one_sided: set[PictureId],
+    crops: Mapping[PictureId, list[JoinedSample]],
+    texts: Mapping[PictureId, Any],
+    readers: Readers,
 ) -> None:
-    """Raises StaleError for pictures that one cache has and the other neither has nor quarantined."""
+    """Raises StaleError for pictures that one cache has and the other neither has nor lists as unreadable."""
     latents, text = readers
     lacking: dict[str, list[str]] = {latents.where: [], text.where: []}
     for picture in one_sided:
         other = text if picture in crops else latents
-        quarantined = {(entry.get("image_hash"), entry.get("subset")) for entry in other.manifest.quarantined}
-        if picture[:2] not in quarantined:
+        unreadable = {(entry.get("image_hash"), entry.get("subset")) for entry in other.manifest.quarantined}
+        if picture[:2] not in unreadable:
             lacking[other.where].append(crops[picture][0].name if picture in crops else texts[picture][0])
     for where, names in lacking.items():
         if names:
@@ -142,8 +145,8 @@ def _refuse_unexplained(
             )
 
 
-def _quarantine_messages(readers: Readers) -> tuple[str, ...]:
-    """Returns one message for each picture that either cache quarantined."""
+def _unreadable_messages(readers: Readers) -> tuple[str, ...]:
+    """Returns one message for each picture that either cache lists as unreadable."""
     reasons = {
         f"{entry.get('subset', '')}/{entry.get('name', '')}": entry["reason"]
         for reader in readers

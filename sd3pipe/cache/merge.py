@@ -8,7 +8,7 @@ from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.keys import Kind
 from sd3pipe.cache.plan import WantedRow
 from sd3pipe.cache.reader import CacheReader
-from sd3pipe.cache.samples import COLUMNS
+from sd3pipe.cache.samples import COLUMNS, row_columns
 from sd3pipe.cache.segment import read_header
 from sd3pipe.cache.store import FillCounts, fill_cache
 from sd3pipe.cache.wanted import Wanted
@@ -38,20 +38,24 @@ def merge_caches(caches: Sequence[Path], out: Path) -> FillCounts:
 def united(readers: Sequence[CacheReader], caches: Sequence[Path]) -> Wanted:
     """Returns the content of all caches together."""
     first = readers[0].manifest
+    rows = _rows(readers, caches)
+    numbers = {key: number for number, key in enumerate(rows)}
     samples = _united_samples(first.kind, readers)
     named = set(zip(samples.get("subset", samples["name"]), samples["name"], strict=True))
+    for name in row_columns(first.kind):
+        samples[name] = [numbers[key] for key in samples[name]]
     return Wanted(
         kind=first.kind,
         recipe_version=first.recipe_version,
         fingerprints=first.fingerprints,
         recipe=first.recipe,
-        rows=list(_rows(readers, caches).values()),
+        rows=list(rows.values()),
         samples=samples,
         subsets=_united_subsets(readers),
-        quarantined=[
-            entry for entry in _quarantined(readers) if (entry.get("subset", entry["name"]), entry["name"]) not in named
+        unreadable=[
+            entry for entry in _unreadable(readers) if (entry.get("subset", entry["name"]), entry["name"]) not in named
         ],
-        extra=first.extra,
+        named_rows={name: numbers[key] for name, key in first.extra.items()},
     )
 
 
@@ -130,7 +134,7 @@ def _united_subsets(readers: Sequence[CacheReader]) -> dict[str, Mapping[str, An
     return {name: settings for name, (_, settings) in found.items()}
 
 
-def _quarantined(readers: Sequence[CacheReader]) -> list[Mapping[str, Any]]:
+def _unreadable(readers: Sequence[CacheReader]) -> list[Mapping[str, Any]]:
     entries: list[Mapping[str, Any]] = []
     for manifest in (reader.manifest for reader in readers):
         entries += [entry for entry in manifest.quarantined if entry not in entries]

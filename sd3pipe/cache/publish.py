@@ -3,19 +3,17 @@
 import contextlib
 import errno
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from sd3pipe.cache.folder import CacheFolder, is_segment
-from sd3pipe.cache.index import Index, build_row_arrays, header_table, read_index
+from sd3pipe.cache.index import Index, RowTable, build_row_arrays, read_index
 from sd3pipe.cache.keys import Kind
 from sd3pipe.cache.manifest import Manifest, read_manifest
 from sd3pipe.cache.samples import hex_list, sample_arrays
-from sd3pipe.cache.segment import SegmentHeader
 from sd3pipe.cache.wanted import Readable, Wanted
 from sd3pipe.cache.zarr_group import ReadFile
-from sd3pipe.documents import MOST_LIST_BYTES, read_data
+from sd3pipe.documents import MOST_LIST_BYTES, holds, read_data
 from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_file, storage_errors, sync_folder
 from sd3pipe.temporaries import remove_tree
@@ -23,26 +21,17 @@ from sd3pipe.temporaries import remove_tree
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Holdings:
-    """The segments of a plan: those that the old index knows by id, the others by their headers."""
-
-    headers: Mapping[str, SegmentHeader]
-    old: Index | None
-    kept: frozenset[str]
-
-
-def check_kind(folder: CacheFolder, kind: Kind) -> None:
-    """Raises InputError if the folder holds a cache of another kind, or a manifest that cannot be understood."""
+def published_manifest(folder: CacheFolder, kind: Kind) -> Manifest | None:
+    """Returns what is published now. Raises InputError for a cache of another kind or a manifest that is damaged."""
     manifest = read_manifest(folder.manifest)
     if manifest is not None and manifest.kind != kind:
         raise InputError(f"{folder.path} is a cache of {manifest.kind}, not of {kind}: choose another --out")
+    return manifest
 
 
 def load_published(folder: CacheFolder, kind: Kind) -> tuple[Manifest | None, Index | None]:
-    """Returns what is published now. A damaged index is None: it is made again from the segments. Raises InputError."""
-    check_kind(folder, kind)
-    manifest = read_manifest(folder.manifest)
+    """Returns manifest and index. A damaged index is None: it is made again from the segments. Raises InputError."""
+    manifest = published_manifest(folder, kind)
     if manifest is None:
         return None, None
     try:
@@ -63,15 +52,17 @@ def reader_of(folder: Path) -> ReadFile:
     return lambda name: read_data(folder / name, most_bytes=MOST_LIST_BYTES)
 
 
-def publish(folder: CacheFolder, wanted: Wanted, readable: Readable, holdings: Holdings, scratch: Path) -> None:
+def publish(
+    folder: CacheFolder, wanted: Wanted, readable: Readable, tables: Sequence[RowTable], checked: str, scratch: Path
+) -> None:
     """Makes index and manifest say what the plan's segments hold, then moves away what they do not need.
 
-    Files that are already right are not touched. Raises StorageError.
+    `tables` have the rows of all segments; `checked` names an index whose files were read and found right. Files that
+    are right are not touched. Raises StorageError.
     """
-    index = build_index(wanted.kind, readable, holdings)
-    assert hex_list(index.arrays["row_key"]) == sorted(readable.keys), (
-        "the plan's segments hold other rows than planned"
-    )
+    arrays = build_row_arrays(tables)
+    assert hex_list(arrays["row_key"]) == sorted(readable.keys), "the plan's segments hold other rows than planned"
+    index = Index(wanted.kind, arrays | sample_arrays(wanted.kind, readable.samples, arrays["row_key"]))
     digest = index.digest()
     manifest = Manifest(
         kind=wanted.kind,
@@ -79,28 +70,18 @@ def publish(folder: CacheFolder, wanted: Wanted, readable: Readable, holdings: H
         recipe_version=wanted.recipe_version,
         fingerprints=wanted.fingerprints,
         subsets=wanted.subsets,
-        quarantined=readable.quarantined,
+        quarantined=readable.unreadable,
         rows=len(index),
         samples=len(index.samples),
         index=digest,
         extra=wanted.extra,
     )
-    trusted = holdings.old is not None and holdings.old.digest() == digest
-    _write_index(folder, wanted.kind, index, digest, scratch, trusted=trusted)
-    if not folder.manifest.exists() or folder.manifest.read_bytes() != manifest.to_bytes():
+    _write_index(folder, index, digest, scratch, trusted=checked == digest)
+    if not holds(folder.manifest, manifest.to_bytes()):
         with atomic_file(folder.manifest, temporary_in=scratch) as handle:
             handle.write(manifest.to_bytes())
     clear_away(folder, set(index.plan_ids()), digest)
     forget_unreadable(folder)
-
-
-def build_index(kind: Kind, readable: Readable, holdings: Holdings) -> Index:
-    """Returns the index over segments known by header and segments that the old index has."""
-    tables = [header_table(holdings.headers)]
-    if holdings.old is not None:
-        tables.append(holdings.old.row_table(holdings.kept))
-    arrays = build_row_arrays(tables)
-    return Index(kind, arrays | sample_arrays(kind, readable.samples, arrays["row_key"]))
 
 
 def forget_unreadable(folder: CacheFolder) -> None:
@@ -110,7 +91,7 @@ def forget_unreadable(folder: CacheFolder) -> None:
 
 
 def clear_away(folder: CacheFolder, live: set[str], index: str) -> None:
-    """Moves segments that are not live to the attic, foreign files aside, and removes other indexes."""
+    """Makes segments that are not live unused ones, moves foreign files aside, and removes other indexes."""
     for path in folder.strays(live, index):
         if path.parent == folder.indexes and path.name.endswith(".zarr"):
             remove_tree(path)
@@ -120,12 +101,12 @@ def clear_away(folder: CacheFolder, live: set[str], index: str) -> None:
             log.warning("%s is no part of the cache: moved to %s", path, folder.set_aside(path))
 
 
-def _write_index(folder: CacheFolder, kind: Kind, index: Index, digest: str, scratch: Path, *, trusted: bool) -> None:
+def _write_index(folder: CacheFolder, index: Index, digest: str, scratch: Path, *, trusted: bool) -> None:
     """Gives the index its name, unless an equal one has it. One that is damaged is set aside."""
     final = folder.index(digest)
     if final.exists() and not trusted:
         try:
-            read_index(kind, digest, reader_of(final), str(final))
+            read_index(index.kind, digest, reader_of(final), str(final))
         except InputError:
             folder.set_aside(final)
     if final.exists():

@@ -151,6 +151,11 @@ def _check_texts(name: str, arrays: Mapping[str, np.ndarray], count: int) -> Non
         raise ValueError(f"{name} names a text that is not there")
 
 
+def row_columns(kind: Kind) -> list[str]:
+    """Returns the names of the columns that name rows."""
+    return [name for name, column in COLUMNS[kind].items() if column == "row"]
+
+
 def row_column(key_column: str) -> str:
     """Returns the stored name of a column of keys: it holds row numbers instead."""
     return key_column.removesuffix("key") + "row"

@@ -7,37 +7,29 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from sd3pipe import stopping
-from sd3pipe.cache.census import Census
 from sd3pipe.cache.folder import CacheFolder
+from sd3pipe.cache.last_wanted import note_wanted
 from sd3pipe.cache.plan import Leaf, plan_id
-from sd3pipe.cache.publish import check_kind, forget_unreadable, publish
+from sd3pipe.cache.publish import forget_unreadable, publish, published_manifest
+from sd3pipe.cache.reusable import ReusableRows
 from sd3pipe.cache.rows import Row, layout_of
 from sd3pipe.cache.segment import RowInfo, StoredRow, read_header, write_segment
-from sd3pipe.cache.stock import Stock
+from sd3pipe.cache.segment_plan import SegmentPlan
 from sd3pipe.cache.wanted import Wanted
-from sd3pipe.cache.wishes import note_wish
 from sd3pipe.cache.writers import is_alone, writing
 from sd3pipe.console import readable_bytes
-from sd3pipe.errors import InputError, Stopped, StorageError
+from sd3pipe.errors import InputError, Stopped, StorageError, UnreadablePicture
 from sd3pipe.files import free_bytes, storage_errors
 from sd3pipe.fingerprint import hash_chunks
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """What an encoder yields instead of a row that cannot be made from its source."""
-
-    reason: str
-
-
-Encode = Callable[[Sequence[str]], Iterator[tuple[str, Row | Unreadable]]]
+Encode = Callable[[Sequence[str]], Iterator[tuple[str, Row | UnreadablePicture]]]
 NO_PART = (sys.maxsize, sys.maxsize)  # as `shard`: encodes nothing
-Outcome = Literal["in_place", "copied", "attic", "encoded", "failed"]
+Outcome = Literal["in_place", "copied", "unused", "encoded", "failed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +38,9 @@ class FillCounts:
 
     in_place: int  # in a segment that was kept unread
     copied: int  # from segments of an earlier plan, or of another cache
-    attic: int  # from segments displaced earlier
+    unused: int  # from unused segments; "attic" in a report
     encoded: int
-    failed: int  # rows that cannot be made; their pictures are quarantined
+    failed: int  # rows that cannot be made: their pictures are unreadable
     left: int  # rows that other shards make, or made
     quarantined: int  # pictures that the manifest lists as unreadable
     published: bool  # false while other shards have rows to make
@@ -56,7 +48,7 @@ class FillCounts:
     @property
     def reused(self) -> int:
         """Rows that were not run through an encoder."""
-        return self.in_place + self.copied + self.attic
+        return self.in_place + self.copied + self.unused
 
     def since(self, missing: "Missing") -> "FillCounts":
         """Returns the counts of a run that found so much missing, of which other processes made what this one found."""
@@ -65,13 +57,13 @@ class FillCounts:
 
     def as_report(self) -> dict[str, int]:
         """Returns the counts for the stage's report."""
-        names = ("in_place", "copied", "attic", "encoded", "failed", "left", "quarantined")
-        return {"reused": self.reused} | {name: getattr(self, name) for name in names}
+        names = ("in_place", "copied", "encoded", "failed", "left", "quarantined")
+        return {"reused": self.reused, "attic": self.unused} | {name: getattr(self, name) for name in names}
 
     def summary(self) -> str:
         """Returns the counts in the user's words."""
         text = f"{self.reused} reused, {self.encoded} encoded, {self.quarantined} quarantined"
-        if self.published and not (self.copied or self.attic or self.encoded or self.failed):
+        if self.published and not (self.copied or self.unused or self.encoded or self.failed):
             text = f"nothing to do: {text}"
         return text if self.published else text + f", {self.left} left to the other shards"
 
@@ -108,30 +100,29 @@ def fill_cache(
     """
     folder = CacheFolder(out)
     folder.check_ours()
-    check_kind(folder, wanted.kind)
+    published_manifest(folder, wanted.kind)
     folder.create()
     with writing(folder, wanted.identity) as scratch:
-        note_wish(folder, wanted)
+        note_wanted(folder, wanted)
         if retry_unreadable and is_alone(folder, scratch):
             forget_unreadable(folder)
-        fill = _Fill(folder, wanted, scratch, made_with, retry_unreadable, others)
-        fill.work(encode, shard)
-        return fill.finish()
+        plan = SegmentPlan(folder, wanted, retry_unreadable=retry_unreadable)
+        return _Fill(folder, wanted, plan, scratch, made_with, others).run(encode, shard)
 
 
 def missing_rows(out: Path, wanted: Wanted) -> Missing:
     """Returns what `fill_cache` would encode, without touching the cache. Raises InputError like `fill_cache`."""
     folder = CacheFolder(out)
     folder.check_ours()
-    census = Census(folder, wanted, read_only=True)
-    lacking = [leaf for leaf in census.plan() if not census.present(leaf)]
-    stock = Stock(folder, wanted.kind, {leaf.plan_id for leaf in census.plan()}) if lacking else ()
-    note_wish(folder, wanted)
+    plan = SegmentPlan(folder, wanted, read_only=True)
+    lacking = plan.lacking()
+    reusable = ReusableRows(folder, wanted.kind, plan.leaves) if lacking else ()
+    note_wanted(folder, wanted)
     return Missing(
-        keys=tuple(key for leaf in lacking for key in leaf.keys if key not in stock),
+        keys=tuple(key for leaf in lacking for key in leaf.keys if key not in reusable),
         nbytes=sum(leaf.nbytes * len(leaf.keys) for leaf in lacking),
         free_bytes=free_bytes(out),
-        unreadable=len(census.unreadable),
+        unreadable=len(plan.unreadable),
     )
 
 
@@ -142,53 +133,48 @@ class _Fill:
         self,
         folder: CacheFolder,
         wanted: Wanted,
+        plan: SegmentPlan,
         scratch: Path,
         made_with: str,
-        retry_unreadable: bool,
         others: Sequence[Path],
     ) -> None:
-        self._folder, self._wanted, self._scratch = folder, wanted, scratch
+        self._folder, self._wanted, self._plan, self._scratch = folder, wanted, plan, scratch
         self._made_with, self._others = made_with, others
-        self._census = Census(folder, wanted, retry_unreadable=retry_unreadable)
         self._outcomes: dict[str, Outcome] = {}
         self._spoiled: set[str] = set()  # rows of which a copy at hand is damaged
 
-    def work(self, encode: Encode, shard: tuple[int, int]) -> None:
-        """Makes this process's share, then completes what rows at hand are enough for."""
-        for leaf in self._census.plan():
-            if self._census.present(leaf):
+    def run(self, encode: Encode, shard: tuple[int, int]) -> FillCounts:
+        """Makes this process's share, completes what rows at hand are enough for, and publishes a complete cache."""
+        for leaf in self._plan.leaves:
+            if self._plan.present(leaf):
                 self._count(leaf.keys, "in_place")
-        share = self._census.share(shard)
-        while self._round(encode, share, settle=False):
-            pass
-        while self._round(encode, share, settle=True):
-            pass
-
-    def finish(self) -> FillCounts:
-        """Publishes a complete cache and returns the counts."""
-        complete = all(self._census.present(leaf) for leaf in self._census.plan())
+        share = self._plan.share(shard)
+        for settle in (False, True):
+            while self._round(encode, share, settle=settle):
+                pass
+        complete = not self._plan.lacking()
         if complete:
-            publish(self._folder, self._wanted, self._census.readable(), self._census.holdings(), self._scratch)
-        self._count(tuple(self._census.unreadable), "failed")
+            tables = self._plan.row_tables()
+            publish(self._folder, self._wanted, self._plan.readable, tables, self._plan.index_digest, self._scratch)
+        self._count(tuple(self._plan.unreadable), "failed")
         counts = Counter(self._outcomes.values())
         return FillCounts(
-            **{name: counts[name] for name in ("in_place", "copied", "attic", "encoded", "failed")},
+            **{name: counts[name] for name in get_args(Outcome)},
             left=len(self._wanted.row_by_key) - len(self._outcomes),
-            quarantined=len(self._census.readable().quarantined),
+            quarantined=len(self._plan.readable.unreadable),
             published=complete,
         )
 
     def _round(self, encode: Encode, share: set[str], *, settle: bool) -> bool:
         """Makes what can be made now; returns whether there was anything. Another round sees the plan that results."""
-        self._census.learn_unreadable()
-        lacking = self._bring_back([leaf for leaf in self._census.plan() if not self._census.present(leaf)])
+        self._plan.learn_unreadable()
+        lacking = self._bring_back(self._plan.lacking())
         if not lacking:
             return False
-        planned = {leaf.plan_id for leaf in self._census.plan()}
-        stock = Stock(self._folder, self._wanted.kind, planned, self._others, self._spoiled)
+        reusable = ReusableRows(self._folder, self._wanted.kind, self._plan.leaves, self._others, self._spoiled)
         jobs: list[tuple[Leaf, list[str]]] = []
         for leaf in lacking:
-            missing = [key for key in leaf.keys if key not in stock]
+            missing = [key for key in leaf.keys if key not in reusable]
             mine = [key for key in missing if key in share]
             if mine or (not missing and (settle or leaf.keys[0] in share)):
                 jobs.append((leaf, mine))
@@ -198,12 +184,14 @@ class _Fill:
         try:
             for leaf, mine in jobs:
                 stopping.check()
-                self._make(leaf, mine, rows, stock)
+                self._make(leaf, mine, rows, reusable)
         finally:
             getattr(rows, "close", lambda: None)()
         return bool(jobs)
 
-    def _make(self, leaf: Leaf, mine: list[str], rows: Iterator[tuple[str, Row | Unreadable]], stock: Stock) -> None:
+    def _make(
+        self, leaf: Leaf, mine: list[str], rows: Iterator[tuple[str, Row | UnreadablePicture]], reusable: ReusableRows
+    ) -> None:
         """Writes one segment; an incomplete one, under its own id, if others must make some of its rows.
 
         Asked to stop, it keeps in the same way what is encoded by then.
@@ -214,11 +202,9 @@ class _Fill:
                 stopping.check()
                 if (row := self._encoded(key, rows)) is not None:
                     fresh.append(row)
-        copies = [taken for key in leaf.keys if key in stock and (taken := stock.take(key)) is not None]
-        stored = fresh + [row for row, _ in copies]
-        complete = len(stored) == len(leaf.keys)
-        if not complete:
-            stored = fresh
+        copies = [taken for key in leaf.keys if key in reusable and (taken := reusable.take(key)) is not None]
+        complete = len(fresh) + len(copies) == len(leaf.keys)
+        stored = fresh + [row for row, _ in copies] if complete else fresh
         if not stored:
             return
         name = plan_id(self._wanted.kind, [row.info.key for row in stored])
@@ -231,17 +217,16 @@ class _Fill:
             scratch=self._scratch,
         )
         self._count([row.info.key for row in fresh], "encoded")
-        if complete:
-            for row, origin in copies:
-                self._count([row.info.key], origin)
+        for row, origin in copies if complete else ():
+            self._count([row.info.key], origin)
 
-    def _encoded(self, key: str, rows: Iterator[tuple[str, Row | Unreadable]]) -> StoredRow | None:
+    def _encoded(self, key: str, rows: Iterator[tuple[str, Row | UnreadablePicture]]) -> StoredRow | None:
         """Returns the encoder's next row, which must be `key`; None, noted for all writers, if it is unreadable."""
-        yielded, row = next(rows, (None, Unreadable("")))
+        yielded, row = next(rows, (None, UnreadablePicture("")))
         if yielded != key:
             raise AssertionError(f"the encoder yielded row {yielded}, asked for was {key}")
-        if isinstance(row, Unreadable):
-            self._census.note_unreadable(key, row.reason)
+        if isinstance(row, UnreadablePicture):
+            self._plan.note_unreadable(key, str(row))
             return None
         layout = layout_of(row)
         buffers = [memoryview(row[name].data).cast("B") for name, _, _ in layout]
@@ -256,13 +241,13 @@ class _Fill:
         return StoredRow(info, buffers)
 
     def _bring_back(self, lacking: list[Leaf]) -> list[Leaf]:
-        """Moves whole segments back from the attic and returns those that it does not have."""
-        attic = {path.name: path for path in self._folder.attic_segments()} if lacking else {}
+        """Moves whole segments back from the unused ones and returns those that are not there either."""
+        unused = {path.name: path for path in self._folder.unused_segments()} if lacking else {}
         still_lacking = []
         for leaf in lacking:
             final = self._folder.segment(leaf.plan_id)
-            if final.name in attic and self._bring_back_one(attic[final.name], final) and self._census.present(leaf):
-                self._count(leaf.keys, "attic")
+            if final.name in unused and self._bring_back_one(unused[final.name], final) and self._plan.present(leaf):
+                self._count(leaf.keys, "unused")
             else:
                 still_lacking.append(leaf)
         return still_lacking

@@ -24,7 +24,7 @@ class Unused:
 def unused_files(cache: Path) -> list[Unused]:
     """Returns what `delete_unused` could delete, the oldest first; damaged files before whole ones of the same day."""
     folder = CacheFolder(cache)
-    found = [*_dated(folder.attic, damaged=False), *_dated(folder.damaged, damaged=True)]
+    found = [*_dated(folder.unused, damaged=False), *_dated(folder.damaged, damaged=True)]
     return sorted(found, key=lambda item: (item.since, not item.damaged, item.path.name))
 
 

@@ -44,7 +44,7 @@ def verify_cache(cache: Path, *, threads: int | None = None) -> Verification:
     manifest, index = _open(folder, problems)
     live = dict.fromkeys(index.plan_ids()) if index is not None else {}
     problems += _missing(folder, live)
-    paths = [*folder.segment_ids().values(), *folder.attic_segments()]
+    paths = [*folder.segment_ids().values(), *folder.unused_segments()]
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         checked = list(pool.map(lambda path: _check_segment(path, manifest, folder, index), paths))
     problems += dict.fromkeys(problem for _, problem in checked if problem is not None)

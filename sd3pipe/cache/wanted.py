@@ -1,20 +1,26 @@
 """What an encode stage wants in its cache: rows, samples, and what the manifest says about them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from sd3pipe.cache.keys import Kind, row_key
 from sd3pipe.cache.plan import WantedRow
-from sd3pipe.cache.samples import Columns, select
+from sd3pipe.cache.samples import Columns, row_columns, select
 from sd3pipe.cache.segment import Ingredients
 from sd3pipe.fingerprint import hash_json
+
+_PICTURE = ("name", "subset", "image_hash")  # the columns that say which picture a sample is of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """The whole content of a cache, known before anything is encoded. `samples` has the columns of cache/samples.py."""
+    """The whole content of a cache, known before anything is encoded.
+
+    `samples` has the columns of cache/samples.py, `named_rows` the manifest's further fields: both name rows by their
+    number in `rows`.
+    """
 
     kind: Kind
     recipe_version: int
@@ -23,8 +29,8 @@ class Wanted:
     rows: Sequence[WantedRow]
     samples: Columns
     subsets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    quarantined: Sequence[Mapping[str, Any]] = ()  # name, subset, image_hash ("" if unknown), reason
-    extra: Mapping[str, Any] = field(default_factory=dict)  # further fields of the manifest
+    unreadable: Sequence[Mapping[str, Any]] = ()  # pictures: name, subset, image_hash ("" if unknown), reason
+    named_rows: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -46,12 +52,23 @@ class Wanted:
         return dict(zip(self.keys, self.rows, strict=True))
 
     @cached_property
+    def columns(self) -> Columns:
+        """The samples with the keys of their rows."""
+        named = {name: [self.keys[number] for number in self.samples[name]] for name in row_columns(self.kind)}
+        return {**self.samples, **named}
+
+    @cached_property
+    def extra(self) -> dict[str, str]:
+        """The manifest's further fields: keys of rows."""
+        return {name: self.keys[number] for name, number in self.named_rows.items()}
+
+    @cached_property
     def identity(self) -> str:
         """The hash of all that would be published: writers of equal identity may share a folder."""
         groups = sorted((key, row.group, row.nbytes) for key, row in self.row_by_key.items())
         about = [self.kind, self.recipe_version, self.fingerprints, self.recipe, self.subsets, self.extra]
-        columns = {name: list(values) for name, values in self.samples.items()}
-        return hash_json([about, groups, columns, list(self.quarantined)])
+        columns = {name: list(values) for name, values in self.columns.items()}
+        return hash_json([about, groups, columns, list(self.unreadable)])
 
     def ingredients(self, key: str) -> Ingredients:
         """Returns what a row's key is made of."""
@@ -62,29 +79,24 @@ class Wanted:
     def without(self, unreadable: Mapping[str, str]) -> "Readable":
         """Returns what remains when some rows, given with reasons, cannot be made: their pictures go as a whole."""
         if not unreadable:
-            return Readable(keys=frozenset(self.keys), samples=self.samples, quarantined=_sorted(self.quarantined))
-        identity = [name for name in ("name", "subset", "image_hash") if name in self.samples]
-        pictures = list(zip(*(self.samples[name] for name in identity), strict=True))
-        bad: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for picture, key in self._uses(pictures):
+            return Readable(keys=frozenset(self.keys), samples=self.columns, unreadable=_sorted(self.unreadable))
+        identity = [name for name in _PICTURE if name in self.columns]
+        pictures = list(zip(*(self.columns[name] for name in identity), strict=True))
+        uses = [use for name in row_columns(self.kind) for use in zip(pictures, self.columns[name], strict=True)]
+        bad: dict[tuple[Any, ...], list[str]] = {}
+        for picture, key in uses:
             if key in unreadable:
-                about = dict(zip(identity, picture, strict=True))
-                entry = bad.setdefault(picture, {**about, "reason": unreadable[key], "keys": []})
-                entry["keys"] = sorted({*entry["keys"], key})
-        keep = [picture not in bad for picture in pictures]
-        used, kept = set(), set()
-        for picture, key in self._uses(pictures):
-            used.add(key)
-            if picture not in bad:
-                kept.add(key)
-        keys = {key for key in self.keys if key not in unreadable and (key in kept or key not in used)}
-        quarantined = _sorted([*self.quarantined, *bad.values()])
-        return Readable(keys=frozenset(keys), samples=select(self.samples, keep), quarantined=quarantined)
-
-    def _uses(self, pictures: Sequence[tuple[Any, ...]]) -> list[tuple[tuple[Any, ...], str]]:
-        """Returns each use of a row by a picture."""
-        columns = [values for name, values in self.samples.items() if name in ("key", "negative_key")]
-        return [(picture, key) for keys in columns for picture, key in zip(pictures, keys, strict=True)]
+                bad.setdefault(picture, []).append(key)
+        kept, used = {key for picture, key in uses if picture not in bad}, {key for _, key in uses}
+        entries = [
+            {**dict(zip(identity, picture, strict=True)), "reason": unreadable[keys[0]], "keys": sorted(set(keys))}
+            for picture, keys in bad.items()
+        ]
+        return Readable(
+            keys=frozenset(key for key in self.keys if key not in unreadable and (key in kept or key not in used)),
+            samples=select(self.columns, [picture not in bad for picture in pictures]),
+            unreadable=_sorted([*self.unreadable, *entries]),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +104,11 @@ class Readable:
     """The rows and samples that can be published, and the pictures that cannot."""
 
     keys: frozenset[str]
-    samples: Columns
-    quarantined: tuple[Mapping[str, Any], ...]
+    samples: Columns  # with keys
+    unreadable: tuple[Mapping[str, Any], ...]
 
 
-def _sorted(entries: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    """Returns quarantine entries in an order that depends on nothing but them."""
+def _sorted(entries: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """Returns unreadable pictures in an order that depends on nothing but them."""
     names = ("subset", "name", "image_hash", "reason")
     return tuple(sorted(map(dict, entries), key=lambda entry: tuple(str(entry.get(name, "")) for name in names)))

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.keys import text_source
+from sd3pipe.cache.last_wanted import LastWanted, last_wanted
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.segment import Ingredients, RowInfo, read_header
 from sd3pipe.cache.staleness import SourceCheck, Sources
-from sd3pipe.cache.wishes import Wish, last_wish
 from sd3pipe.errors import InputError
 from sd3pipe.fingerprint import hash_file
 
@@ -52,7 +52,7 @@ class _Known:
 class _Evidence:
     """What is known about a cache."""
 
-    wish: Wish | None
+    last: LastWanted | None
     live_samples: list[dict[str, Any]]
     rows: Mapping[str, _Known]
     quarantine: Mapping[str, str]  # reason by key
@@ -97,7 +97,7 @@ def _gather(cache: Path) -> _Evidence:
     live = set() if reader is None else set(reader.index.plan_ids())
     rows = sorted(_known_rows(folder, live), key=lambda item: item.live)
     return _Evidence(
-        wish=last_wish(cache),
+        last=last_wanted(cache),
         live_samples=[] if reader is None else list(_lines(reader.samples.to_columns(reader.keys))),
         rows={row.info.key: row for row in rows},
         quarantine={} if reader is None else reader.manifest.unreadable_rows(),
@@ -113,9 +113,9 @@ def _explain(sample: Mapping[str, Any], digest: str | None, evidence: _Evidence,
         state, where = (("stale" if changes else "hit") if row.live else "unused"), row.path.name
     elif key in evidence.quarantine:
         state, where = "quarantined", evidence.quarantine[key]
-    elif evidence.wish is not None and key in evidence.wish.rows:
+    elif evidence.last is not None and key in evidence.last.rows:
         same = [entry["key"] for entry in evidence.live_samples if _same_picture(entry, sample)]
-        nearest, differences = _nearest(evidence.wish.rows[key], evidence.rows, same)
+        nearest, differences = _nearest(evidence.last.rows[key], evidence.rows, same)
     return Explanation(
         sample=sample,
         key=key,
@@ -168,7 +168,7 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _samples(evidence: _Evidence) -> list[dict[str, Any]]:
     """Returns what was last wanted, and what else the cache has."""
-    wanted = [] if evidence.wish is None else list(_lines(evidence.wish.samples))
+    wanted = [] if evidence.last is None else list(_lines(evidence.last.samples))
     places = {_place(sample) for sample in wanted}
     return wanted + [sample for sample in evidence.live_samples if _place(sample) not in places]
 
@@ -198,7 +198,7 @@ def _same_picture(mine: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def _known_rows(folder: CacheFolder, live: set[str]) -> Iterator[_Known]:
     """Yields every row that lies in the cache or among its unused rows."""
-    for path in [*folder.segment_ids().values(), *folder.attic_segments()]:
+    for path in [*folder.segment_ids().values(), *folder.unused_segments()]:
         try:
             header = read_header(path)
         except (InputError, FileNotFoundError):

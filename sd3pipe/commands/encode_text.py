@@ -1,27 +1,21 @@
 """`sd3pipe encode-text`: captions or sample prompts to text encoder outputs, one row per distinct text, in a cache."""
 
 import functools
-import importlib.metadata
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sd3pipe.cache.folder import machine_folder
 from sd3pipe.cache.rows import Row
-from sd3pipe.cache.staleness import remember_sources
-from sd3pipe.cache.store import FillCounts, Unreadable, fill_cache, missing_rows
-from sd3pipe.cache.wanted import Wanted
 from sd3pipe.config import find_project
-from sd3pipe.console import StageReport, count, listed, one_line, readable_bytes, readable_seconds, say, version
+from sd3pipe.console import StageReport, count, listed, one_line
 from sd3pipe.data.captions import caption_statistics
-from sd3pipe.data.dataset_file import Dataset, load_dataset
 from sd3pipe.data.prompts import load_prompts
-from sd3pipe.data.scan import Scan, scan, source_files, tell_about_captions
+from sd3pipe.data.scan import tell_about_captions
 from sd3pipe.encoding.cut_texts import Cuts, recall_cuts, remember_cuts
-from sd3pipe.encoding.recipe_version import version_change
+from sd3pipe.encoding.stage import Encoding, fill, read_dataset, say_forecast
 from sd3pipe.encoding.text_plan import (
     TextEncoders,
     Texts,
@@ -31,11 +25,10 @@ from sd3pipe.encoding.text_plan import (
     text_recipe,
     text_wanted,
 )
-from sd3pipe.errors import ParameterError
+from sd3pipe.errors import ParameterError, UnreadablePicture
 from sd3pipe.models.text_architecture import EncoderName
 from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.params.encode_text import EncodeTextParams
-from sd3pipe.params.sharing import shard_of_process
 from sd3pipe.stat_memory import StatMemory
 
 if TYPE_CHECKING:
@@ -57,26 +50,22 @@ class _Target:
     out: Path
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Prepared:
-    """Everything that is known before anything is encoded."""
-
-    texts: Texts
-    encoders: TextEncoders
-    recipe: TextRecipe
-    wanted: Wanted
-    scanned: tuple[Dataset, Scan, float] | None  # with the time at which the scan began
-
-
 def main(params: EncodeTextParams) -> None:
     """Fills the text cache of a dataset or the cache of sample prompts; in a project, without either named, both."""
     for target in _targets(params):
         if params.dry_run:
-            ready = _prepare(params, target)
-            _tell_version_change(ready, params, target)
-            say(f"encode-text, dry run: {_forecast(ready, params, target)}")
-        else:
-            _fill(params, target)
+            say_forecast(_prepare(params, target))
+            continue
+        with StageReport(
+            "encode-text", path=Path(f"{target.out}.report.json"), inputs=_inputs(params, target)
+        ) as report:
+            texts = _prepare(params, target)
+            report.update(**_text_counts(texts.texts))
+            counts = fill(texts, params, functools.partial(_prepare, target=target), report)
+            remember_cuts(texts.folder, texts.cuts)
+            cut = texts.cut_texts(texts.cuts)
+            report.update(cut=cut)
+            report.summary = counts.summary() + (f", {count(len(cut), 'text')} cut" if cut else "")
 
 
 def _targets(params: EncodeTextParams) -> list[_Target]:
@@ -99,91 +88,80 @@ def _targets(params: EncodeTextParams) -> list[_Target]:
     ]
 
 
-def _fill(params: EncodeTextParams, target: _Target) -> None:
-    with StageReport("encode-text", path=Path(f"{target.out}.report.json"), inputs=_inputs(params, target)) as report:
-        ready = _prepare(params, target)
-        report.update(texts=len(ready.texts.text_by_hash), uses=len(ready.texts.columns["key"]))
-        if target.kind == "text":
-            used = [ready.texts.text_by_hash[digest] for digest in ready.texts.columns["caption_hash"]]
-            report.update(captions=caption_statistics(used))
-        _tell_version_change(ready, params, target)
-        folder = machine_folder(target.out)
-        cuts = recall_cuts(folder, set(ready.wanted.keys))
-        if params.engine == "ray":
-            counts = _fill_on_ray(ready, params, target, cuts, report.begin)
-        else:
-            counts = _filler(ready, params, target, cuts, report.begin)(shard_of_process(params.shard))
-        report.begin()
-        remember_cuts(folder, cuts)
-        cut = _cut_texts(ready, cuts)
-        report.update(**counts.as_report(), cut=cut)
-        report.summary = counts.summary()
-        report.summary += f", {count(len(cut), 'text')} cut" if cut else ""
-        if ready.scanned is not None:
-            dataset, found, started = ready.scanned
-            seen = source_files(found, dataset, captions=True)
-            remember_sources(
-                target.out, dataset_file=target.source, files=seen.files, folders=seen.folders, scan_started=started
-            )
-
-
-def filler(params: EncodeTextParams, target: _Target) -> Callable[[tuple[int, int]], FillCounts]:
-    """Returns what fills part i of n of a cache."""
-    return _filler(_prepare(params, target), params, target, {}, lambda: None)
-
-
-def _filler(
-    ready: _Prepared, params: EncodeTextParams, target: _Target, cuts: Cuts, begin: Callable[[], None]
-) -> Callable[[tuple[int, int]], FillCounts]:
-    encode = _encoder(ready, params, machine_folder(target.out), cuts, begin)
-
-    def fill(shard: tuple[int, int]) -> FillCounts:
-        return fill_cache(target.out, ready.wanted, encode, made_with=_made_with(), shard=shard)
-
-    return fill
-
-
-def _fill_on_ray(
-    ready: _Prepared, params: EncodeTextParams, target: _Target, cuts: Cuts, begin: Callable[[], None]
-) -> FillCounts:
-    """Lets the workers of a cluster make what is missing, and publishes it."""
-    missing = missing_rows(target.out, ready.wanted)
-    if missing.keys:
-        from sd3pipe.encoding.ray_engine import fill_parts
-
-        _tokens(ready, missing.keys, cuts, machine_folder(target.out))
-        begin()
-        theirs = params.model_copy(update={"rehash": False, "verify_weights": False})
-        fill_parts(
-            "encode-text",
-            functools.partial(filler, theirs, target),
-            parts_per_worker=1,  # for each part the three encoders are read anew, one after the other
-            workers=params.ray_workers,
-            on_cpu=params.device == "cpu",
-        )
-    return _filler(ready, params, target, cuts, begin)((0, 1)).since(missing)
-
-
 def _inputs(params: EncodeTextParams, target: _Target) -> dict[str, str | None]:
     names = ("model", "clip_l", "clip_g", "t5xxl", "tokenizers")
     inputs = {_PROJECT_KEYS[target.kind]: target.source} | {name: getattr(params, name) for name in names}
     return {name: None if value is None else str(value) for name, value in inputs.items()}
 
 
-def _prepare(params: EncodeTextParams, target: _Target) -> _Prepared:
+@dataclass(frozen=True, kw_only=True)
+class _TextRows(Encoding):
+    """The rows of captions or prompts, made by the three text encoders."""
+
+    stage = "encode-text"
+    libraries = ("torch", "transformers", "tokenizers")
+    parts_per_worker = 1  # for each part the three encoders are read anew, one after the other
+
+    params: EncodeTextParams
+    texts: Texts
+    encoders: TextEncoders
+    recipe: TextRecipe
+    cuts: Cuts  # of texts that are longer than an encoder reads: of earlier runs, and what is found by this one
+
+    @property
+    def folder(self) -> Path:
+        return machine_folder(self.out)
+
+    @functools.cached_property
+    def hash_by_key(self) -> dict[str, str]:
+        return dict(zip(self.wanted.keys, self.texts.text_by_hash, strict=True))
+
+    def encode(self, keys: Sequence[str]) -> Iterator[tuple[str, Row | UnreadablePicture]]:
+        from sd3pipe.encoding.text_encoding import encoded_texts  # imports torch and transformers
+
+        rows = encoded_texts(self.look_at(keys), self.encoders, self.recipe, self.params, self.folder)
+        yield from zip(keys, rows, strict=True)
+
+    def look_at(self, keys: Sequence[str]) -> "Tokens":
+        """Returns the token ids of the rows' texts, warns of those that lose some, and adds them to `cuts`.
+
+        They are remembered at once: when the rows are published, a run that encodes nothing must know of them.
+        """
+        from sd3pipe.encoding.text_encoding import tokenized
+
+        texts = [self.texts.text_by_hash[self.hash_by_key[key]] for key in keys]
+        tokens, cut = tokenized(texts, self.encoders, self.recipe)
+        found: Cuts = {keys[text.number]: dict(text.tokens) for text in cut}
+        self.cuts.update(found)
+        remember_cuts(self.folder, self.cuts)
+        _tell_about_cuts(self.cut_texts(found), self.encoders.clip_length, self.recipe.t5xxl_max_token_length)
+        return tokens
+
+    def cut_texts(self, cuts: Cuts) -> list[dict[str, Any]]:
+        """Returns who uses each text that is cut, and how many tokens it has, in the order of the dataset."""
+        users = self.texts.users
+        return [
+            {"used_by": users.get(digest, ""), "tokens": cuts[key]}
+            for key, digest in self.hash_by_key.items()
+            if key in cuts
+        ]
+
+    def seconds(self, keys: Sequence[str]) -> tuple[str, float]:
+        from sd3pipe.encoding.text_encoding import seconds_to_encode  # imports torch, only to tell the time
+
+        return seconds_to_encode(len(keys), self.encoders, self.recipe, self.params)
+
+
+def _prepare(params: EncodeTextParams, target: _Target) -> _TextRows:
     """Reads captions or prompts, headers and what identifies the weights. Writes nothing for a dry run."""
     folder = machine_folder(target.out)
     pictures = StatMemory(folder / "stat.json", trust=not params.rehash)
     weights = StatMemory(folder.parent / "weights.json", trust=not params.verify_weights)  # one for all caches here
-    scanned = None
+    read = None
     if target.kind == "text":
-        dataset, started = load_dataset(target.source), time.time()
-        for remark in dataset.remarks:
-            log.info("%s: %s", dataset.path, remark)
-        found = scan(dataset, pictures)
-        tell_about_captions(found)
-        scanned = (dataset, found, started)
-        texts = caption_texts(found, dataset, variants=params.caption_variants, seed=params.seed)
+        read = read_dataset(target.source, pictures, captions=True)
+        tell_about_captions(read.found)
+        texts = caption_texts(read.found, read.dataset, variants=params.caption_variants, seed=params.seed)
     else:
         texts = prompt_texts(load_prompts(target.source))
     files: dict[EncoderName, Path | None] = {"clip_l": params.clip_l, "clip_g": params.clip_g, "t5xxl": params.t5xxl}
@@ -193,59 +171,25 @@ def _prepare(params: EncodeTextParams, target: _Target) -> _Prepared:
     if not params.dry_run:
         pictures.save()
         weights.save()
-    return _Prepared(
+    return _TextRows(
+        params=params,
+        out=target.out,
+        wanted=wanted,
+        read=read,
         texts=texts,
         encoders=encoders,
         recipe=recipe,
-        wanted=wanted,
-        scanned=scanned,
+        cuts=recall_cuts(folder, set(wanted.keys)),
     )
 
 
-def _made_with() -> str:
-    libraries = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "tokenizers")]
-    return ", ".join([f"sd3pipe {version()}", *libraries])
-
-
-def _encoder(
-    ready: _Prepared, params: EncodeTextParams, scratch: Path, cuts: Cuts, begin: Callable[[], None]
-) -> Callable[[Sequence[str]], Iterator[tuple[str, Row | Unreadable]]]:
-    """Returns the function that encodes rows by their keys; it adds the texts that lose tokens to `cuts`."""
-
-    def encode(keys: Sequence[str]) -> Iterator[tuple[str, Row | Unreadable]]:
-        from sd3pipe.encoding.text_encoding import encoded_texts  # imports torch and transformers
-
-        tokens = _tokens(ready, keys, cuts, scratch)
-        rows = encoded_texts(tokens, ready.encoders, ready.recipe, params, scratch)
-        for key, row in zip(keys, rows, strict=True):
-            begin()
-            yield key, row
-
-    return encode
-
-
-def _tokens(ready: _Prepared, keys: Sequence[str], cuts: Cuts, folder: Path) -> "Tokens":
-    """Returns the token ids of the rows' texts, warns of those that lose some, and adds them to `cuts`.
-
-    They are remembered at once: when the rows are published, a run that encodes nothing must know of them.
-    """
-    from sd3pipe.encoding.text_encoding import tokenized
-
-    hash_by_key = dict(zip(ready.wanted.keys, ready.texts.text_by_hash, strict=True))
-    texts = [ready.texts.text_by_hash[hash_by_key[key]] for key in keys]
-    tokens, cut = tokenized(texts, ready.encoders, ready.recipe)
-    found: Cuts = {keys[text.number]: dict(text.tokens) for text in cut}
-    cuts.update(found)
-    remember_cuts(folder, cuts)
-    _tell_about_cuts(_cut_texts(ready, found), ready.encoders.clip_length, ready.recipe.t5xxl_max_token_length)
-    return tokens
-
-
-def _cut_texts(ready: _Prepared, cuts: Cuts) -> list[dict[str, Any]]:
-    """Returns who uses each text that is cut, and how many tokens it has, in the order of the dataset."""
-    hash_by_key = zip(ready.wanted.keys, ready.texts.text_by_hash, strict=True)
-    users = ready.texts.users
-    return [{"used_by": users.get(digest, ""), "tokens": cuts[key]} for key, digest in hash_by_key if key in cuts]
+def _text_counts(texts: Texts) -> dict[str, Any]:
+    """Returns what the report says about the texts."""
+    counts: dict[str, Any] = {"texts": len(texts.text_by_hash), "uses": len(texts.samples["key"])}
+    if texts.kind == "text":
+        used = [texts.text_by_hash[digest] for digest in texts.samples["caption_hash"]]
+        counts["captions"] = caption_statistics(used)
+    return counts
 
 
 def _tell_about_cuts(cut: Sequence[Mapping[str, Any]], clip_length: int, t5_length: int) -> None:
@@ -254,26 +198,3 @@ def _tell_about_cuts(cut: Sequence[Mapping[str, Any]], clip_length: int, t5_leng
         if users:
             texts = count(len(users), "longer text")
             log.warning("%s reads the first %d tokens of %s: %s", title, length, texts, listed(users))
-
-
-def _tell_version_change(ready: _Prepared, params: EncodeTextParams, target: _Target) -> None:
-    """Says before anything is encoded what another recipe version takes."""
-    words = version_change(target.out, ready.wanted)
-    if words:
-        log.warning("%s: %s", words, _forecast(ready, params, target))
-
-
-def _forecast(ready: _Prepared, params: EncodeTextParams, target: _Target) -> str:
-    """Returns what a run would do: rows, time on this device, size."""
-    missing = missing_rows(target.out, ready.wanted)
-    there = len(ready.wanted.row_by_key) - len(missing.keys)
-    if not missing.keys:
-        return f"nothing to encode, {count(there, 'row')} there"
-    from sd3pipe.encoding.text_encoding import seconds_to_encode  # imports torch, only to tell the time
-
-    device, seconds = seconds_to_encode(len(missing.keys), ready.encoders, ready.recipe, params)
-    return (
-        f"{count(len(missing.keys), 'row')} to encode, {there} there; about "
-        f"{readable_seconds(seconds)} on {device}, {readable_bytes(missing.nbytes)} to write, "
-        f"{readable_bytes(missing.free_bytes)} free"
-    )

@@ -9,14 +9,11 @@ import math
 from dataclasses import dataclass
 
 from sd3pipe.data.dataset_file import Bucketing
+from sd3pipe.errors import UnreadablePicture
 
 Size = tuple[int, int]  # width, height
 
 _MUCH_SMALLER = 0.8  # of the area asked for
-
-
-class NoBucket(Exception):
-    """A picture fits no bucket; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +25,13 @@ class Placement:
 
 
 def place(width: int, height: int, bucketing: Bucketing) -> Placement:
-    """Returns where a picture of this size (after EXIF orientation) goes. Raises NoBucket."""
+    """Returns where a picture of this size (after EXIF orientation) goes. Raises UnreadablePicture."""
     if bucketing.enable_bucket and bucketing.bucket_no_upscale:
         placement = _shrunk_only(width, height, bucketing.width * bucketing.height, bucketing.bucket_reso_steps)
     else:
         placement = _nearest_listed(width, height, bucket_sizes(bucketing))
     if min(placement.bucket) < 1:
-        raise NoBucket(
+        raise UnreadablePicture(
             f"{width} x {height} pixels: a side would be shorter than bucket_reso_steps = "
             f"{bucketing.bucket_reso_steps}, and bucket_no_upscale forbids to enlarge it"
         )

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from sd3pipe.data.geometry import Cut
-from sd3pipe.data.headers import MAX_PIXELS, UnreadablePicture, read_picture
+from sd3pipe.data.headers import MAX_PIXELS, read_picture
 from sd3pipe.data.images import composited, decode
 from sd3pipe.data.resize import area_mean, resize
+from sd3pipe.errors import UnreadablePicture
 from sd3pipe.fingerprint import hash_bytes
 
 

@@ -21,7 +21,8 @@ import numpy as np
 from sd3pipe import stopping
 from sd3pipe.cores import usable_cores
 from sd3pipe.data.decoding import Job, Pixels, decode_row
-from sd3pipe.data.headers import DECODER_ERRORS, MAX_PIXELS, UnreadablePicture, reason
+from sd3pipe.data.headers import DECODER_ERRORS, MAX_PIXELS, reason
+from sd3pipe.errors import UnreadablePicture
 
 _AHEAD_BYTES = 512 << 20  # decoded pixels waiting for the encoder, at most
 _AHEAD_PER_WORKER = 4
@@ -37,14 +38,10 @@ _ENVIRONMENT = {  # of the workers
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Broken:
-    """Stands in the place of a row that cannot be decoded."""
-
-    reason: str
+Decoded = Pixels | UnreadablePicture
 
 
-def decoded_rows(jobs: Iterable[Job], *, workers: int, max_pixels: int = MAX_PIXELS) -> Iterator[Pixels | Broken]:
+def decoded_rows(jobs: Iterable[Job], *, workers: int, max_pixels: int = MAX_PIXELS) -> Iterator[Decoded]:
     """Yields the pixels of each job in order; `workers` = 0 decodes in this process."""
     if workers == 0:
         for job in jobs:
@@ -75,7 +72,7 @@ class _Feed:
         self.pool = self._new_pool(workers)
         self.waiting: deque[_Waiting] = deque()
 
-    def run(self, jobs: Iterator[Job]) -> Iterator[Pixels | Broken]:
+    def run(self, jobs: Iterator[Job]) -> Iterator[Decoded]:
         held_bytes = 0
         for job in jobs:
             slot = self.free_slots.pop() if self.free_slots and _row_bytes(job) <= _SLOT_BYTES else None
@@ -98,7 +95,7 @@ class _Feed:
             else:
                 os.environ[name] = value
 
-    def _next(self) -> Pixels | Broken:
+    def _next(self) -> Decoded:
         waiting = self.waiting.popleft()
         try:
             result = waiting.future.result()
@@ -118,7 +115,7 @@ class _Feed:
         try:
             result = self._submit(lone, waiting.job, waiting.slot).result()
         except BrokenProcessPool:
-            result = Broken(reason="it ended the process that decoded it")
+            result = UnreadablePicture("it ended the process that decoded it")
         finally:
             lone.shutdown()
         self.pool = self._new_pool(self.workers)
@@ -149,7 +146,7 @@ class _InSlot:
     mask: np.ndarray | None
 
 
-_Result = Pixels | Broken | _InSlot
+_Result = Decoded | _InSlot
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,19 +170,19 @@ def _start_worker(block_name: str | None) -> None:
 
 def _attempt_in_worker(job: Job, max_pixels: int, slot: int | None) -> _Result:
     result = _attempt(job, max_pixels)
-    if slot is None or isinstance(result, Broken):
+    if slot is None or isinstance(result, UnreadablePicture):
         return result
     _slot(_block_of_worker[0], slot, result.rgb.shape)[...] = result.rgb
     return _InSlot(result.rgb.shape, result.mask)
 
 
-def _attempt(job: Job, max_pixels: int) -> Pixels | Broken:
+def _attempt(job: Job, max_pixels: int) -> Decoded:
     try:
         return decode_row(job, max_pixels)
     except UnreadablePicture as error:
-        return Broken(reason=str(error))
+        return UnreadablePicture(str(error))  # without its traceback, which would hold the file's bytes
     except DECODER_ERRORS as error:
-        return Broken(reason=f"it cannot be decoded ({type(error).__name__}: {reason(error)})")
+        return UnreadablePicture(f"it cannot be decoded ({type(error).__name__}: {reason(error)})")
 
 
 def _shared_block(size: int) -> SharedMemory | None:

@@ -15,7 +15,7 @@ _FACE_PARTS = 4  # NAME_centrex_centrey_width_height, as face cutting tools name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class FoundFile:
     """A picture file of a subset before anybody looked into it; `problem` says why that is useless."""
 
     path: Path
@@ -34,18 +34,18 @@ class CaptionError(InputError):
         self.problems = problems
 
 
-def folder_entries(subset: Subset, with_captions: bool) -> list[Entry]:
+def folder_entries(subset: Subset, with_captions: bool) -> list[FoundFile]:
     """Returns the pictures of a subset's image_dir in the order of their names. Raises CaptionError."""
     folder = subset.image_dir
     assert folder is not None, "a subset without metadata_file has an image_dir"
-    entries: list[Entry] = []
+    entries: list[FoundFile] = []
     problems: list[str] = []
     for prefix, here, files in _folders(folder, subset.recursive):
         names = set(files)
         for name, problem in files.items():
             if not is_picture_name(name):
                 continue
-            entry = Entry(path=here / name, name=prefix + name, caption=None, problem=problem)
+            entry = FoundFile(path=here / name, name=prefix + name, caption=None, problem=problem)
             if with_captions and (caption_name := _caption_name(name, names, subset.caption_extensions)):
                 try:
                     entry = _with_caption(entry, here / caption_name)
@@ -69,7 +69,7 @@ def is_picture_name(name: str) -> bool:
     return name.lower().endswith(PICTURE_ENDINGS) and not name.startswith(".")
 
 
-def _with_caption(entry: Entry, path: Path) -> Entry:
+def _with_caption(entry: FoundFile, path: Path) -> FoundFile:
     """Returns the entry with its caption file's text. Raises InputError unless that is UTF-8."""
     data = read_data(path)
     try:

@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from sd3pipe.data.buckets import NoBucket, Placement, Size, place
+from sd3pipe.data.buckets import Placement, Size, place
 from sd3pipe.data.faces import face_placement
 from sd3pipe.data.filters import filter_name
-from sd3pipe.data.scan import Picture
+from sd3pipe.data.scan import Picture, Scan, UnreadableFile
+from sd3pipe.errors import UnreadablePicture
 from sd3pipe.fingerprint import hash_json
 
 RECIPE_VERSION = 1  # raised whenever this package makes other numbers from the same picture and recipe
@@ -50,15 +51,16 @@ class Cut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """A cut with its place among the cuts of its picture."""
+    """One row of a picture: a cut with its place among the picture's cuts."""
 
+    picture: Picture
     crop: int
     flip: int
     cut: Cut
 
 
 def views(picture: Picture, *, crop_variants: int, seed: int) -> list[View]:
-    """Returns every row that a picture gives: crops x flips. Raises NoBucket.
+    """Returns every row that a picture gives: crops x flips. Raises UnreadablePicture.
 
     Random crops (random_crop, face_crop_aug_range) give `crop_variants` rows, a function of (seed, picture, number).
     """
@@ -69,13 +71,34 @@ def views(picture: Picture, *, crop_variants: int, seed: int) -> list[View]:
     for crop in range(crop_variants if drawn else 1):
         placement, left, top = _position(picture, partial(_random, picture, seed, crop))
         if placement.resized[0] * placement.resized[1] > _MOST_PIXELS:
-            raise NoBucket(
+            raise UnreadablePicture(
                 f"{picture.width} x {picture.height} pixels: to cover the bucket it would have to be enlarged to "
                 f"{placement.resized[0]} x {placement.resized[1]}"
             )
         for flip in (0, 1) if subset.flip_aug else (0,):
-            found.append(View(crop=crop, flip=flip, cut=_cut(picture, placement, left, top, bool(flip))))
+            found.append(
+                View(picture=picture, crop=crop, flip=flip, cut=_cut(picture, placement, left, top, bool(flip)))
+            )
     return found
+
+
+def views_of_all(found: Scan, *, crop_variants: int, seed: int) -> tuple[list[list[View]], list[UnreadableFile]]:
+    """Returns the rows of each picture in the order of the scan, and the files that give none."""
+    pictures, unreadable = [], list(found.unreadable)
+    for picture in found.pictures:
+        try:
+            pictures.append(views(picture, crop_variants=crop_variants, seed=seed))
+        except UnreadablePicture as error:
+            unreadable.append(
+                UnreadableFile(
+                    path=picture.path,
+                    name=picture.name,
+                    subset=picture.subset.name,
+                    image_hash=picture.image_hash,
+                    reason=str(error),
+                )
+            )
+    return pictures, unreadable
 
 
 def _random(picture: Picture, seed: int, crop: int) -> random.Random:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from sd3pipe.errors import UnreadablePicture
 from sd3pipe.files import open_regular
 
 MAX_PIXELS = 200_000_000  # larger than the largest cameras' 150 MP; 600 MB as RGB
@@ -27,10 +28,6 @@ DECODER_ERRORS = (
 )  # fmt: skip
 _ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-
-
-class UnreadablePicture(Exception):
-    """A picture cannot be used; the message is the reason, the same words on every machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,12 +11,12 @@ from PIL import Image, ImageCms
 from sd3pipe.data.headers import (
     DECODER_ERRORS,
     MAX_PIXELS,
-    UnreadablePicture,
     has_alpha,
     open_picture,
     orientation,
     reason,
 )
+from sd3pipe.errors import UnreadablePicture
 
 _FLIPS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

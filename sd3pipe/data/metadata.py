@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from sd3pipe.data.dataset_file import Subset
-from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, Entry, normalised
+from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, FoundFile, normalised
 from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, parse_json, read_text
 
 _PATH_FIELDS = ("image_path", "file_name")
@@ -17,14 +17,14 @@ _TEXT_FIELDS = ("caption", "text")
 _ANYTHING = TypeAdapter(Any)
 
 
-def metadata_entries(subset: Subset) -> list[Entry]:
+def metadata_entries(subset: Subset) -> list[FoundFile]:
     """Returns the pictures that a metadata file lists, in the order of their names. Raises CaptionError."""
     file = subset.metadata_file
     assert file is not None
     if subset.image_dir is not None and not subset.image_dir.is_dir():
         raise CaptionError([f"{subset.image_dir}: there is no such folder"])
     problems: list[str] = []
-    entries: dict[str, Entry] = {}
+    entries: dict[str, FoundFile] = {}
     for where, name, record in _records(file):
         if not isinstance(name, str) or not isinstance(record, Mapping) or "\0" in name:
             problems.append(f"{where}: must name a picture ({' or '.join(_PATH_FIELDS)})")
@@ -34,7 +34,7 @@ def metadata_entries(subset: Subset) -> list[Entry]:
             problems.append(f"{where}: {name!r} has neither caption nor tags")
             continue
         path, problem = _locate(name, subset, file)
-        entries[name] = Entry(path=path, name=name, caption=caption or None, problem=problem)
+        entries[name] = FoundFile(path=path, name=name, caption=caption or None, problem=problem)
     if problems:
         raise CaptionError(problems[:20])
     return [entries[name] for name in sorted(entries)]

@@ -17,9 +17,9 @@ from typing import Any, Literal
 from sd3pipe import stopping
 from sd3pipe.console import count
 from sd3pipe.data.dataset_file import Dataset, Subset
-from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, Entry, folder_entries, mask_files
+from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, FoundFile, folder_entries, mask_files
 from sd3pipe.data.metadata import metadata_entries
-from sd3pipe.errors import InputError
+from sd3pipe.errors import InputError, UnreadablePicture
 from sd3pipe.fingerprint import hash_bytes, hash_file, hash_json, is_hash
 from sd3pipe.stat_memory import StatMemory
 
@@ -55,14 +55,18 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnreadablePicture:
-    """A picture that is left out, with the reason; its place in the join of text and latents is as for Picture."""
+class UnreadableFile:
+    """An unreadable picture with the reason; its place in the join of text and latents is as for Picture."""
 
     path: Path
     name: str
     subset: str
-    image_hash: str | None
+    image_hash: str  # empty where the file could not be read at all
     reason: str
+
+    def to_json(self) -> dict[str, str]:
+        """Returns what a cache's manifest says of it."""
+        return {"name": self.name, "subset": self.subset, "image_hash": self.image_hash, "reason": self.reason}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +74,7 @@ class Scan:
     """All pictures in a fixed order (subsets as in the file, then by name) and the unreadable ones."""
 
     pictures: list[Picture]
-    unreadable: list[UnreadablePicture]
+    unreadable: list[UnreadableFile]
 
 
 def scan(dataset: Dataset, memory: StatMemory, *, with_captions: bool = True) -> Scan:
@@ -80,7 +84,7 @@ def scan(dataset: Dataset, memory: StatMemory, *, with_captions: bool = True) ->
     Call `memory.save()` afterwards; it is not called here.
     """
     pictures: list[Picture] = []
-    unreadable: list[UnreadablePicture] = []
+    unreadable: list[UnreadableFile] = []
     problems: list[str] = []
     for subset in dataset.subsets:
         try:
@@ -148,8 +152,8 @@ def tell_about_pictures(found: Scan) -> None:
     """Logs what a user may not expect of the pictures: further frames, files that are left out."""
     animated = [picture for picture in found.pictures if picture.animated]
     _tell(animated, "animated picture", "of which only the first frame is used")
-    for broken in found.unreadable:
-        log.warning("%s: left out: %s", broken.path, broken.reason)
+    for file in found.unreadable:
+        log.warning("%s: left out: %s", file.path, file.reason)
 
 
 def _tell(pictures: Sequence[Picture], noun: str, what: str) -> None:
@@ -160,8 +164,8 @@ def _tell(pictures: Sequence[Picture], noun: str, what: str) -> None:
 
 
 def _examine(
-    entry: Entry, subset: Subset, masks: dict[str, Path] | None, seen: Counter[str], memory: StatMemory
-) -> Picture | UnreadablePicture:
+    entry: FoundFile, subset: Subset, masks: dict[str, Path] | None, seen: Counter[str], memory: StatMemory
+) -> Picture | UnreadableFile:
     """Returns the picture behind a file, or why it cannot be used."""
     known: Mapping[str, Any] = {"unreadable": entry.problem} if entry.problem else _known(entry.path, memory)
     mask_path = masks.get(Path(entry.name).stem) if masks is not None else None
@@ -173,8 +177,8 @@ def _examine(
             known_mask = _known(mask_path, memory)
             mask_hash, problem = known_mask.get("hash"), _mask_problem(known, known_mask)
     if problem is not None:
-        return UnreadablePicture(
-            path=entry.path, name=entry.name, subset=subset.name, image_hash=known.get("hash"), reason=problem
+        return UnreadableFile(
+            path=entry.path, name=entry.name, subset=subset.name, image_hash=known.get("hash", ""), reason=problem
         )
     image_hash = known["hash"]
     seen[image_hash] += 1
@@ -242,17 +246,16 @@ def _remembered(known: object) -> Mapping[str, Any] | None:
 
 
 def _look_into(path: Path) -> dict[str, Any]:
-    from sd3pipe.data.headers import UnreadablePicture as Broken  # imports Pillow, which a second scan does not need
-    from sd3pipe.data.headers import read_header, read_picture
+    from sd3pipe.data.headers import read_header, read_picture  # import Pillow, which a second scan does not need
 
     stopping.check()
     try:
         data = read_picture(path)
-    except Broken as error:
+    except UnreadablePicture as error:
         return {"unreadable": str(error)}
     try:
         header = read_header(data, path.suffix)
-    except Broken as error:
+    except UnreadablePicture as error:
         return {"hash": hash_bytes(data), "unreadable": str(error), "decoder": _decoder()}
     return {
         "hash": hash_bytes(data),

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from sd3pipe.data.headers import DECODER_ERRORS, UnreadablePicture, open_picture, read_picture, reason
-from sd3pipe.errors import InputError
+from sd3pipe.data.headers import DECODER_ERRORS, open_picture, read_picture, reason
+from sd3pipe.errors import InputError, UnreadablePicture
 from sd3pipe.files import write_bytes
 
 _GAP_PX = 6

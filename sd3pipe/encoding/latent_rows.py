@@ -2,20 +2,19 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sd3pipe.cache.rows import Row, from_numpy
-from sd3pipe.cache.store import Unreadable
 from sd3pipe.cache.tensors import from_torch
 from sd3pipe.console import one_line
 from sd3pipe.data.decoding import Job, Pixels
-from sd3pipe.data.feed import Broken, decoded_rows, default_workers
+from sd3pipe.data.feed import Decoded, decoded_rows, default_workers
+from sd3pipe.data.geometry import View
 from sd3pipe.device import choose_device
 from sd3pipe.device_memory import memory_errors
-from sd3pipe.encoding.latent_plan import Sample
+from sd3pipe.errors import UnreadablePicture
 from sd3pipe.models.checkpoint import load_vae
 from sd3pipe.models.latent_encoding import DTYPES, LatentEncoder, encoder_speed
 from sd3pipe.models.sources import ComponentSource
@@ -24,17 +23,8 @@ from sd3pipe.params.encode_latents import EncodeLatentsParams
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Batch:
-    """Rows of one size in the order in which they are to be yielded; broken ones stand between them."""
-
-    keys: list[str]
-    paths: list[str]
-    decoded: list[Pixels | Broken]
-
-    def pictures(self) -> list[Pixels]:
-        return [item for item in self.decoded if isinstance(item, Pixels)]
+Encoded = Row | UnreadablePicture
+_Batch = list[tuple[str, Decoded]]  # path and pixels of rows of one size, the unreadable ones between the others
 
 
 def load_encoder(source: ComponentSource, params: EncodeLatentsParams) -> LatentEncoder:
@@ -50,26 +40,25 @@ def load_encoder(source: ComponentSource, params: EncodeLatentsParams) -> Latent
 
 def encoded_rows(
     keys: Sequence[str],
-    samples: Sequence[Sample],
+    views: Sequence[View],
     encoder: LatentEncoder,
     architecture: VAEArchitecture,
     params: EncodeLatentsParams,
-) -> Iterator[tuple[str, Row | Unreadable]]:
-    """Yields (key, row) of every sample in order. Raises InputError where the VAE's numbers do not fit the rows."""
-    jobs = (row_job(sample, architecture.downscale) for sample in samples)
+) -> Iterator[tuple[str, Encoded]]:
+    """Yields (key, row) of every view in order. Raises InputError where the VAE's numbers do not fit the rows."""
+    jobs = (row_job(view, architecture.downscale) for view in views)
     workers = default_workers() if params.max_data_loader_n_workers is None else params.max_data_loader_n_workers
     with memory_errors(lambda: _way_out(params, encoder.device)):
-        yield from rows_of(keys, samples, decoded_rows(jobs, workers=min(workers, len(keys))), encoder)
+        rows = rows_of(views, decoded_rows(jobs, workers=min(workers, len(keys))), encoder)
+        yield from zip(keys, rows, strict=True)
 
 
-def rows_of(
-    keys: Sequence[str], samples: Sequence[Sample], decoded: Iterable[Pixels | Broken], encoder: LatentEncoder
-) -> Iterator[tuple[str, Row | Unreadable]]:
+def rows_of(views: Sequence[View], decoded: Iterable[Decoded], encoder: LatentEncoder) -> Iterator[Encoded]:
     """Yields rows in order; each batch is read back after the next one has been started."""
     waiting = None
-    for batch in _batches(keys, samples, decoded, encoder.batch_size):
-        pictures = batch.pictures()
-        started = encoder.start([item.rgb for item in pictures]) if pictures else None
+    for batch in _batches(views, decoded, encoder.batch_size):
+        pictures = [item.rgb for _, item in batch if isinstance(item, Pixels)]
+        started = encoder.start(pictures) if pictures else None
         if waiting is not None:
             yield from _finished(*waiting, encoder)
         waiting = (batch, started)
@@ -83,15 +72,15 @@ def device_speed(architecture: VAEArchitecture, params: EncodeLatentsParams) -> 
     return str(device), encoder_speed(architecture, device, DTYPES[params.vae_dtype])
 
 
-def row_job(sample: Sample, latent_px: int) -> Job:
+def row_job(view: View, latent_px: int) -> Job:
     """Returns what a worker has to decode for a row."""
-    picture = sample.picture
+    picture = view.picture
     return Job(
         path=picture.path,
         image_hash=picture.image_hash,
         mask_path=picture.mask_path,
         mask_hash=picture.mask_hash,
-        cut=sample.view.cut,
+        cut=view.cut,
         latent_px=latent_px,
     )
 
@@ -102,33 +91,30 @@ def _way_out(params: EncodeLatentsParams, device: torch.device) -> str:
     return f"pass {' or '.join(steps)}" if steps else "free some of it, or lower --max-data-loader-n-workers"
 
 
-def _batches(
-    keys: Sequence[str], samples: Sequence[Sample], decoded: Iterable[Pixels | Broken], batch_size: int
-) -> Iterator[_Batch]:
+def _batches(views: Sequence[View], decoded: Iterable[Decoded], batch_size: int) -> Iterator[_Batch]:
     """Yields runs of rows of equal size with `batch_size` readable ones at the most."""
-    batch, size, readable = _Batch(keys=[], paths=[], decoded=[]), None, 0
-    for key, sample, item in zip(keys, samples, decoded, strict=True):
-        if batch.keys and (sample.view.cut.size != size or readable == batch_size):
+    batch: _Batch = []
+    size, readable = None, 0
+    for view, item in zip(views, decoded, strict=True):
+        if batch and (view.cut.size != size or readable == batch_size):
             yield batch
-            batch, readable = _Batch(keys=[], paths=[], decoded=[]), 0
-        size = sample.view.cut.size
-        batch.keys.append(key)
-        batch.paths.append(one_line(str(sample.picture.path)))
-        batch.decoded.append(item)
+            batch, readable = [], 0
+        size = view.cut.size
+        batch.append((one_line(str(view.picture.path)), item))
         readable += isinstance(item, Pixels)
-    if batch.keys:
+    if batch:
         yield batch
 
 
-def _finished(batch: _Batch, started: Tensor | None, encoder: LatentEncoder) -> Iterator[tuple[str, Row | Unreadable]]:
-    names = [path for path, item in zip(batch.paths, batch.decoded, strict=True) if isinstance(item, Pixels)]
+def _finished(batch: _Batch, started: Tensor | None, encoder: LatentEncoder) -> Iterator[Encoded]:
+    names = [path for path, item in batch if isinstance(item, Pixels)]
     rows = encoder.finish(started, names) if started is not None else iter(())
-    for key, path, item in zip(batch.keys, batch.paths, batch.decoded, strict=True):
-        if isinstance(item, Broken):
-            log.warning("%s: left out: %s", path, item.reason)
-            yield key, Unreadable(item.reason)
+    for path, item in batch:
+        if isinstance(item, UnreadablePicture):
+            log.warning("%s: left out: %s", path, item)
+            yield item
             continue
         row = {encoder.mode: from_torch(next(rows))}
         if item.mask is not None:
             row["mask"] = from_numpy(item.mask)
-        yield key, row
+        yield row

@@ -5,12 +5,13 @@ Needs no torch: a run with nothing to do ends here.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sd3pipe.cache.keys import Kind, text_source
 from sd3pipe.cache.plan import WantedRow
+from sd3pipe.cache.samples import COLUMNS
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.data.captions import processed_captions
 from sd3pipe.data.dataset_file import Dataset
@@ -24,19 +25,17 @@ from sd3pipe.models.tokenizer_folders import find_tokenizers, tokenizers_identit
 from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.stat_memory import StatMemory
 
-_CAPTION_COLUMNS = ("name", "subset", "image_hash", "caption_hash", "variant", "key")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Texts:
-    """What is to be encoded, and who uses it. Texts go by their hash, which stands for the key in `columns`."""
+    """What is to be encoded, and who uses it: a row for each of `text_by_hash`, in its order."""
 
     kind: Kind
-    text_by_hash: Mapping[str, str]  # equal texts once; the empty one is always there
+    text_by_hash: Mapping[str, str]  # equal texts once; the empty one is the first
     users: Mapping[str, str]  # hash of a text -> the first picture or prompt with it, for messages
-    columns: Mapping[str, list[Any]]  # of the samples table
-    subsets: Mapping[str, Mapping[str, Any]]
-    quarantined: Sequence[Mapping[str, Any]]
+    samples: Mapping[str, list[Any]]  # columns, with the rows' numbers
+    subsets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    unreadable: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,25 +94,24 @@ def text_recipe(params: EncodeTextParams) -> TextRecipe:
 def caption_texts(found: Scan, dataset: Dataset, *, variants: int, seed: int) -> Texts:
     """Returns the processed captions of a dataset's pictures."""
     texts, users = {text_source(""): ""}, {}
-    columns: dict[str, list[Any]] = {name: [] for name in _CAPTION_COLUMNS}
+    samples: dict[str, list[Any]] = {name: [] for name in COLUMNS["text"]}
+    numbers = {digest: number for number, digest in enumerate(texts)}
     for picture in found.pictures:
         for variant, caption in enumerate(processed_captions(picture, variants=variants, seed=seed)):
             digest = text_source(caption)
             texts.setdefault(digest, caption)
             users.setdefault(digest, str(picture.path))
-            values = (picture.name, picture.subset.name, picture.image_hash, digest, variant, digest)
-            for name, value in zip(_CAPTION_COLUMNS, values, strict=True):
-                columns[name].append(value)
+            number = numbers.setdefault(digest, len(numbers))
+            values = (picture.name, picture.subset.name, picture.image_hash, digest, variant, number)
+            for column, value in zip(samples.values(), values, strict=True):
+                column.append(value)
     return Texts(
         kind="text",
         text_by_hash=texts,
         users=users,
-        columns=columns,
+        samples=samples,
         subsets={subset.name: subset.weighting() for subset in dataset.subsets},
-        quarantined=[
-            {"name": item.name, "subset": item.subset, "image_hash": item.image_hash or "", "reason": item.reason}
-            for item in found.unreadable
-        ],
+        unreadable=[file.to_json() for file in found.unreadable],
     )
 
 
@@ -124,43 +122,32 @@ def prompt_texts(prompts: Sequence[SamplePrompt]) -> Texts:
         for text in (prompt.prompt, prompt.negative_prompt):
             texts.setdefault(text_source(text), text)
             users.setdefault(text_source(text), f"prompt {number}")
-    columns: dict[str, list[Any]] = {
+    numbers = {digest: number for number, digest in enumerate(texts)}
+    samples: dict[str, list[Any]] = {
         "name": [f"{number:03d}" for number in range(len(prompts))],
         "prompt": [prompt.prompt for prompt in prompts],
         "negative": [prompt.negative_prompt for prompt in prompts],
         "settings": [json.dumps(prompt.settings(), sort_keys=True) for prompt in prompts],
-        "key": [text_source(prompt.prompt) for prompt in prompts],
-        "negative_key": [text_source(prompt.negative_prompt) for prompt in prompts],
+        "key": [numbers[text_source(prompt.prompt)] for prompt in prompts],
+        "negative_key": [numbers[text_source(prompt.negative_prompt)] for prompt in prompts],
     }
-    return Texts(kind="prompts", text_by_hash=texts, users=users, columns=columns, subsets={}, quarantined=())
+    return Texts(kind="prompts", text_by_hash=texts, users=users, samples=samples)
 
 
-def text_wanted(
-    texts: Texts,
-    encoders: TextEncoders,
-    fingerprints: Mapping[str, str],
-    recipe: TextRecipe,
-) -> Wanted:
-    """Returns the whole content of the cache; its rows stand in the order of `text_by_hash`."""
+def text_wanted(texts: Texts, encoders: TextEncoders, fingerprints: Mapping[str, str], recipe: TextRecipe) -> Wanted:
+    """Returns the whole content of the cache."""
     fields, nbytes = recipe.fields(), _row_bytes(encoders, recipe)
-    rows = [WantedRow(source=digest, recipe=fields, group="text", nbytes=nbytes) for digest in texts.text_by_hash]
-    columns, extra = dict(texts.columns), {}
-    wanted = Wanted(
+    return Wanted(
         kind=texts.kind,
         recipe_version=RECIPE_VERSION,
         fingerprints=fingerprints,
         recipe=fields,
-        rows=rows,
-        samples=columns,
+        rows=[WantedRow(source=digest, recipe=fields, group="text", nbytes=nbytes) for digest in texts.text_by_hash],
+        samples=texts.samples,
         subsets=texts.subsets,
-        quarantined=texts.quarantined,
-        extra=extra,
+        unreadable=texts.unreadable,
+        named_rows={"empty_caption": 0},
     )
-    keys = dict(zip(texts.text_by_hash, wanted.keys, strict=True))  # computed from the rows, once
-    extra["empty_caption"] = keys[text_source("")]
-    for name in columns.keys() & {"key", "negative_key"}:
-        columns[name] = [keys[digest] for digest in columns[name]]
-    return wanted
 
 
 def _row_bytes(encoders: TextEncoders, recipe: TextRecipe) -> int:

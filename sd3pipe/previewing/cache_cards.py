@@ -37,7 +37,7 @@ def cache_preview(cache: CacheReader, vae: VAE, *, title: str, per_bucket: int) 
         title=title,
         sections=tuple(sorted(sections, key=lambda section: (section.width / section.height, section.width))),
         warnings=warnings,
-        left_out=tuple((entry["name"], entry["reason"]) for entry in cache.manifest.quarantined),
+        unreadable=tuple((entry["name"], entry["reason"]) for entry in cache.manifest.quarantined),
     )
 
 

@@ -82,13 +82,13 @@ class Preview:
     title: str
     sections: tuple[Section, ...]
     warnings: tuple[str, ...] = ()
-    left_out: tuple[tuple[str, str], ...] = ()  # name, reason
+    unreadable: tuple[tuple[str, str], ...] = ()  # name, reason
     tags: dict[str, dict[str, int]] = field(default_factory=dict)  # subset -> tag -> captions
 
     @property
     def counts(self) -> str:
         pictures = sum(section.pictures for section in self.sections)
-        left_out = f", {len(self.left_out)} left out" if self.left_out else ""
+        left_out = f", {len(self.unreadable)} left out" if self.unreadable else ""
         return f"{count(pictures, 'picture')} in {count(len(self.sections), 'bucket')}{left_out}"
 
 

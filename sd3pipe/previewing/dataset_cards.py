@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 
 from sd3pipe.console import count, one_line
-from sd3pipe.data.buckets import NoBucket, Size, cut_by_limit
+from sd3pipe.data.buckets import Size, cut_by_limit
 from sd3pipe.data.captions import processed_captions, tag_frequency
 from sd3pipe.data.decoding import Job, Pixels
 from sd3pipe.data.feed import decoded_rows
 from sd3pipe.data.filters import filter_name
-from sd3pipe.data.geometry import Cut, View, views
+from sd3pipe.data.geometry import Cut, View, views_of_all
 from sd3pipe.data.scan import Picture, Scan
 from sd3pipe.previewing.cards import CARD_PX, Box, CaptionTokens, Card, Preview, Section, spread
 
@@ -39,16 +39,11 @@ def dataset_preview(
     workers: int,
 ) -> Preview:
     """Returns the preview of scanned pictures."""
-    left_out = [(item.name, item.reason) for item in found.unreadable]
     buckets: dict[Size, list[Found]] = defaultdict(list)
-    for picture in found.pictures:
-        try:
-            cuts = views(picture, crop_variants=crop_variants, seed=seed)
-        except NoBucket as error:
-            left_out.append((picture.name, str(error)))
-            continue
-        captions = processed_captions(picture, variants=caption_variants, seed=seed)
-        buckets[cuts[0].cut.size].append((picture, cuts, captions))
+    pictures, unreadable = views_of_all(found, crop_variants=crop_variants, seed=seed)
+    for cuts in pictures:
+        captions = processed_captions(cuts[0].picture, variants=caption_variants, seed=seed)
+        buckets[cuts[0].cut.size].append((cuts[0].picture, cuts, captions))
     everything = [item for items in buckets.values() for item in items]
     tokens = count_tokens(sorted({caption for _, _, captions in everything for caption in captions}))
     copies = _copies(everything)
@@ -63,7 +58,7 @@ def dataset_preview(
         title=title,
         sections=tuple(sorted(sections, key=lambda section: (section.width / section.height, section.width))),
         warnings=tuple(_warnings(buckets, everything, copies, tokens)),
-        left_out=tuple(left_out),
+        unreadable=tuple((file.name, file.reason) for file in unreadable),
         tags=_tags(everything),
     )
 
@@ -145,7 +140,7 @@ def _card(
     cuts = [view.cut for view in found_views]
     pixels = drawn if isinstance(drawn, Pixels) else None
     token_facts = (tokens[captions[0]].shown,) if captions[0] in tokens else ()
-    broken = () if pixels else (f"left out: {getattr(drawn, 'reason', '')}",)
+    unreadable = () if pixels else (f"left out: {drawn}",)
     return Card(
         name=one_line(picture.name),
         picture=pixels.rgb if pixels else np.full((CARD_PX // 2, CARD_PX, 3), 90, np.uint8),
@@ -153,7 +148,7 @@ def _card(
         cuts=_boxes(cuts) if pixels else (),
         facts=(*_facts(picture, found_views), *token_facts),
         captions=captions,
-        warnings=(*broken, *_card_warnings(picture, cuts[0], captions, copies, tokens)),
+        warnings=(*unreadable, *_card_warnings(picture, cuts[0], captions, copies, tokens)),
     )
 
 

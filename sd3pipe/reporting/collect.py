@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import ConfigDict, JsonValue, TypeAdapter
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
-from sd3pipe.data.headers import DECODER_ERRORS, UnreadablePicture, open_picture, read_picture, reason
+from sd3pipe.data.headers import DECODER_ERRORS, open_picture, read_picture, reason
 from sd3pipe.documents import DocumentError, read_json
-from sd3pipe.errors import InputError
+from sd3pipe.errors import InputError, UnreadablePicture
 from sd3pipe.metrics import EventRecord, StepRecord, ValidationRecord, read_records
 
 log = logging.getLogger(__name__)

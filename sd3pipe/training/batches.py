@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sd3pipe.training.draws import Ids, hashes, mix, uniforms
-from sd3pipe.training.items import Items, Rows
+from sd3pipe.training.items import Items, Numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,10 +20,10 @@ class MicroBatch:
 
     epoch: int
     index: int  # of the batch in its epoch
-    pictures: Rows
+    pictures: Numbers
     ids: Ids
-    latent_rows: Rows
-    text_rows: Rows
+    latent_rows: Numbers
+    text_rows: Numbers
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -107,19 +107,19 @@ def fixed_batches(items: Items, *, batch_size: int) -> list[MicroBatch]:
     ]
 
 
-def _count_up(counts: Rows) -> Rows:
+def _count_up(counts: Numbers) -> Numbers:
     """Returns 0 .. n - 1 for each n, end to end."""
     starts = np.cumsum(counts) - counts
     return np.arange(int(counts.sum())) - np.repeat(starts, counts)
 
 
-def _latent_rows(items: Items, pictures: Rows, ids: Ids, seed: int, epoch: int) -> Rows:
+def _latent_rows(items: Items, pictures: Numbers, ids: Ids, seed: int, epoch: int) -> Numbers:
     """Returns one of the picture's crops and flips, drawn anew for each occurrence."""
     which = (uniforms(ids, seed, "latent row", epoch) * items.latents.counts(pictures)).astype(np.int64)
     return items.latents.pick(pictures, which)
 
 
-def _text_rows(items: Items, pictures: Rows, repeats: Rows, ids: Ids, seed: int, epoch: int) -> Rows:
+def _text_rows(items: Items, pictures: Numbers, repeats: Numbers, ids: Ids, seed: int, epoch: int) -> Numbers:
     """Returns the caption variant that is next in the picture's turn, or the empty caption where it is dropped."""
     counts = items.captions.counts(pictures)
     first = (uniforms(items.ids[pictures], seed, "caption variant") * counts).astype(np.int64)
@@ -131,12 +131,12 @@ def _text_rows(items: Items, pictures: Rows, repeats: Rows, ids: Ids, seed: int,
     return np.where(dropped, items.empty_caption, rows)
 
 
-def _shapes(items: Items, latent_rows: Rows, text_rows: Rows) -> np.ndarray:
+def _shapes(items: Items, latent_rows: Numbers, text_rows: Numbers) -> np.ndarray:
     """Returns (h, w, T5 tokens) of each occurrence, as columns."""
     return np.column_stack([items.latent_shapes[latent_rows], items.text_lengths[text_rows]])
 
 
-def _cut(shapes: np.ndarray, keys: Ids, batch_size: int) -> list[Rows]:
+def _cut(shapes: np.ndarray, keys: Ids, batch_size: int) -> list[Numbers]:
     """Returns the occurrences of each batch: equal shapes together, inside a shape in the order of the keys."""
     order = np.lexsort((keys, *shapes.T[::-1]))
     is_new = np.any(shapes[order][1:] != shapes[order][:-1], axis=1)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from sd3pipe.training.draws import Ids
 
-Rows = NDArray[np.int64]
+Numbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +26,8 @@ class SubsetRules:
 class RowLists:
     """Row numbers of every picture, end to end: picture i has rows[starts[i]:starts[i + 1]]."""
 
-    rows: Rows
-    starts: Rows
+    rows: Numbers
+    starts: Numbers
 
     @classmethod
     def of(cls, lists: Sequence[Sequence[int]]) -> "RowLists":
@@ -35,10 +35,10 @@ class RowLists:
         starts = np.cumsum([0, *map(len, lists)])
         return cls(rows=np.array([row for rows in lists for row in rows], dtype=np.int64), starts=starts)
 
-    def counts(self, pictures: Rows) -> Rows:
+    def counts(self, pictures: Numbers) -> Numbers:
         return self.starts[pictures + 1] - self.starts[pictures]
 
-    def pick(self, pictures: Rows, which: Rows) -> Rows:
+    def pick(self, pictures: Numbers, which: Numbers) -> Numbers:
         """Returns the which-th row of each picture."""
         return self.rows[self.starts[pictures] + which]
 
@@ -54,14 +54,14 @@ class Items:
 
     names: Sequence[str]
     ids: Ids
-    subsets: Rows
-    repeats: Rows
+    subsets: Numbers
+    repeats: Numbers
     rules: tuple[SubsetRules, ...]
     latents: RowLists
     captions: RowLists
     empty_caption: int
     latent_shapes: NDArray[np.int64]
-    text_lengths: Rows
+    text_lengths: Numbers
 
     def __len__(self) -> int:
         return len(self.ids)

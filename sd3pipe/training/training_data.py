@@ -60,7 +60,7 @@ def open_data(params: TrainParams) -> TrainingData:
     for reader in (latents, text):
         _tell_origin(reader)
         _tell_version(reader)
-    for message in joined.left_out:
+    for message in joined.unreadable:
         log.warning("left out: %s", message)
     subsets = _subsets(latents, text, params)
     pictures = _pictures(joined.samples)
@@ -114,19 +114,19 @@ def _tell_version(reader: CacheReader) -> None:
         )  # fmt: skip
 
 
-Picture = tuple[str, str, int]  # subset, image hash, occurrence
+PictureId = tuple[str, str, int]  # subset, image hash, occurrence
 
 
-def _pictures(samples: Iterable[JoinedSample]) -> dict[Picture, list[JoinedSample]]:
+def _pictures(samples: Iterable[JoinedSample]) -> dict[PictureId, list[JoinedSample]]:
     """Returns the crops of each picture."""
-    pictures: dict[Picture, list[JoinedSample]] = {}
+    pictures: dict[PictureId, list[JoinedSample]] = {}
     for sample in samples:
         pictures.setdefault((sample.subset, sample.image_hash, sample.occurrence), []).append(sample)
     return pictures
 
 
 def _items(
-    pictures: Mapping[Picture, Sequence[JoinedSample]],
+    pictures: Mapping[PictureId, Sequence[JoinedSample]],
     subsets: Mapping[str, Mapping[str, Any]],
     params: TrainParams,
     text: CacheReader,
@@ -152,7 +152,7 @@ def _items(
     )
 
 
-def _picture_id(picture: Picture) -> int:
+def _picture_id(picture: PictureId) -> int:
     return int.from_bytes(digest_bytes("\0".join(map(str, picture)).encode("utf-8", "surrogateescape"))[:8], "little")
 
 

@@ -193,22 +193,22 @@ def test_why_of_an_unknown_picture_is_an_input_error(out, sd3pipe):
 
 def test_gc_empties_all_or_the_old_or_the_oldest(out, sd3pipe):
     fill(out, wanted_texts(captions(10)))
-    attic = CacheFolder(out).attic
-    (today,) = attic.iterdir()
-    old = attic / "2020-01-01"
+    unused = CacheFolder(out).unused
+    (today,) = unused.iterdir()
+    old = unused / "2020-01-01"
     old.mkdir()
     moved = sorted(today.iterdir())[:2]
     for path in moved:
         path.rename(old / path.name)
-    total = len(CacheFolder(out).attic_segments())
+    total = len(CacheFolder(out).unused_segments())
     assert "would delete" in sd3pipe("cache", "gc", out, "--dry-run")[1]
-    assert len(CacheFolder(out).attic_segments()) == total
+    assert len(CacheFolder(out).unused_segments()) == total
     assert "deleted 2 unused files" in sd3pipe("cache", "gc", out, "--older-than", "30")[1]
-    keep = sum(path.stat().st_size for path in CacheFolder(out).attic_segments()) - 1
+    keep = sum(path.stat().st_size for path in CacheFolder(out).unused_segments()) - 1
     assert "deleted 1 unused file" in sd3pipe("cache", "gc", out, "--keep-gb", keep / 1e9)[1]
     before = folder_bytes(out)
     assert sd3pipe("cache", "gc", out)[0] == 0
-    assert CacheFolder(out).attic_segments() == [] and folder_bytes(out) == before
+    assert CacheFolder(out).unused_segments() == [] and folder_bytes(out) == before
 
 
 def test_merge_unites_two_machines(tmp_path, sd3pipe):

@@ -4,9 +4,9 @@ import pytest
 from support.comparing import folder_bytes
 from support.fake_cache import FakeEncoder, captions, fake_row, fill, wanted_texts
 
-from sd3pipe.cache.census import Census
 from sd3pipe.cache.folder import CacheFolder, machine_folder
 from sd3pipe.cache.reader import CacheReader
+from sd3pipe.cache.segment_plan import SegmentPlan
 from sd3pipe.cache.store import fill_cache, missing_rows
 from sd3pipe.errors import InputError
 from sd3pipe.stat_memory import stamp_of
@@ -56,7 +56,7 @@ def test_a_change_and_its_reversal_leave_the_folder_as_it_was(out):
     assert fill(out, wanted_texts({**captions(30), "00003.png": "changed"})).encoded == 1
     assert folder_bytes(out) != before
     counts = fill(out, wanted)
-    assert counts.encoded == 0 and counts.attic > 0
+    assert counts.encoded == 0 and counts.unused > 0
     assert folder_bytes(out) == before
 
 
@@ -159,7 +159,7 @@ def test_a_damaged_segment_is_set_aside_and_encoded_again(out):
 
 def test_a_damaged_row_at_hand_is_not_copied(out, tmp_path):
     wanted = wanted_texts(captions(60))
-    planned = {leaf.plan_id for leaf in Census(CacheFolder(tmp_path / "none"), wanted, read_only=True).plan()}
+    planned = {leaf.plan_id for leaf in SegmentPlan(CacheFolder(tmp_path / "none"), wanted, read_only=True).leaves}
     fill(out, wanted_texts(captions(30)))
     for path in (out / "segments").iterdir():
         if path.stem not in planned:  # the others stay, unread

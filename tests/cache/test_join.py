@@ -29,15 +29,14 @@ def make_cache(out, kind, entries, quarantined=()):
         line |= {"caption_hash": source} if kind == "text" else {}
         for field, value in (line | more).items():
             columns.setdefault(field, []).append(value)
-    bare = Wanted(kind=kind, recipe_version=1, fingerprints={}, recipe={}, rows=rows, samples={})
     wanted = Wanted(
         kind=kind,
         recipe_version=1,
         fingerprints={},
         recipe={},
         rows=rows,
-        samples={**columns, "key": list(bare.keys)},
-        quarantined=list(quarantined),
+        samples={**columns, "key": range(len(rows))},
+        unreadable=list(quarantined),
     )
     row = {"moments": from_numpy(np.zeros((2, 2), np.float32))}
     fill_cache(out, wanted, lambda keys: ((key, row) for key in keys), made_with="fake 1")
@@ -125,7 +124,7 @@ def test_a_quarantined_picture_is_named_and_left_out(tmp_path):
     latents, text = latents_of(tmp_path, CAT, quarantined=[entry]), text_of(tmp_path, CAT, DOG)
     joined = join_samples(latents, text)
     assert [s.name for s in joined.samples] == ["cat.png"]
-    assert joined.left_out == ("pets/dog.png: cut short",)
+    assert joined.unreadable == ("pets/dog.png: cut short",)
 
 
 def test_swapped_caches_are_refused(tmp_path):

@@ -204,7 +204,7 @@ def test_published_files_are_never_written_again(out, tmp_path):
     assert folder_bytes(store_of_links) == before
 
 
-def test_a_reader_of_the_old_plan_finds_its_rows_in_the_attic(out):
+def test_a_reader_of_the_old_plan_finds_its_rows_among_the_unused_ones(out):
     fill(out, wanted_texts(captions(30)))
     reader = CacheReader(out)
     fill(out, wanted_texts(captions(30), weights="w1"))

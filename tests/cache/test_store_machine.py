@@ -27,7 +27,7 @@ TEXTS = [f"caption {number}" for number in range(12)]
 CRASH_POINTS = [
     (segment, "publish_once"),
     (store, "write_segment"),
-    (store.Census, "note_unreadable"),
+    (store.SegmentPlan, "note_unreadable"),
     (publish, "_write_index"),
     (publish, "sync_folder"),
     (publish, "atomic_file"),
@@ -125,7 +125,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: CacheFolder(self.out).machine.exists())  # what was never encoded is refused
     @rule()
-    def empty_the_attic(self):
+    def empty_the_unused_rows(self):
         delete_unused(self.out)
 
     @precondition(lambda self: self.filled is not None)

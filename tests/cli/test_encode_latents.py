@@ -15,8 +15,9 @@ from support.photographs import write_dataset_file, write_photographs
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.commands.encode_latents import main
 from sd3pipe.data.dataset_file import load_dataset
+from sd3pipe.data.geometry import views_of_all
 from sd3pipe.data.scan import scan
-from sd3pipe.encoding.latent_plan import find_sources, latents_wanted
+from sd3pipe.encoding.latent_plan import latents_wanted
 from sd3pipe.errors import InputError, ParameterError, QuarantineError
 from sd3pipe.models.checkpoint import load_vae
 from sd3pipe.models.latent_encoding import LatentEncoder
@@ -304,9 +305,10 @@ def test_keys_stay_what_they_are(project, base):
     )
     file = write_dataset_file(project / "d.toml", project / "pics", extra="flip_aug = true")
     dataset = load_dataset(file)
-    sources = find_sources(scan(dataset, StatMemory(project / "stat.json")), crop_variants=1, seed=42)
+    pictures, _ = views_of_all(scan(dataset, StatMemory(project / "stat.json")), crop_variants=1, seed=42)
+    views = [view for of_picture in pictures for view in of_picture]
     recipe = {"latent_mode": "moments", "latent_dtype": "float16", "vae_dtype": "float32"}
-    wanted = latents_wanted(sources, dataset, VAEArchitecture(), "f" * 64, recipe)
+    wanted = latents_wanted(views, [], dataset, VAEArchitecture(), "f" * 64, recipe)
     names = wanted.samples["name"]
     assert [wanted.keys[n][:16] for n in range(len(names)) if names[n] == "golden.bmp"] == GOLDEN_KEYS
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sd3pipe.data.buckets import NoBucket, bucket_sizes, cut_by_limit, place
+from sd3pipe.data.buckets import bucket_sizes, cut_by_limit, place
 from sd3pipe.data.dataset_file import Bucketing
+from sd3pipe.errors import UnreadablePicture
 
 
 def bucketing(side=1024, *, height=None, low=256, high=1024, steps=64, no_upscale=False, enable=True):
@@ -69,7 +70,7 @@ def test_no_upscale_follows_the_rule(size, side, low, high, steps):
     options = bucketing(side, low=low, high=high, steps=steps, no_upscale=True)
     bucket, resized = no_upscale_rule(*size, side * side, steps)
     if min(bucket) < 1:
-        with pytest.raises(NoBucket, match="bucket_no_upscale"):
+        with pytest.raises(UnreadablePicture, match="bucket_no_upscale"):
             place(*size, options)
         return
     placed = place(*size, options)
@@ -136,7 +137,7 @@ def test_every_cut_lies_inside_the_resized_picture(width, height, side, steps, n
     options = bucketing(side, low=64, high=2048, steps=steps, no_upscale=no_upscale)
     try:
         placed = place(width, height, options)
-    except NoBucket:
+    except UnreadablePicture:
         assert no_upscale
         return
     assert placed.resized[0] >= placed.bucket[0] and placed.resized[1] >= placed.bucket[1]

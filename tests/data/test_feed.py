@@ -6,8 +6,9 @@ from PIL import Image
 from support.deadly_job import DeadlyJob
 
 from sd3pipe.data.decoding import Job, Pixels
-from sd3pipe.data.feed import Broken, decoded_rows
+from sd3pipe.data.feed import decoded_rows
 from sd3pipe.data.geometry import Cut
+from sd3pipe.errors import UnreadablePicture
 from sd3pipe.fingerprint import hash_file
 
 CUT = Cut(resized=(16, 8), left=0, top=0, size=(16, 8), flip=False, resize_filter=None, mask=None, background=None)
@@ -26,7 +27,7 @@ def jobs(tmp_path_factory):
 
 
 def colours(rows):
-    return [row.rgb[0, 0, 0] if isinstance(row, Pixels) else row.reason for row in rows]
+    return [row.rgb[0, 0, 0] if isinstance(row, Pixels) else str(row) for row in rows]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -67,7 +68,7 @@ def test_pixels_are_what_the_file_holds(jobs):
 def test_a_missing_file_is_a_broken_row(jobs, tmp_path):
     gone = Job(path=tmp_path / "gone.png", image_hash="0" * 64, mask_path=None, mask_hash=None, cut=CUT)
     (row,) = decoded_rows([gone], workers=0)
-    assert isinstance(row, Broken) and "cannot be read" in row.reason
+    assert isinstance(row, UnreadablePicture) and "cannot be read" in str(row)
 
 
 def test_pixels_come_through_a_pipe_where_shared_memory_is_short(jobs, monkeypatch):

@@ -11,9 +11,9 @@ from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.decoding import Job, decode_row
 from sd3pipe.data.faces import face_in_name
 from sd3pipe.data.geometry import RECIPE_VERSION, views
-from sd3pipe.data.headers import UnreadablePicture
 from sd3pipe.data.scan import Picture
 from sd3pipe.data.weighting import sample_repeats
+from sd3pipe.errors import UnreadablePicture
 from sd3pipe.fingerprint import hash_bytes, hash_file
 
 

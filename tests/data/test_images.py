@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from sd3pipe.data.headers import UnreadablePicture, read_header
+from sd3pipe.data.headers import read_header
 from sd3pipe.data.images import composited, decode
+from sd3pipe.errors import UnreadablePicture
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)

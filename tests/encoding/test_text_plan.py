@@ -106,8 +106,8 @@ def test_settings_of_a_prompt_are_in_no_key(base, tmp_path):
     plain = prompt_texts([SamplePrompt(prompt="a cat")])
     adorned = prompt_texts([SamplePrompt(prompt="a cat", width=64, height=64, sample_steps=3, scale=2.0, seed=5)])
     assert plain.text_by_hash == adorned.text_by_hash
-    assert plain.columns["key"] == adorned.columns["key"]
-    assert plain.columns["settings"] != adorned.columns["settings"]
+    assert plain.samples["key"] == adorned.samples["key"]
+    assert plain.samples["settings"] != adorned.samples["settings"]
 
 
 def test_rows_cost_what_the_plan_says(base, tmp_path):

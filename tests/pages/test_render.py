@@ -20,7 +20,7 @@ def page_of(text: str) -> str:
     card = Card(name=text, picture=np.zeros((9, 9, 3), np.uint8), facts=(text,), captions=(text, "b"), warnings=(text,))
     section = Section(width=64, height=64, pictures=1, rows=1, cards=(card,))
     return render(
-        Preview(title=text, sections=(section,), warnings=(text,), left_out=((text, text),), tags={text: {text: 3}})
+        Preview(title=text, sections=(section,), warnings=(text,), unreadable=((text, text),), tags={text: {text: 3}})
     )
 
 

@@ -90,9 +90,9 @@ def encode(project: Project, monkeypatch) -> tuple[set[str], set[str]]:
     texts: list[str] = []
     row = {"moments": from_numpy(np.zeros((2, 2), np.float32))}
 
-    def encoded_rows(keys, samples, *_):
-        for key, sample in zip(keys, samples, strict=True):
-            pictures.append(Path(sample.picture.name).name + (" flipped" if sample.view.flip else ""))
+    def encoded_rows(keys, views, *_):
+        for key, view in zip(keys, views, strict=True):
+            pictures.append(Path(view.picture.name).name + (" flipped" if view.flip else ""))
             yield key, row
 
     def tokenized(asked, *_):

@@ -186,7 +186,7 @@ def narrow_pages(folder: Path) -> list[str]:
     )
     section = Section(width=64, height=64, pictures=1, rows=1, cards=(card,))
     preview = Preview(
-        title=LONG, sections=(section,), warnings=(LONG,), left_out=((LONG, LONG),), tags={LONG: {LONG: 1}}
+        title=LONG, sections=(section,), warnings=(LONG,), unreadable=((LONG, LONG),), tags={LONG: {LONG: 1}}
     )
     runs = [write_run(folder / "a"), write_run(folder / "b", rate=0.25)]
     for run in runs:

@@ -10,8 +10,9 @@ import numpy as np
 from sd3pipe.cache.keys import text_source
 from sd3pipe.cache.plan import SEGMENT_BYTES, WantedRow
 from sd3pipe.cache.rows import Row, Tensor, from_numpy
-from sd3pipe.cache.store import FillCounts, Unreadable, fill_cache
+from sd3pipe.cache.store import FillCounts, fill_cache
 from sd3pipe.cache.wanted import Wanted
+from sd3pipe.errors import UnreadablePicture
 
 ROWS_PER_SEGMENT = 4
 
@@ -41,15 +42,6 @@ def wanted_texts(
     recipe = {"scale": scale}
     nbytes = SEGMENT_BYTES // rows_per_segment
     rows = [WantedRow(source=text_source(text), recipe=recipe, group="text", nbytes=nbytes) for text in named.values()]
-    bare = Wanted(
-        kind="text",
-        recipe_version=1,
-        fingerprints={"clip_l": weights},
-        recipe=recipe,
-        rows=rows,
-        samples={},
-        **manifest,
-    )
     names = list(named)
     samples = {
         "name": names,
@@ -57,7 +49,7 @@ def wanted_texts(
         "image_hash": [hashlib.sha256(name.encode()).hexdigest() for name in names],
         "caption_hash": [row.source for row in rows],
         "variant": [0] * len(names),
-        "key": list(bare.keys),
+        "key": range(len(names)),
     }
     return Wanted(
         kind="text",
@@ -78,12 +70,12 @@ class FakeEncoder:
         self.asked: list[str] = []
         self._unreadable = {text_source(text): reason for text, reason in (unreadable or {}).items()}
 
-    def __call__(self, keys: Sequence[str]) -> Iterator[tuple[str, Row | Unreadable]]:
+    def __call__(self, keys: Sequence[str]) -> Iterator[tuple[str, Row | UnreadablePicture]]:
         for key in keys:
             self.asked.append(key)
             row = self.wanted.row_by_key[key]
             if row.source in self._unreadable:
-                yield key, Unreadable(self._unreadable[row.source])
+                yield key, UnreadablePicture(self._unreadable[row.source])
             else:
                 yield key, fake_row(row.source, row.recipe["scale"])
 

@@ -175,24 +175,24 @@ def fill_prompts(
     texts = [*(f"prompt {number}" for number in range(len(settings))), ""]
     recipe = recipe or {"tiny": 1}
     rows = [WantedRow(source=text_source(text), recipe=recipe, group="text", nbytes=4096) for text in texts]
-    bare = Wanted(
-        kind="prompts", recipe_version=1, fingerprints={"clip_l": clip_l}, recipe=recipe, rows=rows, samples={}
-    )
     samples = {
         "name": [first_name, *(f"{number:03d}" for number in range(1, len(settings)))],
         "prompt": texts[:-1],
         "negative": ["" for _ in settings],
         "settings": [json.dumps(values) for values in settings],
-        "key": list(bare.keys[:-1]),
-        "negative_key": [bare.keys[-1] for _ in settings],
+        "key": range(len(settings)),
+        "negative_key": [len(settings) for _ in settings],
     }
-    by_key = dict(zip(bare.keys, texts, strict=True))
+    wanted = Wanted(
+        kind="prompts", recipe_version=1, fingerprints={"clip_l": clip_l}, recipe=recipe, rows=rows, samples=samples
+    )
+    by_key = dict(zip(wanted.keys, texts, strict=True))
 
     def encode(wanted_keys: Sequence[str]):
         for key in wanted_keys:
             yield key, {name: from_torch(tensor) for name, tensor in text_row(by_key[key], tokens).items()}
 
-    fill_cache(out, replace(bare, samples=samples), encode, made_with="tiny 1")
+    fill_cache(out, wanted, encode, made_with="tiny 1")
     return out
 
 
@@ -227,25 +227,25 @@ def _fill_text(out: Path, dataset: Sequence[Picture], rules: dict[str, dict[str,
     tokens = {text: picture.tokens for picture, _, text in uses} | {"": max(picture.tokens for picture in dataset)}
     texts = list(tokens)
     rows = [WantedRow(source=text_source(text), recipe={"tiny": 1}, group="text", nbytes=4096) for text in texts]
-    bare = Wanted(
-        kind="text",
-        recipe_version=1,
-        fingerprints={"clip_l": "l", "clip_g": "g", "t5xxl": "t5"},
-        recipe={"tiny": 1},
-        rows=rows,
-        samples={},
-    )
-    keys = dict(zip(texts, bare.keys, strict=True))
     samples = {
         "name": [picture.name for picture, _, _ in uses],
         "subset": [picture.subset for picture, _, _ in uses],
         "image_hash": [picture.image_hash for picture, _, _ in uses],
         "caption_hash": [text_source(text) for _, _, text in uses],
         "variant": [variant for _, variant, _ in uses],
-        "key": [keys[text] for _, _, text in uses],
+        "key": [texts.index(text) for _, _, text in uses],
     }
-    wanted = replace(bare, samples=samples, subsets=rules, extra={"empty_caption": keys[""]})
-    by_key = {keys[text]: text for text in texts}
+    wanted = Wanted(
+        kind="text",
+        recipe_version=1,
+        fingerprints={"clip_l": "l", "clip_g": "g", "t5xxl": "t5"},
+        recipe={"tiny": 1},
+        rows=rows,
+        samples=samples,
+        subsets=rules,
+        named_rows={"empty_caption": texts.index("")},
+    )
+    by_key = dict(zip(wanted.keys, texts, strict=True))
 
     def encode(wanted_keys: Sequence[str]):
         for key in wanted_keys:
@@ -292,7 +292,6 @@ def _fill_latents(
         )
         for picture, crop, flip in uses
     ]
-    bare = Wanted(kind="latents", recipe_version=1, fingerprints={"vae": vae}, recipe=recipe, rows=rows, samples={})
     samples = {
         "name": [picture.name for picture, _, _ in uses],
         "subset": [picture.subset for picture, _, _ in uses],
@@ -304,10 +303,18 @@ def _fill_latents(
         "original_h": [512 for _ in uses],
         "original_w": [512 for _ in uses],
         "split": [picture.split for picture, _, _ in uses],
-        "key": list(bare.keys),
+        "key": range(len(uses)),
     }
-    wanted = replace(bare, samples=samples, subsets=rules)
-    by_key = dict(zip(bare.keys, uses, strict=True))
+    wanted = Wanted(
+        kind="latents",
+        recipe_version=1,
+        fingerprints={"vae": vae},
+        recipe=recipe,
+        rows=rows,
+        samples=samples,
+        subsets=rules,
+    )
+    by_key = dict(zip(wanted.keys, uses, strict=True))
 
     def encode(wanted_keys: Sequence[str]):
         for key in wanted_keys:

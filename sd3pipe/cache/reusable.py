@@ -1,4 +1,4 @@
-"""Rows at hand: in segments that the plan no longer has, in the attic, or in other caches."""
+"""Rows that need not be encoded: in segments that the plan no longer has, in unused ones, or in other caches."""
 
 import logging
 import os
@@ -9,17 +9,18 @@ from typing import Literal
 
 from sd3pipe.cache.folder import CacheFolder, is_segment
 from sd3pipe.cache.keys import Kind
+from sd3pipe.cache.plan import Leaf
 from sd3pipe.cache.segment import RowInfo, StoredRow, read_exactly, read_header
 from sd3pipe.errors import InputError
 from sd3pipe.fingerprint import digest_bytes
 
 log = logging.getLogger(__name__)
 
-Origin = Literal["copied", "attic"]
+Origin = Literal["copied", "unused"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _StoredAt:
     path: Path
     start: int
     size: int
@@ -27,7 +28,7 @@ class _Place:
     origin: Origin
 
 
-class Stock:
+class ReusableRows:
     """Where to copy rows from, by key. Reads the headers of all segments outside the plan, once.
 
     `spoiled` collects the keys of rows whose bytes proved damaged; their copies are not taken again.
@@ -37,34 +38,35 @@ class Stock:
         self,
         folder: CacheFolder,
         kind: Kind,
-        planned: set[str],
+        planned: Iterable[Leaf],
         others: Iterable[Path] = (),
         spoiled: set[str] | None = None,
     ) -> None:
         self._folder = folder
         self._spoiled = set() if spoiled is None else spoiled
-        self._places: dict[str, _Place] = {}
-        unplanned = [path for plan_id, path in folder.segment_ids().items() if plan_id not in planned]
+        self._rows: dict[str, _StoredAt] = {}
+        plan_ids = {leaf.plan_id for leaf in planned}
+        unplanned = [path for plan_id, path in folder.segment_ids().items() if plan_id not in plan_ids]
         for path in [*unplanned, *(path for other in others for path in CacheFolder(other).segment_ids().values())]:
             self._add(path, kind, "copied")
-        for path in folder.attic_segments():
-            self._add(path, kind, "attic")
+        for path in folder.unused_segments():
+            self._add(path, kind, "unused")
 
     def __contains__(self, key: str) -> bool:
-        return key in self._places and key not in self._spoiled
+        return key in self._rows and key not in self._spoiled
 
     def take(self, key: str) -> tuple[StoredRow, Origin] | None:
         """Returns a row and where it came from; None, for good, if its bytes are not what they were."""
-        place = self._places[key]
-        path = place.path if place.path.exists() else self._folder.find_segment(place.path.name.split(".")[0])
+        row = self._rows[key]
+        path = row.path if row.path.exists() else self._folder.find_segment(row.path.name.split(".")[0])
         try:
-            data = _read(path or place.path, place)
+            data = _read(path or row.path, row)
         except (OSError, EOFError) as error:
-            log.warning("%s cannot be read (%s): its rows are encoded again", place.path, error)
+            log.warning("%s cannot be read (%s): its rows are encoded again", row.path, error)
         else:
-            if digest_bytes(data) == place.info.digest:
-                return StoredRow(place.info, [data]), place.origin
-            log.warning("%s has a damaged row: it is encoded again", place.path)
+            if digest_bytes(data) == row.info.digest:
+                return StoredRow(row.info, [data]), row.origin
+            log.warning("%s has a damaged row: it is encoded again", row.path)
         self._spoiled.add(key)
         return None
 
@@ -73,19 +75,19 @@ class Stock:
             return
         try:
             header = read_header(path)
-        except FileNotFoundError:  # another writer moved it to the attic, where it is found next
+        except FileNotFoundError:  # another writer made it an unused one, which is found next
             return
         except InputError as error:
             log.warning("%s: not used", error)
             return
         if header.kind == kind:
             for info, start, end in zip(header.rows, header.offsets[:-1], header.offsets[1:], strict=True):
-                self._places.setdefault(info.key, _Place(path, start, end - start, info, origin))
+                self._rows.setdefault(info.key, _StoredAt(path, start, end - start, info, origin))
 
 
-def _read(path: Path, place: _Place) -> bytes:
+def _read(path: Path, row: _StoredAt) -> bytes:
     handle = os.open(path, os.O_RDONLY)
     try:
-        return read_exactly(handle, place.size, place.start)
+        return read_exactly(handle, row.size, row.start)
     finally:
         os.close(handle)

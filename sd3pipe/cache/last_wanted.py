@@ -20,7 +20,7 @@ _PREFIX = "wanted-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class LastWanted:
     """What was wanted: samples, and for each key its source and ingredients."""
 
     kind: Kind
@@ -30,7 +30,7 @@ class Wish:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Note:
-    """A wish as JSON; each row has its source and the number of its recipe."""
+    """The file; each row has its source and the number of its recipe."""
 
     kind: Kind
     recipe_version: int
@@ -40,7 +40,7 @@ class _Note:
     samples: dict[str, list[str | int]]
 
 
-def note_wish(folder: CacheFolder, wanted: Wanted) -> None:
+def note_wanted(folder: CacheFolder, wanted: Wanted) -> None:
     """Writes what is wanted beside the cache, unless it is noted already. Raises StorageError."""
     file = folder.machine / f"{_PREFIX}{wanted.identity}.json"
     if file.exists():
@@ -56,7 +56,7 @@ def note_wish(folder: CacheFolder, wanted: Wanted) -> None:
         "fingerprints": dict(wanted.fingerprints),
         "recipes": recipes,
         "rows": {key: [row.source, numbers[id(row.recipe)]] for key, row in wanted.row_by_key.items()},
-        "samples": {name: list(values) for name, values in wanted.samples.items()},
+        "samples": {name: list(values) for name, values in wanted.columns.items()},
     }
     write_bytes(file, json.dumps(note, separators=(",", ":")).encode("utf-8", "surrogatepass"))
     for other in folder.machine.glob(f"{_PREFIX}*.json"):
@@ -64,7 +64,7 @@ def note_wish(folder: CacheFolder, wanted: Wanted) -> None:
             other.unlink(missing_ok=True)
 
 
-def _wish(note: _Note) -> Wish:
+def _parsed(note: _Note) -> LastWanted:
     """Returns what a note says. Raises ValueError, IndexError if its parts do not fit each other."""
     check_columns(note.kind, note.samples)
     ingredients = [
@@ -72,14 +72,14 @@ def _wish(note: _Note) -> Wish:
         for recipe in note.recipes
     ]
     rows = {key: (source, ingredients[number]) for key, (source, number) in note.rows.items()}
-    return Wish(kind=note.kind, samples=note.samples, rows=rows)
+    return LastWanted(kind=note.kind, samples=note.samples, rows=rows)
 
 
-def last_wish(cache: Path) -> Wish | None:
+def last_wanted(cache: Path) -> LastWanted | None:
     """Returns what an encode stage on this machine last wanted in a cache; None if that is not known."""
     for file in CacheFolder(cache).machine.glob(f"{_PREFIX}*.json"):
         try:
-            return _wish(read_json(file, TypeAdapter(_Note), most_bytes=MOST_LIST_BYTES))
+            return _parsed(read_json(file, TypeAdapter(_Note), most_bytes=MOST_LIST_BYTES))
         except (DocumentError, ValueError, IndexError):
             continue
     return None

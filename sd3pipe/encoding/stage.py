@@ -1,0 +1,198 @@
+"""What the encode stages have in common around their rows: forecast, shards, Ray, report, note of sources.
+
+What differs stands in the commands: which rows there are and who makes them.
+"""
+
+import functools
+import importlib.metadata
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+from sd3pipe.cache.folder import MANIFEST
+from sd3pipe.cache.manifest import read_manifest
+from sd3pipe.cache.rows import Row
+from sd3pipe.cache.staleness import remember_sources
+from sd3pipe.cache.store import NO_PART, FillCounts, fill_cache, missing_rows
+from sd3pipe.cache.wanted import Wanted
+from sd3pipe.console import StageReport, count, readable_bytes, readable_seconds, say, version
+from sd3pipe.data.dataset_file import Dataset, load_dataset
+from sd3pipe.data.scan import Scan, scan, source_files
+from sd3pipe.encoding.ray_engine import fill_parts
+from sd3pipe.errors import UnreadablePicture
+from sd3pipe.params.encode_latents import EncodeLatentsParams
+from sd3pipe.params.encode_text import EncodeTextParams
+from sd3pipe.params.sharing import shard_of_process
+from sd3pipe.stat_memory import StatMemory
+
+log = logging.getLogger(__name__)
+
+EncodeParams = TypeVar("EncodeParams", EncodeLatentsParams, EncodeTextParams)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetRead:
+    """A dataset as its files were when they were read."""
+
+    dataset: Dataset
+    found: Scan
+    started: float  # time.time() before the first file was read
+    captions: bool
+
+    def remember(self, out: Path) -> None:
+        """Notes beside a cache what it was encoded from. Raises StorageError."""
+        seen = source_files(self.found, self.dataset, captions=self.captions)
+        remember_sources(
+            out,
+            dataset_file=self.dataset.path,
+            files=seen.files,
+            folders=seen.folders,
+            scan_started=self.started,
+        )
+
+
+def read_dataset(file: Path, memory: StatMemory, *, captions: bool) -> DatasetRead:
+    """Returns a dataset with its pictures, with their captions or without. Raises InputError, ParameterError."""
+    dataset = load_dataset(file)
+    for remark in dataset.remarks:
+        log.info("%s: %s", dataset.path, remark)
+    started = time.time()
+    found = scan(dataset, memory, with_captions=captions)
+    return DatasetRead(dataset=dataset, found=found, started=started, captions=captions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """The rows of one cache, known before anything is encoded; the stages add who makes them."""
+
+    stage: ClassVar[str]
+    libraries: ClassVar[tuple[str, ...]]  # whose versions are recorded beside each row
+    parts_per_worker: ClassVar[int]  # of a Ray cluster
+
+    out: Path
+    wanted: Wanted
+    read: DatasetRead | None  # whose changes make the cache stale
+
+    def remark(self) -> str:
+        """Returns what a forecast says of the dataset, too."""
+        return ""
+
+    def look_at(self, keys: Sequence[str]) -> object:
+        """Says what is to be known of rows that are about to be made."""
+
+    def encode(self, keys: Sequence[str]) -> Iterator[tuple[str, Row | UnreadablePicture]]:
+        """Yields rows in the order of their keys; the first call loads the encoders."""
+        raise NotImplementedError
+
+    def seconds(self, keys: Sequence[str]) -> tuple[str, float]:
+        """Returns the device and about how long it takes for some rows."""
+        raise NotImplementedError
+
+
+def say_forecast(encoding: Encoding) -> None:
+    """Says what a run would do (--dry-run)."""
+    _tell_version_change(encoding)
+    say(f"{encoding.stage}, dry run: {_forecast(encoding)}")
+
+
+def fill(
+    encoding: Encoding, params: EncodeParams, prepare: Callable[[EncodeParams], Encoding], report: StageReport
+) -> FillCounts:
+    """Fills the cache, or this process's shard of it, and reports what it took.
+
+    `prepare` makes the same encoding in the workers of a Ray cluster, and has to survive pickling.
+    """
+    _tell_version_change(encoding)
+    if params.engine == "ray":
+        counts = _fill_on_ray(encoding, params, prepare, report.begin)
+    else:
+        counts = _fill_part(encoding, shard_of_process(params.shard), report.begin, retry_unreadable=params.rehash)
+    report.begin()
+    report.update(**counts.as_report())
+    if encoding.read is not None:
+        encoding.read.remember(encoding.out)
+    return counts
+
+
+def _fill_part(
+    encoding: Encoding,
+    shard: tuple[int, int],
+    begin: Callable[[], None] = lambda: None,
+    *,
+    retry_unreadable: bool = False,
+) -> FillCounts:
+    """Fills part i of n; `begin` is called when the first row is made."""
+
+    def encode(keys: Sequence[str]) -> Iterator[tuple[str, Row | UnreadablePicture]]:
+        for item in encoding.encode(keys):
+            begin()
+            yield item
+
+    made_with = [f"{name} {importlib.metadata.version(name)}" for name in encoding.libraries]
+    return fill_cache(
+        encoding.out,
+        encoding.wanted,
+        encode,
+        made_with=", ".join([f"sd3pipe {version()}", *made_with]),
+        shard=shard,
+        retry_unreadable=retry_unreadable,
+    )
+
+
+def _fill_on_ray(
+    encoding: Encoding, params: EncodeParams, prepare: Callable[[EncodeParams], Encoding], begin: Callable[[], None]
+) -> FillCounts:
+    """Lets the workers of a cluster make what is missing, and publishes it."""
+    if params.rehash:
+        _fill_part(encoding, NO_PART, begin, retry_unreadable=True)  # forgets which rows were unreadable
+    missing = missing_rows(encoding.out, encoding.wanted)
+    if missing.keys:
+        encoding.look_at(missing.keys)
+        begin()
+        done = {name: False for name in ("rehash", "verify_weights") if name in type(params).model_fields}
+        fill_parts(
+            encoding.stage,
+            functools.partial(_part_filler, prepare, params.model_copy(update=done)),
+            parts_per_worker=encoding.parts_per_worker,
+            workers=params.ray_workers,
+            on_cpu=params.device == "cpu",
+        )
+    return _fill_part(encoding, (0, 1), begin).since(missing)
+
+
+def _part_filler(
+    prepare: Callable[[EncodeParams], Encoding], params: EncodeParams
+) -> Callable[[tuple[int, int]], FillCounts]:
+    """Returns what fills any part in a worker, with encoders that are loaded once."""
+    return functools.partial(_fill_part, prepare(params))
+
+
+def _tell_version_change(encoding: Encoding) -> None:
+    """Says before anything is encoded what another recipe version takes."""
+    manifest = read_manifest(encoding.out / MANIFEST)
+    if manifest is not None and manifest.recipe_version != encoding.wanted.recipe_version:
+        log.warning(
+            "%s was encoded by version %d of its recipe, this sd3pipe has version %d, which makes its rows anew (train "
+            "takes the cache as it is, too): %s",
+            encoding.out,
+            manifest.recipe_version,
+            encoding.wanted.recipe_version,
+            _forecast(encoding),
+        )
+
+
+def _forecast(encoding: Encoding) -> str:
+    """Returns what a run would do: rows, time on this device, size."""
+    missing = missing_rows(encoding.out, encoding.wanted)
+    there = len(encoding.wanted.row_by_key) - len(missing.keys)
+    if not missing.keys:
+        return f"nothing to encode, {count(there, 'row')} there{encoding.remark()}"
+    device, seconds = encoding.seconds(missing.keys)
+    return (
+        f"{count(len(missing.keys), 'row')} to encode, {there} there{encoding.remark()}; about "
+        f"{readable_seconds(seconds)} on {device}, {readable_bytes(missing.nbytes)} to write, "
+        f"{readable_bytes(missing.free_bytes)} free"
+    )
