@@ -25,6 +25,7 @@ from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.pos_embed import scaled_table
 from sd3pipe.models.vae import VAE, to_model_space
+from sd3pipe.rules.flow import NUM_TIMESTEPS, SigmaSampling
 from sd3pipe.training import flow
 
 ARCHITECTURE = MMDiTArchitecture(
@@ -33,7 +34,7 @@ ARCHITECTURE = MMDiTArchitecture(
 STEPS, BATCH = 3600, 32
 LEARNING_RATE, WARMUP = 1.5e-3, 200
 EMA_DECAY = 0.995
-SAMPLING = flow.SigmaSampling(weighting_scheme="logit_normal", loss_form="velocity", training_shift=1.5)
+SAMPLING = SigmaSampling(weighting_scheme="logit_normal", loss_form="velocity", training_shift=1.5)
 CAPTION_DROPOUT = 0.1
 DRAWINGS_PER_SUBJECT = (4, 1, 1)  # of each size
 LONG_EVERY, LONG_LENGTHS, LONG_BATCH, LONG_CAPTIONS = 25, (77, 256), 8, 500
@@ -174,7 +175,7 @@ def _batch(drawings: list[Drawings], texts: list[Texts], generator: torch.Genera
 def _loss(mmdit: nn.Module, part: Part) -> Tensor:
     latents_BChw, noise_BChw, sigmas_B, context_BLD, pooled_BP = part
     noisy_BChw = flow.add_noise(latents_BChw, noise_BChw, sigmas_B)
-    velocity_BChw = mmdit(noisy_BChw, sigmas_B * flow.NUM_TIMESTEPS, context_BLD, pooled_BP)
+    velocity_BChw = mmdit(noisy_BChw, sigmas_B * NUM_TIMESTEPS, context_BLD, pooled_BP)
     return flow.loss(
         velocity_BChw, latents_BChw, noise_BChw, sigmas_B, weighting_scheme="logit_normal", loss_form="velocity"
     ).mean()

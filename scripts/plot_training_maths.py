@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sd3pipe.rules.flow import SigmaSampling
 from sd3pipe.training import flow
+from sd3pipe.words import LossForm, WeightingScheme
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "training-maths.svg"
 DRAWS, BINS = 400_000, 100
 SHIFTS = (1.0, 3.0)
-FORMS: dict[flow.LossForm, tuple[flow.WeightingScheme, ...]] = {
+FORMS: dict[LossForm, tuple[WeightingScheme, ...]] = {
     "velocity": ("uniform", "logit_normal", "mode", "cosmap"),
     "x0": ("uniform", "logit_normal", "mode", "cosmap", "sigma_sqrt"),
 }
@@ -24,18 +26,18 @@ PANEL_WIDTH, PANEL_HEIGHT, MARGIN = 360, 200, 56
 HIGHEST = 6.0  # of the vertical axis
 
 
-def emphasis(scheme: flow.WeightingScheme, form: flow.LossForm, shift: float) -> NDArray[np.float64]:
+def emphasis(scheme: WeightingScheme, form: LossForm, shift: float) -> NDArray[np.float64]:
     """Returns the share of each of BINS equal intervals of sigma, times BINS: a density of area 1."""
-    sampling = flow.SigmaSampling(weighting_scheme=scheme, loss_form=form, training_shift=shift)
+    sampling = SigmaSampling(weighting_scheme=scheme, loss_form=form, training_shift=shift)
     draws = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
     sigmas = flow.shift_sigmas(flow.scheme_times(draws, sampling), shift)
-    weights, error_scales = flow.loss_weights(sigmas, weighting_scheme=scheme, loss_form=form)
+    weights, error_scales = flow.loss_weights(sigmas, sampling)
     shares = (weights * error_scales.square()).double()
     density, _ = np.histogram(sigmas.numpy(), bins=BINS, range=(0, 1), weights=shares.numpy())
     return density / density.sum() * BINS
 
 
-def panel(form: flow.LossForm, shift: float, left: float, top: float) -> list[str]:
+def panel(form: LossForm, shift: float, left: float, top: float) -> list[str]:
     """Returns the SVG elements of one set of axes with its curves."""
     base = top + PANEL_HEIGHT
     parts = [

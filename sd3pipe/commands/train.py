@@ -22,6 +22,7 @@ from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.params.idle import idle_options
 from sd3pipe.params.train import TrainParams
+from sd3pipe.rules.memory import NumericsRules
 from sd3pipe.stat_memory import StatMemory
 from sd3pipe.training.belonging import misfits
 from sd3pipe.training.checkpoints import set_aside_later
@@ -54,7 +55,7 @@ _ATTENTION_SWITCHES: dict[str, Callable[[bool], None]] = {
 def main(params: TrainParams) -> None:
     """Trains, or goes on training, until the last step. Raises Stopped when asked to stop on the way."""
     processes = join_processes(params.device, params.threads)
-    _set_numerics(params)
+    _set_numerics(params.numerics)
     inputs = {"model": params.model, "text": str(params.text), "latents": str(params.latents)}
     report = StageReport("train", path=params.out / "report.json", inputs=inputs)
     folder = RunFolder(params.out)
@@ -84,7 +85,7 @@ def _train(params: TrainParams, processes: Processes, report: StageReport, folde
     for line in idle_options(params) if processes.is_main else ():
         log.warning("%s", line)
     freshness = _check_freshness(params)
-    check_optimizer(params.optimizer_type)
+    check_optimizer(params.optimizer.optimizer_type)
     check_trackers(params)
     data = open_data(params)
     source = find_component("mmdit", model=params.model, file=params.mmdit)
@@ -179,7 +180,7 @@ def _fingerprint(params: TrainParams, source: ComponentSource) -> str:
 
 
 def _weights_memory(params: TrainParams) -> StatMemory:
-    return StatMemory(machine_folder(params.out).parent / "stat.json", trust=not params.verify_weights)
+    return StatMemory(machine_folder(params.out).parent / "stat.json", trust=not params.reading.verify_weights)
 
 
 def _tell_misfits(params: TrainParams, data: TrainingData) -> None:
@@ -231,19 +232,19 @@ def _kernel_errors(params: TrainParams) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if params.sdpa_backend == "auto" or not any(sign in str(error) for sign in _NO_KERNEL):
+        backend = params.numerics.sdpa_backend
+        if backend == "auto" or not any(sign in str(error) for sign in _NO_KERNEL):
             raise
         raise ParameterError(
-            f"--sdpa-backend {params.sdpa_backend}: torch has no such attention kernel for this device and number "
-            "format: use auto"
+            f"--sdpa-backend {backend}: torch has no such attention kernel for this device and number format: use auto"
         ) from error
 
 
-def _set_numerics(params: TrainParams) -> None:
+def _set_numerics(rules: NumericsRules) -> None:
     """Switches TF32 and attention kernels on or off, and nondeterministic kernels off where bits are promised."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = params.tf32 and not params.deterministic
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = rules.tf32 and not rules.deterministic
     for name, enable in _ATTENTION_SWITCHES.items():
-        enable(params.sdpa_backend in ("auto", name))
-    if params.deterministic:
+        enable(rules.sdpa_backend in ("auto", name))
+    if rules.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace
         torch.use_deterministic_algorithms(True)

@@ -8,9 +8,8 @@ from sd3pipe.console import readable_bytes
 from sd3pipe.device_memory import usable_device_bytes
 from sd3pipe.errors import DeviceMemoryError
 from sd3pipe.memory.plan import Settings, Workload, fitting_settings
-from sd3pipe.memory.quantise import QuantisedFormat, quantise
-from sd3pipe.memory.schedule import ModulationMode
-from sd3pipe.memory.sizes import model_size
+from sd3pipe.memory.quantise import quantise
+from sd3pipe.memory.sizes import BaseFormat, model_size
 from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.models.architecture import MMDiTArchitecture, mmdit_architecture
 from sd3pipe.models.mmdit import MMDiT
@@ -25,10 +24,7 @@ def load_base(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    base_format: QuantisedFormat | None = None,
-    blocks_to_swap: int = 0,
-    modulation: ModulationMode = "stream",
-    offload_activations: bool = False,
+    settings: Settings = Settings(),
 ) -> tuple[MMDiT, BlockStreamer]:
     """Returns the frozen model and what runs its blocks, read block by block.
 
@@ -45,11 +41,11 @@ def load_base(
     mmdit.load_state_dict(tensors | table, strict=False, assign=True)
     streamer = BlockStreamer(
         mmdit,
-        blocks_to_swap=blocks_to_swap,
+        blocks_to_swap=settings.blocks_to_swap,
         device=device,
-        modulation=modulation,
-        offload_activations=offload_activations,
-        fill=_filler(mmdit, source, dtype, device, base_format),
+        modulation=settings.modulation,
+        offload_activations=settings.activation_offload,
+        fill=_filler(mmdit, source, dtype, device, settings.base_format),
     )
     return mmdit.requires_grad_(False), streamer
 
@@ -85,7 +81,7 @@ def _filler(
     source: ComponentSource,
     dtype: torch.dtype,
     device: torch.device,
-    base_format: QuantisedFormat | None,
+    base_format: BaseFormat,
 ) -> Callable[[int], None]:
     """Returns the function that reads one block, and packs it, where that is quickest: on the device."""
 
@@ -95,7 +91,7 @@ def _filler(
         keys = [key for key in source.tensors if key.startswith(prefix)]
         tensors = read_tensors(source, dtype=dtype, device="cpu", keys=keys)
         block.load_state_dict({key.removeprefix(prefix): tensors.pop(key) for key in keys}, strict=True, assign=True)
-        if base_format is not None:
+        if base_format != "dense":
             quantise(block.to(device), base_format)
 
     return fill

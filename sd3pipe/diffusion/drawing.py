@@ -24,6 +24,7 @@ from sd3pipe.diffusion.picture_grid import Grid, read_picture_file, save_grid, s
 from sd3pipe.diffusion.prompts import SamplePrompt
 from sd3pipe.diffusion.sampler import SamplingSettings, decode_pictures
 from sd3pipe.diffusion.sheet import Column, Places, PromptCells, Sheet
+from sd3pipe.memory.plan import Settings
 from sd3pipe.memory.sizes import image_tokens
 from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.checkpoint import load_vae
@@ -80,7 +81,9 @@ def draw_cells(
     by_adapter = sorted(cells, key=lambda cell: (str(cell.column.adapter or ""), cell.column.multiplier))
     way_out = functools.partial(_way_out, blocks_to_swap, architecture.depth)
     with memory_errors(way_out), progress("sample", steps, "steps") as bar:
-        mmdit, streamer = load_base(source, dtype=dtype, device=device, blocks_to_swap=blocks_to_swap)
+        mmdit, streamer = load_base(
+            source, dtype=dtype, device=device, settings=Settings(blocks_to_swap=blocks_to_swap)
+        )
         with streamer:
             for column, group in groupby(by_adapter, key=lambda cell: cell.column):
                 with _adapted(mmdit, column, device):

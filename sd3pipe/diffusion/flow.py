@@ -8,8 +8,6 @@ The words are those of Esser et al. 2024, "Scaling Rectified Flow Transformers f
 
 from torch import Tensor
 
-NUM_TIMESTEPS = 1000
-
 
 def shift_sigmas(sigmas_B: Tensor, shift: Tensor | float) -> Tensor:
     """Moves noise levels towards noise for shift > 1: k s / (1 + (k - 1) s) (paper, eq. 23)."""

@@ -8,19 +8,18 @@ StableDiffusion3Pipeline with its FlowMatchEulerDiscreteScheduler follows to the
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sd3pipe import stopping
-from sd3pipe.diffusion.flow import NUM_TIMESTEPS, shift_sigmas
+from sd3pipe.diffusion.flow import shift_sigmas
 from sd3pipe.errors import ParameterError
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.vae import VAE, from_model_space
 from sd3pipe.models.vae_strips import decode_within, usable_memory
-
-Variant = Literal["sd3-medium", "sd35-medium", "sd35-large", "sd35-large-turbo"]
+from sd3pipe.rules.flow import NUM_TIMESTEPS
+from sd3pipe.words import Variant
 
 SHIFT = 3.0  # every SD3 model is sampled with it
 PIXELS_PER_LATENT = 8

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from sd3pipe.memory.schedule import RING_SLOTS, ModulationMode, spread_evenly, step_copies
 from sd3pipe.memory.sizes import BaseFormat, BlockSize, ModelSize
+from sd3pipe.rules.memory import MemoryRules
 
 # Saved for the backward pass per token, in units of the width: measured on tiny models with every layer adapted.
 _SAVED_PLAIN, _SAVED_QK_NORM, _SAVED_DUAL = 21, 24, 34
@@ -42,6 +43,19 @@ class Settings:
     activation_offload: bool = False
     layer_major: bool = False
     dtype_bytes: int = 2
+
+    @classmethod
+    def of(cls, rules: MemoryRules, dtype_bytes: int) -> "Settings":
+        """Returns the settings that options ask for; where blocks_to_swap is left open, without any."""
+        return cls(
+            base_format=rules.base_dtype or "dense",
+            blocks_to_swap=0 if rules.blocks_to_swap == "auto" else rules.blocks_to_swap,
+            modulation=rules.modulation,
+            gradient_checkpointing=rules.gradient_checkpointing,
+            activation_offload=rules.activation_offload,
+            layer_major=rules.layer_major,
+            dtype_bytes=dtype_bytes,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,17 +1,21 @@
 """How an option is declared: one pydantic field that carries type, default, range, help and what depends on it."""
 
+import dataclasses
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from sd3pipe.files import followed
 
 OptionPath = Annotated[Path, Field(strict=False)]  # TOML has no paths, only strings
 NewFilePath = Annotated[OptionPath, AfterValidator(followed)]  # refused before any work where no file can come to lie
+
+R = TypeVar("R")
 
 Role = Literal["path", "recipe", "identity", "free"]
 # path      names a file or folder; may come from project.toml [paths]; enters nothing (its content does)
@@ -26,9 +30,33 @@ Trust = Literal["file", "code", "typed"]
 
 
 class Params(BaseModel):
-    """Base of all option sets: unknown keys and ill-typed values are errors, instances never change."""
+    """Base of all option sets: unknown keys and ill-typed values are errors, instances never change.
+
+    An attribute that is declared with `group` is the rule of its type, and each field of that rule is an option.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Puts the options of each group into its place."""
+        declared = dict(cls.__pydantic_fields__)
+        groups = {name: field for name, field in declared.items() if dataclasses.is_dataclass(field.annotation)}
+        cls.__pydantic_fields__.clear()
+        for name, field in declared.items():
+            if name in groups:
+                for key, item in _options_of(field):
+                    cls.__pydantic_fields__.setdefault(key, item)  # two rules may share an option
+                setattr(cls, name, property(lambda self, kind=field.annotation: self.rules(kind)))
+            else:
+                cls.__pydantic_fields__[name] = field
+        if groups:
+            cls.model_rebuild(force=True)
+
+    def rules(self, kind: type[R]) -> R:
+        """Returns a rule made from the options that are named as its fields. Raises ParameterError."""
+        assert dataclasses.is_dataclass(kind)
+        return kind(**{item.name: getattr(self, item.name) for item in dataclasses.fields(kind)})
 
     def with_role(self, role: Role) -> dict[str, Any]:
         """Returns the values of the options with `role`, as JSON types."""
@@ -70,6 +98,24 @@ def option(
         "trust": trust,
     }
     return Field(default, description=help, json_schema_extra=extra, **constraints)
+
+
+def group(panel: str, *, role: Role = "free") -> Any:
+    """Declares a rule (see `sd3pipe.rules`) whose fields are options in `panel`, of `role` where they say no other."""
+    return Field(json_schema_extra={"panel": panel, "role": role})
+
+
+def _options_of(group_field: FieldInfo) -> Iterator[tuple[str, FieldInfo]]:
+    """Yields name and field of each option that a group holds."""
+    rules: Any = group_field.annotation
+    shared = group_field.json_schema_extra
+    assert isinstance(shared, dict)
+    kinds = get_type_hints(rules, include_extras=True)
+    for item in dataclasses.fields(rules):
+        declared = {**shared, **item.metadata}
+        parse = declared.pop("parse", None)
+        kind: Any = Annotated[kinds[item.name], BeforeValidator(parse)] if parse else kinds[item.name]
+        yield item.name, FieldInfo.from_annotated_attribute(kind, option(item.default, **declared))
 
 
 def is_foreign_code(value: Any) -> bool:

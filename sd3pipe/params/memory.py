@@ -1,16 +1,13 @@
 """Types of the memory options that several commands share."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator
+
+from sd3pipe.rules.memory import Blocks, parse_blocks
 
 _UNITS = {"": 10**9, "G": 10**9, "GB": 10**9, "GIB": 2**30, "M": 10**6, "MB": 10**6, "MIB": 2**20}
-
-
-def _blocks(value: Any) -> Any:
-    """Returns the number in a command line's text; "auto" stays."""
-    return int(value) if isinstance(value, str) and re.fullmatch(r"\s*[0-9]+\s*", value) else value
 
 
 def _size(value: str) -> str:
@@ -19,7 +16,7 @@ def _size(value: str) -> str:
     return value
 
 
-BlocksToSwap = Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], BeforeValidator(_blocks)]
+BlocksToSwap = Annotated[Blocks, BeforeValidator(parse_blocks)]
 Size = Annotated[str, AfterValidator(_size)]
 
 

@@ -105,17 +105,18 @@ def _cache(out: Path, rows: int, size: int, found: Ahead) -> None:
 
 def _train(options: TrainParams, project: Project, found: Ahead) -> None:
     done = max(checkpoint_adapters(options.out), default=0)
-    if options.max_train_epochs is not None:
-        found.facts.append(count(options.max_train_epochs, "epoch"))
+    batches, every = options.batches, options.saving.save_every_n_steps
+    if batches.max_train_epochs is not None:
+        found.facts.append(count(batches.max_train_epochs, "epoch"))
     else:
-        found.facts.append(count(options.max_train_steps, "step") + (f", {done:,} saved" if done else ""))
+        found.facts.append(count(batches.max_train_steps, "step") + (f", {done:,} saved" if done else ""))
         seconds = _report(options.out / "report.json").get("seconds_per_step")
-        if seconds and done < options.max_train_steps:
-            found.facts.append(f"about {readable_seconds((options.max_train_steps - done) * seconds)} as last time")
+        if seconds and done < batches.max_train_steps:
+            found.facts.append(f"about {readable_seconds((batches.max_train_steps - done) * seconds)} as last time")
     shapes = _shapes(options)
     if shapes:
-        weights = adapter_weights(shapes, options.network_dim)
-        saved = options.max_train_steps // options.save_every_n_steps if options.save_every_n_steps else 1
+        weights = adapter_weights(shapes, options.adapter.network_dim)
+        saved = batches.max_train_steps // every if every else 1
         found.disk_bytes = 4 * weights * (saved + 1) + _KEPT_STATES * 8 * weights
         found.facts += _memory(options, shapes, weights, project)
 
@@ -138,29 +139,21 @@ def _memory(
     work = Workload(
         image_tokens=image_tokens(*size),
         text_tokens=CLIP_TOKENS + EncodeTextParams.model_fields["t5xxl_max_token_length"].default,
-        batch=options.train_batch_size,
-        accumulation=options.gradient_accumulation_steps,
+        batch=options.batches.train_batch_size,
+        accumulation=options.batches.gradient_accumulation_steps,
         adapter_weights=weights,
-        adapter_bytes_per_weight=adapter_bytes_per_weight(options.optimizer_type),
+        adapter_bytes_per_weight=adapter_bytes_per_weight(options.optimizer.optimizer_type),
     )
-    swapped = options.blocks_to_swap
-    wanted = Settings(
-        base_format=options.base_dtype or "dense",
-        blocks_to_swap=0 if swapped == "auto" else swapped,
-        modulation=options.modulation,
-        gradient_checkpointing=options.gradient_checkpointing,
-        activation_offload=options.activation_offload,
-        layer_major=options.layer_major,
-        dtype_bytes=4 if options.mixed_precision == "no" else 2,
-    )
+    is_open = options.memory.blocks_to_swap == "auto"
+    wanted = Settings.of(options.memory, dtype_bytes=4 if options.mixed_precision == "no" else 2)
     model = model_size(shapes)
-    fits = fitting_settings(model, work, wanted, device_bytes=card) if swapped == "auto" else None
+    fits = fitting_settings(model, work, wanted, device_bytes=card) if is_open else None
     settings, prediction = fits or (wanted, predict(model, work, wanted))
     needed = f"{readable_bytes(prediction.device_bytes)} of the card's {readable_bytes(card)}"
     if prediction.device_bytes > card:
         yield f"needs {needed}: `sd3pipe plan --vram {card / 1e9:.0f}GB` looks for settings that fit"
         return
-    yield f"{needed} ({option_text(settings)})" if swapped == "auto" and settings.blocks_to_swap else needed
+    yield f"{needed} ({option_text(settings)})" if is_open and settings.blocks_to_swap else needed
     yield f"{readable_bytes(max(0, prediction.host_bytes - PROCESS_BYTES))} of host memory"
 
 

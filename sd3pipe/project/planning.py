@@ -37,6 +37,7 @@ from sd3pipe.memory.sizes import (
 from sd3pipe.models.architecture import MMDiTVariant, mmdit_architecture
 from sd3pipe.models.sources import find_component
 from sd3pipe.params.plan import PlanParams
+from sd3pipe.rules.memory import MemoryRules
 from sd3pipe.stat_memory import StatMemory
 
 Row = tuple[Settings, Prediction]
@@ -108,18 +109,10 @@ def make_plan(params: PlanParams) -> Plan:
 
 
 def _settings(params: PlanParams, depth: int) -> Settings:
-    blocks = 0 if params.blocks_to_swap == "auto" else params.blocks_to_swap
-    if blocks > depth:
-        raise ParameterError(f"--blocks-to-swap {blocks}: the model has {depth} blocks")
-    return Settings(
-        base_format=params.base_dtype or "dense",
-        blocks_to_swap=blocks,
-        modulation=params.modulation or "stream",
-        gradient_checkpointing=params.gradient_checkpointing,
-        activation_offload=params.activation_offload,
-        layer_major=params.layer_major,
-        dtype_bytes=4 if params.mixed_precision == "no" else 2,
-    )
+    settings = Settings.of(params.rules(MemoryRules), dtype_bytes=4 if params.mixed_precision == "no" else 2)
+    if settings.blocks_to_swap > depth:
+        raise ParameterError(f"--blocks-to-swap {settings.blocks_to_swap}: the model has {depth} blocks")
+    return dataclasses.replace(settings, modulation=params.modulation or "stream")
 
 
 def _shown(params: PlanParams, depth: int, wanted: Settings) -> list[Settings]:

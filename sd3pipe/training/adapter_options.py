@@ -9,7 +9,7 @@ from sd3pipe.adapters.kinds import check_spec
 from sd3pipe.adapters.targets import BLOCK_PARTS, AdapterSpec
 from sd3pipe.errors import ParameterError
 from sd3pipe.params.resolve import nearest
-from sd3pipe.params.train import TrainParams
+from sd3pipe.rules.adapter import AdapterRules
 
 T = TypeVar("T", int, float)
 
@@ -23,35 +23,35 @@ _REFUSED = {
 }
 
 
-def adapter_spec(params: TrainParams) -> AdapterSpec:
+def adapter_spec(rules: AdapterRules, *, seed: int) -> AdapterSpec:
     """Returns the adapter that the options describe. Raises ParameterError for unknown or ill-typed network_args."""
-    args = network_args(params.network_args)
+    args = network_args(rules.network_args)
     spec = AdapterSpec(
-        algorithm=params.adapter_type,
-        rank=params.network_dim,
-        alpha=params.network_alpha or None,
+        algorithm=rules.adapter_type,
+        rank=rules.network_dim,
+        alpha=rules.network_alpha or None,
         rs_lora=args.get("rs_lora", False),
         part_ranks={part: args[f"{part}_dim"] for part in BLOCK_PARTS if f"{part}_dim" in args},
         embedder_ranks=args.get("emb_dims", ()),
         blocks=args.get("train_block_indices", "all"),
-        rank_rules=_rules("rank_rules", params.rank_rules, int),
-        learning_rate_rules=_rules("lr_rules", params.lr_rules, float),
+        rank_rules=_rules("rank_rules", rules.rank_rules, int),
+        learning_rate_rules=_rules("lr_rules", rules.lr_rules, float),
         split_qkv=args.get("split_qkv", False),
         lokr_factor=args.get("lokr_factor", -1),
         dropout=DropoutRates(
-            neuron=params.network_dropout,
+            neuron=rules.network_dropout,
             rank=args.get("rank_dropout", 0.0),
             module=args.get("module_dropout", 0.0),
         ),
-        seed=params.seed,
+        seed=seed,
     )
     check_spec(spec)
     return spec
 
 
-def loraplus_ratio(params: TrainParams) -> float:
+def loraplus_ratio(rules: AdapterRules) -> float:
     """Returns by how much LoRA+ multiplies the learning rate of the up matrices; 1 without LoRA+."""
-    args = network_args(params.network_args)
+    args = network_args(rules.network_args)
     return args.get("loraplus_unet_lr_ratio", args.get("loraplus_lr_ratio", 1.0))
 
 

@@ -16,6 +16,7 @@ from sd3pipe.adapters.tensor_file import in_file_order, write_tensors
 from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_folder, remove_folder, storage_errors, sync_file
 from sd3pipe.fingerprint import hash_file
+from sd3pipe.rules.occasions import SavingRules
 from sd3pipe.training.state_file import FileIdentity, State, read_state, write_state
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ ADAPTER_FILE, STATE_FILE = ADAPTER_NAME, STATE_NAME
 OPTIMIZER_FILE = "optimizer.safetensors"
 CHECKPOINTS_FOLDER = "checkpoints"
 
+_KEPT_STATES = 2  # of the optimizer, where no option says otherwise
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -128,41 +130,33 @@ def set_aside_later(run: Path, step: int) -> None:
             log.info("%s: renamed to %s", path, target.name)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Retention:
-    """Which older checkpoints go: None keeps all. Steps and epochs count back from the newest checkpoint."""
-
-    last_steps: int | None = None
-    last_steps_state: int | None = None
-    last_epochs: int | None = None
-    last_epochs_state: int | None = None
-    num_states: int = 2
-
-    def keeps_adapter(self, state: State, newest: State) -> bool:
-        if self.last_steps is not None and state["step"] < newest["step"] - self.last_steps:
-            return False
-        return self.last_epochs is None or state["position"][0] > newest["position"][0] - self.last_epochs
-
-    def keeps_optimizer(self, state: State, newest: State, age: int) -> bool:
-        if self.last_steps_state is not None:
-            return state["step"] >= newest["step"] - self.last_steps_state
-        if self.last_epochs_state is not None:
-            return state["position"][0] > newest["position"][0] - self.last_epochs_state
-        return age < self.num_states
-
-
-def prune(run: Path, newest: Checkpoint, retention: Retention, *, keep_steps: Sequence[int] = ()) -> None:
-    """Deletes what `retention` lets go of, but never `newest`, which is whole, nor the adapters of `keep_steps`."""
+def prune(run: Path, newest: Checkpoint, rules: SavingRules, *, keep_steps: Sequence[int] = ()) -> None:
+    """Deletes what `rules` let go of, but never `newest`, which is whole, nor the adapters of `keep_steps`."""
     older = [path for path in checkpoint_paths(run) if path != newest.path]
     for age, path in enumerate(reversed(older), start=1):
         try:
             state = read_state(path / STATE_FILE)
         except InputError:
             continue  # a torn checkpoint is left for the user to look at
-        if not retention.keeps_adapter(state, newest.state) and state["step"] not in keep_steps:
+        if not _keeps_adapter(rules, state, newest.state) and state["step"] not in keep_steps:
             remove_folder(path)
-        elif not retention.keeps_optimizer(state, newest.state, age):
+        elif not _keeps_optimizer(rules, state, newest.state, age):
             _drop_optimizer(path, state)
+
+
+def _keeps_adapter(rules: SavingRules, state: State, newest: State) -> bool:
+    if rules.save_last_n_steps is not None and state["step"] < newest["step"] - rules.save_last_n_steps:
+        return False
+    epochs = rules.save_last_n_epochs
+    return epochs is None or state["position"][0] > newest["position"][0] - epochs
+
+
+def _keeps_optimizer(rules: SavingRules, state: State, newest: State, age: int) -> bool:
+    if rules.save_last_n_steps_state is not None:
+        return state["step"] >= newest["step"] - rules.save_last_n_steps_state
+    if rules.save_last_n_epochs_state is not None:
+        return state["position"][0] > newest["position"][0] - rules.save_last_n_epochs_state
+    return age < _KEPT_STATES
 
 
 def _drop_optimizer(path: Path, state: State) -> None:

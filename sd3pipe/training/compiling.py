@@ -1,5 +1,6 @@
 """torch.compile for the joint blocks: how, and where it pays."""
 
+import logging
 import os
 import shutil
 import sysconfig
@@ -11,6 +12,9 @@ import torch
 from torch.utils._triton import has_triton
 
 from sd3pipe.models.mmdit import MMDiT
+from sd3pipe.rules.memory import NumericsRules
+
+log = logging.getLogger(__name__)
 
 PAYS_FROM_STEPS = 500  # compiling takes one to two minutes, a step half or three quarters of its time
 _GRAPHS = 64  # of a block's code; torch's 8 are fewer than kinds of blocks x training or not x one size or any
@@ -28,6 +32,15 @@ def compile_blocks(mmdit: MMDiT, backend: str | Callable[..., Any] = "inductor",
     dynamo.suppress_errors = may_fail
     for block in mmdit.joint_blocks:
         block.compile(backend=backend)
+
+
+def compile_as_wanted(mmdit: MMDiT, rules: NumericsRules, device: torch.device, steps: int) -> None:
+    """Compiles the blocks where that was asked for or, left open, where it pays."""
+    if rules.torch_compile:
+        compile_blocks(mmdit)
+    elif rules.torch_compile is None and not rules.deterministic and compiling_pays(device, steps):
+        log.info("compiling the blocks; the first steps take a minute or two longer (--no-torch-compile: not)")
+        compile_blocks(mmdit, may_fail=True)
 
 
 def compiling_pays(device: torch.device, steps: int) -> bool:

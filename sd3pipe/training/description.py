@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from sd3pipe.adapters.metadata import Description, provenance, training_metadata
-from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.console import version
 from sd3pipe.params.train import TrainParams
+from sd3pipe.training.adapter_options import adapter_spec
 from sd3pipe.training.identity import RunInputs
 from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.training_data import TrainingData
@@ -23,7 +23,6 @@ def adapter_metadata(
     progressed: Progressed,
     *,
     variant: str,
-    spec: AdapterSpec,
 ) -> Mapping[str, str]:
     """Returns the metadata of an adapter at the step at hand; no path, time or machine is in it."""
     options: dict[str, Any] = {
@@ -31,7 +30,7 @@ def adapter_metadata(
         "mixed_precision": run.precision,
         "max_train_steps": run.total_steps,
         "gradient_accumulation_steps": run.micro_batches,
-        "gradient_checkpointing": params.gradient_checkpointing,
+        "gradient_checkpointing": params.memory.gradient_checkpointing,
         "training_comment": params.training_comment,
     }
     made_from = provenance(
@@ -54,7 +53,7 @@ def adapter_metadata(
     )
     return training_metadata(
         variant=variant,
-        spec=spec,
+        spec=adapter_spec(params.adapter, seed=params.seed),
         options=dict(data.text.manifest.recipe) | options,
         step=progressed.step,
         epoch=progressed.epochs_done,

@@ -23,9 +23,11 @@ from sd3pipe.diffusion.sampler import PIXELS_PER_LATENT
 from sd3pipe.memory.ahead import PendingModulation
 from sd3pipe.models.conditioning import assemble_conditioning
 from sd3pipe.models.vae import sample_latents, to_model_space
+from sd3pipe.rules.feeding import EncoderDropout
+from sd3pipe.rules.flow import NUM_TIMESTEPS, SigmaSampling
 from sd3pipe.training.batches import MicroBatch, StepPlan
 from sd3pipe.training.draws import hashes, normals, uniforms
-from sd3pipe.training.flow import NUM_TIMESTEPS, SigmaSampling, sample_sigmas
+from sd3pipe.training.flow import sample_sigmas
 from sd3pipe.training.items import Items
 
 
@@ -81,7 +83,7 @@ class FeedRules:
     seed: int
     sampling: SigmaSampling
     use_masks: bool = True
-    encoder_dropout: tuple[float, float, float] = (0.0, 0.0, 0.0)  # CLIP-L, CLIP-G, T5
+    encoder_dropout: EncoderDropout = EncoderDropout()
     context_dtype: torch.dtype = torch.float32
 
 
@@ -150,15 +152,16 @@ class Feed(Dataset[Any]):
         rows = {int(number): self.text.row(int(number)) for number in set(plan.text_rows.tolist())}
         tensors = {number: {name: to_torch(part) for name, part in row.items()} for number, row in rows.items()}
         seed, epoch = self.rules.seed, plan.epoch
-        keep = np.column_stack(
-            [
-                uniforms(plan.ids, seed, f"{name} dropout", epoch) >= rate
-                for name, rate in zip(("clip_l", "clip_g", "t5xxl"), self.rules.encoder_dropout, strict=True)
-            ]
-        )
+        dropout = self.rules.encoder_dropout
+        rates = {
+            "clip_l": dropout.clip_l_dropout_rate,
+            "clip_g": dropout.clip_g_dropout_rate,
+            "t5xxl": dropout.t5_dropout_rate,
+        }
+        kept = [uniforms(plan.ids, seed, f"{name} dropout", epoch) >= rate for name, rate in rates.items()]
         return assemble_conditioning(
             [tensors[number] for number in plan.text_rows.tolist()],
-            keep_BE=torch.from_numpy(keep),
+            keep_BE=torch.from_numpy(np.column_stack(kept)),
             dtype=self.rules.context_dtype,
         )
 

@@ -8,74 +8,17 @@ form and the meaning of a scheme under it are those of kohya-ss/sd-scripts (libr
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sd3pipe.diffusion.flow import NUM_TIMESTEPS, per_sample, shift_sigmas, velocity_target
 from sd3pipe.diffusion.flow import add_noise as add_noise  # who trains finds it here
-from sd3pipe.errors import ParameterError
-
-WeightingScheme = Literal["uniform", "none", "logit_normal", "mode", "cosmap", "sigma_sqrt"]
-LossForm = Literal["velocity", "x0"]
-LossType = Literal["l2", "l1", "huber", "smooth_l1"]
-HuberSchedule = Literal["constant", "exponential", "snr"]
-MaskNormalisation = Literal["area", "picture"]
+from sd3pipe.diffusion.flow import per_sample, shift_sigmas, velocity_target
+from sd3pipe.rules.flow import NUM_TIMESTEPS, LossRules, NoiseScheme, SigmaSampling
+from sd3pipe.words import LossForm, LossType, MaskedLoss, WeightingScheme
 
 _SMALLEST_SIGMA = 1 / NUM_TIMESTEPS  # sigma_sqrt weighs sigma 0 as the first noisy timestep: its own weight is infinite
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SigmaSampling:
-    """How noise levels are drawn. Under the velocity form the scheme is a density; under x0 it is sd-scripts' scheme.
-
-    `training_shift` is a number or "auto" (the pre-training's resolution rule); timesteps lie in [min, max) of 0..1000.
-    """
-
-    weighting_scheme: WeightingScheme = "logit_normal"
-    loss_form: LossForm = "velocity"
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    mode_scale: float = 1.29
-    training_shift: float | Literal["auto"] = "auto"
-    min_timestep: int = 0
-    max_timestep: int = NUM_TIMESTEPS
-
-    def __post_init__(self) -> None:
-        check_scheme(self.weighting_scheme, self.loss_form)
-        if not 0 <= self.min_timestep < self.max_timestep <= NUM_TIMESTEPS:
-            raise ParameterError(
-                f"min_timestep = {self.min_timestep}, max_timestep = {self.max_timestep}: "
-                f"choose 0 <= min_timestep < max_timestep <= {NUM_TIMESTEPS}"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Huber:
-    """Where huber and smooth_l1 turn from quadratic to linear, as a function of sigma."""
-
-    schedule: HuberSchedule = "snr"
-    c: float = 0.1
-    scale: float = 1.0
-
-
-def check_scheme(weighting_scheme: WeightingScheme, loss_form: LossForm) -> None:
-    """Raises ParameterError for unknown names, and for the one scheme that has no meaning under the velocity form."""
-    _check_name("weighting_scheme", weighting_scheme, get_args(WeightingScheme))
-    _check_name("loss_form", loss_form, get_args(LossForm))
-    if weighting_scheme == "sigma_sqrt" and loss_form == "velocity":
-        raise ParameterError(
-            "weighting_scheme = sigma_sqrt with loss_form = velocity: sigma_sqrt undoes the sigma^2 weight of the x0 "
-            "form, and the velocity form has none: choose loss_form = x0, or weighting_scheme = uniform (the same loss)"
-        )
-
-
-def _check_name(option: str, name: str, known: Sequence[str]) -> None:
-    if name not in known:
-        raise ParameterError(f"{option} = {name}: one of {', '.join(known)}")
 
 
 def sample_sigmas(uniform_B: Tensor, pixels_B: Tensor, sampling: SigmaSampling) -> Tensor:
@@ -123,9 +66,20 @@ def loss(
     weighting_scheme: WeightingScheme,
     loss_form: LossForm,
     loss_type: LossType = "l2",
-    huber: Huber | None = None,
+) -> Tensor:
+    """Returns the weighted loss of each sample, loss_B, in fp32, with every other rule as it is by default."""
+    rules = LossRules(weighting_scheme=weighting_scheme, loss_form=loss_form, loss_type=loss_type)
+    return losses(velocity_BChw, latents_BChw, noise_BChw, sigmas_B, rules)
+
+
+def losses(
+    velocity_BChw: Tensor,
+    latents_BChw: Tensor,
+    noise_BChw: Tensor,
+    sigmas_B: Tensor,
+    rules: LossRules,
+    *,
     mask_Bhw: Tensor | None = None,
-    mask_normalisation: MaskNormalisation = "area",
     target_BChw: Tensor | None = None,
 ) -> Tensor:
     """Returns the weighted loss of each sample, loss_B, in fp32.
@@ -134,47 +88,45 @@ def loss(
     `target_BChw` replaces epsilon - x_0 as the wanted velocity (differential output preservation). A mask weighs latent
     pixels with values in [0, 1]: its loss is the mean over the masked area, or over the whole picture as in sd-scripts.
     """
-    check_scheme(weighting_scheme, loss_form)
-    _check_name("loss_type", loss_type, get_args(LossType))
     target = velocity_target(latents_BChw, noise_BChw) if target_BChw is None else target_BChw.float()
-    weights_B, error_scale_B = loss_weights(sigmas_B, weighting_scheme=weighting_scheme, loss_form=loss_form)
+    weights_B, error_scale_B = loss_weights(sigmas_B, rules)
     errors_BChw = per_sample(error_scale_B) * (velocity_BChw.float() - target)
-    penalties_BChw = _penalties(errors_BChw, loss_type, huber_thresholds(sigmas_B, huber or Huber()))
-    return weights_B * _mean(penalties_BChw, mask_Bhw, mask_normalisation)
+    penalties_BChw = _penalties(errors_BChw, rules.loss_type, huber_thresholds(sigmas_B, rules))
+    return weights_B * _mean(penalties_BChw, mask_Bhw, rules.masked_loss)
 
 
-def loss_weights(sigmas_B: Tensor, *, weighting_scheme: WeightingScheme, loss_form: LossForm) -> tuple[Tensor, Tensor]:
+def loss_weights(sigmas_B: Tensor, rules: NoiseScheme) -> tuple[Tensor, Tensor]:
     """Returns the weight of each sample's penalty, and the scale of its velocity error inside the penalty.
 
     Under l2 the effective weight of the squared velocity error is weight x scale^2.
     """
     sigmas_B = sigmas_B.float()
     ones_B = torch.ones_like(sigmas_B)
-    if loss_form == "velocity":
+    if rules.loss_form == "velocity":
         return ones_B, ones_B
-    if weighting_scheme == "sigma_sqrt":
+    if rules.weighting_scheme == "sigma_sqrt":
         sigmas_B = sigmas_B.clamp(min=_SMALLEST_SIGMA)
         return sigmas_B**-2, sigmas_B
-    if weighting_scheme == "cosmap":
+    if rules.weighting_scheme == "cosmap":
         return 2 / (math.pi * (1 - 2 * sigmas_B + 2 * sigmas_B.square())), sigmas_B
     return ones_B, sigmas_B
 
 
-def huber_thresholds(sigmas_B: Tensor, huber: Huber) -> Tensor:
+def huber_thresholds(sigmas_B: Tensor, rules: LossRules) -> Tensor:
     """Returns c for each sample: constant, or falling from 1 at sigma 0 to huber_c at sigma 1, times huber_scale.
 
     snr is sd-scripts' rule for the older models, (1 - c) / (1 + noise-to-signal)^2 + c, where a flow's noise-to-signal
     ratio is sigma / (1 - sigma).
     """
     sigmas_B = sigmas_B.float()
-    match huber.schedule:
+    match rules.huber_schedule:
         case "constant":
-            thresholds_B = torch.full_like(sigmas_B, huber.c)
+            thresholds_B = torch.full_like(sigmas_B, rules.huber_c)
         case "exponential":
-            thresholds_B = torch.exp(sigmas_B * math.log(huber.c))
+            thresholds_B = torch.exp(sigmas_B * math.log(rules.huber_c))
         case "snr":
-            thresholds_B = (1 - huber.c) * (1 - sigmas_B).square() + huber.c
-    return thresholds_B * huber.scale
+            thresholds_B = (1 - rules.huber_c) * (1 - sigmas_B).square() + rules.huber_c
+    return thresholds_B * rules.huber_scale
 
 
 def _penalties(errors_BChw: Tensor, loss_type: LossType, thresholds_B: Tensor) -> Tensor:
@@ -191,13 +143,13 @@ def _penalties(errors_BChw: Tensor, loss_type: LossType, thresholds_B: Tensor) -
             return 2 * rises_BChw * c_B111 if loss_type == "huber" else 2 * rises_BChw
 
 
-def _mean(values_BChw: Tensor, mask_Bhw: Tensor | None, normalisation: MaskNormalisation) -> Tensor:
+def _mean(values_BChw: Tensor, mask_Bhw: Tensor | None, masked_loss: MaskedLoss) -> Tensor:
     """Returns each sample's mean, over its mask's area if there is a mask; an empty mask gives 0, not NaN."""
     if mask_Bhw is None:
         return values_BChw.mean(dim=(1, 2, 3))
     mask_B1hw = mask_Bhw.float().unsqueeze(1)
     means_B = (values_BChw * mask_B1hw).mean(dim=(1, 2, 3))
-    if normalisation == "picture":
+    if masked_loss == "sum":
         return means_B
     areas_B = mask_B1hw.mean(dim=(1, 2, 3))
     return means_B / torch.where(areas_B > 0, areas_B, 1)

@@ -14,10 +14,11 @@ from sd3pipe.console import Progress, progress, readable_bytes
 from sd3pipe.device_memory import peak_device_bytes, peak_rss_bytes
 from sd3pipe.errors import InputError, Stopped
 from sd3pipe.memory.streaming import BlockStreamer
+from sd3pipe.rules.occasions import BadLossRules, SampleRules, SavingRules, ValidationRules
 from sd3pipe.training.batches import Position
 from sd3pipe.training.feed import Step
 from sd3pipe.training.processes import Processes
-from sd3pipe.training.progressed import Every, Progressed
+from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.records import Records
 from sd3pipe.training.saving import Saver
 from sd3pipe.training.step_runner import StepResult, StepRunner
@@ -38,11 +39,10 @@ class Plan:
     """When what happens."""
 
     total_steps: int
-    save: Every
-    sample: Every
-    validate: Every
-    sample_at_first: bool
-    roll_back: bool  # at a bad loss; else stop
+    saving: SavingRules
+    samples: SampleRules
+    validation: ValidationRules
+    bad_loss: BadLossRules
 
 
 class Loop:
@@ -105,7 +105,7 @@ class Loop:
     def _before_the_first_step(self) -> None:
         """Does what an earlier run owes, or, before anything is learnt, what shows the base as it is."""
         if self.progressed.step == 0:
-            self.progressed.owed = self._due(validate=True, sample=self.plan.sample_at_first)
+            self.progressed.owed = self._due(validate=True, sample=self.plan.samples.sample_at_first)
         owed = self.progressed.owed
         self._work_off()
         if owed:
@@ -131,9 +131,11 @@ class Loop:
         bar.advance(1, loss=f"{state.loss_mean:.4f}", lr=f"{result.learning_rate:.3g}", memory=self._memory())
         now = (state.step, epochs_before, state.epochs_done)
         last = state.step == self.plan.total_steps
-        state.owed = self._due(validate=self.plan.validate.due(*now) or last, sample=self.plan.sample.due(*now) or last)
+        state.owed = self._due(
+            validate=self.plan.validation.every.due(*now) or last, sample=self.plan.samples.every.due(*now) or last
+        )
         self._work_off()
-        if self.plan.save.due(*now) or last or state.best_step == state.step:
+        if self.plan.saving.every.due(*now) or last or state.best_step == state.step:
             with self._phase("saving"):
                 self.saver.save(state)
 
@@ -183,7 +185,7 @@ class Loop:
         message = f"step {number + 1}: {result.bad}; its pictures: {', '.join(pictures)}"
         skipped = [*self.progressed.skipped_steps, number]
         event = {"bad_step": number + 1, "bad_loss": result.bad, "pictures": pictures}
-        if not self.plan.roll_back or len(skipped) > _MAX_ROLLBACKS or not self.saver.can_roll_back:
+        if self.plan.bad_loss.on_bad_loss == "stop" or len(skipped) > _MAX_ROLLBACKS or not self.saver.can_roll_back:
             self._record_event(event)
             raise InputError(
                 f"{message}. Nothing was learnt from it. Look at these pictures, lower learning_rate or max_grad_norm, "

@@ -82,24 +82,17 @@ def run_memory(
     work = Workload(
         image_tokens=max(image_tokens(width, height) for width, height in resolutions_px),
         text_tokens=text_tokens,
-        batch=params.train_batch_size,
-        accumulation=params.gradient_accumulation_steps,
-        adapter_weights=adapter_weights(architecture.shapes(), params.network_dim),
-        adapter_bytes_per_weight=adapter_bytes_per_weight(params.optimizer_type),
+        batch=params.batches.train_batch_size,
+        accumulation=params.batches.gradient_accumulation_steps,
+        adapter_weights=adapter_weights(architecture.shapes(), params.adapter.network_dim),
+        adapter_bytes_per_weight=adapter_bytes_per_weight(params.optimizer.optimizer_type),
     )
-    auto = params.blocks_to_swap == "auto"
-    wanted = Settings(
-        base_format=params.base_dtype or "dense",
-        blocks_to_swap=0 if params.blocks_to_swap == "auto" else params.blocks_to_swap,
-        modulation=params.modulation,
-        gradient_checkpointing=params.gradient_checkpointing,
-        activation_offload=params.activation_offload,
-        layer_major=params.layer_major,
-        dtype_bytes=dtype.itemsize,
-    )
+    rules = params.memory
+    wanted = Settings.of(rules, dtype.itemsize)
     streamed_numbers(wanted.blocks_to_swap, architecture.depth)  # raises ParameterError for too many
-    modes = (params.modulation,) if "modulation" in params.model_fields_set else MODULATION_TO_CHOOSE
-    return plan_memory(architecture, work, wanted, modes=modes if auto else None, device=device, dtype=dtype)
+    modes = (rules.modulation,) if "modulation" in params.model_fields_set else MODULATION_TO_CHOOSE
+    modes = modes if rules.blocks_to_swap == "auto" else None
+    return plan_memory(architecture, work, wanted, modes=modes, device=device, dtype=dtype)
 
 
 def plan_memory(

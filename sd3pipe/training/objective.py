@@ -13,20 +13,9 @@ from torch import Tensor
 from sd3pipe.adapters.network import AdapterNetwork
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.pos_embed import crop_range
+from sd3pipe.rules.flow import NUM_TIMESTEPS, LossRules
 from sd3pipe.training import flow
 from sd3pipe.training.feed import Batch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossRules:
-    """What is compared, and how an error is penalised."""
-
-    weighting_scheme: flow.WeightingScheme
-    loss_form: flow.LossForm
-    loss_type: flow.LossType
-    huber: flow.Huber
-    mask_normalisation: flow.MaskNormalisation
-    position_crop_rate: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +30,11 @@ class ForwardPass:
 class Objective:
     """Computes losses with one model and the adapter that is attached to it."""
 
-    def __init__(self, mmdit: MMDiT, network: AdapterNetwork, rules: LossRules) -> None:
+    def __init__(
+        self, mmdit: MMDiT, network: AdapterNetwork, rules: LossRules, *, position_crop_rate: float = 0.0
+    ) -> None:
         self.mmdit, self.network, self.rules = mmdit, network, rules
+        self._position_crop_rate = position_crop_rate
 
     def prepare(self, batch: Batch) -> ForwardPass:
         """Returns the forward pass's arguments; where the base's own output is the target, it is computed here."""
@@ -79,31 +71,27 @@ class Objective:
     def _inputs(self, batch: Batch, sigmas_B: Tensor, crop_offset: tuple[int, int] | None) -> dict[str, Any]:
         return {
             "latents_BChw": flow.add_noise(batch.latents, batch.noise, sigmas_B),
-            "timesteps_B": sigmas_B * flow.NUM_TIMESTEPS,
+            "timesteps_B": sigmas_B * NUM_TIMESTEPS,
             "context_BLD": batch.context,
             "pooled_BP": batch.pooled,
             "crop_offset": crop_offset,
         }
 
     def _penalised(self, velocity_BChw: Tensor, batch: Batch, sigmas_B: Tensor, target_BChw: Tensor | None) -> Tensor:
-        return flow.loss(
+        return flow.losses(
             velocity_BChw,
             batch.latents,
             batch.noise,
             sigmas_B,
-            weighting_scheme=self.rules.weighting_scheme,
-            loss_form=self.rules.loss_form,
-            loss_type=self.rules.loss_type,
-            huber=self.rules.huber,
+            self.rules,
             mask_Bhw=batch.mask,
-            mask_normalisation=self.rules.mask_normalisation,
             target_BChw=target_BChw,
         )
 
     def _crop_offset(self, draws: Sequence[float], latent_size: Sequence[int]) -> tuple[int, int] | None:
         """Returns where the window lies in the position table, for the share of batches that move it."""
         moves, down, right = draws
-        if moves >= self.rules.position_crop_rate:
+        if moves >= self._position_crop_rate:
             return None
         architecture = self.mmdit.architecture
         height, width = (side // architecture.patch_size for side in latent_size)

@@ -53,17 +53,3 @@ class Progressed:
         state = {"owed": [], **state}  # checkpoints of versions that do not know it owe nothing
         values = {name: state[name] for name in cls.__dataclass_fields__ if name != "position"}
         return cls(**values, position=Position(epoch=epoch, index=index))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Every:
-    """Something that is due every so many steps, or every so many epochs."""
-
-    steps: int | None = None
-    epochs: int | None = None
-
-    def due(self, step: int, epochs_before: int, epochs_done: int) -> bool:
-        """Returns whether it is due after `step`, during which the number of complete epochs went up as given."""
-        by_steps = bool(self.steps) and step % (self.steps or 1) == 0
-        by_epochs = bool(self.epochs) and epochs_done // (self.epochs or 1) > epochs_before // (self.epochs or 1)
-        return by_steps or by_epochs

@@ -57,6 +57,13 @@ class Start:
     changes: Mapping[str, Sequence[Any]]
     aside: str = ""
 
+    def state(self, identity: Identity, warmup_steps: int) -> dict[str, Any]:
+        """Returns what every checkpoint of the run says, wherever it stands."""
+        changes: list[Mapping[str, Any]] = list(self.checkpoint.state.get("changes", [])) if self.checkpoint else []
+        if self.checkpoint and self.changes:
+            changes.append({"step": self.checkpoint.step, **self.changes})
+        return {"identity": dict(identity), "warmup_steps": warmup_steps, "changes": changes}
+
 
 class RunFolder:
     """Where a run writes: `place`, or a folder apart as long as an older run lies there and nothing is saved."""

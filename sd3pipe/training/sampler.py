@@ -4,7 +4,7 @@ import logging
 
 from torch.optim import Optimizer
 
-from sd3pipe.diffusion.precision import BASE_DTYPES, Precision
+from sd3pipe.diffusion.precision import BASE_DTYPES
 from sd3pipe.diffusion.prompts import read_prompts
 from sd3pipe.diffusion.sampler import DEFAULTS
 from sd3pipe.errors import InputError
@@ -20,6 +20,7 @@ from sd3pipe.training.run_folder import RunFolder
 from sd3pipe.training.step_samples import StepSamples
 from sd3pipe.training.trained_weights import TrainedWeights
 from sd3pipe.training.training_data import check_widths
+from sd3pipe.words import Precision
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def make_sampler(
     precision: Precision,
 ) -> Sampler | None:
     """Returns what draws samples, or None without prompts or where they are never due."""
-    if params.prompts is None or not (params.sample_every_n_steps or params.sample_every_n_epochs):
+    if params.prompts is None or not params.samples.every:
         return None
     if not params.prompts.exists():
         log.warning(
@@ -77,7 +78,7 @@ def make_sampler(
         read_prompts(params.prompts),
         mmdit=objective.mmdit,
         vae=_find_vae(params),
-        defaults=DEFAULTS[params.variant or objective.mmdit.architecture.variant],
+        defaults=DEFAULTS[params.samples.variant or objective.mmdit.architecture.variant],
         device=processes.device,
         dtype=BASE_DTYPES[precision],
     )

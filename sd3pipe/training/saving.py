@@ -15,12 +15,12 @@ from sd3pipe.adapters.network import AdapterNetwork
 from sd3pipe.adapters.precision import StoredDtype
 from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_file, followed, storage_errors, write_json
+from sd3pipe.rules.occasions import SavingRules
 from sd3pipe.training.checkpoints import (
     ADAPTER_FILE,
     CHECKPOINTS_FOLDER,
     STATE_FILE,
     Checkpoint,
-    Retention,
     prune,
     read_checkpoint,
     write_checkpoint,
@@ -33,11 +33,15 @@ from sd3pipe.training.records import forget_after
 from sd3pipe.training.run_folder import RunFolder
 from sd3pipe.training.state_file import read_state, write_state
 from sd3pipe.training.trained_weights import TrainedWeights
+from sd3pipe.words import SavePrecision
 
 log = logging.getLogger(__name__)
 
 FINAL_FOLDER = "final"
 INPUTS_FILE = "inputs.json"
+_STORED_FORMATS: Mapping[SavePrecision | None, StoredDtype] = {
+    None: "fp32", "float": "fp32", "fp16": "fp16", "bf16": "bf16"
+}  # fmt: skip
 
 
 class Saver:
@@ -54,8 +58,7 @@ class Saver:
         scaler: GradScaler | None = None,
         state: Mapping[str, Any],
         metadata: Callable[[Progressed], Mapping[str, str]],
-        dtype: StoredDtype,
-        retention: Retention,
+        rules: SavingRules,
         names: Sequence[str],
         output_name: str,
         loras_dir: Path | None = None,
@@ -65,8 +68,7 @@ class Saver:
         self._network, self._weights, self._optimizer = network, weights, optimizer
         self._scaler = scaler
         self._state, self._metadata = state, metadata
-        self._dtype: StoredDtype = dtype
-        self._retention, self._names = retention, names
+        self._rules, self._names = rules, names
         self._loras_dir, self._output_name = loras_dir, output_name
         self._newest = newest.path if newest else None
         is_ours = newest is not None and run.path.resolve() in newest.path.resolve().parents
@@ -137,7 +139,7 @@ class Saver:
             self._run.path,
             step=progressed.step,
             write_adapter=lambda path: save_adapter(
-                path, deltas, dtype=self._dtype, metadata=self._metadata(progressed)
+                path, deltas, dtype=_STORED_FORMATS[self._rules.save_precision], metadata=self._metadata(progressed)
             ),
             tensors={**self._weights.export(), **tensors},
             state={**self._state, **numbers},
@@ -149,7 +151,7 @@ class Saver:
             name = f"{self._output_name}-step{progressed.step:08d}.safetensors"
             copy_file(checkpoint.adapter, followed(self._loras_dir / name))
         best = [progressed.best_step] if progressed.best_step is not None else []
-        prune(self._run.path, checkpoint, self._retention, keep_steps=best)
+        prune(self._run.path, checkpoint, self._rules, keep_steps=best)
         return checkpoint.path
 
 

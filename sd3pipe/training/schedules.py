@@ -6,23 +6,11 @@ with a step of rate 0, and every schedule that falls may end at `min_lr_ratio` i
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 from sd3pipe.errors import ParameterError
-
-SchedulerName = Literal[
-    "constant",
-    "constant_with_warmup",
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "cosine_with_min_lr",
-    "polynomial",
-    "inverse_sqrt",
-    "warmup_stable_decay",
-    "piecewise_constant",
-]
+from sd3pipe.rules.optimisation import ScheduleRules
+from sd3pipe.words import SchedulerName
 
 # the learning rate of a step does not depend on how many steps follow, so the run may be extended
 EXTENDABLE: tuple[SchedulerName, ...] = ("constant", "constant_with_warmup", "inverse_sqrt", "piecewise_constant")
@@ -32,27 +20,48 @@ EXTENDABLE: tuple[SchedulerName, ...] = ("constant", "constant_with_warmup", "in
 class Schedule:
     """A schedule with its numbers resolved to steps; `pieces` holds (first step, factor) pairs."""
 
-    name: SchedulerName
+    rules: ScheduleRules
     total_steps: int
     warmup_steps: int = 0
     decay_steps: int = 0
-    num_cycles: int = 1
-    power: float = 1.0
-    min_lr_ratio: float = 0.0
-    timescale: int | None = None
     pieces: tuple[tuple[int, float], ...] = ()
 
     def factor(self, step: int) -> float:
         """Returns what the learning rate is multiplied by at `step`, counted from 0."""
+        name, least = self.rules.lr_scheduler, self.rules.lr_scheduler_min_lr_ratio
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
-        if self.name in EXTENDABLE:
-            return _EXTENDABLE_SHAPES[self.name](self, step)
-        return self.min_lr_ratio + (1 - self.min_lr_ratio) * _FALLING_SHAPES[self.name](self, step)
+        if name in EXTENDABLE:
+            return _EXTENDABLE_SHAPES[name](self, step)
+        return least + (1 - least) * _FALLING_SHAPES[name](self, step)
 
     def progress(self, step: int) -> float:
         """Returns the share of the steps after warm-up that are done, in [0, 1]."""
         return min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+
+
+def make_schedule(rules: ScheduleRules, total_steps: int) -> Schedule:
+    """Returns the learning rate's course. Raises ParameterError where its options do not fit together."""
+    name = rules.lr_scheduler
+    args = {key: value for key, _, value in (arg.partition("=") for arg in rules.lr_scheduler_args)}
+    if set(args) - {"step_rules"} or (bool(args) != (name == "piecewise_constant")):
+        raise ParameterError(
+            "lr_scheduler_args: step_rules=... belongs to piecewise_constant, which needs it; there are no others"
+        )
+    if name == "warmup_stable_decay" and not rules.lr_decay_steps:
+        raise ParameterError("lr_scheduler = warmup_stable_decay needs lr_decay_steps")
+    return Schedule(
+        rules=rules,
+        total_steps=total_steps,
+        warmup_steps=0 if name == "constant" else resolve_steps(rules.lr_warmup_steps, total_steps),
+        decay_steps=resolve_steps(rules.lr_decay_steps, total_steps),
+        pieces=parse_pieces(args["step_rules"]) if args else (),
+    )
+
+
+def continued(schedule: Schedule, warmup_steps: int) -> Schedule:
+    """Returns the schedule of a run that goes on: its warm-up keeps the length it began with."""
+    return replace(schedule, warmup_steps=warmup_steps)
 
 
 def resolve_steps(value: float, total_steps: int) -> int:
@@ -81,7 +90,7 @@ def _constant(schedule: Schedule, step: int) -> float:
 
 
 def _inverse_sqrt(schedule: Schedule, step: int) -> float:
-    timescale = schedule.timescale or schedule.warmup_steps or 10_000  # as in transformers
+    timescale = schedule.rules.lr_scheduler_timescale or schedule.warmup_steps or 10_000  # as in transformers
     return 1 / math.sqrt((step - schedule.warmup_steps + timescale) / timescale)
 
 
@@ -99,11 +108,12 @@ def _cosine(schedule: Schedule, step: int) -> float:
 
 def _cosine_with_restarts(schedule: Schedule, step: int) -> float:
     progress = schedule.progress(step)
-    return 0.5 * (1 + math.cos(math.pi * ((schedule.num_cycles * progress) % 1))) if progress < 1 else 0.0
+    of_cycle = (schedule.rules.lr_scheduler_num_cycles * progress) % 1
+    return 0.5 * (1 + math.cos(math.pi * of_cycle)) if progress < 1 else 0.0
 
 
 def _polynomial(schedule: Schedule, step: int) -> float:
-    return (1 - schedule.progress(step)) ** schedule.power
+    return (1 - schedule.progress(step)) ** schedule.rules.lr_scheduler_power
 
 
 def _warmup_stable_decay(schedule: Schedule, step: int) -> float:

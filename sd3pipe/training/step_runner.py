@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sd3pipe.adapters.network import AdapterNetwork
+from sd3pipe.memory.layer_major import run_layer_major
+from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.training.feed import Batch
 from sd3pipe.training.objective import ForwardPass, Objective
 from sd3pipe.training.processes import Processes
 from sd3pipe.training.schedules import Schedule
 from sd3pipe.training.trained_weights import TrainedWeights
-
-# runs forward and backward of all micro-batches; the second argument turns a velocity into the loss to differentiate
-LayerMajor = Callable[[list[ForwardPass], Callable[[ForwardPass, Tensor], Tensor]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +34,7 @@ class StepResult:
 
 
 class StepRunner:
-    """Takes single training steps."""
+    """Takes single training steps; with a streamer as `layer_major`, block by block for all of its micro-batches."""
 
     def __init__(
         self,
@@ -51,7 +50,7 @@ class StepRunner:
         max_weight_norm: float | None = None,
         loss_spike_factor: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
-        layer_major: LayerMajor | None = None,
+        layer_major: BlockStreamer | None = None,
     ) -> None:
         self.objective, self.network, self.weights = objective, network, weights
         self.optimizer, self.schedule, self.processes = optimizer, schedule, processes
@@ -97,11 +96,32 @@ class StepRunner:
             return loss if self.scaler is None else self.scaler.scale(loss)
 
         if self._layer_major is not None:
-            self._layer_major(list(forward_passes), weighed)
+            self._take_layer_by_layer(list(forward_passes), weighed, self._layer_major)
             return sums
         for forward_pass in forward_passes:
             weighed(forward_pass, objective.predict(forward_pass)).backward()
         return sums
+
+    def _take_layer_by_layer(
+        self,
+        forward_passes: list[ForwardPass],
+        weighed: Callable[[ForwardPass, Tensor], Tensor],
+        streamer: BlockStreamer,
+    ) -> None:
+        """Takes all micro-batches of the step through one block after the other."""
+
+        def select(number: int) -> None:
+            self.objective.select(forward_passes[number])
+            streamer.use(forward_passes[number].batch.modulation)
+
+        run_layer_major(
+            self.objective.mmdit,
+            streamer,
+            [forward_pass.inputs for forward_pass in forward_passes],
+            loss=lambda number, velocity_BChw: weighed(forward_passes[number], velocity_BChw),
+            select=select,
+        )
+        streamer.use(None)
 
     def _result(self, number: int, numbers: list[float], accumulation: int, loss_mean: float | None) -> StepResult:
         *sums, norm = numbers

@@ -54,8 +54,8 @@ class TrainingData:
 
 def open_data(params: TrainParams) -> TrainingData:
     """Returns the joined caches. Raises InputError for a damaged or wrong cache, StaleError where they do not match."""
-    latents = CacheReader(params.latents, verify_reads=params.verify_reads)
-    text = CacheReader(params.text, verify_reads=params.verify_reads)
+    latents = CacheReader(params.latents, verify_reads=params.reading.verify_reads)
+    text = CacheReader(params.text, verify_reads=params.reading.verify_reads)
     joined = join_samples(latents, text)
     for reader in (latents, text):
         _tell_origin(reader)

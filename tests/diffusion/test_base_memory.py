@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from sd3pipe.models.sources import find_component
 from sd3pipe.diffusion.base_model import load_base
+from sd3pipe.memory.plan import Settings
 import torch.utils.checkpoint
 
 def peak():
@@ -24,7 +25,8 @@ def peak():
 
 before = peak()
 source = find_component("mmdit", model=sys.argv[1])
-mmdit, streamer = load_base(source, dtype=torch.bfloat16, device=torch.device("cpu"), blocks_to_swap=int(sys.argv[2]))
+settings = Settings(blocks_to_swap=int(sys.argv[2]))
+mmdit, streamer = load_base(source, dtype=torch.bfloat16, device=torch.device("cpu"), settings=settings)
 print(peak() - before - streamer.rings.bytes())
 """
 

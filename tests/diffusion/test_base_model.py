@@ -7,6 +7,7 @@ from support.tiny_mmdit import random_inputs, random_weights, tiny_architecture
 
 from sd3pipe.diffusion.base_model import load_base
 from sd3pipe.errors import ParameterError
+from sd3pipe.memory.plan import Settings
 from sd3pipe.memory.quantise import quantise
 from sd3pipe.models.checkpoint import load_mmdit
 from sd3pipe.models.sources import find_component
@@ -30,9 +31,8 @@ def test_base_computes_what_the_plain_model_computes(base_file, count, format):
         quantise(plain, format)
     source = find_component("mmdit", model=base_file)
     for modulation in ("stream", "resident", "ahead"):
-        mmdit, streamer = load_base(
-            source, dtype=torch.bfloat16, device=CPU, base_format=format, blocks_to_swap=count, modulation=modulation
-        )
+        settings = Settings(base_format=format or "dense", blocks_to_swap=count, modulation=modulation)
+        mmdit, streamer = load_base(source, dtype=torch.bfloat16, device=CPU, settings=settings)
         with streamer:
             assert torch.equal(mmdit(**inputs), plain(**inputs))
         assert not any(p.requires_grad or p.is_meta for p in mmdit.parameters())
@@ -43,4 +43,4 @@ def test_base_computes_what_the_plain_model_computes(base_file, count, format):
 def test_too_many_blocks_are_refused(base_file):
     source = find_component("mmdit", model=base_file)
     with pytest.raises(ParameterError, match="--blocks-to-swap 5: the model has 4 blocks"):
-        load_base(source, dtype=torch.float32, device=CPU, blocks_to_swap=5)
+        load_base(source, dtype=torch.float32, device=CPU, settings=Settings(blocks_to_swap=5))

@@ -16,10 +16,10 @@ from support.tiny_mmdit import random_inputs, tiny_mmdit
 
 from sd3pipe.adapters.network import attach
 from sd3pipe.adapters.targets import AdapterSpec
+from sd3pipe.rules.flow import LossRules
 from sd3pipe.training.batches import MicroBatch
 from sd3pipe.training.feed import Batch
-from sd3pipe.training.flow import Huber
-from sd3pipe.training.objective import LossRules, Objective
+from sd3pipe.training.objective import Objective
 
 VARIANTS = ["sd3-medium", "sd35-medium", "sd35-large"]
 RANK, ALPHA = 4, 3.0
@@ -143,8 +143,8 @@ def test_loss_and_gradients_equal_the_oracles(variant, form):
         weighting_scheme=scheme,
         loss_form=form,
         loss_type=kind,
-        huber=Huber(schedule="constant", c=HUBER_C),
-        mask_normalisation="area",
+        huber_schedule="constant",
+        huber_c=HUBER_C,
     )
     loss, found, network = our_gradients(variant, batch, rules)
     expected_loss, expected = their_gradients(variant, batch, network, loss_of)

@@ -16,6 +16,7 @@ from sd3pipe.models.vae import to_model_space
 from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.train import TrainParams
+from sd3pipe.rules.flow import SigmaSampling
 from sd3pipe.training import flow
 from sd3pipe.training.batches import epoch_batches
 from sd3pipe.training.draws import normals
@@ -55,7 +56,7 @@ def test_the_first_loss_from_caches_is_that_of_live_encoders(tmp_path):
     cached_loss = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
 
     data = open_data(params)
-    rules = FeedRules(seed=SEED, sampling=flow.SigmaSampling())
+    rules = FeedRules(seed=SEED, sampling=SigmaSampling())
     (plan,) = epoch_batches(data.train, seed=SEED, epoch=0, batch_size=1)
     drawn = Feed(data.train, data.latents, data.text, rules).batch(plan)  # its noise and noise level
     pixels = torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None] / 127.5 - 1

@@ -17,9 +17,9 @@ from sd3pipe.cache.tensors import from_torch
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.commands.train import main
 from sd3pipe.params.train import TrainParams
+from sd3pipe.rules.flow import SigmaSampling
 from sd3pipe.training.batches import MicroBatch, epoch_batches
 from sd3pipe.training.feed import Feed, FeedRules
-from sd3pipe.training.flow import SigmaSampling
 from sd3pipe.training.training_data import open_data
 from support.tiny_mmdit import CONTEXT_WIDTH, random_weights, tiny_architecture
 

@@ -5,7 +5,7 @@ import torch
 from support.tiny_training import Inputs, make_inputs, pictures
 
 from sd3pipe.errors import ParameterError
-from sd3pipe.params.train import TrainParams
+from sd3pipe.rules.adapter import AdapterRules
 from sd3pipe.training.adapter_options import adapter_spec, loraplus_ratio
 
 
@@ -14,13 +14,9 @@ def inputs(tmp_path_factory) -> Inputs:
     return make_inputs(tmp_path_factory.mktemp("adapter-options"), pictures(3), max_train_steps=2)
 
 
-def params(**options) -> TrainParams:
-    return TrainParams(model="m", text="t", latents="l", out="o", **options)
-
-
 def test_network_args_have_sd_scripts_keys_and_meanings():
     spec = adapter_spec(
-        params(
+        AdapterRules(
             network_dim=8,
             network_alpha=0,
             network_dropout=0.1,
@@ -30,7 +26,8 @@ def test_network_args_have_sd_scripts_keys_and_meanings():
             ),
             rank_rules=(r"blocks\.0=4",),
             lr_rules=(r"x=1e-5", r"a=b=2"),
-        )
+        ),
+        seed=42,
     )  # fmt: skip
     assert spec.part_ranks == {"context_attn": 2, "x_mlp": 0}
     assert spec.embedder_ranks == (1, 2, 3, 4, 5, 6)
@@ -44,11 +41,11 @@ def test_network_args_have_sd_scripts_keys_and_meanings():
 @pytest.mark.parametrize("rule", ["attn", "=4", "attn=four"])
 def test_a_rule_without_pattern_or_number_is_refused(rule):
     with pytest.raises(ParameterError, match="write PATTERN=VALUE"):
-        adapter_spec(params(rank_rules=(rule,)))
+        adapter_spec(AdapterRules(rank_rules=(rule,)), seed=42)
 
 
 def test_loraplus_trains_up_faster(inputs):
-    assert loraplus_ratio(params(network_args=("loraplus_lr_ratio=16",))) == 16
+    assert loraplus_ratio(AdapterRules(network_args=("loraplus_lr_ratio=16",))) == 16
     options = {"max_train_steps": 1, "max_grad_norm": 0.0, "optimizer_args": ("weight_decay=0.0",)}
     plain = inputs.train("plain", **options).adapter()
     plus = inputs.train("plus", network_args=("loraplus_lr_ratio=16",), **options).adapter()

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from sd3pipe.errors import InputError, StorageError
+from sd3pipe.rules.occasions import SavingRules
 from sd3pipe.training import checkpoints
 from sd3pipe.training.checkpoints import (
     ADAPTER_FILE,
     OPTIMIZER_FILE,
     STATE_FILE,
-    Retention,
     newest_checkpoint,
     prune,
     read_checkpoint,
@@ -117,7 +117,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_none(tmp_path):
 
 def test_a_checkpoint_without_its_optimizer_is_whole(tmp_path):
     older, newest = save(tmp_path, 1), save(tmp_path, 2)
-    prune(tmp_path, newest, Retention(num_states=1))
+    prune(tmp_path, newest, SavingRules(save_last_n_steps_state=0))
     assert not (older.path / OPTIMIZER_FILE).exists()
     assert not read_checkpoint(older.path).can_resume
 
@@ -149,7 +149,7 @@ def test_an_optimizer_state_that_a_killed_process_has_left_goes_later(tmp_path):
     """Its entry in state.json goes first, and a kill may come in between."""
     older, newest = save(tmp_path, 1), save(tmp_path, 2)
     left = (older.path / OPTIMIZER_FILE).read_bytes()
-    prune(tmp_path, newest, Retention(num_states=1))
+    prune(tmp_path, newest, SavingRules(save_last_n_steps_state=0))
     (older.path / OPTIMIZER_FILE).write_bytes(left)
-    prune(tmp_path, newest, Retention(num_states=1))
+    prune(tmp_path, newest, SavingRules(save_last_n_steps_state=0))
     assert not (older.path / OPTIMIZER_FILE).exists()

@@ -1,12 +1,14 @@
 """The flow page against closed forms: the loss in fp64, the densities of the noise levels, the ends of sigma."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from sd3pipe.errors import ParameterError
+from sd3pipe.rules.flow import LossRules, SigmaSampling
 from sd3pipe.training import flow
 
 SCHEMES = ("uniform", "none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
@@ -64,8 +66,9 @@ def loss_fp64(velocity, latents, noise, sigmas, *, scheme, form, loss_type, c):
 @pytest.mark.parametrize(("scheme", "form"), PAIRS)
 @pytest.mark.parametrize("loss_type", ["l2", "l1", "huber", "smooth_l1"])
 def test_loss_equals_its_definition_in_fp64(batch, scheme, form, loss_type):
-    huber = flow.Huber(schedule="exponential", c=0.07, scale=1.3)
-    actual = flow.loss(*batch, SIGMAS, weighting_scheme=scheme, loss_form=form, loss_type=loss_type, huber=huber)
+    huber = {"huber_schedule": "exponential", "huber_c": 0.07, "huber_scale": 1.3}
+    rules = LossRules(weighting_scheme=scheme, loss_form=form, loss_type=loss_type, **huber)
+    actual = flow.losses(*batch, SIGMAS, rules)
     c = thresholds_fp64(SIGMAS.double().numpy(), "exponential", 0.07, 1.3)
     expected = loss_fp64(*batch, SIGMAS, scheme=scheme, form=form, loss_type=loss_type, c=c)
     assert actual.dtype == torch.float32
@@ -75,8 +78,8 @@ def test_loss_equals_its_definition_in_fp64(batch, scheme, form, loss_type):
 @pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
 @pytest.mark.parametrize("loss_type", ["huber", "smooth_l1"])
 def test_every_huber_schedule_works(batch, schedule, loss_type):
-    huber = flow.Huber(schedule=schedule, c=0.2, scale=0.6)
-    actual = flow.loss(*batch, SIGMAS, weighting_scheme="none", loss_form="velocity", loss_type=loss_type, huber=huber)
+    huber = {"huber_schedule": schedule, "huber_c": 0.2, "huber_scale": 0.6}
+    actual = flow.losses(*batch, SIGMAS, LossRules(weighting_scheme="none", loss_type=loss_type, **huber))
     c = thresholds_fp64(SIGMAS.double().numpy(), schedule, 0.2, 0.6)
     expected = loss_fp64(*batch, SIGMAS, scheme="none", form="velocity", loss_type=loss_type, c=c)
     np.testing.assert_allclose(actual.numpy(), expected, rtol=RTOL)
@@ -86,10 +89,8 @@ def test_huber_keeps_tiny_errors(batch):
     _, latents, noise = batch
     nearly = noise - latents + 1e-6
     wanted = (nearly.double() - (noise - latents).double()).square().mean(dim=(1, 2, 3))
-    huber = flow.Huber(schedule="constant", c=0.5)
-    actual = flow.loss(
-        nearly, latents, noise, SIGMAS, weighting_scheme="none", loss_form="velocity", loss_type="huber", huber=huber
-    )
+    rules = LossRules(weighting_scheme="none", loss_type="huber", huber_schedule="constant", huber_c=0.5)
+    actual = flow.losses(nearly, latents, noise, SIGMAS, rules)
     torch.testing.assert_close(actual.double(), wanted, rtol=1e-5, atol=0)
 
 
@@ -116,7 +117,7 @@ def test_sigma_sqrt_is_the_plain_velocity_loss_even_at_sigma_0(batch):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: flow.SigmaSampling(weighting_scheme="sigma_sqrt", loss_form="velocity"),
+        lambda: SigmaSampling(weighting_scheme="sigma_sqrt", loss_form="velocity"),
         lambda: flow.loss(
             *torch.zeros(3, 1, 4, 2, 2), torch.zeros(1), weighting_scheme="sigma_sqrt", loss_form="velocity"
         ),
@@ -149,23 +150,23 @@ def test_noising_and_target_are_fp32_and_consistent(batch):
 
 def test_another_target_replaces_the_flows(batch):
     velocity, latents, noise = batch
-    options = {"weighting_scheme": "none", "loss_form": "x0"}
-    assert flow.loss(velocity, latents, noise, SIGMAS, target_BChw=velocity, **options).max() == 0
-    same = flow.loss(velocity, latents, noise, SIGMAS, target_BChw=noise - latents, **options)
-    assert torch.equal(same, flow.loss(velocity, latents, noise, SIGMAS, **options))
+    rules = LossRules(weighting_scheme="none", loss_form="x0")
+    assert flow.losses(velocity, latents, noise, SIGMAS, rules, target_BChw=velocity).max() == 0
+    same = flow.losses(velocity, latents, noise, SIGMAS, rules, target_BChw=noise - latents)
+    assert torch.equal(same, flow.losses(velocity, latents, noise, SIGMAS, rules))
 
 
 def test_masked_loss_is_the_mean_over_the_masked_area(batch):
     velocity, latents, noise = batch
     mask = torch.zeros(5, 6, 4)
     mask[:, :3] = 1
-    options = {"weighting_scheme": "none", "loss_form": "velocity"}
-    halves = flow.loss(*(tensor[:, :, :3] for tensor in batch), SIGMAS, **options)
-    area = flow.loss(velocity, latents, noise, SIGMAS, mask_Bhw=mask, **options)
-    picture = flow.loss(velocity, latents, noise, SIGMAS, mask_Bhw=mask, mask_normalisation="picture", **options)
+    rules = LossRules(weighting_scheme="none")
+    halves = flow.losses(*(tensor[:, :, :3] for tensor in batch), SIGMAS, rules)
+    area = flow.losses(velocity, latents, noise, SIGMAS, rules, mask_Bhw=mask)
+    picture = flow.losses(velocity, latents, noise, SIGMAS, replace(rules, masked_loss="sum"), mask_Bhw=mask)
     torch.testing.assert_close(area, halves, rtol=RTOL, atol=0)
     torch.testing.assert_close(picture, halves / 2, rtol=RTOL, atol=0)
-    assert flow.loss(velocity, latents, noise, SIGMAS, mask_Bhw=torch.zeros(5, 6, 4), **options).tolist() == [0.0] * 5
+    assert flow.losses(velocity, latents, noise, SIGMAS, rules, mask_Bhw=torch.zeros(5, 6, 4)).tolist() == [0.0] * 5
 
 
 def normal_cdf(x):
@@ -201,7 +202,7 @@ def scheme_cdf(sigma, scheme, form):
 
 @pytest.mark.parametrize(("scheme", "form"), PAIRS)
 def test_histogram_of_sigmas_follows_the_closed_form(scheme, form):
-    sampling = flow.SigmaSampling(
+    sampling = SigmaSampling(
         weighting_scheme=scheme, loss_form=form, logit_mean=0.3, logit_std=0.8, mode_scale=0.9,
         training_shift=2.0, min_timestep=100, max_timestep=900,
     )  # fmt: skip
@@ -222,7 +223,7 @@ def test_x0_form_draws_whole_timesteps_and_velocity_continuous_ones():
     draws = torch.rand(1000, generator=torch.Generator().manual_seed(2))
     drawn = {
         form: flow.sample_sigmas(
-            draws, torch.ones(1000), flow.SigmaSampling(weighting_scheme="none", loss_form=form, training_shift=1.0)
+            draws, torch.ones(1000), SigmaSampling(weighting_scheme="none", loss_form=form, training_shift=1.0)
         )
         for form in ("x0", "velocity")
     }
@@ -234,20 +235,20 @@ def test_auto_shift_grows_with_the_side_and_never_falls_under_one():
     pixels = torch.tensor([64 * 64, 512 * 512, 1024 * 1024, 1024 * 4096])
     expected = torch.tensor([1.0, 1.5, 3.0, 6.0], dtype=torch.float64)
     assert torch.equal(flow.training_shifts(pixels, "auto"), expected)
-    sampling = flow.SigmaSampling(weighting_scheme="uniform", training_shift="auto")
+    sampling = SigmaSampling(weighting_scheme="uniform", training_shift="auto")
     sigmas = flow.sample_sigmas(torch.full((4,), 0.5), pixels, sampling)
     torch.testing.assert_close(sigmas, torch.tensor([1 / 2, 1.5 / 2.5, 3 / 4, 6 / 7]))
 
 
 def test_default_sampling_at_1024_pixels_has_mean_sigma_071():
     draws = (torch.arange(10_000) + 0.5) / 10_000
-    sigmas = flow.sample_sigmas(draws, torch.full((10_000,), 1024**2), flow.SigmaSampling())
+    sigmas = flow.sample_sigmas(draws, torch.full((10_000,), 1024**2), SigmaSampling())
     assert sigmas.mean().item() == pytest.approx(0.71, abs=0.005)
 
 
 @pytest.mark.parametrize(("scheme", "form"), PAIRS)
 def test_extreme_draws_stay_in_range(scheme, form):
-    sampling = flow.SigmaSampling(weighting_scheme=scheme, loss_form=form, mode_scale=1.75, training_shift=3.0)
+    sampling = SigmaSampling(weighting_scheme=scheme, loss_form=form, mode_scale=1.75, training_shift=3.0)
     sigmas = flow.sample_sigmas(torch.tensor([0.0, 1 - 2**-24]), torch.ones(2), sampling)
     assert torch.isfinite(sigmas).all()
     assert ((sigmas >= 0) & (sigmas <= 1)).all()
@@ -256,4 +257,4 @@ def test_extreme_draws_stay_in_range(scheme, form):
 @pytest.mark.parametrize(("low", "high"), [(-1, 500), (500, 500), (0, 1001)])
 def test_impossible_timestep_ranges_are_refused(low, high):
     with pytest.raises(ParameterError, match="min_timestep"):
-        flow.SigmaSampling(min_timestep=low, max_timestep=high)
+        SigmaSampling(min_timestep=low, max_timestep=high)

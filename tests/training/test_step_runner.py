@@ -9,12 +9,10 @@ from support.tiny_training import Inputs, Run, make_feed, make_inputs, pictures,
 
 from sd3pipe.adapters.network import attach
 from sd3pipe.adapters.targets import AdapterSpec
+from sd3pipe.rules.flow import LossRules
 from sd3pipe.training import flow
-from sd3pipe.training.objective import LossRules, Objective
+from sd3pipe.training.objective import Objective
 
-RULES = LossRules(
-    weighting_scheme="logit_normal", loss_form="velocity", loss_type="l2", huber=flow.Huber(), mask_normalisation="area"
-)
 # plain gradient descent: unlike Adam's, its steps tell how large the gradients were
 DESCENT = {"optimizer_type": "SGD", "learning_rate": 1.0, "max_grad_norm": 0.0, "max_train_steps": 1}
 
@@ -58,7 +56,7 @@ def test_preserved_samples_aim_at_the_base_model_itself(inputs):
     network = attach(mmdit, AdapterSpec(rank=2, alpha=2.0))
     for layer in network.layers.values():
         torch.nn.init.normal_(layer.up, std=0.3, generator=torch.Generator().manual_seed(1))
-    objective = Objective(mmdit, network, RULES)
+    objective = Objective(mmdit, network, LossRules())
     forward_pass = objective.prepare(batch)
     assert forward_pass.target is not None
     assert torch.equal(forward_pass.target[0::2], base[0::2])

@@ -174,7 +174,7 @@ def test_compiled_blocks_learn_the_same(inputs, monkeypatch):
         compiled.extend(mmdit.joint_blocks)
         compile_blocks(mmdit, backend="aot_eager")
 
-    monkeypatch.setattr("sd3pipe.training.setup.compile_blocks", compile_without_inductor)
+    monkeypatch.setattr("sd3pipe.training.compiling.compile_blocks", compile_without_inductor)
     run = inputs.train("compiled", torch_compile=True)
     assert len(compiled) == 2
     assert run.losses() == pytest.approx(inputs.train("interpreted").losses(), rel=1e-5)
@@ -189,7 +189,7 @@ def test_many_sizes_and_text_lengths_stay_compiled(tmp_path, monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr("sd3pipe.training.setup.compile_blocks", partial(compile_blocks, backend=count))
+    monkeypatch.setattr("sd3pipe.training.compiling.compile_blocks", partial(compile_blocks, backend=count))
     monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", True)
     sizes = itertools.product(((8, 8), (8, 12), (12, 8), (10, 10)), (6, 12))
     rows = [
@@ -235,7 +235,7 @@ def test_layers_with_dropout_share_their_graphs_and_drop_the_same(tmp_path, monk
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr("sd3pipe.training.setup.compile_blocks", partial(compile_blocks, backend=count))
+    monkeypatch.setattr("sd3pipe.training.compiling.compile_blocks", partial(compile_blocks, backend=count))
     dropout = {"network_dropout": 0.3, "network_args": ("rank_dropout=0.2", "module_dropout=0.1")}
     inputs = make_inputs(tmp_path, pictures(4, size=(8, 8)), variant="sd35-large", depth=6, **dropout)
     compiled = inputs.train("compiled", torch_compile=True)

@@ -1,0 +1,31 @@
+"""What an adapter is like: kind, ranks, where it stands, how fast its parts learn."""
+
+from dataclasses import dataclass
+
+from sd3pipe.rules.declaring import rule
+from sd3pipe.words import Algorithm
+
+# fmt: off
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRules:
+    """The adapter as the user describes it; `sd3pipe.training.adapter_options` reads it."""
+
+    network_dim: int = rule(16, "Rank of the adapter.", ge=1)
+    network_alpha: float | None = rule(None, "Strength is alpha / rank; default (or 0): the rank, so strength 1.", ge=0)
+    adapter_type: Algorithm = rule("lora", "Kind of adapter.")
+    network_dropout: float = rule(
+        0.0, "Share of rank activations dropped while training.", advanced=True, ge=0, lt=1
+    )
+    network_args: tuple[str, ...] = rule(
+        (), "More about the adapter, as KEY=VALUE: context_attn_dim, context_mlp_dim, context_mod_dim, x_attn_dim, "
+        "x_mlp_dim, x_mod_dim, emb_dims, train_block_indices, split_qkv, rank_dropout, module_dropout, "
+        "loraplus_lr_ratio, rs_lora, lokr_factor.", advanced=True,
+    )
+    rank_rules: tuple[str, ...] = rule(
+        (), "PATTERN=RANK for modules whose path the regular expression is found in; 0 leaves them out.", advanced=True
+    )
+    lr_rules: tuple[str, ...] = rule(
+        (), "PATTERN=RATE: learning rate of the modules whose path the regular expression is found in.", advanced=True
+    )

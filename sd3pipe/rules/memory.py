@@ -1,0 +1,67 @@
+"""How the base is kept and computed with: what fits a card, and what is quick on it."""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
+
+from sd3pipe.rules.declaring import rule
+from sd3pipe.words import AttentionKernel, ModulationMode, PackedFormat
+
+# fmt: off
+
+
+def parse_blocks(value: Any) -> Any:
+    """Returns the number in a command line's text; "auto" stays."""
+    return int(value) if isinstance(value, str) and re.fullmatch(r"\s*[0-9]+\s*", value) else value
+
+
+Blocks = Annotated[int, Ge(0)] | Literal["auto"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryRules:
+    """Where weights and activations of the base wait."""
+
+    gradient_checkpointing: bool = rule(
+        True, "Recompute activations in the backward pass instead of keeping them."
+    )
+    base_dtype: PackedFormat | None = rule(
+        None, "Keep the base's blocks packed: fp8 scaled, int8 or nf4; default: as mixed_precision says.",
+        role="identity", advanced=True,
+    )
+    blocks_to_swap: Blocks = rule(
+        "auto", "Blocks that stay in host memory and visit the device; auto: as few as fit, on CUDA; none on the CPU.",
+        parse=parse_blocks,
+    )
+    modulation: ModulationMode = rule(
+        "stream", "Where swapped blocks' adaLN weights are used: streamed, kept on the device, or on the host ahead.",
+        advanced=True,
+    )
+    activation_offload: bool = rule(
+        False, "Let the inputs of recomputed blocks wait in host memory.", advanced=True
+    )
+    layer_major: bool = rule(
+        False, "Take all accumulated batches through a block before the next one is fetched; same result.",
+        advanced=True,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumericsRules:
+    """Which kernels compute."""
+
+    tf32: bool = rule(
+        True, "Let CUDA round the factors of float32 products to TF32; off under deterministic.", advanced=True
+    )
+    sdpa_backend: AttentionKernel = rule(
+        "auto", "Kernel of the attention; auto: torch takes the quickest that fits the card.", advanced=True
+    )
+    torch_compile: bool | None = rule(
+        None, "Compile the joint blocks, one graph for each shape of block; default: with CUDA and a C compiler, in "
+        "runs of 500 steps or more, unless deterministic.", advanced=True,
+    )
+    deterministic: bool = rule(
+        False, "Equal bits on CUDA, too, at equal device and libraries; slower.", advanced=True
+    )

@@ -1,0 +1,35 @@
+"""The words that options, files and code choose from: each set stands here once."""
+
+from typing import Literal
+
+WeightingScheme = Literal["uniform", "none", "logit_normal", "mode", "cosmap", "sigma_sqrt"]
+LossForm = Literal["velocity", "x0"]
+LossType = Literal["l2", "l1", "huber", "smooth_l1"]
+HuberSchedule = Literal["constant", "exponential", "snr"]
+MaskedLoss = Literal["mean", "sum", "off"]
+SchedulerName = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr",
+    "polynomial", "inverse_sqrt", "warmup_stable_decay", "piecewise_constant",
+]  # fmt: skip
+Algorithm = Literal["lora", "dora", "loha", "lokr"]
+AfterBadLoss = Literal["stop", "rollback"]
+
+Variant = Literal["sd3-medium", "sd35-medium", "sd35-large", "sd35-large-turbo"]
+ToldVariant = Literal["sd35-large-turbo"]  # has large's keys and shapes, so only the user can tell it
+Goal = Literal["subject", "style", "concepts"]
+
+Precision = Literal["no", "fp16", "bf16"]  # accelerate's and sd-scripts' words; no: float32
+WantedPrecision = Literal["auto", "no", "fp16", "bf16"]
+Format = Literal["float32", "float16", "bfloat16"]  # torch's words
+PackedFormat = Literal["fp8", "int8", "nf4"]
+SavePrecision = Literal["float", "fp16", "bf16"]  # sd-scripts' words
+StoredFormat = Literal["auto", "same", "fp32", "fp16", "bf16"]
+
+ModulationMode = Literal["stream", "resident", "ahead"]
+AttentionKernel = Literal["auto", "flash", "cudnn", "efficient", "math"]
+VerifyReads = Literal["always", "first", "never"]
+LatentMode = Literal["moments", "mean"]
+Padding = Literal["keep", "zero"]
+AutoOnOff = Literal["auto", "on", "off"]
+AdapterForm = Literal["comfyui", "comfyui-generic", "diffusers"]
+Trackers = Literal["tensorboard", "wandb", "all"]
