@@ -5,10 +5,13 @@ A plain fp8 file is a cast and has none. A scaled one stores weight / scale and 
 ComfyUI's two generations of scaled fp8, model-spec section 1.4. Free of torch.
 """
 
-import json
 import math
 from collections.abc import Mapping
+from typing import Any
 
+from pydantic import TypeAdapter
+
+from sd3pipe.documents import DocumentError, parse_json
 from sd3pipe.errors import InputError
 from sd3pipe.models.safetensors_header import StoredTensor
 
@@ -19,6 +22,7 @@ _INPUT_SCALES = (".scale_input", ".input_scale")  # for multiplying in fp8; the 
 _MARKER = "scaled_fp8"
 _FORMAT_NOTE = ".comfy_quant"
 _NOTE_BYTES = 4096  # a format note is some 30 bytes of JSON
+_NOTE = TypeAdapter(dict[str, Any])
 _KNOWN_FORMAT = "float8_e4m3fn"
 _LOGIT_SCALE = "logit_scale"  # CLIP's temperature has the word in its name and scales no weight
 
@@ -85,10 +89,9 @@ def _check_format(note: StoredTensor, where: str) -> None:
         handle.seek(note.offset)
         text = handle.read(min(note.nbytes, _NOTE_BYTES))
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    quantisation = value.get("format") if isinstance(value, dict) else None
+        quantisation = parse_json(text, _NOTE, note.name).get("format")
+    except DocumentError:
+        quantisation = None
     if quantisation != _KNOWN_FORMAT:
         raise InputError(
             f"{where}: {note.name} says the format {ascii(quantisation)[:40]}; understood is {_KNOWN_FORMAT}: "

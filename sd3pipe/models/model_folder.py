@@ -28,6 +28,7 @@ _STEMS: dict[Component, tuple[str, ...]] = {
     "t5xxl": ("model",),
 }
 _MAX_INDEX_BYTES = 10_000_000
+_LONGEST_NAME = 255  # bytes that a file system takes
 _INDEX = TypeAdapter(dict[str, object])
 
 
@@ -96,6 +97,8 @@ def _weight_map(index: Path) -> Iterator[tuple[str, str]]:
     for name, shard in pairs:
         if not isinstance(shard, str) or shard != PurePosixPath(shard).name or "\\" in shard or not shard:
             raise InputError(f"{index}: names a file outside its folder: {ascii(shard)[:80]}")
+        if len(shard.encode("utf-8", "surrogateescape")) > _LONGEST_NAME:
+            raise InputError(f"{index}: names a file with a name too long for one: {ascii(shard)[:80]}")
         yield name, shard
 
 

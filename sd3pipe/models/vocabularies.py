@@ -6,13 +6,15 @@ with equal content in different formats have one identity, so it does not matter
 
 import base64
 import contextlib
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import TypeAdapter
+from pydantic import Field, StrictInt, TypeAdapter
+from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
 from sd3pipe.documents import read_data, read_json, read_text
 from sd3pipe.errors import InputError
@@ -31,7 +33,6 @@ CLIP_START = "<|startoftext|>"
 CLIP_END = "<|endoftext|>"
 T5_SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2
 
-_TABLE = TypeAdapter(dict[str, Any])
 _MOST_BYTES = 100_000_000  # the largest vocabularies in use take 20 MB
 _SENTINEL = "<extra_id_"  # of T5's pre-training; tokenizer.json lists the 100 of them as pieces, spiece.model does not
 
@@ -78,17 +79,14 @@ def read_clip_vocabulary(folder: Path) -> ClipVocabulary:
         raise InputError(f"{folder}: no CLIP tokenizer (vocab.json with merges.txt, or tokenizer.json)")
     with _readable(folder):
         if len(files) == 2:
-            ids = _json(files[0])
+            ids = read_json(files[0], _IDS, most_bytes=_MOST_BYTES)
             lines = read_text(files[1], most_bytes=_MOST_BYTES).split("\n")
             merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         else:
-            model = _json(files[0])["model"]
+            model = read_json(files[0], _BYTE_PAIR, most_bytes=_MOST_BYTES)["model"]
             ids = model["vocab"]
             merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-        vocabulary = ClipVocabulary(
-            ids={str(piece): int(number) for piece, number in ids.items()},
-            merges=tuple((str(left), str(right)) for left, right in merges),
-        )
+        vocabulary = ClipVocabulary(ids=ids, merges=tuple((left, right) for left, right in merges))
     if CLIP_START not in vocabulary.ids or CLIP_END not in vocabulary.ids:
         raise InputError(f"{folder}: the tokenizer lacks {CLIP_START} or {CLIP_END}: it is not CLIP's")
     return vocabulary
@@ -101,6 +99,8 @@ def read_t5_vocabulary(folder: Path) -> T5Vocabulary:
         raise InputError(f"{folder}: no T5 tokenizer (spiece.model or tokenizer.json)")
     with _readable(folder):
         pieces, table = _read_sentencepiece(files[0]) if files[0].suffix == ".model" else _read_unigram(files[0])
+        if not all(math.isfinite(score) for _, score in pieces):
+            raise ValueError("a score is no number")
     if tuple(piece for piece, _ in pieces[:3]) != T5_SPECIAL:
         raise InputError(f"{folder}: the tokenizer does not begin with {' '.join(T5_SPECIAL)}: it is not T5's")
     kept = tuple((piece, score) for piece, score in pieces if not piece.startswith(_SENTINEL))
@@ -141,16 +141,43 @@ def _identity(vocabulary: ClipVocabulary | T5Vocabulary) -> str:
     return hash_json({"kind": "t5", "pieces": vocabulary.pieces, "normalizer": table})
 
 
-def _json(file: Path) -> dict[str, Any]:
-    return read_json(file, _TABLE, most_bytes=_MOST_BYTES)
+_Ids = dict[str, Annotated[StrictInt, Field(ge=0, lt=2**31)]]
+
+
+class _BytePairModel(TypedDict):
+    vocab: _Ids
+    merges: list[str | tuple[str, str]]
+
+
+class _BytePair(TypedDict):
+    model: _BytePairModel
+
+
+class _UnigramModel(TypedDict):
+    vocab: list[tuple[str, float]]
+
+
+class _NormalizerPart(TypedDict, total=False):
+    precompiled_charsmap: str
+
+
+class _Normalizer(_NormalizerPart, total=False):
+    normalizers: list[_NormalizerPart]
+
+
+class _Unigram(TypedDict):
+    model: _UnigramModel
+    normalizer: _Normalizer | None
+
+
+_IDS, _BYTE_PAIR, _UNIGRAM = TypeAdapter(_Ids), TypeAdapter(_BytePair), TypeAdapter(_Unigram)
 
 
 def _read_unigram(file: Path) -> tuple[list[tuple[str, float]], bytes]:
-    content = _json(file)
-    pieces = [(str(piece), float(score)) for piece, score in content["model"]["vocab"]]
-    normalizer = content["normalizer"] or {}
+    content = read_json(file, _UNIGRAM, most_bytes=_MOST_BYTES)
+    normalizer = content["normalizer"] or _Normalizer()
     tables = [part.get("precompiled_charsmap") for part in normalizer.get("normalizers", [normalizer])]
-    return pieces, base64.b64decode(next((table for table in tables if table), ""))
+    return content["model"]["vocab"], base64.b64decode(next((table for table in tables if table), ""))
 
 
 def _read_sentencepiece(file: Path) -> tuple[list[tuple[str, float]], bytes]:

@@ -148,11 +148,16 @@ class Saver:
             self._run.settle()
             checkpoint = replace(checkpoint, path=self._run.path / CHECKPOINTS_FOLDER / checkpoint.path.name)
         if self._loras_dir is not None:
-            name = f"{self._output_name}-step{progressed.step:08d}.safetensors"
+            name = loras_file(self._output_name, progressed.step)
             copy_file(checkpoint.adapter, followed(self._loras_dir / name))
         best = [progressed.best_step] if progressed.best_step is not None else []
         prune(self._run.path, checkpoint, self._rules, keep_steps=best)
         return checkpoint.path
+
+
+def loras_file(output_name: str, step: int) -> str:
+    """Returns the name of a step's adapter in the folder of another program."""
+    return f"{output_name}-step{step:08d}.safetensors"
 
 
 def copy_file(source: Path, target: Path) -> None:

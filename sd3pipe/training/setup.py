@@ -4,6 +4,7 @@
 
 import functools
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from sd3pipe.adapters.network import AdapterNetwork, attach, attach_deltas, chec
 from sd3pipe.adapters.targets import learning_rates, target_ranks
 from sd3pipe.diffusion.base_model import load_base
 from sd3pipe.diffusion.precision import BASE_DTYPES
+from sd3pipe.errors import ParameterError
 from sd3pipe.files import make_folder
 from sd3pipe.memory.plan import Settings
 from sd3pipe.memory.streaming import BlockStreamer
@@ -40,7 +42,7 @@ from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.records import Records
 from sd3pipe.training.run_folder import RunFolder, Start
 from sd3pipe.training.sampler import check_prompts, make_sampler
-from sd3pipe.training.saving import Saver
+from sd3pipe.training.saving import Saver, loras_file
 from sd3pipe.training.schedules import Schedule, continued, make_schedule
 from sd3pipe.training.step_runner import StepRunner
 from sd3pipe.training.trackers import start_trackers
@@ -49,6 +51,8 @@ from sd3pipe.training.training_data import TrainingData, check_captions
 from sd3pipe.training.validation import Validator
 
 log = logging.getLogger(__name__)
+
+_LONGEST_NAME = 255  # bytes that a file system takes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +86,13 @@ def check_options(params: TrainParams, architecture: MMDiTArchitecture, data: Tr
     for path in (*run.base_weights, *([run.network_weights] if run.network_weights else [])):
         check_fit(linears, read_adapter(path).model_part)
     if params.loras_dir is not None:
+        _check_output_name(params.output_name or params.out.name)
         make_folder(params.loras_dir)
+
+
+def _check_output_name(name: str) -> None:
+    if len(os.fsencode(loras_file(name, 0))) > _LONGEST_NAME:
+        raise ParameterError(f"output_name = {name[:40]}...: is too long for the name of a file: choose a shorter one")
 
 
 def build_loop(

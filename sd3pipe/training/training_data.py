@@ -23,6 +23,7 @@ from sd3pipe.training.items import Items, RowLists, SubsetRules
 log = logging.getLogger(__name__)
 
 _RECIPE_VERSIONS = {"latents": geometry.RECIPE_VERSION, "text": text_recipe.RECIPE_VERSION}
+_MOST_SEEN = 10_000_000  # an epoch is put in order in memory, at some hundred bytes for each picture that is seen
 _EMPTY_CAPTION = "empty_caption"  # the text manifest's name for the key of the row of ""
 
 
@@ -63,6 +64,7 @@ def open_data(params: TrainParams) -> TrainingData:
     for message in joined.unreadable:
         log.warning("left out: %s", message)
     subsets = _subsets(latents, text, params)
+    _check_subsets(params.latents, subsets, {sample.subset for sample in joined.samples})
     pictures = _pictures(joined.samples)
     train = {key: crops for key, crops in pictures.items() if crops[0].split == "train"}
     held_out = {key: crops for key, crops in pictures.items() if crops[0].split == "validation"}
@@ -72,6 +74,9 @@ def open_data(params: TrainParams) -> TrainingData:
     items = _items(train, subsets, params, text, shapes)
     if not items.repeats.any():
         raise ParameterError("every subset has num_repeats = 0: there is nothing to train on")
+    seen = int(items.repeats.sum())
+    if seen > _MOST_SEEN:
+        raise ParameterError(f"an epoch would have {seen:,} pictures, more than {_MOST_SEEN:,}: lower num_repeats")
     return TrainingData(
         latents=latents,
         text=text,
@@ -171,6 +176,16 @@ def _subsets(latents: CacheReader, text: CacheReader, params: TrainParams) -> di
         if name in params.subsets:
             values |= params.subsets[name].model_dump(exclude_none=True)
     return subsets
+
+
+def _check_subsets(where: Path, subsets: Mapping[str, Mapping[str, Any]], named: set[str]) -> None:
+    """Raises InputError for a subset that the manifest does not have, or not whole."""
+    for name in sorted(subsets.keys() | named):
+        if not {"num_repeats", "is_reg"} <= subsets.get(name, {}).keys():
+            raise InputError(
+                f"{where}: its manifest does not say how often the pictures of {name} are seen: run the encode stage, "
+                "which writes it anew and keeps the rows"
+            )
 
 
 def _rules(name: str, values: Mapping[str, Any], params: TrainParams) -> SubsetRules:

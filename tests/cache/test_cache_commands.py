@@ -1,9 +1,11 @@
 """`sd3pipe cache ...` on small caches."""
 
+import errno
 import json
 import os
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from support.comparing import folder_bytes
 from support.fake_cache import captions, fake_row, fill, wanted_texts
 
 from sd3pipe import cli
+from sd3pipe.cache import plain_zarr
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.staleness import remember_sources
@@ -243,6 +246,32 @@ def test_merge_names_damage_instead_of_encoding(tmp_path, sd3pipe):
         flip_last_bit(path)
     code, _, message = sd3pipe("cache", "merge", "a/text", "--out", "all/text")
     assert code == 3 and "verify --repair" in message
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.ENAMETOOLONG])
+def test_export_to_where_nothing_can_be_written_says_so(out, sd3pipe, monkeypatch, number):
+    """As on a disk that is mounted read-only: making a folder there fails, whoever asks."""
+    make = os.mkdir
+
+    def fails_there(path, *more, **options):
+        if "elsewhere" in str(path):
+            raise OSError(number, os.strerror(number), str(path))
+        return make(path, *more, **options)
+
+    monkeypatch.setattr(os, "mkdir", fails_there)
+    code, _, said = sd3pipe("cache", "export", out, "--out", "elsewhere/text.zarr")
+    assert code == 7
+    assert "elsewhere/text.zarr" in said
+
+
+def test_export_to_a_disk_that_turns_read_only_says_so(out, sd3pipe, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(plain_zarr, "_fill", fails)
+    code, _, said = sd3pipe("cache", "export", out, "--out", "text.zarr")
+    assert code == 7 and "text.zarr: cannot be written" in said
+    assert not list(Path().glob("*text.zarr*"))
 
 
 def test_export_writes_arrays_that_zarr_reads(out, sd3pipe):

@@ -190,6 +190,13 @@ def test_index_that_points_out_of_its_folder_is_refused(tmp_path, shard):
     assert "outside its folder" in _refusal("t5xxl", tmp_path)
 
 
+def test_index_with_a_name_that_no_file_can_have_is_refused(tmp_path):
+    (tmp_path / "text_encoder_3").mkdir()
+    index = tmp_path / "text_encoder_3" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"shared.weight": "n" * 300}}))
+    assert "too long" in _refusal("t5xxl", tmp_path)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"weight_map": 3}', '{"metadata": {}}', "[" * 100_000])
 def test_damaged_index_is_named(tmp_path, text):
     (tmp_path / "text_encoder_3").mkdir()

@@ -215,6 +215,8 @@ def test_a_named_folder_must_have_all(no_places, small):
         ("clip_l", "vocab.json", b"{"),
         ("clip_l", "vocab.json", b'{"a": 1}'),
         ("clip_l", "vocab.json", b"[1]"),
+        ("clip_l", "vocab.json", b'{"a": Infinity}'),
+        ("clip_l", "vocab.json", b'{"a": -1}'),
         ("clip_l", "merges.txt", b"#version: 0.2\na b c\n"),
         ("clip_l", "merges.txt", b"\xff"),
         ("t5xxl", "spiece.model", b"\x0a\xff\xff\xff\xff\x0f"),

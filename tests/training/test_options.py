@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 from support.tiny_training import Inputs, Picture, Run, make_inputs
 
-from sd3pipe.errors import ParameterError
+from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.params.fields import option_extra
 from sd3pipe.params.idle import _ACTS_UNDER, idle_options
 from sd3pipe.params.train import TrainParams
@@ -243,6 +244,18 @@ def test_subsets_are_weighed_and_repeated(inputs):
     losses = {tuple(record["subset_loss"]): record["loss"] for record in weighed.records()}
     assert losses[("photos",)] == 0.0
     assert losses[("class",)] > 0.0
+
+
+@pytest.mark.parametrize(
+    "change", [lambda subsets: subsets.pop("class"), lambda subsets: subsets["class"].pop("num_repeats")]
+)
+def test_a_manifest_that_lacks_a_subset_of_its_pictures_is_refused(inputs, tmp_path, change):
+    latents = shutil.copytree(inputs.folder / "caches" / "latents", tmp_path / "latents")
+    manifest = json.loads((latents / "manifest.json").read_text(encoding="utf-8"))
+    change(manifest["subsets"])
+    (latents / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(InputError, match="how often the pictures of class are seen"):
+        inputs.train("refused", latents=latents)
 
 
 def test_losses_are_told_by_subset(inputs):

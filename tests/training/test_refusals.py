@@ -79,6 +79,8 @@ OPTIONS = {
     "too many blocks": (2, {"blocks_to_swap": 99}),
     "an attention kernel that is not here": (2, {"sdpa_backend": "cudnn"}),
     "an unknown subset": (2, {"subsets": {"nobody": {"num_repeats": 2}}}),
+    "more repeats than an epoch can hold": (2, {"subsets": {"photos": {"num_repeats": 2**60}}}),
+    "a name too long for a file": (2, {"output_name": "n" * 240, "loras_dir": "{folder}/loras"}),
     "an unknown part of the identity": (2, {"allow_changes": ("colour",)}),
     "an adapter that is not there": (3, {"network_weights": "{folder}/nothing.safetensors"}),
     "an adapter that is none": (3, {"network_weights": "{folder}/sd35-medium.safetensors"}),
