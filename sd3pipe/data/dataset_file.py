@@ -4,19 +4,18 @@ A value is looked up in the subset, then its dataset, then [general], then the d
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from sd3pipe.config import read_toml
-from sd3pipe.data.dataset_keys import ELSEWHERE, KEYS, PRESERVATION, Key, Level, refusal, remark
-from sd3pipe.data.dataset_values import check_value, shown_value
+from sd3pipe.data.dataset_keys import PRESERVATION, DatasetKeys, Keys, SubsetKeys, place_of, remark
 from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import ParameterError
+from sd3pipe.problems import check_table, one_line
 
-DEFAULT_CAPTION_EXTENSIONS = (".txt", ".caption")
 MODEL_STEP_PX = 16  # the VAE divides a side by 8, the MMDiT's patches by 2 more
 
 
@@ -118,12 +117,9 @@ class _Reader:
         content = _parse(self.path)
         for key in content:
             if key not in ("general", "datasets"):
-                where = ELSEWHERE.get(key)
-                hint = (
-                    f": belongs to {where}" if where else ": unknown table or key: only general and datasets stand here"
-                )
-                self.problems.append(f"{self.path}: {_shown(key)}{hint}")
-        general = self._table(content.get("general") or {}, "general", "[general]")
+                hint = place_of(key) or "unknown table or key: only general and datasets stand here"
+                self.problems.append(f"{self.path}: {one_line(key)}: {hint}")
+        general = self._table(content.get("general") or {}, DatasetKeys, "[general]")
         subsets = self._datasets(content.get("datasets"), general)
         if self.problems:
             raise ParameterError("\n".join(self.problems))
@@ -132,7 +128,7 @@ class _Reader:
     def _datasets(self, tables: Any, general: Mapping[str, Any]) -> list[Subset]:
         drafts: list[_Draft] = []
         for number, (where, table) in enumerate(self._list(tables, "datasets", "")):
-            inherited = {**general, **self._table(table, "datasets", where, skip=("subsets",))}
+            inherited = {**general, **self._table(table, DatasetKeys, where, skip="subsets")}
             bucketing = self._bucketing(inherited, where)
             drafts += self._subsets(table.get("subsets"), inherited, bucketing, number, where)
         names = _subset_names(drafts, self.problems, self.path)
@@ -143,7 +139,7 @@ class _Reader:
     ) -> Iterator["_Draft"]:
         seen: set[str] = set()
         for here, table in self._list(tables, "datasets.subsets", f"{where} "):
-            values = {**inherited, **self._table(table, "subsets", here)}
+            values = {**inherited, **self._table(table, SubsetKeys, here)}
             source = values.get("metadata_file") or values.get("image_dir")
             if source is None:
                 self.problems.append(f"{self.path}: {here}: image_dir: is missing: name the folder of the pictures")
@@ -155,7 +151,7 @@ class _Reader:
                 )
                 continue
             seen.add(source)
-            yield _Draft(values=values, bucketing=bucketing, dataset=number, where=here)
+            yield _Draft(keys=Keys.model_construct(**values), bucketing=bucketing, dataset=number, where=here)
 
     def _list(self, tables: Any, what: str, prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yields each table of an array of tables with the words that name it; a missing array is a problem."""
@@ -169,33 +165,20 @@ class _Reader:
             else:
                 self.problems.append(f"{self.path}: {where}: must be a table, not {type(table).__name__}")
 
-    def _table(self, table: Any, level: Level, where: str, skip: Sequence[str] = ()) -> dict[str, Any]:
+    def _table(self, table: Any, kind: type[BaseModel], where: str, skip: str = "") -> dict[str, Any]:
         """Returns the checked values of one table; what cannot be used becomes a problem."""
         if not isinstance(table, Mapping):
             self.problems.append(f"{self.path}: {where}: must be a table, not {type(table).__name__}")
             return {}
-        values = {}
-        for key, value in table.items():
-            if key in skip or value is None:
-                continue
-            problem, checked = self._value(key, value, level)
-            if problem:
-                self.problems.append(f"{self.path}: {where}: {problem}")
-                continue
-            values[key] = checked
-            if told := remark(key, checked):
-                self.remarks.append(f"{where}: {key}: {told}")
+        given = {key: value for key, value in table.items() if key != skip and value is not None}
+        keys, wrong = check_table(kind, given, explain=place_of)
+        if keys is None:
+            keys, _ = check_table(kind, {key: given[key] for key in given if key not in wrong}, explain=place_of)
+        self.problems += [f"{self.path}: {where}: {problem}" for problem in wrong.values()]
+        values = {key: getattr(keys, key) for key in given if key not in wrong}
+        told = {key: remark(key, value) for key, value in values.items()}
+        self.remarks += [f"{where}: {key}: {words}" for key, words in told.items() if words]
         return values
-
-    def _value(self, key: str, value: Any, level: Level) -> tuple[str | None, Any]:
-        spec = KEYS.get(key)
-        if spec is None:
-            return f"{_shown(key)}: {_unknown_key(key)}", None
-        if level not in spec.levels:
-            return f"{key}: cannot stand here: {_places(spec)}", None
-        problem, checked = check_value(spec, value)
-        problem = problem or refusal(key, checked)
-        return (f"{key} = {shown_value(value)}: {problem}", None) if problem else (None, checked)
 
     def _bucketing(self, values: Mapping[str, Any], where: str) -> Bucketing | None:
         """Returns the sizes of one dataset, adjusted to the step as sd-scripts adjusts them."""
@@ -204,9 +187,7 @@ class _Reader:
             if not any("resolution" in problem for problem in self.problems):
                 self.problems.append(f"{self.path}: {where}: resolution: is missing: write resolution = 1024, say")
             return None
-        names = ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
-        picked: dict[str, Any] = {name: values.get(name, KEYS[name].default) for name in names}
-        bucketing = Bucketing(width=size[0], height=size[1], **picked)
+        bucketing = Bucketing(width=size[0], height=size[1], **_picked(Bucketing, Keys.model_construct(**values)))
         if not bucketing.enable_bucket:
             self._check_fixed_size(bucketing, where)
             return bucketing
@@ -248,38 +229,24 @@ class _Reader:
                 f"{self.path}: {where}: max_bucket_reso = {bucketing.max_bucket_reso}: must be at least the longer "
                 f"side of the resolution, {longest}"
             )
-        return Bucketing(
-            width=bucketing.width,
-            height=bucketing.height,
-            enable_bucket=True,
-            min_bucket_reso=low,
-            max_bucket_reso=high,
-            bucket_reso_steps=steps,
-            bucket_no_upscale=bucketing.bucket_no_upscale,
-        )
+        return replace(bucketing, min_bucket_reso=low, max_bucket_reso=high)
 
     def _subset(self, draft: "_Draft", name: str) -> Subset:
         assert draft.bucketing is not None, "a dataset without resolution is a problem"
-        rule_names = CaptionRules.__dataclass_fields__
-        rules = CaptionRules(**{rule: draft.get(rule) for rule in rule_names})
-        plain = (
-            "recursive", "class_tokens", "resize_interpolation", "flip_aug", "random_crop", "face_crop_aug_range",
-            "alpha_mask", "alpha_background", "is_reg", "num_repeats", "prior_loss_weight", "loss_weight",
-            "caption_dropout_rate", "caption_dropout_every_n_epochs", "validation_split",
-        )  # fmt: skip
-        return Subset(
-            name=name,
-            dataset=draft.dataset,
-            image_dir=self._path(draft.get("image_dir")),
-            metadata_file=self._path(draft.get("metadata_file")),
-            conditioning_data_dir=self._path(draft.get("conditioning_data_dir")),
-            caption_extensions=draft.get("caption_extension") or DEFAULT_CAPTION_EXTENSIONS,
-            captions=rules,
-            bucketing=draft.bucketing,
-            validation_seed=draft.get("validation_seed") or 0,
-            diff_output_preservation=(draft.get("custom_attributes") or {}).get(PRESERVATION, False),
-            **{key: draft.get(key) for key in plain},
-        )
+        keys = draft.keys
+        own = {
+            "name": name,
+            "dataset": draft.dataset,
+            "image_dir": self._path(keys.image_dir),
+            "metadata_file": self._path(keys.metadata_file),
+            "conditioning_data_dir": self._path(keys.conditioning_data_dir),
+            "caption_extensions": keys.caption_extension,
+            "captions": CaptionRules(**_picked(CaptionRules, keys)),
+            "bucketing": draft.bucketing,
+            "validation_seed": keys.validation_seed or 0,
+            "diff_output_preservation": keys.custom_attributes.get(PRESERVATION, False),
+        }
+        return Subset(**_picked(Subset, keys) | own)
 
     def _path(self, value: str | None) -> Path | None:
         """Returns a path of the file: from the file's folder, or from the current one if it exists only there."""
@@ -294,26 +261,28 @@ class _Reader:
 class _Draft:
     """A subset's own and inherited values before it has its name."""
 
-    values: Mapping[str, Any]
+    keys: Keys
     bucketing: Bucketing | None
     dataset: int
     where: str
 
-    def get(self, key: str) -> Any:
-        return self.values.get(key, KEYS[key].default)
+
+def _picked(kind: type, keys: Keys) -> dict[str, Any]:
+    """Returns the values of the keys that a dataclass has under the same names."""
+    return {field.name: getattr(keys, field.name) for field in fields(kind) if field.name in Keys.model_fields}
 
 
 def _subset_names(drafts: Sequence[_Draft], problems: list[str], path: Path) -> list[str]:
     """Returns a name for every subset: its own, else its folder's, with -2, -3 and so on where that is taken."""
     taken: set[str] = set()
     for draft in drafts:
-        if (name := draft.values.get("name")) is not None:
+        if (name := draft.keys.name) is not None:
             if name in taken:
                 problems.append(f"{path}: {draft.where}: name = {name!r}: another subset has this name")
             taken.add(name)
     names = []
     for draft in drafts:
-        name = draft.values.get("name")
+        name = draft.keys.name
         if name is None:
             name = _unused(_folder_name(draft), taken)
             taken.add(name)
@@ -322,8 +291,8 @@ def _subset_names(drafts: Sequence[_Draft], problems: list[str], path: Path) -> 
 
 
 def _folder_name(draft: _Draft) -> str:
-    folder = draft.values.get("image_dir")
-    path = Path(folder) if folder is not None else Path(draft.values["metadata_file"]).with_suffix("")
+    folder, listed = draft.keys.image_dir, draft.keys.metadata_file
+    path = Path(folder) if folder is not None else Path(listed or "").with_suffix("")
     return path.name or path.resolve().name or "pictures"
 
 
@@ -343,27 +312,3 @@ def _parse(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ParameterError(f"{path}: must hold a table with general and datasets")
     return content
-
-
-def _unknown_key(key: str) -> str:
-    if key in ELSEWHERE:
-        return f"belongs to {ELSEWHERE[key]}"
-    return f"unknown key{_nearest_key(key)}"
-
-
-def _nearest_key(key: str) -> str:
-    """Returns ' (did you mean X?)' for the nearest known key; there is always one that is nearest."""
-    import difflib  # only needed where something is wrong
-
-    near = max(KEYS, key=lambda known: difflib.SequenceMatcher(None, key, known).ratio())
-    return f" (the nearest known key is {near})"
-
-
-def _places(spec: Key) -> str:
-    names = {"general": "[general]", "datasets": "[[datasets]]", "subsets": "[[datasets.subsets]]"}
-    return "it belongs in " + " or ".join(names[level] for level in spec.levels)
-
-
-def _shown(key: Any) -> str:
-    """Returns a key as it can stand on one line."""
-    return key if isinstance(key, str) and key.isprintable() and key else ascii(key)

@@ -1,91 +1,174 @@
 """Every key of a dataset file: its type, range, default and where it may stand, and the keys that are refused.
 
 Names, types and defaults are sd-scripts' (revision 48d368fa), except that caption_extension defaults to .txt, then
-.caption. Keys that sd-scripts does not have are marked `own`.
+.caption. Keys that sd-scripts does not have are marked as our own.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
-Level = Literal["general", "datasets", "subsets"]
-Kind = Literal["bool", "int", "number", "str", "size", "range", "extensions", "colour", "table"]
-
-ALL_LEVELS: tuple[Level, ...] = ("general", "datasets", "subsets")
-DATASET_LEVELS: tuple[Level, ...] = ("general", "datasets")
-SUBSET_LEVEL: tuple[Level, ...] = ("subsets",)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 PRESERVATION = "diff_output_preservation"  # the one custom attribute that sd-scripts reads
-INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
+_COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0), "grey": (128, 128, 128)}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Key:
-    """What a key may hold. A value of None means that the key is absent."""
-
-    kind: Kind
-    default: Any = None
-    levels: tuple[Level, ...] = ALL_LEVELS
-    minimum: float | None = None
-    maximum: float | None = None
-    choices: tuple[str, ...] = ()
-    own: bool = False
+def _size(value: Any) -> Any:
+    """Returns one side as both."""
+    return (value, value) if isinstance(value, int) else _several(2, "a whole number or [width, height]")(value)
 
 
-def _rate(**more: Any) -> Key:
-    return Key(kind="number", default=0.0, minimum=0, maximum=1, **more)
+def _several(count: int, otherwise: str) -> Callable[[Any], Any]:
+    def as_tuple(value: Any) -> Any:
+        if not isinstance(value, list) or len(value) != count:
+            raise ValueError(f"must be {otherwise}")
+        return tuple(value)
+
+    return as_tuple
 
 
-KEYS: Mapping[str, Key] = {
-    # one value per dataset
-    "resolution": Key(kind="size", levels=DATASET_LEVELS, minimum=16),
-    "enable_bucket": Key(kind="bool", default=False, levels=DATASET_LEVELS),
-    "min_bucket_reso": Key(kind="int", default=256, levels=DATASET_LEVELS, minimum=16),
-    "max_bucket_reso": Key(kind="int", default=1024, levels=DATASET_LEVELS, minimum=16),
-    "bucket_reso_steps": Key(kind="int", default=64, levels=DATASET_LEVELS, minimum=16),
-    "bucket_no_upscale": Key(kind="bool", default=False, levels=DATASET_LEVELS),
-    "batch_size": Key(kind="int", levels=DATASET_LEVELS, minimum=1),
-    "network_multiplier": Key(kind="number", default=1.0, levels=DATASET_LEVELS),
-    # one value per subset, inherited from the dataset and from [general]
-    "validation_split": _rate(),
-    "validation_seed": Key(kind="int"),
-    "resize_interpolation": Key(kind="str", choices=INTERPOLATIONS),
-    "num_repeats": Key(kind="int", default=1, minimum=1),
-    "shuffle_caption": Key(kind="bool", default=False),
-    "caption_separator": Key(kind="str", default=","),
-    "keep_tokens": Key(kind="int", default=0, minimum=0),
-    "keep_tokens_separator": Key(kind="str", default=""),
-    "secondary_separator": Key(kind="str", default=""),
-    "enable_wildcard": Key(kind="bool", default=False),
-    "caption_prefix": Key(kind="str", default=""),
-    "caption_suffix": Key(kind="str", default=""),
-    "caption_dropout_rate": _rate(),
-    "caption_dropout_every_n_epochs": Key(kind="int", default=0, minimum=0),
-    "caption_tag_dropout_rate": _rate(),
-    "caption_extension": Key(kind="extensions"),
-    "class_tokens": Key(kind="str"),
-    "cache_info": Key(kind="bool", default=False),
-    "flip_aug": Key(kind="bool", default=False),
-    "random_crop": Key(kind="bool", default=False),
-    "color_aug": Key(kind="bool", default=False),
-    "face_crop_aug_range": Key(kind="range", minimum=0),
-    "token_warmup_min": Key(kind="int", default=1, minimum=0),
-    "token_warmup_step": Key(kind="number", default=0, minimum=0),
-    "custom_attributes": Key(kind="table"),
-    "alpha_mask": Key(kind="bool", default=False),
-    "alpha_background": Key(kind="colour", own=True),
-    "prior_loss_weight": Key(kind="number", minimum=0, own=True),  # without it, train's option counts
-    "loss_weight": Key(kind="number", default=1.0, minimum=0, own=True),
-    "recursive": Key(kind="bool", default=False, own=True),
-    # of one subset alone
-    "name": Key(kind="str", levels=SUBSET_LEVEL, own=True),
-    "image_dir": Key(kind="str", levels=SUBSET_LEVEL),
-    "metadata_file": Key(kind="str", levels=SUBSET_LEVEL),
-    "conditioning_data_dir": Key(kind="str", levels=SUBSET_LEVEL),
-    "is_reg": Key(kind="bool", default=False, levels=SUBSET_LEVEL),
-}
+def _colour(value: Any) -> Any:
+    if isinstance(value, str) and value in _COLOURS:
+        return _COLOURS[value]
+    return _several(3, f"{', '.join(_COLOURS)} or [red, green, blue] from 0 to 255")(value)
 
-ELSEWHERE: Mapping[str, str] = {
+
+def _rising(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < value[0] <= value[1]:
+        raise ValueError("must be two rising numbers above 0")
+    return value
+
+
+def _extension(value: Any) -> Any:
+    if not (isinstance(value, str) and value and "/" not in value and "\0" not in value):
+        raise ValueError("must be an ending such as '.txt'")
+    return (value,)
+
+
+def _text(value: Any) -> str:
+    """Returns text with any surrogates in it: pydantic's own str refuses how Python holds a name that is not UTF-8."""
+    if not isinstance(value, str):
+        raise ValueError("must be a valid string")
+    if "\0" in value:
+        raise ValueError("must not hold a NUL character")
+    return value
+
+
+def _attributes(value: dict[str, Any]) -> dict[str, Any]:
+    if strange := sorted(set(value) - {PRESERVATION}):
+        raise ValueError(
+            f"{', '.join(map(ascii, strange))}: nothing reads this: {PRESERVATION} is the only attribute that acts"
+        )
+    if not isinstance(value.get(PRESERVATION, False), bool):
+        raise ValueError(f"{PRESERVATION} must be true or false")
+    return value
+
+
+def _only(neutral: Any, why: str) -> AfterValidator:
+    """Refuses every value of a key but the one that asks for nothing."""
+
+    def check(value: Any) -> Any:
+        if value != neutral:
+            raise ValueError(why)
+        return value
+
+    return AfterValidator(check)
+
+
+Whole = Annotated[int, Field(gt=-(2**63), lt=2**63)]
+Count = Annotated[Whole, Field(ge=0)]
+Side = Annotated[Whole, Field(ge=16)]
+Text = Annotated[str, PlainValidator(_text)]
+Rate = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
+_NO_COLOURS = (
+    "colours would be drawn anew at every access, which a cache of encoded pictures cannot do: remove it, or put "
+    "recoloured copies into a subset of their own"
+)
+_NO_WARMUP = (
+    "the number of tags would depend on the training step, but captions are encoded before training: remove it, or "
+    "use caption_tag_dropout_rate with caption_variants"
+)
+_NO_MULTIPLIER = "SD3 training in sd-scripts does not use it either: remove it, or weight the subset with loss_weight"
+
+
+class _Keys(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class _OfDatasets(_Keys):
+    """One value per dataset."""
+
+    resolution: Annotated[tuple[Side, Side], BeforeValidator(_size)] | None = None
+    enable_bucket: bool = False
+    min_bucket_reso: Side = 256
+    max_bucket_reso: Side = 1024
+    bucket_reso_steps: Side = 64
+    bucket_no_upscale: bool = False
+    batch_size: Annotated[Whole, Field(ge=1)] | None = None
+    network_multiplier: Annotated[float, _only(1.0, _NO_MULTIPLIER)] = 1.0
+
+
+class _Inherited(_Keys):
+    """One value per subset, inherited from the dataset and from [general]."""
+
+    validation_split: Rate = 0.0
+    validation_seed: Whole | None = None
+    resize_interpolation: Interpolation | None = None
+    num_repeats: Annotated[Whole, Field(ge=1)] = 1
+    shuffle_caption: bool = False
+    caption_separator: Text = ","
+    keep_tokens: Count = 0
+    keep_tokens_separator: Text = ""
+    secondary_separator: Text = ""
+    enable_wildcard: bool = False
+    caption_prefix: Text = ""
+    caption_suffix: Text = ""
+    caption_dropout_rate: Rate = 0.0
+    caption_dropout_every_n_epochs: Count = 0
+    caption_tag_dropout_rate: Rate = 0.0
+    caption_extension: Annotated[tuple[str, ...], PlainValidator(_extension)] = (".txt", ".caption")
+    class_tokens: Text | None = None
+    cache_info: bool = False
+    flip_aug: bool = False
+    random_crop: bool = False
+    color_aug: Annotated[bool, _only(False, _NO_COLOURS)] = False
+    face_crop_aug_range: Annotated[
+        tuple[float, float], BeforeValidator(_several(2, "[low, high]")), AfterValidator(_rising)
+    ] | None = None  # fmt: skip
+    token_warmup_min: Count = 1
+    token_warmup_step: Annotated[float, Field(ge=0), _only(0, _NO_WARMUP)] = 0
+    custom_attributes: Annotated[dict[str, Any], AfterValidator(_attributes)] = {}
+    alpha_mask: bool = False
+    # our own
+    alpha_background: Annotated[
+        tuple[Annotated[int, Field(ge=0, le=255)], ...], BeforeValidator(_colour)
+    ] | None = None  # fmt: skip
+    prior_loss_weight: Weight | None = None  # without it, train's option counts
+    loss_weight: Weight = 1.0
+    recursive: bool = False
+
+
+class DatasetKeys(_OfDatasets, _Inherited):
+    """What may stand in [general] and in [[datasets]]."""
+
+
+class SubsetKeys(_Inherited):
+    """What may stand in [[datasets.subsets]]."""
+
+    name: Text | None = None  # our own
+    image_dir: Text | None = None
+    metadata_file: Text | None = None
+    conditioning_data_dir: Text | None = None
+    is_reg: bool = False
+
+
+class Keys(DatasetKeys, SubsetKeys):
+    """All keys: a subset's own and those that it inherits."""
+
+
+_ELSEWHERE: Mapping[str, str] = {
     "train_batch_size": "stages/train.toml",
     "masked_loss": "stages/train.toml (a conditioning_data_dir or alpha_mask here is enough to store masks)",
     "max_token_length": "stages/encode_text.toml, as t5xxl_max_token_length",
@@ -99,25 +182,13 @@ ELSEWHERE: Mapping[str, str] = {
 }
 
 
-def refusal(key: str, value: Any) -> str | None:
-    """Returns why a well-typed value cannot be honoured, or None."""
-    if key == "color_aug" and value:
-        return (
-            "colours would be drawn anew at every access, which a cache of encoded pictures cannot do: remove it, or "
-            "put recoloured copies into a subset of their own"
-        )
-    if key == "token_warmup_step" and value:
-        return (
-            "the number of tags would depend on the training step, but captions are encoded before training: remove "
-            "it, or use caption_tag_dropout_rate with caption_variants"
-        )
-    if key == "network_multiplier" and value != 1.0:
-        return "SD3 training in sd-scripts does not use it either: remove it, or weight the subset with loss_weight"
-    if key == "custom_attributes" and (strange := sorted(set(value) - {PRESERVATION})):
-        return f"{', '.join(map(ascii, strange))}: nothing reads this: {PRESERVATION} is the only attribute that acts"
-    if key == "custom_attributes" and not isinstance(value.get(PRESERVATION, False), bool):
-        return f"{PRESERVATION} must be true or false"
-    return None
+def place_of(key: str) -> str | None:
+    """Returns where a key belongs that cannot stand where it was found, or None for one that belongs nowhere."""
+    if key in SubsetKeys.model_fields:
+        return "cannot stand here: it belongs in [[datasets.subsets]]"
+    if key in DatasetKeys.model_fields:
+        return "cannot stand here: it belongs in [general] or [[datasets]]"
+    return f"belongs to {_ELSEWHERE[key]}" if key in _ELSEWHERE else None
 
 
 def remark(key: str, value: Any) -> str | None:

@@ -4,21 +4,19 @@ Precedence: option > --config FILE or stages/COMMAND.toml > project.toml [paths]
 and shown together.
 """
 
-import difflib
 import logging
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from sd3pipe.config import Project, flatten, read_toml, relative_to
 from sd3pipe.errors import ParameterError
 from sd3pipe.params.fields import Params, is_foreign_code, option_extra, takes_several
 from sd3pipe.params.refused import ALREADY_SO, GONE, REFUSED
+from sd3pipe.problems import nearest, reason
 
 log = logging.getLogger(__name__)
 
@@ -134,12 +132,6 @@ class _ConfigSource:
         return f"{path}: {key}: unknown key{nearest(key, self.names)}"
 
 
-def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    """Returns ' (did you mean X?)' for the nearest known word, or nothing."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {matches[0]}?)" if matches else ""
-
-
 def _spellings(model: type[Params]) -> dict[str, str]:
     """Returns every accepted spelling of every option with the field it stands for."""
     names: dict[str, str] = {}
@@ -184,22 +176,10 @@ def _check(field: FieldInfo, value: Any, *, from_text: bool) -> Any:
 
 
 def _problem(origin: str, value: Any, error: ValidationError) -> str:
-    reasons = {_words(item["msg"]) + _nearest_choice(item) for item in error.errors()}
+    reasons = {reason(item) for item in error.errors()}
     shown = repr(value) if not isinstance(value, str) or not value else value
     joined = " " if origin.startswith("--") else " = "
     return f"{origin}{joined}{shown}: {'; '.join(sorted(reasons))}"
-
-
-def _words(message: str) -> str:
-    """Returns pydantic's message as a sentence about the value before it."""
-    return message.removeprefix("Value error, ").replace("Input should", "must").replace("Input must", "must")
-
-
-def _nearest_choice(item: ErrorDetails) -> str:
-    """Returns ' (did you mean X?)' where a word is none of an option's choices, but near one."""
-    if item["type"] != "literal_error" or not isinstance(item["input"], str):
-        return ""
-    return nearest(item["input"], re.findall(r"'([^']*)'", item.get("ctx", {}).get("expected", "")))
 
 
 def _missing(model: type[Params], command: str, present: set[str]) -> list[str]:
@@ -223,5 +203,5 @@ def _build(model: type[P], command: str, checked: dict[str, Any], origins: Mappi
         lines = []
         for item in error.errors():
             where = ".".join(str(part) for part in item["loc"])
-            lines.append(f"{origins.get(where, where) or command}: {_words(item['msg'])}")
+            lines.append(f"{origins.get(where, where) or command}: {reason(item)}")
         raise ParameterError("\n".join(lines)) from error

@@ -1,19 +1,21 @@
 """From options to an AdapterSpec: network_args with sd-scripts' keys, rank rules, learning-rate rules."""
 
 import ast
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
 
 from sd3pipe.adapters.dropout import DropoutRates
 from sd3pipe.adapters.kinds import check_spec
-from sd3pipe.adapters.targets import BLOCK_PARTS, AdapterSpec
+from sd3pipe.adapters.targets import BLOCK_PARTS, AdapterSpec, BlockPart
 from sd3pipe.errors import ParameterError
-from sd3pipe.params.resolve import nearest
+from sd3pipe.problems import check_table
 from sd3pipe.rules.adapter import AdapterRules
 
 T = TypeVar("T", int, float)
+Rate = Annotated[float, Field(ge=0, lt=1)]
 
-_TRUE_AND_FALSE = {"true": True, "false": False}
 _REFUSED = {
     "train_t5xxl": "text encoders are not trained: their outputs are cached; use a caption word as trigger instead",
     "conv_dim": "has no effect on SD3; emb_dims trains the patch projection",
@@ -23,26 +25,53 @@ _REFUSED = {
 }
 
 
+def _listed(text: Any) -> Any:
+    """Returns "[1, 2]" as the numbers in it."""
+    try:
+        return tuple(ast.literal_eval(text)) if isinstance(text, str) else text
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise ValueError("must be a list of whole numbers, such as [0,0,0,0,0,8]") from error
+
+
+class NetworkArgs(BaseModel):
+    """What --network-args may say, by sd-scripts' keys. None means: as the adapter is otherwise."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    context_attn_dim: int | None = None
+    context_mlp_dim: int | None = None
+    context_mod_dim: int | None = None
+    x_attn_dim: int | None = None
+    x_mlp_dim: int | None = None
+    x_mod_dim: int | None = None
+    emb_dims: Annotated[tuple[StrictInt, ...], BeforeValidator(_listed)] = ()
+    train_block_indices: str = "all"
+    split_qkv: bool = False
+    rank_dropout: Rate = 0.0
+    module_dropout: Rate = 0.0
+    loraplus_lr_ratio: float = 1.0
+    loraplus_unet_lr_ratio: float | None = None
+    rs_lora: bool = False
+    lokr_factor: int = -1
+
+
 def adapter_spec(rules: AdapterRules, *, seed: int) -> AdapterSpec:
     """Returns the adapter that the options describe. Raises ParameterError for unknown or ill-typed network_args."""
     args = network_args(rules.network_args)
+    ranks: dict[BlockPart, int | None] = {part: getattr(args, f"{part}_dim") for part in BLOCK_PARTS}
     spec = AdapterSpec(
         algorithm=rules.adapter_type,
         rank=rules.network_dim,
         alpha=rules.network_alpha or None,
-        rs_lora=args.get("rs_lora", False),
-        part_ranks={part: args[f"{part}_dim"] for part in BLOCK_PARTS if f"{part}_dim" in args},
-        embedder_ranks=args.get("emb_dims", ()),
-        blocks=args.get("train_block_indices", "all"),
+        rs_lora=args.rs_lora,
+        part_ranks={part: rank for part, rank in ranks.items() if rank is not None},
+        embedder_ranks=args.emb_dims,
+        blocks=args.train_block_indices,
         rank_rules=_rules("rank_rules", rules.rank_rules, int),
         learning_rate_rules=_rules("lr_rules", rules.lr_rules, float),
-        split_qkv=args.get("split_qkv", False),
-        lokr_factor=args.get("lokr_factor", -1),
-        dropout=DropoutRates(
-            neuron=rules.network_dropout,
-            rank=args.get("rank_dropout", 0.0),
-            module=args.get("module_dropout", 0.0),
-        ),
+        split_qkv=args.split_qkv,
+        lokr_factor=args.lokr_factor,
+        dropout=DropoutRates(neuron=rules.network_dropout, rank=args.rank_dropout, module=args.module_dropout),
         seed=seed,
     )
     check_spec(spec)
@@ -52,56 +81,21 @@ def adapter_spec(rules: AdapterRules, *, seed: int) -> AdapterSpec:
 def loraplus_ratio(rules: AdapterRules) -> float:
     """Returns by how much LoRA+ multiplies the learning rate of the up matrices; 1 without LoRA+."""
     args = network_args(rules.network_args)
-    return args.get("loraplus_unet_lr_ratio", args.get("loraplus_lr_ratio", 1.0))
+    return args.loraplus_lr_ratio if args.loraplus_unet_lr_ratio is None else args.loraplus_unet_lr_ratio
 
 
-def network_args(args: Sequence[str]) -> dict[str, Any]:
+def network_args(args: Sequence[str]) -> NetworkArgs:
     """Returns the KEY=VALUE pairs with their values' types. Raises ParameterError for all that is wrong at once."""
-    parsed: dict[str, Any] = {}
-    problems = []
-    for arg in args:
-        key, separator, text = arg.partition("=")
-        if not separator:
-            problems.append(f"network_args: {arg}: write KEY=VALUE")
-        elif key in _REFUSED:
-            problems.append(f"network_args: {key}: not supported: {_REFUSED[key]}")
-        elif key not in _TYPES:
-            problems.append(f"network_args: {key}: unknown{nearest(key, _TYPES)}")
-        else:
-            try:
-                parsed[key] = _TYPES[key](text)
-            except (ValueError, SyntaxError):
-                problems.append(f"network_args: {arg}: {text!r} is no value for {key}")
-    if problems:
-        raise ParameterError("\n".join(problems))
+    given = dict(arg.split("=", 1) for arg in args if "=" in arg)
+    parsed, wrong = check_table(NetworkArgs, given, explain=_refusal)
+    problems = [*wrong.values(), *(f"{arg}: write KEY=VALUE" for arg in args if "=" not in arg)]
+    if parsed is None or problems:
+        raise ParameterError("\n".join(f"network_args: {problem}" for problem in problems))
     return parsed
 
 
-def _flag(text: str) -> bool:
-    if text.lower() not in _TRUE_AND_FALSE:
-        raise ValueError(text)
-    return _TRUE_AND_FALSE[text.lower()]
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    values = ast.literal_eval(text)
-    if not isinstance(values, list | tuple) or not all(type(value) is int for value in values):
-        raise ValueError(text)
-    return tuple(values)
-
-
-_TYPES: Mapping[str, Callable[[str], Any]] = {
-    **{f"{part}_dim": int for part in BLOCK_PARTS},
-    "emb_dims": _integers,
-    "train_block_indices": str,
-    "split_qkv": _flag,
-    "rank_dropout": float,
-    "module_dropout": float,
-    "loraplus_lr_ratio": float,
-    "loraplus_unet_lr_ratio": float,
-    "rs_lora": _flag,
-    "lokr_factor": int,
-}
+def _refusal(key: str) -> str | None:
+    return f"not supported: {_REFUSED[key]}" if key in _REFUSED else None
 
 
 def _rules(option: str, rules: Sequence[str], kind: Callable[[str], T]) -> tuple[tuple[str, T], ...]:

@@ -206,12 +206,16 @@ def test_words_stand_in_the_metadata(inputs):
 
 def test_network_args_say_what_is_unknown_and_what_is_refused(inputs):
     with pytest.raises(ParameterError) as caught:
-        inputs.train("wrong", network_args=("x_atn_dim=4", "train_t5xxl=True", "split_qkv=maybe", "rank_dropout"))
+        inputs.train(
+            "wrong",
+            network_args=("x_atn_dim=4", "train_t5xxl=True", "split_qkv=maybe", "module_dropout=2", "rank_dropout"),
+        )
     lines = str(caught.value).splitlines()
     assert lines == [
-        "network_args: x_atn_dim: unknown (did you mean x_attn_dim?)",
+        "network_args: x_atn_dim: unknown key (did you mean x_attn_dim?)",
         f"network_args: train_t5xxl: not supported: {_REFUSED['train_t5xxl']}",
-        "network_args: split_qkv=maybe: 'maybe' is no value for split_qkv",
+        "network_args: split_qkv = 'maybe': must be a valid boolean, unable to interpret input",
+        "network_args: module_dropout = '2': must be less than 1",
         "network_args: rank_dropout: write KEY=VALUE",
     ]
 
