@@ -18,12 +18,12 @@ from torch import Tensor
 
 from sd3pipe.encoding.t5_packing import t5_packer
 from sd3pipe.encoding.t5_streaming import t5_bytes
-from sd3pipe.memory.quantise import QuantisedFormat
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.models.text_encoders import T5Encoder
 from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.models.tokenizer_folders import find_tokenizers
 from sd3pipe.models.tokenizers import TokenBatch, tokenize_for_encoders
+from sd3pipe.words import PackedFormat
 
 WIDTH, MLP_WIDTH, HEADS, BUCKETS, VOCABULARY = 4096, 10240, 64, 32, 512
 TEXTS = [
@@ -66,7 +66,7 @@ def report(source: ComponentSource, batch: TokenBatch) -> None:
 
 
 def states(
-    source: ComponentSource, batch: TokenBatch, dtype: torch.dtype, packed: QuantisedFormat | None
+    source: ComponentSource, batch: TokenBatch, dtype: torch.dtype, packed: PackedFormat | None
 ) -> tuple[Tensor, int, float]:
     """Returns the states at text positions, the bytes of all blocks, and the seconds of encoding."""
     encoder = T5Encoder(source, dtype=dtype, pack=t5_packer(packed))

@@ -16,13 +16,14 @@ from sd3pipe.adapters.integrity import TENSOR_HASH_KEY, check_bytes, with_digest
 from sd3pipe.adapters.keymap import Form, is_text_encoder
 from sd3pipe.adapters.kind import Adapter, Delta
 from sd3pipe.adapters.peft_config import PEFT_CONFIG_KEY, needed_config, read_strengths
-from sd3pipe.adapters.precision import Rounded, StoredDtype, check_error, rounded_adapter
+from sd3pipe.adapters.precision import Rounded, check_error, rounded_adapter
 from sd3pipe.adapters.recognise import describe, foreign_kind
 from sd3pipe.adapters.sizes import depth_of, fitting_variants
 from sd3pipe.adapters.tensor_file import DTYPE_NAMES, data_sha256, in_file_order, write_tensors
 from sd3pipe.console import listed
 from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_file
+from sd3pipe.words import StoredFormat
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def save_adapter(
     adapter: Adapter,
     *,
     form: Form = "comfyui",
-    dtype: StoredDtype = "fp32",
+    dtype: StoredFormat = "fp32",
     metadata: Mapping[str, str] | None = None,
 ) -> SavedAdapter:
     """Writes an adapter under a temporary name, reads it back, compares every module, and only then names it.

@@ -3,14 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from sd3pipe.adapters.kind import Adapter, Delta
 from sd3pipe.errors import ParameterError
-
-StoredDtype = Literal["auto", "same", "fp32", "fp16", "bf16"]
+from sd3pipe.words import StoredFormat
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FP16_TOLERANCE = 1e-3  # relative error of a module's change up to which `auto` stores fp16
@@ -25,7 +23,7 @@ class Rounded:
     error: float
 
 
-def rounded_adapter(source: Adapter, held: Adapter, dtype: StoredDtype) -> dict[str, Rounded]:
+def rounded_adapter(source: Adapter, held: Adapter, dtype: StoredFormat) -> dict[str, Rounded]:
     """Returns each delta of `held`, which changes the model as `source` does, as it will be stored.
 
     `auto` is fp16 where every module keeps within FP16_TOLERANCE, else fp32. Raises ParameterError where a number
@@ -40,7 +38,7 @@ def rounded_adapter(source: Adapter, held: Adapter, dtype: StoredDtype) -> dict[
     return result
 
 
-def check_error(path: str, error: float, dtype: StoredDtype) -> None:
+def check_error(path: str, error: float, dtype: StoredFormat) -> None:
     """Raises ParameterError where a module's change differs by more than its number format explains."""
     if not error <= _TOLERANCES[dtype]:
         raise ParameterError(
@@ -49,7 +47,7 @@ def check_error(path: str, error: float, dtype: StoredDtype) -> None:
         )
 
 
-def _rounded(source: Delta, held: Delta, dtype: StoredDtype) -> Rounded:
+def _rounded(source: Delta, held: Delta, dtype: StoredFormat) -> Rounded:
     """Returns a delta in a number format; factors of fp16 are balanced where that helps."""
     if dtype == "same":
         return Rounded(held, source.difference(held))

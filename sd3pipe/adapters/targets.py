@@ -7,8 +7,8 @@ from typing import Literal, TypeVar, get_args
 
 from sd3pipe.adapters.dropout import DropoutRates
 from sd3pipe.errors import ParameterError
+from sd3pipe.words import Algorithm
 
-Algorithm = Literal["lora", "dora", "loha", "lokr"]
 BlockPart = Literal["context_attn", "context_mlp", "context_mod", "x_attn", "x_mlp", "x_mod"]
 BLOCK_PARTS: tuple[BlockPart, ...] = get_args(BlockPart)
 

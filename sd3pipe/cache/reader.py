@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -17,8 +17,7 @@ from sd3pipe.cache.samples import Samples
 from sd3pipe.cache.segment import SegmentHeader, key_is_true, parse_header
 from sd3pipe.errors import InputError, StaleError
 from sd3pipe.fingerprint import digest_bytes
-
-VerifyReads = Literal["first", "always", "never"]
+from sd3pipe.words import VerifyReads
 
 
 class CacheReader:

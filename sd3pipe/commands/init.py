@@ -22,9 +22,10 @@ from sd3pipe.project.ignored import DVCIGNORE, gitignore
 from sd3pipe.project.inputs import ENCODERS, missing_weights
 from sd3pipe.project.pictures import PictureFolder, dataset_toml, look_into, prompts_txt
 from sd3pipe.project.pipeline import dvc_yaml
-from sd3pipe.project.recipes import Recipe, Variant, recipe
+from sd3pipe.project.recipes import Recipe, recipe
 from sd3pipe.project.writer import project_toml, write_project
 from sd3pipe.shell import no_option, shell_word
+from sd3pipe.words import Variant
 
 _ENCODER_NAMES = {  # as ComfyUI's and Stability's downloads are called, best first
     "clip_l": ("clip_l.safetensors",),

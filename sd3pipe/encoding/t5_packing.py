@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sd3pipe.memory.quantise import PACKINGS, Fp8Packing, Int8Packing, Nf4Packing, QuantisedFormat
+from sd3pipe.memory.quantise import PACKINGS, Fp8Packing, Int8Packing, Nf4Packing
+from sd3pipe.words import PackedFormat
 
 Packing = Fp8Packing | Int8Packing | Nf4Packing
 
@@ -46,7 +47,7 @@ class PackedLinear(nn.Module):
         return self._stored.weight.nbytes + self._stored.weight_scale.nbytes
 
 
-def t5_packer(format: QuantisedFormat | None) -> Callable[[nn.Module], None] | None:
+def t5_packer(format: PackedFormat | None) -> Callable[[nn.Module], None] | None:
     """Returns what packs the linear layers of a T5 block in place, or None for no format.
 
     Norms, the embedding and the position bias stay as they are. Raises ParameterError where the format's library is

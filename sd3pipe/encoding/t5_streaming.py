@@ -2,24 +2,24 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
 from sd3pipe.device_memory import available_memory
-from sd3pipe.memory.quantise import QuantisedFormat, bits_per_weight
+from sd3pipe.memory.quantise import bits_per_weight
 from sd3pipe.models.sources import ComponentSource
+from sd3pipe.words import AutoOnOff, PackedFormat
 
 _ROOM = 1.15  # of the weights' bytes
 _ACTIVATION_BYTES = 2 << 30  # what a batch of T5-XXL takes beside the weights
 
 
 def streams_t5(
-    wish: Literal["auto", "on", "off"],
+    wish: AutoOnOff,
     source: ComponentSource,
     dtype: torch.dtype,
     device: torch.device,
-    packed: QuantisedFormat | None = None,
+    packed: PackedFormat | None = None,
 ) -> bool:
     """Returns whether T5 is to be read block by block: with "auto", where it would not fit with room to spare."""
     if wish != "auto":
@@ -29,12 +29,12 @@ def streams_t5(
     return free is not None and _ROOM * weights + _ACTIVATION_BYTES > free
 
 
-def t5_bytes(source: ComponentSource, dtype: torch.dtype, packed: QuantisedFormat | None) -> int:
+def t5_bytes(source: ComponentSource, dtype: torch.dtype, packed: PackedFormat | None) -> int:
     """Returns what all weights take while T5 is held whole."""
     return sum(_nbytes(key, shape, dtype, packed) for key, shape in source.shapes().items())
 
 
-def _nbytes(key: str, shape: Sequence[int], dtype: torch.dtype, packed: QuantisedFormat | None) -> int:
+def _nbytes(key: str, shape: Sequence[int], dtype: torch.dtype, packed: PackedFormat | None) -> int:
     """Returns what a tensor takes; the matrices inside the blocks may be packed."""
     matrix = len(shape) == 2 and ".layer." in key and "relative_attention_bias" not in key
     if packed is None or not matrix:

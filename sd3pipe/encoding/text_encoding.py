@@ -19,12 +19,12 @@ from sd3pipe.device_memory import memory_errors
 from sd3pipe.encoding.t5_packing import t5_packer
 from sd3pipe.encoding.t5_streaming import streams_t5
 from sd3pipe.encoding.text_plan import TextEncoders
-from sd3pipe.memory.quantise import QuantisedFormat
 from sd3pipe.models.text_architecture import ENCODERS, EncoderName
 from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.models.text_rows import EncodingMachine, compute_dtype, encode_rows
 from sd3pipe.models.tokenizers import TokenizedTexts, tokenize_for_encoders
 from sd3pipe.params.encode_text import EncodeTextParams
+from sd3pipe.words import PackedFormat
 
 Tokens = Mapping[EncoderName, TokenizedTexts]
 
@@ -102,7 +102,7 @@ def seconds_to_encode(
     return str(device), seconds
 
 
-def _layer(width: int, dtype: torch.dtype, device: torch.device, packed: QuantisedFormat | None) -> nn.Module:
+def _layer(width: int, dtype: torch.dtype, device: torch.device, packed: PackedFormat | None) -> nn.Module:
     """Returns a linear layer like an encoder's widest ones, packed as its are."""
     layer = nn.Sequential(nn.Linear(width, 4 * width, bias=False, device=device, dtype=dtype))
     pack = t5_packer(packed)

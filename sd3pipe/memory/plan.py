@@ -7,9 +7,10 @@ is a measured multiple of its tokens; the allowance for CUDA itself is an estima
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from sd3pipe.memory.schedule import RING_SLOTS, ModulationMode, spread_evenly, step_copies
+from sd3pipe.memory.schedule import RING_SLOTS, spread_evenly, step_copies
 from sd3pipe.memory.sizes import BaseFormat, BlockSize, ModelSize
 from sd3pipe.rules.memory import MemoryRules
+from sd3pipe.words import ModulationMode
 
 # Saved for the backward pass per token, in units of the width: measured on tiny models with every layer adapted.
 _SAVED_PLAIN, _SAVED_QK_NORM, _SAVED_DUAL = 21, 24, 34

@@ -10,15 +10,14 @@ or act on every token at once.
 import importlib
 import logging
 from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sd3pipe.errors import ParameterError
 from sd3pipe.memory.flat import is_modulation
-
-QuantisedFormat = Literal["fp8", "int8", "nf4"]
+from sd3pipe.words import PackedFormat
 
 _FP8_LARGEST = 448.0  # of float8_e4m3fn
 _INT8_LARGEST = 127.0
@@ -85,14 +84,14 @@ class Nf4Packing:
         return self._functional.dequantize_4bit(linear.weight.detach(), state)
 
 
-PACKINGS: dict[QuantisedFormat, type[Fp8Packing] | type[Int8Packing] | type[Nf4Packing]] = {
+PACKINGS: dict[PackedFormat, type[Fp8Packing] | type[Int8Packing] | type[Nf4Packing]] = {
     "fp8": Fp8Packing,
     "int8": Int8Packing,
     "nf4": Nf4Packing,
 }
 
 
-def quantise(module: nn.Module, format: QuantisedFormat, *, modulation: bool = False) -> None:
+def quantise(module: nn.Module, format: PackedFormat, *, modulation: bool = False) -> None:
     """Packs the attention and MLP weights below `module`, and its adaLN weights if `modulation`.
 
     For a whole MMDiT or one joint block; a block at a time keeps the peak of host memory at one dense block. Raises
@@ -112,7 +111,7 @@ def packable_linears(module: nn.Module, *, modulation: bool = False) -> Iterator
             yield layer
 
 
-def bits_per_weight(format: QuantisedFormat, in_features: int) -> float:
+def bits_per_weight(format: PackedFormat, in_features: int) -> float:
     """Returns the stored bits of one weight, its share of the scales included."""
     if format == "nf4":
         return 4 + 32 / _NF4_BLOCK

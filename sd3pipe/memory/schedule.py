@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-ModulationMode = Literal["stream", "resident", "ahead"]
+from sd3pipe.words import ModulationMode
+
 Part = Literal["whole", "body", "modulation"]
 RING_SLOTS = 2  # one slot computes while the other is filled
 

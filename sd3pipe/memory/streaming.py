@@ -18,7 +18,8 @@ from sd3pipe.memory.copy_streams import CopyStream, copy_stream_to
 from sd3pipe.memory.flat import FlatBlock, flat_layout, is_modulation, streamed_parameters
 from sd3pipe.memory.host import HostMemory
 from sd3pipe.memory.rings import Rings, Use
-from sd3pipe.memory.schedule import RING_SLOTS, ModulationMode, spread_evenly
+from sd3pipe.memory.schedule import RING_SLOTS, spread_evenly
+from sd3pipe.words import ModulationMode
 
 Direction = Literal["forward", "turning", "backward"]  # turning: forward, and a backward pass follows
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -12,8 +11,8 @@ from sd3pipe.errors import InputError
 from sd3pipe.models.vae import VAE
 from sd3pipe.models.vae_architecture import VAEArchitecture
 from sd3pipe.models.vae_strips import encode_within, usable_memory
+from sd3pipe.words import LatentMode
 
-LatentMode = Literal["moments", "mean"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # B batch, C channels, H W pixels, h w latent pixels

@@ -1,16 +1,13 @@
 """What is done to a caption on its way to a row, as far as it changes numbers. Free of torch."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from sd3pipe.errors import ParameterError
-
-Padding = Literal["keep", "zero"]
-TextDtype = Literal["bfloat16", "float16", "float32"]
-PackedFormat = Literal["fp8", "int8", "nf4"]
+from sd3pipe.words import Format, PackedFormat, Padding
 
 RECIPE_VERSION = 1  # counts the changes of this package that move the numbers in text rows
-ITEM_BYTES: dict[TextDtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+ITEM_BYTES: dict[Format, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +30,7 @@ class TextRecipe:
     apply_t5_attn_mask: bool = False
     t5xxl_max_token_length: int = 256
     t5_pad_to: int = 256
-    text_dtype: TextDtype = "bfloat16"
+    text_dtype: Format = "bfloat16"
     t5xxl_base_dtype: PackedFormat | None = None
 
     def __post_init__(self) -> None:

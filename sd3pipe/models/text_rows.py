@@ -21,10 +21,11 @@ from sd3pipe.models.layouts import TITLES
 from sd3pipe.models.sources import ComponentSource
 from sd3pipe.models.text_architecture import ClipName, EncoderName
 from sd3pipe.models.text_encoders import ClipEncoder, T5Encoder
-from sd3pipe.models.text_recipe import TextDtype, TextRecipe
+from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.models.tokenizers import TokenizedTexts
+from sd3pipe.words import Format
 
-TORCH_DTYPES: dict[TextDtype, torch.dtype] = {
+TORCH_DTYPES: dict[Format, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
@@ -135,7 +136,7 @@ def _t5_rows(
                 yield rows.pop(number)
 
 
-def compute_dtype(name: EncoderName, text_dtype: TextDtype, device: torch.device) -> torch.dtype:
+def compute_dtype(name: EncoderName, text_dtype: Format, device: torch.device) -> torch.dtype:
     """Returns the number format that an encoder computes in.
 
     T5's activations leave float16's range, so it takes float32 for float16. Cards without bfloat16 (T4, 20xx) would

@@ -1,15 +1,12 @@
 """Options of `sd3pipe adapter inspect|convert|resize|merge|extract`."""
 
-from typing import Literal
-
 from pydantic import model_validator
 
-from sd3pipe.params.export import AdapterDtype, DescriptionParams
+from sd3pipe.params.export import DescriptionParams
 from sd3pipe.params.fields import NewFilePath, OptionPath, Params, option
+from sd3pipe.words import AdapterForm, StoredFormat
 
 _FILE, _RANK = "File", "Rank"
-
-AdapterForm = Literal["comfyui", "comfyui-generic", "diffusers"]
 
 
 class AdapterInspectParams(Params):
@@ -27,7 +24,7 @@ class WrittenParams(DescriptionParams):
     format: AdapterForm = option(
         "comfyui", "comfyui (native keys), comfyui-generic, or diffusers (peft keys).", panel=_FILE
     )
-    dtype: AdapterDtype = option(
+    dtype: StoredFormat = option(
         "auto", "Number format; auto: fp16 where each module's change keeps within 0.1 %, else fp32; same: as it is.",
         panel=_FILE,
     )  # fmt: skip
@@ -38,7 +35,7 @@ class WrittenParams(DescriptionParams):
 
 class AdapterConvertParams(WrittenParams):
     adapter: OptionPath = option(..., "Adapter of any known form, a checkpoint or a run.", positional=True, role="path")
-    dtype: AdapterDtype = option(
+    dtype: StoredFormat = option(
         "same", "Number format; same: as it is; auto: fp16 where it is good enough.", panel=_FILE
     )
     ignore_unknown: bool = option(False, "Leave out keys that stand for nothing in an SD3 model.", panel=_FILE)

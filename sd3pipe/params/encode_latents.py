@@ -1,6 +1,6 @@
 """Options of `sd3pipe encode-latents`."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BeforeValidator, model_validator
 
@@ -15,10 +15,9 @@ from sd3pipe.params.sharing import (
     check_engine,
 )
 from sd3pipe.params.stage import StageParams
+from sd3pipe.words import Format, LatentMode
 
 _PATHS, _LATENTS, _RUN, _BROKEN = "Paths", "Latents", "This run", "Unreadable pictures"
-
-DType = Literal["float32", "float16", "bfloat16"]
 
 
 class EncodeLatentsParams(StageParams):
@@ -44,16 +43,16 @@ class EncodeLatentsParams(StageParams):
     out: OptionPath = option(
         ..., "Folder of the cache that is filled.", role="path", panel=_PATHS, paths_key="caches/latents"
     )
-    latent_mode: Literal["moments", "mean"] = option(
+    latent_mode: LatentMode = option(
         "moments",
         "What a row holds: moments, from which training draws afresh, or their mean alone at half the size.",
         role="recipe",
         panel=_LATENTS,
     )
-    latent_dtype: DType = option(
+    latent_dtype: Format = option(
         "float16", "Number format of the rows; float16 is checked for range.", role="recipe", panel=_LATENTS
     )
-    vae_dtype: DType = option("float32", "Number format that the VAE computes in.", role="recipe", panel=_LATENTS)
+    vae_dtype: Format = option("float32", "Number format that the VAE computes in.", role="recipe", panel=_LATENTS)
     crop_variants: int = option(
         4,
         "Rows per picture of a subset with random_crop or face_crop_aug_range.",

@@ -15,6 +15,7 @@ from sd3pipe.params.sharing import (
     check_engine,
 )
 from sd3pipe.params.stage import StageParams
+from sd3pipe.words import AutoOnOff, PackedFormat, Padding
 
 _PATHS, _TEXT, _RUN = "Paths", "Text", "This run"
 
@@ -58,7 +59,7 @@ class EncodeTextParams(StageParams):
         None, "T5 tokens that a shorter caption is padded to; 77 is ComfyUI's rule. "
         "Default: t5xxl_max_token_length.", role="recipe", panel=_TEXT, ge=1, le=512,
     )
-    padding: Literal["keep", "zero"] = option(
+    padding: Padding = option(
         "keep", "States at padding positions: as they come, as every inference program has them, or zeros.",
         role="recipe", panel=_TEXT,
     )
@@ -72,7 +73,7 @@ class EncodeTextParams(StageParams):
         "bfloat16", "Number format of encoding and of the rows; for float16, T5 computes in float32, as it overflows.",
         role="recipe", panel=_TEXT,
     )
-    t5xxl_base_dtype: Literal["fp8", "int8", "nf4"] | None = option(
+    t5xxl_base_dtype: PackedFormat | None = option(
         None, "Pack T5's matrices while encoding: int8 halves its memory, nf4 quarters it. Streaming needs less still.",
         role="recipe", panel=_TEXT, advanced=True,
     )
@@ -83,7 +84,7 @@ class EncodeTextParams(StageParams):
     seed: int = option(42, "Seed of random captions.", role="recipe", panel=_TEXT, ge=0)
 
     text_encoder_batch_size: int = option(8, "Captions that go through an encoder at once.", panel=_RUN, ge=1)
-    t5xxl_streaming: Literal["auto", "on", "off"] = option(
+    t5xxl_streaming: AutoOnOff = option(
         "auto", "Read T5 block by block while encoding: the device then holds two blocks (0.8 GB) instead of 9.5 GB.",
         panel=_RUN,
     )

@@ -6,10 +6,9 @@ from pydantic import model_validator
 
 from sd3pipe.params.fields import NewFilePath, OptionPath, Params, option
 from sd3pipe.params.stage import StageParams
+from sd3pipe.words import StoredFormat
 
 _PATHS, _FILE, _WORDS = "Paths", "File", "What the file says of itself"
-
-AdapterDtype = Literal["auto", "same", "fp32", "fp16", "bf16"]
 
 
 class DescriptionParams(Params):
@@ -63,7 +62,7 @@ class _ExportOptions(Params):
         role="recipe",
         panel=_FILE,
     )
-    dtype: AdapterDtype = option(
+    dtype: StoredFormat = option(
         "auto", "Number format; auto: fp16 where each module's change keeps within 0.1 %, else fp32; same: as it is. "
         "A checkpoint keeps the base's.", role="recipe", panel=_FILE,
     )  # fmt: skip

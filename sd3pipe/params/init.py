@@ -1,9 +1,8 @@
 """Options of `sd3pipe init`."""
 
-from typing import Literal
-
 from sd3pipe.params.fields import OptionPath, Params, option
 from sd3pipe.params.memory import Size
+from sd3pipe.words import Goal, Variant
 
 
 class InitParams(Params):
@@ -14,13 +13,13 @@ class InitParams(Params):
     t5xxl: OptionPath | None = option(None, "T5-XXL file, if not in the model.", role="path", panel="Model")
     vae: OptionPath | None = option(None, "VAE file, if not the one in the model.", role="path", panel="Model")
     tokenizers: OptionPath | None = option(None, "Folder with the tokenizers.", role="path", panel="Model")
-    variant: Literal["sd3-medium", "sd35-medium", "sd35-large", "sd35-large-turbo"] | None = option(
+    variant: Variant | None = option(
         None, "Model variant; read from the file unless it is a hub id or large-turbo.", aliases=("for",), panel="Model"
     )
     images: OptionPath | None = option(None, "Folder with pictures and captions.", role="path", panel="Pictures")
     trigger: str | None = option(None, "Word that stands for what is learnt.", panel="Pictures")
     resolution: int = option(1024, "Side of the square whose area pictures are scaled to.", ge=64, panel="Pictures")
-    goal: Literal["subject", "style", "concepts"] = option("subject", "What the adapter is to learn.", panel="Training")
+    goal: Goal = option("subject", "What the adapter is to learn.", panel="Training")
     vram: Size | None = option(None, "Memory of the training card, such as 12GB.", panel="Training")
     name: str | None = option(
         None, "Name of the adapter; default: the trigger or the folder's name.", panel="Training",

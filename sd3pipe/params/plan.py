@@ -1,10 +1,10 @@
 """Options of `sd3pipe plan`."""
 
 import re
-from typing import Literal
 
 from sd3pipe.params.fields import OptionPath, Params, option
 from sd3pipe.params.memory import BlocksToSwap, Size, size_bytes
+from sd3pipe.words import ModulationMode, PackedFormat, Precision
 
 _PATHS, _MACHINE, _STEP, _MEMORY = "Paths", "Machine", "One step", "Memory and speed"
 
@@ -43,15 +43,15 @@ class PlanParams(Params):
     t5xxl_max_token_length: int = option(256, "Text tokens of T5; CLIP adds 77.", panel=_STEP, ge=1)
     network_dim: int = option(16, "Rank of the adapter.", panel=_STEP, ge=1)
     optimizer_type: str = option("AdamW", "AdamW, or a name with 8bit in it for moments of one byte.", panel=_STEP)
-    mixed_precision: Literal["no", "fp16", "bf16"] = option("bf16", "Number format of the base.", panel=_MEMORY)
+    mixed_precision: Precision = option("bf16", "Number format of the base.", panel=_MEMORY)
     gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass.", panel=_MEMORY)
     blocks_to_swap: BlocksToSwap = option(
         "auto", "Joint blocks that are streamed; auto: as few as fit into --vram.", panel=_MEMORY
     )
-    modulation: Literal["stream", "resident", "ahead"] | None = option(
+    modulation: ModulationMode | None = option(
         None, "Where the adaLN weights of streamed blocks are.", panel=_MEMORY, advanced=True
     )
-    base_dtype: Literal["fp8", "int8", "nf4"] | None = option(
+    base_dtype: PackedFormat | None = option(
         None, "Keep the base's blocks packed; default: as mixed_precision says.", panel=_MEMORY
     )
     activation_offload: bool = option(

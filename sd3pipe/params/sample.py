@@ -1,13 +1,13 @@
 """Options of `sd3pipe sample`."""
 
 import re
-from typing import Literal
 
 from pydantic import field_validator, model_validator
 
 from sd3pipe.params.fields import OptionPath, option
 from sd3pipe.params.memory import BlocksToSwap
 from sd3pipe.params.stage import StageParams
+from sd3pipe.words import ToldVariant, WantedPrecision
 
 _PATHS, _GRID, _DRAWING = "Paths", "Columns and rows", "Drawing"
 
@@ -49,7 +49,7 @@ class SampleParams(StageParams):
     decode: bool = option(
         False, "Only decode latents that an earlier run kept in --out, with the VAE at hand here.", panel=_DRAWING
     )
-    variant: Literal["sd35-large-turbo"] | None = option(
+    variant: ToldVariant | None = option(
         None, "Draw with the turbo model's steps and scale; nothing else tells it from large.", panel=_DRAWING
     )
     skip_layer_guidance: float | None = option(
@@ -59,7 +59,7 @@ class SampleParams(StageParams):
         "7,8,9", "Blocks that skip-layer guidance leaves out.",
         panel=_DRAWING, advanced=True, pattern=r"^\d+(,\d+)*$",
     )
-    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = option(
+    mixed_precision: WantedPrecision = option(
         "auto", "Number format of the model; auto: bf16 or, on older cards, fp16 on CUDA; float32 on the CPU.",
         panel=_DRAWING,
     )

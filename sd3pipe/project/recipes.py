@@ -5,10 +5,9 @@ Published by others and not measured here, unless a note says otherwise.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Variant = Literal["sd3-medium", "sd35-medium", "sd35-large", "sd35-large-turbo"]
-Goal = Literal["subject", "style", "concepts"]
+from sd3pipe.words import Goal, Variant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,12 +22,12 @@ from sd3pipe.memory.plan import (
     option_text,
     predict,
 )
-from sd3pipe.memory.schedule import ModulationMode
 from sd3pipe.memory.sizes import adapter_weights, image_tokens, model_size
 from sd3pipe.memory.streaming import streamed_numbers
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.rates import measure_rates
+from sd3pipe.words import ModulationMode
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from sd3pipe.adapters.files import save_adapter
 from sd3pipe.adapters.network import AdapterNetwork
-from sd3pipe.adapters.precision import StoredDtype
 from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_file, followed, storage_errors, write_json
 from sd3pipe.rules.occasions import SavingRules
@@ -33,13 +32,13 @@ from sd3pipe.training.records import forget_after
 from sd3pipe.training.run_folder import RunFolder
 from sd3pipe.training.state_file import read_state, write_state
 from sd3pipe.training.trained_weights import TrainedWeights
-from sd3pipe.words import SavePrecision
+from sd3pipe.words import SavePrecision, StoredFormat
 
 log = logging.getLogger(__name__)
 
 FINAL_FOLDER = "final"
 INPUTS_FILE = "inputs.json"
-_STORED_FORMATS: Mapping[SavePrecision | None, StoredDtype] = {
+_STORED_FORMATS: Mapping[SavePrecision | None, StoredFormat] = {
     None: "fp32", "float": "fp32", "fp16": "fp16", "bf16": "bf16"
 }  # fmt: skip
 

@@ -15,9 +15,10 @@ from sd3pipe.adapters.fusing import rows_of_part
 from sd3pipe.adapters.kind import AdapterLayer, Delta, on_cpu
 from sd3pipe.adapters.kinds import KINDS, check_spec
 from sd3pipe.adapters.network import attach, attach_deltas, merge_into
-from sd3pipe.adapters.targets import AdapterSpec, Algorithm
+from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.params.train import TrainParams
+from sd3pipe.words import Algorithm
 
 QKV = "joint_blocks.0.x_block.attn.qkv"
 
