@@ -219,6 +219,7 @@ def test_a_named_folder_must_have_all(no_places, small):
         ("clip_l", "vocab.json", b'{"a": -1}'),
         ("clip_l", "merges.txt", b"#version: 0.2\na b c\n"),
         ("clip_l", "merges.txt", b"\xff"),
+        ("clip_l", "merges.txt", b"#version: 0.2\nw er</w>\n\0\0 \0\n"),
         ("t5xxl", "spiece.model", b"\x0a\xff\xff\xff\xff\x0f"),
         ("t5xxl", "spiece.model", b"\x80"),
         ("t5xxl", "spiece.model", b""),
