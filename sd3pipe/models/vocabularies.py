@@ -89,7 +89,7 @@ def read_clip_vocabulary(folder: Path) -> ClipVocabulary:
         vocabulary = ClipVocabulary(ids=ids, merges=tuple((left, right) for left, right in merges))
     for left, right in vocabulary.merges:
         if not {left, right, left + right} <= ids.keys():
-            raise InputError(f"{folder}: the tokenizer merges {left!r} and {right!r}, which are not all in its vocabulary")
+            raise InputError(f"{folder}: the tokenizer merges {left!r} and {right!r}, which its vocabulary has not all")
     if CLIP_START not in vocabulary.ids or CLIP_END not in vocabulary.ids:
         raise InputError(f"{folder}: the tokenizer lacks {CLIP_START} or {CLIP_END}: it is not CLIP's")
     return vocabulary
