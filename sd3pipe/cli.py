@@ -166,7 +166,7 @@ def _command_body(command: Command, arguments: list[str]) -> Callable[..., None]
 
     model = command_line.load_model(command.params)
     show_all = "--help-all" in arguments
-    normal = command_line.normalise(model, arguments)
+    normal = command_line.answer_others(command.name, model, command_line.normalise(model, arguments))
     arguments[:] = ["--help" if word == "--help-all" else word for word in normal]
 
     def body(**given: Any) -> None:

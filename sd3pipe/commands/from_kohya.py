@@ -1,109 +1,242 @@
 """`sd3pipe from-kohya`: a project that does what a command or config of sd-scripts does, and what it does otherwise."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sd3pipe.config import PROJECT_FILE
 from sd3pipe.console import count, say
+from sd3pipe.data.prompts import load_prompts
+from sd3pipe.errors import ParameterError, Sd3pipeError
 from sd3pipe.models.architecture import detect_mmdit
 from sd3pipe.models.sources import find_component
 from sd3pipe.params.command_line import load_stage_models
-from sd3pipe.params.fields import option_extra
+from sd3pipe.params.fields import Params
 from sd3pipe.params.from_kohya import FromKohyaParams
-from sd3pipe.params.stage_file import render_stage_file
+from sd3pipe.params.resolve import resolve
+from sd3pipe.params.stage_file import render_stage_file, toml_value
+from sd3pipe.params.train import TrainParams
+from sd3pipe.project.accepted import accepted, complaints
 from sd3pipe.project.ignored import DVCIGNORE, gitignore
-from sd3pipe.project.kohya import SCRIPT, Translation, read_command, read_config, translate
-from sd3pipe.project.kohya_dataset import dataset_text, read_dataset, source_paths
+from sd3pipe.project.inputs import ENCODERS, missing_weights
+from sd3pipe.project.kohya import STAGES, Given, Translation, translate
+from sd3pipe.project.kohya_dataset import Block, batches_per_epoch, dataset_blocks, dataset_text, source_paths
+from sd3pipe.project.kohya_source import read_source
 from sd3pipe.project.pipeline import dvc_yaml
 from sd3pipe.project.writer import project_toml, write_project
+from sd3pipe.shell import no_option, shell_word
+from sd3pipe.training.adapter_options import adapter_spec
+from sd3pipe.training.optimizers import parse_args
+from sd3pipe.training.schedules import make_schedule
 
-_HEADINGS = {
-    "dropped": "Not trained any more:",
-    "refused": "Refused:",
-    "changed": "Acts differently:",
-    "same": "The same:",
+_LISTS = ("network_args", "optimizer_args", "lr_scheduler_args")  # of which single words may not fit
+_STAY = ("adapter_type", "lr_scheduler", "learning_rate", "network_dim")  # where two values do not fit together
+_PLACES: Mapping[str, Mapping[str, Any]] = {  # what project.toml will give, and the command line
+    "encode_text": {},
+    "encode_latents": {"model": "m", "dataset": "d", "out": "o"},
+    "train": {"model": "m", "text": "t", "latents": "l", "out": "o", "allow_code": True},
+    "export": {"adapter": "a", "out": "o"},
 }
 
 
 def main(params: FromKohyaParams) -> None:
-    """Writes project, stage and dataset files; overwrites nothing."""
-    given = _read(params.source)
-    translation = translate(given, load_stage_models())
-    _check_blocks(translation)
+    """Writes project, stage and dataset files; overwrites nothing.
+
+    Before that, all of it is read by what will read it: a value that does not fit is written commented out.
+    """
+    given = read_source(params.source)
+    if params.tokenizers is not None:
+        given["tokenizer_cache_dir"] = str(params.tokenizers)
+    translation = translate(given, with_defaults=not params.modernize)
     if params.modernize:
-        _modernize(given, translation)
-    tables = read_dataset(translation)
-    texts = _texts(params.out, tables, translation)
+        _tell_of_our_defaults(given, translation)
+    blocks = dataset_blocks(given, translation)
+    _check_blocks_to_swap(translation)
+    _check_prompts(translation)
+    for stage in STAGES:
+        _leave_out_what_does_not_fit(stage, translation)
+    _tell_of_steps(dataset_text(blocks), translation)
+    texts = _texts(params.out, blocks, translation)
     names = list(texts) if params.dry_run else write_project(params.out, texts)
-    _tell(params, translation, names)
+    _tell(params, translation, blocks, names)
 
 
-def _read(source: tuple[str, ...]) -> dict[str, Any]:
-    if len(source) == 1 and source[0].endswith(".toml") and SCRIPT not in source[0]:
-        return read_config(Path(source[0]))
-    return read_command(" ".join(source))
+def _tell_of_our_defaults(given: Given, translation: Translation) -> None:
+    """Names what the command does not say and sd-scripts would do otherwise."""
+    for stage, model in load_stage_models().items():
+        for key, theirs in translate(given).values[stage].items():
+            ours = model.model_fields[key].default
+            if key not in translation.values[stage] and ours != theirs:
+                translation.changed.append(f"{key} = {ours}: sd3pipe's default, instead of {theirs}")
 
 
-def _check_blocks(translation: Translation) -> None:
+def _check_blocks_to_swap(translation: Translation) -> None:
     """Compares blocks_to_swap with what the model has, where the model is here."""
-    wanted = translation.values["train"].get("blocks_to_swap") or 0
-    model = translation.paths.get("model")
-    if not wanted or not model or not Path(model).exists():
+    train, model = translation.values["train"], translation.paths.get("model")
+    wanted = train.get("blocks_to_swap")
+    if not isinstance(wanted, int) or not wanted or not model or not Path(model).exists():
         return
-    depth = detect_mmdit(find_component("mmdit", model=model).shapes()).depth
+    try:
+        depth = detect_mmdit(find_component("mmdit", model=model).shapes()).depth
+    except Sd3pipeError as error:
+        translation.changed.append(f"{model}: cannot be looked into: {error}")
+        return
     if wanted > depth:
-        translation.values["train"]["blocks_to_swap"] = depth
+        train["blocks_to_swap"] = depth
         translation.changed.append(
             f"blocks_to_swap = {wanted}: the model has {depth} blocks, all of which are streamed"
         )
 
 
-def _modernize(given: dict[str, Any], translation: Translation) -> None:
-    """Leaves to our own defaults what the command does not say."""
-    for stage, model in load_stage_models().items():
-        for key in list(translation.values[stage]):
-            if key not in given:
-                ours, theirs = model.model_fields[key].default, translation.values[stage].pop(key)
-                if ours != theirs:
-                    translation.changed.append(f"{key} = {ours}: sd3pipe's default, instead of {theirs}")
-    translation.same = [line for line in translation.same if not line.startswith("loss_form")]
+def _check_prompts(translation: Translation) -> None:
+    """Leaves out sample prompts that our reader refuses."""
+    path = translation.paths.get("sample_prompts")
+    if path is None:
+        return
+    text = translation.prompts
+    problems = complaints(text or "", Path(path).name, lambda file: load_prompts(Path(path) if text is None else file))
+    if problems:
+        translation.leave_out("project", "sample_prompts", translation.paths.pop("sample_prompts"), "; ".join(problems))
 
 
-def _texts(folder: Path, tables: Mapping[str, Any], translation: Translation) -> dict[str, str]:
-    dataset = dataset_text(tables, translation)
-    texts = {"dataset.toml": dataset, **_project_files(folder, translation, source_paths(tables))}
-    for stage, model in load_stage_models().items():
-        values = {
-            key: value
-            for key, value in translation.values[stage].items()
-            if option_extra(model.model_fields[key])["role"] != "path"
-        }
-        texts[f"stages/{stage}.toml"] = render_stage_file(model, stage.replace("_", "-"), values)
-    return {**texts, ".gitignore": gitignore(f"runs/{translation.name}", []), ".dvcignore": DVCIGNORE}
+def _leave_out_what_does_not_fit(stage: str, translation: Translation) -> None:
+    values = translation.values[stage]
+    units = {
+        (key, number): item
+        for key, value in values.items()
+        for number, item in enumerate(value if key in _LISTS and isinstance(value, list) else [value])
+    }
+
+    def word(unit: tuple[str, int]) -> str:
+        return str(units[unit]).partition("=")[0] if unit[0] in _LISTS else unit[0]
+
+    kept, unfit = accepted(units, lambda kept: _problems(stage, _whole(kept)), word=word, longest=_STAY)
+    for unit, reason in unfit.items():
+        translation.leave_out(stage, unit[0], units[unit], reason)
+    translation.values[stage] = _whole(kept)
 
 
-def _project_files(folder: Path, translation: Translation, sources: Sequence[str]) -> dict[str, str]:
-    """Returns the files that say where things are."""
-    paths = {key: _absolute(value) for key, value in translation.paths.items()} | {
+def _whole(units: Mapping[tuple[str, int], Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for (key, _), item in units.items():
+        if key in _LISTS:
+            values.setdefault(key, []).append(item)
+        else:
+            values[key] = item
+    return values
+
+
+def _problems(stage: str, values: Mapping[str, Any]) -> list[str]:
+    """Returns what the stage itself would say to a file with these values."""
+    checked: list[Params] = []
+
+    def read(file: Path) -> None:
+        models = load_stage_models()
+        checked.append(resolve(models[stage], stage, _PLACES[stage], config=file, stage_models=lambda: models))
+
+    text = "".join(f"{key} = {toml_value(value)}\n" for key, value in values.items())
+    found = complaints(text, f"{stage}.toml", read)
+    return [*found, *(line for options in checked for line in _problems_of_training(options))]
+
+
+def _problems_of_training(options: Params) -> Iterator[str]:
+    """Yields what train would say to its options before it reads anything."""
+    if not isinstance(options, TrainParams):
+        return
+    for check in (
+        lambda: adapter_spec(options.adapter, seed=options.seed),
+        lambda: make_schedule(options.schedule, options.batches.max_train_steps),
+        lambda: parse_args("optimizer_args", options.optimizer.optimizer_args),
+    ):
+        try:
+            check()
+        except ParameterError as error:
+            yield from str(error).splitlines()
+
+
+def _tell_of_steps(dataset: str, translation: Translation) -> None:
+    """Says where sd-scripts makes more steps of the same epochs."""
+    train = translation.values["train"]
+    epochs, micro_batches = train.get("max_train_epochs"), train.get("gradient_accumulation_steps", 1)
+    if epochs is None or micro_batches == 1:
+        return
+    batches = batches_per_epoch(dataset, train.get("train_batch_size", 1))
+    there = "sd-scripts ends each epoch with a step of what is left"
+    if batches is None:
+        translation.changed.append(f"gradient_accumulation_steps: {there}; here a step may span two epochs")
+        return
+    ours, theirs = -(-epochs * batches // micro_batches), epochs * -(-batches // micro_batches)
+    if ours != theirs:
+        translation.changed.append(
+            f"gradient_accumulation_steps: {ours} steps for {theirs} there: {there}, here a step may span two epochs"
+        )
+
+
+def _texts(folder: Path, blocks: list[Block], translation: Translation) -> dict[str, str]:
+    paths = {
+        **translation.paths,
         "dataset": "dataset.toml",
         "caches": "caches",
         "run": f"runs/{translation.name}",
         "export": f"exports/{translation.name}.safetensors",
     }
-    return {PROJECT_FILE: project_toml(paths), "dvc.yaml": dvc_yaml(paths, sources, folder=folder)}
+    left_out = _left_out_of("project", translation)
+    model = {"model": left_out["model"][0][0]} if "model" in left_out else {}
+    texts = {
+        "dataset.toml": dataset_text(blocks),
+        PROJECT_FILE: project_toml(paths, left_out),
+        "dvc.yaml": dvc_yaml({**model, **paths}, source_paths(blocks), folder=folder),
+    }
+    for stage, options in load_stage_models().items():
+        texts[f"stages/{stage}.toml"] = render_stage_file(
+            options, stage.replace("_", "-"), translation.values[stage], left_out=_left_out_of(stage, translation)
+        )
+    if translation.prompts is not None:
+        texts["sample_prompts.txt"] = translation.prompts
+    return {**texts, ".gitignore": gitignore(f"runs/{translation.name}", []), ".dvcignore": DVCIGNORE}
 
 
-def _absolute(value: str) -> str:
-    path = Path(value).expanduser()
-    return str(path.absolute()) if path.exists() else value
+def _left_out_of(file: str, translation: Translation) -> dict[str, list[tuple[Any, str]]]:
+    return {key: items for (its_file, key), items in translation.left_out.items() if its_file == file}
 
 
-def _tell(params: FromKohyaParams, translation: Translation, names: list[str]) -> None:
-    for kind, heading in _HEADINGS.items():
-        lines = getattr(translation, kind)
+def _tell(params: FromKohyaParams, translation: Translation, blocks: Sequence[Block], names: list[str]) -> None:
+    left_out = [
+        f"{_file_name(file)}: {key} = {value}: {reason}"
+        for (file, key), items in translation.left_out.items()
+        for value, reason in items
+    ]
+    left_out += [
+        f"dataset.toml: {key} = {value}: {reason}"
+        for block in blocks
+        for key, (value, reason) in block.left_out.items()
+    ]
+    for heading, lines in (
+        ("Not done here:", translation.lost),
+        ("Acts differently:", translation.changed),
+        ("Written commented out:", left_out),
+        ("Without effect:", list(translation.idle.values()) if params.all else []),
+    ):
         if lines:
             say(heading, *(f"  {line}" for line in lines))
+    if translation.idle and not params.all:
+        say(f"Without effect: {count(len(translation.idle), 'option')} ({', '.join(translation.idle)}); --all says why")
     done = "would be written" if params.dry_run else "written"
-    listed = f": {', '.join(names)}" if names else ", since all were there"
-    say(f"{params.out}: {count(len(names), 'file')} {done}{listed}")
+    say(f"{params.out}: {count(len(names), 'file')} {done}: {', '.join(names) or 'all were there'}")
+    for key, reason in missing_weights((*ENCODERS, "vae"), translation.paths).items():
+        say(f"not found, so fill in paths.{key} in {params.out / PROJECT_FILE}: {reason}")
+    _tell_what_comes_next(params.out)
+
+
+def _file_name(file: str) -> str:
+    return PROJECT_FILE if file == "project" else f"stages/{file}.toml"
+
+
+def _tell_what_comes_next(folder: Path) -> None:
+    go = "" if folder.resolve() == Path.cwd() else f"cd {shell_word(no_option(str(folder)))} && "
+    say(
+        "next:",
+        f"  {go}sd3pipe preview    # draws what training will see",
+        "  sd3pipe run --dry-run    # checks options and files, and says what lies ahead",
+        "  sd3pipe run",
+    )

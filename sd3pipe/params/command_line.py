@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -10,8 +11,12 @@ import typer
 from pydantic.fields import FieldInfo
 
 from sd3pipe.config import find_project
+from sd3pipe.errors import ParameterError
 from sd3pipe.params.fields import Params, alternatives, option_extra, takes_several
-from sd3pipe.params.resolve import option_name, resolve
+from sd3pipe.params.resolve import explain, option_name, resolve
+from sd3pipe.params.sd_scripts import OPTIONS
+
+log = logging.getLogger(__name__)
 
 CONFIG_OPTION = "config"
 MACHINE_PANEL = "Machine"
@@ -73,7 +78,8 @@ def normalise(model: type[Params], arguments: list[str]) -> list[str]:
     several = {option_name(name) for name, field in model.model_fields.items() if takes_several(field)}
     spread: list[str] = []
     current: str | None = None
-    for word in arguments:
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    for word in arguments[:end]:
         if word.startswith("--"):
             name, equals, value = word.partition("=")
             name = name.replace("_", "-")
@@ -85,7 +91,38 @@ def normalise(model: type[Params], arguments: list[str]) -> list[str]:
             spread += [current, word]
         else:
             spread.append(word)
-    return spread
+    return spread + arguments[end:]
+
+
+def answer_others(command_name: str, model: type[Params], arguments: list[str]) -> list[str]:
+    """Returns a stage's arguments without the options whose wish is met anyway, each of which is told in a line.
+
+    Raises ParameterError with one line for each option that the stage does not have, as for a key of its file.
+    """
+    if command_name.replace("-", "_") not in STAGE_MODELS:
+        return arguments
+    names = {CONFIG_OPTION, "help", "help_all", *model.model_fields}
+    known = {option_name(name) for name in names} | {f"--no-{option_name(name)[2:]}" for name in names}
+    kept: list[str] = []
+    problems: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        spelled, equals, value = word.partition("=")
+        if not spelled.startswith("--") or spelled in known:
+            kept.append(word)
+            continue
+        name = spelled[2:].replace("-", "_")
+        given: Any = {"true": True, "false": False}.get(value.lower(), value) if equals else True
+        if not equals and name in OPTIONS and OPTIONS[name].kind != "flag":
+            given = next(words, "")
+        found = explain(name, given, model.model_fields, load_stage_models, noun="option")
+        if found.accepted:
+            log.info("%s: %s", spelled, found.text)
+        else:
+            problems.append(f"{spelled}: {found.text}")
+    if problems:
+        raise ParameterError("\n".join(problems))
+    return kept
 
 
 def _aliases(model: type[Params]) -> dict[str, str]:

@@ -4,10 +4,11 @@ Precedence: option > --config FILE or stages/COMMAND.toml > project.toml [paths]
 and shown together.
 """
 
+import difflib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -15,12 +16,16 @@ from pydantic.fields import FieldInfo
 from sd3pipe.config import Project, flatten, read_toml, relative_to
 from sd3pipe.errors import ParameterError
 from sd3pipe.params.fields import Params, is_foreign_code, option_extra, takes_several
-from sd3pipe.params.refused import ALREADY_SO, GONE, REFUSED
-from sd3pipe.problems import nearest, reason
+from sd3pipe.params.sd_scripts import DATASET_KEYS, OPTIONS, Answer, answer
+from sd3pipe.problems import reason
 
 log = logging.getLogger(__name__)
 
 P = TypeVar("P", bound=Params)
+StageModels = Callable[[], Mapping[str, type[Params]]]
+
+# Keys of our own that stand in older projects.
+_GONE = {"imported": "rows that sd-scripts cached are not taken over any more; remove the key, and all is encoded here"}
 _SUFFIX = ".safetensors"
 
 
@@ -41,7 +46,7 @@ def resolve(
     *,
     config: Path | None = None,
     project: Project | None = None,
-    stage_models: Callable[[], Mapping[str, type[Params]]] = dict,
+    stage_models: StageModels = dict,
 ) -> P:
     """Returns the options of one command. Raises ParameterError with one line per problem.
 
@@ -94,7 +99,7 @@ def _not_trusted(
 class _ConfigSource:
     """Reads a parameter file and explains keys that do not belong in it."""
 
-    def __init__(self, model: type[Params], stage_models: Callable[[], Mapping[str, type[Params]]]) -> None:
+    def __init__(self, model: type[Params], stage_models: StageModels) -> None:
         self.model, self.stage_models = model, stage_models
         self.names = _spellings(model)
 
@@ -118,18 +123,39 @@ class _ConfigSource:
 
     def _explain(self, path: Path, key: str, value: Any) -> str | None:
         """Returns the problem with a key that is not an option here; None if its wish is met anyway."""
-        if key in ALREADY_SO:
-            reason = ALREADY_SO[key].answer(value)
-            if reason.accepted:
-                log.info("%s: %s: %s", path, key, reason.text)
-                return None
-            return f"{path}: {key} = {value!r}: {reason.text}"
-        if key in REFUSED or key in GONE:
-            return f"{path}: {key}: not supported: {REFUSED.get(key) or GONE[key]}"
-        for stage, model in self.stage_models().items():
-            if key in _spellings(model):
-                return f"{path}: {key}: belongs to the stage {stage.replace('_', '-')}: move it to stages/{stage}.toml"
-        return f"{path}: {key}: unknown key{nearest(key, self.names)}"
+        if key in _GONE:
+            return f"{path}: {key}: not supported: {_GONE[key]}"
+        found = explain(key, value, self.names, self.stage_models)
+        if found.accepted:
+            log.info("%s: %s: %s", path, key, found.text)
+            return None
+        shown = f"{key} = {value!r}" if key in OPTIONS and OPTIONS[key].fate == "met" else key
+        return f"{path}: {shown}: {found.text}"
+
+
+def explain(
+    name: str, value: Any, own: Iterable[str], stage_models: StageModels, *, noun: Literal["key", "option"] = "key"
+) -> Answer:
+    """Returns what to say to a name that is none of a command's `own`: its wish is met, refused, or belongs elsewhere.
+
+    An unknown name is answered with the nearest known one, and with what that one's answer would be.
+    """
+    stages = {other: stage for stage, model in stage_models().items() for other in _spellings(model)}
+    found = answer(name, value)
+    if found is not None:
+        return found
+    if name in stages:
+        stage = stages[name]
+        text = f"belongs to the stage {stage.replace('_', '-')}: move it to stages/{stage}.toml"
+        return Answer(accepted=False, text=text)
+    own = list(own)
+    elsewhere = [other for other in (*OPTIONS, *DATASET_KEYS) if answer(other, None) is not None]
+    match = next(iter(difflib.get_close_matches(name, [*own, *stages, *elsewhere], n=1)), None)
+    if match is None or match in own:
+        hint = f" (did you mean {match}?)" if match else ""
+    else:
+        hint = f" (did you mean {match}? {explain(match, None, own, stage_models).text})"
+    return Answer(accepted=False, text=f"unknown {noun}{hint}")
 
 
 def _spellings(model: type[Params]) -> dict[str, str]:
@@ -155,7 +181,7 @@ def _gone_paths(command: str, project: Project | None) -> list[str]:
     """Returns what project.toml asks in vain. Only encode stages look: train goes on from the caches that are there."""
     if project is None or not command.startswith("encode-"):
         return []
-    return [f"{project.file}: paths.{key}: not supported: {GONE[key]}" for key in project.paths if key in GONE]
+    return [f"{project.file}: paths.{key}: not supported: {_GONE[key]}" for key in project.paths if key in _GONE]
 
 
 def _varied(model: type[Params], name: str, value: str, given: Mapping[str, Any], in_file: Mapping[str, Any]) -> str:

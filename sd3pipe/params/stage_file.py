@@ -1,7 +1,7 @@
 """Writes a stage's parameter file from its option set: what people change first, the rest commented out."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic.fields import FieldInfo
@@ -17,25 +17,37 @@ _NOT_OF_A_PROJECT = {  # of a machine, or of one call
 
 
 def render_stage_file(
-    model: type[Params], command: str, values: Mapping[str, Any] | None = None, notes: Mapping[str, str] | None = None
+    model: type[Params],
+    command: str,
+    values: Mapping[str, Any] | None = None,
+    notes: Mapping[str, str] | None = None,
+    left_out: Mapping[str, Sequence[tuple[Any, str]]] | None = None,
 ) -> str:
     """Returns the text of stages/COMMAND.toml.
 
-    `values` replaces defaults, `notes` adds a line (a value's source) above a key. Common options stand with their
-    values; advanced ones, and those without a value, are commented out. Paths are left to project.toml.
+    `values` replaces defaults, `notes` adds a line (a value's source) above a key, `left_out` has values that are shown
+    commented out with the reason. Common options stand with their values; advanced ones, and those without a value, are
+    commented out. Paths are left to project.toml unless there is a value.
     """
-    values, notes = values or {}, notes or {}
+    values, notes, left_out = values or {}, notes or {}, left_out or {}
+    named = {*values, *left_out}
     lines = [
         f"# Options of `sd3pipe {command}`; a key is an option's full name (`sd3pipe {command} --help-all`).",
         "# Commented lines show defaults. Paths stand in project.toml.",
     ]
-    fields = {name: field for name, field in model.model_fields.items() if _belongs(name, field)}
+    fields = {name: field for name, field in model.model_fields.items() if name in named or _belongs(name, field)}
     for panel in dict.fromkeys(option_extra(field)["panel"] for field in fields.values()):
         lines += ["", f"# {panel}"]
         for name, field in fields.items():
             if option_extra(field)["panel"] == panel:
                 lines += _entry(name, field, values, notes)
+                lines += [left_out_line(name, *item) for item in left_out.get(name, ())]
     return "\n".join(lines) + "\n"
+
+
+def left_out_line(key: str, value: Any, reason: str) -> str:
+    """Returns a line that keeps a value as a comment, with why it does not count."""
+    return f"# {key} = {toml_value(value)} # left out: {reason}"
 
 
 def toml_value(value: Any) -> str:

@@ -1,175 +1,269 @@
-"""Translates a run of sd-scripts' sd3_train_network.py, given as a command line or a config file, into a project.
+"""Translates the options of a run of sd-scripts' sd3_train_network.py into a project, by the one table of them.
 
 Every value that sd-scripts would use is written out, its own defaults included; whatever acts differently here, or not
-at all, is listed with the reason.
+at all, is told with the reason.
 """
 
-import shlex
+import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from sd3pipe.config import flatten, read_toml
-from sd3pipe.errors import ParameterError
-from sd3pipe.params.fields import Params, is_foreign_code
-from sd3pipe.params.refused import ALREADY_SO, REFUSED
-from sd3pipe.params.resolve import nearest
-from sd3pipe.project.kohya_options import DATASET_OPTIONS, OTHER_OPTIONS, PATH_OPTIONS, TRAIN_OPTIONS, KohyaOption
+from sd3pipe.models.hub import is_hub_id
+from sd3pipe.params.fields import is_foreign_code
+from sd3pipe.params.sd_scripts import OPTIONS, SECRETS
 
-SCRIPT = "sd3_train_network.py"
-Stages = Mapping[str, type[Params]]
+Given = Mapping[str, Any]
+STAGES = ("encode_text", "encode_latents", "train", "export")
+_PROMPT_FILES = (".txt", ".toml", ".json")
+_LYCORIS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr"}  # its algo -> our adapter_type
+_LYCORIS_ARGS = {"factor": "lokr_factor"}
+_ENDS_ABOVE_ZERO = ("cosine_with_min_lr", "warmup_stable_decay")
 
 
 @dataclass(slots=True, kw_only=True)
 class Translation:
-    """What a run of sd-scripts becomes: paths, values per stage, and what to tell, sorted by how much it matters."""
+    """What a run of sd-scripts becomes: values for each file of the project, and lines to tell.
+
+    `left_out` holds, by file and key, values that are written commented out and why.
+    """
 
     name: str = "last"
     paths: dict[str, str] = field(default_factory=dict)
-    values: dict[str, dict[str, Any]] = field(default_factory=dict)
-    dataset: dict[str, Any] = field(default_factory=dict)  # keys for the dataset file's [general]
-    dataset_file: Path | None = None
-    picture_folders: list[tuple[Path, bool]] = field(default_factory=list)  # train_data_dir, reg_data_dir
-    dropped: list[str] = field(default_factory=list)  # changes what is trained: told first
-    refused: list[str] = field(default_factory=list)
+    values: dict[str, dict[str, Any]] = field(default_factory=lambda: {stage: {} for stage in STAGES})
+    dataset: dict[str, Any] = field(default_factory=dict)  # for the dataset file's [general]
+    prompts: str | None = None  # text of a prompt file that the GUI would write
+    left_out: dict[tuple[str, str], list[tuple[Any, str]]] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)  # acts there and not here: told first
     changed: list[str] = field(default_factory=list)
-    same: list[str] = field(default_factory=list)
+    idle: dict[str, str] = field(default_factory=dict)  # option -> why it has no effect
+
+    def leave_out(self, file: str, key: str, value: Any, reason: str) -> None:
+        self.left_out.setdefault((file, key), []).append((value, reason))
+
+    def put(self, file: str, key: str, value: Any) -> None:
+        """Puts a value into the file that it belongs to."""
+        target = self.dataset if file == "dataset" else self.paths if file == "project" else self.values[file]
+        target[key] = value
 
 
-def read_command(text: str) -> dict[str, Any]:
-    """Returns the options of a command line, by name; of a --config_file, too, which the command line beats.
+def translate(given: Given, *, with_defaults: bool = True) -> Translation:
+    """Returns the project that does what sd-scripts would do with the options `given`.
 
-    Raises ParameterError if it is no command of sd3_train_network.py.
+    Without defaults, what they do not say is left to sd3pipe's own.
     """
-    try:
-        words = [word for word in shlex.split(text.replace("\\\n", " ").replace("^\n", " ")) if word.strip()]
-    except ValueError as error:
-        raise ParameterError(f"the command cannot be split into words: {error}") from error
-    scripts = [number for number, word in enumerate(words) if Path(word).name.endswith(".py")]
-    if scripts and Path(words[scripts[0]]).name != SCRIPT:
-        raise ParameterError(f"{words[scripts[0]]}: only commands of {SCRIPT} (SD3 LoRA training) can be translated")
-    words = words[scripts[0] + 1 :] if scripts else words
-    given: dict[str, Any] = {}
-    name: str | None = None
-    for word in words:
-        if word.startswith("--"):
-            name, has_value, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            given[name] = [value] if has_value else []
-        elif name is None:
-            raise ParameterError(f"{word}: is not an option of {SCRIPT}")
-        else:
-            given[name].append(word)
-    options = {key: _from_words(key, values) for key, values in given.items()}
-    if "config_file" not in options:
-        return options
-    config = options.pop("config_file")
-    if not isinstance(config, str):
-        raise ParameterError("--config_file: names no file")
-    return {**read_config(Path(config if config.endswith(".toml") else f"{config}.toml")), **options}
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Returns the options of an sd-scripts config file, whose tables are headings only. Raises ParameterError."""
-    return dict(flatten(read_toml(path)))
-
-
-def translate(given: Mapping[str, Any], stages: Stages) -> Translation:
-    """Returns the project that does what sd-scripts would do with the options `given`."""
-    result = Translation(name=str(given.get("output_name") or "last"))
-    result.values = {stage: {} for stage in stages}
-    _warn_of_text_encoder_lora(given, result)
-    for key, value in given.items():
-        _translate_given(key, value, stages, result)
-    for key, option in TRAIN_OPTIONS.items():
-        if key not in given and option.default is not None:
-            _set(key, option.default, stages, result)
-    _fix_meanings(given, result)
-    result.dataset |= {
-        key: option.default
-        for key, option in DATASET_OPTIONS.items()
-        if option.default is not None and key not in given
-    }
+    asked = {name: value for name, value in given.items() if name not in OPTIONS or not OPTIONS[name].is_off(value)}
+    result = Translation()
+    if with_defaults:
+        _write_defaults(asked, result)
+    for name, value in asked.items():
+        _translate(name, value, result)
+    _take_synonyms(asked, result)
+    _name(asked, result)
+    _tell_of_text_encoders(asked, result)
+    _fix_network(asked, result)
+    _fix_optimizer(asked, result)
+    _fix_occasions(asked, result, with_defaults)
+    _fix_loss(asked, result, with_defaults)
+    _fix_rest(asked, result, with_defaults)
     return result
 
 
-def _translate_given(key: str, value: Any, stages: Stages, result: Translation) -> None:
-    if key in PATH_OPTIONS:
-        result.paths[PATH_OPTIONS[key]] = str(value)
-    elif key == "dataset_config":
-        result.dataset_file = Path(str(value))
-    elif key in ("train_data_dir", "reg_data_dir"):
-        result.picture_folders.append((Path(str(value)), key == "reg_data_dir"))
-    elif key == "output_name":
-        pass
-    elif key in DATASET_OPTIONS:
-        result.dataset[key] = value
-    elif key == "network_module" and value != "networks.lora_sd3":
-        result.changed.append(f"network_module = {value}: fails for SD3 in sd-scripts; taken as networks.lora_sd3")
-    elif key in ALREADY_SO:
-        answer = ALREADY_SO[key].answer(value)
-        (result.same if answer.accepted else result.refused).append(f"{key} = {value}: {answer.text}")
-    elif not _set(key, value, stages, result):
-        _refuse(key, value, result)
+def shown(name: str, value: Any) -> str:
+    """Returns an option as a line can show it."""
+    return name if value is True or name in SECRETS else f"{name} = {value}"
 
 
-def _set(key: str, value: Any, stages: Stages, result: Translation) -> bool:
-    """Puts a value into the stage that has an option of that name; returns whether there is one."""
-    for stage, model in stages.items():
-        if key in model.model_fields:
-            result.values[stage][key] = value
-            return True
-    return False
+def located(value: str) -> tuple[str, str | None]:
+    """Returns an input's path as it holds from anywhere, and why it cannot be used here, if so."""
+    path = Path(value).expanduser()
+    if path.exists():
+        return str(path.absolute()), None
+    return value, "is a path of Windows" if _is_of_windows(value) else "is not here"
 
 
-def _refuse(key: str, value: Any, result: Translation) -> None:
-    if key in REFUSED:
-        result.refused.append(f"{key} = {value}: {REFUSED[key]}")
-    elif key in TRAIN_OPTIONS or key in OTHER_OPTIONS:
-        result.refused.append(f"{key} = {value}: sd3pipe has no such option")
-    else:
-        known = (*TRAIN_OPTIONS, *DATASET_OPTIONS, *PATH_OPTIONS, *ALREADY_SO, *REFUSED)
-        result.refused.append(f"{key} = {value}: sd-scripts has no such option{nearest(key, known)}")
+def _is_of_windows(value: str) -> bool:
+    return not Path("C:/").is_absolute() and (bool(PureWindowsPath(value).drive) or "\\" in value)
 
 
-def _warn_of_text_encoder_lora(given: Mapping[str, Any], result: Translation) -> None:
-    if given.get("network_train_unet_only") is not True:
-        result.dropped.append(
+def _write_defaults(asked: Given, result: Translation) -> None:
+    for name, row in OPTIONS.items():
+        for place in row.places:
+            if name not in asked and row.default is not None and place.value is None:
+                result.put(place.file, place.key, row.default)
+
+
+def _translate(name: str, value: Any, result: Translation) -> None:
+    row = OPTIONS.get(name)
+    if row is None:
+        near = next(iter(difflib.get_close_matches(name, OPTIONS, n=1)), None)
+        hint = f" (did you mean {near}?)" if near else ""
+        result.lost.append(f"{shown(name, value)}: sd-scripts has no such option{hint}")
+    elif row.fate == "idle" or (row.fate == "met" and value in row.met):
+        result.idle[name] = f"{shown(name, value)}: {row.text}"
+    elif row.fate == "refused":
+        result.lost.append(f"{shown(name, value)}: {row.text}")
+    elif row.fate == "met" and name != "network_module":
+        result.changed.append(f"{shown(name, value)}: {row.otherwise}")
+    for place in row.places if row else ():
+        if place.key == name or place.value is not None:
+            result.put(place.file, place.key, value if place.value is None else place.value)
+
+
+def _take_synonyms(asked: Given, result: Translation) -> None:
+    """Options that stand under another name here beat the ones of that name, as unet_lr beats learning_rate there."""
+    for name, value in asked.items():
+        for place in OPTIONS[name].places if name in OPTIONS else ():
+            if place.key != name:
+                result.put(place.file, place.key, value if place.value is None else place.value)
+
+
+def _name(asked: Given, result: Translation) -> None:
+    given = str(asked.get("output_name") or result.name)
+    result.name = re.split(r"[/\\]", given)[-1].strip(". ") or result.name
+    if result.name != given:
+        result.changed.append(f"output_name = {given}: the run is called {result.name}")
+
+
+def _tell_of_text_encoders(asked: Given, result: Translation) -> None:
+    if asked.get("network_train_unet_only") is not True:
+        result.lost.append(
             "text encoder LoRA: without --network_train_unet_only sd-scripts trains CLIP-L and CLIP-G, too; here text "
             "encoders are not trained, since their outputs are cached. The MMDiT's part is the same"
         )
 
 
-def _fix_meanings(given: Mapping[str, Any], result: Translation) -> None:
-    """Writes out what sd-scripts does without saying, and names the places where the same value acts otherwise."""
-    train = result.values["train"]
-    train["loss_form"] = "x0"
-    result.same.append("loss_form = x0: sd-scripts' loss compares x - sigma v with the latents")
+def _fix_network(asked: Given, result: Translation) -> None:
+    train, module = result.values["train"], asked.get("network_module")
     if train.get("network_alpha") == 0:
-        train["network_alpha"] = train.get("network_dim", 4)
-    if train.pop("masked_loss", False):
-        train["masked_loss"] = "sum"
-    if train.get("optimizer_type") == "":
-        train["optimizer_type"] = "AdamW"
+        train["network_alpha"] = train.get("network_dim", OPTIONS["network_dim"].default)
+    if module == "lycoris.kohya":
+        _fix_lycoris(train, result)
+    elif module is not None and module != "networks.lora_sd3":
+        result.changed.append(f"network_module = {module}: fails for SD3 in sd-scripts; taken as networks.lora_sd3")
+    for key in ("network_weights", "base_weights"):
+        if key in train:
+            _locate(key, train, result)
+
+
+def _fix_lycoris(train: dict[str, Any], result: Translation) -> None:
+    """Takes LyCORIS' own network_args into options."""
+    args = dict(arg.partition("=")[::2] for arg in train.get("network_args", []))
+    algorithm = args.pop("algo", "lora")
+    kind = _LYCORIS.get(algorithm.lower())
+    if kind == "lora" and args.pop("dora_wd", "").lower() == "true":
+        kind = "dora"
+    if kind is None:
+        result.lost.append(f"algo = {algorithm}: sd3pipe trains lora, dora, loha and lokr; taken as lora")
+    if "dropout" in args:
+        train["network_dropout"] = float(args.pop("dropout"))
+    train["adapter_type"] = kind or "lora"
+    train["network_args"] = [f"{_LYCORIS_ARGS.get(key, key)}={value}" for key, value in args.items()]
+    result.changed.append(f"network_module = lycoris.kohya: adapter_type = {train['adapter_type']}, in the same layers")
+
+
+def _locate(key: str, train: dict[str, Any], result: Translation) -> None:
+    """Makes paths of adapters absolute; if one is not here, all of that option are left out."""
+    value = train[key]
+    found = [located(path) for path in (value if isinstance(value, list) else [value])]
+    problem = next((f"{path} {problem}" for path, problem in found if problem), None)
+    if problem:
+        result.leave_out("train", key, train.pop(key), problem)
+    else:
+        train[key] = [path for path, _ in found] if isinstance(value, list) else found[0][0]
+
+
+def _fix_optimizer(asked: Given, result: Translation) -> None:
+    train = result.values["train"]
     if is_foreign_code(train.get("optimizer_type")):
         result.changed.append(
             f"optimizer_type = {train['optimizer_type']}: is imported and run, which a file may not ask for by itself: "
             "pass --allow-code to `sd3pipe run` or `train`"
         )
     if str(train.get("optimizer_type")).lower() == "adafactor":
-        train["optimizer_args"] = _adafactor_args(train.get("optimizer_args") or [])
-    if given.get("max_train_epochs") is not None:
+        _fix_adafactor(asked, train, result)
+    ratio = asked.get("lr_scheduler_min_lr_ratio")
+    if ratio is not None and train.get("lr_scheduler") not in _ENDS_ABOVE_ZERO:
+        train.pop("lr_scheduler_min_lr_ratio")
+        reason = f"sd-scripts takes it for {' and '.join(_ENDS_ABOVE_ZERO)} only; here every falling schedule does"
+        result.leave_out("train", "lr_scheduler_min_lr_ratio", ratio, reason)
+
+
+def _fix_adafactor(asked: Given, train: dict[str, Any], result: Translation) -> None:
+    """Writes out the arguments that sd-scripts sets, and the schedule that it puts in place of the given one."""
+    args = list(train.get("optimizer_args") or [])
+    named = {name.strip(): value.strip() for name, _, value in (arg.partition("=") for arg in args)}
+    for name in ("relative_step", "scale_parameter"):
+        if name not in named:
+            args.append(f"{name}=True")
+    train["optimizer_args"] = args
+    relative = named.get("relative_step", "True") == "True"
+    if relative or str(asked.get("lr_scheduler")).startswith("adafactor"):
+        train |= {"lr_scheduler": "constant", "lr_warmup_steps": 0}
+    if relative:
+        ignored = [name for name in ("learning_rate", "unet_lr", "lr_scheduler", "lr_warmup_steps") if name in asked]
+        for name in ignored:
+            result.idle[name] = f"{shown(name, asked[name])}: with relative_step=True Adafactor sets its steps itself"
+
+
+def _fix_occasions(asked: Given, result: Translation, with_defaults: bool) -> None:
+    """Writes when a run saves, samples and validates, where our own defaults would do it as well."""
+    train = result.values["train"]
+    if "max_train_epochs" in asked:
         train.pop("max_train_steps", None)
-    if given.get("blocks_to_swap") is None:
-        train["blocks_to_swap"] = 0
+    ratio = asked.get("save_n_epoch_ratio")
+    if isinstance(ratio, int) and ratio > 0:
+        counted = "epochs" if "max_train_epochs" in train else "steps"
+        all_of_them = train.get(f"max_train_{counted}", OPTIONS["max_train_steps"].default)
+        train[f"save_every_n_{counted}"] = max(1, int(all_of_them) // ratio)
+        result.changed.append(f"save_n_epoch_ratio = {ratio}: save_every_n_{counted} = {all_of_them} / {ratio}")
+    for what in ("save", "sample", "validate"):
+        by_steps, by_epochs = f"{what}_every_n_steps", f"{what}_every_n_epochs"
+        if what == "sample" and by_steps in train and by_epochs in train:  # epochs win there
+            result.leave_out("train", by_steps, train.pop(by_steps), "sd-scripts counts the epochs if both are given")
+        if with_defaults or by_epochs in train:
+            train.setdefault(by_steps, 0)
+    if with_defaults:
+        train.setdefault("validate_every_n_epochs", 1)
+    if train.get("sample_at_first") and not (train.get("sample_every_n_steps") or train.get("sample_every_n_epochs")):
+        counted = "epochs" if "max_train_epochs" in train else "steps"
+        train[f"sample_every_n_{counted}"] = train.get(f"max_train_{counted}", 1)
+        result.changed.append("sample_at_first: samples are drawn at the end, too")
+
+
+def _fix_loss(asked: Given, result: Translation, with_defaults: bool) -> None:
+    train = result.values["train"]
+    if with_defaults:
+        train["loss_form"] = "x0"  # sd-scripts' loss compares x - sigma v with the latents
     if train.get("loss_type") not in ("huber", "smooth_l1"):
         for key in ("huber_c", "huber_scale", "huber_schedule"):
-            train.pop(key, None)
-    if given.get("seed") is None:
-        result.changed.append(
-            "seed: sd-scripts draws one; here it is 42 unless you set one, so that a run can be repeated"
-        )
+            if key not in asked:
+                train.pop(key, None)
+    elif train.get("huber_schedule") == "snr":
+        result.changed.append("huber_schedule = snr: sd-scripts fails with it on SD3; here it follows the noise level")
+
+
+def _fix_rest(asked: Given, result: Translation, with_defaults: bool) -> None:
+    train = result.values["train"]
+    if with_defaults:
+        train.setdefault("blocks_to_swap", 0)
+    if "logging_dir" in train:
+        train.setdefault("log_with", "tensorboard")
+        _place_output("train", "logging_dir", train, result)
+    if "thumbnail" in result.values["export"]:
+        path, problem = located(str(result.values["export"].pop("thumbnail")))
+        if problem:
+            result.leave_out("export", "thumbnail", path, problem)
+        else:
+            result.put("export", "thumbnail", path)
+    if "seed" not in asked:
+        result.changed.append("seed: sd-scripts draws one; here it is 42, so that a run can be repeated")
+    masks = [name for name in ("apply_lg_attn_mask", "apply_t5_attn_mask") if asked.get(name)]
+    if masks and not (asked.get("cache_text_encoder_outputs") or asked.get("cache_text_encoder_outputs_to_disk")):
+        result.changed.append(f"{', '.join(masks)}: sd-scripts ignores it unless text encoder outputs are cached")
+    _locate_paths(result)
     result.changed += [
         "latents: sd-scripts caches one random draw per picture; here train draws anew from the cached moments",
         "timesteps: sd-scripts rounds them to the compute type (507 values in bfloat16); here they stay float32",
@@ -177,37 +271,24 @@ def _fix_meanings(given: Mapping[str, Any], result: Translation) -> None:
     ]
 
 
-def _adafactor_args(args: list[str]) -> list[str]:
-    """Returns the arguments with the ones that sd-scripts sets unless they are given."""
-    named = {arg.partition("=")[0].strip() for arg in args}
-    return [*args, *(f"{key}=True" for key in ("relative_step", "scale_parameter") if key not in named)]
+def _locate_paths(result: Translation) -> None:
+    """Makes the paths of project.toml hold from anywhere; what is not here is left out."""
+    prompts = result.paths.get("sample_prompts")
+    if prompts is not None and Path(prompts).suffix.lower() not in _PROMPT_FILES:
+        result.prompts, result.paths["sample_prompts"] = prompts, "sample_prompts.txt"
+    for key, value in list(result.paths.items()):
+        if key == "loras_dir":
+            _place_output("project", key, result.paths, result)
+        elif not (key == "model" and is_hub_id(value)) and not (key == "sample_prompts" and result.prompts):
+            result.paths[key], problem = located(value)
+            if problem:
+                result.leave_out("project", key, result.paths.pop(key), problem)
 
 
-def _from_words(key: str, words: list[str]) -> Any:
-    option = TRAIN_OPTIONS.get(key) or DATASET_OPTIONS.get(key)
-    if not words:
-        return True
-    return [_parsed(option, word) for word in words] if option and option.kind == "list" else _parsed(option, words[0])
-
-
-def _parsed(option: KohyaOption | None, word: str) -> Any:
-    if option is None:
-        return True if word.lower() == "true" else False if word.lower() == "false" else word
-    try:
-        match option.kind:
-            case "int":
-                return int(word)
-            case "float":
-                return float(word)
-            case "int_or_float":
-                return _ratio_or_steps(word)
-    except (ValueError, OverflowError) as error:
-        raise ParameterError(f"{word}: is not a number, as {SCRIPT} would want here") from error
-    return word
-
-
-def _ratio_or_steps(word: str) -> int | float:
-    if word.endswith("%"):
-        return float(word[:-1]) / 100
-    number = float(word)
-    return int(number) if number >= 1 else number
+def _place_output(file: str, key: str, values: dict[str, Any], result: Translation) -> None:
+    """Makes a folder that is to be written hold from anywhere: sd-scripts takes it from the current one."""
+    value = str(values.pop(key))
+    if _is_of_windows(value):
+        result.leave_out(file, key, value, "is a path of Windows")
+    else:
+        values[key] = str(Path(value).expanduser().absolute())

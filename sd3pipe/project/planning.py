@@ -10,11 +10,10 @@ from pydantic import JsonValue
 
 from sd3pipe.cache.folder import machine_folder
 from sd3pipe.console import readable_bytes, readable_seconds
-from sd3pipe.data.buckets import NoBucket
 from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.geometry import views
 from sd3pipe.data.scan import scan
-from sd3pipe.errors import ParameterError
+from sd3pipe.errors import ParameterError, UnreadablePicture
 from sd3pipe.memory.plan import (
     Prediction,
     Rates,
@@ -142,7 +141,7 @@ def _disk(dataset: Path, t5_tokens: int) -> dict[str, int]:
     found = scan(load_dataset(dataset), StatMemory(machine_folder(Path("caches/latents")) / "stat.json"))
     pixels = 0
     for picture in found.pictures:
-        with contextlib.suppress(NoBucket):
+        with contextlib.suppress(UnreadablePicture):
             pixels += sum(math.prod(view.cut.size) for view in views(picture, crop_variants=4, seed=42))
     captions = len({picture.caption for picture in found.pictures}) + 1  # and the empty one
     return {"latents": latent_bytes(pixels), "text": captions * text_row_bytes(t5_tokens)}

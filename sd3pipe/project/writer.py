@@ -1,18 +1,20 @@
 """Writes the files of a new project, all or none."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sd3pipe.documents import holds
 from sd3pipe.errors import ParameterError
 from sd3pipe.files import atomic_file, make_folder, sync_file
-from sd3pipe.params.stage_file import toml_value
+from sd3pipe.params.stage_file import left_out_line, toml_value
 
 
-def project_toml(paths: Mapping[str, str]) -> str:
-    """Returns the text of project.toml."""
-    lines = [f"{key} = {toml_value(value)}" for key, value in paths.items()]
+def project_toml(paths: Mapping[str, str], left_out: Mapping[str, Sequence[tuple[Any, str]]] | None = None) -> str:
+    """Returns the text of project.toml; what is `left_out` is shown commented out with the reason."""
+    lines = [left_out_line(key, *item) for key, items in (left_out or {}).items() for item in items]
+    lines += [f"{key} = {toml_value(value)}" for key, value in paths.items()]
     return "\n".join(
         ["# Where things are; relative paths start here. dvc.yaml reads this file, too.", "[paths]", *lines, ""]
     )

@@ -75,3 +75,38 @@ def test_a_switch_with_a_default_of_its_own_takes_no_value(word, expected, monke
     words = ["train", "--model=m", "--text=t", "--latents=l", "--out=o", *([word] if word else [])]
     assert cli.run(words) == 0
     assert seen[0].torch_compile is expected
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--noise_offset", "0.1"], "--noise-offset: not supported: sd-scripts accepts it for SD3 and ignores it"),
+        (["--cache_latents=false"], "--cache-latents: the encode stages always write a cache on disk: remove the key"),
+        (["--flip_aug"], "--flip-aug: it belongs in dataset.toml"),
+        (["--image_dir", "x"], "--image-dir: it belongs in dataset.toml"),
+        (["--fp8_base"], '--fp8-base: say base_dtype = "fp8" in stages/train.toml'),
+        (["--t5xxl_max_token_length=77"], "--t5xxl-max-token-length: belongs to the stage encode-text"),
+        (["--network_dmi", "4"], "--network-dmi: unknown option (did you mean network_dim?)"),
+        (["--caption_dropout_rte=1"], "(did you mean caption_dropout_rate? it belongs in dataset.toml)"),
+        (["--sdpa", "--seed", "word"], "--sdpa: attention always runs through torch's scaled_dot_product_attention"),
+        (["--xformers", "--seed=word"], "--seed word: must be a valid integer"),
+    ],
+)
+def test_words_that_are_no_option_of_a_stage_get_the_answer_that_files_get(words, line, capsys):
+    assert cli.run(["train", "--model=m", "--text=t", "--latents=l", "--out=o", *words]) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_a_wish_that_is_met_anyway_is_taken_with_its_value(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr("sd3pipe.commands.train.main", seen.append)
+    words = ["--sdpa", "--network_module", "networks.lora_sd3", "--network_dim=4", "--save_model_as=safetensors"]
+    assert cli.run(["train", "--model=m", "--text=t", "--latents=l", "--out=o", *words]) == 0
+    assert seen[0].network_dim == 4
+    assert capsys.readouterr().err.count("\n") == 3
+
+
+def test_words_behind_two_dashes_stay_as_they_are():
+    assert normalise(ToyParams, ["--network_dim=4", "--", "--output_dir", "a_b"]) == [
+        "--network-dim=4", "--", "--output_dir", "a_b",
+    ]  # fmt: skip

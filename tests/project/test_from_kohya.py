@@ -4,14 +4,17 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from support.command_line import sd3pipe
 from support.photographs import write_photographs
 from support.tiny_base import write_tiny_base
 
+from sd3pipe.commands.from_kohya import main
 from sd3pipe.errors import ParameterError
-from sd3pipe.params.command_line import load_stage_models
-from sd3pipe.project.kohya import read_command, translate
-from sd3pipe.project.kohya_options import TRAIN_OPTIONS
+from sd3pipe.params.from_kohya import FromKohyaParams
+from sd3pipe.params.sd_scripts import OPTIONS
+from sd3pipe.project.kohya import Translation, translate
+from sd3pipe.project.kohya_source import read_command
 
 DOCUMENTED = """accelerate launch \\
   --num_cpu_threads_per_process 1 sd3_train_network.py \\
@@ -45,31 +48,62 @@ def command(tmp_path) -> str:
     )
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """The current folder, with two pictures as --train_data_dir wants them and an adapter."""
+    (tmp_path / "td" / "10_sks cat").mkdir(parents=True)
+    for number in range(2):
+        Image.new("RGB", (64, 64), (40 * number, 90, 30)).save(tmp_path / "td" / "10_sks cat" / f"{number}.png")
+    (tmp_path / "old.safetensors").touch()
+    (tmp_path / "prompts.txt").write_text("a cat --d 1")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def translated(*words: str, **options) -> dict[str, str]:
+    """Translates a command with the pictures of `here`, and returns the texts of the project by name."""
+    number = len(list(Path().glob("project-*")))
+    out = Path(f"project-{number}")
+    source = ("sd3_train_network.py", "--train_data_dir=td", "--resolution=64", *words)
+    main(FromKohyaParams(source=source, out=out, **options))
+    return {str(file.relative_to(out)): file.read_text() for file in sorted(out.rglob("*")) if file.is_file()}
+
+
+def values(texts: dict[str, str], stage: str) -> dict:
+    return tomllib.loads(texts[f"stages/{stage}.toml"])
+
+
+def translation(text: str) -> Translation:
+    return translate(read_command(f"sd3_train_network.py {text}"))
+
+
 def stage_values(folder: Path, stage: str) -> dict:
     return tomllib.loads((folder / "stages" / f"{stage}.toml").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
-    ("given", "written"),
+    ("given", "written", "scheduler"),
     [
-        ([], ["relative_step=True", "scale_parameter=True"]),
+        ([], ["relative_step=True", "scale_parameter=True"], "constant"),
         (
             ["relative_step=False", "warmup_init=False"],
             ["relative_step=False", "warmup_init=False", "scale_parameter=True"],
+            "cosine",
         ),
-        (["scale_parameter=False", "relative_step=False"], ["scale_parameter=False", "relative_step=False"]),
+        (["scale_parameter=False", "relative_step=False"], ["scale_parameter=False", "relative_step=False"], "cosine"),
     ],
 )
-def test_adafactor_gets_the_arguments_that_sd_scripts_sets(given, written):
-    options = {"optimizer_type": "AdaFactor", **({"optimizer_args": given} if given else {})}
-    train = translate(options, load_stage_models()).values["train"]
+def test_adafactor_gets_the_arguments_and_the_schedule_that_sd_scripts_sets(given, written, scheduler):
+    options = {"optimizer_type": "AdaFactor", "lr_scheduler": "cosine", **({"optimizer_args": given} if given else {})}
+    train = translate(options).values["train"]
     assert train["optimizer_args"] == written
+    assert train["lr_scheduler"] == scheduler
 
 
 def test_an_optimizer_of_a_package_is_said_to_need_the_user_s_word():
-    lines = translate({"optimizer_type": "pytorch_optimizer.CAME"}, load_stage_models()).changed
+    lines = translate({"optimizer_type": "pytorch_optimizer.CAME"}).changed
     assert any("optimizer_type = pytorch_optimizer.CAME" in line and "--allow-code" in line for line in lines)
-    assert not any("--allow-code" in line for line in translate({}, load_stage_models()).changed)
+    assert not any("--allow-code" in line for line in translate({}).changed)
 
 
 def test_documented_example_is_translated_value_by_value(command, tmp_path):
@@ -84,7 +118,7 @@ def test_documented_example_is_translated_value_by_value(command, tmp_path):
     paths = tomllib.loads((tmp_path / "project" / "project.toml").read_text())["paths"]
     assert paths["loras_dir"].endswith("O") and paths["run"] == "runs/my_sd3_lora"
     lines = done.stdout.splitlines()
-    assert lines[0] == "Not trained any more:" and "CLIP-L and CLIP-G" in lines[1]
+    assert lines[0] == "Not done here:" and "CLIP-L and CLIP-G" in lines[1]
     assert "networks.lora: fails for SD3 in sd-scripts" in done.stdout
     assert "blocks_to_swap = 32: the model has 2 blocks" in done.stdout
 
@@ -98,28 +132,32 @@ def test_dataset_file_keeps_its_meaning_with_defaults_written_out(command, tmp_p
     assert tables["datasets"][0]["subsets"][0]["num_repeats"] == 3
 
 
-def test_every_option_of_ours_that_sd_scripts_has_gets_its_default():
-    stages = load_stage_models()
-    translation = translate({"output_name": "x"}, stages)
-    for key, option in TRAIN_OPTIONS.items():
-        stage = next((name for name, model in stages.items() if key in model.model_fields), None)
-        skipped = {"huber_c", "huber_scale", "huber_schedule", "masked_loss"}
-        if stage is not None and option.default is not None and key not in skipped:
-            assert key in translation.values[stage], key
+def test_every_default_of_sd_scripts_is_written_out(here):
+    texts = translated()
+    for name, row in OPTIONS.items():
+        for place in row.places:
+            if row.default is None or place.value is not None or place.file == "dataset":
+                continue
+            if name in ("huber_c", "huber_scale", "huber_schedule"):  # of other losses
+                continue
+            assert values(texts, place.file)[place.key] == row.default, name
+    general = tomllib.loads(texts["dataset.toml"])["general"]
+    assert (general["caption_extension"], general["enable_bucket"], general["max_bucket_reso"]) == (
+        ".caption", False, 1024,
+    )  # fmt: skip
 
 
-def test_ignored_options_are_refused_with_the_reason():
-    translation = translate(
-        read_command("sd3_train_network.py --min_snr_gamma 5 --noise_offset=0.1 --network_train_unet_only"),
-        load_stage_models(),
-    )
-    assert not translation.dropped
-    assert len(translation.refused) == 2 and all("ignores it" in line for line in translation.refused)
+def test_options_without_effect_are_counted_and_explained_on_request(here, capsys):
+    translated("--min_snr_gamma=5", "--noise_offset=0.1", "--network_train_unet_only")
+    short = capsys.readouterr().out
+    assert "Without effect: 3 options (min_snr_gamma, noise_offset, network_train_unet_only); --all says why" in short
+    assert "Not done here" not in short
+    translated("--min_snr_gamma=5", "--noise_offset=0.1", all=True)
+    assert capsys.readouterr().out.count("ignores it") == 2
 
 
 def test_misspelt_option_names_the_nearest():
-    translation = translate(read_command("sd3_train_network.py --network_dmi 4"), load_stage_models())
-    assert "did you mean network_dim?" in translation.refused[0]
+    assert any("did you mean network_dim?" in line for line in translation("--network_dmi 4").lost)
 
 
 def test_another_script_is_refused():
