@@ -2,8 +2,6 @@
 
 import logging
 
-from torch.optim import Optimizer
-
 from sd3pipe.diffusion.precision import BASE_DTYPES
 from sd3pipe.diffusion.prompts import read_prompts
 from sd3pipe.diffusion.sampler import DEFAULTS
@@ -13,12 +11,11 @@ from sd3pipe.models.checkpoint import load_vae
 from sd3pipe.models.sources import find_component
 from sd3pipe.models.vae import VAE
 from sd3pipe.params.train import TrainParams
-from sd3pipe.training.objective import Objective
 from sd3pipe.training.processes import Processes
 from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.run_folder import RunFolder
 from sd3pipe.training.step_samples import StepSamples
-from sd3pipe.training.trained_weights import TrainedWeights
+from sd3pipe.training.trained_model import TrainedModel
 from sd3pipe.training.training_data import check_widths
 from sd3pipe.words import Precision
 
@@ -28,18 +25,15 @@ log = logging.getLogger(__name__)
 class Sampler:
     """Draws the sample prompts with the weights as they would be saved."""
 
-    def __init__(
-        self, samples: StepSamples, objective: Objective, weights: TrainedWeights, optimizer: Optimizer
-    ) -> None:
-        self._samples, self._objective = samples, objective
-        self._weights, self._optimizer = weights, optimizer
+    def __init__(self, samples: StepSamples, model: TrainedModel) -> None:
+        self._samples, self._model = samples, model
 
     def __call__(self, progressed: Progressed) -> None:
-        network, samples = self._objective.network, self._samples
+        network, samples = self._model.objective.network, self._samples
         network.eval()
         if samples.vae is not None:
             samples.vae.to(samples.device)
-        with self._weights.delivered(self._optimizer):
+        with self._model.weights.delivered(self._model.optimizer):
             samples.draw(progressed.step)
         if samples.vae is not None:
             samples.vae.to("cpu")  # its memory belongs to training in between
@@ -58,9 +52,7 @@ def check_prompts(params: TrainParams, architecture: MMDiTArchitecture) -> None:
 def make_sampler(
     params: TrainParams,
     run: RunFolder,
-    objective: Objective,
-    weights: TrainedWeights,
-    optimizer: Optimizer,
+    model: TrainedModel,
     processes: Processes,
     precision: Precision,
 ) -> Sampler | None:
@@ -73,16 +65,17 @@ def make_sampler(
             params.prompts,
         )
         return None
+    mmdit = model.objective.mmdit
     samples = StepSamples(
         run,
         read_prompts(params.prompts),
-        mmdit=objective.mmdit,
+        mmdit=mmdit,
         vae=_find_vae(params),
-        defaults=DEFAULTS[params.samples.variant or objective.mmdit.architecture.variant],
+        defaults=DEFAULTS[params.samples.variant or mmdit.architecture.variant],
         device=processes.device,
         dtype=BASE_DTYPES[precision],
     )
-    return Sampler(samples, objective, weights, optimizer)
+    return Sampler(samples, model)
 
 
 def _find_vae(params: TrainParams) -> VAE | None:

@@ -7,11 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch.amp import GradScaler
-from torch.optim import Optimizer
-
 from sd3pipe.adapters.files import save_adapter
-from sd3pipe.adapters.network import AdapterNetwork
 from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_file, followed, storage_errors, write_json
 from sd3pipe.rules.occasions import SavingRules
@@ -31,7 +27,7 @@ from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.records import forget_after
 from sd3pipe.training.run_folder import RunFolder
 from sd3pipe.training.state_file import read_state, write_state
-from sd3pipe.training.trained_weights import TrainedWeights
+from sd3pipe.training.trained_model import TrainedModel
 from sd3pipe.words import SavePrecision, StoredFormat
 
 log = logging.getLogger(__name__)
@@ -51,10 +47,7 @@ class Saver:
         *,
         run: RunFolder,
         processes: Processes,
-        network: AdapterNetwork,
-        weights: TrainedWeights,
-        optimizer: Optimizer,
-        scaler: GradScaler | None = None,
+        model: TrainedModel,
         state: Mapping[str, Any],
         metadata: Callable[[Progressed], Mapping[str, str]],
         rules: SavingRules,
@@ -64,8 +57,8 @@ class Saver:
         newest: Checkpoint | None = None,
     ) -> None:
         self._run, self._processes = run, processes
-        self._network, self._weights, self._optimizer = network, weights, optimizer
-        self._scaler = scaler
+        self._network, self._weights = model.objective.network, model.weights
+        self._optimizer, self._scaler = model.optimizer, model.scaler
         self._state, self._metadata = state, metadata
         self._rules, self._names = rules, names
         self._loras_dir, self._output_name = loras_dir, output_name

@@ -6,11 +6,10 @@ import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
 from sd3pipe.adapters.files import read_adapter
 from sd3pipe.adapters.kinds import check_option
@@ -21,12 +20,12 @@ from sd3pipe.diffusion.precision import BASE_DTYPES
 from sd3pipe.errors import ParameterError
 from sd3pipe.files import make_folder
 from sd3pipe.memory.plan import Settings
-from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.pos_embed import ScaledPositions
 from sd3pipe.models.sources import ComponentSource
 from sd3pipe.params.train import TrainParams
+from sd3pipe.rules.feeding import EncoderDropout
 from sd3pipe.training.adapter_options import adapter_spec, loraplus_ratio
 from sd3pipe.training.batches import Position, plan_steps
 from sd3pipe.training.compiling import compile_as_wanted
@@ -43,9 +42,10 @@ from sd3pipe.training.records import Records
 from sd3pipe.training.run_folder import RunFolder, Start
 from sd3pipe.training.sampler import check_prompts, make_sampler
 from sd3pipe.training.saving import Saver, loras_file
-from sd3pipe.training.schedules import Schedule, continued, make_schedule
+from sd3pipe.training.schedules import continued, make_schedule
 from sd3pipe.training.step_runner import StepRunner
 from sd3pipe.training.trackers import start_trackers
+from sd3pipe.training.trained_model import TrainedModel
 from sd3pipe.training.trained_weights import TrainedWeights
 from sd3pipe.training.training_data import TrainingData, check_captions
 from sd3pipe.training.validation import Validator
@@ -53,19 +53,6 @@ from sd3pipe.training.validation import Validator
 log = logging.getLogger(__name__)
 
 _LONGEST_NAME = 255  # bytes that a file system takes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Model:
-    """The base, what is trained on it, and what trains that."""
-
-    mmdit: MMDiT
-    streamer: BlockStreamer
-    network: AdapterNetwork
-    weights: TrainedWeights
-    optimizer: Optimizer
-    scaler: torch.amp.GradScaler | None
-    objective: Objective
 
 
 def check_options(params: TrainParams, architecture: MMDiTArchitecture, data: TrainingData, run: RunInputs) -> None:
@@ -123,7 +110,16 @@ def build_loop(
         trackers = functools.partial(start_trackers, params, identity, processes) if params.log_with else None
         records = Records(folder, trackers)
     return Loop(
-        runner=_runner(params, model, data, schedule, processes),
+        runner=StepRunner(
+            model=model,
+            schedule=schedule,
+            processes=processes,
+            subset_names=[rules.name for rules in data.train.rules],
+            max_grad_norm=params.max_grad_norm,
+            max_weight_norm=params.scale_weight_norms,
+            loss_spike_factor=params.bad_loss.loss_spike_factor,
+            layer_major=params.memory.layer_major,
+        ),
         progressed=progressed,
         plan=Plan(
             total_steps=run.total_steps,
@@ -136,12 +132,10 @@ def build_loop(
         saver=saver,
         records=records,
         validate=_validator(params, model, data, processes, records, folder),
-        sample=make_sampler(
-            params, folder, model.objective, model.weights, model.optimizer, processes, run.precision
-        ) if processes.is_main else None,
+        sample=make_sampler(params, folder, model, processes, run.precision) if processes.is_main else None,
         processes=processes,
         streamer=model.streamer,
-    )  # fmt: skip
+    )
 
 
 def _model(
@@ -151,7 +145,7 @@ def _model(
     run: RunInputs,
     settings: Settings,
     device: torch.device,
-) -> _Model:
+) -> TrainedModel:
     mmdit, streamer = load_base(source, dtype=BASE_DTYPES[run.precision], device=device, settings=settings)
     mmdit.gradient_checkpointing = params.memory.gradient_checkpointing
     compile_as_wanted(mmdit, params.numerics, device, run.total_steps)
@@ -168,20 +162,15 @@ def _model(
         params.optimizer.learning_rate,
         loraplus_lr_ratio=loraplus_ratio(params.adapter),
     )
-    return _Model(
-        mmdit=mmdit,
-        streamer=streamer,
-        network=network,
-        weights=weights,
-        optimizer=make_optimizer(
-            params.optimizer.optimizer_type,
-            weights.optimizer_groups(groups),
-            parse_args("optimizer_args", params.optimizer.optimizer_args),
-        ),
-        scaler=torch.amp.GradScaler(device.type) if run.precision == "fp16" else None,
+    optimizer_args = parse_args("optimizer_args", params.optimizer.optimizer_args)
+    return TrainedModel(
         objective=Objective(
             mmdit, network, params.loss, position_crop_rate=params.positions.pos_emb_random_crop_rate
         ),
+        streamer=streamer,
+        weights=weights,
+        optimizer=make_optimizer(params.optimizer.optimizer_type, weights.optimizer_groups(groups), optimizer_args),
+        scaler=torch.amp.GradScaler(device.type) if run.precision == "fp16" else None,
     )  # fmt: skip
 
 
@@ -200,7 +189,7 @@ def _attach_adapter(params: TrainParams, mmdit: MMDiT, run: RunInputs, device: t
 
 def _saver(
     params: TrainParams,
-    model: _Model,
+    model: TrainedModel,
     data: TrainingData,
     run: RunInputs,
     processes: Processes,
@@ -211,12 +200,11 @@ def _saver(
     return Saver(
         run=folder,
         processes=processes,
-        network=model.network,
-        weights=model.weights,
-        optimizer=model.optimizer,
-        scaler=model.scaler,
+        model=model,
         state=state,
-        metadata=functools.partial(adapter_metadata, params, data, run, variant=model.mmdit.architecture.variant),
+        metadata=functools.partial(
+            adapter_metadata, params, data, run, variant=model.objective.mmdit.architecture.variant
+        ),
         rules=params.saving,
         names=data.train.names,
         output_name=params.output_name or params.out.name,
@@ -225,28 +213,9 @@ def _saver(
     )
 
 
-def _runner(
-    params: TrainParams, model: _Model, data: TrainingData, schedule: Schedule, processes: Processes
-) -> StepRunner:
-    return StepRunner(
-        objective=model.objective,
-        network=model.network,
-        weights=model.weights,
-        optimizer=model.optimizer,
-        schedule=schedule,
-        processes=processes,
-        subset_names=[rules.name for rules in data.train.rules],
-        max_grad_norm=params.max_grad_norm,
-        max_weight_norm=params.scale_weight_norms,
-        loss_spike_factor=params.bad_loss.loss_spike_factor,
-        scaler=model.scaler,
-        layer_major=model.streamer if params.memory.layer_major else None,
-    )
-
-
 def _validator(
     params: TrainParams,
-    model: _Model,
+    model: TrainedModel,
     data: TrainingData,
     processes: Processes,
     records: Records | None,
@@ -259,19 +228,16 @@ def _validator(
     if not len(data.validation):
         return None
     seed = params.validation.validation_seed
-    rules = FeedRules(
+    rules = replace(
+        _feed_rules(params, model),
         seed=params.seed if seed is None else seed,
-        sampling=params.noise,
-        use_masks=params.loss.masked_loss != "off",
-        context_dtype=model.mmdit.context_embedder.compute_dtype,
+        encoder_dropout=EncoderDropout(),
     )
     return Validator(
         feed=Feed(data.validation, data.latents, data.text, rules),
         batch_size=params.batches.train_batch_size,
         max_batches=params.validation.max_validation_steps,
-        objective=model.objective,
-        weights=model.weights,
-        optimizer=model.optimizer,
+        model=model,
         processes=processes,
         records=records,
         run=folder,
@@ -279,7 +245,7 @@ def _validator(
 
 
 def _steps_from(
-    params: TrainParams, data: TrainingData, model: _Model, processes: Processes, position: Position
+    params: TrainParams, data: TrainingData, model: TrainedModel, processes: Processes, position: Position
 ) -> Iterator[Step]:
     """Returns the tensors of the steps from a position on, for this process."""
     on_gpu = processes.device.type == "cuda"
@@ -293,14 +259,17 @@ def _steps_from(
         rank=processes.rank,
         num_ranks=processes.count,
     )
-    rules = FeedRules(
+    feed = Feed(data.train, data.latents, data.text, _feed_rules(params, model))
+    workers = (2 if on_gpu else 0) if workers is None else workers
+    steps = load_steps(feed, plans, workers=workers, pin_memory=on_gpu)
+    return with_modulation(steps, model.streamer.prepare) if model.streamer.prepares_modulation else steps
+
+
+def _feed_rules(params: TrainParams, model: TrainedModel) -> FeedRules:
+    return FeedRules(
         seed=params.seed,
         sampling=params.noise,
         use_masks=params.loss.masked_loss != "off",
         encoder_dropout=params.encoder_dropout,
-        context_dtype=model.mmdit.context_embedder.compute_dtype,
+        context_dtype=model.objective.mmdit.context_embedder.compute_dtype,
     )
-    feed = Feed(data.train, data.latents, data.text, rules)
-    workers = (2 if on_gpu else 0) if workers is None else workers
-    steps = load_steps(feed, plans, workers=workers, pin_memory=on_gpu)
-    return with_modulation(steps, model.streamer.prepare) if model.streamer.prepares_modulation else steps

@@ -8,16 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from sd3pipe.adapters.network import AdapterNetwork
 from sd3pipe.memory.layer_major import run_layer_major
 from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.training.feed import Batch
-from sd3pipe.training.objective import ForwardPass, Objective
+from sd3pipe.training.objective import ForwardPass
 from sd3pipe.training.processes import Processes
 from sd3pipe.training.schedules import Schedule
-from sd3pipe.training.trained_weights import TrainedWeights
+from sd3pipe.training.trained_model import TrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,31 +32,27 @@ class StepResult:
 
 
 class StepRunner:
-    """Takes single training steps; with a streamer as `layer_major`, block by block for all of its micro-batches."""
+    """Takes single training steps; with `layer_major`, block by block for all of its micro-batches."""
 
     def __init__(
         self,
         *,
-        objective: Objective,
-        network: AdapterNetwork,
-        weights: TrainedWeights,
-        optimizer: Optimizer,
+        model: TrainedModel,
         schedule: Schedule,
         processes: Processes,
         subset_names: Sequence[str],
         max_grad_norm: float,
         max_weight_norm: float | None = None,
         loss_spike_factor: float | None = None,
-        scaler: torch.amp.GradScaler | None = None,
-        layer_major: BlockStreamer | None = None,
+        layer_major: bool = False,
     ) -> None:
-        self.objective, self.network, self.weights = objective, network, weights
-        self.optimizer, self.schedule, self.processes = optimizer, schedule, processes
+        self.objective, self.network, self.weights = model.objective, model.objective.network, model.weights
+        self.optimizer, self.schedule, self.processes = model.optimizer, schedule, processes
         self._subset_names = subset_names
         self._max_grad_norm, self._max_weight_norm = max_grad_norm, max_weight_norm
         self._spike = loss_spike_factor
-        self.scaler, self._layer_major = scaler, layer_major
-        self._rates = [group["lr"] for group in optimizer.param_groups]
+        self.scaler, self._layer_major = model.scaler, model.streamer if layer_major else None
+        self._rates = [group["lr"] for group in model.optimizer.param_groups]
 
     def step(self, number: int, batches: Sequence[Batch], *, loss_mean: float | None, stop: bool) -> StepResult:
         """Runs forward and backward over the micro-batches and, if all is well, updates the adapter."""

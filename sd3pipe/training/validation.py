@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from sd3pipe import stopping
 from sd3pipe.console import count, progress
@@ -21,12 +20,11 @@ from sd3pipe.params.bands import BAND_NAMES, SIGMAS
 from sd3pipe.training.batches import fixed_batches
 from sd3pipe.training.checkpoints import CHECKPOINTS_FOLDER
 from sd3pipe.training.feed import Feed
-from sd3pipe.training.objective import Objective
 from sd3pipe.training.processes import Processes
 from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.records import Records
 from sd3pipe.training.run_folder import RunFolder
-from sd3pipe.training.trained_weights import TrainedWeights
+from sd3pipe.training.trained_model import TrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -48,15 +46,13 @@ class Validator:
         feed: Feed,
         batch_size: int,
         max_batches: int | None,
-        objective: Objective,
-        weights: TrainedWeights,
-        optimizer: Optimizer,
+        model: TrainedModel,
         processes: Processes,
         records: Records | None,
         run: RunFolder,
     ) -> None:
-        self._feed, self._objective = feed, objective
-        self._weights, self._optimizer = weights, optimizer
+        self._feed, self._objective = feed, model.objective
+        self._weights, self._optimizer = model.weights, model.optimizer
         self._processes, self._records, self._run = processes, records, run
         self._batches = fixed_batches(feed.items, batch_size=batch_size)[:max_batches]
 
