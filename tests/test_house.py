@@ -17,7 +17,7 @@ FLOORS = {
     "__main__": 6, "cli": 5, "commands": 4,
     "training": 3, "encoding": 3, "exporting": 3, "previewing": 3, "project": 3, "reporting": 3, "demo": 3,
     "diffusion": 2.5,  # stands on the rooms of floor 2, under those of floor 3: who trains, samples or judges draws
-    "cache": 2, "data": 2, "models": 2, "memory": 2, "adapters": 2, "params": 1, "pages": 1,
+    "cache": 2, "data": 2, "models": 2, "memory": 2, "adapters": 2, "params": 1, "pages": 1, "tensors": 1,
     "child": 0, "config": 0, "console": 0, "cores": 0, "device": 0, "device_memory": 0, "documents": 0, "errors": 0,
     "files": 0, "fingerprint": 0, "living": 0, "metrics": 0, "problems": 0, "rules": 0, "safe_path": 0, "shell": 0,
     "stages": 0, "stat_memory": 0, "stopping": 0, "temporaries": 0, "words": 0,
@@ -206,9 +206,8 @@ OWN_READERS = {  # what they parse is no file of text, or one of the kernel's
     "sd3pipe.cores": "/sys",
     "sd3pipe.cache.segment": "JSON in a header, checked by its hash",
     "sd3pipe.encoding.ray_engine": "JSON between processes of one run",
-    "sd3pipe.exporting.checkpoints": "JSON in a header that was checked",
     "sd3pipe.models.fp8_scales": "JSON in a tensor of bounded size",
-    "sd3pipe.models.safetensors_header": "JSON in a header of bounded size",
+    "sd3pipe.tensors.header": "JSON in a header of bounded size",
     "sd3pipe.diffusion.prompts": "JSON in a checked index",
     "sd3pipe.training.state_file": "a copy of its own JSON",
 }

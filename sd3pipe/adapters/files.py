@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sd3pipe.adapters.forms import Parsed, parse, prepared, tensors_of
@@ -19,15 +18,17 @@ from sd3pipe.adapters.peft_config import PEFT_CONFIG_KEY, needed_config, read_st
 from sd3pipe.adapters.precision import Rounded, check_error, rounded_adapter
 from sd3pipe.adapters.recognise import describe, foreign_kind
 from sd3pipe.adapters.sizes import depth_of, fitting_variants
-from sd3pipe.adapters.tensor_file import DTYPE_NAMES, data_sha256, in_file_order, write_tensors
 from sd3pipe.console import listed
 from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_file
+from sd3pipe.tensors.formats import FORMAT_NAMES
+from sd3pipe.tensors.header import read_header_and_metadata
+from sd3pipe.tensors.reader import read_stored
+from sd3pipe.tensors.writer import data_sha256, in_file_order, write_tensors
 from sd3pipe.words import StoredFormat
 
 log = logging.getLogger(__name__)
 
-_PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 _KEPT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FLOATS = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
 _WHOLE_NUMBERS = ("I8", "U8", "I16", "I32", "I64")
@@ -136,7 +137,7 @@ def save_adapter(
     return SavedAdapter(
         path=path,
         form=form,
-        dtypes=tuple(sorted({DTYPE_NAMES[tensor.dtype] for tensor in tensors.values() if tensor.ndim > 1})),
+        dtypes=tuple(sorted({FORMAT_NAMES[tensor.dtype] for tensor in tensors.values() if tensor.ndim > 1})),
         modules=len(adapter),
         nbytes=nbytes,
         largest_difference=error,
@@ -177,24 +178,14 @@ def _tell_unknown(path: Path, parsed: Parsed, ignore_unknown: bool) -> None:
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the tensors and the metadata of a file, once its names and shapes say that it may be an adapter."""
-    if path.suffix.lower() in _PICKLES:
-        raise InputError(f"{path}: is not read, because a {path.suffix} file can run code: take a .safetensors file")
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            kind = foreign_kind(shapes)
-            if kind:
-                raise InputError(f"{path}: is no SD3 adapter: it seems to be {kind}")
-            metadata = dict(file.metadata() or {})
-            check_bytes(path, metadata)
-            for name, shape in shapes.items():
-                _check_number_format(path, name, file.get_slice(name).get_dtype(), shape)
-            return {name: _kept(file.get_tensor(name)) for name in shapes}, metadata
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path}: is damaged, cut short or no safetensors file ({reason})") from error
+    stored, metadata = read_header_and_metadata(path)
+    kind = foreign_kind({name: tensor.shape for name, tensor in stored.items()})
+    if kind:
+        raise InputError(f"{path}: is no SD3 adapter: it seems to be {kind}")
+    check_bytes(path, metadata)
+    for name, tensor in stored.items():
+        _check_number_format(path, name, tensor.dtype, tensor.shape)
+    return {name: _kept(tensor) for name, tensor in read_stored(stored).items()}, metadata
 
 
 def _check_number_format(path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> None:

@@ -7,22 +7,23 @@ sd-scripts' hash of the tensors, which other programs carry along when they chan
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import IO
 
 from pydantic import BaseModel, TypeAdapter
 from torch import Tensor
 
 from sd3pipe.adapters.find import ADAPTER_NAME, STATE_NAME
 from sd3pipe.adapters.metadata import PROVENANCE_KEY
-from sd3pipe.adapters.tensor_file import file_pieces
 from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import InputError
 from sd3pipe.fingerprint import hash_chunks, hash_file
+from sd3pipe.tensors.header import header_text
+from sd3pipe.tensors.writer import file_pieces
 
 log = logging.getLogger(__name__)
 
@@ -103,21 +104,16 @@ def _digest_in_state(path: Path) -> str | None:
 def _digest_without(recorded: str, path: Path) -> str:
     """Returns the digest of a file with a blank in the place of the recorded one."""
     with open(path, "rb") as file:
-        header = _header(file).replace(_item(recorded), _item(_BLANK), 1)
+        text = header_text(file, os.fstat(file.fileno()).st_size)
+        header = len(text).to_bytes(8, "little") + text.replace(_item(recorded), _item(_BLANK), 1)
         return hash_chunks(chain([header], iter(lambda: file.read(_PIECE_BYTES), b"")))
 
 
 def _tensor_hash(path: Path) -> str:
     """Returns sd-scripts' hash: SHA-256 of all that follows the header."""
     with open(path, "rb") as file:
-        _header(file)
+        header_text(file, os.fstat(file.fileno()).st_size)
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _header(file: IO[bytes]) -> bytes:
-    """Returns the length and the JSON that a safetensors file starts with, and leaves the file at its tensors."""
-    length = file.read(8)
-    return length + file.read(int.from_bytes(length, "little"))
 
 
 def _item(digest: str) -> bytes:

@@ -6,44 +6,27 @@ back and compared by digest.
 
 # O out features, I in features of the tensor at hand, which may be q, k or v alone
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 import torch
 from blake3 import blake3
 from torch import Tensor
 
-from sd3pipe import stopping
 from sd3pipe.adapters.fusing import Rows, rows_of_part, swapped_halves
 from sd3pipe.adapters.keymap import find_place, halves_swapped
 from sd3pipe.adapters.kind import Adapter
 from sd3pipe.adapters.sizes import depth_of
-from sd3pipe.adapters.tensor_file import DTYPES, tensor_bytes
 from sd3pipe.errors import InputError, StorageError
+from sd3pipe.fingerprint import hash_chunks
+from sd3pipe.tensors.entry import RangeReader, chunks
+from sd3pipe.tensors.formats import TORCH_FORMATS, bytes_of
+from sd3pipe.tensors.header import StoredTensor, header_bytes, placed
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 _PIECE = 8 << 20
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash")  # of the base's tensors, so no longer true
-
-
-class Stored(Protocol):
-    """One tensor as it lies in a file; `offset` counts from the start of the file."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def offset(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +41,13 @@ class Target:
 class Merged:
     """What the base's number format left of the changes."""
 
-    digests: dict[str, bytes] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
     changed: int = 0
     largest_rounding: float = 0.0  # |stored - (W + change)| / |change|, of the module where it is largest
     largest_at: str = ""
 
 
-def find_targets(tensors: Iterable[Stored], adapter: Adapter) -> dict[str, Target]:
+def find_targets(tensors: Iterable[StoredTensor], adapter: Adapter) -> dict[str, Target]:
     """Returns, by tensor name, which tensors the adapter changes. Raises InputError where a weight is quantised."""
     depth = depth_of({path: delta.shape for path, delta in adapter.items()})
     targets: dict[str, Target] = {}
@@ -90,7 +73,7 @@ def check_complete(targets: Iterable[Target], adapter: Adapter, where: str) -> N
 
 def write_merged(
     handle: IO[bytes],
-    tensors: Mapping[str, Stored],
+    tensors: Mapping[str, StoredTensor],
     targets: Mapping[str, Target],
     adapter: Adapter,
     *,
@@ -101,8 +84,8 @@ def write_merged(
     """Writes one file of the base again, with the changes in it: same names, order, shapes and number formats."""
     merged = Merged()
     handle.write(_header(tensors, metadata))
-    with open(next(iter(tensors.values())).path, "rb", buffering=0) as base:
-        for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+    with RangeReader() as base:
+        for tensor in _in_order(tensors):
             hasher = blake3()
             if tensor.name in targets:
                 pieces = _changed(base, tensor, targets[tensor.name], adapter, multiplier, device, merged)
@@ -111,19 +94,16 @@ def write_merged(
             for piece in pieces:
                 handle.write(piece)
                 hasher.update(piece)
-            merged.digests[tensor.name] = hasher.digest()
+            merged.digests[tensor.name] = hasher.hexdigest()
     return merged
 
 
-def check_written(tensors: Mapping[str, Stored], merged: Merged) -> None:
+def check_written(tensors: Mapping[str, StoredTensor], merged: Merged) -> None:
     """Reads a written file's tensors back. Raises StorageError where one is not what was written."""
     assert tensors.keys() == merged.digests.keys()
-    with open(next(iter(tensors.values())).path, "rb", buffering=0) as handle:
+    with RangeReader() as reader:
         for name, tensor in tensors.items():
-            hasher = blake3()
-            for piece in _pieces(handle, tensor):
-                hasher.update(piece)
-            if hasher.digest() != merged.digests[name]:
+            if hash_chunks(_pieces(reader, tensor)) != merged.digests[name]:
                 raise StorageError(f"{tensor.path}: {name} reads back otherwise than it was written: check the disk")
 
 
@@ -148,45 +128,34 @@ def _target(name: str, adapter: Adapter, depth: int) -> Target | None:
 
 
 def _is_float(dtype: str) -> bool:
-    return dtype in DTYPES and DTYPES[dtype].is_floating_point
+    return dtype in TORCH_FORMATS and TORCH_FORMATS[dtype].is_floating_point
 
 
-def _has_scale(name: str, names: Mapping[str, Stored]) -> bool:
+def _has_scale(name: str, names: Mapping[str, StoredTensor]) -> bool:
     module = name.removesuffix(".weight")
     return any(f"{module}.{scale}" in names for scale in ("scale_weight", "weight_scale", "comfy_quant"))
 
 
-def _header(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:
+def _header(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> bytes:
     """Returns the header with the base's own order of names and of bytes."""
-    start = min(tensor.offset for tensor in tensors.values())
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    for name, tensor in tensors.items():
-        first = tensor.offset - start
-        header[name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [first, first + tensor.nbytes],
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    entries = placed((tensor.name, tensor.dtype, tensor.shape) for tensor in _in_order(tensors))
+    return header_bytes({name: entries[name] for name in tensors}, metadata)
 
 
-def _pieces(handle: IO[bytes], tensor: Stored) -> Iterator[bytes]:
-    handle.seek(tensor.offset)
-    left = tensor.nbytes
-    while left:
-        stopping.check()
-        piece = handle.read(min(_PIECE, left))
-        if not piece:
-            raise InputError(f"{tensor.path}: the file ends within {tensor.name}: it is cut short")
-        left -= len(piece)
-        yield piece
+def _in_order(tensors: Mapping[str, StoredTensor]) -> list[StoredTensor]:
+    return sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes))
+
+
+def _pieces(reader: RangeReader, tensor: StoredTensor) -> Iterator[memoryview]:
+    for piece in chunks(tensor.entry.ranges, _PIECE):
+        data = memoryview(bytearray(piece.nbytes))
+        reader.read_bytes(data, piece)
+        yield data
 
 
 def _changed(
-    base: IO[bytes],
-    tensor: Stored,
+    base: RangeReader,
+    tensor: StoredTensor,
     target: Target,
     adapter: Adapter,
     multiplier: float,
@@ -194,7 +163,7 @@ def _changed(
     merged: Merged,
 ) -> Iterator[memoryview]:
     """Yields the bytes of a tensor with its change, and notes how much of the change its number format keeps."""
-    dtype = DTYPES[tensor.dtype]
+    dtype = TORCH_FORMATS[tensor.dtype]
     raw = bytearray().join(_pieces(base, tensor))
     weight_OI = torch.frombuffer(raw, dtype=dtype).view(tensor.shape).flatten(1).to(device).float()
     delta = adapter[target.path]
@@ -207,7 +176,7 @@ def _changed(
     exact_OI = delta.on(device).merged(weight_OI, multiplier, target.rows)
     stored_OI = exact_OI.to(dtype)
     _note(merged, target.path, exact_OI - weight_OI, stored_OI.float() - exact_OI)
-    yield tensor_bytes(stored_OI)
+    yield bytes_of(stored_OI)
 
 
 def _note(merged: Merged, path: str, change_OI: Tensor, error_OI: Tensor) -> None:

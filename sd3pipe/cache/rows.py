@@ -1,7 +1,6 @@
 """What a row is: a few named tensors as raw bytes. numpy has no bfloat16, so bytes carry their type's name."""
 
-import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -9,10 +8,10 @@ import numpy as np
 from pydantic import Field
 
 from sd3pipe.errors import InputError
+from sd3pipe.tensors.header import ITEM_BYTES, tensor_bytes
 
 DType = Literal["F32", "F16", "BF16", "U8"]
 
-ITEM_BYTES: dict[str, int] = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 _NUMPY_DTYPES: dict[str, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "|u1"}
 
 Size = Annotated[int, Field(strict=True, ge=0, lt=2**40)]
@@ -70,11 +69,6 @@ def layout_of(row: Row) -> Layout:
             raise ValueError(f"tensor {name} {tensor.dtype} {list(tensor.shape)} has {present} bytes, not {expected}")
     names = sorted(row, key=lambda name: (-ITEM_BYTES[row[name].dtype], name))
     return tuple((name, row[name].dtype, tuple(row[name].shape)) for name in names)
-
-
-def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
-    """Returns the size of a tensor."""
-    return ITEM_BYTES[dtype] * math.prod(shape)
 
 
 def layout_bytes(layout: Layout) -> int:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,17 +15,17 @@ from pydantic import Field, JsonValue, TypeAdapter
 
 from sd3pipe.cache.keys import FORMAT_VERSION, KINDS, Kind, row_key
 from sd3pipe.cache.plan import plan_id
-from sd3pipe.cache.rows import Layout, Size, layout_bytes, layout_to_json, tensor_bytes
+from sd3pipe.cache.rows import Layout, Size, layout_bytes, layout_to_json
 from sd3pipe.documents import DocumentError, checked, parse_json
 from sd3pipe.errors import InputError
 from sd3pipe.files import open_regular, publish_once, storage_errors, sync_file
 from sd3pipe.fingerprint import canonical_json, digest_bytes, hash_json
 from sd3pipe.temporaries import temporary_name
+from sd3pipe.tensors.header import header_bytes, header_text, placed
 
 METADATA_KEY = "sd3pipe"
 _HEADER_UNIT = 4096  # data starts on a page, and texts of nearly equal length do not move it
 _DAMAGE = (ValueError, IndexError, RecursionError, DocumentError)
-_MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,10 +121,7 @@ def read_header(path: Path) -> SegmentHeader:
     try:
         with open_regular(path) as handle:
             size = os.fstat(handle.fileno()).st_size
-            length = int.from_bytes(handle.read(8), "little")
-            if not 2 <= length <= min(_MOST_HEADER_BYTES, size - 8):
-                raise ValueError("it is cut short or no safetensors file")
-            header = _parse(handle.read(length), 8 + length)
+            header = _parse(header_text(handle, size))
     except FileNotFoundError:
         raise
     except (OSError, *_DAMAGE) as error:
@@ -138,13 +136,12 @@ def read_header(path: Path) -> SegmentHeader:
 def parse_header(start: memoryview, where: str) -> SegmentHeader:
     """Returns the header in the first bytes of a segment, checked against its own hash. Raises InputError."""
     try:
-        length = int.from_bytes(start[:8], "little")
-        return _parse(bytes(start[8 : 8 + length]), 8 + length)
+        return _parse(header_text(BytesIO(start), len(start)))
     except _DAMAGE as error:
         raise InputError(f"{where}: not a whole segment of a cache ({error})") from error
 
 
-def _parse(data: bytes, data_start: int) -> SegmentHeader:
+def _parse(data: bytes) -> SegmentHeader:
     """Returns the header in the JSON of a safetensors file. Raises what _DAMAGE lists."""
     tensors = parse_json(data, _OBJECT, "its header")
     metadata = tensors.pop("__metadata__", None)
@@ -169,7 +166,7 @@ def _parse(data: bytes, data_start: int) -> SegmentHeader:
         )
         for key, layout, digest, source, ingredient, version in facts.rows
     )
-    offsets = [data_start]
+    offsets = [8 + len(data)]
     for row in rows:
         offsets.append(offsets[-1] + layout_bytes(row.layout))
     return SegmentHeader(kind=facts.kind, group=facts.group, nbytes=facts.nbytes, rows=rows, offsets=tuple(offsets))
@@ -211,19 +208,10 @@ def key_is_true(kind: Kind, info: RowInfo) -> bool:
 
 def _header_bytes(kind: Kind, group: str, nbytes: int, infos: Sequence[RowInfo]) -> bytes:
     """Returns length and JSON of a safetensors header, padded with blanks to whole pages."""
-    tensors: dict[str, Any] = {}
-    position = 0
-    for info in infos:
-        for name, dtype, shape in info.layout:
-            end = position + tensor_bytes(dtype, shape)
-            tensors[f"{info.key}.{name}"] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
-            position = end
+    tensors = placed((f"{info.key}.{name}", dtype, shape) for info in infos for name, dtype, shape in info.layout)
     facts = _facts(kind, group, nbytes, infos)
     facts["check"] = hash_json([facts, tensors])
-    metadata = {METADATA_KEY: canonical_json(facts).decode()}
-    data = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":"), ensure_ascii=False).encode()
-    data += b" " * (-(8 + len(data)) % _HEADER_UNIT)
-    return len(data).to_bytes(8, "little") + data
+    return header_bytes(tensors, {METADATA_KEY: canonical_json(facts).decode()}, unit=_HEADER_UNIT)
 
 
 def _facts(kind: Kind, group: str, nbytes: int, infos: Sequence[RowInfo]) -> dict[str, Any]:

@@ -1,21 +1,16 @@
 """Rows as torch tensors. The only module of the cache that needs torch."""
 
+from typing import cast, get_args
+
 import torch
 
 from sd3pipe.cache.rows import DType, Tensor
-
-_TORCH_DTYPES: dict[DType, torch.dtype] = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "U8": torch.uint8,
-}
-_NAMES: dict[torch.dtype, DType] = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
+from sd3pipe.tensors.formats import FORMAT_NAMES, TORCH_FORMATS, bytes_of
 
 
 def to_torch(tensor: Tensor) -> torch.Tensor:
     """Returns a CPU tensor; it shares the memory of rows that a CacheReader read, which nobody else holds."""
-    dtype = _TORCH_DTYPES[tensor.dtype]
+    dtype = TORCH_FORMATS[tensor.dtype]
     data = memoryview(tensor.data)
     if data.nbytes == 0:
         return torch.empty(tensor.shape, dtype=dtype)
@@ -24,7 +19,7 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
 
 def from_torch(tensor: torch.Tensor) -> Tensor:
     """Returns the bytes of a float32, float16, bfloat16 or uint8 tensor. Raises ValueError for other types."""
-    if tensor.dtype not in _NAMES:
-        raise ValueError(f"rows hold {', '.join(map(str, _NAMES))}, not {tensor.dtype}")
-    dense = tensor.detach().to("cpu").contiguous()
-    return Tensor(_NAMES[tensor.dtype], tuple(tensor.shape), dense.flatten().view(torch.uint8).numpy().data)
+    name = FORMAT_NAMES.get(tensor.dtype)
+    if name not in get_args(DType):
+        raise ValueError(f"rows hold {', '.join(get_args(DType))}, not {tensor.dtype}")
+    return Tensor(cast(DType, name), tuple(tensor.shape), bytes_of(tensor))

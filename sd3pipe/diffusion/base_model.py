@@ -14,7 +14,7 @@ from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.models.architecture import MMDiTArchitecture, mmdit_architecture
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.sources import ComponentSource
-from sd3pipe.models.weights import read_tensors
+from sd3pipe.tensors.reader import read_tensors
 
 _TABLE = "pos_embed"  # stays on the host; each step takes a window of it
 
@@ -36,8 +36,8 @@ def load_base(
     mmdit = MMDiT(architecture, device="meta").eval()
     outside = [key for key in source.tensors if not key.startswith("joint_blocks.")]
     outside.remove(_TABLE)
-    tensors = read_tensors(source, dtype=dtype, device=device, keys=outside)
-    table = read_tensors(source, dtype=dtype, device="cpu", keys=[_TABLE])
+    tensors = read_tensors(source.tensors, dtype=dtype, device=device, keys=outside)
+    table = read_tensors(source.tensors, dtype=dtype, device="cpu", keys=[_TABLE])
     mmdit.load_state_dict(tensors | table, strict=False, assign=True)
     streamer = BlockStreamer(
         mmdit,
@@ -89,7 +89,7 @@ def _filler(
         prefix = f"joint_blocks.{index}."
         block = mmdit.joint_blocks[index]
         keys = [key for key in source.tensors if key.startswith(prefix)]
-        tensors = read_tensors(source, dtype=dtype, device="cpu", keys=keys)
+        tensors = read_tensors(source.tensors, dtype=dtype, device="cpu", keys=keys)
         block.load_state_dict({key.removeprefix(prefix): tensors.pop(key) for key in keys}, strict=True, assign=True)
         if base_format != "dense":
             quantise(block.to(device), base_format)

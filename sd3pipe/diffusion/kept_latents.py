@@ -4,24 +4,24 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sd3pipe.errors import InputError
 from sd3pipe.files import write_bytes
+from sd3pipe.tensors.reader import read_file
+from sd3pipe.tensors.writer import file_pieces
 
 _LATENTS = "latents"
 
 
 def keep_latents(file: Path, latents_BChw: Tensor, *, prompt: str) -> None:
     """Writes unscaled latents in fp32, atomically, with their prompt as metadata. Raises StorageError."""
-    write_bytes(file, save({_LATENTS: latents_BChw.float().cpu().contiguous()}, metadata={"prompt": prompt}))
+    write_bytes(file, b"".join(file_pieces({_LATENTS: latents_BChw.float()}, {"prompt": prompt})))
 
 
 def read_latents(file: Path) -> Tensor:
     """Returns the latents [1, C, h, w] of a file that keep_latents wrote. Raises InputError for any other."""
     try:
-        return load_file(file)[_LATENTS]
-    except (OSError, SafetensorError, KeyError) as error:
+        return read_file(file)[_LATENTS]
+    except (InputError, KeyError) as error:
         raise InputError(f"{file}: holds no latents ({error}): delete it and draw again") from error

@@ -10,7 +10,7 @@ from sd3pipe.adapters.keymap import Form, is_text_encoder
 from sd3pipe.adapters.kind import Adapter, Delta
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.models.sources import ComponentSource, find_component
-from sd3pipe.models.weights import read_tensors
+from sd3pipe.tensors.reader import read_tensors
 
 
 def find_base(model: str | None, mmdit: Path | None, why: str) -> ComponentSource:
@@ -39,7 +39,7 @@ def _suited(path: str, delta: Delta, source: ComponentSource, form: Form) -> Del
     key = f"{path}.weight"
     if is_text_encoder(path) or key not in source.tensors:
         raise InputError(f"{source.where}: has no {path}, which the adapter changes: it belongs to another model")
-    weight_OI = read_tensors(source, dtype=torch.float32, keys=[key])[key].flatten(1)
+    weight_OI = read_tensors(source.tensors, dtype=torch.float32, keys=[key])[key].flatten(1)
     if tuple(weight_OI.shape) != delta.shape:
         raise InputError(f"{source.where}: {path} has another size than in the adapter: it belongs to another model")
     return delta.suited(form, weight_OI)

@@ -1,6 +1,5 @@
 """Writes a whole model with an adapter in it: a single file or a diffusers folder, as the base is."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -21,10 +20,10 @@ from sd3pipe.adapters.merged_file import (
     write_merged,
 )
 from sd3pipe.console import readable_bytes
-from sd3pipe.errors import InputError, ParameterError, StorageError
+from sd3pipe.errors import ParameterError, StorageError
 from sd3pipe.files import atomic_file, atomic_folder, free_bytes
-from sd3pipe.models.safetensors_header import StoredTensor, read_header
 from sd3pipe.models.sources import ComponentSource
+from sd3pipe.tensors.header import StoredTensor, read_header, read_header_and_metadata
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +43,7 @@ class _Part:
 
     path: Path
     tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str]
     targets: Mapping[str, Target]
 
 
@@ -82,8 +82,9 @@ class _Options:
 def _parts(base: ComponentSource, adapter: Adapter) -> list[_Part]:
     parts: list[_Part] = []
     for path in base.paths:
-        tensors = read_header(path)
-        parts.append(_Part(path=path, tensors=tensors, targets=find_targets(tensors.values(), adapter)))
+        tensors, words = read_header_and_metadata(path)
+        targets = find_targets(tensors.values(), adapter)
+        parts.append(_Part(path=path, tensors=tensors, metadata=words, targets=targets))
     check_complete((target for part in parts for target in part.targets.values()), adapter, base.where)
     return parts
 
@@ -130,19 +131,9 @@ def _merge(handle: IO[bytes], part: _Part, options: _Options) -> Merged:
         part.targets,
         options.adapter,
         multiplier=options.multiplier,
-        metadata=merged_metadata(read_metadata(part.path), options.metadata),
+        metadata=merged_metadata(part.metadata, options.metadata),
         device=options.device,
     )
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Returns the metadata of a safetensors file whose header has been checked."""
-    with open(path, "rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        metadata = json.loads(handle.read(length)).get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise InputError(f"{path}: its metadata is damaged")
-    return metadata
 
 
 def _check_space(out: Path, needed: int) -> None:

@@ -11,7 +11,7 @@ from sd3pipe.adapters.keymap import native_block
 from sd3pipe.console import progress
 from sd3pipe.errors import InputError
 from sd3pipe.models.sources import ComponentSource
-from sd3pipe.models.weights import read_tensors
+from sd3pipe.tensors.reader import read_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +48,8 @@ def extract(
 
 def _changes(tuned: ComponentSource, base: ComponentSource) -> Iterator[tuple[str, Tensor]]:
     for key in tuned.tensors:
-        after = read_tensors(tuned, dtype=torch.float32, keys=[key])[key]
-        yield key, after - read_tensors(base, dtype=torch.float32, keys=[key])[key]
+        after = read_tensors(tuned.tensors, dtype=torch.float32, keys=[key])[key]
+        yield key, after - read_tensors(base.tensors, dtype=torch.float32, keys=[key])[key]
 
 
 def _is_wanted(path: str, change: Tensor, embedders: bool) -> bool:

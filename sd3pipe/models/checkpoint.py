@@ -12,7 +12,7 @@ from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.models.vae import VAE
 from sd3pipe.models.vae_architecture import detect_vae
-from sd3pipe.models.weights import read_tensors
+from sd3pipe.tensors.reader import read_tensors
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Source = str | Path | ComponentSource  # a file, a diffusers folder, a hub id, or what find_component found
@@ -41,5 +41,5 @@ def as_source(component: Component, source: Source) -> ComponentSource:
 
 def _filled(module: ModuleT, source: ComponentSource, dtype: torch.dtype, device: torch.device | str) -> ModuleT:
     """Returns a module that was built without memory, holding the tensors of the source themselves."""
-    module.load_state_dict(read_tensors(source, dtype=dtype, device=device), strict=True, assign=True)
+    module.load_state_dict(read_tensors(source.tensors, dtype=dtype, device=device), strict=True, assign=True)
     return module.eval().requires_grad_(False)

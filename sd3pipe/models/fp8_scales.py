@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from sd3pipe.documents import DocumentError, parse_json
 from sd3pipe.errors import InputError
-from sd3pipe.models.safetensors_header import StoredTensor
+from sd3pipe.tensors.header import StoredTensor
 
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 

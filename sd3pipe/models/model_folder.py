@@ -9,7 +9,7 @@ from sd3pipe.console import listed
 from sd3pipe.documents import DocumentError, checked, read_json
 from sd3pipe.errors import InputError
 from sd3pipe.models.layouts import OPTIONS, TITLES, Component
-from sd3pipe.models.safetensors_header import PICKLE_SUFFIXES, StoredTensor, read_header
+from sd3pipe.tensors.header import PICKLE_SUFFIXES, StoredTensor, read_header
 
 Fetch = Callable[[str], Path | None]  # the local path of a file of the folder, None if there is none
 

@@ -6,7 +6,7 @@ names) to byte ranges of files. Nothing is read here but headers, so this needs 
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sd3pipe.errors import InputError
@@ -25,10 +25,10 @@ from sd3pipe.models.layouts import (
     names_of_part,
 )
 from sd3pipe.models.model_folder import SUBFOLDERS, folder_tensors, local_fetch, missing_in_folder
-from sd3pipe.models.safetensors_header import StoredTensor, exists, read_header
-from sd3pipe.models.tensor_entry import ByteRange, TensorEntry
-from sd3pipe.models.tensor_hash import hash_tensors
 from sd3pipe.stat_memory import StatMemory
+from sd3pipe.tensors.entry import ByteRange, TensorEntry
+from sd3pipe.tensors.hash import hash_tensors
+from sd3pipe.tensors.header import StoredTensor, exists, read_header
 
 _FLOATS = {"F64", "F32", "F16", "BF16", *FP8_DTYPES}
 _CLIP_WIDTHS: dict[int, Component] = {768: "clip_l", 1280: "clip_g"}  # the published sizes, to catch an exchange
@@ -143,16 +143,10 @@ def _entries(
         if part.component in ("clip_l", "clip_g", "t5xxl")
         else {name: name for name in weights}
     )
-    return {key: _entry(weights[name], scales.get(name)) for key, name in names.items()}
-
-
-def _entry(tensor: StoredTensor, scale: StoredTensor | None = None) -> TensorEntry:
-    return TensorEntry(
-        dtype=tensor.dtype,
-        shape=tensor.shape,
-        ranges=(ByteRange(tensor.path, tensor.offset, tensor.nbytes),),
-        scale=None if scale is None else _entry(scale),
-    )
+    return {
+        key: replace(weights[name].entry, scale=scales[name].entry if name in scales else None)
+        for key, name in names.items()
+    }
 
 
 def _entries_from_diffusers(
@@ -178,7 +172,7 @@ def _joined(parts: list[StoredTensor], where: str) -> TensorEntry:
     if any(part.dtype != first.dtype or part.shape[1:] != first.shape[1:] or not part.shape for part in parts):
         raise InputError(f"{where}: {first.name} and its companions differ in width or number format")
     shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
-    ranges = tuple(ByteRange(part.path, part.offset, part.nbytes) for part in parts)
+    ranges = tuple(where for part in parts for where in part.entry.ranges)
     return TensorEntry(dtype=first.dtype, shape=shape, ranges=ranges)
 
 
@@ -189,14 +183,14 @@ def _halves_swapped(entry: TensorEntry, where: str) -> TensorEntry:
         raise InputError(f"{where}: a modulation of {entry.shape[0]} rows cannot be halved: the file is damaged")
     half = whole.nbytes // 2
     ranges = (ByteRange(whole.path, whole.offset + half, half), ByteRange(whole.path, whole.offset, half))
-    return TensorEntry(dtype=entry.dtype, shape=entry.shape, ranges=ranges)
+    return replace(entry, ranges=ranges)
 
 
 def _unsqueezed(key: str, entry: TensorEntry) -> TensorEntry:
     """Returns the VAE's attention matrices as the 1 x 1 convolutions that they natively are."""
     if ".attn_1." not in key or len(entry.shape) != 2:
         return entry
-    return TensorEntry(dtype=entry.dtype, shape=(*entry.shape, 1, 1), ranges=entry.ranges)
+    return replace(entry, shape=(*entry.shape, 1, 1))
 
 
 def _check_numbers(entries: Mapping[str, TensorEntry], where: str) -> None:

@@ -20,7 +20,7 @@ from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
 from sd3pipe.models.sources import ComponentSource
 from sd3pipe.models.text_architecture import CLIP_ACTIVATIONS, HEAD_WIDTH, ClipName, detect_clip, detect_t5
 from sd3pipe.models.tokenizers import TokenBatch
-from sd3pipe.models.weights import read_tensors
+from sd3pipe.tensors.reader import read_tensors
 
 _CLIP_EOS_RULE = 2  # transformers' sign for: pool at the largest id, which is the end token's in SD3's vocabularies
 
@@ -49,7 +49,7 @@ class ClipEncoder:
             eos_token_id=_CLIP_EOS_RULE,
             **_ATTENTION,
         )
-        tensors = read_tensors(source, dtype=dtype, device=device)
+        tensors = read_tensors(source.tensors, dtype=dtype, device=device)
         if architecture.projected_width is None:
             tensors["text_projection.weight"] = torch.eye(architecture.width, dtype=dtype, device=device)
         self._model = _filled(lambda: CLIPTextModelWithProjection(config), tensors)
@@ -104,7 +104,7 @@ class T5Encoder:
             use_cache=False,
             **_ATTENTION,
         )
-        outside = read_tensors(source, dtype=dtype, keys=["shared.weight", "encoder.final_layer_norm.weight"])
+        outside = read_tensors(source.tensors, dtype=dtype, keys=["shared.weight", "encoder.final_layer_norm.weight"])
         self._embedding = outside["shared.weight"]  # stays on the CPU: only the rows of the texts' tokens move
         norm = {"weight": outside["encoder.final_layer_norm.weight"].to(self.device)}
         self._final_norm = _filled(lambda: T5LayerNorm(architecture.width, eps=1e-6), norm)
@@ -155,7 +155,9 @@ class T5Encoder:
     def _read(self, index: int) -> dict[str, Tensor]:
         """Reads one block's tensors under the block's own names."""
         prefix = f"encoder.block.{index}."
-        tensors = read_tensors(self._source, dtype=self._dtype, keys=list(self.architecture.block_shapes(index)))
+        tensors = read_tensors(
+            self._source.tensors, dtype=self._dtype, keys=list(self.architecture.block_shapes(index))
+        )
         return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
 
     def _place(self, tensors: dict[str, Tensor]) -> nn.Module:

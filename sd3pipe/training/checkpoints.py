@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from sd3pipe.adapters.find import ADAPTER_NAME, STATE_NAME
-from sd3pipe.adapters.tensor_file import in_file_order, write_tensors
 from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_folder, remove_folder, storage_errors, sync_file
 from sd3pipe.fingerprint import hash_file
 from sd3pipe.rules.occasions import SavingRules
+from sd3pipe.tensors.reader import read_file
+from sd3pipe.tensors.writer import in_file_order, write_tensors
 from sd3pipe.training.state_file import FileIdentity, State, read_state, write_state
 
 log = logging.getLogger(__name__)
@@ -48,10 +47,7 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the trained tensors and the optimizer's, as they were saved. Raises InputError."""
-        try:
-            return load_file(self.path / OPTIMIZER_FILE)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{self.path / OPTIMIZER_FILE} cannot be read ({error})") from error
+        return read_file(self.path / OPTIMIZER_FILE)
 
 
 def step_name(step: int) -> str:

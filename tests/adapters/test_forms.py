@@ -550,7 +550,7 @@ def test_names_of_the_checkpoint_are_read_with_or_without_thirds(prefix, apart):
 @pytest.mark.parametrize("length", [0, 4, 8, 100, 5000, -1])
 def test_files_cut_short_are_refused(adapter_path, length):
     adapter_path.write_bytes(adapter_path.read_bytes()[:length])
-    with pytest.raises(InputError, match="damaged, cut short"):
+    with pytest.raises(InputError, match=r"cut short or damaged|not a safetensors file|the file is empty"):
         read_adapter(adapter_path)
 
 
@@ -578,6 +578,7 @@ def test_a_mutated_header_is_read_or_refused_but_nothing_else(small_file, data):
 
 
 def test_pickles_and_missing_files_are_refused(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"PK")
     with pytest.raises(InputError, match="can run code"):
         read_adapter(tmp_path / "a.pt")
     with pytest.raises(InputError, match="no such file"):

@@ -17,7 +17,6 @@ from sd3pipe.adapters.kinds import KINDS, check_spec
 from sd3pipe.adapters.network import attach, attach_deltas, merge_into
 from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.errors import InputError, ParameterError
-from sd3pipe.params.train import TrainParams
 from sd3pipe.words import Algorithm
 
 QKV = "joint_blocks.0.x_block.attn.qkv"
@@ -106,8 +105,7 @@ def trained():
 
 
 def test_every_word_for_a_kind_is_in_the_table():
-    words = set(KINDS) - {"gain"}
-    assert words == set(get_args(Algorithm)) == set(get_args(TrainParams.model_fields["adapter_type"].annotation))
+    assert set(KINDS) - {"gain"} == set(get_args(Algorithm))
 
 
 def test_a_new_kind_trains_attaches_and_merges_as_one_model():

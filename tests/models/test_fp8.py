@@ -9,7 +9,7 @@ from support.tiny_parts import TINY_T5, random_tensors, save_part, tiny_parts
 from sd3pipe.errors import InputError
 from sd3pipe.models.checkpoint import load_mmdit
 from sd3pipe.models.sources import find_component
-from sd3pipe.models.weights import read_tensors
+from sd3pipe.tensors.reader import read_tensors
 
 FP8 = torch.float8_e4m3fn
 WEIGHTS = random_tensors(TINY_T5.shapes(), torch.float32, seed=0)
@@ -37,7 +37,7 @@ def _scaled(suffix, *, per_row=False):
 
 def _read(tmp_path, stored, dtype=torch.float32):
     file = save_part(tmp_path / "t5xxl_fp8.safetensors", stored)
-    return read_tensors(find_component("t5xxl", model=None, file=file), dtype=dtype)
+    return read_tensors(find_component("t5xxl", model=None, file=file).tensors, dtype=dtype)
 
 
 def test_plain_fp8_is_cast(tmp_path):
@@ -71,7 +71,7 @@ def test_scale_is_applied_in_float32_and_rounded_once(tmp_path):
 
 
 def test_pieces_of_a_large_tensor_get_the_scale_of_their_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("sd3pipe.models.weights._STAGING_BYTES", 5000)  # ends inside a row
+    monkeypatch.setattr("sd3pipe.tensors.reader._STAGING_BYTES", 5000)  # ends inside a row
     stored, meant = _scaled(".weight_scale", per_row=True)
     assert all(torch.equal(tensor, meant[key]) for key, tensor in _read(tmp_path, stored).items())
 

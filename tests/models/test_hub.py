@@ -15,7 +15,7 @@ from support.tiny_parts import save_part, tiny_parts
 from sd3pipe.errors import ExitCode, InputError, NetworkError, StorageError
 from sd3pipe.models.hub import is_hub_id
 from sd3pipe.models.sources import find_component
-from sd3pipe.models.weights import read_tensors
+from sd3pipe.tensors.reader import read_tensors
 
 REPO = "stabilityai/stable-diffusion-3.5-medium"
 
@@ -99,7 +99,7 @@ def parts(hub):
     ],
 )
 def test_only_the_files_of_the_component_are_fetched(hub, parts, component, files):
-    found = read_tensors(find_component(component, model=REPO), dtype=None)
+    found = read_tensors(find_component(component, model=REPO).tensors, dtype=None)
     assert found.keys() == parts[component].keys()
     assert all(torch.equal(found[key], tensor) for key, tensor in parts[component].items())
     assert sorted(hub.served) == sorted(files)

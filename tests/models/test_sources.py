@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from support.tiny_parts import PREFIXES, save_part, save_single_file, tiny_parts
 
 from sd3pipe.models.sources import find_component
-from sd3pipe.models.weights import read_tensors
 from sd3pipe.stat_memory import StatMemory
+from sd3pipe.tensors.reader import read_tensors
 
 COMPONENTS = ["mmdit", "vae", "clip_l", "clip_g", "t5xxl"]
 SUBFOLDERS = {
@@ -63,7 +63,7 @@ def save_shards(folder, tensors, *, count, stem="model"):
 
 
 def _assert_holds(source, expected):
-    found = read_tensors(source, dtype=None)
+    found = read_tensors(source.tensors, dtype=None)
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert found[key].dtype == tensor.dtype, key
@@ -197,7 +197,7 @@ def test_name_dtype_and_shape_enter_the_fingerprint(parts, tmp_path):
 def test_remembered_fingerprint_is_recalled_without_reading(folder, tmp_path, monkeypatch):
     memory = StatMemory(tmp_path / "memory.json")
     first = find_component("t5xxl", model=folder).fingerprint(memory)
-    monkeypatch.setattr("sd3pipe.models.tensor_hash._hash", lambda *_: pytest.fail("the files were read again"))
+    monkeypatch.setattr("sd3pipe.tensors.hash._hash", lambda *_: pytest.fail("the files were read again"))
     assert find_component("t5xxl", model=folder).fingerprint(memory) == first
 
 
@@ -217,7 +217,7 @@ def test_a_distrusted_memory_reads_again(parts, tmp_path, monkeypatch):
     file = save_part(tmp_path / "vae.safetensors", parts["vae"])
     find_component("vae", model=file).fingerprint(memory := StatMemory(tmp_path / "memory.json"))
     memory.save()
-    monkeypatch.setattr("sd3pipe.models.tensor_hash._hash", lambda *_: "read again")
+    monkeypatch.setattr("sd3pipe.tensors.hash._hash", lambda *_: "read again")
     assert find_component("vae", model=file).fingerprint(StatMemory(tmp_path / "memory.json", trust=False)) == (
         "read again"
     )
@@ -228,7 +228,7 @@ def test_a_long_read_is_told_and_a_short_one_is_not(parts, tmp_path, monkeypatch
     with caplog.at_level("INFO"):
         find_component("vae", model=file).fingerprint()
         assert caplog.messages == []
-        monkeypatch.setattr("sd3pipe.models.tensor_hash._TOLD_BYTES", 1000)
+        monkeypatch.setattr("sd3pipe.tensors.hash._TOLD_BYTES", 1000)
         find_component("vae", model=file).fingerprint()
     assert len(caplog.messages) == 1 and str(file) in caplog.messages[0]
 

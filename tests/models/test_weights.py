@@ -15,7 +15,7 @@ from sd3pipe.errors import InputError
 from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.checkpoint import as_source, load_mmdit, load_vae
 from sd3pipe.models.sources import find_component
-from sd3pipe.models.weights import TensorReader, read_tensors
+from sd3pipe.tensors.reader import TensorReader, read_tensors
 
 
 @pytest.fixture(scope="module")
@@ -25,21 +25,21 @@ def model(parts, tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_each_format_is_what_torch_converts_to(parts, model, dtype):
-    for key, tensor in read_tensors(find_component("clip_g", model=model), dtype=dtype).items():
+    for key, tensor in read_tensors(find_component("clip_g", model=model).tensors, dtype=dtype).items():
         assert tensor.dtype == dtype
         assert torch.equal(tensor, parts["clip_g"][key].to(dtype)), key
 
 
 def test_a_subset_of_keys_is_read_in_the_order_asked_for(parts, model):
     keys = ["encoder.final_layer_norm.weight", "shared.weight"]
-    found = read_tensors(find_component("t5xxl", model=model), dtype=torch.float32, keys=keys)
+    found = read_tensors(find_component("t5xxl", model=model).tensors, dtype=torch.float32, keys=keys)
     assert list(found) == keys
     assert torch.equal(found[keys[1]], parts["t5xxl"][keys[1]].float())
 
 
 def test_unknown_key_is_a_key_error(model):
     with pytest.raises(KeyError):
-        read_tensors(find_component("t5xxl", model=model), dtype=None, keys=["absent"])
+        read_tensors(find_component("t5xxl", model=model).tensors, dtype=None, keys=["absent"])
 
 
 def test_every_byte_is_read_once(model, monkeypatch):
@@ -54,15 +54,15 @@ def test_every_byte_is_read_once(model, monkeypatch):
     monkeypatch.setattr("os.preadv", counting)
     for dtype in (torch.bfloat16, torch.float32):
         read.clear()
-        read_tensors(source, dtype=dtype)
+        read_tensors(source.tensors, dtype=dtype)
         assert sum(stop - start for start, stop in read) == source.nbytes
         ends = [stop for _, stop in sorted(read)]
         assert all(start >= end for end, (start, _) in zip(ends, sorted(read)[1:], strict=False))
 
 
 def test_conversion_in_small_pieces_loses_nothing(parts, model, monkeypatch):
-    monkeypatch.setattr("sd3pipe.models.weights._STAGING_BYTES", 480)
-    found = read_tensors(find_component("vae", model=model), dtype=torch.float32)
+    monkeypatch.setattr("sd3pipe.tensors.reader._STAGING_BYTES", 480)
+    found = read_tensors(find_component("vae", model=model).tensors, dtype=torch.float32)
     assert all(torch.equal(found[key], tensor.float()) for key, tensor in parts["vae"].items())
 
 
@@ -91,7 +91,7 @@ def test_file_that_shrinks_after_its_header_was_read_is_an_input_error(parts, tm
     source = find_component("vae", model=path)
     os.truncate(path, path.stat().st_size - 10)
     with pytest.raises(InputError, match="became shorter"):
-        read_tensors(source, dtype=None)
+        read_tensors(source.tensors, dtype=None)
     with pytest.raises(InputError, match="became shorter"):
         source.fingerprint()
 
@@ -101,7 +101,7 @@ def test_file_that_vanishes_after_its_header_was_read_is_an_input_error(parts, t
     source = find_component("vae", model=path)
     path.unlink()
     with pytest.raises(InputError, match="cannot be read"):
-        read_tensors(source, dtype=None)
+        read_tensors(source.tensors, dtype=None)
 
 
 @pytest.mark.parametrize("variant", ["sd3-medium", "sd35-medium", "sd35-large"])
@@ -138,7 +138,7 @@ PEAK_OF_A_LOAD = """
 import sys
 import torch
 from sd3pipe.models.sources import find_component
-from sd3pipe.models.weights import read_tensors
+from sd3pipe.tensors.reader import read_tensors
 source = find_component("clip_g", model=None, file=sys.argv[1])
 dtype = getattr(torch, sys.argv[2])
 torch.zeros(1000).to(dtype).sum()
@@ -148,7 +148,7 @@ def peak_bytes():  # of this program alone; getrusage would count what the paren
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 before = peak_bytes()
-kept = sum(tensor.nbytes for tensor in read_tensors(source, dtype=dtype).values())
+kept = sum(tensor.nbytes for tensor in read_tensors(source.tensors, dtype=dtype).values())
 print((peak_bytes() - before) / kept)
 """
 

@@ -9,7 +9,7 @@ from sd3pipe.models.architecture import detect_mmdit
 from sd3pipe.models.sources import find_component
 from sd3pipe.models.text_architecture import detect_clip, detect_t5
 from sd3pipe.models.vae_architecture import detect_vae
-from sd3pipe.models.weights import read_tensors
+from sd3pipe.tensors.reader import read_tensors
 from support.tiny_base_architecture import TinyArchitecture
 from support.tiny_diffusers import write_diffusers_folder
 
@@ -25,5 +25,5 @@ def write_demo_base_for_diffusers(folder: Path, tokenizers: Path) -> None:
         clip_g=detect_clip(shapes["clip_g"], "base"),
         t5xxl=detect_t5(shapes["t5xxl"], "base"),
     )
-    parts = {name: read_tensors(source, dtype=torch.float32) for name, source in sources.items()}
+    parts = {name: read_tensors(source.tensors, dtype=torch.float32) for name, source in sources.items()}
     write_diffusers_folder(folder, architecture, parts, tokenizers)

@@ -1,4 +1,4 @@
-"""Reads a component's tensors straight into their final place and number format, each byte once.
+"""Reads tensors straight into their final place and number format, each byte once.
 
 A tensor that keeps its format on the CPU is read into its own memory without any copy; all others go through one
 small buffer, so the peak is what is kept plus that buffer.
@@ -6,54 +6,59 @@ small buffer, so the peak is what is kept plus that buffer.
 
 import math
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sd3pipe.errors import InputError
-from sd3pipe.models.sources import ComponentSource
-from sd3pipe.models.tensor_entry import ByteRange, RangeReader, TensorEntry
+from sd3pipe.tensors.entry import ByteRange, RangeReader, TensorEntry
+from sd3pipe.tensors.formats import TORCH_FORMATS, bytes_of
+from sd3pipe.tensors.header import StoredTensor, read_header
 
-TORCH_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 _STAGING_BYTES = 4 << 20
 _THREADS = 4  # page faults and copies of one thread are slower than a good disk
 
 
 def read_tensors(
-    source: ComponentSource,
+    stored: Mapping[str, TensorEntry],
     *,
     dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
     keys: Collection[str] | None = None,
+    may_stop: bool = True,
 ) -> dict[str, Tensor]:
-    """Returns the tensors of a component, or those of `keys`, by canonical key, in `dtype` on `device`.
+    """Returns the tensors of a component, or those of `keys`, by key, in `dtype` on `device`.
 
     With dtype None each keeps its stored format; scaled fp8 weights become float32 then. fp8 is cast, and multiplied by
     its scale if it has one, in float32. Raises InputError for a file that ends too early, KeyError for an unknown key.
     """
-    wanted = list(source.tensors) if keys is None else list(keys)
-    entries = {key: source.tensors[key] for key in wanted}
+    wanted = list(stored) if keys is None else list(keys)
+    entries = {key: stored[key] for key in wanted}
     in_file_order = sorted(entries, key=lambda key: _place(entries[key]))
-    with TensorReader() as reader, ThreadPoolExecutor(_THREADS) as pool:
+    with TensorReader(may_stop=may_stop) as reader, ThreadPoolExecutor(_THREADS) as pool:
 
         def read(key: str) -> Tensor:
             entry = entries[key]
-            stored = TORCH_DTYPES[entry.dtype] if entry.scale is None else torch.float32
-            tensor = torch.empty(entry.shape, dtype=dtype or stored, device=device)
+            kept = TORCH_FORMATS[entry.dtype] if entry.scale is None else torch.float32
+            tensor = torch.empty(entry.shape, dtype=dtype or kept, device=device)
             reader.read_into(entry, tensor)
             return tensor
 
         tensors = dict(zip(in_file_order, pool.map(read, in_file_order), strict=True))
     return {key: tensors[key] for key in wanted}
+
+
+def read_stored(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """Returns the tensors of a small file as they are stored, whole: a wish to stop does not cut the reading."""
+    return read_tensors({name: tensor.entry for name, tensor in stored.items()}, dtype=None, may_stop=False)
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """Returns all tensors of a small file, as read_stored does. Raises InputError."""
+    return read_stored(read_header(path))
 
 
 class TensorReader(RangeReader):
@@ -62,22 +67,22 @@ class TensorReader(RangeReader):
     Safe to use from several threads, each of which has a buffer of its own for what must be converted.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, may_stop: bool = True) -> None:
+        super().__init__(may_stop=may_stop)
         self._local = threading.local()
 
     def read_into(self, entry: TensorEntry, destination: Tensor) -> None:
         """Fills `destination`, a contiguous tensor of the entry's shape, in its own number format and on its device."""
         if tuple(destination.shape) != entry.shape or not destination.is_contiguous():
             raise ValueError(f"destination {list(destination.shape)} is not a contiguous {list(entry.shape)}")
-        stored = TORCH_DTYPES[entry.dtype]
+        stored = TORCH_FORMATS[entry.dtype]
         if destination.dtype == stored and destination.device.type == "cpu" and entry.scale is None:
             self._read_as_is(entry, destination)
         else:
             self._read_converted(entry, stored, destination)
 
     def _read_as_is(self, entry: TensorEntry, destination: Tensor) -> None:
-        view, done = _bytes_of(destination), 0
+        view, done = bytes_of(destination), 0
         for part in entry.ranges:
             self.read_bytes(view[done : done + part.nbytes], part)
             done += part.nbytes
@@ -100,7 +105,7 @@ class TensorReader(RangeReader):
         if staging is None or staging.numel() < count:
             staging = self._local.staging = torch.empty(_STAGING_BYTES, dtype=torch.uint8)
         piece = staging[:count]
-        self.read_bytes(_bytes_of(piece), ByteRange(part.path, part.offset + start, count))
+        self.read_bytes(bytes_of(piece), ByteRange(part.path, part.offset + start, count))
         return piece.view(stored)
 
     def _scale(self, entry: TensorEntry) -> Tensor | None:
@@ -119,11 +124,6 @@ def _scaled(values: Tensor, scale: Tensor, done: int, row_length: int) -> Tensor
         return values.float() * scale
     rows = torch.arange(done, done + values.numel()) // row_length
     return values.float() * scale[rows]
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """Returns the memory of a contiguous CPU tensor."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _place(entry: TensorEntry) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""Reads the header of a safetensors file and believes nothing in it: every offset is checked against the file's size.
+"""The header of a safetensors file, written and read; what is read is believed only after a check against the file.
 
 Free of torch. Format: 8 bytes little-endian header length, that many bytes of JSON, then the tensors' bytes, gapless.
 """
@@ -6,17 +6,18 @@ Free of torch. Format: 8 bytes little-endian header length, that many bytes of J
 import json
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sd3pipe.errors import InputError
 from sd3pipe.files import nearest_path
+from sd3pipe.tensors.entry import ByteRange, TensorEntry
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MAX_NAME = 1000  # the longest name of a real model has some 100 characters
-DTYPE_BYTES: Mapping[str, int] = {
+ITEM_BYTES: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
@@ -40,24 +41,72 @@ class StoredTensor:
     offset: int
     nbytes: int
 
+    @property
+    def entry(self) -> TensorEntry:
+        """The tensor as the bytes that it takes."""
+        ranges = (ByteRange(self.path, self.offset, self.nbytes),)
+        return TensorEntry(dtype=self.dtype, shape=self.shape, ranges=ranges)
+
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of a safetensors file by name. Raises InputError for anything else."""
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Returns the tensors of a safetensors file by name, and its metadata. Raises InputError for anything else."""
     refuse_foreign_file(path)
     try:
         with open(path, "rb") as handle:
             file_bytes = handle.seek(0, 2)
             handle.seek(0)
-            header_bytes = int.from_bytes(handle.read(8), "little")
-            _check_header_length(path, header_bytes, file_bytes)
-            text = handle.read(header_bytes)
+            text = header_text(handle, file_bytes)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    start = 8 + header_bytes
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    start = 8 + len(text)
     entries = _parse(path, text)
-    tensors = {name: _tensor(path, name, entry, start) for name, entry in entries.items() if name != "__metadata__"}
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InputError(f"{path}: damaged header: its metadata are no texts")
+    tensors = {name: _tensor(path, name, entry, start) for name, entry in entries.items()}
     _check_layout(path, tensors, start, file_bytes)
-    return tensors
+    return tensors, metadata
+
+
+def header_text(handle: IO[bytes], file_bytes: int) -> bytes:
+    """Returns the JSON that a file starts with, and leaves `handle` at its tensors. Raises ValueError, OSError."""
+    length = int.from_bytes(handle.read(8), "little")
+    if file_bytes < 8 or not 2 <= length <= MAX_HEADER_BYTES:
+        raise ValueError("not a safetensors file (it does not begin with the length of a header)")
+    if 8 + length > file_bytes:
+        raise ValueError(f"{file_bytes:,} bytes, but its header alone takes {8 + length:,}: {_CUT_SHORT}")
+    return handle.read(length)
+
+
+def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Returns the size of a tensor."""
+    return ITEM_BYTES[dtype] * math.prod(shape)
+
+
+def placed(tensors: Iterable[tuple[str, str, Sequence[int]]]) -> dict[str, Any]:
+    """Returns the header's entries of tensors (name, number format, shape) whose bytes follow one another."""
+    entries: dict[str, Any] = {}
+    position = 0
+    for name, dtype, shape in tensors:
+        end = position + tensor_bytes(dtype, shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    return entries
+
+
+def header_bytes(entries: Mapping[str, Any], metadata: Mapping[str, str], *, unit: int = 8) -> bytes:
+    """Returns the start of a file, padded with blanks so that the tensors start on a multiple of `unit` bytes."""
+    header = {"__metadata__": dict(metadata), **entries} if metadata else entries
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-(8 + len(text)) % unit)
+    return len(text).to_bytes(8, "little") + text
 
 
 def refuse_foreign_file(path: Path) -> None:
@@ -95,13 +144,6 @@ def exists(path: Path) -> bool:
         return False
 
 
-def _check_header_length(path: Path, header_bytes: int, file_bytes: int) -> None:
-    if file_bytes < 8 or not 2 <= header_bytes <= MAX_HEADER_BYTES:
-        raise InputError(f"{path}: not a safetensors file (it does not begin with the length of a header)")
-    if 8 + header_bytes > file_bytes:
-        raise InputError(f"{path}: {file_bytes:,} bytes, but its header alone takes {8 + header_bytes:,}: {_CUT_SHORT}")
-
-
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
@@ -131,12 +173,12 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise InputError(f"{path}: damaged header: {shown} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise InputError(f"{path}: tensor {shown} has the number format {ascii(dtype)[:40]}, which is not supported")
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise InputError(f"{path}: damaged header: shape or offsets of {shown} make no sense")
     nbytes = offsets[1] - offsets[0]
-    if math.prod(shape) * DTYPE_BYTES[dtype] != nbytes:
+    if tensor_bytes(dtype, shape) != nbytes:
         raise InputError(f"{path}: damaged header: {shown} of shape {shape} in {dtype} does not take {nbytes:,} bytes")
     return StoredTensor(path=path, name=name, dtype=dtype, shape=tuple(shape), offset=start + offsets[0], nbytes=nbytes)
 

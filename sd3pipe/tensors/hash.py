@@ -15,8 +15,8 @@ from blake3 import blake3
 
 from sd3pipe.console import readable_bytes
 from sd3pipe.fingerprint import hash_json, is_hash
-from sd3pipe.models.tensor_entry import RangeReader, TensorEntry, chunks
 from sd3pipe.stat_memory import StatMemory
+from sd3pipe.tensors.entry import RangeReader, TensorEntry, chunks
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from sd3pipe.errors import InputError
-from sd3pipe.models.safetensors_header import read_header
+from sd3pipe.tensors.header import read_header
 
 GOOD = save(
     {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(5, dtype=torch.bfloat16), "c": torch.tensor(1.0)},

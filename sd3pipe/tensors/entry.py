@@ -42,9 +42,14 @@ class TensorEntry:
 
 
 class RangeReader:
-    """Reads byte ranges by pread, keeping each file open. A context manager; safe to share between threads."""
+    """Reads byte ranges by pread, keeping each file open. A context manager; safe to share between threads.
 
-    def __init__(self) -> None:
+    Weights and fingerprints take minutes to read, so that a wish to stop ends the reading (raises Stopped) unless
+    `may_stop` is False.
+    """
+
+    def __init__(self, *, may_stop: bool = True) -> None:
+        self._may_stop = may_stop
         self._handles: dict[Path, int] = {}
         self._closing = ExitStack()
         self._opening = Lock()
@@ -59,11 +64,9 @@ class RangeReader:
         self._handles.clear()
 
     def read_bytes(self, buffer: memoryview, part: ByteRange) -> None:
-        """Fills `buffer` with the first len(buffer) bytes of the range. Raises InputError if the file is too short.
-
-        Weights and fingerprints take minutes to read, so a wish to stop ends the reading: raises Stopped.
-        """
-        stopping.check()
+        """Fills `buffer` with the first len(buffer) bytes of the range. Raises InputError if the file is too short."""
+        if self._may_stop:
+            stopping.check()
         handle, done = self._open(part.path), 0
         while done < len(buffer):
             try:
