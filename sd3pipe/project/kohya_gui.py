@@ -55,7 +55,9 @@ def from_gui(settings: Mapping[str, Any], where: str) -> tuple[dict[str, Any], s
 
 
 def _says_something(key: str, value: Any) -> bool:
-    return value not in (None, "", [], False) and ((bool(value) and value != "0") or key in _ZERO_COUNTS)
+    if value is False or value in (None, "", []):
+        return False
+    return value not in (0, "0") or key in _ZERO_COUNTS
 
 
 def _attention(settings: Mapping[str, Any]) -> dict[str, Any]:

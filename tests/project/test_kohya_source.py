@@ -1,0 +1,95 @@
+"""Commands for three shells, config files and the GUI's settings say the same options."""
+
+import json
+
+import pytest
+
+from sd3pipe.errors import ParameterError
+from sd3pipe.project.kohya import translate
+from sd3pipe.project.kohya_source import read_command, read_source
+
+WANTED = {
+    "pretrained_model_name_or_path": r"D:\models\sd3.5_medium.safetensors",
+    "train_data_dir": r"D:\my pictures",
+    "network_dim": 8,
+    "enable_bucket": True,
+    "resolution": [512, 768],
+    "lr_warmup_steps": 0.1,
+    "network_args": ["split_qkv=True", "rank_dropout=0.1"],
+}
+OPTIONS = (
+    r"--pretrained_model_name_or_path{=}D:\models\sd3.5_medium.safetensors",
+    r"--train_data_dir{=}{mark}D:\my pictures{mark}",
+    "--network_dim 8",
+    "--enable_bucket",
+    "--resolution=512,768 --lr_warmup_steps 10%",
+    "--network_args split_qkv=True {mark}rank_dropout=0.1{mark}",
+)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "mark", "equals"),
+    [
+        ("accelerate launch --num_cpu_threads_per_process=1 ", "^", '"', " "),
+        (r".\venv\Scripts\accelerate.exe launch ", "^", '"', "="),
+        (r"& 'C:\Program Files\python.exe' -m accelerate.commands.launch ", "`", "'", " "),
+        ("accelerate launch ", "`", '"', "="),
+    ],
+)
+def test_windows_commands_keep_their_backslashes(start, end, mark, equals):
+    lines = [option.replace("{=}", equals).replace("{mark}", mark) for option in OPTIONS]
+    text = f" {end}\r\n  ".join([f"{start}sd3_train_network.py", *lines]) + "\r\npause\r\n"
+    assert read_command(text) == WANTED
+
+
+def test_a_bash_script_is_read_up_to_what_follows_the_command(tmp_path):
+    script = tmp_path / "train.sh"
+    script.write_text(
+        "#!/bin/bash\ncd /sd-scripts\n# sd3_train_network.py, third try\n"
+        "accelerate launch sd3_train_network.py \\\n  --network_dim 8 --output_name 'my cat' \\\n"
+        '  --train_data_dir "/data/my pictures" --learn 1e-4 2>&1 | tee log.txt\necho done\n'
+    )
+    assert read_source([str(script)]) == {
+        "network_dim": 8, "output_name": "my cat", "train_data_dir": "/data/my pictures", "learning_rate": 1e-4,
+    }  # fmt: skip
+
+
+def test_a_value_with_spaces_and_no_quotes_is_named():
+    with pytest.raises(ParameterError, match=r"--train_data_dir: pics stands alone behind .*put a value with spaces"):
+        read_command(r"sd3_train_network.py --train_data_dir C:\my pics")
+
+
+def test_the_command_line_beats_its_config_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.toml").write_text('[a]\nnetwork_dim = 4\nseed = 7\noptimizer_args = "weight_decay=0.1 eps=1e-8"\n')
+    assert read_command("sd3_train_network.py --config_file c --network_dim 8") == {
+        "network_dim": 8, "seed": 7, "optimizer_args": ["weight_decay=0.1", "eps=1e-8"],
+    }  # fmt: skip
+
+
+def test_settings_of_the_gui_have_its_own_names_and_empty_fields(tmp_path):
+    settings = {
+        "sd3_checkbox": True, "max_resolution": "512,768", "epoch": 3, "max_train_steps": 0, "optimizer": "AdamW8bit",
+        "LoRA_type": "LyCORIS/LoHa", "lr_warmup": 10, "lr_warmup_steps": 0, "noise_offset": 0, "clip_skip": 1,
+        "seed": 0, "sd3_clip_l": "", "sd3_t5xxl": "t5.safetensors", "xformers": "sdpa", "network_alpha": 0,
+        "t5xxl_max_token_length": 512, "rank_dropout": 0.1, "additional_parameters": "--min_timestep 10 --seed=5",
+        "sample_prompts": "a cat --w 512\na dog", "num_processes": 2, "huber_c": 0.1, "network_args": "",
+    }  # fmt: skip
+    file = tmp_path / "gui.json"
+    file.write_text(json.dumps(settings))
+    given = read_source([str(file)])
+    assert given["resolution"] == [512, 768] and given["max_train_epochs"] == 3 and given["lr_warmup_steps"] == 0.1
+    assert given["optimizer_type"] == "AdamW8bit" and given["t5xxl"] == "t5.safetensors" and given["seed"] == 5
+    assert given["min_timestep"] == 10 and given["sdpa"] is True and given["network_alpha"] == 0
+    assert not given.keys() & {"noise_offset", "t5xxl_max_token_length", "clip_l", "num_processes", "max_train_steps"}
+    result = translate(given)
+    assert result.values["train"]["adapter_type"] == "loha"
+    assert result.values["train"]["network_args"] == ["rank_dropout=0.1"]
+    assert result.prompts == "a cat --w 512\na dog"
+    assert not any("clip_skip" in line for line in (*result.lost, *result.changed, *result.idle))
+
+
+def test_settings_for_another_model_are_refused(tmp_path):
+    (tmp_path / "gui.json").write_text('{"sdxl": true}')
+    with pytest.raises(ParameterError, match="settings for SDXL"):
+        read_source([str(tmp_path / "gui.json")])
