@@ -21,10 +21,10 @@ from sd3pipe.data.geometry import views_of_all
 from sd3pipe.data.scan import scan
 from sd3pipe.encoding.latent_plan import latents_wanted
 from sd3pipe.encoding.latent_rows import row_job, rows_of
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.latent_encoding import LatentEncoder
 from sd3pipe.models.vae import VAE
 from sd3pipe.models.vae_architecture import VAEArchitecture
-from sd3pipe.stat_memory import StatMemory
 
 
 class Pooling(nn.Module):
@@ -73,7 +73,7 @@ def run_stage(folder: Path, name: str, resolution: int, encoder: LatentEncoder, 
         f"[[datasets]]\nresolution = {resolution}\nenable_bucket = true\n[[datasets.subsets]]\nimage_dir = 'pics'\n"
     )
     dataset = load_dataset(file)
-    pictures, _ = views_of_all(scan(dataset, StatMemory(folder / f"{name}.stat.json")), crop_variants=1, seed=0)
+    pictures, _ = views_of_all(scan(dataset, FileStamps(folder / f"{name}.stat.json")), crop_variants=1, seed=0)
     views = [view for of_picture in pictures for view in of_picture]
     recipe = {"latent_mode": "moments", "latent_dtype": "float16", "vae_dtype": "float32"}
     wanted = latents_wanted(views, [], dataset, VAEArchitecture(), "0" * 64, recipe)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -14,18 +14,32 @@ from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, checked, parse_jso
 from sd3pipe.errors import InputError
 
 READABLE_FORMATS = (FORMAT_VERSION,)
-_OWN = (
-    "format",
-    "kind",
-    "recipe",
-    "recipe_version",
-    "fingerprints",
-    "subsets",
-    "quarantined",
-    "rows",
-    "samples",
-    "index",
-)
+_ANYTHING_ELSE = ConfigDict(extra="allow")
+_Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
+_Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+
+
+class _Settings(TypedDict, total=False):
+    __pydantic_config__ = _ANYTHING_ELSE  # pyright: ignore[reportGeneralTypeIssues]
+
+    dataset: _Count
+    num_repeats: _Count
+    is_reg: StrictBool
+    prior_loss_weight: _Number | None
+    loss_weight: _Number | None
+    caption_dropout_rate: Annotated[_Number, Field(le=1)]
+    caption_dropout_every_n_epochs: _Count
+    diff_output_preservation: StrictBool
+
+
+class _Unreadable(TypedDict):
+    __pydantic_config__ = _ANYTHING_ELSE  # pyright: ignore[reportGeneralTypeIssues]
+
+    name: str
+    reason: str
+    subset: NotRequired[str]
+    image_hash: NotRequired[str]
+    keys: NotRequired[list[str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,17 +47,15 @@ class Manifest:
     """The published state of a cache. Nothing in it depends on a machine, a path or a time."""
 
     kind: Kind
-    recipe: Mapping[str, Any]
-    recipe_version: int
+    recipe: Mapping[str, JsonValue]
+    recipe_version: _Count
     fingerprints: Mapping[str, str]
-    subsets: Mapping[str, Mapping[str, Any]]  # what weights and orders samples, by subset; in no key
-    quarantined: tuple[
-        Mapping[str, Any], ...
-    ]  # name, subset, image_hash, reason; keys for pictures that failed to encode
-    rows: int
-    samples: int
-    index: str  # the hash that names the present index
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    subsets: Mapping[str, _Settings]  # what weights and orders samples, by subset; in no key
+    quarantined: tuple[_Unreadable, ...]  # pictures that are left out; `keys` where encoding them failed
+    rows: _Count
+    samples: _Count
+    index: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # the hash that names the present index
+    extra: Mapping[str, JsonValue] = field(default_factory=dict)  # further fields of the file
 
     def unreadable_rows(self) -> dict[str, str]:
         """Returns the reason for each row, by key, that an encoder could not make."""
@@ -51,8 +63,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Returns the file's content."""
-        value: dict[str, Any] = {name: getattr(self, name) for name in _OWN if name != "format"}
-        value |= {"format": FORMAT_VERSION, **self.extra}
+        value = {name: getattr(self, name) for name in _FIELDS} | {"format": FORMAT_VERSION, **self.extra}
         text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
         return (text + "\n").encode("utf-8", "surrogateescape")
 
@@ -61,9 +72,10 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     """Returns the manifest in a file's bytes. Raises InputError for a damaged, foreign or newer one."""
     try:
         value = parse_json(data, _OBJECT, where)
-        version = value.get("format")
+        version = value.pop("format", None)
         if version in READABLE_FORMATS:
-            return _manifest(checked(value, _CONTENT, where))
+            own = {name: value.pop(name) for name in _FIELDS if name in value}
+            return checked(own | {"extra": value}, _MANIFEST, where)
     except DocumentError as error:
         raise InputError(
             f"{error}: it is damaged or no manifest of a cache: restore it, or run `sd3pipe cache verify --repair`"
@@ -84,62 +96,6 @@ def read_manifest(path: Path) -> Manifest | None:
     return parse_manifest(data, str(path))
 
 
-_ANYTHING_ELSE = ConfigDict(extra="allow")
-_Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
-_Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
-
-
-class _Settings(TypedDict, total=False):
-    __pydantic_config__ = _ANYTHING_ELSE  # pyright: ignore[reportGeneralTypeIssues]
-
-    dataset: _Count
-    num_repeats: _Count
-    is_reg: StrictBool
-    prior_loss_weight: _Number | None
-    loss_weight: _Number | None
-    caption_dropout_rate: Annotated[_Number, Field(le=1)]
-    caption_dropout_every_n_epochs: _Count
-    diff_output_preservation: StrictBool
-
-
-class _Quarantined(TypedDict):
-    __pydantic_config__ = _ANYTHING_ELSE  # pyright: ignore[reportGeneralTypeIssues]
-
-    name: str
-    reason: str
-    subset: NotRequired[str]
-    image_hash: NotRequired[str]
-    keys: NotRequired[list[str]]
-
-
-class _Content(TypedDict):
-    __pydantic_config__ = _ANYTHING_ELSE  # pyright: ignore[reportGeneralTypeIssues]
-
-    kind: Kind
-    recipe: dict[str, JsonValue]
-    recipe_version: _Count
-    fingerprints: dict[str, str]
-    subsets: dict[str, _Settings]
-    quarantined: tuple[_Quarantined, ...]
-    rows: _Count
-    samples: _Count
-    index: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-def _manifest(content: _Content) -> Manifest:
-    return Manifest(
-        kind=content["kind"],
-        recipe=content["recipe"],
-        recipe_version=content["recipe_version"],
-        fingerprints=content["fingerprints"],
-        subsets=content["subsets"],
-        quarantined=content["quarantined"],
-        rows=content["rows"],
-        samples=content["samples"],
-        index=content["index"],
-        extra={name: item for name, item in content.items() if name not in _OWN},
-    )
-
-
-_CONTENT = TypeAdapter(_Content)
+_FIELDS = tuple(item.name for item in fields(Manifest) if item.name != "extra")
+_MANIFEST = TypeAdapter(Manifest)
 _OBJECT = TypeAdapter(dict[str, Any])

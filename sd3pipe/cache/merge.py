@@ -55,7 +55,7 @@ def united(readers: Sequence[CacheReader], caches: Sequence[Path]) -> Wanted:
         unreadable=[
             entry for entry in _unreadable(readers) if (entry.get("subset", entry["name"]), entry["name"]) not in named
         ],
-        named_rows={name: numbers[key] for name, key in first.extra.items()},
+        named_rows={name: numbers[str(key)] for name, key in first.extra.items() if key in numbers},
     )
 
 

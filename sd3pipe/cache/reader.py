@@ -7,11 +7,11 @@ from typing import Any, get_args
 
 import numpy as np
 
+from sd3pipe.cache.cache_files import cache_files
 from sd3pipe.cache.folder import INDEX, INDEX_SUFFIX, MANIFEST
 from sd3pipe.cache.index import Index, read_index
 from sd3pipe.cache.made_from import contradiction
 from sd3pipe.cache.manifest import Manifest, parse_manifest
-from sd3pipe.cache.places import place_of
 from sd3pipe.cache.rows import Tensor, row_from_bytes
 from sd3pipe.cache.samples import Samples
 from sd3pipe.cache.segment import SegmentHeader, key_is_true, parse_header
@@ -80,7 +80,7 @@ class CacheReader:
         arrays = self._index.arrays
         plan_id = self._plan_ids[arrays["row_segment"][number]]
         try:
-            data = self._place.read_segment(
+            data = self._files.read_segment(
                 plan_id, int(arrays["row_offset"][number]), int(arrays["row_bytes"][number])
             )
         except (OSError, EOFError) as error:
@@ -94,7 +94,7 @@ class CacheReader:
     def _load(self, where: str | Path, verify_reads: VerifyReads) -> None:
         self.where = str(where)
         self._verify: VerifyReads = verify_reads
-        self._place = place_of(where)
+        self._files = cache_files(where)
         self.manifest, self._index = self._open()
         self._plan_ids = self._index.plan_ids()
         self._verified = np.zeros(len(self._index), bool)
@@ -123,7 +123,7 @@ class CacheReader:
         if not len(offsets):
             return None
         with contextlib.suppress(OSError, EOFError, InputError):
-            start = self._place.read_segment(self._plan_ids[0], 0, int(offsets.min()))
+            start = self._files.read_segment(self._plan_ids[0], 0, int(offsets.min()))
             return parse_header(start, self.where)
         return None
 
@@ -140,7 +140,7 @@ class CacheReader:
 
     def _read_manifest(self) -> Manifest:
         try:
-            data = bytes(self._place.read(MANIFEST))
+            data = bytes(self._files.read(MANIFEST))
         except FileNotFoundError:
             raise InputError(f"{self.where} holds no finished cache: encode first, or name another folder") from None
         except OSError as error:
@@ -150,7 +150,7 @@ class CacheReader:
     def _read_index(self, manifest: Manifest) -> Index:
         folder = f"{INDEX}/{manifest.index}{INDEX_SUFFIX}"
         return read_index(
-            manifest.kind, manifest.index, lambda name: self._place.read(f"{folder}/{name}"), f"{self.where}/{folder}"
+            manifest.kind, manifest.index, lambda name: self._files.read(f"{folder}/{name}"), f"{self.where}/{folder}"
         )
 
 

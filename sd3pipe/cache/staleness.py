@@ -1,10 +1,10 @@
 """Did captions or pictures change since they were encoded? For people without DVC: a stat check, machine-local."""
 
+import functools
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -13,9 +13,9 @@ from pydantic import TypeAdapter
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.manifest import read_manifest
 from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, holds, read_json
+from sd3pipe.file_stamps import Stamp, stamp_of, tick_ns
 from sd3pipe.files import write_bytes
 from sd3pipe.fingerprint import hash_bytes, hash_file, hash_json
-from sd3pipe.stat_memory import Stamp, stamp_of, tick_ns
 
 _FORMAT = 1
 _FILE = "sources.json"
@@ -60,7 +60,7 @@ def remember_sources(
     folder that was listed to the suffixes (".png", ".txt") of the files that mattered in it. `scan_started` is
     time.time() before the first file was read: the stat of a file that changed since then says nothing.
     """
-    resolve = _Resolver()
+    resolve = _resolver()
     digests = {resolve(dataset_file): hash_file(dataset_file)} | {resolve(path): files[path] for path in files}
     started_ns = int(scan_started * 1e9)
     note = {
@@ -113,7 +113,7 @@ class Sources:
             about |= {str(p): (None, "") for p in siblings if p.suffix.lower() in folders[str(place)][0]}
         return _compared(_changes(about, {}))
 
-    @cached_property
+    @functools.cached_property
     def _by_stem(self) -> dict[str, list[Path]]:
         """The files by name without ending, which a picture, its caption and its mask share."""
         found: dict[str, list[Path]] = {}
@@ -174,17 +174,15 @@ def _settled_stamp(path: str, started_ns: int) -> Stamp | None:
     return stamp if stamp[2] + tick_ns(stamp) < started_ns else None
 
 
-class _Resolver:
-    """Returns absolute paths; each folder is resolved once, which is what makes 20,000 files cheap."""
+def _resolver() -> Callable[[Path], str]:
+    """Returns what makes paths absolute; each folder is resolved once, which is what makes 20,000 files cheap."""
+    resolved = functools.cache(lambda folder: str(Path(folder).resolve()))
 
-    def __init__(self) -> None:
-        self._folders: dict[str, str] = {}
-
-    def __call__(self, path: Path) -> str:
+    def resolve(path: Path) -> str:
         folder, name = os.path.split(path)
-        if folder not in self._folders:
-            self._folders[folder] = str(Path(folder).resolve())
-        return f"{self._folders[folder]}{os.sep}{name}"
+        return f"{resolved(folder)}{os.sep}{name}"
+
+    return resolve
 
 
 def _listing(folder: Path, suffixes: Collection[str]) -> str:

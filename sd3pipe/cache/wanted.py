@@ -28,7 +28,7 @@ class Wanted:
     recipe: Mapping[str, Any]  # as the manifest shows it; the rows' own recipes make the keys
     rows: Sequence[WantedRow]
     samples: Columns
-    subsets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    subsets: Mapping[str, Any] = field(default_factory=dict)  # settings by name
     unreadable: Sequence[Mapping[str, Any]] = ()  # pictures: name, subset, image_hash ("" if unknown), reason
     named_rows: Mapping[str, int] = field(default_factory=dict)
 
@@ -105,10 +105,10 @@ class Readable:
 
     keys: frozenset[str]
     samples: Columns  # with keys
-    unreadable: tuple[Mapping[str, Any], ...]
+    unreadable: tuple[Any, ...]  # as those of Wanted
 
 
-def _sorted(entries: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+def _sorted(entries: Iterable[Mapping[str, Any]]) -> tuple[Any, ...]:
     """Returns unreadable pictures in an order that depends on nothing but them."""
     names = ("subset", "name", "image_hash", "reason")
     return tuple(sorted(map(dict, entries), key=lambda entry: tuple(str(entry.get(name, "")) for name in names)))

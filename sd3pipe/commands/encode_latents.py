@@ -11,22 +11,20 @@ from sd3pipe.cache.folder import MANIFEST, machine_folder
 from sd3pipe.cache.manifest import read_manifest
 from sd3pipe.cache.rows import Row
 from sd3pipe.cache.store import FillCounts
-from sd3pipe.console import StageReport, count, one_line, progress
+from sd3pipe.console import StageReport, count, listed, one_line, progress
 from sd3pipe.data.buckets import cut_by_limit
 from sd3pipe.data.geometry import View, views_of_all
 from sd3pipe.data.scan import UnreadableFile, tell_about_pictures
 from sd3pipe.encoding.latent_plan import latents_wanted
 from sd3pipe.encoding.stage import DatasetRead, Encoding, fill, read_dataset, say_forecast
 from sd3pipe.errors import InputError, QuarantineError, UnreadablePicture
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.models.vae_architecture import VAEArchitecture, detect_vae
 from sd3pipe.params.encode_latents import EncodeLatentsParams
-from sd3pipe.stat_memory import StatMemory
 
 if TYPE_CHECKING:
     from sd3pipe.models.latent_encoding import LatentEncoder
-
-_SHOWN = 5  # how many unreadable pictures an error names
 
 
 def main(params: EncodeLatentsParams) -> None:
@@ -95,20 +93,20 @@ class _Latents(Encoding):
 
 def _prepare(params: EncodeLatentsParams) -> _Latents:
     """Reads the dataset and the headers of pictures and VAE. Raises InputError if no picture can be used."""
-    memory = StatMemory(machine_folder(params.out) / "stat.json", trust=not params.rehash)
-    read = read_dataset(params.dataset, memory, captions=False)
+    stamps = FileStamps(machine_folder(params.out) / "stat.json", trust=not params.rehash)
+    read = read_dataset(params.dataset, stamps, captions=False)
     tell_about_pictures(read.found)
     pictures, unreadable = views_of_all(read.found, crop_variants=params.crop_variants, seed=params.seed)
     if not pictures:
-        reasons = "; ".join(f"{one_line(str(file.path))}: {file.reason}" for file in unreadable[:_SHOWN])
+        reasons = listed([f"{one_line(str(file.path))}: {file.reason}" for file in unreadable], separator="; ")
         raise InputError(f"{params.dataset}: none of {count(len(unreadable), 'picture')} can be used: {reasons}")
     views = [view for of_picture in pictures for view in of_picture]
     vae = find_component("vae", model=params.model, file=params.vae)
     architecture = detect_vae(vae.shapes(), vae.where)
     recipe = {name: getattr(params, name) for name in ("latent_mode", "latent_dtype", "vae_dtype")}
-    wanted = latents_wanted(views, unreadable, read.dataset, architecture, vae.fingerprint(memory), recipe)
+    wanted = latents_wanted(views, unreadable, read.dataset, architecture, vae.fingerprint(stamps), recipe)
     if not params.dry_run:
-        memory.save()
+        stamps.save()
     return _Latents(
         params=params,
         out=params.out,
@@ -153,10 +151,10 @@ def _check_unreadable(counts: FillCounts, latents: _Latents) -> None:
     if counts.quarantined <= limit:
         return
     manifest = read_manifest(params.out / MANIFEST)
-    names = ", ".join(one_line(entry["name"]) for entry in manifest.quarantined[:_SHOWN]) if manifest else ""
+    names = [one_line(entry["name"]) for entry in manifest.quarantined] if manifest else []
     allowed = "--strict allows none" if params.strict else f"--max-quarantined allows {limit}"
     raise QuarantineError(
-        f"{params.out}: {counts.quarantined} of {count(latents.pictures, 'picture')} unreadable, {allowed}: {names}"
-        f"{', ...' if counts.quarantined > _SHOWN else ''}: repair or remove them (their reasons stand in "
+        f"{params.out}: {counts.quarantined} of {count(latents.pictures, 'picture')} unreadable, {allowed}: "
+        f"{listed(names)}: repair or remove them (their reasons stand in "
         f"{params.out / MANIFEST}); the others are encoded"
     )

@@ -26,10 +26,10 @@ from sd3pipe.encoding.text_plan import (
     text_wanted,
 )
 from sd3pipe.errors import ParameterError, UnreadablePicture
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.text_architecture import EncoderName
 from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.params.encode_text import EncodeTextParams
-from sd3pipe.stat_memory import StatMemory
 
 if TYPE_CHECKING:
     from sd3pipe.encoding.text_encoding import Tokens
@@ -155,8 +155,8 @@ class _TextRows(Encoding):
 def _prepare(params: EncodeTextParams, target: _Target) -> _TextRows:
     """Reads captions or prompts, headers and what identifies the weights. Writes nothing for a dry run."""
     folder = machine_folder(target.out)
-    pictures = StatMemory(folder / "stat.json", trust=not params.rehash)
-    weights = StatMemory(folder.parent / "weights.json", trust=not params.verify_weights)  # one for all caches here
+    pictures = FileStamps(folder / "stat.json", trust=not params.rehash)
+    weights = FileStamps(folder.parent / "weights.json", trust=not params.verify_weights)  # one for all caches here
     read = None
     if target.kind == "text":
         read = read_dataset(target.source, pictures, captions=True)

@@ -10,6 +10,7 @@ from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.feed import default_workers
 from sd3pipe.data.scan import scan
 from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import make_folder, write_bytes, write_text
 from sd3pipe.models.sources import find_component
 from sd3pipe.models.text_architecture import EncoderName
@@ -20,7 +21,6 @@ from sd3pipe.previewing.cards import CaptionTokens, Preview
 from sd3pipe.previewing.dataset_cards import dataset_preview
 from sd3pipe.previewing.page import render
 from sd3pipe.previewing.sheet import draw_sheet
-from sd3pipe.stat_memory import StatMemory
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +49,10 @@ def _of_dataset(params: PreviewParams) -> Preview:
     dataset = load_dataset(params.dataset)
     for remark in dataset.remarks:
         log.info("%s: %s", dataset.path, remark)
-    memory = StatMemory(params.out / ".stat.json", trust=False)
+    stamps = FileStamps(params.out / ".stat.json", trust=False)
     workers = default_workers() if params.max_data_loader_n_workers is None else params.max_data_loader_n_workers
     return dataset_preview(
-        scan(dataset, memory),
+        scan(dataset, stamps),
         title=f"Preview of {params.dataset.name}",
         per_bucket=params.pictures_per_bucket,
         caption_variants=params.caption_variants,

@@ -15,11 +15,11 @@ from sd3pipe.diffusion.prompts import SamplePrompt, read_prompts
 from sd3pipe.diffusion.sampler import DEFAULTS, SamplingSettings, SkipLayerGuidance
 from sd3pipe.diffusion.sheet import Column, Places, Sheet, cell_name, choose_columns, read_sheet
 from sd3pipe.errors import InputError
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import make_folder
 from sd3pipe.models.architecture import MMDiTArchitecture, mmdit_architecture
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.params.sample import SampleParams
-from sd3pipe.stat_memory import StatMemory
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +32,14 @@ def main(params: SampleParams) -> None:
         name: str(value) if (value := getattr(params, name)) else None for name in ("model", "prompts", "adapter")
     }
     with StageReport("sample", path=Path(f"{params.out}.report.json"), inputs=inputs) as report:
-        memory = StatMemory(machine_folder(params.out) / "weights.json")
+        stamps = FileStamps(machine_folder(params.out) / "weights.json")
         vae = _find_vae(params)
-        places = Places(out=params.out, vae_mark=vae.fingerprint(memory)[:_VAE_DIGITS] if vae else "")
+        places = Places(out=params.out, vae_mark=vae.fingerprint(stamps)[:_VAE_DIGITS] if vae else "")
         if params.decode:
             sheet, drawn, skipped = read_sheet(params.out), 0, 0
         else:
-            sheet, drawn, skipped = _draw(params, places, memory, report)
-        memory.save()
+            sheet, drawn, skipped = _draw(params, places, stamps, report)
+        stamps.save()
         decoded = decode_cells(sheet, places, vae, lambda: choose_device(params.device, params.threads)) if vae else 0
         grids = lay_out(sheet, places) if vae else 0
         report.update(drawn=drawn, skipped=skipped, decoded=decoded, grids=grids)
@@ -57,11 +57,11 @@ def _find_vae(params: SampleParams) -> ComponentSource | None:
         return None
 
 
-def _draw(params: SampleParams, places: Places, memory: StatMemory, report: StageReport) -> tuple[Sheet, int, int]:
+def _draw(params: SampleParams, places: Places, stamps: FileStamps, report: StageReport) -> tuple[Sheet, int, int]:
     """Draws the cells that are not there yet as latents; returns the layout, how many were drawn, how many skipped."""
     assert params.prompts is not None
     source = find_component("mmdit", model=params.model, file=params.mmdit)
-    architecture, base = mmdit_architecture(source), source.fingerprint(memory)
+    architecture, base = mmdit_architecture(source), source.fingerprint(stamps)
     settings = _settings(params, architecture)
     columns = choose_columns(params.adapter, params.checkpoints, params.multipliers())
     prompts = read_prompts(params.prompts)

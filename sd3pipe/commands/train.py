@@ -17,13 +17,13 @@ from sd3pipe.console import StageReport, count, listed
 from sd3pipe.device_memory import memory_errors, peak_device_bytes, peak_rss_bytes
 from sd3pipe.diffusion.precision import BASE_DTYPES, resolve_precision
 from sd3pipe.errors import ParameterError, StaleError, StorageError
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import lock_file
 from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.params.idle import idle_options
 from sd3pipe.params.train import TrainParams
 from sd3pipe.rules.memory import NumericsRules
-from sd3pipe.stat_memory import StatMemory
 from sd3pipe.training.belonging import misfits
 from sd3pipe.training.checkpoints import set_aside_later
 from sd3pipe.training.data_summary import data_summary, encode_summary
@@ -173,22 +173,22 @@ def _check_freshness(params: TrainParams) -> str:
 
 
 def _fingerprint(params: TrainParams, source: ComponentSource) -> str:
-    memory = _weights_memory(params)
-    fingerprint = source.fingerprint(memory)
-    memory.save()
+    stamps = _weights_stamps(params)
+    fingerprint = source.fingerprint(stamps)
+    stamps.save()
     return fingerprint
 
 
-def _weights_memory(params: TrainParams) -> StatMemory:
-    return StatMemory(machine_folder(params.out).parent / "stat.json", trust=not params.reading.verify_weights)
+def _weights_stamps(params: TrainParams) -> FileStamps:
+    return FileStamps(machine_folder(params.out).parent / "stat.json", trust=not params.reading.verify_weights)
 
 
 def _tell_misfits(params: TrainParams, data: TrainingData) -> None:
     """Warns of what does not belong together."""
-    memory = _weights_memory(params)
-    for line in misfits(params, data, memory):
+    stamps = _weights_stamps(params)
+    for line in misfits(params, data, stamps):
         log.warning("%s", line)
-    memory.save()
+    stamps.save()
 
 
 def _figures(loop: Loop, memory: MemoryPlan, processes: Processes, steps_before: int) -> dict[str, Any]:

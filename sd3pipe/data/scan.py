@@ -15,18 +15,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sd3pipe import stopping
-from sd3pipe.console import count
+from sd3pipe.console import count, listed
 from sd3pipe.data.dataset_file import Dataset, Subset
 from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, FoundFile, folder_entries, mask_files
 from sd3pipe.data.metadata import metadata_entries
 from sd3pipe.errors import InputError, UnreadablePicture
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.fingerprint import hash_bytes, hash_file, hash_json, is_hash
-from sd3pipe.stat_memory import StatMemory
 
 log = logging.getLogger(__name__)
 
 Split = Literal["train", "validation"]
-_SHOWN = 5  # how many files a message names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +76,11 @@ class Scan:
     unreadable: list[UnreadableFile]
 
 
-def scan(dataset: Dataset, memory: StatMemory, *, with_captions: bool = True) -> Scan:
+def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True) -> Scan:
     """Returns what a dataset consists of. Raises InputError for missing folders, bad captions and an empty dataset.
 
     Without `with_captions` no caption file is read, and every caption is class_tokens or empty.
-    Call `memory.save()` afterwards; it is not called here.
+    Call `stamps.save()` afterwards; it is not called here.
     """
     pictures: list[Picture] = []
     unreadable: list[UnreadableFile] = []
@@ -95,7 +94,7 @@ def scan(dataset: Dataset, memory: StatMemory, *, with_captions: bool = True) ->
         masks = mask_files(subset.conditioning_data_dir) if subset.conditioning_data_dir else None
         seen: Counter[str] = Counter()
         for entry in entries:
-            found = _examine(entry, subset, masks, seen, memory)
+            found = _examine(entry, subset, masks, seen, stamps)
             if isinstance(found, Picture):
                 pictures.append(found)
             else:
@@ -158,23 +157,21 @@ def tell_about_pictures(found: Scan) -> None:
 
 def _tell(pictures: Sequence[Picture], noun: str, what: str) -> None:
     if pictures:
-        names = ", ".join(str(picture.path) for picture in pictures[:_SHOWN])
-        more = ", ..." if len(pictures) > _SHOWN else ""
-        log.warning("%s %s: %s%s", count(len(pictures), noun), what, names, more)
+        log.warning("%s %s: %s", count(len(pictures), noun), what, listed([str(item.path) for item in pictures]))
 
 
 def _examine(
-    entry: FoundFile, subset: Subset, masks: dict[str, Path] | None, seen: Counter[str], memory: StatMemory
+    entry: FoundFile, subset: Subset, masks: dict[str, Path] | None, seen: Counter[str], stamps: FileStamps
 ) -> Picture | UnreadableFile:
     """Returns the picture behind a file, or why it cannot be used."""
-    known: Mapping[str, Any] = {"unreadable": entry.problem} if entry.problem else _known(entry.path, memory)
+    known: Mapping[str, Any] = {"unreadable": entry.problem} if entry.problem else _known(entry.path, stamps)
     mask_path = masks.get(Path(entry.name).stem) if masks is not None else None
     mask_hash, problem = None, known.get("unreadable")
     if problem is None and masks is not None:
         if mask_path is None:
             problem = f"there is no mask for it in {subset.conditioning_data_dir}"
         else:
-            known_mask = _known(mask_path, memory)
+            known_mask = _known(mask_path, stamps)
             mask_hash, problem = known_mask.get("hash"), _mask_problem(known, known_mask)
     if problem is not None:
         return UnreadableFile(
@@ -223,14 +220,14 @@ def _mask_problem(picture: Mapping[str, Any], mask: Mapping[str, Any]) -> str | 
     return None
 
 
-def _known(path: Path, memory: StatMemory) -> Mapping[str, Any]:
-    """Returns hash and header of a picture file, or its hash and why it is unreadable; from memory where possible."""
-    known = _remembered(memory.recall(path, "picture"))
+def _known(path: Path, stamps: FileStamps) -> Mapping[str, Any]:
+    """Returns hash and header of a picture file, or its hash and why it is unreadable; as remembered where possible."""
+    known = _remembered(stamps.recall(path, "picture"))
     if known is not None and known.get("decoder", _decoder()) == _decoder():
         return known
     known = _look_into(path)
     if known.get("hash"):
-        memory.remember(path, "picture", known)
+        stamps.remember(path, "picture", known)
     return known
 
 

@@ -23,10 +23,10 @@ from sd3pipe.data.dataset_file import Dataset, load_dataset
 from sd3pipe.data.scan import Scan, scan, source_files
 from sd3pipe.encoding.ray_engine import fill_parts
 from sd3pipe.errors import UnreadablePicture
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.sharing import shard_of_process
-from sd3pipe.stat_memory import StatMemory
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +54,13 @@ class DatasetRead:
         )
 
 
-def read_dataset(file: Path, memory: StatMemory, *, captions: bool) -> DatasetRead:
+def read_dataset(file: Path, stamps: FileStamps, *, captions: bool) -> DatasetRead:
     """Returns a dataset with its pictures, with their captions or without. Raises InputError, ParameterError."""
     dataset = load_dataset(file)
     for remark in dataset.remarks:
         log.info("%s: %s", dataset.path, remark)
     started = time.time()
-    found = scan(dataset, memory, with_captions=captions)
+    found = scan(dataset, stamps, with_captions=captions)
     return DatasetRead(dataset=dataset, found=found, started=started, captions=captions)
 
 

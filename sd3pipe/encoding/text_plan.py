@@ -18,12 +18,12 @@ from sd3pipe.data.dataset_file import Dataset
 from sd3pipe.data.prompts import SamplePrompt
 from sd3pipe.data.scan import Scan
 from sd3pipe.errors import InputError
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.models.text_architecture import ENCODERS, EncoderName, detect_clip, detect_t5
 from sd3pipe.models.text_recipe import ITEM_BYTES, RECIPE_VERSION, TextRecipe
 from sd3pipe.models.tokenizer_folders import find_tokenizers, tokenizers_identity
 from sd3pipe.params.encode_text import EncodeTextParams
-from sd3pipe.stat_memory import StatMemory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +48,10 @@ class TextEncoders:
     vocabularies: Mapping[EncoderName, int]  # rows of the embeddings
     clip_length: int
 
-    def fingerprints(self, memory: StatMemory) -> dict[str, str]:
+    def fingerprints(self, stamps: FileStamps) -> dict[str, str]:
         """Returns what identifies the weights and the tokenizers. Raises InputError."""
-        weights = {name: source.fingerprint(memory) for name, source in self.sources.items()}
-        return {**weights, "tokenizers": tokenizers_identity(self.tokenizers, memory)}
+        weights = {name: source.fingerprint(stamps) for name, source in self.sources.items()}
+        return {**weights, "tokenizers": tokenizers_identity(self.tokenizers, stamps)}
 
 
 def find_text_encoders(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sd3pipe.errors import InputError
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.diffusers_keys import mmdit_modules_of, native_names, vae_modules_of
 from sd3pipe.models.fp8_scales import FP8_DTYPES, take_scales
 from sd3pipe.models.hub import HubRepository, is_hub_id
@@ -25,7 +26,6 @@ from sd3pipe.models.layouts import (
     names_of_part,
 )
 from sd3pipe.models.model_folder import SUBFOLDERS, folder_tensors, local_fetch, missing_in_folder
-from sd3pipe.stat_memory import StatMemory
 from sd3pipe.tensors.entry import ByteRange, TensorEntry
 from sd3pipe.tensors.hash import hash_tensors
 from sd3pipe.tensors.header import StoredTensor, exists, read_header
@@ -58,12 +58,12 @@ class ComponentSource:
         """The files that hold the tensors, each once."""
         return tuple(dict.fromkeys(path for entry in self.tensors.values() for path in entry.paths))
 
-    def fingerprint(self, memory: StatMemory | None = None) -> str:
+    def fingerprint(self, stamps: FileStamps | None = None) -> str:
         """Returns the hash over name, dtype, shape and bytes of all tensors, as 64 hex digits.
 
-        With a memory, unchanged files are not read again; saving the memory is the caller's. Raises InputError.
+        With a stamps, unchanged files are not read again; saving the memory is the caller's. Raises InputError.
         """
-        return hash_tensors(self.tensors, memory)
+        return hash_tensors(self.tensors, stamps)
 
 
 def find_component(component: Component, *, model: str | Path | None, file: Path | None = None) -> ComponentSource:

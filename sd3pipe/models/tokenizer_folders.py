@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from sd3pipe.errors import InputError
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.fingerprint import hash_json
 from sd3pipe.models.hub import HubRepository, is_hub_id
 from sd3pipe.models.text_architecture import ENCODERS, EncoderName
 from sd3pipe.models.vocabularies import VOCABULARY_KINDS, has_vocabulary, vocabulary_identity
-from sd3pipe.stat_memory import StatMemory
 
 TOKENIZERS_VARIABLE = "SD3PIPE_TOKENIZERS"
 HUB_REPOSITORIES: dict[EncoderName, str] = {
@@ -32,9 +32,9 @@ _REPOSITORY_FILES = (
 )
 
 
-def tokenizers_identity(folders: Mapping[EncoderName, Path], memory: StatMemory | None = None) -> str:
+def tokenizers_identity(folders: Mapping[EncoderName, Path], stamps: FileStamps | None = None) -> str:
     """Returns one hash for the three vocabularies' content, whatever files they lie in."""
-    return hash_json({name: vocabulary_identity(folders[name], VOCABULARY_KINDS[name], memory) for name in ENCODERS})
+    return hash_json({name: vocabulary_identity(folders[name], VOCABULARY_KINDS[name], stamps) for name in ENCODERS})
 
 
 def find_tokenizers(

@@ -18,9 +18,9 @@ from typing_extensions import TypedDict  # pydantic takes typing's own from Pyth
 
 from sd3pipe.documents import read_data, read_json, read_text
 from sd3pipe.errors import InputError
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.fingerprint import hash_bytes, hash_json, is_hash
 from sd3pipe.models.text_architecture import EncoderName
-from sd3pipe.stat_memory import StatMemory
 
 VocabularyKind = Literal["clip", "t5"]
 VOCABULARY_KINDS: dict[EncoderName, VocabularyKind] = {"clip_l": "clip", "clip_g": "clip", "t5xxl": "t5"}
@@ -58,17 +58,17 @@ def has_vocabulary(folder: Path, kind: VocabularyKind) -> bool:
     return bool(_files(folder, kind))
 
 
-def vocabulary_identity(folder: Path, kind: VocabularyKind, memory: StatMemory | None = None) -> str:
+def vocabulary_identity(folder: Path, kind: VocabularyKind, stamps: FileStamps | None = None) -> str:
     """Returns the content hash of a vocabulary, remembered by the files' stats. Raises InputError."""
     files = _files(folder, kind)
-    if memory is None or not files:
+    if stamps is None or not files:
         return _identity(_read(folder, kind))
     anchor, what = files[-1], "vocabulary " + " ".join(_stamp(file) for file in files)
-    known = memory.recall(anchor, what)
+    known = stamps.recall(anchor, what)
     if is_hash(known):
         return known
     identity = _identity(_read(folder, kind))
-    memory.remember(anchor, what, identity)
+    stamps.remember(anchor, what, identity)
     return identity
 
 

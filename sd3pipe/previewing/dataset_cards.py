@@ -1,12 +1,12 @@
 """Cards of a dataset before anything is encoded: the very cuts, masks and captions that the encode stages will make."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from sd3pipe.console import count, one_line
+from sd3pipe.console import count, listed, one_line
 from sd3pipe.data.buckets import Size, cut_by_limit
 from sd3pipe.data.captions import processed_captions, tag_frequency
 from sd3pipe.data.decoding import Job, Pixels
@@ -19,7 +19,6 @@ from sd3pipe.previewing.cards import CARD_PX, Box, CaptionTokens, Card, Preview,
 _AROUND = 0.25  # of a cut's side, shown on each side of it
 _MUCH_ENLARGED = 1.25
 _MUCH_CUT_OFF = 0.2
-_NAMED = 6
 _TAGS_SHOWN = 60
 
 CountTokens = Callable[[Sequence[str]], Mapping[str, CaptionTokens]]  # of captions; of none without tokenizers
@@ -227,9 +226,8 @@ def _about(names: Sequence[str], text: str) -> Iterator[str]:
         yield f"{text.format(count(len(names), 'picture'))}: {_list(names)}"
 
 
-def _list(names: Sequence[str] | Iterator[str]) -> str:
-    names = [one_line(name) for name in names]
-    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+def _list(names: Iterable[str]) -> str:
+    return listed([one_line(name) for name in names])
 
 
 def _tags(everything: Sequence[Found]) -> dict[str, dict[str, int]]:

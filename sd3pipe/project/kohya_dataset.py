@@ -16,10 +16,10 @@ from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.scan import Picture, scan
 from sd3pipe.documents import checked, read_json
 from sd3pipe.errors import InputError, ParameterError, UnreadablePicture
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.params.stage_file import toml_value
 from sd3pipe.project.accepted import accepted, complaints
 from sd3pipe.project.kohya import Given, Translation, located
-from sd3pipe.stat_memory import StatMemory
 
 _PATH_KEYS = ("image_dir", "metadata_file", "conditioning_data_dir")
 _TABLE, _TABLES = TypeAdapter(dict[str, Any]), TypeAdapter(list[dict[str, Any]])
@@ -86,7 +86,7 @@ def batches_per_epoch(text: str, batch_size: int) -> int | None:
     found: list[Picture] = []
 
     def look(file: Path) -> None:
-        found.extend(scan(load_dataset(file), StatMemory(file.with_name("memory")), with_captions=False).pictures)
+        found.extend(scan(load_dataset(file), FileStamps(file.with_name("memory")), with_captions=False).pictures)
 
     if complaints(text, "dataset.toml", look):
         return None

@@ -14,6 +14,7 @@ from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.geometry import views
 from sd3pipe.data.scan import scan
 from sd3pipe.errors import ParameterError, UnreadablePicture
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.memory.plan import (
     Prediction,
     Rates,
@@ -37,7 +38,6 @@ from sd3pipe.models.architecture import MMDiTVariant, mmdit_architecture
 from sd3pipe.models.sources import find_component
 from sd3pipe.params.plan import PlanParams
 from sd3pipe.rules.memory import MemoryRules
-from sd3pipe.stat_memory import StatMemory
 
 Row = tuple[Settings, Prediction]
 
@@ -138,7 +138,7 @@ def _chosen(params: PlanParams, model: ModelSize, work: Workload, wanted: Settin
 
 def _disk(dataset: Path, t5_tokens: int) -> dict[str, int]:
     """Returns the bytes of the caches that a dataset fills."""
-    found = scan(load_dataset(dataset), StatMemory(machine_folder(Path("caches/latents")) / "stat.json"))
+    found = scan(load_dataset(dataset), FileStamps(machine_folder(Path("caches/latents")) / "stat.json"))
     pixels = 0
     for picture in found.pictures:
         with contextlib.suppress(UnreadablePicture):

@@ -14,8 +14,8 @@ from typing import Any
 from blake3 import blake3
 
 from sd3pipe.console import readable_bytes
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.fingerprint import hash_json, is_hash
-from sd3pipe.stat_memory import StatMemory
 from sd3pipe.tensors.entry import RangeReader, TensorEntry, chunks
 
 log = logging.getLogger(__name__)
@@ -26,23 +26,23 @@ _TOLD_BYTES = 1_000_000_000  # a longer read is announced
 _MAX_THREADS = 4  # blake3 hashes some 2 GB/s a thread, so more only wait for the disk
 
 
-def hash_tensors(tensors: Mapping[str, TensorEntry], memory: StatMemory | None = None) -> str:
+def hash_tensors(tensors: Mapping[str, TensorEntry], stamps: FileStamps | None = None) -> str:
     """Returns the fingerprint of a component as 64 hex digits.
 
-    With a memory, a fingerprint of the same byte ranges of unchanged files is recalled instead of read; the caller
-    saves the memory. Raises InputError if a file cannot be read to its end.
+    With a stamps, a fingerprint of the same byte ranges of unchanged files is recalled instead of read; the caller
+    saves the stamps. Raises InputError if a file cannot be read to its end.
     """
     paths = sorted({path for entry in tensors.values() for path in _paths(entry)})
     what = f"tensors {_plan_hash(tensors, paths)}"
-    if memory is not None:
-        recalled = [memory.recall(path, what) for path in paths]  # every file is asked: each look is also a stamp
+    if stamps is not None:
+        recalled = [stamps.recall(path, what) for path in paths]  # every file is asked: each look is also a stamp
         if is_hash(recalled[0]) and all(found == recalled[0] for found in recalled):
             return recalled[0]
     _tell_about_reading(tensors, paths)
     fingerprint = _hash(tensors)
-    if memory is not None:
+    if stamps is not None:
         for path in paths:
-            memory.remember(path, what, fingerprint)
+            stamps.remember(path, what, fingerprint)
     return fingerprint
 
 

@@ -7,20 +7,20 @@ from typing import Any
 from sd3pipe.cache.manifest import Manifest
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.errors import InputError
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.layouts import TITLES
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.params.train import TrainParams
-from sd3pipe.stat_memory import StatMemory
 from sd3pipe.training.training_data import TrainingData
 
 _HASH_DIGITS = 12
 
 
-def misfits(params: TrainParams, data: TrainingData, memory: StatMemory) -> Iterator[str]:
+def misfits(params: TrainParams, data: TrainingData, stamps: FileStamps) -> Iterator[str]:
     """Yields a sentence for each pair that does not fit, with both sides named."""
     vae, latents = _own_vae(params), data.latents.manifest.fingerprints.get("vae")
     if vae is not None and latents is not None:
-        own = vae.fingerprint(memory)
+        own = vae.fingerprint(stamps)
         if own != latents:
             yield (
                 f"{params.latents} was encoded with VAE {_short(latents)}, and {vae.where} holds VAE {_short(own)}: "

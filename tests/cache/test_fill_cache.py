@@ -9,7 +9,7 @@ from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.segment_plan import SegmentPlan
 from sd3pipe.cache.store import fill_cache, missing_rows
 from sd3pipe.errors import InputError
-from sd3pipe.stat_memory import stamp_of
+from sd3pipe.file_stamps import stamp_of
 
 
 def fresh(tmp_path, wanted, name="fresh", **options):

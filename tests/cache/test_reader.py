@@ -61,7 +61,7 @@ def test_a_pickled_reader_refuses_another_cache(out):
 
 
 def test_more_segments_than_a_process_may_open_are_read(out, monkeypatch):
-    monkeypatch.setattr("sd3pipe.cache.places._MOST_OPEN", 2)
+    monkeypatch.setattr("sd3pipe.cache.cache_files._MOST_OPEN", 2)
     assert_reads_everything(CacheReader(out))
 
 

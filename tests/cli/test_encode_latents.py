@@ -19,12 +19,12 @@ from sd3pipe.data.geometry import views_of_all
 from sd3pipe.data.scan import scan
 from sd3pipe.encoding.latent_plan import latents_wanted
 from sd3pipe.errors import InputError, ParameterError, QuarantineError
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.checkpoint import load_vae
 from sd3pipe.models.latent_encoding import LatentEncoder
 from sd3pipe.models.vae_architecture import VAEArchitecture
 from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.params.resolve import resolve
-from sd3pipe.stat_memory import StatMemory
 
 NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 
@@ -305,7 +305,7 @@ def test_keys_stay_what_they_are(project, base):
     )
     file = write_dataset_file(project / "d.toml", project / "pics", extra="flip_aug = true")
     dataset = load_dataset(file)
-    pictures, _ = views_of_all(scan(dataset, StatMemory(project / "stat.json")), crop_variants=1, seed=42)
+    pictures, _ = views_of_all(scan(dataset, FileStamps(project / "stat.json")), crop_variants=1, seed=42)
     views = [view for of_picture in pictures for view in of_picture]
     recipe = {"latent_mode": "moments", "latent_dtype": "float16", "vae_dtype": "float32"}
     wanted = latents_wanted(views, [], dataset, VAEArchitecture(), "f" * 64, recipe)

@@ -13,10 +13,10 @@ from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.prompts import load_prompts
 from sd3pipe.data.scan import scan
 from sd3pipe.errors import Sd3pipeError
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.vocabularies import read_clip_vocabulary, read_t5_vocabulary
 from sd3pipe.project.kohya import Translation, read_command, read_config
 from sd3pipe.project.kohya_dataset import read_dataset
-from sd3pipe.stat_memory import StatMemory
 
 ZEROS = Path("/dev/zero")
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
@@ -29,7 +29,7 @@ def scan_with(path, subset):
     (path.parent / "d.toml").write_text(
         f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{folder}'\n{subset}\n"
     )
-    return scan(load_dataset(path.parent / "d.toml"), StatMemory(path.parent / "stat.json", trust=False))
+    return scan(load_dataset(path.parent / "d.toml"), FileStamps(path.parent / "stat.json", trust=False))
 
 
 def caption(path):

@@ -11,8 +11,8 @@ from PIL import Image
 from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.scan import scan, source_files
 from sd3pipe.errors import InputError
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.fingerprint import hash_file
-from sd3pipe.stat_memory import StatMemory
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def add(folder, name, colour=(9, 9, 9), caption=None, size=(20, 10)):
 def scanned(folder, extra="", image_dir="image_dir = 'pics'", **options):
     file = folder / "d.toml"
     file.write_text(f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{image_dir}\n{extra}", encoding="utf-8")
-    return scan(load_dataset(file), StatMemory(folder / "stat.json"), **options)
+    return scan(load_dataset(file), FileStamps(folder / "stat.json"), **options)
 
 
 def names(found):
@@ -196,10 +196,10 @@ import sys
 from pathlib import Path
 from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.scan import scan
-from sd3pipe.stat_memory import StatMemory
-memory = StatMemory(Path({str(folder / "stat.json")!r}))
-found = scan(load_dataset(Path({str(file)!r})), memory)
-memory.save()
+from sd3pipe.file_stamps import FileStamps
+stamps = FileStamps(Path({str(folder / "stat.json")!r}))
+found = scan(load_dataset(Path({str(file)!r})), stamps)
+stamps.save()
 print(found.pictures[0].caption, found.pictures[1].width, 'PIL' in sys.modules, 'torch' in sys.modules)
 """
 

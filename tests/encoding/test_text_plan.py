@@ -13,8 +13,8 @@ from sd3pipe.data.prompts import SamplePrompt
 from sd3pipe.encoding import text_plan
 from sd3pipe.encoding.text_plan import find_text_encoders, prompt_texts, text_wanted
 from sd3pipe.errors import InputError
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.text_recipe import TextRecipe
-from sd3pipe.stat_memory import StatMemory
 
 RECIPE = TextRecipe()
 
@@ -23,7 +23,7 @@ def key_of(base, tmp_path, *, text="a cat", recipe=RECIPE, model=None, tokenizer
     """Returns the key of one text."""
     paths = {name: getattr(base, name) for name in ("clip_l", "clip_g", "t5xxl")} | files
     encoders = find_text_encoders(str(model or base.model), paths, tokenizers or base.tokenizers)
-    fingerprints = encoders.fingerprints(StatMemory(tmp_path / "memory.json"))
+    fingerprints = encoders.fingerprints(FileStamps(tmp_path / "memory.json"))
     texts = prompt_texts([SamplePrompt(prompt=text)])
     wanted = text_wanted(texts, encoders, fingerprints, recipe)
     return dict(zip(texts.text_by_hash, wanted.keys, strict=True))[text_source(text)]

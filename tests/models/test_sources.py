@@ -13,8 +13,8 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import save_file
 from support.tiny_parts import PREFIXES, save_part, save_single_file, tiny_parts
 
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.sources import find_component
-from sd3pipe.stat_memory import StatMemory
 from sd3pipe.tensors.reader import read_tensors
 
 COMPONENTS = ["mmdit", "vae", "clip_l", "clip_g", "t5xxl"]
@@ -195,30 +195,30 @@ def test_name_dtype_and_shape_enter_the_fingerprint(parts, tmp_path):
 
 
 def test_remembered_fingerprint_is_recalled_without_reading(folder, tmp_path, monkeypatch):
-    memory = StatMemory(tmp_path / "memory.json")
-    first = find_component("t5xxl", model=folder).fingerprint(memory)
+    stamps = FileStamps(tmp_path / "memory.json")
+    first = find_component("t5xxl", model=folder).fingerprint(stamps)
     monkeypatch.setattr("sd3pipe.tensors.hash._hash", lambda *_: pytest.fail("the files were read again"))
-    assert find_component("t5xxl", model=folder).fingerprint(memory) == first
+    assert find_component("t5xxl", model=folder).fingerprint(stamps) == first
 
 
 def test_fingerprint_is_made_again_when_one_of_several_files_changes(parts, tmp_path):
     save_shards(tmp_path / "text_encoder_3", parts["t5xxl"], count=2)
-    memory = StatMemory(tmp_path / "memory.json")
-    before = find_component("t5xxl", model=tmp_path).fingerprint(memory)
+    stamps = FileStamps(tmp_path / "memory.json")
+    before = find_component("t5xxl", model=tmp_path).fingerprint(stamps)
     other = dict(parts["t5xxl"])
     other[list(other)[1]] = other[list(other)[1]] + 1  # lies in the second shard
     save_shards(tmp_path / "text_encoder_3", other, count=2)
-    after = find_component("t5xxl", model=tmp_path).fingerprint(memory)
+    after = find_component("t5xxl", model=tmp_path).fingerprint(stamps)
     assert after != before
     assert after == find_component("t5xxl", model=tmp_path).fingerprint()
 
 
 def test_a_distrusted_memory_reads_again(parts, tmp_path, monkeypatch):
     file = save_part(tmp_path / "vae.safetensors", parts["vae"])
-    find_component("vae", model=file).fingerprint(memory := StatMemory(tmp_path / "memory.json"))
-    memory.save()
+    find_component("vae", model=file).fingerprint(stamps := FileStamps(tmp_path / "memory.json"))
+    stamps.save()
     monkeypatch.setattr("sd3pipe.tensors.hash._hash", lambda *_: "read again")
-    assert find_component("vae", model=file).fingerprint(StatMemory(tmp_path / "memory.json", trust=False)) == (
+    assert find_component("vae", model=file).fingerprint(FileStamps(tmp_path / "memory.json", trust=False)) == (
         "read again"
     )
 

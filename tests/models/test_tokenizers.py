@@ -8,6 +8,7 @@ import pytest
 from support.tiny_tokenizers import train_tokenizers
 
 from sd3pipe.errors import InputError
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.text_architecture import ENCODERS
 from sd3pipe.models.tokenizer_folders import find_tokenizers, tokenizers_identity
 from sd3pipe.models.tokenizers import load_tokenizer, tokenize_texts
@@ -17,7 +18,6 @@ from sd3pipe.models.vocabularies import (
     read_t5_vocabulary,
     vocabulary_identity,
 )
-from sd3pipe.stat_memory import StatMemory
 
 TEXTS = [
     "",
@@ -129,15 +129,15 @@ def test_identity_changes_with_one_merge(small, tmp_path):
 def test_a_changed_vocabulary_is_not_remembered_as_the_old_one(small, tmp_path):
     shutil.copytree(small, tmp_path / "t")
     for name in ("merges.txt", "vocab.json"):
-        memory = StatMemory(tmp_path / "memory.json")
-        before = vocabulary_identity(tmp_path / "t" / "clip_l", "clip", memory)
+        stamps = FileStamps(tmp_path / "memory.json")
+        before = vocabulary_identity(tmp_path / "t" / "clip_l", "clip", stamps)
         file = tmp_path / "t" / "clip_l" / name
         text = file.read_text(encoding="utf-8")
         changed = text.replace(": 300,", ": 99999,") if name == "vocab.json" else text.rsplit("\n", 2)[0] + "\n"
         assert changed != text
         file.write_text(changed, encoding="utf-8")
-        assert vocabulary_identity(tmp_path / "t" / "clip_l", "clip", StatMemory(tmp_path / "memory.json")) != before
-        assert vocabulary_identity(tmp_path / "t" / "clip_l", "clip", memory) != before
+        assert vocabulary_identity(tmp_path / "t" / "clip_l", "clip", FileStamps(tmp_path / "memory.json")) != before
+        assert vocabulary_identity(tmp_path / "t" / "clip_l", "clip", stamps) != before
 
 
 def test_training_again_gives_equal_files(small, tmp_path):

@@ -12,7 +12,7 @@ from support.command_line import report_of, sd3pipe
 
 from sd3pipe import cli
 from sd3pipe.cache.rows import from_numpy
-from sd3pipe.stat_memory import stamp_of
+from sd3pipe.file_stamps import stamp_of
 
 HEAVY = {"torch", "transformers", "tokenizers", "PIL", "zarr", "safetensors", "rich"}
 

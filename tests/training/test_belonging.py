@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from support.tiny_parts import TINY_VAE, random_tensors, save_single_file
 from support.tiny_training import Inputs, fill_prompts, make_inputs, pictures
 
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.sources import find_component
-from sd3pipe.stat_memory import StatMemory
 
 PROMPT = [{"width": 64, "height": 64, "steps": 1}]
 ENOUGH = {"max_train_steps": 1, "sample_every_n_steps": None, "sample_every_n_epochs": None, "sample_at_first": False}
@@ -18,7 +18,7 @@ ENOUGH = {"max_train_steps": 1, "sample_every_n_steps": None, "sample_every_n_ep
 def save_vae(path, seed):
     """Writes a tiny VAE and returns its fingerprint."""
     save_single_file(path, {"vae": random_tensors(TINY_VAE.shapes(), torch.float32, seed)})
-    return find_component("vae", model=path).fingerprint(StatMemory(path.with_suffix(".json")))
+    return find_component("vae", model=path).fingerprint(FileStamps(path.with_suffix(".json")))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_nothing_is_said_where_all_fits(inputs, caplog):
 
 def test_latents_of_another_vae_are_told_with_both_named(inputs, caplog):
     other = save_vae(inputs.folder / "other.safetensors", seed=2)
-    own = find_component("vae", model=inputs.model).fingerprint(StatMemory(inputs.folder / "memory.json"))
+    own = find_component("vae", model=inputs.model).fingerprint(FileStamps(inputs.folder / "memory.json"))
     (line,) = told(caplog, inputs, "other-vae", vae=inputs.folder / "other.safetensors")
     assert f"{inputs.latents} was encoded with VAE {own[:12]}" in line
     assert f"other.safetensors holds VAE {other[:12]}" in line

@@ -13,7 +13,7 @@ from sd3pipe.errors import InputError, NetworkError
 _MOST_OPEN = 128  # segments a process keeps open; systems allow 1024 files and up
 
 
-class Place(Protocol):
+class CacheFiles(Protocol):
     """The files of one cache. Every method may be called in any process and raises FileNotFoundError or EOFError."""
 
     def read(self, name: str) -> Any:
@@ -25,8 +25,8 @@ class Place(Protocol):
         ...
 
 
-class FolderPlace:
-    """A cache folder. Segments stay open per process, and are looked for in the attic before they count as missing."""
+class FolderFiles:
+    """A cache folder. Segments stay open per process; one that is missing is looked for among the unused ones."""
 
     def __init__(self, path: Path) -> None:
         self._folder = CacheFolder(path)
@@ -73,7 +73,7 @@ class FolderPlace:
         return handle
 
 
-class UrlPlace:
+class UrlFiles:
     """A cache behind an fsspec URL such as s3://bucket/caches/latents. Each process makes its own connection."""
 
     def __init__(self, url: str, options: dict[str, Any] | None = None) -> None:
@@ -108,10 +108,10 @@ class UrlPlace:
             raise NetworkError(f"{path} cannot be read: {error}") from error
 
 
-def place_of(where: str | Path) -> Place:
+def cache_files(where: str | Path) -> CacheFiles:
     """Returns the place of a folder or URL. Raises InputError where a URL's file system is not installed."""
     text = str(where)
-    return UrlPlace(text) if "://" in text else FolderPlace(Path(where))
+    return UrlFiles(text) if "://" in text else FolderFiles(Path(where))
 
 
 def _connect(url: str, options: dict[str, Any]) -> Any:

@@ -30,7 +30,7 @@ class _File:
     files: dict[str, tuple[Stamp, dict[str, Any]]]
 
 
-class StatMemory:
+class FileStamps:
     """A file of JSON values, each tied to one file and a name for what was found out about it ("picture", "tensors").
 
     A value is recalled only while real path, size, mtime, ctime, device and inode are what they were when `recall` (or,
@@ -71,7 +71,7 @@ class StatMemory:
         self._new.setdefault(real, {})[what] = value
 
     def save(self) -> None:
-        """Merges what is new into the memory file, dropping files that are gone. A failure costs only a warning."""
+        """Merges what is new into the file, dropping files that are gone. A failure costs only a warning."""
         if not self._new:
             return
         entries = {real: entry for real, entry in _read_entries(self._file).items() if os.path.lexists(real)}
@@ -135,7 +135,7 @@ def _settled_stamp(path: Path) -> Stamp | None:
 
 
 def _read_entries(file: Path) -> dict[str, tuple[Stamp, dict[str, Any]]]:
-    """Returns the saved entries; a missing, damaged or foreign memory file is an empty one."""
+    """Returns the saved entries; a missing, damaged or foreign file is an empty one."""
     try:
         return read_json(file, TypeAdapter(_File), most_bytes=MOST_LIST_BYTES).files
     except DocumentError:

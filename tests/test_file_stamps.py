@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sd3pipe.stat_memory import StatMemory, tick_ns
+from sd3pipe.file_stamps import FileStamps, tick_ns
 
 
 @pytest.fixture
@@ -17,16 +17,16 @@ def picture(tmp_path: Path) -> Path:
 
 
 def remembered(tmp_path: Path, picture: Path) -> Path:
-    memory = StatMemory(tmp_path / "memory.json")
-    memory.remember(picture, "hash", "abc")
-    memory.save()
+    stamps = FileStamps(tmp_path / "memory.json")
+    stamps.remember(picture, "hash", "abc")
+    stamps.save()
     return tmp_path / "memory.json"
 
 
 def test_a_value_is_recalled_while_the_file_is_unchanged(tmp_path, picture):
     file = remembered(tmp_path, picture)
-    assert StatMemory(file).recall(picture, "hash") == "abc"
-    assert StatMemory(file).recall(picture, "size") is None
+    assert FileStamps(file).recall(picture, "hash") == "abc"
+    assert FileStamps(file).recall(picture, "size") is None
 
 
 def test_same_size_and_restored_mtime_do_not_deceive(tmp_path, picture):
@@ -35,7 +35,7 @@ def test_same_size_and_restored_mtime_do_not_deceive(tmp_path, picture):
     picture.write_bytes(b"PIXELS")
     os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert picture.stat().st_mtime_ns == before.st_mtime_ns
-    assert StatMemory(file).recall(picture, "hash") is None
+    assert FileStamps(file).recall(picture, "hash") is None
 
 
 def test_a_replaced_file_is_another_file(tmp_path, picture):
@@ -43,48 +43,48 @@ def test_a_replaced_file_is_another_file(tmp_path, picture):
     other = tmp_path / "other.png"
     other.write_bytes(b"pixels")
     other.replace(picture)
-    assert StatMemory(file).recall(picture, "hash") is None
+    assert FileStamps(file).recall(picture, "hash") is None
 
 
 def test_distrust_recalls_nothing_but_saves(tmp_path, picture):
     file = remembered(tmp_path, picture)
-    memory = StatMemory(file, trust=False)
-    assert memory.recall(picture, "hash") is None
-    memory.remember(picture, "hash", "def")
-    assert memory.recall(picture, "hash") == "def"
-    memory.save()
-    assert StatMemory(file).recall(picture, "hash") == "def"
+    stamps = FileStamps(file, trust=False)
+    assert stamps.recall(picture, "hash") is None
+    stamps.remember(picture, "hash", "def")
+    assert stamps.recall(picture, "hash") == "def"
+    stamps.save()
+    assert FileStamps(file).recall(picture, "hash") == "def"
 
 
 def test_a_change_between_recall_and_remember_is_noticed(tmp_path, picture):
     file = tmp_path / "memory.json"
-    memory = StatMemory(file)
-    assert memory.recall(picture, "hash") is None
+    stamps = FileStamps(file)
+    assert stamps.recall(picture, "hash") is None
     picture.write_bytes(b"other pixels")
-    memory.remember(picture, "hash", "hash of the first content")
-    memory.save()
-    assert StatMemory(file).recall(picture, "hash") is None
+    stamps.remember(picture, "hash", "hash of the first content")
+    stamps.save()
+    assert FileStamps(file).recall(picture, "hash") is None
 
 
 def test_a_run_remembers_files_that_were_written_just_before_it(tmp_path):
     picture = tmp_path / "picture.png"
     picture.write_bytes(b"pixels")
-    memory = StatMemory(tmp_path / "memory.json")
-    assert memory.recall(picture, "hash") is None
-    memory.remember(picture, "hash", "abc")
-    memory.save()
-    assert StatMemory(tmp_path / "memory.json").recall(picture, "hash") == "abc"
+    stamps = FileStamps(tmp_path / "memory.json")
+    assert stamps.recall(picture, "hash") is None
+    stamps.remember(picture, "hash", "abc")
+    stamps.save()
+    assert FileStamps(tmp_path / "memory.json").recall(picture, "hash") == "abc"
 
 
 def test_a_change_after_a_value_was_recalled_is_noticed(tmp_path, picture):
     """As where one file of several is known, and so all are read again."""
     file = remembered(tmp_path, picture)
-    memory = StatMemory(file)
-    assert memory.recall(picture, "hash") == "abc"
+    stamps = FileStamps(file)
+    assert stamps.recall(picture, "hash") == "abc"
     picture.write_bytes(b"PIXELS")
-    memory.remember(picture, "width", 1024)
-    memory.save()
-    assert StatMemory(file).recall(picture, "width") is None
+    stamps.remember(picture, "width", 1024)
+    stamps.save()
+    assert FileStamps(file).recall(picture, "width") is None
 
 
 def test_a_change_within_the_tick_of_the_clock_is_noticed(tmp_path):
@@ -92,22 +92,22 @@ def test_a_change_within_the_tick_of_the_clock_is_noticed(tmp_path):
     picture = tmp_path / "picture.png"
     for attempt in range(5):
         picture.write_bytes(b"pixels %d" % attempt)
-        memory = StatMemory(tmp_path / "memory.json")
-        assert memory.recall(picture, "hash") is None
+        stamps = FileStamps(tmp_path / "memory.json")
+        assert stamps.recall(picture, "hash") is None
         before = picture.stat()
         picture.write_bytes(b"PIXELS %d" % attempt)
         os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns))
-        memory.remember(picture, "hash", "hash of the first content")
+        stamps.remember(picture, "hash", "hash of the first content")
         time.sleep(0.03)
-        memory.save()
-        assert StatMemory(tmp_path / "memory.json").recall(picture, "hash") is None
+        stamps.save()
+        assert FileStamps(tmp_path / "memory.json").recall(picture, "hash") is None
 
 
 def test_a_file_from_the_future_is_not_remembered(tmp_path, picture, monkeypatch):
     """Its clock is another machine's, which may show the same time again after a change."""
     real_time = time.time_ns
-    monkeypatch.setattr("sd3pipe.stat_memory.time.time_ns", lambda: real_time() - 3_600_000_000_000)
-    assert StatMemory(remembered(tmp_path, picture)).recall(picture, "hash") is None
+    monkeypatch.setattr("sd3pipe.file_stamps.time.time_ns", lambda: real_time() - 3_600_000_000_000)
+    assert FileStamps(remembered(tmp_path, picture)).recall(picture, "hash") is None
 
 
 def test_a_file_system_that_counts_in_seconds_is_given_more_time():
@@ -117,12 +117,12 @@ def test_a_file_system_that_counts_in_seconds_is_given_more_time():
 
 def test_many_young_files_are_waited_for_once(tmp_path):
     paths = [tmp_path / f"{number}.png" for number in range(100)]
-    memory = StatMemory(tmp_path / "memory.json")
+    stamps = FileStamps(tmp_path / "memory.json")
     for path in paths:
         path.touch()
     start = time.monotonic()
     for path in paths:
-        memory.recall(path, "hash")
+        stamps.recall(path, "hash")
     assert time.monotonic() - start < 1.0  # 100 waits of one tick each would take 2 s
 
 
@@ -130,20 +130,20 @@ def test_a_link_and_its_target_are_one_file(tmp_path, picture):
     file = remembered(tmp_path, picture)
     link = tmp_path / "link.png"
     link.symlink_to(picture)
-    assert StatMemory(file).recall(link, "hash") == "abc"
+    assert FileStamps(file).recall(link, "hash") == "abc"
 
 
 def test_values_of_two_processes_are_merged(tmp_path, picture):
     other = tmp_path / "other.png"
     other.write_bytes(b"other")
-    first, second = StatMemory(tmp_path / "memory.json"), StatMemory(tmp_path / "memory.json")
+    first, second = FileStamps(tmp_path / "memory.json"), FileStamps(tmp_path / "memory.json")
     first.remember(picture, "hash", 1)
     second.remember(other, "hash", 2)
     second.remember(picture, "width", 3)
     first.save()
     second.save()
-    memory = StatMemory(tmp_path / "memory.json")
-    assert [memory.recall(picture, "hash"), memory.recall(other, "hash"), memory.recall(picture, "width")] == [1, 2, 3]
+    stamps = FileStamps(tmp_path / "memory.json")
+    assert [stamps.recall(picture, "hash"), stamps.recall(other, "hash"), stamps.recall(picture, "width")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -151,29 +151,29 @@ def test_values_of_two_processes_are_merged(tmp_path, picture):
 )
 def test_a_damaged_memory_is_an_empty_one(tmp_path, picture, content):
     (tmp_path / "memory.json").write_bytes(content)
-    memory = StatMemory(tmp_path / "memory.json")
-    assert memory.recall(picture, "hash") is None
-    memory.remember(picture, "hash", "abc")
-    memory.save()
-    assert StatMemory(tmp_path / "memory.json").recall(picture, "hash") == "abc"
+    stamps = FileStamps(tmp_path / "memory.json")
+    assert stamps.recall(picture, "hash") is None
+    stamps.remember(picture, "hash", "abc")
+    stamps.save()
+    assert FileStamps(tmp_path / "memory.json").recall(picture, "hash") == "abc"
 
 
 def test_files_that_are_gone_are_forgotten(tmp_path, picture):
     file = remembered(tmp_path, picture)
     picture.unlink()
-    memory = StatMemory(file)
+    stamps = FileStamps(file)
     other = tmp_path / "other.png"
     other.write_bytes(b"x")
-    memory.remember(other, "hash", "def")
-    memory.save()
+    stamps.remember(other, "hash", "def")
+    stamps.save()
     assert b"picture.png" not in file.read_bytes()
 
 
 def test_a_memory_that_cannot_be_written_only_warns(tmp_path, picture, caplog):
     (tmp_path / "file").write_bytes(b"")
-    memory = StatMemory(tmp_path / "file" / "memory.json")
-    memory.remember(picture, "hash", "abc")
-    memory.save()
+    stamps = FileStamps(tmp_path / "file" / "memory.json")
+    stamps.remember(picture, "hash", "abc")
+    stamps.save()
     assert "not remembered" in caplog.text
 
 
@@ -181,13 +181,13 @@ def test_ten_thousand_recalls_take_under_a_second(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
     paths = [folder / f"{number:05}.jpg" for number in range(10_000)]
-    memory = StatMemory(tmp_path / "memory.json")
+    stamps = FileStamps(tmp_path / "memory.json")
     for path in paths:
         path.touch()
     for path in paths:
-        memory.remember(path, "picture", {"hash": "0" * 64, "width": 1024, "height": 768})
-    memory.save()
+        stamps.remember(path, "picture", {"hash": "0" * 64, "width": 1024, "height": 768})
+    stamps.save()
     start = time.process_time()
-    memory = StatMemory(tmp_path / "memory.json")
-    assert all(memory.recall(path, "picture") for path in paths)
+    stamps = FileStamps(tmp_path / "memory.json")
+    assert all(stamps.recall(path, "picture") for path in paths)
     assert time.process_time() - start < 1.0
