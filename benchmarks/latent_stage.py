@@ -16,11 +16,12 @@ from torch import nn
 
 from sd3pipe.cache.store import FillCounts, fill_cache
 from sd3pipe.data.dataset_file import load_dataset
+from sd3pipe.data.decoding import row_job
 from sd3pipe.data.feed import decoded_rows
 from sd3pipe.data.geometry import views_of_all
 from sd3pipe.data.scan import scan
 from sd3pipe.encoding.latent_plan import latents_wanted
-from sd3pipe.encoding.latent_rows import row_job, rows_of
+from sd3pipe.encoding.latent_rows import rows_of
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.latent_encoding import LatentEncoder
 from sd3pipe.models.vae import VAE
@@ -81,7 +82,7 @@ def run_stage(folder: Path, name: str, resolution: int, encoder: LatentEncoder, 
 
     def encode(keys):
         asked = [by_key[key] for key in keys]
-        decoded = decoded_rows((row_job(view, 8) for view in asked), workers=workers)
+        decoded = decoded_rows((row_job(view.picture, view.cut, 8) for view in asked), workers=workers)
         yield from zip(keys, rows_of(asked, decoded, encoder), strict=True)
 
     return fill_cache(folder / name / "latents", wanted, encode, made_with="benchmark")

@@ -100,11 +100,7 @@ class Index:
 
 def header_table(headers: Mapping[str, SegmentHeader]) -> RowTable:
     """Returns the rows of segments known by their headers."""
-    rows = [
-        (plan_id, info, start, end - start)
-        for plan_id, header in headers.items()
-        for info, start, end in zip(header.rows, header.offsets[:-1], header.offsets[1:], strict=True)
-    ]
+    rows = [(plan_id, *row) for plan_id, header in headers.items() for row in header.placed_rows()]
     return RowTable(
         keys=hash_array([info.key for _, info, _, _ in rows]),
         digests=np.frombuffer(b"".join(info.digest for _, info, _, _ in rows), np.uint8).reshape(-1, 32),

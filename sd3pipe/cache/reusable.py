@@ -81,8 +81,8 @@ class ReusableRows:
             log.warning("%s: not used", error)
             return
         if header.kind == kind:
-            for info, start, end in zip(header.rows, header.offsets[:-1], header.offsets[1:], strict=True):
-                self._rows.setdefault(info.key, _StoredAt(path, start, end - start, info, origin))
+            for info, start, size in header.placed_rows():
+                self._rows.setdefault(info.key, _StoredAt(path, start, size, info, origin))
 
 
 def _read(path: Path, row: _StoredAt) -> bytes:

@@ -78,6 +78,11 @@ class SegmentHeader:
     def file_bytes(self) -> int:
         return self.offsets[-1]
 
+    def placed_rows(self) -> Iterator[tuple[RowInfo, int, int]]:
+        """Yields each row with its offset and size."""
+        for info, start, end in zip(self.rows, self.offsets[:-1], self.offsets[1:], strict=True):
+            yield info, start, end - start
+
 
 _Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _Number = Annotated[int, Field(strict=True, ge=0)]
@@ -187,8 +192,8 @@ def read_rows(path: Path, header: SegmentHeader) -> Iterator[tuple[RowInfo, byte
     """Yields each row of a segment with its bytes and whether they have the row's digest. Raises OSError, EOFError."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        for info, start, end in zip(header.rows, header.offsets[:-1], header.offsets[1:], strict=True):
-            data = read_exactly(handle, end - start, start)
+        for info, start, size in header.placed_rows():
+            data = read_exactly(handle, size, start)
             yield info, data, digest_bytes(data) == info.digest
     finally:
         os.close(handle)

@@ -11,6 +11,7 @@ from sd3pipe.data.geometry import Cut
 from sd3pipe.data.headers import MAX_PIXELS, read_picture
 from sd3pipe.data.images import composited, decode
 from sd3pipe.data.resize import area_mean, resize
+from sd3pipe.data.scan import Picture
 from sd3pipe.errors import UnreadablePicture
 from sd3pipe.fingerprint import hash_bytes
 
@@ -33,6 +34,18 @@ class Pixels:
 
     rgb: np.ndarray
     mask: np.ndarray | None
+
+
+def row_job(picture: Picture, cut: Cut, latent_px: int) -> Job:
+    """Returns what a worker has to decode for one cut of a picture."""
+    return Job(
+        path=picture.path,
+        image_hash=picture.image_hash,
+        mask_path=picture.mask_path,
+        mask_hash=picture.mask_hash,
+        cut=cut,
+        latent_px=latent_px,
+    )
 
 
 def decode_row(job: Job, max_pixels: int = MAX_PIXELS) -> Pixels:

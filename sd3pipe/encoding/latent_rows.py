@@ -9,7 +9,7 @@ from torch import Tensor
 from sd3pipe.cache.rows import Row, from_numpy
 from sd3pipe.cache.tensors import from_torch
 from sd3pipe.console import one_line
-from sd3pipe.data.decoding import Job, Pixels
+from sd3pipe.data.decoding import Pixels, row_job
 from sd3pipe.data.feed import Decoded, decoded_rows, default_workers
 from sd3pipe.data.geometry import View
 from sd3pipe.device import choose_device
@@ -46,7 +46,7 @@ def encoded_rows(
     params: EncodeLatentsParams,
 ) -> Iterator[tuple[str, Encoded]]:
     """Yields (key, row) of every view in order. Raises InputError where the VAE's numbers do not fit the rows."""
-    jobs = (row_job(view, architecture.downscale) for view in views)
+    jobs = (row_job(view.picture, view.cut, architecture.downscale) for view in views)
     workers = default_workers() if params.max_data_loader_n_workers is None else params.max_data_loader_n_workers
     with memory_errors(lambda: _way_out(params, encoder.device)):
         rows = rows_of(views, decoded_rows(jobs, workers=min(workers, len(keys))), encoder)
@@ -70,19 +70,6 @@ def device_speed(architecture: VAEArchitecture, params: EncodeLatentsParams) -> 
     """Returns the device's name and about how many pixels per second it encodes."""
     device = choose_device(params.device, params.threads)
     return str(device), encoder_speed(architecture, device, DTYPES[params.vae_dtype])
-
-
-def row_job(view: View, latent_px: int) -> Job:
-    """Returns what a worker has to decode for a row."""
-    picture = view.picture
-    return Job(
-        path=picture.path,
-        image_hash=picture.image_hash,
-        mask_path=picture.mask_path,
-        mask_hash=picture.mask_hash,
-        cut=view.cut,
-        latent_px=latent_px,
-    )
 
 
 def _way_out(params: EncodeLatentsParams, device: torch.device) -> str:

@@ -1,16 +1,16 @@
 """Cards of a dataset before anything is encoded: the very cuts, masks and captions that the encode stages will make."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sd3pipe.console import count, listed, one_line
 from sd3pipe.data.buckets import Size, cut_by_limit
 from sd3pipe.data.captions import processed_captions, tag_frequency
-from sd3pipe.data.decoding import Job, Pixels
-from sd3pipe.data.feed import decoded_rows
+from sd3pipe.data.decoding import Job, Pixels, row_job
+from sd3pipe.data.feed import Decoded, decoded_rows
 from sd3pipe.data.filters import filter_name
 from sd3pipe.data.geometry import Cut, View, views_of_all
 from sd3pipe.data.scan import Picture, Scan
@@ -23,7 +23,43 @@ _TAGS_SHOWN = 60
 
 CountTokens = Callable[[Sequence[str]], Mapping[str, CaptionTokens]]  # of captions; of none without tokenizers
 
-Found = tuple[Picture, list[View], tuple[str, ...]]  # a picture, its cuts, its captions
+
+@dataclass(frozen=True, kw_only=True)
+class _Item:
+    """A picture with its rows and its captions, and what is to be known of it."""
+
+    views: list[View]
+    captions: tuple[str, ...]
+    copies: list[str]  # names of all pictures of equal content, itself among them
+    tokens: Mapping[str, CaptionTokens]
+
+    @property
+    def picture(self) -> Picture:
+        return self.views[0].picture
+
+    @property
+    def cuts(self) -> list[Cut]:
+        return [view.cut for view in self.views]
+
+    @property
+    def cut(self) -> Cut:
+        return self.views[0].cut
+
+    @property
+    def scale(self) -> float:
+        """How many times larger the picture becomes, each way."""
+        return max(self.cut.resized[0] / self.picture.width, self.cut.resized[1] / self.picture.height)
+
+    @property
+    def cut_off(self) -> float:
+        """The share of the picture that is cut off."""
+        return 1 - (self.cut.size[0] * self.cut.size[1]) / (self.cut.resized[0] * self.cut.resized[1])
+
+    @property
+    def long_caption(self) -> CaptionTokens | None:
+        """The first caption that is cut off."""
+        counted = (self.tokens[caption] for caption in self.captions if caption in self.tokens)
+        return next((caption for caption in counted if caption.cut_off), None)
 
 
 def dataset_preview(
@@ -38,45 +74,34 @@ def dataset_preview(
     workers: int,
 ) -> Preview:
     """Returns the preview of scanned pictures."""
-    buckets: dict[Size, list[Found]] = defaultdict(list)
     pictures, unreadable = views_of_all(found, crop_variants=crop_variants, seed=seed)
-    for cuts in pictures:
-        captions = processed_captions(cuts[0].picture, variants=caption_variants, seed=seed)
-        buckets[cuts[0].cut.size].append((cuts[0].picture, cuts, captions))
-    everything = [item for items in buckets.values() for item in items]
-    tokens = count_tokens(sorted({caption for _, _, captions in everything for caption in captions}))
-    copies = _copies(everything)
+    captions = [processed_captions(of[0].picture, variants=caption_variants, seed=seed) for of in pictures]
+    tokens = count_tokens(sorted({caption for texts in captions for caption in texts}))
+    names: dict[tuple[int, str], list[str]] = defaultdict(list)
+    buckets: dict[Size, list[_Item]] = defaultdict(list)
+    for views, texts in zip(pictures, captions, strict=True):
+        picture = views[0].picture
+        copies = names[picture.subset.dataset, picture.image_hash]
+        copies.append(_full_name(picture))
+        item = _Item(views=views, captions=texts, copies=copies, tokens=tokens)
+        buckets[item.cut.size].append(item)
     shown = {size: spread(items, per_bucket) for size, items in buckets.items()}
     drawn = decoded_rows((_job(item) for items in shown.values() for item in items), workers=workers)
     sections = []
     for size, items in shown.items():
-        cards = tuple(_card(item, next(drawn), copies, tokens) for item in items)
-        rows = len({(picture.image_hash, picture.mask_hash, v.cut) for picture, cuts, _ in buckets[size] for v in cuts})
-        sections.append(Section(width=size[0], height=size[1], pictures=len(buckets[size]), rows=rows, cards=cards))
+        cards = tuple(_card(item, next(drawn)) for item in items)
+        rows = {(item.picture.image_hash, item.picture.mask_hash, cut) for item in buckets[size] for cut in item.cuts}
+        sections.append(
+            Section(width=size[0], height=size[1], pictures=len(buckets[size]), rows=len(rows), cards=cards)
+        )
+    everything = [item for items in buckets.values() for item in items]
     return Preview(
         title=title,
         sections=tuple(sorted(sections, key=lambda section: (section.width / section.height, section.width))),
-        warnings=tuple(_warnings(buckets, everything, copies, tokens)),
+        warnings=tuple(_warnings(buckets, everything, [same for same in names.values() if len(same) > 1])),
         unreadable=tuple((file.name, file.reason) for file in unreadable),
         tags=_tags(everything),
     )
-
-
-def _scale(picture: Picture, cut: Cut) -> float:
-    """Returns how many times larger the picture becomes, each way."""
-    return max(cut.resized[0] / picture.width, cut.resized[1] / picture.height)
-
-
-def _share_cut_off(cut: Cut) -> float:
-    return 1 - (cut.size[0] * cut.size[1]) / (cut.resized[0] * cut.resized[1])
-
-
-def _copies(everything: Sequence[Found]) -> dict[tuple[int, str], list[str]]:
-    """Returns the names of pictures of equal content, by dataset and content, where there are several."""
-    names: dict[tuple[int, str], list[str]] = defaultdict(list)
-    for picture, _, _ in everything:
-        names[picture.subset.dataset, picture.image_hash].append(_full_name(picture))
-    return {key: same for key, same in names.items() if len(same) > 1}
 
 
 def _full_name(picture: Picture) -> str:
@@ -95,14 +120,12 @@ def _window(cuts: Sequence[Cut]) -> tuple[int, int, int, int]:
     return left, top, min(right, left + 3 * first.size[0]), min(bottom, top + 3 * first.size[1])
 
 
-def _job(item: Found) -> Job:
+def _job(item: _Item) -> Job:
     """Returns the job that decodes a picture's window at the size it is drawn."""
-    picture, found_views, _ = item
-    cuts = [view.cut for view in found_views]
-    first = cuts[0]
+    picture, first = item.picture, item.cut
     source, shrink = (picture.width, picture.height), CARD_PX / max(first.size)
     resized = (max(1, round(first.resized[0] * shrink)), max(1, round(first.resized[1] * shrink)))
-    left, top, right, bottom = (round(edge * shrink) for edge in _window(cuts))
+    left, top, right, bottom = (round(edge * shrink) for edge in _window(item.cuts))
     small = replace(
         first,
         resized=resized,
@@ -111,14 +134,7 @@ def _job(item: Found) -> Job:
         size=(max(1, min(right, resized[0]) - left), max(1, min(bottom, resized[1]) - top)),
         resize_filter=None if resized == source else filter_name(*source, resized, None),
     )
-    return Job(
-        path=picture.path,
-        image_hash=picture.image_hash,
-        mask_path=picture.mask_path,
-        mask_hash=picture.mask_hash,
-        cut=small,
-        latent_px=1,
-    )
+    return row_job(picture, small, latent_px=1)
 
 
 def _boxes(cuts: Sequence[Cut]) -> tuple[Box, ...]:
@@ -132,108 +148,83 @@ def _boxes(cuts: Sequence[Cut]) -> tuple[Box, ...]:
     return tuple(dict.fromkeys(boxes))
 
 
-def _card(
-    item: Found, drawn: object, copies: dict[tuple[int, str], list[str]], tokens: Mapping[str, CaptionTokens]
-) -> Card:
-    picture, found_views, captions = item
-    cuts = [view.cut for view in found_views]
+def _card(item: _Item, drawn: Decoded) -> Card:
     pixels = drawn if isinstance(drawn, Pixels) else None
-    token_facts = (tokens[captions[0]].shown,) if captions[0] in tokens else ()
+    token_facts = (item.tokens[item.captions[0]].shown,) if item.captions[0] in item.tokens else ()
     unreadable = () if pixels else (f"left out: {drawn}",)
     return Card(
-        name=one_line(picture.name),
+        name=one_line(item.picture.name),
         picture=pixels.rgb if pixels else np.full((CARD_PX // 2, CARD_PX, 3), 90, np.uint8),
         mask=pixels.mask if pixels else None,
-        cuts=_boxes(cuts) if pixels else (),
-        facts=(*_facts(picture, found_views), *token_facts),
-        captions=captions,
-        warnings=(*unreadable, *_card_warnings(picture, cuts[0], captions, copies, tokens)),
+        cuts=_boxes(item.cuts) if pixels else (),
+        facts=(*_facts(item), *token_facts),
+        captions=item.captions,
+        warnings=(*unreadable, *_card_warnings(item)),
     )
 
 
-def _facts(picture: Picture, found_views: Sequence[View]) -> Iterator[str]:
-    cut = found_views[0].cut
-    scale = _scale(picture, cut)
-    change = "as it is" if scale == 1 else f"{'enlarged' if scale > 1 else 'reduced'} to {scale:.0%}"
-    cut_off = f", {_share_cut_off(cut):.0%} cut off" if _share_cut_off(cut) >= 0.005 else ""
+def _facts(item: _Item) -> Iterator[str]:
+    picture = item.picture
+    change = "as it is" if item.scale == 1 else f"{'enlarged' if item.scale > 1 else 'reduced'} to {item.scale:.0%}"
+    cut_off = f", {item.cut_off:.0%} cut off" if item.cut_off >= 0.005 else ""
     yield f"{picture.width} x {picture.height}, {change}{cut_off}"
-    crops = len({view.cut for view in found_views if not view.flip})
+    crops = len({view.cut for view in item.views if not view.flip})
     more = [f"{crops} random crops"] if crops > 1 else []
-    more += ["mirrored too"] if any(view.flip for view in found_views) else []
+    more += ["mirrored too"] if any(view.flip for view in item.views) else []
     more += ["validation"] if picture.split == "validation" else []
     more += [f"seen {picture.subset.num_repeats} times"] if picture.subset.num_repeats > 1 else []
     more += ["regularisation"] if picture.subset.is_reg else []
     yield ", ".join([f"subset {one_line(picture.subset.name)}", *more])
 
 
-def _first_cut_off(captions: Sequence[str], tokens: Mapping[str, CaptionTokens]) -> CaptionTokens | None:
-    """Returns the first of a picture's captions that is cut off."""
-    counted = (tokens[caption] for caption in captions if caption in tokens)
-    return next((caption for caption in counted if caption.cut_off), None)
-
-
-def _card_warnings(
-    picture: Picture,
-    cut: Cut,
-    captions: Sequence[str],
-    copies: dict[tuple[int, str], list[str]],
-    tokens: Mapping[str, CaptionTokens],
-) -> Iterator[str]:
-    if _scale(picture, cut) >= _MUCH_ENLARGED:
-        yield f"enlarged {_scale(picture, cut):.1f} times"
-    if _share_cut_off(cut) >= _MUCH_CUT_OFF:
-        yield f"{_share_cut_off(cut):.0%} of it is cut off"
-    if picture.animated:
+def _card_warnings(item: _Item) -> Iterator[str]:
+    if item.scale >= _MUCH_ENLARGED:
+        yield f"enlarged {item.scale:.1f} times"
+    if item.cut_off >= _MUCH_CUT_OFF:
+        yield f"{item.cut_off:.0%} of it is cut off"
+    if item.picture.animated:
         yield "only the first frame is used"
-    same = copies.get((picture.subset.dataset, picture.image_hash), [])
-    if len(same) > 1:
-        others = [one_line(name) for name in same if name != _full_name(picture)]
+    if len(item.copies) > 1:
+        others = [one_line(name) for name in item.copies if name != _full_name(item.picture)]
         yield f"same file as {', '.join(others[:2])}"
-    if not any(captions):
+    if not any(item.captions):
         yield "no caption"
-    if long := _first_cut_off(captions, tokens):
-        yield f"caption cut off: {long.cut_off}"
+    if item.long_caption:
+        yield f"caption cut off: {item.long_caption.cut_off}"
 
 
 def _warnings(
-    buckets: dict[Size, list[Found]],
-    everything: Sequence[Found],
-    copies: dict[tuple[int, str], list[str]],
-    tokens: Mapping[str, CaptionTokens],
+    buckets: Mapping[Size, Sequence[_Item]], everything: Sequence[_Item], copies: Sequence[Sequence[str]]
 ) -> Iterator[str]:
     """Yields what to know about the dataset as a whole."""
-    enlarged = [p.name for p, cuts, _ in everything if _scale(p, cuts[0].cut) >= _MUCH_ENLARGED]
-    yield from _about(enlarged, "{} enlarged by a quarter or more; bucket_no_upscale = true leaves them small")
+    enlarged = [item for item in everything if item.scale >= _MUCH_ENLARGED]
+    yield from _about(enlarged, "enlarged by a quarter or more; bucket_no_upscale = true leaves them small")
     lone = [f"{width} x {height}" for (width, height), items in buckets.items() if len(items) == 1]
     if lone:
-        yield f"{len(lone)} of {len(buckets)} buckets hold a single picture, so batches there have one: {_list(lone)}"
+        yield f"{len(lone)} of {len(buckets)} buckets hold a single picture, so batches there have one: {listed(lone)}"
     if copies:
-        same_ones = _list(" = ".join(same) for same in copies.values())
+        same_ones = listed([one_line(" = ".join(same)) for same in copies])
         yield f"{count(len(copies), 'picture is', 'pictures are')} there more than once: {same_ones}"
-    yield from _about([p.name for p, _, captions in everything if not any(captions)], "{} without a caption")
-    long = [p.name for p, _, captions in everything if _first_cut_off(captions, tokens)]
-    yield from _about(long, "{} with a caption that is cut off")
-    cropped = [p.name for p, cuts, _ in everything if _share_cut_off(cuts[0].cut) >= _MUCH_CUT_OFF]
-    yield from _about(cropped, "{} of which a fifth or more is cut off")
-    sizes = [cuts[0].cut.size for p, cuts, _ in everything if cut_by_limit(cuts[0].cut.size, p.subset.bucketing)]
-    limited = Counter(sizes)
+    yield from _about([item for item in everything if not any(item.captions)], "without a caption")
+    yield from _about([item for item in everything if item.long_caption], "with a caption that is cut off")
+    cropped = [item for item in everything if item.cut_off >= _MUCH_CUT_OFF]
+    yield from _about(cropped, "of which a fifth or more is cut off")
+    limited = Counter(
+        item.cut.size for item in everything if cut_by_limit(item.cut.size, item.picture.subset.bucketing)
+    )
     for (width, height), number in limited.items():
         yield f"{number} pictures train at {width} x {height}, well below the resolution: max_bucket_reso cuts them"
 
 
-def _about(names: Sequence[str], text: str) -> Iterator[str]:
-    if names:
-        yield f"{text.format(count(len(names), 'picture'))}: {_list(names)}"
+def _about(items: Sequence[_Item], what: str) -> Iterator[str]:
+    if items:
+        yield f"{count(len(items), 'picture')} {what}: {listed([one_line(item.picture.name) for item in items])}"
 
 
-def _list(names: Iterable[str]) -> str:
-    return listed([one_line(name) for name in names])
-
-
-def _tags(everything: Sequence[Found]) -> dict[str, dict[str, int]]:
+def _tags(everything: Sequence[_Item]) -> dict[str, dict[str, int]]:
     """Returns the most frequent tags of each subset whose captions look like lists of tags."""
     captions: dict[str, list[str]] = defaultdict(list)
-    for picture, _, found in everything:
-        captions[picture.subset.name].append(found[0])
+    for item in everything:
+        captions[item.picture.subset.name].append(item.captions[0])
     tables = {name: tag_frequency(texts) for name, texts in captions.items()}
     return {name: dict(list(table.items())[:_TAGS_SHOWN]) for name, table in tables.items()}
