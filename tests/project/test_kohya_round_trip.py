@@ -1,0 +1,105 @@
+"""Commands in five styles are translated, encoded, trained and exported; the run's report says what they said."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from support.command_line import sd3pipe
+
+from sd3pipe.demo.base_files import MODEL
+
+TOKENIZERS = MODEL.parent / "tokenizers"
+
+# what a command says beside its places -> what the run's identity says then
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "documented": (
+        {"network_alpha": 1, "weighting_scheme": "sigma_sqrt", "lr_scheduler": "constant", "seed": 7},
+        {"loss_form": "x0", "weighting_scheme": "sigma_sqrt", "learning_rate": 1e-4, "seed": 7, "network_alpha": 1.0},
+    ),
+    "unet-lr": (
+        {"unet_lr": 5e-5, "seed": 1234, "min_timestep": 100, "lr_scheduler": "cosine", "lr_warmup_steps": 1},
+        {"learning_rate": 5e-5, "seed": 1234, "weighting_scheme": "uniform", "min_timestep": 100},
+    ),
+    "logit-normal": (
+        {"weighting_scheme": "logit_normal", "logit_mean": 0.5, "training_shift": 3.0, "seed": 1},
+        {"weighting_scheme": "logit_normal", "logit_mean": 0.5, "training_shift": 3.0, "seed": 1},
+    ),
+    "huber": (
+        {"loss_type": "huber", "huber_schedule": "constant", "huber_c": 0.2, "seed": 2, "max_grad_norm": 0.5},
+        {"loss_type": "huber", "huber_schedule": "constant", "huber_c": 0.2, "max_grad_norm": 0.5},
+    ),
+    "adafactor": (
+        {"optimizer_type": "Adafactor", "seed": 3, "network_args": ["x_mlp_dim=2", "conv_dim=4"]},
+        {"optimizer_args": ["relative_step=True", "scale_parameter=True"], "network_args": ["x_mlp_dim=2"]},
+    ),
+    "mode": (
+        {"weighting_scheme": "mode", "mode_scale": 1.0, "network_dropout": 0.1, "seed": 4, "noise_offset": 0.1},
+        {"weighting_scheme": "mode", "mode_scale": 1.0, "network_dropout": 0.1, "seed": 4},
+    ),
+}
+STYLES = ("bash", "cmd", "powershell", "config", "gui")
+FAST = (("documented", "bash"), ("unet-lr", "cmd"), ("logit-normal", "gui"))
+CASES = [
+    pytest.param(setting, style, marks=[] if (setting, style) in FAST else [pytest.mark.slow])
+    for setting in SETTINGS
+    for style in STYLES
+]
+
+
+def command_file(folder: Path, options: dict[str, Any], style: str) -> Path:
+    """Writes the options as the style has them, and returns the file."""
+    words = []
+    for name, value in options.items():
+        values = " ".join(map(str, value)) if isinstance(value, list) else value
+        words.append(
+            f"--{name}"
+            if value is True
+            else f'--{name} "{values}"'
+            if name == "train_data_dir"
+            else f"--{name} {values}"
+        )
+    match style:
+        case "config":
+            lines = [f"{name} = {json.dumps(value)}" for name, value in options.items()]
+            return written(folder / "config.toml", "[settings]\n" + "\n".join(lines))
+        case "gui":
+            names = {"resolution": "max_resolution", "optimizer_type": "optimizer"}
+            settings = {names.get(name, name): value for name, value in options.items()}
+            if "network_args" in settings:
+                settings["network_args"] = " ".join(settings["network_args"])
+            return written(folder / "gui.json", json.dumps({**settings, "sd3_checkbox": True, "clip_skip": 1}))
+    suffix, end = {"bash": ("sh", "\\"), "cmd": ("bat", "^"), "powershell": ("ps1", "`")}[style]
+    lines = ["accelerate launch sd3_train_network.py", *words]
+    return written(folder / f"train.{suffix}", f" {end}\n  ".join(lines) + "\n")
+
+
+def written(file: Path, text: str) -> Path:
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize(("setting", "style"), CASES)
+def test_a_command_trains_as_it_says(setting, style, tmp_path):
+    said, wanted = SETTINGS[setting]
+    pictures = tmp_path / "my pictures" / "2_a red circle"
+    pictures.mkdir(parents=True)
+    Image.new("RGB", (64, 64), (200, 90, 30)).save(pictures / "0.png")
+    options = {
+        "pretrained_model_name_or_path": str(MODEL), "train_data_dir": str(pictures.parent), "resolution": "64,64",
+        "output_dir": str(tmp_path / "loras"), "output_name": "mine", "network_module": "networks.lora_sd3",
+        "network_dim": 2, "learning_rate": 1e-4, "max_train_steps": 2, "network_train_unet_only": True, "sdpa": True,
+        "cache_latents": True, "max_data_loader_n_workers": 0, **said,
+    }  # fmt: skip
+    if style == "gui":  # where an empty field is 0
+        options["LoRA_type"] = "Standard"
+    source = command_file(tmp_path, options, style)
+    told = sd3pipe("from-kohya", source, "--out", tmp_path / "p", "--tokenizers", TOKENIZERS, cwd=tmp_path).stdout
+    assert ("conv_dim=4" in told) == ("network_args" in said)
+    sd3pipe("run", cwd=tmp_path / "p")
+    report = json.loads((tmp_path / "p" / "runs" / "mine" / "report.json").read_text())
+    assert report["steps"] == 2
+    assert {name: report["identity"][name] for name in wanted} == wanted
+    assert (tmp_path / "p" / "exports" / "mine.safetensors").is_file()
+    assert (tmp_path / "loras" / "mine.safetensors").is_file()
