@@ -264,23 +264,23 @@ class StageReport:
     says so, and leaves an earlier one that tells of work, for it then becomes OUT.refused.report.json.
     """
 
-    def __init__(self, stage: str, path: Path, inputs: dict[str, Any]) -> None:
+    def __init__(self, stage: str, path: Path, inputs: Mapping[str, object]) -> None:
         self.stage, self.path, self.inputs = stage, path, inputs
         self.summary = ""
-        self.values: dict[str, Any] = {}
+        self.values: dict[str, object] = {}
         self._began = False
 
     def begin(self) -> None:
         """Says that something was made: from here on the report belongs to this call, also if it fails."""
         self._began = True
 
-    def update(self, **values: Any) -> None:
+    def update(self, **values: object) -> None:
         """Adds values (JSON types) to the report."""
         self.values.update(values)
 
-    def keep(self, **otherwise: Any) -> None:
+    def keep(self, **otherwise: object) -> None:
         """Takes over the values of the report that is there, or else `otherwise`, for a stage without work."""
-        there: dict[str, Any] = {}
+        there: dict[str, object] = {}
         with contextlib.suppress(DocumentError):
             there = self._read()
         for name in ("error", _BEGAN):

@@ -9,7 +9,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, BinaryIO
 
 from sd3pipe.errors import StorageError
 from sd3pipe.temporaries import remove_tree, temporary_name
@@ -69,7 +69,7 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def sync_file(handle: IO[Any]) -> None:
+def sync_file(handle: IO[bytes]) -> None:
     """Flushes a file's content to the disk."""
     handle.flush()
     os.fsync(handle.fileno())
@@ -188,7 +188,7 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Replaces `path` by indented JSON with sorted keys, atomically. Raises StorageError."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 

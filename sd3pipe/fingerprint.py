@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from blake3 import blake3
 
@@ -12,7 +12,7 @@ from sd3pipe.files import open_regular
 _CHUNK_BYTES = 4 << 20
 
 
-def canonical_json(value: Any) -> bytes:
+def canonical_json(value: object) -> bytes:
     """Returns the one byte string that stands for `value`: sorted keys, no blanks, UTF-8, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode(
         "utf-8", "surrogatepass"
@@ -29,7 +29,7 @@ def hash_bytes(data: bytes | memoryview) -> str:
     return blake3(data).hexdigest()
 
 
-def hash_json(value: Any) -> str:
+def hash_json(value: object) -> str:
     """Returns the blake3 digest of the canonical JSON of `value` as 64 hex digits."""
     return hash_bytes(canonical_json(value))
 

@@ -6,7 +6,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
@@ -146,7 +145,7 @@ def _train(params: TrainParams, processes: Processes, report: StageReport, folde
     report.summary = _summary(loop.progressed, steps_before, freshness)
 
 
-def _start(params: TrainParams, identity: dict[str, Any], run: RunInputs) -> Start:
+def _start(params: TrainParams, identity: dict[str, object], run: RunInputs) -> Start:
     allowed = [name.strip() for text in params.allow_changes for name in text.split(",") if name.strip()]
     return choose_start(params.out, params.resume, identity, allow_changes=allowed, total_steps=run.total_steps)
 
@@ -191,7 +190,7 @@ def _tell_misfits(params: TrainParams, data: TrainingData) -> None:
     stamps.save()
 
 
-def _figures(loop: Loop, memory: MemoryPlan, processes: Processes, steps_before: int) -> dict[str, Any]:
+def _figures(loop: Loop, memory: MemoryPlan, processes: Processes, steps_before: int) -> dict[str, object]:
     """Returns what the report says about the run; the time of a step is the median, for the first one warms up."""
     seconds = statistics.median(loop.seconds_per_step) if loop.seconds_per_step else None
     peak = peak_device_bytes(processes.device)
@@ -208,7 +207,7 @@ def _figures(loop: Loop, memory: MemoryPlan, processes: Processes, steps_before:
     }
 
 
-def _how_far(state: Progressed) -> dict[str, Any]:
+def _how_far(state: Progressed) -> dict[str, object]:
     return {
         "steps": state.step,
         "epochs": state.epochs_done,

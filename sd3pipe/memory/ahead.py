@@ -4,18 +4,29 @@
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from sd3pipe.errors import ParameterError
+from sd3pipe.memory.model import Pair, StreamedModel
 
-Pair = tuple[Tensor, Tensor]
 _SIDES = ("context_block", "x_block")
+
+
+class ModulationLinear(Protocol):
+    """The adaLN layer of one side of a block."""
+
+    adapter: Callable[[Tensor, object], Tensor] | None
+    bias: Tensor
+
+    def base(self, x: Tensor) -> Tensor: ...
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor: ...
 
 
 class PendingModulation:
@@ -43,12 +54,11 @@ class AheadModulation:
     """
 
     def __init__(self, mmdit: nn.Module, blocks: Sequence[int], device: torch.device) -> None:
-        model: Any = mmdit
-        self._model = model
+        model = self._model = cast(StreamedModel, mmdit)
         self._device = device
         self._embedders = (model.t_embedder, model.y_embedder)
         self._on_host = tuple(copy.deepcopy(m).to("cpu") for m in self._embedders) if device.type != "cpu" else None
-        self._sides = {i: tuple(getattr(model.joint_blocks[i], side) for side in _SIDES) for i in blocks}
+        self._linears = {index: _modulation_linears(mmdit, index) for index in blocks}
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="modulation")
         self.pending: PendingModulation | None = None
         self._unprepared: tuple[Tensor, dict[int, Future[Pair]]] | None = None
@@ -62,12 +72,12 @@ class AheadModulation:
 
         Autocast, where the forward pass runs under it, must be on here, too.
         """
-        embedders = self._on_host or self._embedders
+        t_embedder, y_embedder = self._on_host or self._embedders
         autocast = self._autocast()
 
         def condition() -> Tensor:
             with _host_autocast(autocast), torch.no_grad():
-                return self._model.embed_condition(*embedders, timesteps_B, pooled_BP)
+                return self._model.embed_condition(t_embedder, y_embedder, timesteps_B, pooled_BP)
 
         return PendingModulation(self, self._start(self._worker.submit(condition), autocast))
 
@@ -86,23 +96,22 @@ class AheadModulation:
                 on_host.set_result(condition_BD.detach().to("cpu"))
                 self._unprepared = (condition_BD, self._start(on_host, self._autocast()))
             vectors = self._unprepared[1]
-        sides = zip(self._sides[index], vectors[index].result(), strict=True)
-        context_BK, x_BK = (self._adapted(side, vector_BK, condition_BD) for side, vector_BK in sides)
+        linears = zip(self._linears[index], vectors[index].result(), strict=True)
+        context_BK, x_BK = (self._adapted(linear, vector_BK, condition_BD) for linear, vector_BK in linears)
         return context_BK, x_BK
 
     def _start(self, condition: Future[Tensor], autocast: torch.dtype | None) -> dict[int, Future[Pair]]:
-        return {index: self._worker.submit(self._block, index, condition, autocast) for index in self._sides}
+        return {index: self._worker.submit(self._block, index, condition, autocast) for index in self._linears}
 
     @torch.no_grad()
     def _block(self, index: int, condition: Future[Tensor], autocast: torch.dtype | None) -> Pair:
         with _host_autocast(autocast):
-            context_BK, x_BK = (side.adaLN_modulation[1].base(condition.result()) for side in self._sides[index])
+            context_BK, x_BK = (linear.base(condition.result()) for linear in self._linears[index])
         if self._device.type == "cuda":  # else the host would wait for the device at each block
             return context_BK.pin_memory(), x_BK.pin_memory()
         return context_BK, x_BK
 
-    def _adapted(self, side: Any, base_BK: Tensor, condition_BD: Tensor) -> Tensor:
-        linear = side.adaLN_modulation[1]
+    def _adapted(self, linear: ModulationLinear, base_BK: Tensor, condition_BD: Tensor) -> Tensor:
         base_BK = base_BK.to(self._device, non_blocking=True)
         return base_BK if linear.adapter is None else linear.adapter(condition_BD, _Computed(linear, base_BK))
 
@@ -122,7 +131,7 @@ class AheadModulation:
 class _Computed:
     """A linear layer to an adapter's eyes, whose base product is known already."""
 
-    def __init__(self, linear: Any, base_BK: Tensor) -> None:
+    def __init__(self, linear: ModulationLinear, base_BK: Tensor) -> None:
         self._linear = linear
         self._base_BK = base_BK
 
@@ -134,7 +143,12 @@ class _Computed:
         return self._base_BK
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        return cast(Tensor, self._linear.dense_weight(dtype)).to(self._base_BK.device)
+        return self._linear.dense_weight(dtype).to(self._base_BK.device)
+
+
+def _modulation_linears(mmdit: nn.Module, index: int) -> tuple[ModulationLinear, ...]:
+    names = (f"joint_blocks.{index}.{side}.adaLN_modulation.1" for side in _SIDES)
+    return tuple(cast(ModulationLinear, mmdit.get_submodule(name)) for name in names)
 
 
 def _host_autocast(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object]:

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import mmap
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +54,8 @@ class HostMemory:
         return memory
 
     def _lock(self, memory: Tensor) -> None:
-        runtime: Any = torch.cuda.cudart()
+        runtime = torch.cuda.cudart()
+        assert runtime is not None
         with torch.cuda.device(self._device):
             error = int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
         if not error:
@@ -81,7 +81,8 @@ class HostMemory:
 def _unlock(device: torch.device, locked: list[Tensor]) -> None:
     if locked:
         torch.cuda.synchronize(device)
-        runtime: Any = torch.cuda.cudart()
+        runtime = torch.cuda.cudart()
+        assert runtime is not None
         for memory in locked:
             runtime.cudaHostUnregister(memory.data_ptr())
         locked.clear()

@@ -7,16 +7,17 @@ every parameter receives its A gradients in the order of the micro-batches.
 # B batch, L tokens, D width, K modulation width, C latent channels, h w latent pixels
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from sd3pipe.memory.activations import OffloadedTensor
+from sd3pipe.memory.model import Block, ModelInputs, Pair, StreamedModel
 from sd3pipe.memory.rings import Use
-from sd3pipe.memory.streaming import Block, BlockStreamer, Pair
+from sd3pipe.memory.streaming import BlockStreamer
 
 Kept = Tensor | OffloadedTensor
 
@@ -25,7 +26,7 @@ Kept = Tensor | OffloadedTensor
 class _Passage:
     """One micro-batch on its way: its streams, what they came from, and what its backward pass will need."""
 
-    inputs: Mapping[str, Any]
+    inputs: ModelInputs
     embedded: Pair  # context and x as embedded, with their graphs
     condition: Tensor  # with its graph
     condition_leaf: Tensor  # collects the gradient of all blocks
@@ -40,18 +41,18 @@ class _Passage:
 def run_layer_major(
     mmdit: nn.Module,
     streamer: BlockStreamer,
-    micro_batches: Sequence[Mapping[str, Any]],
+    micro_batches: Sequence[ModelInputs],
     loss: Callable[[int, Tensor], Tensor],
     select: Callable[[int], None] = lambda number: None,
 ) -> list[Tensor]:
     """Runs forward and backward of all micro-batches and returns their losses, detached.
 
-    `micro_batches` are the keyword arguments of the model's forward. `loss` takes a micro-batch's number and its
+    `loss` takes a micro-batch's number and its
     velocity and returns the scalar to differentiate, already divided by A. `select` is called with its number whenever
     a micro-batch continues, for state such as dropout keys. Gradients are added to `.grad`. Autocast may be on; under
     DistributedDataParallel, call this in `no_sync()` and average the gradients afterwards.
     """
-    model: Any = mmdit
+    model = cast(StreamedModel, mmdit)
     depth = len(model.joint_blocks)
     with _uncached_autocast(streamer.device):
         passages = []
@@ -72,7 +73,7 @@ def run_layer_major(
     return losses
 
 
-def _embedded(model: Any, inputs: Mapping[str, Any]) -> _Passage:
+def _embedded(model: StreamedModel, inputs: ModelInputs) -> _Passage:
     with torch.enable_grad():
         x_BLD = model.embed_latents(inputs["latents_BChw"], inputs.get("crop_offset"))
         context_BLD = model.embed_context(inputs["context_BLD"])
@@ -116,7 +117,7 @@ def _outputs(block: Block, streams: Pair, modulation: Pair, needs: tuple[bool, b
     return (context_BLD.detach(), x_BLD.detach()), (context_BLD.requires_grad, x_BLD.requires_grad)
 
 
-def _finished(model: Any, passage: _Passage, loss: Callable[[int, Tensor], Tensor], number: int) -> Tensor:
+def _finished(model: StreamedModel, passage: _Passage, loss: Callable[[int, Tensor], Tensor], number: int) -> Tensor:
     context_BLD, x_BLD = passage.streams
     x_leaf_BLD = _leaf(x_BLD, passage.streams_need_gradient[1])
     with torch.enable_grad():
@@ -172,7 +173,7 @@ def _backward_of_embedding(passage: _Passage) -> None:
     )
 
 
-def _backward(pairs: Any) -> None:
+def _backward(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> None:
     """Differentiates the outputs that depend on something trained; a scalar without a gradient counts as a loss."""
     chosen = [(o, g) for o, g in pairs if o.requires_grad and (g is not None or o.ndim == 0)]
     if chosen:

@@ -10,7 +10,8 @@ or act on every token at once.
 import importlib
 import logging
 from collections.abc import Iterator
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class PackableLinear(Protocol):
     out_features: int
     weight: nn.Parameter
     weight_scale: nn.Parameter
-    packing: Any
+    packing: "Packing | None"
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor: ...
 
@@ -84,7 +85,8 @@ class Nf4Packing:
         return self._functional.dequantize_4bit(linear.weight.detach(), state)
 
 
-PACKINGS: dict[PackedFormat, type[Fp8Packing] | type[Int8Packing] | type[Nf4Packing]] = {
+Packing = Fp8Packing | Int8Packing | Nf4Packing
+PACKINGS: dict[PackedFormat, type[Packing]] = {
     "fp8": Fp8Packing,
     "int8": Int8Packing,
     "nf4": Nf4Packing,
@@ -102,13 +104,13 @@ def quantise(module: nn.Module, format: PackedFormat, *, modulation: bool = Fals
         _pack(linear, packing)
 
 
-def packable_linears(module: nn.Module, *, modulation: bool = False) -> Iterator[Any]:
+def packable_linears(module: nn.Module, *, modulation: bool = False) -> Iterator[PackableLinear]:
     """Yields the linear layers (layers with a `packing`) of joint blocks below `module` that packing is meant for."""
     for name, layer in module.named_modules():
         inside = ".attn" in f".{name}" or ".mlp." in f".{name}" or (modulation and is_modulation(name))
         embedder = name.split(".")[0] in ("t_embedder", "y_embedder", "final_layer")
         if inside and not embedder and hasattr(layer, "packing") and layer.packing is None:
-            yield layer
+            yield cast(PackableLinear, layer)
 
 
 def bits_per_weight(format: PackedFormat, in_features: int) -> float:
@@ -119,7 +121,7 @@ def bits_per_weight(format: PackedFormat, in_features: int) -> float:
 
 
 @torch.no_grad()
-def _pack(linear: Any, packing: Fp8Packing | Int8Packing | Nf4Packing) -> None:
+def _pack(linear: PackableLinear, packing: Packing) -> None:
     packed, scale = packing.pack(linear.weight.data)
     linear.weight = nn.Parameter(packed, requires_grad=False)
     linear.weight_scale = nn.Parameter(scale.float(), requires_grad=False)
@@ -131,7 +133,7 @@ def _next_bfloat16(values: Tensor) -> Tensor:
     return (values.bfloat16().view(torch.int16) + 1).view(torch.bfloat16).float()
 
 
-def _bitsandbytes() -> Any:
+def _bitsandbytes() -> ModuleType:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells about optional CPU kernels otherwise
     try:
         return importlib.import_module("bitsandbytes.functional")

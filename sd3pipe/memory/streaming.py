@@ -3,9 +3,9 @@
 # B batch, L tokens, D width, K modulation width, P pooled width
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,29 +13,16 @@ from torch.utils.checkpoint import checkpoint
 
 from sd3pipe.errors import ParameterError
 from sd3pipe.memory.activations import ActivationStore, OffloadedTensor
-from sd3pipe.memory.ahead import AheadModulation, Pair, PendingModulation
+from sd3pipe.memory.ahead import AheadModulation, PendingModulation
 from sd3pipe.memory.copy_streams import CopyStream, copy_stream_to
 from sd3pipe.memory.flat import FlatBlock, flat_layout, is_modulation, streamed_parameters
 from sd3pipe.memory.host import HostMemory
+from sd3pipe.memory.model import Block, Pair, StreamedModel
 from sd3pipe.memory.rings import Rings, Use
 from sd3pipe.memory.schedule import RING_SLOTS, spread_evenly
 from sd3pipe.words import ModulationMode
 
 Direction = Literal["forward", "turning", "backward"]  # turning: forward, and a backward pass follows
-
-
-class Block(Protocol):
-    """What a joint block offers to its runner."""
-
-    def modulation(self, condition_BD: Tensor) -> Pair: ...
-
-    def __call__(
-        self, context_BLD: Tensor, x_BLD: Tensor, context_modulation_BK: Tensor, x_modulation_BK: Tensor
-    ) -> Pair: ...
-
-    def recomputed(
-        self, context_BLD: Tensor, x_BLD: Tensor, context_modulation_BK: Tensor, x_modulation_BK: Tensor
-    ) -> Pair: ...
 
 
 class BlockStreamer:
@@ -73,10 +60,10 @@ class BlockStreamer:
         slots: int = RING_SLOTS,
         stream: CopyStream | None = None,
     ) -> None:
-        self._model: Any = mmdit
+        self._model = cast(StreamedModel, mmdit)
         self.device = torch.empty(0, device=device).device  # with its number, as tensors tell it
         self.modulation: ModulationMode = modulation
-        self._blocks = cast(Sequence[Block], mmdit.joint_blocks)
+        self._blocks = self._model.joint_blocks
         self.streamed = streamed_numbers(blocks_to_swap, len(self._blocks))
         self.host = HostMemory(self.device)
         self._activations = ActivationStore(self.device) if offload_activations else None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 _LARGEST_RELATIVE_STEP = 1e-2
 _WARM_UP = 1e-6  # relative steps rise by this much per step with warmup_init
@@ -23,7 +24,7 @@ class Adafactor(Optimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float,
         eps: tuple[float, float] = (1e-30, 1e-3),
         clip_threshold: float = 1.0,

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from sd3pipe.cache.manifest import Manifest
 from sd3pipe.cache.reader import CacheReader
@@ -59,7 +58,7 @@ def _other_text(where: str, text: Manifest, other_where: str, prompts: Manifest)
             )
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     """Returns a setting, or the start of a fingerprint."""
     text = "unset" if value is None else str(value)
     return f"{text[:_HASH_DIGITS]}..." if len(text) > _HASH_DIGITS else text

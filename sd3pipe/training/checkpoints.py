@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -61,7 +60,7 @@ def write_checkpoint(
     step: int,
     write_adapter: Callable[[Path], object],
     tensors: Mapping[str, Tensor],
-    state: Mapping[str, Any],
+    state: Mapping[str, object],
 ) -> Checkpoint:
     """Writes a step's checkpoint under a temporary name, then renames it; replaces one of the same step."""
     final = run / CHECKPOINTS_FOLDER / step_name(step)

@@ -6,7 +6,6 @@ import shutil
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils._triton import has_triton
@@ -20,7 +19,7 @@ PAYS_FROM_STEPS = 500  # compiling takes one to two minutes, a step half or thre
 _GRAPHS = 64  # of a block's code; torch's 8 are fewer than kinds of blocks x training or not x one size or any
 
 
-def compile_blocks(mmdit: MMDiT, backend: str | Callable[..., Any] = "inductor", *, may_fail: bool = False) -> None:
+def compile_blocks(mmdit: MMDiT, backend: str | Callable[..., object] = "inductor", *, may_fail: bool = False) -> None:
     """Lets torch compile each joint block when it first runs; blocks of one shape share their graphs.
 
     Weights are inputs of the graphs, so that streamed blocks may change the memory behind them. Beyond its limit of

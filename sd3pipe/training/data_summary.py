@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, JsonValue, TypeAdapter
@@ -23,12 +23,12 @@ class _EncodeReport(BaseModel):
     cut: list[JsonValue] = []
 
 
-def encode_summary(caches: Mapping[str, Path]) -> dict[str, Any]:
+def encode_summary(caches: Mapping[str, Path]) -> dict[str, object]:
     """Returns, by cache, what its encode stage counted, as JSON types; nothing of a cache that came without a report.
 
     It belongs into the run's own report, because the cache may hold other captions when somebody reads that.
     """
-    summary: dict[str, Any] = {}
+    summary: dict[str, object] = {}
     for name, cache in caches.items():
         try:
             report = read_json(Path(f"{cache}.report.json"), TypeAdapter(_EncodeReport))
@@ -38,7 +38,7 @@ def encode_summary(caches: Mapping[str, Path]) -> dict[str, Any]:
     return summary
 
 
-def data_summary(data: TrainingData) -> dict[str, Any]:
+def data_summary(data: TrainingData) -> dict[str, object]:
     """Returns counts of pictures, captions, sizes and subsets as JSON types."""
     train, held_out = data.train, data.validation
     return {

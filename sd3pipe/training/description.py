@@ -2,7 +2,6 @@
 
 import importlib.metadata
 from collections.abc import Mapping
-from typing import Any
 
 from sd3pipe.adapters.metadata import Description, provenance, training_metadata
 from sd3pipe.console import version
@@ -25,7 +24,7 @@ def adapter_metadata(
     variant: str,
 ) -> Mapping[str, str]:
     """Returns the metadata of an adapter at the step at hand; no path, time or machine is in it."""
-    options: dict[str, Any] = {
+    options: dict[str, object] = {
         **params.with_role("identity"),
         "mixed_precision": run.precision,
         "max_train_steps": run.total_steps,
@@ -41,7 +40,7 @@ def adapter_metadata(
             "mmdit": run.base,
             "latents": data.latents.manifest.index,
             "text": data.text.manifest.index,
-            "dataset": data.identity()["training_rows"],
+            "dataset": str(data.identity()["training_rows"]),
             **data.fingerprints(),
         },
         parameters={

@@ -7,7 +7,6 @@ It runs in worker processes or in the main one; a batch is a pure function of it
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +86,7 @@ class FeedRules:
     context_dtype: torch.dtype = torch.float32
 
 
-class Feed(Dataset[Any]):
+class Feed(Dataset[Step]):
     """Makes tensors from plans."""
 
     def __init__(self, items: Items, latents: CacheReader, text: CacheReader, rules: FeedRules) -> None:
@@ -217,9 +216,9 @@ class _Plans(Sampler[StepPlan]):
         return self._plans
 
 
-def _as_it_is(step: Any) -> Any:
+def _as_it_is(step: object) -> object:
     return step
 
 
-def _floats(values: NDArray[Any]) -> Tensor:
+def _floats(values: NDArray[np.generic]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sd3pipe.adapters.find import find_adapter
 from sd3pipe.fingerprint import hash_file
@@ -51,9 +50,9 @@ def resolve_inputs(
     )
 
 
-def run_identity(params: TrainParams, data: TrainingData, inputs: RunInputs) -> dict[str, Any]:
+def run_identity(params: TrainParams, data: TrainingData, inputs: RunInputs) -> dict[str, object]:
     """Returns the identity. The number of steps belongs to it only where the learning rate depends on it."""
-    identity: dict[str, Any] = {
+    identity: dict[str, object] = {
         "base": inputs.base,
         **data.identity(),
         "network_weights": _hashes([inputs.network_weights] if inputs.network_weights else []),

@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from sd3pipe import stopping
 from sd3pipe.console import Progress, progress, readable_bytes
@@ -197,6 +197,6 @@ class Loop:
         log.warning("%s. Going on from step %d without it", message, self.progressed.step)
         return self.steps_from(self.progressed.position)
 
-    def _record_event(self, values: dict[str, Any]) -> None:
+    def _record_event(self, values: dict[str, object]) -> None:
         if self.records:
             self.records.event(self.progressed.step, **values)

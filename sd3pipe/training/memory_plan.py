@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 
@@ -48,7 +47,7 @@ class MemoryPlan:
 
     def as_report(
         self, *, peak_device_bytes: int, seconds_per_step: float | None, copied_bytes_per_step: int | None
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Returns prediction beside truth, for the run's report."""
         return {
             "settings": asdict(self.settings),

@@ -3,14 +3,14 @@
 # B batch, C latent channels, h w latent pixels
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sd3pipe.adapters.network import AdapterNetwork
+from sd3pipe.memory.model import ModelInputs
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.pos_embed import crop_range
 from sd3pipe.rules.flow import NUM_TIMESTEPS, LossRules
@@ -23,7 +23,7 @@ class ForwardPass:
     """A batch with the arguments of the model's forward, and its target where that is not the flow's own velocity."""
 
     batch: Batch
-    inputs: Mapping[str, Any]  # arguments of the model's forward
+    inputs: ModelInputs
     target: Tensor | None  # [B, C, h, w]
 
 
@@ -68,7 +68,7 @@ class Objective:
         velocity_BChw = self.mmdit(**self._inputs(batch, sigmas_B, None))
         return self._penalised(velocity_BChw, batch, sigmas_B, None)
 
-    def _inputs(self, batch: Batch, sigmas_B: Tensor, crop_offset: tuple[int, int] | None) -> dict[str, Any]:
+    def _inputs(self, batch: Batch, sigmas_B: Tensor, crop_offset: tuple[int, int] | None) -> ModelInputs:
         return {
             "latents_BChw": flow.add_noise(batch.latents, batch.noise, sigmas_B),
             "timesteps_B": sigmas_B * NUM_TIMESTEPS,

@@ -6,11 +6,12 @@ import importlib.util
 import inspect
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 
 ParameterGroups = Sequence[dict[str, Any]]  # params and lr, as torch's optimizers take them
+Args = Mapping[str, object]  # values of Python literals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +29,7 @@ class OptimizerClass:
     """Where an optimizer's class lies, and the arguments that its short name stands for."""
 
     path: str
-    args: Mapping[str, Any] = field(default_factory=dict)
+    args: Args = field(default_factory=dict)
 
 
 _NAMES = {
@@ -62,7 +64,7 @@ _NEAR_ONE = 0.1
 _ESTIMATE_THEIR_RATE = ("prodigy", "dadapt")  # their learning_rate multiplies an estimate, and belongs near 1
 
 
-def make_optimizer(name: str, groups: ParameterGroups, args: Mapping[str, Any]) -> Optimizer:
+def make_optimizer(name: str, groups: ParameterGroups, args: Args) -> Optimizer:
     """Returns the optimizer for `name`: a short name, a class of torch.optim, or any dotted class path."""
     _check_rates(name, groups)
     if args.get("relative_step"):
@@ -79,17 +81,17 @@ def check_optimizer(name: str) -> None:
         _find(name)
 
 
-def check_optimizer_args(name: str, args: Mapping[str, Any]) -> None:
+def check_optimizer_args(name: str, args: Args) -> None:
     """Raises ParameterError for arguments that the optimizer does not take."""
     _construct(name, [{"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0}], args)
 
 
-def _construct(name: str, groups: ParameterGroups, args: Mapping[str, Any]) -> Optimizer:
+def _construct(name: str, groups: ParameterGroups, args: Args) -> Optimizer:
     optimizer_class, defaults = _find(name)
     _check_args(name, optimizer_class, args)
     options = {"lr": groups[0]["lr"], **_fast_kernels(optimizer_class, groups, args), **defaults, **args}
     try:
-        return optimizer_class([dict(group) for group in groups], **options)
+        return cast(Callable[..., Optimizer], optimizer_class)([dict(group) for group in groups], **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ParameterError(f"optimizer_type = {name}, optimizer_args = {dict(args)}: {error}") from error
 
@@ -101,9 +103,9 @@ def set_training(optimizer: Optimizer, *, training: bool) -> None:
         switch()
 
 
-def parse_args(option: str, args: Sequence[str]) -> dict[str, Any]:
+def parse_args(option: str, args: Sequence[str]) -> dict[str, object]:
     """Returns key=value pairs with the values read as Python literals. Raises ParameterError."""
-    parsed: dict[str, Any] = {}
+    parsed: dict[str, object] = {}
     for arg in args:
         key, separator, value = arg.partition("=")
         if not separator:
@@ -115,7 +117,7 @@ def parse_args(option: str, args: Sequence[str]) -> dict[str, Any]:
     return parsed
 
 
-def _find(name: str) -> tuple[type[Optimizer], Mapping[str, Any]]:
+def _find(name: str) -> tuple[type[Optimizer], Args]:
     known = _NAMES.get(name.lower())
     path = known.path if known else name if "." in name else f"torch.optim.{name}"
     module_name, _, class_name = path.rpartition(".")
@@ -138,7 +140,7 @@ def _find(name: str) -> tuple[type[Optimizer], Mapping[str, Any]]:
     return optimizer_class, known.args if known else {}
 
 
-def _check_args(name: str, optimizer_class: type[Optimizer], args: Mapping[str, Any]) -> None:
+def _check_args(name: str, optimizer_class: type[Optimizer], args: Args) -> None:
     accepted = inspect.signature(optimizer_class).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values()):
         return
@@ -150,7 +152,7 @@ def _check_args(name: str, optimizer_class: type[Optimizer], args: Mapping[str, 
         raise ParameterError(f"optimizer_args: lr={args['lr']}: set learning_rate instead")
 
 
-def _fast_kernels(optimizer_class: type[Optimizer], groups: ParameterGroups, args: Mapping[str, Any]) -> dict[str, Any]:
+def _fast_kernels(optimizer_class: type[Optimizer], groups: ParameterGroups, args: Args) -> Args:
     """Returns fused=True where torch has a fused kernel, for it runs once over all tensors.
 
     `optimizer_args` fused=False or foreach=True choose others; without any, torch takes foreach on CUDA by itself.
@@ -175,10 +177,10 @@ def _check_rates(name: str, groups: ParameterGroups) -> None:
         log.warning("learning_rate = %g: %s estimates the step itself, so set it near 1", *rates, name)
 
 
-def export_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def export_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple[dict[str, Tensor], dict[str, JsonValue]]:
     """Returns the optimizer's state as tensors on the CPU, and the rest of it as JSON types."""
     tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
+    values: dict[str, JsonValue] = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             _put(f"state/{names[parameter]}/{key}", value, tensors, values)
@@ -193,7 +195,7 @@ def import_state(
     optimizer: Optimizer,
     names: Mapping[Tensor, str],
     tensors: Mapping[str, Tensor],
-    values: Mapping[str, Any],
+    values: Mapping[str, JsonValue],
 ) -> None:
     """Puts back what `export_state` returned, but for learning rates: the options and the schedule say those.
 
@@ -217,9 +219,9 @@ def import_state(
         optimizer.state[parameter][key] = value
 
 
-def _check_state(optimizer: Optimizer, parameters: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
+def _check_state(optimizer: Optimizer, parameters: Mapping[str, Tensor], found: Mapping[str, object]) -> None:
     """Raises InputError for state of other parameters, or of another form than this optimizer's."""
-    by_owner: dict[str, dict[str, Any]] = {}
+    by_owner: dict[str, dict[str, object]] = {}
     for path, value in found.items():
         kind, _, rest = path.partition("/")
         owner, _, key = rest.rpartition("/")
@@ -229,7 +231,7 @@ def _check_state(optimizer: Optimizer, parameters: Mapping[str, Tensor], found: 
             raise InputError(f"the checkpoint's optimizer state has {owner or path}, which this adapter does not")
         else:
             by_owner.setdefault(owner, {})[key] = value
-    expected: dict[tuple[int, ...], list[Mapping[str, Any]]] = {}
+    expected: dict[tuple[int, ...], list[Mapping[str, object]]] = {}
     for owner, state in by_owner.items():
         shape = tuple(parameters[owner].shape)
         if shape not in expected:
@@ -242,7 +244,7 @@ def _check_state(optimizer: Optimizer, parameters: Mapping[str, Tensor], found: 
             raise InputError(f"the checkpoint's optimizer state of {owner} is not that of a {type(optimizer).__name__}")
 
 
-def _check_group_value(optimizer: Optimizer, number: str, key: str, value: Any) -> None:
+def _check_group_value(optimizer: Optimizer, number: str, key: str, value: object) -> None:
     groups = optimizer.param_groups
     if not number.isascii() or not number.isdecimal() or int(number) >= len(groups):
         raise InputError(f"the checkpoint's optimizer has a group {number}, this run's has {len(groups)}")
@@ -251,7 +253,7 @@ def _check_group_value(optimizer: Optimizer, number: str, key: str, value: Any) 
         raise InputError(f"the checkpoint's optimizer has {key} = {value!r}, where this run's has {own!r}")
 
 
-def _first_states(optimizer: Optimizer, like: Tensor) -> list[Mapping[str, Any]]:
+def _first_states(optimizer: Optimizer, like: Tensor) -> list[Mapping[str, object]]:
     """Returns the forms of what an optimizer keeps for a parameter of one shape: Prodigy keeps less of one of zeros."""
     forms = []
     for fill in (torch.zeros_like, torch.ones_like):
@@ -265,7 +267,7 @@ def _first_states(optimizer: Optimizer, like: Tensor) -> list[Mapping[str, Any]]
     return forms
 
 
-def _form(value: Any) -> Any:
+def _form(value: object) -> object:
     """Returns what makes two values stand for each other: shape and number format, or the kind of JSON value."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype
@@ -275,14 +277,14 @@ def _form(value: Any) -> Any:
     return "a number" if is_number else type(value)
 
 
-def _put(path: str, value: Any, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+def _put(path: str, value: object, tensors: dict[str, Tensor], values: dict[str, JsonValue]) -> None:
     if isinstance(value, Tensor):
         tensors[path] = value.detach().to("cpu", copy=True).contiguous()
     elif _is_json(value):
         values[path] = value
 
 
-def _is_json(value: Any) -> bool:
+def _is_json(value: object) -> TypeGuard[JsonValue]:
     if isinstance(value, list | tuple):
         return all(map(_is_json, value))
     return value is None or isinstance(value, bool | int | float | str)

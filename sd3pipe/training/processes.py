@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
@@ -28,7 +28,6 @@ class Processes:
     rank: int
     count: int
     device: torch.device
-    accelerator: Any | None = None
 
     @property
     def is_main(self) -> bool:
@@ -63,9 +62,9 @@ class Processes:
         """Returns the values of all processes, in the order of their ranks, on every process."""
         if self.count == 1:
             return [value]
-        values: list[Any] = [None] * self.count
+        values: list[T | None] = [None] * self.count
         distributed.all_gather_object(values, value)
-        return values
+        return cast(list[T], values)
 
     def any(self, flag: bool) -> bool:
         """Returns on every process whether any of them says so."""
@@ -103,4 +102,4 @@ def join_processes(device_name: str, threads: int | None) -> Processes:
             f"the launcher started {promised} processes, but {accelerator.num_processes} found each other: "
             "check MASTER_ADDR, MASTER_PORT and the accelerate configuration"
         )
-    return Processes(rank=accelerator.process_index, count=promised, device=accelerator.device, accelerator=accelerator)
+    return Processes(rank=accelerator.process_index, count=promised, device=accelerator.device)

@@ -1,7 +1,6 @@
 """How far a run is: the small numbers that go into every checkpoint beside the tensors."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from sd3pipe.training.batches import Position, StepPlan
 from sd3pipe.training.state_file import State
@@ -42,7 +41,7 @@ class Progressed:
         for name in self.__dataclass_fields__:
             setattr(self, name, getattr(other, name))
 
-    def to_state(self) -> dict[str, Any]:
+    def to_state(self) -> dict[str, object]:
         """Returns JSON types."""
         return {**asdict(self), "position": [self.position.epoch, self.position.index]}
 
@@ -50,6 +49,15 @@ class Progressed:
     def from_state(cls, state: State) -> "Progressed":
         """Returns what `to_state` was made from; other keys of the state are passed over."""
         epoch, index = state["position"]
-        state = {"owed": [], **state}  # checkpoints of versions that do not know it owe nothing
-        values = {name: state[name] for name in cls.__dataclass_fields__ if name != "position"}
-        return cls(**values, position=Position(epoch=epoch, index=index))
+        return cls(
+            step=state["step"],
+            position=Position(epoch=epoch, index=index),
+            epochs_done=state["epochs_done"],
+            loss_first=state["loss_first"],
+            loss_last=state["loss_last"],
+            loss_mean=state["loss_mean"],
+            skipped_steps=state["skipped_steps"],
+            best_step=state["best_step"],
+            best_loss=state["best_loss"],
+            owed=state.get("owed", []),
+        )

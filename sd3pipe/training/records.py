@@ -7,12 +7,15 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sd3pipe.files import append_text, make_folder, write_json, write_text
 from sd3pipe.metrics import METRICS_FILE, read_records
 from sd3pipe.params.bands import BAND_NAMES
 from sd3pipe.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
 
@@ -24,21 +27,21 @@ class Records:
     run has its final place, and are told then what was recorded before.
     """
 
-    def __init__(self, run: RunFolder, start_trackers: Callable[[], Any] | None = None) -> None:
+    def __init__(self, run: RunFolder, start_trackers: Callable[[], "Accelerator"] | None = None) -> None:
         self._run, self._start_trackers = run, start_trackers
-        self._trackers: Any | None = None
-        self._untold: list[tuple[int, dict[str, Any]]] = []
+        self._trackers: Accelerator | None = None
+        self._untold: list[tuple[int, dict[str, int | float]]] = []
         self._tell_trackers()
 
-    def step(self, step: int, **values: Any) -> None:
+    def step(self, step: int, **values: object) -> None:
         """Records one training step."""
         self._write("step", step, values)
 
-    def validation(self, step: int, **values: Any) -> None:
+    def validation(self, step: int, **values: object) -> None:
         """Records one validation."""
         self._write("validation", step, values)
 
-    def event(self, step: int, **values: Any) -> None:
+    def event(self, step: int, **values: object) -> None:
         """Records something that happens seldom: a resume, a rollback."""
         self._write("event", step, values)
 
@@ -50,7 +53,7 @@ class Records:
             for tracker in self._trackers.trackers:  # its own end_training would end the group of processes, too
                 tracker.finish()
 
-    def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+    def _write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
         line = json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n"
         path = make_folder(self._run.path) / METRICS_FILE
         append_text(path, line)
@@ -108,7 +111,7 @@ def subset_figures(run: Path) -> dict[str, dict[str, float]]:
     return {name: {"samples_seen": n, "loss_mean": losses[name] / n} for name, n in sorted(seen.items()) if n}
 
 
-def _write_table(path: Path, records: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> None:
+def _write_table(path: Path, records: Sequence[Mapping[str, object]], names: Sequence[str] = ()) -> None:
     """Writes a table with the columns `names`, which are there in a table without rows, too, and all others."""
     rows = [dict(_flat("", {key: value for key, value in record.items() if key != "seconds"})) for record in records]
     names = list(dict.fromkeys([*names, *(name for row in rows for name in row)]))
@@ -119,7 +122,7 @@ def _write_table(path: Path, records: Sequence[Mapping[str, Any]], names: Sequen
     write_text(path, text.getvalue())
 
 
-def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:
+def _flat(prefix: str, values: Mapping[str, object]) -> Iterator[tuple[str, int | float]]:
     """Yields the numbers of nested mappings with names such as "subset_loss/cats"."""
     for name, value in values.items():
         if isinstance(value, Mapping):

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import JsonValue, TypeAdapter
 
@@ -29,7 +28,7 @@ from sd3pipe.training.checkpoints import (
 
 log = logging.getLogger(__name__)
 
-Identity = Mapping[str, Any]
+Identity = Mapping[str, object]
 _FINAL, _INPUTS = "final", "inputs.json"
 _METRICS = "metrics.jsonl"
 
@@ -54,12 +53,12 @@ class Start:
     """
 
     checkpoint: Checkpoint | None
-    changes: Mapping[str, Sequence[Any]]
+    changes: Mapping[str, Sequence[object]]
     aside: str = ""
 
-    def state(self, identity: Identity, warmup_steps: int) -> dict[str, Any]:
+    def state(self, identity: Identity, warmup_steps: int) -> dict[str, object]:
         """Returns what every checkpoint of the run says, wherever it stands."""
-        changes: list[Mapping[str, Any]] = list(self.checkpoint.state.get("changes", [])) if self.checkpoint else []
+        changes: list[Mapping[str, object]] = [*self.checkpoint.state.get("changes", [])] if self.checkpoint else []
         if self.checkpoint and self.changes:
             changes.append({"step": self.checkpoint.step, **self.changes})
         return {"identity": dict(identity), "warmup_steps": warmup_steps, "changes": changes}
@@ -154,7 +153,7 @@ def is_finished(run: Path, start: Start, identity: Identity, total_steps: int) -
         return False
 
 
-def differences(old: Identity, new: Identity) -> dict[str, list[Any]]:
+def differences(old: Identity, new: Identity) -> dict[str, list[object]]:
     """Returns [old value, new value] of every key of the identities that differs."""
     old = {**{key: value for key, value in _UNSAID.items() if key in new}, **old}
     return {
@@ -162,7 +161,7 @@ def differences(old: Identity, new: Identity) -> dict[str, list[Any]]:
     }
 
 
-def describe(changes: Mapping[str, Sequence[Any]]) -> str:
+def describe(changes: Mapping[str, Sequence[object]]) -> str:
     """Returns the differences in one line."""
     return ", ".join(f"{key} was {_short(old)}, is {_short(new)}" for key, (old, new) in changes.items())
 
@@ -203,7 +202,7 @@ def _check_allowed(allow_changes: Sequence[str], identity: Identity) -> None:
         )
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = str(value)
     is_hash = isinstance(value, str) and len(value) == 64
     return f"{text[:12]}..." if is_hash else text

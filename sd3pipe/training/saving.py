@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from sd3pipe.adapters.files import save_adapter
 from sd3pipe.errors import InputError
@@ -48,7 +47,7 @@ class Saver:
         run: RunFolder,
         processes: Processes,
         model: TrainedModel,
-        state: Mapping[str, Any],
+        state: Mapping[str, object],
         metadata: Callable[[Progressed], Mapping[str, str]],
         rules: SavingRules,
         names: Sequence[str],
@@ -108,7 +107,7 @@ class Saver:
         if self._processes.is_main:
             forget_after(self._run.path, checkpoint.step)
 
-    def finish(self, inputs: Mapping[str, Any]) -> None:
+    def finish(self, inputs: Mapping[str, object]) -> None:
         """Makes final/ from the newest checkpoint: the adapter, and what it was made from."""
         assert self._newest is not None
         if not self._processes.is_main:
@@ -122,7 +121,7 @@ class Saver:
     def _write(self, progressed: Progressed) -> Path:
         """Writes a checkpoint, with the first of which a new run takes the place of an older one."""
         tensors, values = export_state(self._optimizer, self._weights.optimized)
-        numbers: dict[str, Any] = {**progressed.to_state(), "optimizer": values}
+        numbers: dict[str, object] = {**progressed.to_state(), "optimizer": values}
         if self._scaler is not None:
             numbers["loss_scale"] = self._scaler.state_dict()
         with self._weights.delivered(self._optimizer):

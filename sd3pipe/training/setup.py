@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -88,7 +87,7 @@ def build_loop(
     data: TrainingData,
     source: ComponentSource,
     run: RunInputs,
-    identity: Mapping[str, Any],
+    identity: Mapping[str, object],
     start: Start,
     memory: MemoryPlan,
     folder: RunFolder,
@@ -195,7 +194,7 @@ def _saver(
     processes: Processes,
     folder: RunFolder,
     start: Start,
-    state: Mapping[str, Any],
+    state: Mapping[str, object],
 ) -> Saver:
     return Saver(
         run=folder,

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Literal, NotRequired
 
 from pydantic import ConfigDict, Field, JsonValue, StrictInt, TypeAdapter
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
@@ -54,14 +54,15 @@ class State(TypedDict):
     warmup_steps: Count
     optimizer: dict[str, JsonValue]
     loss_scale: NotRequired[LossScale]
+    owed: NotRequired[list[str]]  # checkpoints of versions that do not know it owe nothing
     changes: NotRequired[list[dict[str, JsonValue]]]
 
 
 _STATE = TypeAdapter(State)
-_OBJECT = TypeAdapter(dict[str, Any])
+_OBJECT = TypeAdapter(dict[str, JsonValue])
 
 
-def write_state(path: Path, state: Mapping[str, Any]) -> State:
+def write_state(path: Path, state: Mapping[str, object]) -> State:
     """Writes a state with its digest and returns it as it will be read. Raises StorageError."""
     content = json.loads(json.dumps({**state, "format": FORMAT_VERSION}))
     write_json(path, {**content, _DIGEST: _digest(content)})
@@ -82,7 +83,7 @@ def read_state(path: Path) -> State:
     return checked(content, _STATE, str(path))
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def _digest(content: Mapping[str, object]) -> str:
     """Returns the hash of JSON types; unlike other content, losses may be NaN."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hash_bytes(text.encode("utf-8", "surrogatepass"))

@@ -41,7 +41,7 @@ class TrainingData:
         """Returns the fingerprints of what the caches were encoded with."""
         return {**self.latents.manifest.fingerprints, **self.text.manifest.fingerprints}
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Returns what a run's identity says about its rows, component by component, so that a difference is named."""
         return {
             **{f"encoded_with.{name}": value for name, value in sorted(self.fingerprints().items())},

@@ -4,9 +4,8 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from sd3pipe import stopping
 from sd3pipe.console import count, progress
 from sd3pipe.errors import Stopped
 from sd3pipe.files import write_json
-from sd3pipe.metrics import read_records
+from sd3pipe.metrics import ValidationRecord, read_records
 from sd3pipe.params.bands import BAND_NAMES, SIGMAS
 from sd3pipe.training.batches import fixed_batches
 from sd3pipe.training.checkpoints import CHECKPOINTS_FOLDER
@@ -144,14 +143,14 @@ def verdict(run: Path) -> str:
     )
 
 
-def _differences(best: Mapping[str, Any], last: Mapping[str, Any]) -> list[float]:
+def _differences(best: ValidationRecord, last: ValidationRecord) -> list[float]:
     """Returns by how much each picture's loss has risen: pairs are far less noisy than two means."""
     return [
         after - before for before, after in zip(best.get("by_picture", ()), last.get("by_picture", ()), strict=False)
     ]
 
 
-def _shown(record: Mapping[str, Any]) -> str:
+def _shown(record: ValidationRecord) -> str:
     return f"{record['loss']:.4g}" + ("" if record["ci95"] is None else f" +- {record['ci95']:.2g}")
 
 

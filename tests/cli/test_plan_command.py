@@ -4,6 +4,7 @@ import json
 import struct
 
 import pytest
+from PIL import Image
 
 from sd3pipe import cli
 from sd3pipe.models.architecture import MMDiTArchitecture
@@ -58,3 +59,16 @@ def test_more_blocks_than_there_are_exits_2(large_file, capsys):
     assert "the model has 38 blocks" in capsys.readouterr().err
     assert cli.run(["plan", "--model", str(large_file), "--vram", "much"]) == 2
     assert "12GB" in capsys.readouterr().err
+
+
+def test_a_dataset_adds_the_disk_space_of_its_caches(large_file, tmp_path, capsys):
+    """Two pictures of 64 x 64 give 2 x 64 latents of 16 channels, mean and variance, in 16 bit; two captions and ""."""
+    (tmp_path / "pictures").mkdir()
+    for name in "ab":
+        Image.new("RGB", (64, 64)).save(tmp_path / f"pictures/{name}.png")
+        (tmp_path / f"pictures/{name}.txt").write_text(name)
+    settings = "[[datasets]]\nresolution = 64\nenable_bucket = true\nmin_bucket_reso = 64\nmax_bucket_reso = 64\n"
+    (tmp_path / "dataset.toml").write_text(settings + '[[datasets.subsets]]\nimage_dir = "pictures"\n')
+    assert cli.run(["plan", "--model", str(large_file), "--dataset", str(tmp_path / "dataset.toml"), "--json"]) == 0
+    disk = json.loads(capsys.readouterr().out)["disk_bytes"]
+    assert disk == {"latents": 2 * 64 * 16 * 2 * 2, "text": 3 * 2 * (77 * (768 + 1280) + 256 * 4096)}
