@@ -133,9 +133,9 @@ MUTATIONS = {
         tests=("tests/adapters/test_network.py::test_parameter_groups_follow_rules_and_loraplus",),
     ),
     "latents drawn with the variance as deviation": Mutation(
-        file="training/feed.py",
-        old="return mean + (0.5 * logvar).exp() * torch",
-        new="return mean + logvar.exp() * torch",
+        file="models/vae.py",
+        old="return mean + torch.exp(0.5 * logvar) * noise",
+        new="return mean + torch.exp(logvar) * noise",
         tests=("tests/training/test_training_feed.py::test_latents_are_drawn_anew_from_mean_and_variance",),
     ),
     "gradient summed over accumulation": Mutation(

@@ -120,7 +120,7 @@ def _tables(given: Given, translation: Translation) -> dict[str, Any]:
 
 def _read_tables(config: str) -> dict[str, Any]:
     file = Path(config).expanduser()
-    if not file.is_file():  # whoever has it copies its tables in place of this one
+    if not file.exists():  # whoever has it copies its tables in place of this one
         return {"datasets": [{"subsets": [{"image_dir": f"the subsets of {config}"}]}]}
     tables = read_json(file, _TABLE) if file.suffix == ".json" else read_toml(file)
     checked(tables.get("general", {}), _TABLE, f"{file}: general")

@@ -1,5 +1,6 @@
 """Reads what a user of sd-scripts has: a command for bash, cmd or PowerShell, a config file, or settings of its GUI."""
 
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -138,6 +139,8 @@ def _number(value: Any, kind: type[int] | type[float]) -> Any:
         return value
     try:
         number = float(value)
-        return int(number) if kind is int and number.is_integer() else value if kind is int else number
     except (ValueError, TypeError, OverflowError):
         return value
+    if not math.isfinite(number):
+        return value  # a word, which no option takes
+    return int(number) if kind is int and number.is_integer() else value if kind is int else number

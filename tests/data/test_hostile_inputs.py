@@ -15,8 +15,9 @@ from sd3pipe.data.scan import scan
 from sd3pipe.errors import Sd3pipeError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.vocabularies import read_clip_vocabulary, read_t5_vocabulary
-from sd3pipe.project.kohya import Translation, read_command, read_config
-from sd3pipe.project.kohya_dataset import read_dataset
+from sd3pipe.project.kohya import Translation
+from sd3pipe.project.kohya_dataset import dataset_blocks
+from sd3pipe.project.kohya_source import read_command, read_config, read_source
 
 ZEROS = Path("/dev/zero")
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
@@ -47,7 +48,8 @@ READERS = {
     "dataset.json": load_dataset,
     "config.toml": read_toml,
     "kohya.toml": read_config,
-    "kohya.json": lambda path: read_dataset(Translation(dataset_file=path)),
+    "gui.json": lambda path: read_source([str(path)]),
+    "kohya.json": lambda path: dataset_blocks({"dataset_config": str(path)}, Translation()),
     "thumbnail.png": thumbnail_url,
     "metadata.json": lambda path: scan_with(path, f"metadata_file = '{path}'"),
     "metadata.jsonl": lambda path: scan_with(path, f"metadata_file = '{path}'"),
@@ -97,10 +99,17 @@ WRONG = ["datasets = 3", "datasets = [3]", "[[datasets]]\nsubsets = 3", "[[datas
 def test_a_dataset_of_the_wrong_shape_is_refused(tmp_path, tables):
     (tmp_path / "k.toml").write_text(tables)
     with pytest.raises(Sd3pipeError, match=r"k\.toml: "):
-        read_dataset(Translation(dataset_file=tmp_path / "k.toml"))
+        dataset_blocks({"dataset_config": str(tmp_path / "k.toml")}, Translation())
 
 
-@pytest.mark.parametrize("command", ["'", "--config_file", "--lr_warmup_steps inf"])
+@pytest.mark.parametrize("command", ["'", "--config_file"])
 def test_a_command_that_is_none_is_refused(command):
     with pytest.raises(Sd3pipeError):
         read_command(command)
+
+
+def test_a_number_without_end_stays_a_word():
+    assert read_command("--lr_warmup_steps inf --learning_rate nan") == {
+        "lr_warmup_steps": "inf",
+        "learning_rate": "nan",
+    }

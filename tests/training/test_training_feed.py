@@ -15,6 +15,7 @@ from support.tiny_training import (
 )
 
 from sd3pipe.models.vae import from_model_space
+from sd3pipe.rules.feeding import EncoderDropout
 from sd3pipe.training.feed import Batch
 
 STANDARD_DEVIATION = float(np.exp(-2))  # tiny_training's rows have log-variance -4
@@ -45,7 +46,8 @@ def test_latents_are_drawn_anew_from_mean_and_variance(inputs):
 
 def test_a_sample_s_numbers_belong_to_it_and_the_epoch_alone(inputs):
     """Not to its company in the batch, which a worker, a process or a batch size may change."""
-    feed = make_feed(inputs, encoder_dropout=(0.3, 0.3, 0.3))
+    rates = EncoderDropout(clip_l_dropout_rate=0.3, clip_g_dropout_rate=0.3, t5_dropout_rate=0.3)
+    feed = make_feed(inputs, encoder_dropout=rates)
     together = {k: v for plan in plans(feed, range(1), 6) for k, v in by_sample(feed.batch(plan)).items()}
     alone = {k: v for plan in plans(feed, range(1), 1) for k, v in by_sample(feed.batch(plan)).items()}
     assert len(together) == len(alone) == 6
@@ -64,7 +66,7 @@ def test_noise_levels_are_float32_and_finer_than_bfloat16(inputs):
 
 
 def test_encoders_are_dropped_at_their_own_rates_independently(inputs):
-    rates = (0.2, 0.5, 0.8)
+    rates = EncoderDropout(clip_l_dropout_rate=0.2, clip_g_dropout_rate=0.5, t5_dropout_rate=0.8)
     feed = make_feed(inputs, encoder_dropout=rates)
     batches = [feed.batch(plan) for plan in plans(feed, range(150))]
     context, pooled = torch.cat([b.context for b in batches]), torch.cat([b.pooled for b in batches])
@@ -76,7 +78,9 @@ def test_encoders_are_dropped_at_their_own_rates_independently(inputs):
             (context[:, CLIP_TOKENS:] == 0).all(dim=(1, 2)),
         ]
     ).float()
-    assert dropped.mean(dim=1).tolist() == pytest.approx(rates, abs=0.06)  # four standard deviations of 900 draws
+    assert dropped.mean(dim=1).tolist() == pytest.approx(
+        (0.2, 0.5, 0.8), abs=0.06
+    )  # four standard deviations of 900 draws
     assert torch.corrcoef(dropped).fill_diagonal_(0).abs().max() < 0.14
     assert torch.equal((pooled[:, :l_pooled] == 0).all(dim=1), dropped[0].bool())
     assert torch.equal((pooled[:, l_pooled:] == 0).all(dim=1), dropped[1].bool())
