@@ -4,6 +4,7 @@ Typer builds the commands; the options come from the pydantic models in params/,
 failure ends here, as one line on stderr and the exit code of errors.py.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -108,6 +109,8 @@ def _exit_code(arguments: list[str]) -> int:
     except Exception as error:  # the outermost frame: whatever arrives here is our own bug
         if stopping.reason():  # a process beside this one was told to stop, too, and did not answer any more
             return _stopped(f"stopped by {stopping.reason()} ({type(error).__name__}: {error})")
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # in a dataset or a list of pictures
+            return _fail(f"{str(error.filename)[:60]}...: the name is too long for the file system", ExitCode.INPUT)
         return _fail(_keep_traceback(error), ExitCode.BUG)
     return result if isinstance(result, int) else ExitCode.DONE
 

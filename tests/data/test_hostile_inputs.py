@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from sd3pipe.adapters.metadata import thumbnail_url
+from sd3pipe.cli import run
 from sd3pipe.config import read_toml
 from sd3pipe.data import headers
 from sd3pipe.data.dataset_file import load_dataset
@@ -113,3 +114,10 @@ def test_a_number_without_end_stays_a_word():
         "lr_warmup_steps": "inf",
         "learning_rate": "nan",
     }
+
+
+def test_a_name_that_no_file_system_takes_is_one_line(tmp_path, capsys):
+    name = "n" * 5000
+    (tmp_path / "d.toml").write_text(f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{name}'\n")
+    assert run(["preview", "--dataset", str(tmp_path / "d.toml"), "--out", str(tmp_path / "out")]) == 3
+    assert "too long" in capsys.readouterr().err
