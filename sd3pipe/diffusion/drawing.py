@@ -113,7 +113,8 @@ def decode_cells(sheet: Sheet, places: Places, source: ComponentSource, choose: 
         vae = load_vae(source, device=device)
         for prompt, name in waiting:
             stopping.check()
-            picture = decode_pictures(vae, read_latents(places.latents(name)).to(device))[0].numpy()
+            kept = read_latents(places.latents(name), vae.architecture.latent_channels)
+            picture = decode_pictures(vae, kept.to(device))[0].numpy()
             save_picture(places.picture(name), picture, title=prompt.title)
             bar.advance()
     return len(waiting)

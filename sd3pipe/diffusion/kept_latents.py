@@ -19,9 +19,13 @@ def keep_latents(file: Path, latents_BChw: Tensor, *, prompt: str) -> None:
     write_bytes(file, b"".join(file_pieces({_LATENTS: latents_BChw.float()}, {"prompt": prompt})))
 
 
-def read_latents(file: Path) -> Tensor:
-    """Returns the latents [1, C, h, w] of a file that keep_latents wrote. Raises InputError for any other."""
+def read_latents(file: Path, channels: int) -> Tensor:
+    """Returns the latents [1, channels, h, w] of a file that keep_latents wrote. Raises InputError for any other."""
     try:
-        return read_file(file)[_LATENTS]
+        latents_BChw = read_file(file)[_LATENTS]
     except (InputError, KeyError) as error:
         raise InputError(f"{file}: holds no latents ({error}): delete it and draw again") from error
+    shape = latents_BChw.shape
+    if len(shape) != 4 or shape[:2] != (1, channels) or not shape.numel() or not latents_BChw.is_floating_point():
+        raise InputError(f"{file}: holds {list(shape)} and no latents of this VAE: delete it and draw again")
+    return latents_BChw

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from support.tiny_mmdit import random_inputs, tiny_mmdit
 
-from sd3pipe.diffusion.kept_latents import read_latents
+from sd3pipe.diffusion.kept_latents import keep_latents, read_latents
 from sd3pipe.diffusion.picture_grid import Grid, read_picture_file, render_grid, save_picture
 from sd3pipe.diffusion.prompts import SamplePrompt
 from sd3pipe.diffusion.sampler import SamplingSettings, TextCondition
@@ -88,13 +88,20 @@ def test_pictures_that_exist_are_not_drawn_again(tmp_path, prompts, vae):
 def test_latents_are_kept_without_a_vae(tmp_path, prompts):
     files = samples(tmp_path, prompts, None).draw(0)
     assert [file.name for file in files] == ["000.safetensors", "001.safetensors"]
-    assert read_latents(files[0]).shape == (1, 16, 6, 4)
+    assert read_latents(files[0], 16).shape == (1, 16, 6, 4)
 
 
 def test_a_file_without_latents_is_named(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"nothing")
     with pytest.raises(InputError, match="holds no latents"):
-        read_latents(tmp_path / "x.safetensors")
+        read_latents(tmp_path / "x.safetensors", 16)
+
+
+@pytest.mark.parametrize("shape", [(16, 8, 8), (1, 8, 8, 16), (1, 16, 0, 8), (2, 16, 8, 8), (1, 16, 8, 8, 1)])
+def test_latents_of_another_form_are_named(tmp_path, shape):
+    keep_latents(tmp_path / "x.safetensors", torch.zeros(shape), prompt="")
+    with pytest.raises(InputError, match="no latents of this VAE"):
+        read_latents(tmp_path / "x.safetensors", 16)
 
 
 def test_grid_has_a_cell_for_every_picture_and_room_for_long_titles():
