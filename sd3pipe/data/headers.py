@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from sd3pipe.errors import UnreadablePicture
 from sd3pipe.files import open_regular
@@ -26,6 +26,8 @@ DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError,
     MemoryError, AssertionError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
+# Pillow refuses a picture for the size of its text; programs keep whole workflows there. A file's size bounds the rest.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 * 2**20
 _ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 

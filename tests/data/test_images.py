@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
-from sd3pipe.data.headers import read_header
+from sd3pipe.data.headers import open_picture, read_header
 from sd3pipe.data.images import composited, decode
 from sd3pipe.errors import UnreadablePicture
 
@@ -175,3 +175,10 @@ def test_a_missing_plugin_is_named(monkeypatch, ending, package):
     monkeypatch.setattr("importlib.import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
     with pytest.raises(UnreadablePicture, match=f"Pillow needs a plugin for {ending} files: pip install {package}"):
         decode(b"\xff\x0a" + bytes(40), ending, keep_alpha=False)
+
+
+def test_a_picture_keeps_its_pixels_whatever_text_it_carries(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "x" * 3_000_000, zip=True)
+    Image.new("RGB", (8, 8), "teal").save(tmp_path / "a.png", pnginfo=info)
+    assert open_picture((tmp_path / "a.png").read_bytes()).convert("RGB").getpixel((0, 0)) == (0, 128, 128)
