@@ -6,12 +6,12 @@ failure ends here, as one line on stderr and the exit code of errors.py.
 
 import errno
 import importlib
-import os
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -183,7 +183,7 @@ def _command_body(command: Command, arguments: list[str]) -> Callable[..., None]
 def _check_current_folder() -> None:
     """Raises InputError where there is none: it was deleted, and relative paths mean nothing in it."""
     try:
-        os.getcwd()  # noqa: PTH109, pathlib is not needed otherwise
+        Path.cwd()
     except OSError as error:
         raise InputError(f"the current folder is not there any more ({error.strerror}): change to another") from error
 

@@ -147,7 +147,7 @@ def test_mistyped_file_name_is_answered_with_the_nearest(parts, tmp_path):
 @pytest.mark.parametrize("name", ["a" * 300, "nul\0byte", "", " ", "/dev/null", "/proc/self/mem"])
 def test_odd_paths_are_input_errors(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    _refusal("mmdit", name)
+    assert _refusal("mmdit", name)
 
 
 @pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "model.safetensors.index.json"])

@@ -3,6 +3,7 @@
 The commands run in forked processes, which have torch and transformers already, so that a kill costs a moment.
 """
 
+import importlib
 import itertools
 import json
 import os
@@ -15,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import transformers.models.clip.modeling_clip
-import transformers.models.t5.modeling_t5  # noqa: F401
 from support import forked
 from support.comparing import folder_bytes
 from support.fake_cache import captions, fill, wanted_texts
@@ -26,17 +25,22 @@ from support.tiny_base import write_tiny_base
 from support.tiny_mmdit import tiny_architecture
 from support.tiny_training import make_inputs, pictures
 
-import sd3pipe.commands.encode_latents
-import sd3pipe.commands.encode_text
-import sd3pipe.commands.export
-import sd3pipe.commands.init
-import sd3pipe.commands.train
-import sd3pipe.encoding.latent_rows
-import sd3pipe.encoding.text_encoding  # noqa: F401
 from sd3pipe import cli
 from sd3pipe.adapters.files import save_adapter
 from sd3pipe.errors import ExitCode
 
+# imported before a command's process is forked, so that it dies at work and not while it imports
+PRELOADED = (
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.t5.modeling_t5",
+    "sd3pipe.commands.encode_latents",
+    "sd3pipe.commands.encode_text",
+    "sd3pipe.commands.export",
+    "sd3pipe.commands.init",
+    "sd3pipe.commands.train",
+    "sd3pipe.encoding.latent_rows",
+    "sd3pipe.encoding.text_encoding",
+)
 LONGEST_SECONDS = 60.0  # a process that was told to end has ended by then
 STEPS = 4
 CAPTIONS = 40
@@ -52,6 +56,12 @@ class Command:
     words: tuple[object, ...]
     prepare: Callable[[Path], object] = lambda folder: None
     extra: Callable[[str], bool] = lambda name: False  # what may be there or not, depending on when it was stopped
+
+
+@pytest.fixture(scope="module", autouse=True)
+def preloaded() -> None:
+    for name in PRELOADED:
+        importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,10 @@ def test_dataset_file_has_the_trigger_before_every_caption(made):
 def test_every_stage_file_is_accepted_by_its_stage(made):
     for stage, model in load_stage_models().items():
         given = {name: "x" for name, field in model.model_fields.items() if field.is_required()}
-        resolve(model, stage, given, config=made[0] / "stages" / f"{stage}.toml")
+        file = made[0] / "stages" / f"{stage}.toml"
+        params = resolve(model, stage, given, config=file)
+        written = tomllib.loads(file.read_text())
+        assert {name: params.model_dump(mode="json")[name] for name in written} == written
 
 
 def test_chosen_values_say_where_they_come_from(made):

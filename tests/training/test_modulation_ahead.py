@@ -68,4 +68,5 @@ def test_the_host_begins_with_a_step_before_the_one_before_it_runs(inputs, monke
 
 def test_nothing_is_prepared_where_nothing_is_streamed(inputs, monkeypatch):
     monkeypatch.delattr(BlockStreamer, "prepare")
-    inputs.train("resident", modulation="ahead", blocks_to_swap=0, resume="never")
+    run = inputs.train("resident", modulation="ahead", blocks_to_swap=0, resume="never")
+    assert len(run.losses()) == STEPS

@@ -48,14 +48,13 @@ def kept(inputs, kept_run):
     assert not (runs / ".sd3pipe" / f"{RUN}.new").exists()
 
 
-def refused(inputs: Inputs, code: int, **options) -> str:
-    """Trains into the finished run's folder, which is refused, and returns the message."""
+def refused(inputs: Inputs, **options) -> Sd3pipeError:
+    """Trains into the finished run's folder, which is refused, and returns the error."""
     with pytest.raises(Sd3pipeError) as caught:
         inputs.train(RUN, **{**ANOTHER, **options})
-    assert caught.value.exit_code == code, caught.value
     record = json.loads((inputs.folder / "runs" / f"{RUN}.refused.report.json").read_text())
-    assert record["exit_code"] == code and record["began"] is False
-    return str(caught.value)
+    assert record["exit_code"] == caught.value.exit_code and record["began"] is False
+    return caught.value
 
 
 OPTIONS = {
@@ -103,7 +102,8 @@ OPTIONS = {
 def test_a_refused_option_leaves_the_finished_run(inputs, kept, wrong):
     (inputs.folder / "text.txt").write_text("words")
     code, options = OPTIONS[wrong]
-    refused(inputs, code, **{name: _filled(value, inputs.folder) for name, value in options.items()})
+    options = {name: _filled(value, inputs.folder) for name, value in options.items()}
+    assert refused(inputs, **options).exit_code == code
 
 
 def _filled(value, folder):
@@ -140,13 +140,13 @@ def test_trouble_before_the_first_checkpoint_leaves_the_finished_run(inputs, kep
     code, owner, name, fails = TROUBLES[trouble]
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, fails)
-        refused(inputs, code, **another)
+        assert refused(inputs, **another).exit_code == code
 
 
 def test_a_longer_run_that_is_out_of_memory_leaves_the_finished_one(inputs, kept, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Objective, "predict", out_of_memory)
-        refused(inputs, ExitCode.MEMORY, seed=42, max_train_steps=4)
+        assert refused(inputs, seed=42, max_train_steps=4).exit_code == ExitCode.MEMORY
 
 
 def test_a_torn_row_leaves_the_finished_run(inputs, kept, tmp_path):
@@ -154,7 +154,7 @@ def test_a_torn_row_leaves_the_finished_run(inputs, kept, tmp_path):
     for segment in (tmp_path / "latents" / "segments").iterdir():
         with open(segment, "r+b") as file:
             file.truncate(segment.stat().st_size - 100)
-    refused(inputs, ExitCode.INPUT, latents=tmp_path / "latents")
+    assert refused(inputs, latents=tmp_path / "latents").exit_code == ExitCode.INPUT
 
 
 def test_texts_and_prompts_of_another_width_are_refused(inputs, kept, tmp_path, monkeypatch):
@@ -163,8 +163,8 @@ def test_texts_and_prompts_of_another_width_are_refused(inputs, kept, tmp_path, 
         other = make_inputs(tmp_path, pictures(3))
         prompts = fill_prompts(tmp_path / "prompts", [{"width": 64, "height": 64}])
     message = "that are 128 and 40 wide, and the model reads 96 and 40: encode them with"
-    assert message in refused(inputs, ExitCode.INPUT, text=other.text)
-    assert message in refused(inputs, ExitCode.INPUT, prompts=prompts)
+    for error in (refused(inputs, text=other.text), refused(inputs, prompts=prompts)):
+        assert error.exit_code == ExitCode.INPUT and message in str(error)
 
 
 def test_what_was_learnt_before_a_bad_loss_is_kept_apart(inputs, kept_run, monkeypatch):
@@ -177,10 +177,10 @@ def test_what_was_learnt_before_a_bad_loss_is_kept_apart(inputs, kept_run, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(Objective, "losses", fails_at_the_second_step)
-        refused(inputs, ExitCode.INPUT)
+        assert refused(inputs).exit_code == ExitCode.INPUT
     apart = inputs.folder / "runs" / ".sd3pipe" / f"{RUN}.new"
     assert [record["step"] for record in read_records(apart) if record["kind"] == "step"] == [1]
-    refused(inputs, ExitCode.PARAMETERS, optimizer_type="AdamX")
+    assert refused(inputs, optimizer_type="AdamX").exit_code == ExitCode.PARAMETERS
     assert not apart.exists()
 
 
