@@ -27,7 +27,8 @@ before = peak()
 source = find_component("mmdit", model=sys.argv[1])
 settings = Settings(blocks_to_swap=int(sys.argv[2]))
 mmdit, streamer = load_base(source, dtype=torch.bfloat16, device=torch.device("cpu"), settings=settings)
-print(peak() - before - streamer.rings.bytes())
+held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*mmdit.parameters(), *mmdit.buffers())}
+print(peak() - before - streamer.rings.bytes(), sum(held.values()), streamer.host_bytes)
 """
 
 
@@ -53,6 +54,10 @@ def base_file(tmp_path_factory):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 @pytest.mark.parametrize("count", [0, 12])
 def test_peak_of_host_memory_is_one_copy_and_one_block(base_file, count):
+    """The kernel may take idle pages back, so its peak bounds from above alone; from below the tensors count."""
     file, kept = base_file
     result = subprocess.run([sys.executable, "-c", LOAD, file, str(count)], capture_output=True, text=True, check=True)
-    assert 0.9 * kept < int(result.stdout) < 1.15 * kept
+    peak, held, streamed = map(int, result.stdout.split())
+    assert peak < 1.15 * kept
+    assert kept <= held < 1.01 * kept  # each tensor of a streamed block begins at a multiple of 256 bytes
+    assert (streamed > 0.95 * kept) if count else (streamed == 0)
