@@ -5,6 +5,7 @@ Files that a stranger may have put there pass through this door. What comes in i
 
 import json
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +20,7 @@ T = TypeVar("T")
 
 MOST_BYTES = 16_000_000  # captions, prompts, parameter files, reports and manifests are far smaller
 MOST_LIST_BYTES = 2_000_000_000  # a list with a line for each of some million pictures, or for each step of a run
+_AT_LINE = re.compile(r"\(at line (\d+),")  # as tomllib says where a problem is
 _TOML_INTEGERS = range(-(2**63), 2**63)  # TOML 1.0, section Integer
 
 
@@ -121,10 +123,19 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
         tables = tomllib.loads(text)
         _check_integers(tables)
     except ValueError as error:  # TOMLDecodeError, and Python's own for an integer of thousands of digits
-        raise DocumentError(f"{where}: is not valid TOML: {error}") from error
+        raise DocumentError(f"{where}: is not valid TOML: {error}{_about_backslash(text, str(error))}") from error
     except RecursionError as error:
         raise DocumentError(f"{where}: is not valid TOML: it is nested too deeply") from error
     return tables
+
+
+def _about_backslash(text: str, problem: str) -> str:
+    """Returns the way out if the line that TOML stumbles over holds a path as Windows writes it, else nothing."""
+    at = _AT_LINE.search(problem)
+    lines = text.split("\n")
+    if at is None or "\\" not in lines[min(int(at[1]), len(lines)) - 1]:
+        return ""
+    return ": a backslash begins an escape between double quotes: write / in paths, or put them into single quotes"
 
 
 def _check_integers(value: Any) -> None:

@@ -80,3 +80,22 @@ def test_toml_that_cannot_be_meant_is_refused(text: str) -> None:
 def test_toml_is_read_as_tables(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("[x]\ny = 9223372036854775807\n")
     assert read_toml(tmp_path / "a.toml") == {"x": {"y": 9223372036854775807}}
+
+
+@pytest.mark.parametrize("path", [r"C:\Users\me\pics", r"D:\models\sd3", r"pics\cats", r"\\server\pics\x"])
+def test_a_path_as_windows_writes_it_is_told_how_to_be_written(path: str) -> None:
+    with pytest.raises(DocumentError, match=r"a backslash begins an escape .* single quotes") as caught:
+        parse_toml(f'[general]\nimage_dir = "{path}"\n', "here")
+    assert "\n" not in str(caught.value)
+    assert parse_toml(f"image_dir = '{path}'", "here") == {"image_dir": path}
+
+
+def test_other_mistakes_in_toml_say_nothing_of_backslashes() -> None:
+    with pytest.raises(DocumentError) as caught:
+        parse_toml("a = 'x\\y'\nb = [\n", "here")
+    assert "backslash" not in str(caught.value)
+
+
+def test_a_path_whose_backslashes_became_control_characters_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(DocumentError, match=r"there is no such file \(a backslash begins an escape"):
+        read_data(tmp_path / "new\tables.toml")

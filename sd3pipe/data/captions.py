@@ -15,7 +15,6 @@ from sd3pipe.data.dataset_file import CaptionRules
 from sd3pipe.data.scan import Picture
 from sd3pipe.fingerprint import hash_json
 
-_JOINER = ", "  # sd-scripts joins tags with it, whatever caption_separator is
 _WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 
@@ -117,7 +116,7 @@ def _tags(caption: str, rules: CaptionRules, rng: random.Random) -> str:
         free = _shuffled(free, rng)
     if rules.caption_tag_dropout_rate > 0:
         free = [tag for tag in free if rng.random() >= rules.caption_tag_dropout_rate]
-    return _JOINER.join([*head, *free, *tail])
+    return _joiner(rules).join([*head, *free, *tail])
 
 
 def _split(caption: str, rules: CaptionRules) -> tuple[list[str], list[str], list[str]]:
@@ -125,10 +124,16 @@ def _split(caption: str, rules: CaptionRules) -> tuple[list[str], list[str], lis
     mark = rules.keep_tokens_separator
     if mark and mark in caption:
         head, free, *rest = caption.split(mark, 2)
-        tail = _JOINER.join(rest).replace(mark, rules.caption_separator)
+        tail = _joiner(rules).join(rest).replace(mark, rules.caption_separator)
         return _tag_list(head, rules), _tag_list(free, rules), _tag_list(tail, rules)
     tags = _tag_list(caption, rules)
     return tags[: rules.keep_tokens], tags[rules.keep_tokens :], []
+
+
+def _joiner(rules: CaptionRules) -> str:
+    """Returns what stands between tags: caption_separator and a blank; sd-scripts has ", " whatever that is."""
+    separator = rules.caption_separator or ","
+    return separator if separator[-1].isspace() else f"{separator} "
 
 
 def _tag_list(text: str, rules: CaptionRules) -> list[str]:

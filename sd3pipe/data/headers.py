@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from sd3pipe.data.png import without_texts
 from sd3pipe.errors import UnreadablePicture
 from sd3pipe.files import open_regular
 
@@ -26,8 +27,8 @@ DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError,
     MemoryError, AssertionError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
-# Pillow refuses a picture for the size of its text; programs keep whole workflows there. A file's size bounds the rest.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 256 * 2**20
+# Pillow refuses a picture for a profile of more than a megabyte. Texts are left out of a PNG before it is opened.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20
 _ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
@@ -65,7 +66,7 @@ def open_picture(data: bytes, suffix: str = "", max_pixels: int = MAX_PIXELS) ->
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=formats)
+            image = Image.open(io.BytesIO(without_texts(data)), formats=formats)
     except UnidentifiedImageError as error:
         raise UnreadablePicture(_unknown_format(suffix)) from error
     except DECODER_ERRORS as error:

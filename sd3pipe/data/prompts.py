@@ -1,8 +1,8 @@
 """Sample prompts in the three forms of sd-scripts: text lines, TOML and JSON.
 
-Text: one prompt a line, # for comments, then --n negative prompt, --w --h size, --s steps, --l scale, --d seed. TOML:
-[prompt] with what all share and one [[prompt.subset]] each. JSON: a list of tables. A value that is left out is chosen
-when the picture is drawn.
+Text: one prompt a line, # for comments, and behind the prompt --n negative prompt, --w --h size, --s steps, --l scale,
+--d seed. TOML: [prompt] with what all share and one [[prompt.subset]] each. JSON: a list of tables. A value that is
+left out is chosen when the picture is drawn.
 """
 
 import logging
@@ -20,6 +20,9 @@ from sd3pipe.problems import check_table
 log = logging.getLogger(__name__)
 
 _SIZE_STEP_PX = 16  # the VAE divides a side by 8, the MMDiT's patches by 2 more
+_DASHES = r"(?:^|\s)--(?=[^\s-])"  # an option begins; sd-scripts' rule, but for dashes that stand alone
+_ONE_DASH = ("-", "\u2013", "\u2014")  # the latter two as word processors set --
+_MISSPELT = re.compile(rf"(?:^|\s)((?:{'|'.join(_ONE_DASH)})[whsld][\s=:]*\d\S*)", re.IGNORECASE)
 _Tables = Iterator[tuple[str, Mapping[str, Any]]]  # what to call each prompt, and its keys
 
 # sd-scripts' one-letter options, and what TOML and JSON call them
@@ -80,7 +83,9 @@ def load_prompts(path: Path) -> list[SamplePrompt]:
     try:
         for where, table in reader(text, path):
             values = {key: value for key, value in table.items() if key not in _UNUSED}
-            prompt, wrong = check_table(SamplePrompt, values, strict=reader is not _from_lines)
+            prompt, wrong = check_table(SamplePrompt, values, explain=_why_no_option, strict=reader is not _from_lines)
+            if reader is _from_lines and not values["prompt"]:
+                wrong.setdefault("prompt", "there are options and no prompt: put them behind their prompt, on its line")
             problems += [f"{path}: {where}: {problem}" for problem in wrong.values()]
             for key in [key for key in table if key in _UNUSED]:
                 log.warning("sample prompt, %s: %s = %r has no effect: %s", where, key, table[key], _UNUSED[key])
@@ -109,13 +114,21 @@ def _from_lines(text: str, path: Path) -> _Tables:
     for number, line in enumerate(text.split("\n"), start=1):
         line = line.strip()
         if line and not line.startswith("#"):
-            prompt, *options = re.split(r"(?:^|\s)--(?=[A-Za-z]+(?:\s|$))", line)
-            values: dict[str, Any] = {"prompt": prompt.strip()}
+            prompt, *options = re.split(_DASHES, line)
+            values: dict[str, Any] = {"prompt": prompt.strip()} | dict.fromkeys(_MISSPELT.findall(line))
             for option in options:
                 letter, _, value = option.strip().partition(" ")
                 name = _LETTERS.get(letter.lower(), letter.lower())
-                values[name if name != "prompt" else "--prompt"] = value.strip()
+                known = name in SamplePrompt.model_fields.keys() - {"prompt"} or name in _UNUSED
+                values[name if known else f"--{option.strip()}"] = value.strip()
             yield f"line {number}", values
+
+
+def _why_no_option(key: str) -> str | None:
+    """Returns what to say of a piece of a line that is no option, or None for the key of a table."""
+    if not key.startswith(_ONE_DASH):
+        return None
+    return f"looks like an option and is none: an option is one of --{' --'.join(_LETTERS)}, a blank, and its value"
 
 
 def _from_toml(text: str, path: Path) -> _Tables:

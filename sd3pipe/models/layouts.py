@@ -53,6 +53,7 @@ _SIGNS: dict[Component, dict[str, Naming]] = {  # one key of the first block tel
     "t5xxl": {"encoder.block.0.layer.0.SelfAttention.q.weight": "native"},
 }
 _LORA = re.compile(r"lora_(up|down|[AB])\b|\.lora\.|\.(hada|lokr)_w|\.(alpha|dora_scale)$|^lycoris_")
+_VISION = ("vision_model.", "visual_projection.")  # the other half of a whole CLIP
 _STRAYS = re.compile(r"(^|\.)(embeddings\.position_ids|logit_scale)$")
 
 
@@ -97,9 +98,12 @@ def names_of_part(names: Iterable[str], part: Part) -> dict[str, str]:
 def canonical_text_names(names: Collection[str], component: Component) -> dict[str, str]:
     """Returns the transformers names of a text encoder's tensors, each with the name it was found under.
 
-    Leaves out what SD3 does not use: buffers, T5's decoder and the second copy of T5's embedding.
+    Leaves out what SD3 does not use: buffers, T5's decoder, the second copy of T5's embedding, and the vision tower of
+    a whole CLIP. A whole CLIP-L's text projection leads to where texts and pictures meet; SD3 was trained without it.
     """
-    kept = [name for name in names if not _STRAYS.search(name)]
+    kept = [name for name in names if not _STRAYS.search(name) and not name.startswith(_VISION)]
+    if component == "clip_l" and any(name.startswith(_VISION) for name in names):
+        kept = [name for name in kept if not name.startswith("text_projection.")]
     if component == "t5xxl":
         result = {name: name for name in kept if not name.startswith(("decoder.", "lm_head."))}
         embedding = result.pop("encoder.embed_tokens.weight", None)
@@ -129,6 +133,10 @@ _FOREIGN = (
     (re.compile(r"^conditioner\.embedders\.").match, "is an SDXL checkpoint"),
     (re.compile(r"^cond_stage_model\.").match, "is a checkpoint of Stable Diffusion 1 or 2"),
     (_after_prefix("input_blocks", "down_blocks").match, "is a UNet of SDXL or SD 1/2"),
+    (
+        re.compile(r"^(\w+\.)?transformer\.resblocks\.").match,
+        "is a CLIP in OpenCLIP's layout: pass the file with transformers' names (text_model.encoder.layers...)",
+    ),
     (re.compile(r"^controlnet_blocks\.|^control_model\.").match, "is a ControlNet, not a model"),
     (
         re.compile(r"\.(absmax|quant_map|quant_state\.\S+|qweight|qzeros|SCB)$").search,

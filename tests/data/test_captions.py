@@ -41,7 +41,11 @@ def process(text, seed=0, **rules):
         ("a;;;b, c", {"secondary_separator": ";;;"}, "a,b, c"),
         ("a, b, c", {"caption_tag_dropout_rate": 1.0, "keep_tokens": 1}, "a"),
         ("x ||| a, b ||| y, z", {"keep_tokens_separator": "|||", "caption_tag_dropout_rate": 1.0}, "x, y, z"),
-        ("a | b", {"caption_separator": "|", "shuffle_caption": True, "keep_tokens": 9}, "a, b"),
+        ("a | b", {"caption_separator": "|", "shuffle_caption": True, "keep_tokens": 9}, "a| b"),
+        ("a;b, c;d", {"caption_separator": ";", "shuffle_caption": True, "keep_tokens": 9}, "a; b, c; d"),
+        ("a b", {"caption_separator": " ", "shuffle_caption": True, "keep_tokens": 9}, "a b"),
+        ("a; b ||| c", {"caption_separator": ";", "keep_tokens_separator": "|||"}, "a; b; c"),
+        ("a", {"caption_separator": "", "shuffle_caption": True}, "a"),
     ],
 )
 def test_steps_of_the_pipeline(text, rules, expected):

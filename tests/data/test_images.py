@@ -2,8 +2,10 @@
 
 import io
 import json
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -177,8 +179,55 @@ def test_a_missing_plugin_is_named(monkeypatch, ending, package):
         decode(b"\xff\x0a" + bytes(40), ending, keep_alpha=False)
 
 
-def test_a_picture_keeps_its_pixels_whatever_text_it_carries(tmp_path):
-    info = PngImagePlugin.PngInfo()
+def _png(*chunks, behind=b""):
+    """A small PNG with further chunks before its pixels, and one behind them."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "teal").save(file, "PNG")
+    data = file.getvalue()
+    end_of_header, end = 33, len(data) - 12
+    return data[:end_of_header] + b"".join(chunks) + data[end_of_header:end] + behind + data[end:]
+
+
+def _chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+_HUGE = zlib.compress(bytes(300 << 20), 9)  # more than Pillow unpacks by any of its settings here
+_WORKFLOW = _chunk(b"zTXt", b"workflow\0\0" + _HUGE)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _png(_WORKFLOW),
+        _png(behind=_WORKFLOW),
+        _png(*[_chunk(b"tEXt", b"a\0" + b"x" * (5 << 20))] * 20),
+        _png(_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + _HUGE)),
+        _png(_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + b"x" * (5 << 20))),
+        _png(_chunk(b"iCCP", b"profile\0\0" + _HUGE)),
+        _png(_chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(3 << 20)))),
+        _png(_chunk(b"eXIf", b"MM\0*\0\0\0\x08" + bytes(3 << 20))),
+    ],
+    ids=["text", "text-behind", "texts", "packed-xmp", "xmp", "huge-profile", "profile", "exif"],
+)
+def test_a_png_keeps_its_pixels_whatever_text_and_profile_it_carries(data):
+    assert open_picture(data).convert("RGB").getpixel((0, 0)) == (0, 128, 128)
+    assert decode(data, keep_alpha=False)[0, 0].tolist() == [0, 128, 128]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "TIFF", "AVIF"])
+def test_other_formats_keep_their_pixels_with_large_texts_and_profiles(kind):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x010E] = "x" * (50_000 if kind == "JPEG" else 3 << 20)  # a JPEG's is one segment of 64 KiB
+    image = Image.new("RGB", (8, 8), "teal")
+    image.save(file, kind, exif=exif.tobytes(), icc_profile=bytes(3 << 20), quality=100)
+    assert np.abs(decode(file.getvalue(), keep_alpha=False)[0, 0].astype(int) - [0, 128, 128]).max() <= 2  # lossy
+
+
+def test_the_orientation_in_a_png_counts_whatever_text_stands_around_it(tmp_path):
+    exif, info = Image.Exif(), PngImagePlugin.PngInfo()
+    exif[0x0112] = 6
     info.add_text("workflow", "x" * 3_000_000, zip=True)
-    Image.new("RGB", (8, 8), "teal").save(tmp_path / "a.png", pnginfo=info)
-    assert open_picture((tmp_path / "a.png").read_bytes()).convert("RGB").getpixel((0, 0)) == (0, 128, 128)
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.png", exif=exif, pnginfo=info)
+    header = read_header((tmp_path / "a.png").read_bytes())
+    assert (header.width, header.height) == (4, 8)

@@ -65,7 +65,7 @@ def test_all_problems_are_told_at_once_with_their_place(tmp_path):
     lines = str(caught.value).split("\n")
     assert len(lines) == 5
     assert all(line.startswith(f"{path}: line {number}: ") for number, line in enumerate(lines, start=1))
-    assert "unknown key" in lines[1]
+    assert "--q 3" in lines[1]
 
 
 def test_options_without_effect_are_named(tmp_path, caplog):
@@ -113,3 +113,39 @@ def test_any_text_gives_prompts_or_an_error_that_names_the_file(tmp_path, text, 
     else:
         assert prompts == load_prompts(path)
         assert all(isinstance(prompt.prompt, str) for prompt in prompts)
+
+
+@pytest.mark.parametrize(
+    ("line", "piece"),
+    [
+        ("a cat --w=512 --h 512", "--w=512"),
+        ("a cat --w512", "--w512"),
+        ("a cat --ar 16:9", "--ar 16:9"),
+        ("a cat --512", "--512"),
+        ("a cat -w 512 --h 512", "-w 512"),
+        ("a cat \u2013w 512", "\\u2013w 512"),
+        ("a cat --n blurry \u2014h512", "\\u2014h512"),
+        ("a cat --prompt dog", "--prompt dog"),
+    ],
+)
+def test_piece_that_looks_like_an_option_and_is_none_is_named(tmp_path, line, piece):
+    path = written(tmp_path, "p.txt", f"a dog --w 512\n{line}\n")
+    with pytest.raises(ParameterError) as caught:
+        load_prompts(path)
+    (problem,) = str(caught.value).split("\n")
+    assert problem.startswith(f"{path}: line 2: ")
+    assert piece.encode().decode("unicode_escape") in problem
+    assert "looks like an option and is none" in problem
+
+
+@pytest.mark.parametrize(
+    "text", ["a dog -- 3 cats", "a half-h 3 - d 5", "from 2 to -3", "a --- b", "pages 3\u20135", "x -wide"]
+)
+def test_dashes_of_a_text_stay_in_it(tmp_path, text):
+    (prompt,) = load_prompts(written(tmp_path, "p.txt", f"{text} --w 512\n"))
+    assert prompt == SamplePrompt(prompt=text, width=512)
+
+
+def test_line_of_options_alone_is_refused(tmp_path):
+    with pytest.raises(ParameterError, match=r"line 2: .*no prompt: put them behind their prompt"):
+        load_prompts(written(tmp_path, "p.txt", "a cat\n--w 512 --h 512\n"))

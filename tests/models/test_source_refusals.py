@@ -75,6 +75,11 @@ def test_checkpoints_of_other_models_are_named(tmp_path, kind, component):
     assert kind.strip() in message and "not Stable Diffusion 3" in message
 
 
+def test_clip_in_openclips_layout_is_named_with_the_way_out(tmp_path):
+    file = _named(tmp_path / "x.safetensors", "transformer.resblocks.0.ln_1.weight", "visual.proj")
+    assert "OpenCLIP's layout: pass the file with transformers' names" in _refusal("clip_g", None, file)
+
+
 LORAS = {
     "kohya": ["lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight", "lora_unet_x.alpha"],
     "diffusers": ["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"],

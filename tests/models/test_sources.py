@@ -141,6 +141,21 @@ def test_t5_with_the_embedding_under_its_other_name_alone_is_understood(parts, t
     _assert_holds(find_component("t5xxl", model=None, file=file), parts["t5xxl"])
 
 
+@pytest.mark.parametrize("component", ["clip_l", "clip_g"])
+def test_whole_clip_is_its_text_half_and_clip_l_without_projection(parts, tmp_path, component):
+    text = parts[component]
+    width = text["text_model.final_layer_norm.weight"].shape[0]
+    vision = {
+        "vision_model.encoder.layers.0.layer_norm1.weight": torch.zeros(4),
+        "vision_model.embeddings.position_ids": torch.arange(4)[None],
+        "visual_projection.weight": torch.zeros(width, 4),
+        "text_projection.weight": text.get("text_projection.weight", torch.randn(width, width)),
+        "logit_scale": torch.zeros(()),
+    }
+    file = save_part(tmp_path / "clip.safetensors", text | vision)
+    _assert_holds(find_component(component, model=None, file=file), text)
+
+
 def test_clip_saved_by_transformers_5_without_its_outer_name_is_understood(parts, tmp_path):
     bare = {key.removeprefix("text_model."): tensor for key, tensor in parts["clip_g"].items()}
     file = save_part(tmp_path / "clip_g.safetensors", bare)
