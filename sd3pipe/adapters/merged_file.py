@@ -6,6 +6,7 @@ back and compared by digest.
 
 # O out features, I in features of the tensor at hand, which may be q, k or v alone
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO
@@ -163,16 +164,15 @@ def _changed(
     merged: Merged,
 ) -> Iterator[memoryview]:
     """Yields the bytes of a tensor with its change, and notes how much of the change its number format keeps."""
-    dtype = TORCH_FORMATS[tensor.dtype]
-    raw = bytearray().join(_pieces(base, tensor))
-    weight_OI = torch.frombuffer(raw, dtype=dtype).view(tensor.shape).flatten(1).to(device).float()
-    delta = adapter[target.path]
+    dtype, delta = TORCH_FORMATS[tensor.dtype], adapter[target.path]
     size = delta.shape if target.rows is None else tuple(target.rows(torch.empty(delta.shape, device="meta")).shape)
-    if size != tuple(weight_OI.shape):
+    if size != (*tensor.shape[:1], math.prod(tensor.shape[1:])):  # a convolution counts as a matrix
         raise InputError(
             f"{tensor.path}: the adapter does not fit the model: {target.path} has size {list(size)} in it, "
             f"{tensor.name} {list(tensor.shape)}"
         )
+    raw = bytearray().join(_pieces(base, tensor))
+    weight_OI = torch.frombuffer(raw, dtype=dtype).view(size).to(device).float()
     exact_OI = delta.on(device).merged(weight_OI, multiplier, target.rows)
     stored_OI = exact_OI.to(dtype)
     _note(merged, target.path, exact_OI - weight_OI, stored_OI.float() - exact_OI)

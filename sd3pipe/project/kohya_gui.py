@@ -91,7 +91,7 @@ def _steps(settings: Mapping[str, Any]) -> dict[str, Any]:
     elif _says_something("max_train_steps", settings.get("max_train_steps")):
         given["max_train_epochs"] = None
     if not _says_something("lr_warmup_steps", settings.get("lr_warmup_steps")) and settings.get("lr_warmup"):
-        given["lr_warmup_steps"] = float(settings["lr_warmup"]) / 100
+        given["lr_warmup_steps"] = f"{settings['lr_warmup']}%"
     if settings.get("lr_scheduler_num_cycles") == "" and settings.get("epoch"):
         given["lr_scheduler_num_cycles"] = settings["epoch"]
     return given

@@ -12,9 +12,11 @@ from pydantic import TypeAdapter
 from sd3pipe.config import flatten, read_toml
 from sd3pipe.documents import read_json, read_text
 from sd3pipe.errors import ParameterError
-from sd3pipe.params.sd_scripts import OPTIONS, SdScriptsOption
+from sd3pipe.params.sd_scripts import OPTIONS
+from sd3pipe.problems import shown
 from sd3pipe.project.kohya_gui import from_gui
 
+_SEVERAL = ("words", "floats", "size", "range")  # kinds of options that may be lists
 SCRIPT = "sd3_train_network.py"
 _LINE_END = re.compile(r"[\\^`][ \t]*\n")  # bash, cmd, PowerShell
 _WINDOWS = re.compile(r"[\^`][ \t]*\n|\\[\w.]")  # for bash, a backslash before a letter would be for nothing
@@ -113,12 +115,25 @@ def _value(name: str, words: list[str]) -> Any:
 
 
 def _typed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options with values of their types; a value that is none of its type stays as it is."""
-    return {name: _parsed(OPTIONS.get(name), value) for name, value in given.items()}
+    """Returns the options with values of their types; a value that is none of its type stays as it is.
+
+    Raises ParameterError for a list or a table where there is one value.
+    """
+    for name, value in given.items():
+        several = _kind(name) in _SEVERAL or name not in OPTIONS
+        items = value if isinstance(value, list) and several else [value]
+        if any(isinstance(item, list | dict) for item in items) or (value is True and _kind(name) == "str"):
+            raise ParameterError(f"{name} = {shown(value)}: must be {'a list of words' if several else 'one value'}")
+    return {name: _parsed(_kind(name), value) for name, value in given.items()}
 
 
-def _parsed(option: SdScriptsOption | None, value: Any) -> Any:
-    kind = option.kind if option else "str"
+def _kind(name: str) -> str:
+    return OPTIONS[name].kind if name in OPTIONS else ""
+
+
+def _parsed(kind: str, value: Any) -> Any:
+    if kind == "str" and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
     if kind in ("words", "floats"):
         items = value.split() if isinstance(value, str) else value if isinstance(value, list) else [value]
         return [_number(item, float) if kind == "floats" else item for item in items]

@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,16 @@ num_repeats = 1
 loss_weight = 1.0
 """
 PROJECT_TOML = '[paths]\ndataset = "dataset.toml"\nmodel = "base.safetensors"\ncaches = "caches"\n'
+PROMPTS_TOML = '[prompt]\nwidth = 64\nheight = 64\n[[prompt.subset]]\nprompt = "a cat"\nseed = 7\nsample_steps = 1\n'
+PROMPTS_JSON = [{"prompt": "a cat", "width": 64, "height": 64, "seed": 7, "sample_steps": 1}]
+GUI = {
+    "pretrained_model_name_or_path": "base.safetensors", "train_data_dir": "pictures", "max_resolution": "64,64",
+    "epoch": 2, "learning_rate": 1e-4, "network_dim": 4, "LoRA_type": "Standard", "sd3_checkbox": True, "seed": 7,
+    "additional_parameters": "--huber_c 0.2", "network_args": "", "sample_prompts": "a cat --w 64",
+}  # fmt: skip
+CONFIG_TOML = (
+    'train_data_dir = "pictures"\nresolution = "64,64"\nnetwork_dim = 4\nnetwork_args = ["rank_dropout=0.1"]\n'
+)
 PROMPTS = "a cat --w 64 --h 64 --d 7 --s 1\na dog --n a cat --l 4 --w 64 --h 64 --s 1\n"
 
 
@@ -98,7 +109,19 @@ def whole(tmp_path_factory) -> Project:
     (made.folder / "listed.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     write_dataset_file(made.folder / "dataset.toml", pictures, resolution=64)
     write_dataset_file(made.folder / "listed.toml", pictures, resolution=64, extra='metadata_file = "listed.jsonl"')
+    write_dataset_file(made.folder / "table.toml", pictures, resolution=64, extra='metadata_file = "listed.json"')
+    write_dataset_file(made.folder / "columns.toml", pictures, resolution=64, extra='metadata_file = "listed.csv"')
+    table = {str(pictures / name): {"caption": f"a {name}", "tags": ["one", "two"]} for name in NAMES}
+    (made.folder / "listed.json").write_text(json.dumps(table))
+    columns = "".join(f"{pictures / name},a {name}\n" for name in NAMES)
+    (made.folder / "listed.csv").write_text(f"file_name,text\n{columns}")
+    dataset = tomllib.loads((made.folder / "dataset.toml").read_text())
+    (made.folder / "dataset.json").write_text(json.dumps(dataset))
     (made.folder / "prompts.txt").write_text(PROMPTS)
+    (made.folder / "prompts.toml").write_text(PROMPTS_TOML)
+    (made.folder / "prompts.json").write_text(json.dumps(PROMPTS_JSON))
+    (made.folder / "gui.json").write_text(json.dumps(GUI))
+    (made.folder / "config.toml").write_text(CONFIG_TOML)
     (made.folder / "train.toml").write_text(TRAIN_TOML)
     (made.folder / "project.toml").write_text(PROJECT_TOML)
     for name in ("encode-latents", "encode-text", "encode-prompts", "train", "sample", "export"):
@@ -139,6 +162,14 @@ def with_file(name: str, option: str) -> Reads:
     return lambda project, file: [*project.words(name), option, file]
 
 
+def with_dataset(name: str) -> Reads:
+    return lambda project, file: [*project.words("encode-text"), "--dataset", file.with_name(name)]
+
+
+def translation(project: Project, file: Path) -> Words:
+    return ["from-kohya", file, "--out", file.with_name("translated")]
+
+
 def name_anew(file: Path) -> None:
     """Lets state.json say what the damaged file beside it is, as one without a digest may."""
     state_file = file.with_name("state.json")
@@ -175,7 +206,7 @@ DECODE = stage("sample", "--decode")
 DRAW = stage("sample", "--seeds", 3)
 
 
-def why(project: Project, file: Path) -> list[object]:
+def why(project: Project, file: Path) -> Words:
     return ["cache", "why", project.folder / "caches" / "text", "coffee.png"]
 
 
@@ -190,6 +221,7 @@ KINDS = {
     "base": Kind("base.safetensors", d.SAFETENSORS, (on_file("plan", "--model"), stage("encode-latents"))),
     "tensors of the base": Kind("base.safetensors", d.TENSORS, (
         on_file("plan", "--model"), stage("encode-latents"), stage("encode-text"), TRAIN,
+        lambda project, file: [*project.words("export"), "--format", "checkpoint", "--model", file],
     )),
     "tokenizers": Kind("tokenizers/*/*", (*d.BYTES, d.change_json), (stage("encode-text"),)),
     "manifest": Kind("caches*/*/manifest.json", d.JSON, (LS, VERIFY, TRAIN, stage("encode-text"), DRAW)),
@@ -212,9 +244,14 @@ KINDS = {
     "stage file": Kind("train.toml", d.TOML, (with_file("train", "--config"),)),
     "dataset": Kind("dataset.toml", d.TOML, (stage("encode-latents"), stage("encode-text"))),
     "prompts": Kind("prompts.txt", d.BYTES, (stage("encode-prompts"),)),
-    "metadata": Kind("listed.jsonl", d.JSON_LINES, (
-        lambda project, file: [*project.words("encode-text"), "--dataset", file.with_name("listed.toml")],
-    )),
+    "dataset in JSON": Kind("dataset.json", d.JSON, (with_file("encode-text", "--dataset"),)),
+    "prompts in TOML": Kind("prompts.toml", d.TOML, (with_file("encode-prompts", "--sample-prompts"),)),
+    "prompts in JSON": Kind("prompts.json", d.JSON, (with_file("encode-prompts", "--sample-prompts"),)),
+    "metadata": Kind("listed.jsonl", d.JSON_LINES, (with_dataset("listed.toml"),)),
+    "metadata in JSON": Kind("listed.json", d.JSON, (with_dataset("table.toml"),)),
+    "metadata in CSV": Kind("listed.csv", d.BYTES, (with_dataset("columns.toml"),)),
+    "settings of a GUI": Kind("gui.json", d.JSON, (translation,)),
+    "config of sd-scripts": Kind("config.toml", d.TOML, (translation,)),
     "captions": Kind("pictures/*.txt", d.BYTES, (stage("encode-text"),)),
     "pictures": Kind("pictures/*.png", d.BYTES, (stage("encode-latents", "--max-quarantined", "1"),)),
     "notes": Kind("caches/.sd3pipe/**/*.json", d.JSON, (

@@ -93,3 +93,10 @@ def test_settings_for_another_model_are_refused(tmp_path):
     (tmp_path / "gui.json").write_text('{"sdxl": true}')
     with pytest.raises(ParameterError, match="settings for SDXL"):
         read_source([str(tmp_path / "gui.json")])
+
+
+@pytest.mark.parametrize("name, value", [("vae", ["a"]), ("vae", True), ("seed", {"a": 1})])
+def test_a_list_where_one_value_is_meant_is_named(tmp_path, name, value):
+    (tmp_path / "gui.json").write_text(json.dumps({"sd3_checkbox": True, name: value}))
+    with pytest.raises(ParameterError, match=f"^{name} = "):
+        read_source([str(tmp_path / "gui.json")])
