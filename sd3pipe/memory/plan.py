@@ -137,7 +137,7 @@ def fitting_settings(
         if prediction.device_bytes <= device_bytes and (host_bytes is None or prediction.host_bytes <= host_bytes):
             cost = prediction.copied_bytes if prediction.seconds is None else prediction.seconds
             cost *= _OFFLOAD_COST if settings.activation_offload else 1.0
-            order = (cost, settings.blocks_to_swap, prediction.device_bytes)
+            order = (cost, settings.blocks_to_swap, settings.activation_offload, prediction.device_bytes)
             fitting.append((order, settings, prediction))
     if not fitting:
         return None

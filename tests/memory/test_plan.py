@@ -99,6 +99,12 @@ def test_auto_streams_as_few_blocks_as_it_must():
     assert fitting_settings(LARGE, WORK, Settings(), device_bytes=10**9) is None
 
 
+def test_a_card_with_room_sends_no_activations_away():
+    found = fitting_settings(LARGE, WORK, Settings(), device_bytes=24 * 10**9)
+    assert found is not None
+    assert option_text(found[0]) == "--blocks-to-swap 0"
+
+
 def test_a_small_host_limits_what_can_be_streamed():
     assert fitting_settings(LARGE, WORK, Settings(), device_bytes=8 * 10**9, host_bytes=32 * 10**9) is not None
     assert fitting_settings(LARGE, WORK, Settings(), device_bytes=8 * 10**9, host_bytes=8 * 10**9) is None
