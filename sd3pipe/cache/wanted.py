@@ -51,6 +51,11 @@ class Wanted:
         """The rows by their keys."""
         return dict(zip(self.keys, self.rows, strict=True))
 
+    @property
+    def nbytes(self) -> int:
+        """The size of all rows."""
+        return sum(row.nbytes for row in self.row_by_key.values())
+
     @cached_property
     def columns(self) -> Columns:
         """The samples with the keys of their rows."""

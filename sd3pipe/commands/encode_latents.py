@@ -13,11 +13,11 @@ from sd3pipe.cache.rows import Row
 from sd3pipe.cache.store import FillCounts
 from sd3pipe.console import StageReport, count, listed, one_line, progress
 from sd3pipe.data.buckets import cut_by_limit
-from sd3pipe.data.geometry import View, views_of_all
+from sd3pipe.data.geometry import View
 from sd3pipe.data.scan import UnreadableFile, tell_about_pictures
-from sd3pipe.encoding.latent_plan import latents_wanted
+from sd3pipe.encoding.latent_plan import latent_recipe, latents_wanted, usable_views
 from sd3pipe.encoding.stage import DatasetRead, Encoding, fill, read_dataset, say_forecast
-from sd3pipe.errors import InputError, QuarantineError, UnreadablePicture
+from sd3pipe.errors import QuarantineError, UnreadablePicture
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.models.vae_architecture import VAEArchitecture, detect_vae
@@ -96,15 +96,11 @@ def _prepare(params: EncodeLatentsParams) -> _Latents:
     stamps = FileStamps(machine_folder(params.out) / "stat.json", trust=not params.rehash)
     read = read_dataset(params.dataset, stamps, captions=False)
     tell_about_pictures(read.found)
-    pictures, unreadable = views_of_all(read.found, crop_variants=params.crop_variants, seed=params.seed)
-    if not pictures:
-        reasons = listed([f"{one_line(str(file.path))}: {file.reason}" for file in unreadable], separator="; ")
-        raise InputError(f"{params.dataset}: none of {count(len(unreadable), 'picture')} can be used: {reasons}")
-    views = [view for of_picture in pictures for view in of_picture]
+    views, unreadable = usable_views(read, params)
     vae = find_component("vae", model=params.model, file=params.vae)
     architecture = detect_vae(vae.shapes(), vae.where)
-    recipe = {name: getattr(params, name) for name in ("latent_mode", "latent_dtype", "vae_dtype")}
-    wanted = latents_wanted(views, unreadable, read.dataset, architecture, vae.fingerprint(stamps), recipe)
+    fingerprint = vae.fingerprint(stamps)
+    wanted = latents_wanted(views, unreadable, read.dataset, architecture, fingerprint, latent_recipe(params))
     if not params.dry_run:
         stamps.save()
     return _Latents(

@@ -16,18 +16,10 @@ from sd3pipe.data.prompts import load_prompts
 from sd3pipe.data.scan import tell_about_captions
 from sd3pipe.encoding.cut_texts import Cuts, recall_cuts, remember_cuts
 from sd3pipe.encoding.stage import Encoding, fill, read_dataset, say_forecast
-from sd3pipe.encoding.text_plan import (
-    TextEncoders,
-    Texts,
-    caption_texts,
-    find_text_encoders,
-    prompt_texts,
-    text_recipe,
-    text_wanted,
-)
+from sd3pipe.encoding.text_plan import Texts, caption_texts, encoder_files, prompt_texts, text_recipe, text_wanted
 from sd3pipe.errors import ParameterError, UnreadablePicture
 from sd3pipe.file_stamps import FileStamps
-from sd3pipe.models.text_architecture import EncoderName
+from sd3pipe.models.text_encoder_files import TextEncoders, find_text_encoders
 from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.params.encode_text import EncodeTextParams
 
@@ -134,7 +126,7 @@ class _TextRows(Encoding):
         found: Cuts = {keys[text.number]: dict(text.tokens) for text in cut}
         self.cuts.update(found)
         remember_cuts(self.folder, self.cuts)
-        _tell_about_cuts(self.cut_texts(found), self.encoders.clip_length, self.recipe.t5xxl_max_token_length)
+        _tell_about_cuts(self.cut_texts(found), self.encoders.sizes.clip_length, self.recipe.t5xxl_max_token_length)
         return tokens
 
     def cut_texts(self, cuts: Cuts) -> list[dict[str, Any]]:
@@ -164,10 +156,9 @@ def _prepare(params: EncodeTextParams, target: _Target) -> _TextRows:
         texts = caption_texts(read.found, read.dataset, variants=params.caption_variants, seed=params.seed)
     else:
         texts = prompt_texts(load_prompts(target.source))
-    files: dict[EncoderName, Path | None] = {"clip_l": params.clip_l, "clip_g": params.clip_g, "t5xxl": params.t5xxl}
-    encoders = find_text_encoders(params.model, files, params.tokenizers)
+    encoders = find_text_encoders(params.model, encoder_files(params), params.tokenizers)
     recipe = text_recipe(params)
-    wanted = text_wanted(texts, encoders, encoders.fingerprints(weights), recipe)
+    wanted = text_wanted(texts, encoders.sizes, encoders.fingerprints(weights), recipe)
     if not params.dry_run:
         pictures.save()
         weights.save()

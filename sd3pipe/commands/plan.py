@@ -1,20 +1,52 @@
 """`sd3pipe plan`: memory, copies, seconds and disk of a training run, from headers alone."""
 
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sd3pipe.config import Project, find_project
 from sd3pipe.console import readable_bytes, say, say_json
+from sd3pipe.encoding.cache_sizes import cache_sizes
 from sd3pipe.memory.plan import option_text
+from sd3pipe.params.command_line import load_stage_models
+from sd3pipe.params.encode_latents import EncodeLatentsParams
+from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.plan import PlanParams
+from sd3pipe.params.resolve import resolve
+from sd3pipe.params.stage import StageParams
 from sd3pipe.project.planning import Plan, Row, make_plan
+
+StageOptions = TypeVar("StageOptions", bound=StageParams)
 
 
 def main(params: PlanParams) -> None:
     """Prints the plan. Raises InputError, and ParameterError for more blocks than there are."""
-    plan = make_plan(params)
+    project = find_project(Path.cwd())
+    text = _stage_options(EncodeTextParams, "encode-text", params, project)
+    disk = {} if params.dataset is None else _disk(params, text, project)
+    plan = make_plan(params, t5_tokens=text.t5xxl_max_token_length, disk=disk)
     if params.json_output:
         say_json(plan.as_json())
         return
     say(_header(params, plan), *plan.table(), _verdict(params, plan.chosen))
     if plan.disk:
         say("disk: " + ", ".join(f"{name} {readable_bytes(size)}" for name, size in plan.disk.items()))
+
+
+def _disk(params: PlanParams, text: EncodeTextParams, project: Project | None) -> dict[str, int]:
+    """Returns the bytes of the caches by the encode stages' own plans."""
+    return cache_sizes(_stage_options(EncodeLatentsParams, "encode-latents", params, project), text)
+
+
+def _stage_options(
+    model: type[StageOptions], command: str, params: PlanParams, project: Project | None
+) -> StageOptions:
+    """Returns the options with which an encode stage would run here, but for what this command was given."""
+    mine = {name: getattr(params, name) for name in ("model", "dataset", "t5xxl_max_token_length")}
+    given: dict[str, Any] = {name: str(value) for name, value in mine.items() if value is not None}
+    if project is None or "caches" not in project.paths:
+        given["out"] = "caches/latents"  # where nothing is: only the header of each picture is asked
+    wanted = {name: value for name, value in given.items() if name in model.model_fields}
+    return resolve(model, command, wanted, project=project, stage_models=load_stage_models)
 
 
 def _header(params: PlanParams, plan: Plan) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sd3pipe.data.buckets import Placement, Size, place
+from sd3pipe.data.dataset_file import Subset
 from sd3pipe.data.faces import face_placement
 from sd3pipe.data.filters import filter_name
 from sd3pipe.data.scan import Picture, Scan, UnreadableFile
@@ -64,22 +65,26 @@ def views(picture: Picture, *, crop_variants: int, seed: int) -> list[View]:
 
     Random crops (random_crop, face_crop_aug_range) give `crop_variants` rows, a function of (seed, picture, number).
     """
-    subset = picture.subset
-    faces = subset.face_crop_aug_range
-    drawn = subset.random_crop or (faces is not None and not subset.bucketing.enable_bucket)
     found = []
-    for crop in range(crop_variants if drawn else 1):
+    crops, flips = cut_counts(picture.subset, crop_variants=crop_variants)
+    for crop in range(crops):
         placement, left, top = _position(picture, partial(_random, picture, seed, crop))
         if placement.resized[0] * placement.resized[1] > _MOST_PIXELS:
             raise UnreadablePicture(
                 f"{picture.width} x {picture.height} pixels: to cover the bucket it would have to be enlarged to "
                 f"{placement.resized[0]} x {placement.resized[1]}"
             )
-        for flip in (0, 1) if subset.flip_aug else (0,):
+        for flip in range(flips):
             found.append(
                 View(picture=picture, crop=crop, flip=flip, cut=_cut(picture, placement, left, top, bool(flip)))
             )
     return found
+
+
+def cut_counts(subset: Subset, *, crop_variants: int) -> tuple[int, int]:
+    """Returns how many crops a picture of a subset gives, and how many rows each crop."""
+    faces = subset.face_crop_aug_range is not None and not subset.bucketing.enable_bucket
+    return crop_variants if subset.random_crop or faces else 1, 1 + subset.flip_aug
 
 
 def views_of_all(found: Scan, *, crop_variants: int, seed: int) -> tuple[list[list[View]], list[UnreadableFile]]:

@@ -5,12 +5,30 @@ from collections.abc import Mapping, Sequence
 from sd3pipe.cache.keys import latents_source
 from sd3pipe.cache.plan import WantedRow
 from sd3pipe.cache.wanted import Wanted
+from sd3pipe.console import count, listed, one_line
 from sd3pipe.data.dataset_file import Dataset
-from sd3pipe.data.geometry import RECIPE_VERSION, View
+from sd3pipe.data.geometry import RECIPE_VERSION, View, views_of_all
 from sd3pipe.data.scan import UnreadableFile
+from sd3pipe.encoding.stage import DatasetRead
+from sd3pipe.errors import InputError
 from sd3pipe.models.vae_architecture import VAEArchitecture
+from sd3pipe.params.encode_latents import EncodeLatentsParams
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def usable_views(read: DatasetRead, params: EncodeLatentsParams) -> tuple[list[View], list[UnreadableFile]]:
+    """Returns every row of a dataset's pictures, and the files that give none. Raises InputError if none gives any."""
+    views, unreadable = views_of_all(read.found, crop_variants=params.crop_variants, seed=params.seed)
+    if not views:
+        reasons = listed([f"{one_line(str(file.path))}: {file.reason}" for file in unreadable], separator="; ")
+        raise InputError(f"{read.dataset.path}: none of {count(len(unreadable), 'picture')} can be used: {reasons}")
+    return [view for of_picture in views for view in of_picture], unreadable
+
+
+def latent_recipe(params: EncodeLatentsParams) -> dict[str, str]:
+    """Returns what the options say about the rows' numbers."""
+    return {"latent_mode": params.latent_mode, "latent_dtype": params.latent_dtype, "vae_dtype": params.vae_dtype}
 
 
 def latents_wanted(
@@ -48,12 +66,11 @@ def latents_wanted(
 
 def _row(view: View, recipe: Mapping[str, str], architecture: VAEArchitecture) -> WantedRow:
     width, height = view.cut.size
-    latents = (width // architecture.downscale) * (height // architecture.downscale)
-    channels = architecture.latent_channels * (2 if recipe["latent_mode"] == "moments" else 1)
-    mask_bytes = 2 * latents if view.cut.mask else 0
+    moments, value_bytes = recipe["latent_mode"] == "moments", _ITEM_BYTES[recipe["latent_dtype"]]
+    mask_bytes = 2 * (width // architecture.downscale) * (height // architecture.downscale) if view.cut.mask else 0
     return WantedRow(
         source=latents_source(view.picture.image_hash, view.picture.mask_hash),
         recipe={**recipe, "cut": view.cut.recipe()},
         group=f"{height}x{width}" + ("+mask" if view.cut.mask else ""),
-        nbytes=latents * channels * _ITEM_BYTES[recipe["latent_dtype"]] + mask_bytes,
+        nbytes=architecture.row_bytes((width, height), moments=moments, value_bytes=value_bytes) + mask_bytes,
     )

@@ -18,8 +18,8 @@ from sd3pipe.device import choose_device
 from sd3pipe.device_memory import memory_errors
 from sd3pipe.encoding.t5_packing import t5_packer
 from sd3pipe.encoding.t5_streaming import streams_t5
-from sd3pipe.encoding.text_plan import TextEncoders
 from sd3pipe.models.text_architecture import ENCODERS, EncoderName
+from sd3pipe.models.text_encoder_files import TextEncoders
 from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.models.text_rows import EncodingMachine, compute_dtype, encode_rows
 from sd3pipe.models.tokenizers import TokenizedTexts, tokenize_for_encoders
@@ -42,7 +42,7 @@ class CutText:
 def tokenized(texts: Sequence[str], encoders: TextEncoders, recipe: TextRecipe) -> tuple[Tokens, list[CutText]]:
     """Returns the texts' token ids, and which texts are cut. Raises InputError for foreign tokenizers."""
     tokens = tokenize_for_encoders(
-        texts, encoders.tokenizers, encoders.vocabularies, clip_length=encoders.clip_length, recipe=recipe
+        texts, encoders.tokenizers, encoders.sizes.vocabularies, clip_length=encoders.sizes.clip_length, recipe=recipe
     )
     cut = [CutText(number=number, tokens=lost) for number in range(len(texts)) if (lost := _lost(tokens, number))]
     return tokens, cut
@@ -88,7 +88,7 @@ def seconds_to_encode(
     for name in ENCODERS:
         dtype = compute_dtype(name, recipe.text_dtype, device)
         packed = recipe.t5xxl_base_dtype if name == "t5xxl" else None
-        length = recipe.t5_pad_to if name == "t5xxl" else encoders.clip_length
+        length = recipe.t5_pad_to if name == "t5xxl" else encoders.sizes.clip_length
         shapes = encoders.sources[name].shapes()
         weights = sum(
             math.prod(shape)
@@ -96,8 +96,8 @@ def seconds_to_encode(
             if len(shape) == 2 and not key.startswith("shared") and "embed" not in key
         )
         rows = params.text_encoder_batch_size * length
-        x_BD = torch.ones(rows, encoders.widths[name], dtype=dtype, device=device)
-        rate = _products_per_second(x_BD, _layer(encoders.widths[name], dtype, device, packed))
+        x_BD = torch.ones(rows, encoders.sizes.widths[name], dtype=dtype, device=device)
+        rate = _products_per_second(x_BD, _layer(encoders.sizes.widths[name], dtype, device, packed))
         seconds += texts * length * weights / rate
     return str(device), seconds
 

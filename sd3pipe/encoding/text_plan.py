@@ -17,12 +17,9 @@ from sd3pipe.data.captions import processed_captions
 from sd3pipe.data.dataset_file import Dataset
 from sd3pipe.data.prompts import SamplePrompt
 from sd3pipe.data.scan import Scan
-from sd3pipe.errors import InputError
-from sd3pipe.file_stamps import FileStamps
-from sd3pipe.models.sources import ComponentSource, find_component
-from sd3pipe.models.text_architecture import ENCODERS, EncoderName, detect_clip, detect_t5
+from sd3pipe.models.text_architecture import EncoderName
+from sd3pipe.models.text_encoder_files import TextSizes
 from sd3pipe.models.text_recipe import ITEM_BYTES, RECIPE_VERSION, TextRecipe
-from sd3pipe.models.tokenizer_folders import find_tokenizers, tokenizers_identity
 from sd3pipe.params.encode_text import EncodeTextParams
 
 
@@ -38,44 +35,9 @@ class Texts:
     unreadable: Sequence[Mapping[str, Any]] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextEncoders:
-    """The weights and tokenizers that make the rows, as far as headers and file names tell."""
-
-    sources: Mapping[EncoderName, ComponentSource]
-    tokenizers: Mapping[EncoderName, Path]
-    widths: Mapping[EncoderName, int]
-    vocabularies: Mapping[EncoderName, int]  # rows of the embeddings
-    clip_length: int
-
-    def fingerprints(self, stamps: FileStamps) -> dict[str, str]:
-        """Returns what identifies the weights and the tokenizers. Raises InputError."""
-        weights = {name: source.fingerprint(stamps) for name, source in self.sources.items()}
-        return {**weights, "tokenizers": tokenizers_identity(self.tokenizers, stamps)}
-
-
-def find_text_encoders(
-    model: str | None, files: Mapping[EncoderName, Path | None], tokenizers: Path | None
-) -> TextEncoders:
-    """Returns where weights and tokenizers are. Raises InputError, NetworkError."""
-    sources: dict[EncoderName, ComponentSource] = {
-        name: find_component(name, model=model, file=files[name]) for name in ENCODERS
-    }
-    clip_l, clip_g = (detect_clip(sources[name].shapes(), sources[name].where) for name in ("clip_l", "clip_g"))
-    t5xxl = detect_t5(sources["t5xxl"].shapes(), sources["t5xxl"].where)
-    if clip_l.positions != clip_g.positions or clip_l.width + clip_g.width > t5xxl.width:
-        raise InputError(
-            f"{sources['clip_l'].where} ({clip_l.positions} tokens, {clip_l.width} wide), {sources['clip_g'].where} "
-            f"({clip_g.positions}, {clip_g.width}) and {sources['t5xxl'].where} ({t5xxl.width} wide) are not the "
-            "encoders of one model: pass those that belong together"
-        )
-    return TextEncoders(
-        sources=sources,
-        tokenizers=find_tokenizers(folder=tokenizers, model=model, files=files.values()),
-        widths={"clip_l": clip_l.width, "clip_g": clip_g.width, "t5xxl": t5xxl.width},
-        vocabularies={"clip_l": clip_l.vocabulary, "clip_g": clip_g.vocabulary, "t5xxl": t5xxl.vocabulary},
-        clip_length=clip_l.positions,
-    )
+def encoder_files(params: EncodeTextParams) -> dict[EncoderName, Path | None]:
+    """Returns the encoders' own files, which beat those in the model."""
+    return {"clip_l": params.clip_l, "clip_g": params.clip_g, "t5xxl": params.t5xxl}
 
 
 def text_recipe(params: EncodeTextParams) -> TextRecipe:
@@ -134,9 +96,9 @@ def prompt_texts(prompts: Sequence[SamplePrompt]) -> Texts:
     return Texts(kind="prompts", text_by_hash=texts, users=users, samples=samples)
 
 
-def text_wanted(texts: Texts, encoders: TextEncoders, fingerprints: Mapping[str, str], recipe: TextRecipe) -> Wanted:
+def text_wanted(texts: Texts, sizes: TextSizes, fingerprints: Mapping[str, str], recipe: TextRecipe) -> Wanted:
     """Returns the whole content of the cache."""
-    fields, nbytes = recipe.fields(), _row_bytes(encoders, recipe)
+    fields, nbytes = recipe.fields(), sizes.row_bytes(recipe.t5_pad_to, ITEM_BYTES[recipe.text_dtype])
     return Wanted(
         kind=texts.kind,
         recipe_version=RECIPE_VERSION,
@@ -148,10 +110,3 @@ def text_wanted(texts: Texts, encoders: TextEncoders, fingerprints: Mapping[str,
         unreadable=texts.unreadable,
         named_rows={"empty_caption": 0},
     )
-
-
-def _row_bytes(encoders: TextEncoders, recipe: TextRecipe) -> int:
-    """Returns the size of the row of a text that is not longer than t5_pad_to."""
-    clip_width = encoders.widths["clip_l"] + encoders.widths["clip_g"]
-    numbers = (encoders.clip_length + 1) * clip_width + recipe.t5_pad_to * encoders.widths["t5xxl"]
-    return numbers * ITEM_BYTES[recipe.text_dtype] + 2 * encoders.clip_length + recipe.t5_pad_to

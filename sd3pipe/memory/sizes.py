@@ -12,8 +12,6 @@ from typing import Literal
 BaseFormat = Literal["dense", "fp8", "int8", "nf4"]
 
 CLIP_TOKENS = 77
-_TEXT_WIDTHS = (768, 1280, 4096)  # CLIP-L, CLIP-G, T5-XXL
-_VAE_PIXELS, _LATENT_CHANNELS = 64, 16  # pixels and channels of a latent
 _PATCH_PX = 16  # 8 pixels a latent, 2 latents a patch
 _PACKED_PARTS = (".attn.", ".attn2.", ".mlp.")
 # A frozen weight needs the input's gradient only; flash attention's backward is 2.5 times its forward.
@@ -99,18 +97,6 @@ def adapter_weights(shapes: Mapping[str, tuple[int, ...]], rank: int) -> int:
 def image_tokens(width_px: int, height_px: int) -> int:
     """Returns how many tokens a picture has."""
     return (width_px // _PATCH_PX) * (height_px // _PATCH_PX)
-
-
-def text_row_bytes(t5_tokens: int) -> int:
-    """Returns the bytes of a caption's row in 16 bit, with the published encoders."""
-    return 2 * sum(
-        count * width for count, width in zip((CLIP_TOKENS, CLIP_TOKENS, t5_tokens), _TEXT_WIDTHS, strict=True)
-    )
-
-
-def latent_bytes(pixels: int, *, moments: bool = True, value_bytes: int = 2) -> int:
-    """Returns the bytes of latents of so many pixels: a mean and, with `moments`, a variance of each value."""
-    return pixels // _VAE_PIXELS * _LATENT_CHANNELS * (1 + moments) * value_bytes
 
 
 def packed_bytes(weights: int, rows: int, dtype_bytes: int, base_format: BaseFormat) -> int:

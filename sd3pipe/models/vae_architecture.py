@@ -24,6 +24,12 @@ class VAEArchitecture:
         """How many pixels a latent pixel is wide."""
         return 2 ** (len(self.level_widths) - 1)
 
+    def row_bytes(self, size: tuple[int, int], *, moments: bool, value_bytes: int) -> int:
+        """Returns the size of a picture's latents: of each a mean and, with `moments`, a variance."""
+        width, height = size
+        latents = (width // self.downscale) * (height // self.downscale)
+        return latents * self.latent_channels * (1 + moments) * value_bytes
+
     def shapes(self) -> Shapes:
         """Returns every native key with its shape, encoder first."""
         return self._encoder_shapes() | self._decoder_shapes()

@@ -40,7 +40,9 @@ class PlanParams(Params):
     )
     train_batch_size: int = option(1, "Pictures per forward pass.", panel=_STEP, ge=1)
     gradient_accumulation_steps: int = option(1, "Forward passes per step.", panel=_STEP, ge=1)
-    t5xxl_max_token_length: int = option(256, "Text tokens of T5; CLIP adds 77.", panel=_STEP, ge=1)
+    t5xxl_max_token_length: int | None = option(
+        None, "Text tokens of T5; CLIP adds 77. Default: as encode-text has it here.", panel=_STEP, ge=1
+    )
     network_dim: int = option(16, "Rank of the adapter.", panel=_STEP, ge=1)
     optimizer_type: str = option("AdamW", "AdamW, or a name with 8bit in it for moments of one byte.", panel=_STEP)
     mixed_precision: Precision = option("bf16", "Number format of the base.", panel=_MEMORY)

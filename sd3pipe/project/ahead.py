@@ -27,18 +27,20 @@ from sd3pipe.memory.sizes import (
     CLIP_TOKENS,
     adapter_weights,
     image_tokens,
-    latent_bytes,
     model_size,
-    text_row_bytes,
 )
 from sd3pipe.models.hub import is_hub_id
+from sd3pipe.models.row_sizes import known_text_sizes, known_vae
 from sd3pipe.models.sources import find_component
+from sd3pipe.models.text_architecture import ENCODERS
 from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.fields import Params
 from sd3pipe.params.train import TrainParams
 from sd3pipe.project.amounts import read_amounts, read_prompts
 from sd3pipe.project.card import card_bytes
+from sd3pipe.project.inputs import stage_options
+from sd3pipe.stages import STAGES_BY_NAME
 
 _VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _TEXTS_OF_PROMPT = 2  # the prompt and its negative
@@ -75,7 +77,9 @@ def _encode_text(options: EncodeTextParams, found: Ahead) -> None:
         shown = count(texts, "caption")
     found.facts.append(shown)
     assert options.out is not None
-    _cache(options.out, texts, texts * text_row_bytes(options.t5_pad_to or options.t5xxl_max_token_length), found)
+    sizes = known_text_sizes(options.model, {name: getattr(options, name) for name in ENCODERS})
+    t5_tokens = options.t5_pad_to or options.t5xxl_max_token_length
+    _cache(options.out, texts, texts * sizes.row_bytes(t5_tokens, _VALUE_BYTES[options.text_dtype]), found)
 
 
 def _encode_latents(options: EncodeLatentsParams, found: Ahead) -> None:
@@ -83,10 +87,11 @@ def _encode_latents(options: EncodeLatentsParams, found: Ahead) -> None:
     found.facts.append(count(amounts.pictures, "picture"))
     if amounts.rows != amounts.pictures:
         found.facts.append(f"{amounts.rows:,} with their crops and flips")
-    size = latent_bytes(
-        amounts.row_pixels,
-        moments=options.latent_mode == "moments",
-        value_bytes=_VALUE_BYTES[options.latent_dtype],
+    vae, moments = known_vae(options.model, options.vae), options.latent_mode == "moments"
+    value_bytes = _VALUE_BYTES[options.latent_dtype]
+    size = sum(
+        rows * vae.row_bytes(size, moments=moments, value_bytes=value_bytes)
+        for size, rows in amounts.rows_by_size.items()
     )
     _cache(options.out, amounts.rows, size, found)
 
@@ -138,7 +143,7 @@ def _memory(
         return
     work = Workload(
         image_tokens=image_tokens(*size),
-        text_tokens=CLIP_TOKENS + EncodeTextParams.model_fields["t5xxl_max_token_length"].default,
+        text_tokens=CLIP_TOKENS + _t5_tokens(project),
         batch=options.batches.train_batch_size,
         accumulation=options.batches.gradient_accumulation_steps,
         adapter_weights=weights,
@@ -157,9 +162,15 @@ def _memory(
     yield f"{readable_bytes(max(0, prediction.host_bytes - PROCESS_BYTES))} of host memory"
 
 
+def _t5_tokens(project: Project) -> int:
+    options = stage_options(project, STAGES_BY_NAME["encode-text"])
+    assert isinstance(options, EncodeTextParams)
+    return options.t5xxl_max_token_length
+
+
 def _largest_picture(project: Project) -> tuple[int, int] | None:
     try:
-        return read_amounts(Path(project.paths["dataset"])).resolution
+        return read_amounts(Path(project.paths["dataset"])).largest_px
     except (Sd3pipeError, OSError):  # a machine that only trains has no dataset
         return None
 

@@ -28,7 +28,7 @@ def check_stages(project: Project, stages: Sequence[Stage], *, allow_code: bool 
     problems: list[Sd3pipeError] = []
     for stage in stages:
         try:
-            options[stage.name] = _options(project, stage, allow_code)
+            options[stage.name] = stage_options(project, stage, allow_code=allow_code)
         except ParameterError as error:
             problems.append(error)
     checked = [stage for stage in stages if stage.name in options]
@@ -39,7 +39,7 @@ def check_stages(project: Project, stages: Sequence[Stage], *, allow_code: bool 
     return options
 
 
-def _options(project: Project, stage: Stage, allow_code: bool) -> Params:
+def stage_options(project: Project, stage: Stage, *, allow_code: bool = False) -> Params:
     """Returns the options with which `run` starts a stage. Raises ParameterError."""
     models = load_stage_models()
     given: dict[str, Any] = {path.option: place(project.paths, path.key) for path in paths_of(stage, project.paths)}

@@ -1,20 +1,13 @@
 """What a training run takes in several settings: memory, copies, seconds and disk, from headers. Free of torch."""
 
-import contextlib
 import dataclasses
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import JsonValue
 
-from sd3pipe.cache.folder import machine_folder
 from sd3pipe.console import readable_bytes, readable_seconds
-from sd3pipe.data.dataset_file import load_dataset
-from sd3pipe.data.geometry import views
-from sd3pipe.data.scan import scan
-from sd3pipe.errors import ParameterError, UnreadablePicture
-from sd3pipe.file_stamps import FileStamps
+from sd3pipe.errors import ParameterError
 from sd3pipe.memory.plan import (
     Prediction,
     Rates,
@@ -30,9 +23,7 @@ from sd3pipe.memory.sizes import (
     ModelSize,
     adapter_weights,
     image_tokens,
-    latent_bytes,
     model_size,
-    text_row_bytes,
 )
 from sd3pipe.models.architecture import MMDiTVariant, mmdit_architecture
 from sd3pipe.models.sources import find_component
@@ -50,7 +41,7 @@ class Plan:
     model: ModelSize
     rows: list[Row]
     chosen: Row | None
-    disk: dict[str, int]
+    disk: Mapping[str, int]
 
     def as_json(self) -> dict[str, JsonValue]:
         """Returns everything as JSON types."""
@@ -79,8 +70,11 @@ class Plan:
         return lines
 
 
-def make_plan(params: PlanParams) -> Plan:
-    """Returns the plan. Raises InputError, and ParameterError for more blocks than there are."""
+def make_plan(params: PlanParams, *, t5_tokens: int, disk: Mapping[str, int]) -> Plan:
+    """Returns the plan for texts of so many T5 tokens; `disk` is what caches take.
+
+    Raises InputError, and ParameterError for more blocks than there are.
+    """
     if params.model is None and params.mmdit is None:
         raise ParameterError("sd3pipe plan needs --model or --mmdit: a checkpoint file, a diffusers folder or a hub id")
     source = find_component("mmdit", model=params.model, file=params.mmdit)
@@ -88,7 +82,7 @@ def make_plan(params: PlanParams) -> Plan:
     model = model_size(shapes)
     work = Workload(
         image_tokens=image_tokens(*params.size_px),
-        text_tokens=CLIP_TOKENS + params.t5xxl_max_token_length,
+        text_tokens=CLIP_TOKENS + t5_tokens,
         batch=params.train_batch_size,
         accumulation=params.gradient_accumulation_steps,
         adapter_weights=adapter_weights(shapes, params.network_dim),
@@ -103,7 +97,7 @@ def make_plan(params: PlanParams) -> Plan:
         model=model,
         rows=[(settings, predict(model, work, settings, rates)) for settings in _shown(params, model.depth, wanted)],
         chosen=_chosen(params, model, work, wanted, rates),
-        disk={} if params.dataset is None else _disk(params.dataset, params.t5xxl_max_token_length),
+        disk=disk,
     )
 
 
@@ -134,17 +128,6 @@ def _chosen(params: PlanParams, model: ModelSize, work: Workload, wanted: Settin
     prediction = predict(model, work, wanted, rates)
     fits = prediction.device_bytes <= vram and (ram is None or prediction.host_bytes <= ram)
     return (wanted, prediction) if fits else None
-
-
-def _disk(dataset: Path, t5_tokens: int) -> dict[str, int]:
-    """Returns the bytes of the caches that a dataset fills."""
-    found = scan(load_dataset(dataset), FileStamps(machine_folder(Path("caches/latents")) / "stat.json"))
-    pixels = 0
-    for picture in found.pictures:
-        with contextlib.suppress(UnreadablePicture):
-            pixels += sum(math.prod(view.cut.size) for view in views(picture, crop_variants=4, seed=42))
-    captions = len({picture.caption for picture in found.pictures}) + 1  # and the empty one
-    return {"latents": latent_bytes(pixels), "text": captions * text_row_bytes(t5_tokens)}
 
 
 def _as_json(settings: Settings, prediction: Prediction) -> dict[str, JsonValue]:

@@ -1,12 +1,14 @@
 """`sd3pipe plan` reads headers alone, at the real size, and answers as text or JSON."""
 
 import json
+import re
 import struct
 
 import pytest
 from PIL import Image
 
 from sd3pipe import cli
+from sd3pipe.demo.base_files import MODEL, TOKENIZERS
 from sd3pipe.models.architecture import MMDiTArchitecture
 
 
@@ -61,14 +63,59 @@ def test_more_blocks_than_there_are_exits_2(large_file, capsys):
     assert "12GB" in capsys.readouterr().err
 
 
-def test_a_dataset_adds_the_disk_space_of_its_caches(large_file, tmp_path, capsys):
-    """Two pictures of 64 x 64 give 2 x 64 latents of 16 channels, mean and variance, in 16 bit; two captions and ""."""
+def test_a_dataset_adds_the_disk_space_of_its_caches(large_file, tmp_path, capsys, monkeypatch):
+    """Two pictures of 64 x 64 give 2 x 64 latents of 16 channels, mean and variance, in 16 bit; two captions and "".
+
+    Equal pictures would share a row. The VAE and the text encoders are not here, so the published ones count.
+    """
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").mkdir()
-    for name in "ab":
-        Image.new("RGB", (64, 64)).save(tmp_path / f"pictures/{name}.png")
+    for name, level in (("a", 0), ("b", 9)):
+        Image.new("L", (64, 64), level).save(tmp_path / f"pictures/{name}.png")
         (tmp_path / f"pictures/{name}.txt").write_text(name)
     settings = "[[datasets]]\nresolution = 64\nenable_bucket = true\nmin_bucket_reso = 64\nmax_bucket_reso = 64\n"
     (tmp_path / "dataset.toml").write_text(settings + '[[datasets.subsets]]\nimage_dir = "pictures"\n')
     assert cli.run(["plan", "--model", str(large_file), "--dataset", str(tmp_path / "dataset.toml"), "--json"]) == 0
     disk = json.loads(capsys.readouterr().out)["disk_bytes"]
-    assert disk == {"latents": 2 * 64 * 16 * 2 * 2, "text": 3 * 2 * (77 * (768 + 1280) + 256 * 4096)}
+    text_row = 2 * (78 * (768 + 1280) + 256 * 4096) + 2 * 77 + 256
+    assert disk == {"latents": 2 * 64 * 16 * 2 * 2, "text": 3 * text_row}
+
+
+STAGE_FILES = {
+    "as a new project has them": ({}, {}),
+    "more and wider": (
+        {"crop_variants": 12, "latent_dtype": "float32"},
+        {"t5xxl_max_token_length": 77, "text_dtype": "float32", "caption_variants": 3},
+    ),
+    "fewer": ({"crop_variants": 2, "latent_mode": "mean"}, {"t5_pad_to": 77}),
+}
+
+
+@pytest.mark.parametrize("stage_files", STAGE_FILES.values(), ids=STAGE_FILES)
+def test_plan_says_of_a_dataset_what_the_dry_runs_of_the_encode_stages_say(stage_files, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for number in range(4):
+        Image.new("RGB", (64 + 32 * number, 64), (number, 0, 0)).save(tmp_path / f"pictures/{number}.png")
+        (tmp_path / f"pictures/{number}.txt").write_text(f"one, two, {number}")
+    (tmp_path / "dataset.toml").write_text(
+        "[general]\nresolution = 64\nrandom_crop = true\nflip_aug = true\nshuffle_caption = true\n"
+        'enable_bucket = true\nmin_bucket_reso = 64\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = "pictures"\n'
+    )
+    (tmp_path / "project.toml").write_text(
+        f'[paths]\nmodel = "{MODEL}"\ntokenizers = "{TOKENIZERS}"\ndataset = "dataset.toml"\ncaches = "caches"\n'
+    )
+    (tmp_path / "stages").mkdir()
+    for name, values in zip(("encode_latents", "encode_text"), stage_files, strict=True):
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in values.items()]
+        (tmp_path / f"stages/{name}.toml").write_text("".join(lines))
+    assert cli.run(["plan"]) == 0
+    planned = capsys.readouterr().out.splitlines()
+    assert cli.run(["encode-latents", "--dry-run"]) == 0
+    latents = _to_write(capsys.readouterr().out)
+    assert cli.run(["encode-text", "--dry-run"]) == 0
+    assert planned[-1] == f"disk: latents {latents}, text {_to_write(capsys.readouterr().out)}"
+
+
+def _to_write(said):
+    return re.search(r"([\d.]+ \w+) to write", said)[1]

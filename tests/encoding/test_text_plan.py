@@ -11,9 +11,10 @@ from support.tiny_base import write_tiny_base
 from sd3pipe.cache.keys import text_source
 from sd3pipe.data.prompts import SamplePrompt
 from sd3pipe.encoding import text_plan
-from sd3pipe.encoding.text_plan import find_text_encoders, prompt_texts, text_wanted
+from sd3pipe.encoding.text_plan import prompt_texts, text_wanted
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
+from sd3pipe.models.text_encoder_files import TextSizes, find_text_encoders
 from sd3pipe.models.text_recipe import TextRecipe
 
 RECIPE = TextRecipe()
@@ -25,7 +26,7 @@ def key_of(base, tmp_path, *, text="a cat", recipe=RECIPE, model=None, tokenizer
     encoders = find_text_encoders(str(model or base.model), paths, tokenizers or base.tokenizers)
     fingerprints = encoders.fingerprints(FileStamps(tmp_path / "memory.json"))
     texts = prompt_texts([SamplePrompt(prompt=text)])
-    wanted = text_wanted(texts, encoders, fingerprints, recipe)
+    wanted = text_wanted(texts, encoders.sizes, fingerprints, recipe)
     return dict(zip(texts.text_by_hash, wanted.keys, strict=True))[text_source(text)]
 
 
@@ -110,13 +111,9 @@ def test_settings_of_a_prompt_are_in_no_key(base, tmp_path):
     assert plain.samples["settings"] != adorned.samples["settings"]
 
 
-def test_rows_cost_what_the_plan_says(base, tmp_path):
+def test_rows_cost_what_the_plan_says():
     """2.4 MB a caption at the genuine widths with padding kept, as bfloat16."""
-    encoders = find_text_encoders(
-        str(base.model), {"clip_l": base.clip_l, "clip_g": base.clip_g, "t5xxl": base.t5xxl}, base.tokenizers
-    )
-    genuine = replace(encoders, widths={"clip_l": 768, "clip_g": 1280, "t5xxl": 4096})
-    wanted = text_wanted(prompt_texts([SamplePrompt(prompt="a")]), genuine, {}, RECIPE)
+    wanted = text_wanted(prompt_texts([SamplePrompt(prompt="a")]), TextSizes(), {}, RECIPE)
     assert {row.nbytes for row in wanted.rows} == {2 * (78 * 2048 + 256 * 4096) + 2 * 77 + 256}
 
 

@@ -38,3 +38,14 @@ def test_a_machine_without_the_dataset_tells_the_steps_alone(monkeypatch, tmp_pa
 
 def test_epochs_are_told_as_such():
     assert ahead(TrainParams(**PATHS, max_train_epochs=3), PROJECT).facts[0] == "3 epochs"
+
+
+def test_memory_is_told_for_as_many_t5_tokens_as_encode_text_makes(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "card_bytes", lambda: 24 * 10**9)
+    project = Project(folder=tmp_path, paths=PROJECT.paths)
+    (tmp_path / "stages").mkdir()
+    told = []
+    for tokens in (10, 512):
+        (tmp_path / "stages/encode_text.toml").write_text(f"t5xxl_max_token_length = {tokens}\n")
+        told.append(ahead(TrainParams(**PATHS), project).facts)
+    assert told[0] != told[1]

@@ -1,0 +1,24 @@
+"""What the caches of a dataset will hold, by the very rows that the encode stages want; from headers, free of torch."""
+
+from sd3pipe.cache.folder import machine_folder
+from sd3pipe.data.scan import tell_about_pictures
+from sd3pipe.encoding.latent_plan import latent_recipe, latents_wanted, usable_views
+from sd3pipe.encoding.stage import read_dataset
+from sd3pipe.encoding.text_plan import caption_texts, encoder_files, text_recipe, text_wanted
+from sd3pipe.file_stamps import FileStamps
+from sd3pipe.models.row_sizes import known_text_sizes, known_vae
+from sd3pipe.params.encode_latents import EncodeLatentsParams
+from sd3pipe.params.encode_text import EncodeTextParams
+
+
+def cache_sizes(latents: EncodeLatentsParams, text: EncodeTextParams) -> dict[str, int]:
+    """Returns the bytes of both caches; where weights are not here, those of the published ones. Raises InputError."""
+    read = read_dataset(latents.dataset, FileStamps(machine_folder(latents.out) / "stat.json"), captions=True)
+    tell_about_pictures(read.found)
+    views, unreadable = usable_views(read, latents)
+    vae = known_vae(latents.model, latents.vae)
+    rows = latents_wanted(views, unreadable, read.dataset, vae, "", latent_recipe(latents))
+    captions = caption_texts(read.found, read.dataset, variants=text.caption_variants, seed=text.seed)
+    encoders = known_text_sizes(text.model, encoder_files(text))
+    texts = text_wanted(captions, encoders, {}, text_recipe(text))
+    return {"latents": rows.nbytes, "text": texts.nbytes}

@@ -1,0 +1,41 @@
+"""What rows are made by, for who wants to know their sizes: what is here, else what the published models have."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from sd3pipe.errors import InputError
+from sd3pipe.models.hub import is_hub_id
+from sd3pipe.models.sources import find_component
+from sd3pipe.models.text_architecture import EncoderName
+from sd3pipe.models.text_encoder_files import TextSizes, find_text_sizes
+from sd3pipe.models.vae_architecture import VAEArchitecture, detect_vae
+
+log = logging.getLogger(__name__)
+
+
+def known_vae(model: str | None, file: Path | None) -> VAEArchitecture:
+    """Returns the architecture in a VAE's header. A hub repository is not looked into: that would take the network."""
+    if file is None and _is_remote(model):
+        return VAEArchitecture()
+    try:
+        vae = find_component("vae", model=model, file=file)
+        return detect_vae(vae.shapes(), vae.where)
+    except InputError as error:
+        log.info("the latents' size is that of the published VAE: %s", error)
+        return VAEArchitecture()
+
+
+def known_text_sizes(model: str | None, files: Mapping[EncoderName, Path | None]) -> TextSizes:
+    """Returns the sizes in the text encoders' headers. A hub repository is not looked into."""
+    if not all(files.values()) and _is_remote(model):
+        return TextSizes()
+    try:
+        return find_text_sizes(model, files)
+    except InputError as error:
+        log.info("the texts' size is that of the published encoders: %s", error)
+        return TextSizes()
+
+
+def _is_remote(model: str | None) -> bool:
+    return model is not None and is_hub_id(model) and not Path(model).expanduser().exists()
