@@ -8,6 +8,7 @@ import pytest
 from support.documented import PAGES, ROOT, code_spans, links, table_rows
 
 from sd3pipe.data.dataset_keys import DatasetKeys, Keys, SubsetKeys
+from sd3pipe.errors import ExitCode
 from sd3pipe.params.command_line import load_stage_models
 from sd3pipe.params.sd_scripts import OPTIONS
 
@@ -92,3 +93,7 @@ def test_the_table_of_dataset_keys_is_complete():
     assert set(places) == set(Keys.model_fields) - KEYS_BELOW_THE_TABLE
     assert {name for name, where in places.items() if "D" in where} == set(places) & set(DatasetKeys.model_fields)
     assert {name for name, where in places.items() if "S" in where} == set(places) & set(SubsetKeys.model_fields)
+
+
+def test_the_table_of_exit_codes_is_complete():
+    assert [int(code) for code, *_ in table_rows(ROOT / "docs" / "errors.md", "code")] == sorted(ExitCode)
