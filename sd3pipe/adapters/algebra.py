@@ -39,12 +39,14 @@ class _Factors:
 def resize(delta: Delta, *, rank: int | None, energy: float | None) -> Approximation:
     """Returns the nearest LoRA of at most `rank`, or of the least rank that keeps the share `energy`, or of both.
 
-    A LoRA is never given more rank than it has. Raises ParameterError for a change that depends on the base,
-    and for one that is no product without `rank`.
+    A LoRA is never given more rank than it has. Raises ParameterError for a change that depends on the base or is one
+    of the bias, too, and for one that is no product without `rank`.
     """
-    if delta.needs_base:
+    if delta.needs_base or delta.bias_change() is not None:
+        why = "depends on the base" if delta.needs_base else "has biases"
         raise ParameterError(
-            f"a {delta.title} cannot be resized: export it with --format checkpoint, then `sd3pipe adapter extract`"
+            f"a {delta.title} that {why} cannot be resized: export it with --format checkpoint, then `sd3pipe adapter "
+            "extract`"
         )
     product = delta.product()
     if product is not None:
@@ -81,8 +83,8 @@ def _summand(path: str, delta: Delta, weight: float) -> Product:
     product = None if delta.needs_base else delta.scaled(weight).product()
     if product is None:
         raise ParameterError(
-            f"{path} is changed by several adapters, one of them a {delta.title}, and only LoRAs add up: turn a "
-            "LoHa or LoKr into a LoRA with `sd3pipe adapter resize` first"
+            f"{path} is changed by several adapters, one of them a {delta.title}, and only LoRAs add up: turn what "
+            "is none into one with `sd3pipe adapter resize` first"
         )
     return product
 

@@ -1,18 +1,23 @@
 """DoRA (arXiv:2402.09353): LoRA changes the direction of each row of the weight, a trained magnitude its norm."""
 
-# I in features, O out features, R rank
+# I in features, O out features, R rank, C input channels of the layer
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from sd3pipe.adapters.apart import Apart, join_qkv
+from sd3pipe.adapters.full import in_full
 from sd3pipe.adapters.fusing import QKV_PARTS, Rows
 from sd3pipe.adapters.keymap import Form
 from sd3pipe.adapters.kind import AdaptedLinear, AdapterLayer, Delta, LayerSetup, on_cpu, ratio
-from sd3pipe.adapters.lora import LoRA, LoRADelta, joined_factors
+from sd3pipe.adapters.loha import LoHaDelta
+from sd3pipe.adapters.lokr import LoKrDelta
+from sd3pipe.adapters.lora import LoRA, LoRADelta
 from sd3pipe.adapters.parts import LayerParts
 from sd3pipe.errors import InputError, ParameterError
 
@@ -48,58 +53,101 @@ class DoRA(LoRA):
             return merged_row_norms(weight_OI, self.down, self.up, self.setup.scale)
 
     def delta(self) -> "DoRADelta":
-        return DoRADelta(
-            down=on_cpu(self.down), up=on_cpu(self.up), alpha=self.setup.alpha, magnitude=on_cpu(self.magnitude)
-        )
+        return DoRADelta(direction=LoRA.delta(self), magnitude=on_cpu(self.magnitude))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class DoRADelta(LoRADelta):
-    """The rows of W + (alpha / R) up down, scaled by a magnitude [O]; `dense` is the change of direction alone.
+class DoRADelta(Delta):
+    """W and another kind's change, in rows or columns of trained norms; `dense` is that change of direction alone.
 
-    They are scaled by magnitude / |row of the sum|, as in the paper and in peft; or, where `base_norm` is set, by
-    magnitude / |row of W|, which is what ComfyUI does with a magnitude per output row.
+    The magnitude is [O] of rows, or [1, C] of columns, where the patch embedder's columns of one input channel count as
+    one. It is divided by the norms of the sum, as in the paper and in peft; or, where `base_norm` is set, by those of
+    the rows of W, which is what ComfyUI does with a magnitude per output row.
     """
 
     algorithm: ClassVar[str] = "dora"
     title: ClassVar[str] = "DoRA"
     options: ClassVar[frozenset[str]] = LoRADelta.options - {"split_qkv"}
     part_names: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **LoRADelta.part_names,
         "dora_scale": (".dora_scale",),
         "magnitude": (
             ".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".lora_magnitude_vector.default.weight",
         ),
     }  # fmt: skip
     layer_class: ClassVar[type[AdapterLayer]] = DoRA
-    needs_base: ClassVar[bool] = True
     note_keys: ClassVar[frozenset[str]] = frozenset({_NORM_KEY})
 
+    alpha: float = 1.0  # that of the direction, whatever is given
+    direction: Delta
     magnitude: Tensor
     base_norm: bool = False
 
     def __post_init__(self) -> None:
-        LoRADelta.__post_init__(self)
-        if self.magnitude.shape != self.up.shape[:1]:
-            raise ValueError(f"magnitude {list(self.magnitude.shape)} does not match up {list(self.up.shape)}")
+        object.__setattr__(self, "alpha", self.direction.alpha)
+        (rows, columns), size = self.direction.shape, self.magnitude.numel()
+        if columns % size if self._of_columns else size != rows:
+            raise ValueError(f"magnitudes {list(self.magnitude.shape)} do not match a layer of {[rows, columns]}")
+
+    @property
+    def rank(self) -> int:
+        return self.direction.rank
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.direction.shape
+
+    @property
+    def needs_base(self) -> bool:
+        return True
+
+    @property
+    def trainable(self) -> bool:
+        return isinstance(self.direction, LoRADelta) and not self._of_columns
+
+    @property
+    def _of_columns(self) -> bool:
+        return self.magnitude.ndim > 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.direction.tensors() | {"magnitude": self.magnitude}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        of_direction = {name: tensors[name] for name in self.direction.tensors()}
+        return replace(self, direction=self.direction.with_tensors(of_direction), magnitude=tensors["magnitude"])
 
     def cast(self, dtype: torch.dtype) -> Self:
         """Leaves magnitudes in fp32: they are few, and their error would act on the whole weight."""
-        return replace(self, down=self.down.to(dtype), up=self.up.to(dtype))
+        return replace(self, direction=self.direction.cast(dtype))
+
+    def balanced(self) -> Self:
+        return replace(self, direction=self.direction.balanced())
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.direction.dense(dtype)
+
+    def norm(self) -> float:
+        return self.direction.norm()
 
     def change(self, weight_OI: Tensor, rows: Rows | None = None) -> Tensor:
-        delta = self if rows is None else self.with_rows(rows)
-        gain_O = delta.magnitude.float() / delta._norms(weight_OI)
-        return gain_O[:, None] * (weight_OI + delta.dense()) - weight_OI
-
-    def _norms(self, weight_OI: Tensor) -> Tensor:
-        """Returns the norms that the magnitude is divided by."""
-        return merged_row_norms(weight_OI, self.down, self.up, 0.0 if self.base_norm else self.scale)
+        weight_OI = weight_OI.float()
+        merged_OI = weight_OI + self.direction.change(weight_OI, rows)
+        if not self._of_columns:
+            magnitude_O = self.magnitude if rows is None else rows(self.magnitude)
+            gain_O = magnitude_O.float() / _row_norms(weight_OI if self.base_norm else merged_OI)
+            return gain_O[:, None] * merged_OI - weight_OI
+        if len(merged_OI) < self.shape[0]:
+            raise InputError("the norms of a DoRA's columns are those of q, k and v together: merge into a single file")
+        grouped_OCI = merged_OI.unflatten(1, (self.magnitude.numel(), -1))
+        gain_1C1 = self.magnitude.float()[..., None] / _row_norms(grouped_OCI.transpose(0, 1).flatten(1))[None, :, None]
+        return (gain_1C1 * grouped_OCI).flatten(1) - weight_OI
 
     def _difference(self, other: Delta) -> float:
-        ours, theirs = self.magnitude.double(), other.tensors()["magnitude"].double()
+        assert isinstance(other, DoRADelta)
+        ours, theirs = self.magnitude.double(), other.magnitude.double()
+        if ours.shape != theirs.shape:
+            return math.inf
         apart = ratio(float(torch.linalg.vector_norm(ours - theirs)), float(torch.linalg.vector_norm(ours)))
-        return max(LoRADelta._difference(self, other), apart)
+        return max(self.direction.difference(other.direction), apart)
 
     def scaled(self, weight: float) -> Self:
         if weight != 1.0:
@@ -107,47 +155,81 @@ class DoRADelta(LoRADelta):
         return self
 
     def with_rows(self, rows: Rows) -> Self:
-        return replace(self, up=rows(self.up), magnitude=rows(self.magnitude))
+        direction = self.direction.with_rows(rows)
+        if not self._of_columns:
+            return replace(self, direction=direction, magnitude=rows(self.magnitude))
+        if direction.shape != self.shape:
+            raise InputError("the norms of a DoRA's columns are those of all rows, which cannot be taken apart")
+        return replace(self, direction=direction)
 
     @classmethod
-    def join(cls, parts: Mapping[int, Any]) -> Self:
-        if len(parts) < QKV_PARTS:
-            raise InputError("a DoRA that adapts only some of q, k and v has no form in the fused layer")
-        down, up, alpha = joined_factors(parts)
-        magnitude = torch.cat([parts[index].magnitude for index in sorted(parts)])
-        return replace(next(iter(parts.values())), down=down, up=up, alpha=alpha, magnitude=magnitude)
+    def join(cls, parts: Mapping[int, Any]) -> Self | None:
+        base_norms = {part.base_norm for part in parts.values()}
+        if len(parts) < QKV_PARTS or len(base_norms) > 1 or any(part._of_columns for part in parts.values()):
+            return None
+        direction = join_qkv({index: part.direction for index, part in parts.items()})
+        if isinstance(direction, Apart):
+            return None
+        magnitude = torch.cat([parts[index].magnitude for index in range(QKV_PARTS)])
+        return cls(direction=direction, magnitude=magnitude, base_norm=base_norms.pop())
+
+    @classmethod
+    def reads(cls, parts: Set[str]) -> bool:
+        own = parts & cls.part_names.keys()
+        return len(own) == 1 and any(kind.reads(parts - own) for kind in _DIRECTIONS)
 
     @classmethod
     def read(cls, parts: LayerParts) -> Self:
-        down, up = parts.matrices("down", "up")
+        rest = parts.tensors.keys() - cls.part_names.keys()
+        direction = next(kind for kind in _DIRECTIONS if kind.reads(rest)).read(parts)
         scale = parts.tensors.get("dora_scale")
-        if scale is not None and scale.ndim > 1 and scale.shape[0] != scale.numel():
-            raise ValueError("its DoRA magnitudes are per input column, and only those per output row are supported")
-        magnitude = parts.tensors["magnitude"] if scale is None else parts.tensors.get("magnitude", scale)
-        return cls(
-            down=down, up=up, alpha=parts.alpha(down.shape[0]), magnitude=magnitude.flatten(),
-            base_norm=parts.metadata.get(_NORM_KEY) == "base",
-        )  # fmt: skip
+        if scale is not None and scale.ndim > 1 and scale.shape[0] == 1 < direction.shape[0]:
+            return cls(direction=direction, magnitude=scale.reshape(1, -1))
+        magnitude = parts.tensors["magnitude"] if scale is None else scale
+        base_norm = parts.metadata.get(_NORM_KEY) == "base"
+        return cls(direction=direction, magnitude=magnitude.flatten(), base_norm=base_norm)
 
     def file_tensors(self, form: Form, *, patches: bool) -> dict[str, Tensor]:
+        ones = (1, 1) if patches else ()
         if form == "diffusers":  # with peft's axes
             name, axes = "lora_magnitude_vector.weight", (1, -1, 1, 1) if patches else (-1,)
         else:  # one axis for each of the weight's, for broadcasting
-            name, axes = "dora_scale", (-1, 1, 1, 1) if patches else (-1, 1)
-        return LoRADelta.file_tensors(self, form, patches=patches) | {name: self.magnitude.view(axes)}
+            name, axes = "dora_scale", (1, -1, *ones) if self._of_columns else (-1, 1, *ones)
+        return self.direction.file_tensors(form, patches=patches) | {name: self.magnitude.view(axes)}
 
     def notes(self) -> dict[str, str]:
         return {_NORM_KEY: "base"} if self.base_norm else {}
 
-    def suits(self, form: Form) -> bool:
-        return self.base_norm == (form in ("comfyui", "comfyui-generic"))
+    def held_by(self, form: Form) -> Self:
+        if form == "diffusers" and self.base_norm:
+            raise ParameterError("this DoRA was exported for ComfyUI: --model is needed to turn its magnitudes back")
+        if form == "diffusers" and self._of_columns:
+            raise ParameterError(
+                "diffusers has no form for a DoRA with magnitudes per input column: export it as comfyui"
+            )
+        return replace(self, direction=self.direction.held_by(form))
 
-    def suited(self, form: Form, weight_OI: Tensor) -> Self:
+    def suits(self, form: Form) -> bool:
+        if form == "native":
+            return self.trainable and not self.base_norm
+        return self._of_columns or self.base_norm == (form in ("comfyui", "comfyui-generic"))
+
+    def suited(self, form: Form, weight_OI: Tensor) -> Delta:
         if self.suits(form):
             return self
-        other = replace(self, base_norm=not self.base_norm)
-        ratio_O = self._norms(weight_OI) / other._norms(weight_OI)
-        return replace(other, magnitude=self.magnitude.float() / ratio_O)
+        if form == "native" and not self.trainable:
+            return in_full(self, weight_OI)
+        base_O = _row_norms(weight_OI.float())
+        ratio_O = _row_norms(weight_OI.float() + self.direction.change(weight_OI.float())) / base_O
+        magnitude = self.magnitude.float() * (ratio_O if self.base_norm else 1.0 / ratio_O)
+        return replace(self, base_norm=not self.base_norm, magnitude=magnitude)
+
+
+_DIRECTIONS: tuple[type[Delta], ...] = (LoRADelta, LoHaDelta, LoKrDelta)
+
+
+def _row_norms(matrix_OI: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(matrix_OI, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def merged_row_norms(weight_OI: Tensor, down_RI: Tensor, up_OR: Tensor, scale: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Tensors of an adapter file <-> the adapter as factors by native module path, for every form that others write."""
 
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from sd3pipe.adapters.apart import join_qkv
 from sd3pipe.adapters.fusing import swapped_halves
 from sd3pipe.adapters.keymap import Form, Place, find_place, halves_swapped, module_names
 from sd3pipe.adapters.kind import Adapter, Delta
@@ -24,7 +25,20 @@ Strength: TypeAlias = Callable[
 PATCH_EMBEDDER = "x_embedder.proj"
 DIFFUSERS_ORDER: tuple[Form, ...] = ("diffusers", "onetrainer", "lycoris")
 
-_TUCKER_CORES = ("lora_mid.weight", "hada_t1", "hada_t2", "lokr_t2")  # of convolutions decomposed along all axes
+# Ends of keys of what is not read, with what it is, in LyCORIS, peft and OneTrainer.
+_NOT_READ: Mapping[str, str] = {
+    end: what
+    for what, ends in {
+        "a convolution in Tucker's decomposition": ("lora_mid.weight", "hada_t1", "hada_t2", "lokr_t2"),
+        "a LoRA with a bias of its own (peft's lora_bias)": ("lora_B.bias", "lora_B.default.bias", "lora_up.bias"),
+        "an OFT": ("oft_blocks", "oft_diag", "oft_R.weight", "oft_r", "oft_s", "rescale"),
+        "a BOFT": ("boft_R", "boft_s"),
+        "a GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
+        "an IA3": ("on_input", "ia3_l"),
+    }.items()
+    for end in ends
+}
+_OFT_AXES = 3  # of LyCORIS' blocks; BOFT has several sets of them
 
 
 @dataclass(slots=True)
@@ -82,37 +96,26 @@ def tensors_of(adapter: Adapter, form: Form) -> dict[str, Tensor]:
         names = module_names(path, form)
         if form == "diffusers" and halves_swapped(path, depth):
             delta = delta.with_rows(swapped_halves)
-        for name, part in zip(names, delta.split() if len(names) > 1 else [delta], strict=True):
+        for index, part in (delta.split() if len(names) > 1 else {0: delta}).items():
             held = part.file_tensors(form, patches=path == PATCH_EMBEDDER)
             if form != "diffusers":
                 held["alpha"] = torch.tensor(part.alpha, dtype=torch.float32)
-            tensors |= {f"{name}.{end}": tensor for end, tensor in held.items()}
+            tensors |= {f"{names[index]}.{end}": tensor for end, tensor in held.items()}
     return tensors
 
 
 def prepared(adapter: Adapter, form: Form) -> dict[str, Delta]:
-    """Returns the adapter as the factors that a form holds: diffusers' has no alpha, so it is folded in.
-
-    Raises ParameterError for kinds of adapters that the form cannot hold.
-    """
-    if form != "diffusers":
-        return dict(adapter)
-    result: dict[str, Delta] = {}
-    for path, delta in adapter.items():
-        if delta.notes():
-            raise ParameterError(
-                f"this {delta.title} was exported for ComfyUI: --model is needed to turn its magnitudes back"
-            )
-        if path.startswith("text_encoders.t5xxl."):
-            raise ParameterError(f"diffusers loads no LoRA into T5, and the adapter has {path}")
-        result[path] = delta.without_alpha()
-    return result
+    """Returns the adapter as the factors that a form holds. Raises ParameterError for what it cannot hold."""
+    of_t5 = [path for path in adapter if path.startswith("text_encoders.t5xxl.")]
+    if of_t5 and form == "diffusers":
+        raise ParameterError(f"diffusers loads no LoRA into T5, and the adapter has {of_t5[0]}")
+    return {path: delta.held_by(form) for path, delta in adapter.items()}
 
 
 def _modules(tensors: Mapping[str, Tensor], parsed: Parsed) -> dict[str, dict[str, str]]:
     """Groups keys by module name and by what they are to it; what is neither goes to `parsed` as unknown."""
     ends = {end: part for kind in KINDS.values() for part, names in kind.part_names.items() for end in names}
-    ends |= {".alpha": "alpha", **{f".{name}": name for name in _TUCKER_CORES}}
+    ends |= {".alpha": "alpha", **{f".{name}": name for name in _NOT_READ}}
     any_end = re.compile("|".join(re.escape(end) + "$" for end in sorted(ends, key=len, reverse=True)))
     modules: dict[str, dict[str, str]] = {}
     for key in tensors:
@@ -130,7 +133,7 @@ def _modules(tensors: Mapping[str, Tensor], parsed: Parsed) -> dict[str, dict[st
 
 def _delta(name: str, parts: LayerParts) -> Delta:
     try:
-        delta = _kind(parts.tensors.keys()).read(parts)
+        delta = _kind(parts.tensors).read(parts)
     except ValueError as error:
         raise InputError(f"{name}: {error}") from error
     damaged = [part for part, tensor in parts.tensors.items() if not bool(torch.isfinite(tensor).all())]
@@ -141,12 +144,14 @@ def _delta(name: str, parts: LayerParts) -> Delta:
     return delta
 
 
-def _kind(parts: Set[str]) -> type[Delta]:
-    """Returns the first kind that has all these parts. Raises ValueError."""
-    if parts & set(_TUCKER_CORES):
-        raise ValueError("its convolution is decomposed along all axes (Tucker), which is not supported")
+def _kind(parts: Mapping[str, Tensor]) -> type[Delta]:
+    """Returns the first kind that has all these parts. Raises ValueError that names kinds which are not read."""
+    found = next((part for part in sorted(parts) if part in _NOT_READ), None)
+    if found is not None:
+        what = "a BOFT" if found == "oft_blocks" and parts[found].ndim > _OFT_AXES else _NOT_READ[found]
+        raise ValueError(f"it is {what} ({found}), which is not read: LoRA, DoRA, LoHa, LoKr and full changes are")
     for kind in KINDS.values():
-        if parts - {"alpha"} <= kind.part_names.keys():
+        if kind.reads(parts.keys()):
             return kind
     raise ValueError(f"its tensors ({', '.join(sorted(parts))}) make no adapter layer of a known kind")
 
@@ -158,21 +163,9 @@ def _joined(path: str, found: Mapping[int | None, tuple[Place, Delta]]) -> tuple
         return place.form, whole
     if len(parts) < len(found):
         raise InputError(f"{path} is adapted as a whole and in parts")
-    try:
-        return place.form, join_qkv(parts)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
-def join_qkv(parts: Mapping[int, Delta]) -> Delta:
-    """Returns the one change of a fused layer whose q (0), k (1) and v (2) rows change as given, or do not if missing.
-
-    Raises InputError where no single delta does that.
-    """
-    kinds = {delta.algorithm: type(delta) for delta in parts.values()}
-    if len(kinds) > 1:
-        raise InputError(f"q, k and v are adapted apart, by adapters of different kinds ({', '.join(sorted(kinds))})")
-    return next(iter(kinds.values())).join(parts)
+    if len({delta.shape for delta in parts.values()}) > 1:
+        raise InputError(f"{path}: its q, k and v differ in size")
+    return place.form, join_qkv(parts)
 
 
 def _depth(adapter: Adapter) -> int:

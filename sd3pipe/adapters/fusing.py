@@ -11,6 +11,7 @@ from torch import Tensor
 Rows: TypeAlias = Callable[[Tensor], Tensor]  # some of a tensor's rows, or all in another order
 
 QKV_PARTS = 3
+PATCH_AXES = (-1, 2, 2)  # of the patch embedder, a 2 x 2 convolution, whose factors files keep with those axes
 
 
 def rows_of_part(index: int) -> Rows:

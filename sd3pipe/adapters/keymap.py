@@ -50,7 +50,7 @@ _T5_MODULES = (
 _DIFFUSERS_PREFIXES = ("transformer.", "base_model.model.", "")
 _NATIVE_PREFIXES = ("transformer.", "model.diffusion_model.", "base_model.model.", "")
 _UNDERSCORED_DIFFUSERS: Mapping[str, Form] = {"lora_transformer_": "onetrainer", "lycoris_": "lycoris"}
-_DIFFUSERS_TEXT = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # its pipeline adapts no T5
+_DIFFUSERS_TEXT = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ An adapter is a mapping from module path ("joint_blocks.0.x_block.attn.qkv") to 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeAlias
 
@@ -110,9 +110,10 @@ class AdapterLayer(nn.Module, ABC):
     def limit_norm(self, largest: float) -> tuple[Tensor, Tensor]:
         """Shrinks the factors where the norm of their product exceeds `largest`.
 
-        Returns the norm that remains and whether the factors shrank, both without a host sync.
+        Returns the norm that remains and whether the factors shrank, both without a host sync. Raises ParameterError
+        for a kind that does not have the option scale_weight_norms.
         """
-        raise NotImplementedError(f"{type(self).__name__} is no kind with the option scale_weight_norms")
+        raise ParameterError(f"scale_weight_norms limits products of two factors, and {type(self).__name__} has none")
 
     def scaled(self, term: Tensor) -> Tensor:
         return term if self.multiplier == 1.0 else term * self.multiplier
@@ -152,17 +153,17 @@ class Product(NamedTuple):
 class Delta(ABC):
     """What an adapter does to one linear layer, as its factors: the form that all layers and file formats share.
 
-    `options` are the options that only some kinds have, and this one does. Where `needs_base` is set the change depends
-    on the base weight, and `dense` is the part of it that does not.
+    `options` are the options that only some kinds have, and this one does; `network_module` is what sd-scripts trains
+    the kind with. Where `needs_base` is set the change depends on the base weight, and `dense` is the rest of it.
     """
 
     algorithm: ClassVar[str]
     title: ClassVar[str]
     options: ClassVar[frozenset[str]] = frozenset()
+    network_module: ClassVar[str] = "lycoris.kohya"
     part_names: ClassVar[Mapping[str, tuple[str, ...]]]  # part -> ends of the keys that stand for it in files
     file_prefix: ClassVar[str] = ""  # before the names of tensors() in a file
     layer_class: ClassVar[type[AdapterLayer]]
-    needs_base: ClassVar[bool] = False
     note_keys: ClassVar[frozenset[str]] = frozenset()  # of what notes() may return
 
     alpha: float
@@ -179,7 +180,11 @@ class Delta(ABC):
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / self.rank if self.rank else 1.0
+
+    @property
+    def needs_base(self) -> bool:
+        return False
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the trained tensors by name, in the order of the layer's parameters."""
@@ -202,7 +207,7 @@ class Delta(ABC):
         """Returns the same change by factors that few bits hold better, where there are such."""
         return self
 
-    # --- what it does to the weight
+    # --- what it does to the layer
 
     @abstractmethod
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -221,6 +226,10 @@ class Delta(ABC):
         """Returns the base weight with the adapter in it, in fp32: W + strength (W' - W)."""
         weight_OI = weight_OI.float()
         return weight_OI + strength * self.change(weight_OI, rows)
+
+    def bias_change(self) -> Tensor | None:
+        """Returns the change of the layer's bias [O], None where it stays."""
+        return None
 
     def norm(self) -> float:
         """Returns the Frobenius norm of `dense`."""
@@ -254,25 +263,28 @@ class Delta(ABC):
 
     # --- fused layers
 
-    def with_rows(self, rows: Rows) -> Self:
-        """Returns the change of some rows, or of all in another order. Raises InputError where it has no factors."""
-        raise InputError(f"the rows of a {self.title} cannot be taken apart or exchanged, as diffusers' names ask for")
+    @abstractmethod
+    def with_rows(self, rows: Rows) -> "Delta":
+        """Returns the change of some rows, or of all in another order. Raises InputError where it has no such part."""
 
-    def split(self) -> Sequence[Self]:
-        """Returns the changes of q, k and v."""
-        return [self.with_rows(rows_of_part(index)) for index in range(QKV_PARTS)]
+    def split(self) -> Mapping[int, "Delta"]:
+        """Returns the changes of q (0), k (1) and v (2)."""
+        return {index: self.with_rows(rows_of_part(index)) for index in range(QKV_PARTS)}
 
     @classmethod
-    def join(cls, parts: Mapping[int, Any]) -> Self:
-        """Returns the one change of a fused layer whose q (0), k (1) and v (2) rows change as given, or do not.
+    def join(cls, parts: Mapping[int, Any]) -> "Delta | None":
+        """Returns the one change of a fused layer whose q, k and v rows change as given, or do not if missing.
 
-        All are of this kind. Raises InputError where no single delta of the kind does that.
+        All are of this kind; None where no single delta of it does that.
         """
-        raise InputError(
-            f"q, k and v are adapted apart ({cls.algorithm}), which one factor pair of the fused layer cannot do"
-        )
+        return None
 
     # --- files
+
+    @classmethod
+    def reads(cls, parts: Set[str]) -> bool:
+        """Whether these tensors of a layer in a file are all of this kind."""
+        return parts <= {"alpha", *cls.part_names}
 
     @classmethod
     @abstractmethod
@@ -287,22 +299,29 @@ class Delta(ABC):
         """Returns the metadata without which a native form would be read wrongly."""
         return {}
 
-    def without_alpha(self) -> Self:
-        """Returns the same change with alpha = rank, for diffusers' form, which carries none and holds few kinds."""
-        raise ParameterError(
-            f"diffusers has no form for {self.algorithm}: export it as comfyui, or turn it into a LoRA with "
-            "`sd3pipe adapter resize --rank N`"
-        )
+    def held_by(self, form: Form) -> Self:
+        """Returns the same change as a form holds it: diffusers' has no alpha. Raises ParameterError if it cannot."""
+        if form == "diffusers":
+            raise ParameterError(
+                f"diffusers has no form for {self.algorithm}: export it as comfyui, or turn it into a LoRA with "
+                "`sd3pipe adapter resize --rank N`"
+            )
+        return self
 
     def suits(self, form: Form) -> bool:
         """Whether the readers of a form, or our own layers for "native", act by these numbers as is meant."""
         return True
 
-    def suited(self, form: Form, weight_OI: Tensor) -> Self:
+    def suited(self, form: Form, weight_OI: Tensor) -> "Delta":
         """Returns the same change of `weight_OI` in numbers that suit a form."""
         return self
 
     # --- layers
+
+    @property
+    def trainable(self) -> bool:
+        """Whether training can go on from these factors."""
+        return True
 
     @classmethod
     def fresh_layer(cls, path: str, setup: LayerSetup, spec: AdapterSpec) -> AdapterLayer:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from sd3pipe.adapters.dora import DoRADelta
+from sd3pipe.adapters.full import FullDelta
 from sd3pipe.adapters.kind import Delta
 from sd3pipe.adapters.loha import LoHaDelta
 from sd3pipe.adapters.lokr import LoKrDelta
@@ -10,11 +11,13 @@ from sd3pipe.adapters.lora import LoRADelta
 from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.errors import ParameterError
 
-KINDS: dict[str, type[Delta]] = {kind.algorithm: kind for kind in (LoRADelta, DoRADelta, LoHaDelta, LoKrDelta)}
+KINDS: dict[str, type[Delta]] = {
+    kind.algorithm: kind for kind in (LoRADelta, DoRADelta, LoHaDelta, LoKrDelta, FullDelta)
+}
 
 
-def check_spec(spec: AdapterSpec) -> None:
-    """Raises ParameterError for options that the kind of adapter does not have."""
+def check_spec(spec: AdapterSpec, algorithm: str | None = None) -> None:
+    """Raises ParameterError for options that the kind of adapter, or `algorithm` in its place, does not have."""
     given: Mapping[str, bool] = {
         "network_dropout": spec.dropout.neuron > 0.0,
         "rank_dropout": spec.dropout.rank > 0.0,
@@ -23,11 +26,11 @@ def check_spec(spec: AdapterSpec) -> None:
     }
     for option, is_given in given.items():
         if is_given:
-            check_option(spec, option)
+            check_option(algorithm or spec.algorithm, option)
 
 
-def check_option(spec: AdapterSpec, option: str) -> None:
+def check_option(algorithm: str, option: str) -> None:
     """Raises ParameterError where an option is for other kinds of adapters, saying for which."""
-    if option not in KINDS[spec.algorithm].options:
+    if option not in KINDS[algorithm].options:
         others = " and ".join(kind.title for kind in KINDS.values() if option in kind.options)
-        raise ParameterError(f"{option} is for {others} alone, not for {KINDS[spec.algorithm].title}")
+        raise ParameterError(f"{option} is for {others} alone, not for {KINDS[algorithm].title}")

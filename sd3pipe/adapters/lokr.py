@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sd3pipe.adapters.kind import AdapterLayer, Delta, LayerSetup, kaiming_uniform, on_cpu
+from sd3pipe.adapters.full import FullDelta
+from sd3pipe.adapters.fusing import Rows
+from sd3pipe.adapters.kind import AdapterLayer, Delta, LayerSetup, Product, kaiming_uniform, on_cpu
+from sd3pipe.adapters.lora import LoRADelta
 from sd3pipe.adapters.parts import LayerParts
 from sd3pipe.adapters.targets import AdapterSpec
 
@@ -48,10 +51,6 @@ class LoKrDelta(Delta):
         return 0
 
     @property
-    def scale(self) -> float:
-        return self.alpha / self.rank if self.rank else 1.0
-
-    @property
     def shape(self) -> tuple[int, int]:
         first, second = _matrices(self.w1), _matrices(self.w2)
         return first[0].shape[0] * second[0].shape[0], first[-1].shape[1] * second[-1].shape[1]
@@ -73,6 +72,23 @@ class LoKrDelta(Delta):
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.kron(_multiplied(self.w1, dtype), _multiplied(self.w2, dtype)) * self.scale
+
+    def product(self) -> Product | None:
+        """Returns w1 kron (a b) as (w1 kron a) (1 kron b), or as (1 kron a) (w1 kron b) where that has fewer ranks."""
+        if not isinstance(self.w2, tuple):
+            return None
+        w1_LM, a_KR, b_RN = _multiplied(self.w1, torch.float32), *(matrix.float() for matrix in self.w2)
+        rows_L, columns_M = w1_LM.shape
+        if rows_L < columns_M:
+            return Product(torch.kron(torch.eye(rows_L).to(a_KR), a_KR), torch.kron(w1_LM, b_RN), self.scale)
+        return Product(torch.kron(w1_LM, a_KR), torch.kron(torch.eye(columns_M).to(b_RN), b_RN), self.scale)
+
+    def with_rows(self, rows: Rows) -> Delta:
+        """Returns some rows as another kind: a Kronecker product has none of its own."""
+        product = self.product()
+        if product is not None:
+            return LoRADelta.of(product).with_rows(rows)
+        return FullDelta.of(rows(self.dense()))
 
     def scaled(self, weight: float) -> Self:
         if self.rank:

@@ -3,7 +3,7 @@
 # I in features, O out features, R rank, P parts of a fused layer; a name without axes has any between B and I
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sd3pipe.adapters.fusing import QKV_PARTS, Rows, block_diagonal, diagonal_blocks, rows_of_part
+from sd3pipe.adapters.fusing import PATCH_AXES, QKV_PARTS, Rows, block_diagonal, diagonal_blocks, rows_of_part
 from sd3pipe.adapters.keymap import Form
 from sd3pipe.adapters.kind import AdapterLayer, Delta, LayerSetup, Product, kaiming_uniform, on_cpu, ratio
 from sd3pipe.adapters.parts import LayerParts
 from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.errors import InputError
-
-_PATCH = 2  # the patch embedder is a 2 x 2 convolution, whose factors files keep with those axes
 
 
 class LoRA(AdapterLayer):
@@ -42,7 +40,7 @@ class LoRA(AdapterLayer):
         """Returns up(low) [..., O] for rank activations [..., R]."""
         return functional.linear(low, self.up.to(low.dtype))
 
-    def delta(self) -> "LoRADelta":
+    def delta(self) -> Delta:
         return LoRADelta(down=on_cpu(self.down), up=on_cpu(self.up), alpha=self.setup.alpha)
 
     @torch.no_grad()
@@ -108,6 +106,7 @@ class LoRADelta(Delta):
         "up": (".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora_B", ".lora.up.weight",
                ".lora_linear_layer.up.weight", "_lora.up.weight"),
     }  # fmt: skip
+    network_module: ClassVar[str] = "networks.lora_sd3"
     layer_class: ClassVar[type[AdapterLayer]] = LoRA
 
     down: Tensor
@@ -116,6 +115,11 @@ class LoRADelta(Delta):
     def __post_init__(self) -> None:
         if self.down.ndim != 2 or self.up.ndim != 2 or self.up.shape[1] != self.down.shape[0]:
             raise ValueError(f"up {list(self.up.shape)} and down {list(self.down.shape)} do not match")
+
+    @classmethod
+    def of(cls, product: Product) -> Self:
+        """Returns a product as a LoRA of as many ranks as it has."""
+        return cls(down=product.down, up=product.up, alpha=product.scale * product.down.shape[0])
 
     @property
     def rank(self) -> int:
@@ -164,22 +168,31 @@ class LoRADelta(Delta):
     def with_rows(self, rows: Rows) -> Self:
         return replace(self, up=rows(self.up))
 
-    def split(self) -> Sequence[Self]:
+    def split(self) -> Mapping[int, Self]:
         """Returns the changes of q, k and v: with ranks of their own where up is block-diagonal, else with one down."""
-        parts = [self.with_rows(rows_of_part(index)) for index in range(QKV_PARTS)]
         blocks = diagonal_blocks(self.up)
         if blocks is None or not all(bool(block.any()) for block in blocks):
-            return parts
-        downs = self.down.chunk(QKV_PARTS)
-        return [
-            replace(part, down=down, up=block, alpha=self.alpha / QKV_PARTS)
-            for part, down, block in zip(parts, downs, blocks, strict=True)
-        ]
+            return {index: self.with_rows(rows_of_part(index)) for index in range(QKV_PARTS)}
+        return {
+            index: replace(self, down=down, up=block, alpha=self.alpha / QKV_PARTS)
+            for index, (down, block) in enumerate(zip(self.down.chunk(QKV_PARTS), blocks, strict=True))
+        }
 
     @classmethod
     def join(cls, parts: Mapping[int, Any]) -> Self:
-        down, up, alpha = joined_factors(parts)
-        return cls(down=down, up=up, alpha=alpha)
+        """Returns the LoRA of the fused layer: of the parts' rank where they share down, else of all ranks."""
+        first = next(iter(parts.values()))
+        rows = first.shape[0]
+        same_scale = all(delta.scale == first.scale for delta in parts.values())
+        if same_scale and all(torch.equal(delta.down, first.down) for delta in parts.values()):
+            none = first.up.new_zeros(rows, first.rank)
+            up = torch.cat([parts[index].up if index in parts else none for index in range(QKV_PARTS)])
+            return cls(down=first.down, up=up, alpha=first.alpha)
+        if not same_scale:
+            parts = {index: delta.with_scale_in_up() for index, delta in parts.items()}
+        down = torch.cat([parts[index].down for index in sorted(parts)])
+        up = block_diagonal({index: delta.up for index, delta in parts.items()}, rows)
+        return cls(down=down, up=up, alpha=(first.scale if same_scale else 1.0) * down.shape[0])
 
     @classmethod
     def read(cls, parts: LayerParts) -> Self:
@@ -188,11 +201,15 @@ class LoRADelta(Delta):
 
     def file_tensors(self, form: Form, *, patches: bool) -> dict[str, Tensor]:
         down, up = ("lora_down", "lora_up") if form == "comfyui" else ("lora_A", "lora_B")
-        axes = self.down.unflatten(1, (-1, _PATCH, _PATCH)), self.up[:, :, None, None]
+        axes = self.down.unflatten(1, PATCH_AXES), self.up[:, :, None, None]
         factors = axes if patches else (self.down, self.up)
         return {f"{down}.weight": factors[0], f"{up}.weight": factors[1]}
 
-    def without_alpha(self) -> Self:
+    def held_by(self, form: Form) -> Self:
+        return self.with_scale_in_up() if form == "diffusers" else self
+
+    def with_scale_in_up(self) -> Self:
+        """Returns the same change with alpha = rank."""
         if self.scale == 1.0:
             return self
         return replace(self, up=self.up.float() * self.scale, alpha=float(self.rank))
@@ -206,18 +223,3 @@ def product_norm(left_OR: Tensor, right_RI: Tensor) -> float:
     """Returns the Frobenius norm of left @ right in fp64 without forming it: |L R|^2 = <L^T L, R R^T>."""
     left_OR, right_RI = left_OR.double(), right_RI.double()
     return float(((left_OR.T @ left_OR) * (right_RI @ right_RI.T)).sum().clamp_min(0.0).sqrt())
-
-
-def joined_factors(parts: Mapping[int, LoRADelta]) -> tuple[Tensor, Tensor, float]:
-    """Returns down, up and alpha of the fused layer: of the parts' rank where they share down, else of all ranks."""
-    first = next(iter(parts.values()))
-    rows = first.shape[0]
-    same_scale = all(delta.scale == first.scale for delta in parts.values())
-    if same_scale and all(torch.equal(delta.down, first.down) for delta in parts.values()):
-        up = torch.cat([parts[i].up if i in parts else first.up.new_zeros(rows, first.rank) for i in range(QKV_PARTS)])
-        return first.down, up, first.alpha
-    if not same_scale:
-        parts = {index: delta.without_alpha() for index, delta in parts.items()}
-    down = torch.cat([parts[index].down for index in sorted(parts)])
-    up = block_diagonal({index: delta.up for index, delta in parts.items()}, rows)
-    return down, up, (first.scale if same_scale else 1.0) * down.shape[0]

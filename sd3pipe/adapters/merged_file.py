@@ -4,11 +4,11 @@ Tensors that no delta touches are copied in pieces; of the others one is in memo
 back and compared by digest.
 """
 
-# O out features, I in features of the tensor at hand, which may be q, k or v alone
+# O out features of a layer
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO
 
 import torch
@@ -32,10 +32,11 @@ _HASHES = ("modelspec.hash_sha256", "sshs_model_hash")  # of the base's tensors,
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The native module whose delta changes a tensor; `rows` takes the tensor's rows from the module's."""
+    """The module whose delta changes a tensor, its weight or its bias; `rows` takes the tensor's from all rows."""
 
     path: str
     rows: Rows | None = None
+    bias: bool = False
 
 
 @dataclass(slots=True)
@@ -114,9 +115,14 @@ def merged_metadata(base: Mapping[str, str], added: Mapping[str, str]) -> dict[s
 
 
 def _target(name: str, adapter: Adapter, depth: int) -> Target | None:
-    module = name.removesuffix(".weight")
-    if module == name:
-        return None
+    module, _, kind = name.rpartition(".")
+    target = _module_target(module, adapter, depth) if kind in ("weight", "bias") else None
+    if target is None or kind == "weight":
+        return target
+    return None if adapter[target.path].bias_change() is None else replace(target, bias=True)
+
+
+def _module_target(module: str, adapter: Adapter, depth: int) -> Target | None:
     for prefix in _PREFIXES:
         if module.startswith(prefix) and module.removeprefix(prefix) in adapter:
             return Target(module.removeprefix(prefix))
@@ -165,23 +171,26 @@ def _changed(
 ) -> Iterator[memoryview]:
     """Yields the bytes of a tensor with its change, and notes how much of the change its number format keeps."""
     dtype, delta = TORCH_FORMATS[tensor.dtype], adapter[target.path]
-    size = delta.shape if target.rows is None else tuple(target.rows(torch.empty(delta.shape, device="meta")).shape)
-    if size != (*tensor.shape[:1], math.prod(tensor.shape[1:])):  # a convolution counts as a matrix
+    rows = target.rows or (lambda whole: whole)
+    size = tuple(rows(torch.empty(delta.shape[:1] if target.bias else delta.shape, device="meta")).shape)
+    if size != (tensor.shape if target.bias else (*tensor.shape[:1], math.prod(tensor.shape[1:]))):  # convolutions, too
         raise InputError(
             f"{tensor.path}: the adapter does not fit the model: {target.path} has size {list(size)} in it, "
             f"{tensor.name} {list(tensor.shape)}"
         )
     raw = bytearray().join(_pieces(base, tensor))
-    weight_OI = torch.frombuffer(raw, dtype=dtype).view(size).to(device).float()
-    exact_OI = delta.on(device).merged(weight_OI, multiplier, target.rows)
-    stored_OI = exact_OI.to(dtype)
-    _note(merged, target.path, exact_OI - weight_OI, stored_OI.float() - exact_OI)
-    yield bytes_of(stored_OI)
+    before = torch.frombuffer(raw, dtype=dtype).view(size).to(device).float()
+    delta = delta.on(device)
+    bias_O = delta.bias_change() if target.bias else None
+    exact = delta.merged(before, multiplier, target.rows) if bias_O is None else before + multiplier * rows(bias_O)
+    written = exact.to(dtype)
+    _note(merged, target.path, exact - before, written.float() - exact)
+    yield bytes_of(written)
 
 
-def _note(merged: Merged, path: str, change_OI: Tensor, error_OI: Tensor) -> None:
+def _note(merged: Merged, path: str, change: Tensor, lost: Tensor) -> None:
     merged.changed += 1
-    norm, error = float(torch.linalg.vector_norm(change_OI)), float(torch.linalg.vector_norm(error_OI))
+    norm, error = float(torch.linalg.vector_norm(change)), float(torch.linalg.vector_norm(lost))
     rounding = error / norm if norm else 0.0
     if rounding > merged.largest_rounding:
         merged.largest_rounding, merged.largest_at = rounding, path

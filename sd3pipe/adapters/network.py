@@ -80,7 +80,7 @@ class AdapterNetwork(nn.Module):
     ) -> list[dict[str, Any]]:
         """Returns the optimizer's groups, one per learning rate; LoRA+ (arXiv:2402.12354) multiplies that of `up`."""
         if loraplus_lr_ratio != 1.0:
-            check_option(spec, "loraplus_lr_ratio")
+            check_option(spec.algorithm, "loraplus_lr_ratio")
         rates = learning_rates(self.layers, spec, learning_rate)
         groups: dict[float, list[nn.Parameter]] = {}
         for path, layer in self.layers.items():
@@ -154,7 +154,8 @@ def attach_deltas(
     check_fit(slots, adapter)
     keys = DropoutKeys()
     layers: dict[str, AdapterLayer] = {}
-    for path, delta in adapter.items():
+    for path, read in adapter.items():
+        delta = _as_trained(read, slots[path])
         setup = LayerSetup(
             in_features=delta.shape[1],
             out_features=delta.shape[0],
@@ -167,7 +168,7 @@ def attach_deltas(
             dtype=dtype,
         )
         layers[path] = delta.layer(setup)
-        layers[path].load(_as_trained(delta, slots[path]))
+        layers[path].load(delta)
     return AdapterNetwork(layers, {path: slots[path] for path in layers}, keys)
 
 
@@ -182,6 +183,9 @@ def merge_into(model: AdaptableModel, adapter: Adapter, multiplier: float = 1.0)
             raise ParameterError("base_weights need a base in 16 or 32 bit: they are added before it is quantised")
         merged = delta.merged(weight.detach().flatten(1).to("cpu"), multiplier)
         weight.copy_(merged.view_as(weight))
+        bias_change = delta.bias_change()
+        if bias_change is not None:
+            slots[path].bias.add_(bias_change.to(slots[path].bias), alpha=multiplier)
 
 
 def check_fit(slots: Mapping[str, LinearSlot], adapter: Adapter) -> None:
@@ -200,7 +204,7 @@ def check_fit(slots: Mapping[str, LinearSlot], adapter: Adapter) -> None:
 
 
 def _as_trained(delta: Delta, slot: LinearSlot) -> Delta:
-    """Returns a delta that was made for another program's readers with the numbers that our layers train."""
+    """Returns a delta in the numbers of our layers, whoever's readers it was made for, or whatever trained it."""
     return delta if delta.suits("native") else delta.suited("native", slot.dense_weight().to("cpu"))
 
 

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_LORA = re.compile(r"lora_(down|up|A|B)|lora\.(down|up)|hada_w|lokr_w|\.alpha$|dora_scale")
+_LORA = re.compile(
+    r"lora_(down|up|A|B)|lora\.(down|up)|hada_w|lokr_w|\.alpha$|dora_scale|\.b?oft_|\.diff(_b)?$|\.[ab][12]\.weight$"
+)
 _UNET = re.compile(r"(down|up|mid|input|output|middle)_block")
 _UNET_BY_TEXT_WIDTH = {768: "a LoRA for SD 1.5", 1024: "a LoRA for SD 2", 2048: "a LoRA for SDXL"}
 _FLUX_WIDTH = 3072  # under diffusers' names Flux's double blocks are called as SD3's are

@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 
 from sd3pipe.adapters.files import read_adapter
-from sd3pipe.adapters.kinds import check_option
+from sd3pipe.adapters.kinds import check_option, check_spec
 from sd3pipe.adapters.network import AdapterNetwork, attach, attach_deltas, check_fit, merge_into
-from sd3pipe.adapters.targets import learning_rates, target_ranks
+from sd3pipe.adapters.targets import AdapterSpec, learning_rates, target_ranks
 from sd3pipe.diffusion.base_model import load_base
 from sd3pipe.diffusion.precision import BASE_DTYPES
 from sd3pipe.errors import ParameterError
@@ -62,18 +62,34 @@ def check_options(params: TrainParams, architecture: MMDiTArchitecture, data: Tr
     spec = adapter_spec(params.adapter, seed=params.seed)
     linears = dict(MMDiT(architecture, device="meta").linears())
     learning_rates(target_ranks(linears, spec), spec, params.optimizer.learning_rate)
-    for option, is_set in {
-        "loraplus_lr_ratio": loraplus_ratio(params.adapter) != 1.0,
-        "scale_weight_norms": params.scale_weight_norms is not None,
-    }.items():
-        if is_set:
-            check_option(spec, option)
+    _check_kinds(params, spec, run)
     check_optimizer_args(params.optimizer.optimizer_type, parse_args("optimizer_args", params.optimizer.optimizer_args))
     for path in (*run.base_weights, *([run.network_weights] if run.network_weights else [])):
         check_fit(linears, read_adapter(path).model_part)
     if params.loras_dir is not None:
         _check_output_name(params.output_name or params.out.name)
         make_folder(params.loras_dir)
+
+
+def _check_kinds(params: TrainParams, spec: AdapterSpec, run: RunInputs) -> None:
+    """Refuses to train kinds of layers that only act, and options that the kinds which are trained do not have."""
+    kinds: set[str] = {spec.algorithm}
+    if run.network_weights is not None:
+        given = read_adapter(run.network_weights).model_part
+        only_act = [path for path, delta in given.items() if not delta.trainable]
+        if only_act:
+            raise ParameterError(
+                f"{run.network_weights}: {only_act[0]} is changed by a {given[only_act[0]].title} of a form that is "
+                "not trained: turn the adapter into a LoRA with `sd3pipe adapter resize`, or merge it into the base "
+                "with base_weights"
+            )
+        kinds = {delta.algorithm for delta in given.values()} if params.dim_from_weights else kinds
+    for kind in sorted(kinds):
+        check_spec(spec, kind)
+        if loraplus_ratio(params.adapter) != 1.0:
+            check_option(kind, "loraplus_lr_ratio")
+        if params.scale_weight_norms is not None:
+            check_option(kind, "scale_weight_norms")
 
 
 def _check_output_name(name: str) -> None:

@@ -1,12 +1,14 @@
 """What one adapter layer computes: nothing when fresh, the right strength, masks that are functions of the sample."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn import functional
 
-from sd3pipe.adapters.dora import DoRA, DoRADelta
+from sd3pipe.adapters.dora import DoRA
 from sd3pipe.adapters.dropout import DropoutKeys, DropoutRates, kept, uniform
 from sd3pipe.adapters.kind import LayerSetup
 from sd3pipe.adapters.loha import LoHa
@@ -273,9 +275,10 @@ def test_rates_out_of_range_are_refused():
 def test_difference_sees_strength_direction_and_magnitude():
     delta = make_layer("dora", fresh=False).delta()
     assert delta.difference(delta) == 0.0
-    louder = DoRADelta(down=delta.down, up=delta.up * 1.01, alpha=delta.alpha, magnitude=delta.magnitude)
+    direction = delta.direction
+    louder = replace(delta, direction=replace(direction, up=direction.up * 1.01))
     assert delta.difference(louder) == pytest.approx(0.01, rel=1e-4)
-    heavier = DoRADelta(down=delta.down, up=delta.up, alpha=delta.alpha, magnitude=delta.magnitude * 1.02)
+    heavier = replace(delta, magnitude=delta.magnitude * 1.02)
     assert delta.difference(heavier) == pytest.approx(0.02, rel=1e-4)
-    regauged = DoRADelta(down=delta.down * 3, up=delta.up / 3, alpha=delta.alpha, magnitude=delta.magnitude)
+    regauged = replace(delta, direction=replace(direction, down=direction.down * 3, up=direction.up / 3))
     assert delta.difference(regauged) < 1e-6

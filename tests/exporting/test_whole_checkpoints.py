@@ -46,7 +46,7 @@ def layout(path):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "dora over lokr", "dora of columns", "full"])
 def test_merged_file_predicts_as_base_and_adapter_do(tmp_path, variant, kind):
     base = single_file(tmp_path / "base.safetensors", variant)
     adapter, inputs = random_adapter(tiny_architecture(variant), kind, every=2), random_inputs()
@@ -57,7 +57,8 @@ def test_merged_file_predicts_as_base_and_adapter_do(tmp_path, variant, kind):
     merged = load_mmdit(tmp_path / "merged.safetensors")(**inputs)
     assert relative_error(merged, model(**inputs)) < 1e-5
     assert relative_error(before, merged) > 0.02
-    assert report["modules"] == len(adapter) and report["largest_difference"] < 1e-6
+    assert report["modules"] == len(adapter) * (2 if kind == "full" else 1)  # weights, and biases
+    assert report["largest_difference"] < 1e-6
     assert report["exit_code"] == 0
 
 
@@ -131,7 +132,7 @@ def tiny_folder(tmp_path_factory):
     return base
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "dora over loha", "full"])
 def test_merged_folder_loads_in_diffusers_and_here(tmp_path, tiny_folder, kind):
     architecture = tiny_folder.architecture.mmdit
     adapter = random_adapter(architecture, kind)
@@ -179,6 +180,11 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path):
     smaller = random_adapter(tiny_architecture("sd3-medium", depth=2), every=4)
     assert "does not fit" in refusal(tmp_path, InputError, base, smaller)
     assert "leave --dtype out" in refusal(tmp_path, ParameterError, base, fits, dtype="fp16")
+
+
+def test_columns_of_a_dora_on_fused_layers_are_refused_where_the_model_has_thirds(tmp_path, tiny_folder):
+    adapter = random_adapter(tiny_folder.architecture.mmdit, "dora of columns", every=2)
+    assert "q, k and v together" in refusal(tmp_path, InputError, tiny_folder.model, adapter, out="merged")
 
 
 def test_an_existing_folder_is_never_replaced(tmp_path, tiny_folder):

@@ -3,6 +3,7 @@
 import torch
 
 from sd3pipe.adapters.dora import DoRADelta
+from sd3pipe.adapters.full import FullDelta
 from sd3pipe.adapters.kind import Delta
 from sd3pipe.adapters.loha import LoHaDelta
 from sd3pipe.adapters.lokr import LoKrDelta, lokr_shapes
@@ -46,12 +47,21 @@ def random_delta(kind: str, size: tuple[int, int], *, rank: int, alpha: float, g
         case "lora":
             return LoRADelta(down=draw(rank, columns), up=draw(rows, rank), alpha=alpha)
         case "dora":
-            return DoRADelta(down=draw(rank, columns), up=draw(rows, rank), alpha=alpha, magnitude=1 + 0.1 * draw(rows))
+            direction = LoRADelta(down=draw(rank, columns), up=draw(rows, rank), alpha=alpha)
+            return DoRADelta(direction=direction, magnitude=1 + 0.1 * draw(rows))
         case "loha":
             return LoHaDelta(
                 w1_a=draw(rows, rank), w1_b=draw(rank, columns), w2_a=draw(rows, rank), w2_b=draw(rank, columns),
                 alpha=alpha,
             )  # fmt: skip
+        case "dora over loha" | "dora over lokr":
+            direction = random_delta(kind.removeprefix("dora over "), size, rank=rank, alpha=alpha, generator=generator)
+            return DoRADelta(direction=direction, magnitude=1 + 0.1 * draw(rows))
+        case "dora of columns":
+            direction = LoRADelta(down=draw(rank, columns), up=draw(rows, rank), alpha=alpha)
+            return DoRADelta(direction=direction, magnitude=1 + 0.1 * draw(1, columns))
+        case "full":
+            return FullDelta(diff=0.3 * draw(rows, columns), bias=draw(rows))
         case "lokr":
             shapes = lokr_shapes(rows, columns, rank, 4)
             drawn = {name: draw(*shape) for name, shape in shapes.items()}

@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.random_adapters import random_adapter
 from support.tiny_training import Inputs, Run, equal, make_inputs, pictures, with_other_vae
 
+from sd3pipe.adapters.files import save_adapter
 from sd3pipe.errors import InputError, ParameterError, StaleError, Stopped
 from sd3pipe.fingerprint import hash_file
+from sd3pipe.models.architecture import mmdit_architecture
+from sd3pipe.models.sources import find_component
 from sd3pipe.training.step_runner import StepRunner
 
 STEPS = 6
@@ -255,6 +259,24 @@ def test_network_weights_start_a_new_run_from_an_adapter(inputs):
     assert pupil.losses() != fresh.losses()
     wider = inputs.train("wider", max_train_steps=1, network_weights=first.folder, dim_from_weights=True, network_dim=8)
     assert {name: t.shape for name, t in wider.adapter().items()} == {n: t.shape for n, t in first.adapter().items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("full", {}, "changed by a full change of a form that is not trained"),
+        ("dora over loha", {"dim_from_weights": True}, "changed by a DoRA of a form that is not trained"),
+        ("lokr", {"dim_from_weights": True, "scale_weight_norms": 1.0}, "is for LoRA and DoRA alone, not for LoKr"),
+        ("loha", {"dim_from_weights": True, "network_args": ("loraplus_lr_ratio=4",)}, "alone, not for LoHa"),
+        ("loha", {"dim_from_weights": True, "network_dropout": 0.1}, "network_dropout is for LoRA and DoRA alone"),
+    ],
+)
+def test_weights_that_cannot_be_trained_with_these_options_are_refused(inputs, tmp_path, kind, options, message):
+    architecture = mmdit_architecture(find_component("mmdit", model=str(inputs.model)))
+    save_adapter(tmp_path / "given.safetensors", random_adapter(architecture, kind, embedders=False))
+    options = {"network_weights": tmp_path / "given.safetensors", "network_dropout": 0.0, **options}
+    with pytest.raises(ParameterError, match=message):
+        inputs.train("refused", max_train_steps=1, **options)
 
 
 def test_the_time_limit_stops_with_code_75(inputs):
