@@ -42,7 +42,7 @@ from sd3pipe.training.loop import Loop
 from sd3pipe.training.memory_plan import run_memory
 from sd3pipe.training.processes import join_processes
 from sd3pipe.training.run_folder import RunFolder, Start
-from sd3pipe.training.setup import build_loop
+from sd3pipe.training.setup import Run, build_loop
 from sd3pipe.training.training_data import open_data
 
 RANK = 16
@@ -84,7 +84,7 @@ def open_loop(inputs: tiny_training.Inputs) -> Loop:
     params = inputs.params("benchmark")
     processes = join_processes("cpu", params.threads)
     data, source = open_data(params), find_component("mmdit", model=params.model)
-    run = resolve_inputs(params, data, base=source.fingerprint(), precision="no", num_processes=1)
+    resolved = resolve_inputs(params, data, base=source.fingerprint(), precision="no", num_processes=1)
     memory = run_memory(
         params,
         mmdit_architecture(source),
@@ -93,9 +93,17 @@ def open_loop(inputs: tiny_training.Inputs) -> Loop:
         device=processes.device,
         dtype=torch.float32,
     )
-    identity = run_identity(params, data, run)
-    start = Start(checkpoint=None, changes={})
-    return build_loop(params, processes, data, source, run, identity, start, memory, RunFolder(params.out))
+    run = Run(
+        params=params,
+        processes=processes,
+        data=data,
+        source=source,
+        inputs=resolved,
+        identity=run_identity(params, data, resolved),
+        start=Start(checkpoint=None, changes={}),
+        folder=RunFolder(params.out),
+    )
+    return build_loop(run, memory)
 
 
 def compare(inputs: tiny_training.Inputs, options: argparse.Namespace) -> None:

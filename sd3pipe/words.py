@@ -21,6 +21,7 @@ Goal = Literal["subject", "style", "concepts"]
 Precision = Literal["no", "fp16", "bf16"]  # accelerate's and sd-scripts' words; no: float32
 WantedPrecision = Literal["auto", "no", "fp16", "bf16"]
 Format = Literal["float32", "float16", "bfloat16"]  # torch's words
+FORMAT_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 PackedFormat = Literal["fp8", "int8", "nf4"]
 SavePrecision = Literal["float", "fp16", "bf16"]  # sd-scripts' words
 StoredFormat = Literal["auto", "same", "fp32", "fp16", "bf16"]

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sd3pipe.cache.folder import SUFFIX, CacheFolder
+from sd3pipe.cache.segment import read_exactly
 from sd3pipe.errors import InputError, NetworkError
 
 _MOST_OPEN = 128  # segments a process keeps open; systems allow 1024 files and up
@@ -48,14 +49,7 @@ class FolderFiles:
         return np.memmap(path, np.uint8, "r") if path.stat().st_size else b""
 
     def read_segment(self, plan_id: str, start: int, size: int) -> memoryview:
-        data = np.empty(size, np.uint8).data
-        handle, done = self._handle(plan_id), 0
-        while done < size:
-            count = os.preadv(handle, [data[done:]], start + done)
-            if count == 0:
-                raise EOFError(f"segment {plan_id} ends {size - done} bytes early")
-            done += count
-        return data
+        return read_exactly(self._handle(plan_id), size, start, f"segment {plan_id}")
 
     def _handle(self, plan_id: str) -> int:
         if self._process != os.getpid():  # after a fork: a parent's handles are shared, and closing is not ours

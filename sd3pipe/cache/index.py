@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from sd3pipe.cache.keys import Kind
 from sd3pipe.cache.rows import Layout, layout_bytes, layout_to_json
-from sd3pipe.cache.samples import Samples, array_shapes, check_samples, hash_array
+from sd3pipe.cache.samples import Samples, array_shapes, as_text, check_samples, hash_array
 from sd3pipe.cache.segment import SegmentHeader
 from sd3pipe.cache.zarr_group import ReadFile, arrays_hash, read_array, write_group
 from sd3pipe.documents import parse_json
@@ -51,7 +51,7 @@ class Index:
         self.samples = Samples(kind, arrays)
         self.layouts: list[Layout] = parse_json(arrays["layouts"].tobytes(), _LAYOUTS, "layouts")
         _check_formats(kind, arrays)
-        self._sorted_keys = np.ascontiguousarray(arrays["row_key"]).view("S32").reshape(-1)
+        self._sorted_keys = as_text(arrays["row_key"])
         _check_rows(arrays, self._sorted_keys, self.layouts)
         check_samples(kind, arrays, len(self._sorted_keys))
 
@@ -119,7 +119,7 @@ def build_row_arrays(tables: Iterable[RowTable]) -> dict[str, np.ndarray]:
     plan_ids, segment_codes = _codes([text for table in parts for text in table.segment_of])
     layouts, layout_codes = _codes([text for table in parts for text in table.layout_of])
     keys = np.concatenate([table.keys for table in parts])
-    order = np.argsort(np.ascontiguousarray(keys).view("S32").reshape(-1), kind="stable")
+    order = np.argsort(as_text(keys), kind="stable")
     return {
         "row_key": keys[order],
         "row_segment": segment_codes[order],

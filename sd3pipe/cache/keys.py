@@ -1,7 +1,10 @@
 """A row's key: what went into its numbers, and nothing else. Known before anything is encoded."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from pydantic import JsonValue
 
 from sd3pipe.fingerprint import hash_bytes, hash_json
 
@@ -11,28 +14,31 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 FORMAT_VERSION = 1  # of keys, segments, index and manifest together
 
 
-def row_key(
-    *,
-    kind: Kind,
-    source: str,
-    recipe: Mapping[str, Any],
-    recipe_version: int,
-    fingerprints: Mapping[str, str],
-) -> str:
-    """Returns 64 hex digits that change with anything that can change the row's numbers.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ingredients:
+    """What a row's key is made of, beside its kind and source; shared by many rows.
 
-    `source` is the hash of the input's bytes; `recipe` holds what is done to it, as JSON; `recipe_version` counts
-    changes of our own code that move numbers; `fingerprints` identify weights and tokenizers.
+    `recipe` holds what is done to the source, as JSON; `recipe_version` counts changes of our own code that move
+    numbers; `fingerprints` identify weights and tokenizers.
     """
-    ingredients = {
-        "format": FORMAT_VERSION,
-        "kind": kind,
-        "source": source,
-        "recipe": recipe,
-        "recipe_version": recipe_version,
-        "fingerprints": fingerprints,
-    }
-    return hash_json(ingredients)
+
+    recipe: Mapping[str, JsonValue]
+    recipe_version: int
+    fingerprints: Mapping[str, str]
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "fingerprints": dict(self.fingerprints),
+            "recipe": dict(self.recipe),
+            "recipe_version": self.recipe_version,
+        }
+
+    def key(self, kind: Kind, source: str) -> str:
+        """Returns 64 hex digits that change with anything that can change the row's numbers.
+
+        `source` is the hash of the input's bytes.
+        """
+        return hash_json({"format": FORMAT_VERSION, "kind": kind, "source": source, **self.to_json()})
 
 
 def latents_source(image_hash: str, mask_hash: str | None = None) -> str:

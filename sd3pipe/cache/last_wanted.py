@@ -9,9 +9,8 @@ from typing import Any
 from pydantic import JsonValue, NonNegativeInt, TypeAdapter
 
 from sd3pipe.cache.folder import CacheFolder
-from sd3pipe.cache.keys import Kind
+from sd3pipe.cache.keys import Ingredients, Kind
 from sd3pipe.cache.samples import check_columns
-from sd3pipe.cache.segment import Ingredients
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, read_json
 from sd3pipe.files import write_bytes

@@ -9,11 +9,13 @@ from typing import Annotated, Any, NotRequired
 from pydantic import ConfigDict, Field, JsonValue, StrictBool, StrictInt, TypeAdapter
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
-from sd3pipe.cache.keys import FORMAT_VERSION, Kind
+from sd3pipe.cache.keys import FORMAT_VERSION, Ingredients, Kind
 from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, checked, parse_json, read_data
 from sd3pipe.errors import InputError
 
 READABLE_FORMATS = (FORMAT_VERSION,)
+_MARK = "imported_from"  # of rows that another program made, and of a cache that has some
+_UNLIKE_OURS = {_MARK, "latent_mode", "vae_dtype"}  # their recipes have these otherwise than the manifest
 _ANYTHING_ELSE = ConfigDict(extra="allow")
 _Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
 _Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
@@ -94,6 +96,33 @@ def read_manifest(path: Path) -> Manifest | None:
             return None
         raise
     return parse_manifest(data, str(path))
+
+
+def contradiction(manifest: Manifest, made_from: Ingredients) -> str:
+    """Returns what the manifest says otherwise than some rows' own ingredients, which their segment's header has.
+
+    Nothing where they agree. Rows may have more in their recipe than the manifest: what is a picture's own.
+    """
+    if manifest.recipe_version != made_from.recipe_version:
+        return _differ("recipe_version", manifest.recipe_version, made_from.recipe_version)
+    for name in sorted({*manifest.fingerprints, *made_from.fingerprints}):
+        said, true = manifest.fingerprints.get(name), made_from.fingerprints.get(name)
+        if said != true:
+            return _differ(f"fingerprints.{name}", said, true)
+    for name, said in manifest.recipe.items():
+        true = made_from.recipe.get(name)
+        if said != true and not (name in _UNLIKE_OURS and _MARK in manifest.recipe):
+            return _differ(f"recipe.{name}", said, true)
+    return ""
+
+
+def _differ(name: str, said: object, true: object) -> str:
+    return f"says {name} = {_short(said)}, its rows were made with {_short(true)}"
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}..."
 
 
 _FIELDS = tuple(item.name for item in fields(Manifest) if item.name != "extra")

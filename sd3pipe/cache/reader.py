@@ -10,8 +10,7 @@ import numpy as np
 from sd3pipe.cache.cache_files import cache_files
 from sd3pipe.cache.folder import INDEX, INDEX_SUFFIX, MANIFEST
 from sd3pipe.cache.index import Index, read_index
-from sd3pipe.cache.made_from import contradiction
-from sd3pipe.cache.manifest import Manifest, parse_manifest
+from sd3pipe.cache.manifest import Manifest, contradiction, parse_manifest
 from sd3pipe.cache.rows import Tensor, row_from_bytes
 from sd3pipe.cache.samples import Samples
 from sd3pipe.cache.segment import SegmentHeader, key_is_true, parse_header

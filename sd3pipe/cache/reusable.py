@@ -1,7 +1,6 @@
 """Rows that need not be encoded: in segments that the plan no longer has, in unused ones, or in other caches."""
 
 import logging
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +59,8 @@ class ReusableRows:
         row = self._rows[key]
         path = row.path if row.path.exists() else self._folder.find_segment(row.path.name.split(".")[0])
         try:
-            data = _read(path or row.path, row)
+            with open(path or row.path, "rb", buffering=0) as file:
+                data = read_exactly(file.fileno(), row.size, row.start)
         except (OSError, EOFError) as error:
             log.warning("%s cannot be read (%s): its rows are encoded again", row.path, error)
         else:
@@ -83,11 +83,3 @@ class ReusableRows:
         if header.kind == kind:
             for info, start, size in header.placed_rows():
                 self._rows.setdefault(info.key, _StoredAt(path, start, size, info, origin))
-
-
-def _read(path: Path, row: _StoredAt) -> bytes:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        return read_exactly(handle, row.size, row.start)
-    finally:
-        os.close(handle)

@@ -196,7 +196,7 @@ def find_keys(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Returns the numbers of `wanted` among sorted `keys`, both uint8 [n, 32]. Raises ValueError if one is missing."""
     if len(wanted) == 0:
         return np.zeros(0, np.uint32)
-    places = np.searchsorted(_as_text(keys), _as_text(wanted))
+    places = np.searchsorted(as_text(keys), as_text(wanted))
     if len(keys) == 0 or not np.array_equal(keys[np.minimum(places, len(keys) - 1)], wanted):
         raise ValueError("a sample's key is the key of no row")
     return places.astype(np.uint32)
@@ -216,7 +216,8 @@ def hex_list(hashes: np.ndarray) -> list[str]:
     return [text[start : start + 64] for start in range(0, len(text), 64)]
 
 
-def _as_text(hashes: np.ndarray) -> np.ndarray:
+def as_text(hashes: np.ndarray) -> np.ndarray:
+    """Returns uint8 [n, 32] as n values that can be sorted and looked up."""
     return np.ascontiguousarray(hashes).view("S32").reshape(-1)
 
 

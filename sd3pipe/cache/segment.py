@@ -5,15 +5,16 @@ docs/cache-format.md describes the bytes.
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, JsonValue, TypeAdapter
+import numpy as np
+from pydantic import Field, TypeAdapter
 
-from sd3pipe.cache.keys import FORMAT_VERSION, KINDS, Kind, row_key
+from sd3pipe.cache.keys import FORMAT_VERSION, KINDS, Ingredients, Kind
 from sd3pipe.cache.plan import plan_id
 from sd3pipe.cache.rows import Layout, Size, layout_bytes, layout_to_json
 from sd3pipe.documents import DocumentError, checked, parse_json
@@ -26,22 +27,6 @@ from sd3pipe.tensors.header import header_bytes, header_text, placed
 METADATA_KEY = "sd3pipe"
 _HEADER_UNIT = 4096  # data starts on a page, and texts of nearly equal length do not move it
 _DAMAGE = (ValueError, IndexError, RecursionError, DocumentError)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ingredients:
-    """What a row's key is made of, beside its source; shared by many rows."""
-
-    recipe: Mapping[str, JsonValue]
-    recipe_version: int
-    fingerprints: Mapping[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "fingerprints": dict(self.fingerprints),
-            "recipe": dict(self.recipe),
-            "recipe_version": self.recipe_version,
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,38 +162,31 @@ def _parse(data: bytes) -> SegmentHeader:
     return SegmentHeader(kind=facts.kind, group=facts.group, nbytes=facts.nbytes, rows=rows, offsets=tuple(offsets))
 
 
-def read_exactly(handle: int, count: int, offset: int) -> bytes:
-    """Returns `count` bytes at `offset` of an open file. Raises EOFError if the file ends before."""
-    data = os.pread(handle, count, offset)
-    while len(data) < count:
-        more = os.pread(handle, count - len(data), offset + len(data))
-        if not more:
-            raise EOFError(f"the file ends {count - len(data)} bytes early")
-        data += more
+def read_exactly(handle: int, count: int, offset: int, what: str = "the file") -> memoryview:
+    """Returns `count` bytes at `offset` of an open file as memory that the caller owns.
+
+    Raises EOFError if the file ends before.
+    """
+    data, done = np.empty(count, np.uint8).data, 0
+    while done < count:
+        read = os.preadv(handle, [data[done:]], offset + done)
+        if not read:
+            raise EOFError(f"{what} ends {count - done} bytes early")
+        done += read
     return data
 
 
-def read_rows(path: Path, header: SegmentHeader) -> Iterator[tuple[RowInfo, bytes, bool]]:
+def read_rows(path: Path, header: SegmentHeader) -> Iterator[tuple[RowInfo, memoryview, bool]]:
     """Yields each row of a segment with its bytes and whether they have the row's digest. Raises OSError, EOFError."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
+    with open(path, "rb", buffering=0) as file:
         for info, start, size in header.placed_rows():
-            data = read_exactly(handle, size, start)
+            data = read_exactly(file.fileno(), size, start)
             yield info, data, digest_bytes(data) == info.digest
-    finally:
-        os.close(handle)
 
 
 def key_is_true(kind: Kind, info: RowInfo) -> bool:
     """Whether a row's key is the one that its ingredients give."""
-    parts = info.ingredients
-    return info.key == row_key(
-        kind=kind,
-        source=info.source,
-        recipe=parts.recipe,
-        recipe_version=parts.recipe_version,
-        fingerprints=parts.fingerprints,
-    )
+    return info.key == info.ingredients.key(kind, info.source)
 
 
 def _header_bytes(kind: Kind, group: str, nbytes: int, infos: Sequence[RowInfo]) -> bytes:

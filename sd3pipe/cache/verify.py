@@ -11,8 +11,7 @@ import numpy as np
 from sd3pipe import stopping
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.index import Index, header_table
-from sd3pipe.cache.made_from import contradiction
-from sd3pipe.cache.manifest import Manifest, read_manifest
+from sd3pipe.cache.manifest import Manifest, contradiction, read_manifest
 from sd3pipe.cache.publish import open_index
 from sd3pipe.cache.segment import key_is_true, read_header, read_rows
 from sd3pipe.errors import InputError

@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from sd3pipe.cache.keys import Kind, row_key
+from sd3pipe.cache.keys import Ingredients, Kind
 from sd3pipe.cache.plan import WantedRow
 from sd3pipe.cache.samples import Columns, row_columns, select
-from sd3pipe.cache.segment import Ingredients
 from sd3pipe.fingerprint import hash_json
 
 _PICTURE = ("name", "subset", "image_hash")  # the columns that say which picture a sample is of
@@ -35,16 +34,7 @@ class Wanted:
     @cached_property
     def keys(self) -> tuple[str, ...]:
         """The key of each row; equal rows have equal keys."""
-        return tuple(
-            row_key(
-                kind=self.kind,
-                source=row.source,
-                recipe=row.recipe,
-                recipe_version=self.recipe_version,
-                fingerprints=self.fingerprints,
-            )
-            for row in self.rows
-        )
+        return tuple(self._ingredients(row).key(self.kind, row.source) for row in self.rows)
 
     @cached_property
     def row_by_key(self) -> dict[str, WantedRow]:
@@ -77,9 +67,10 @@ class Wanted:
 
     def ingredients(self, key: str) -> Ingredients:
         """Returns what a row's key is made of."""
-        return Ingredients(
-            recipe=self.row_by_key[key].recipe, recipe_version=self.recipe_version, fingerprints=self.fingerprints
-        )
+        return self._ingredients(self.row_by_key[key])
+
+    def _ingredients(self, row: WantedRow) -> Ingredients:
+        return Ingredients(recipe=row.recipe, recipe_version=self.recipe_version, fingerprints=self.fingerprints)
 
     def without(self, unreadable: Mapping[str, str]) -> "Readable":
         """Returns what remains when some rows, given with reasons, cannot be made: their pictures go as a whole."""

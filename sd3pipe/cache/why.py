@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sd3pipe.cache.folder import CacheFolder
-from sd3pipe.cache.keys import text_source
+from sd3pipe.cache.keys import Ingredients, text_source
 from sd3pipe.cache.last_wanted import LastWanted, last_wanted
 from sd3pipe.cache.reader import CacheReader
-from sd3pipe.cache.segment import Ingredients, RowInfo, read_header
+from sd3pipe.cache.segment import RowInfo, read_header
 from sd3pipe.cache.staleness import SourceCheck, Sources
 from sd3pipe.errors import InputError
 from sd3pipe.fingerprint import hash_file

@@ -21,12 +21,11 @@ from sd3pipe.files import lock_file
 from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.params.idle import idle_options
-from sd3pipe.params.train import TrainParams
+from sd3pipe.params.train import TrainParams, duration_seconds
 from sd3pipe.rules.memory import NumericsRules
 from sd3pipe.training.belonging import misfits
 from sd3pipe.training.checkpoints import set_aside_later
 from sd3pipe.training.data_summary import data_summary, encode_summary
-from sd3pipe.training.durations import parse_duration
 from sd3pipe.training.identity import RunInputs, resolve_inputs, run_identity
 from sd3pipe.training.loop import Loop
 from sd3pipe.training.memory_plan import CLIP_TOKENS, MemoryPlan, run_memory
@@ -35,7 +34,7 @@ from sd3pipe.training.processes import Processes, join_processes
 from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.records import forget_after, subset_figures
 from sd3pipe.training.run_folder import RunFolder, Start, choose_start, is_finished
-from sd3pipe.training.setup import build_loop, check_options
+from sd3pipe.training.setup import Run, build_loop, check_options
 from sd3pipe.training.trackers import check_trackers
 from sd3pipe.training.training_data import TrainingData, open_data
 from sd3pipe.training.validation import verdict
@@ -88,26 +87,36 @@ def _train(params: TrainParams, processes: Processes, report: StageReport, folde
     check_trackers(params)
     data = open_data(params)
     source = find_component("mmdit", model=params.model, file=params.mmdit)
-    run = resolve_inputs(
+    resolved = resolve_inputs(
         params,
         data,
         base=_fingerprint(params, source),
         precision=resolve_precision(params.mixed_precision, processes.device),
         num_processes=processes.count,
     )
-    identity = run_identity(params, data, run)
-    start = processes.same(_start(params, identity, run) if processes.is_main else None)
+    identity = run_identity(params, data, resolved)
+    start = processes.same(_start(params, identity, resolved) if processes.is_main else None)
     assert start is not None
+    run = Run(
+        params=params,
+        processes=processes,
+        data=data,
+        source=source,
+        inputs=resolved,
+        identity=identity,
+        start=start,
+        folder=folder,
+    )
     report.update(options=params.model_dump(mode="json"), identity=identity, sources_checked=freshness)
     report.update(data=data_summary(data), encoded=encode_summary({"text": params.text, "latents": params.latents}))
-    if is_finished(params.out, start, identity, run.total_steps):
+    if is_finished(params.out, start, identity, resolved.total_steps):
         done = Progressed.from_state(start.checkpoint.state) if start.checkpoint else Progressed()
         report.keep(seconds_per_step=None, peak_rss_bytes=peak_rss_bytes(), peak_device_bytes=0)
         report.update(**_how_far(done), steps_now=0, subsets=subset_figures(params.out))
-        report.summary = f"nothing to do, all {count(run.total_steps, 'step')} are done"
+        report.summary = f"nothing to do, all {count(resolved.total_steps, 'step')} are done"
         return
     architecture = mmdit_architecture(source)
-    check_options(params, architecture, data, run)
+    check_options(params, architecture, data, resolved)
     if processes.is_main:
         _tell_misfits(params, data)
     memory = run_memory(
@@ -116,19 +125,19 @@ def _train(params: TrainParams, processes: Processes, report: StageReport, folde
         resolutions_px=data.resolutions,
         text_tokens=CLIP_TOKENS + int(data.train.text_lengths.max()),
         device=processes.device,
-        dtype=BASE_DTYPES[run.precision],
+        dtype=BASE_DTYPES[resolved.precision],
     )
     stopping.check()
     if start.aside and processes.is_main:
         folder.keep_apart(start.aside)
     with memory_errors(lambda: memory.advice(processes.device)), _kernel_errors(params):
-        loop = build_loop(params, processes, data, source, run, identity, start, memory, folder)
+        loop = build_loop(run, memory)
         steps_before = loop.progressed.step
         loop.seconds_by_phase["preparing"] = time.monotonic() - started
         try:
             if processes.is_main:
                 _begin_at(loop.progressed, params, folder)
-            loop.run(parse_duration(params.time_limit) if params.time_limit else None)
+            loop.run(duration_seconds(params.time_limit) if params.time_limit else None)
         finally:
             loop.close()
             report.update(**_figures(loop, memory, processes, steps_before), subsets=subset_figures(folder.path))
@@ -137,7 +146,8 @@ def _train(params: TrainParams, processes: Processes, report: StageReport, folde
                     report.begin()
             elif processes.is_main:
                 folder.forget()
-        loop.saver.finish({"identity": identity, "steps": run.total_steps})  # last: nothing is missing once it is there
+        # last: nothing is missing once it is there
+        loop.saver.finish({"identity": identity, "steps": resolved.total_steps})
     says = verdict(params.out)
     if says:
         log.info("%s", says)

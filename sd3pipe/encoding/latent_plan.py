@@ -13,8 +13,8 @@ from sd3pipe.encoding.stage import DatasetRead
 from sd3pipe.errors import InputError
 from sd3pipe.models.vae_architecture import VAEArchitecture
 from sd3pipe.params.encode_latents import EncodeLatentsParams
+from sd3pipe.words import FORMAT_BYTES
 
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def usable_views(read: DatasetRead, params: EncodeLatentsParams) -> tuple[list[View], list[UnreadableFile]]:
@@ -66,7 +66,7 @@ def latents_wanted(
 
 def _row(view: View, recipe: Mapping[str, str], architecture: VAEArchitecture) -> WantedRow:
     width, height = view.cut.size
-    moments, value_bytes = recipe["latent_mode"] == "moments", _ITEM_BYTES[recipe["latent_dtype"]]
+    moments, value_bytes = recipe["latent_mode"] == "moments", FORMAT_BYTES[recipe["latent_dtype"]]
     mask_bytes = 2 * (width // architecture.downscale) * (height // architecture.downscale) if view.cut.mask else 0
     return WantedRow(
         source=latents_source(view.picture.image_hash, view.picture.mask_hash),

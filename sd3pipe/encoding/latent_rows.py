@@ -16,10 +16,11 @@ from sd3pipe.device import choose_device
 from sd3pipe.device_memory import memory_errors
 from sd3pipe.errors import UnreadablePicture
 from sd3pipe.models.checkpoint import load_vae
-from sd3pipe.models.latent_encoding import DTYPES, LatentEncoder, encoder_speed
+from sd3pipe.models.latent_encoding import LatentEncoder, encoder_speed
 from sd3pipe.models.sources import ComponentSource
 from sd3pipe.models.vae_architecture import VAEArchitecture
 from sd3pipe.params.encode_latents import EncodeLatentsParams
+from sd3pipe.tensors.formats import DTYPES
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ from torch import nn
 
 from sd3pipe.cache.rows import Row
 from sd3pipe.cache.tensors import from_torch
-from sd3pipe.console import progress
 from sd3pipe.device import choose_device
 from sd3pipe.device_memory import memory_errors
 from sd3pipe.encoding.t5_packing import t5_packer
@@ -66,14 +65,8 @@ def encoded_texts(
         ),
         scratch=scratch,
     )
-    rows = encode_rows(
-        tokens,
-        sources=encoders.sources,
-        recipe=recipe,
-        machine=machine,
-        progress=progress,
-        pack_t5=t5_packer(recipe.t5xxl_base_dtype),
-    )
+    packer = t5_packer(recipe.t5xxl_base_dtype)
+    rows = encode_rows(tokens, sources=encoders.sources, recipe=recipe, machine=machine, pack_t5=packer)
     with memory_errors(lambda: _way_out(machine)):
         for row in rows:
             yield {name: from_torch(tensor) for name, tensor in row.items()}

@@ -19,8 +19,9 @@ from sd3pipe.data.prompts import SamplePrompt
 from sd3pipe.data.scan import Scan
 from sd3pipe.models.text_architecture import EncoderName
 from sd3pipe.models.text_encoder_files import TextSizes
-from sd3pipe.models.text_recipe import ITEM_BYTES, RECIPE_VERSION, TextRecipe
+from sd3pipe.models.text_recipe import RECIPE_VERSION, TextRecipe
 from sd3pipe.params.encode_text import EncodeTextParams
+from sd3pipe.words import FORMAT_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +99,7 @@ def prompt_texts(prompts: Sequence[SamplePrompt]) -> Texts:
 
 def text_wanted(texts: Texts, sizes: TextSizes, fingerprints: Mapping[str, str], recipe: TextRecipe) -> Wanted:
     """Returns the whole content of the cache."""
-    fields, nbytes = recipe.fields(), sizes.row_bytes(recipe.t5_pad_to, ITEM_BYTES[recipe.text_dtype])
+    fields, nbytes = recipe.fields(), sizes.row_bytes(recipe.t5_pad_to, FORMAT_BYTES[recipe.text_dtype])
     return Wanted(
         kind=texts.kind,
         recipe_version=RECIPE_VERSION,

@@ -124,7 +124,7 @@ def detect_mmdit(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTArchitecture:
         qk_norm="joint_blocks.0.context_block.attn.ln_k.weight" in shapes,
         dual_attention_blocks=tuple(i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes),
     )
-    compare_shapes("MMDiT", architecture.shapes(), shapes)
+    compare_shapes("the MMDiT", architecture.shapes(), shapes)
     return architecture
 
 

@@ -61,7 +61,9 @@ class HubRepository:
         except errors.HFValidationError as error:
             raise InputError(f"{self.repo}: not a hub id ({_first_line(error)})") from error
         except errors.HfHubHTTPError as error:
-            raise NetworkError(self._answer(error.response.status_code, name)) from error
+            status = error.response.status_code
+            answer = f"{self.repo}: the hub answered {status} for {name}: try later"
+            raise NetworkError(self._gated() if status in (401, 403) else answer) from error
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
                 raise storage_error(error, Path(error.filename or "the local hub cache")) from error
@@ -72,11 +74,6 @@ class HubRepository:
         return NetworkError(
             f"{self.repo}: its {what} is not in the local hub cache and the hub cannot be reached "
             f"({self.unreachable}): go online, or pass a local file or folder"
-        )
-
-    def _answer(self, status: int, name: str) -> str:
-        return (
-            self._gated() if status in (401, 403) else f"{self.repo}: the hub answered {status} for {name}: try later"
         )
 
     def _gated(self) -> str:

@@ -13,8 +13,6 @@ from sd3pipe.models.vae_architecture import VAEArchitecture
 from sd3pipe.models.vae_strips import encode_within, usable_memory
 from sd3pipe.words import LatentMode
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 # B batch, C channels, H W pixels, h w latent pixels
 
 

@@ -20,13 +20,6 @@ SUBFOLDERS: dict[Component, str] = {
     "clip_g": "text_encoder_2",
     "t5xxl": "text_encoder_3",
 }
-_STEMS: dict[Component, tuple[str, ...]] = {
-    "mmdit": ("diffusion_pytorch_model",),
-    "vae": ("diffusion_pytorch_model",),
-    "clip_l": ("model",),
-    "clip_g": ("model",),
-    "t5xxl": ("model",),
-}
 _MAX_INDEX_BYTES = 10_000_000
 _LONGEST_NAME = 255  # bytes that a file system takes
 _INDEX = TypeAdapter(dict[str, object])
@@ -37,14 +30,14 @@ def folder_tensors(component: Component, fetch: Fetch, subfolder: str) -> dict[s
 
     Full precision comes before fp16 where a folder has both. Raises InputError for damaged files.
     """
-    for stem in _STEMS[component]:
-        for variant in ("", ".fp16"):
-            index = fetch(_joined(subfolder, f"{stem}.safetensors.index{variant}.json"))
-            if index is not None:
-                return _sharded_tensors(index, lambda name: fetch(_joined(subfolder, name)))
-            file = fetch(_joined(subfolder, f"{stem}{variant}.safetensors"))
-            if file is not None:
-                return read_header(file)
+    stem = "diffusion_pytorch_model" if component in ("mmdit", "vae") else "model"
+    for variant in ("", ".fp16"):
+        index = fetch(_joined(subfolder, f"{stem}.safetensors.index{variant}.json"))
+        if index is not None:
+            return _sharded_tensors(index, lambda name: fetch(_joined(subfolder, name)))
+        file = fetch(_joined(subfolder, f"{stem}{variant}.safetensors"))
+        if file is not None:
+            return read_header(file)
     return None
 
 

@@ -24,18 +24,18 @@ def count_numbered(names: Iterable[str], prefix: str) -> int:
     return len({number for number in numbers if number.isdecimal()})
 
 
-def compare_shapes(kind: str, expected: Shapes, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises InputError, without saying where, unless keys and shapes are the expected ones."""
+def compare_shapes(what: str, expected: Shapes, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises InputError unless keys and shapes are the expected ones. `what` begins the sentence: 'FILE: the VAE'."""
     missing = [key for key in expected if key not in found]
     excess = sorted(found.keys() - expected.keys())
     other = [key for key, shape in expected.items() if key in found and tuple(found[key]) != shape]
     if missing:
-        raise InputError(f"the {kind} lacks {listed(missing)}: the file is incomplete")
+        raise InputError(f"{what} lacks {listed(missing)}: the file is incomplete")
     if excess:
-        raise InputError(f"the {kind} has tensors that are not understood: {listed(excess)}")
+        raise InputError(f"{what} has tensors that are not understood: {listed(excess)}")
     if other:
         key = other[0]
         raise InputError(
-            f"the {kind} has tensors of unexpected shape: {listed(other)}; "
+            f"{what} has tensors of unexpected shape: {listed(other)}; "
             f"{key} is {list(found[key])} and should be {list(expected[key])}"
         )

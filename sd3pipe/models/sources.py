@@ -138,11 +138,8 @@ def _entries(
         if scales:
             raise InputError(f"{where}: scaled fp8 in diffusers' names is not supported: pass the bf16 or fp16 weights")
         return _entries_from_diffusers(part.component, weights, where)
-    names = (
-        canonical_text_names(weights.keys(), part.component)
-        if part.component in ("clip_l", "clip_g", "t5xxl")
-        else {name: name for name in weights}
-    )
+    is_text = part.component not in ("mmdit", "vae")
+    names = canonical_text_names(weights.keys(), part.component) if is_text else {name: name for name in weights}
     return {
         key: replace(weights[name].entry, scale=scales[name].entry if name in scales else None)
         for key, name in names.items()

@@ -107,7 +107,7 @@ def detect_clip(shapes: Mapping[str, tuple[int, ...]], where: str) -> ClipArchit
     )
     if width % HEAD_WIDTH:
         raise InputError(f"{where}: the CLIP text encoder is {width} wide, which is no multiple of {HEAD_WIDTH}")
-    _compare(architecture.shapes(), shapes, "CLIP text encoder", where)
+    compare_shapes(f"{where}: the CLIP text encoder", architecture.shapes(), shapes)
     return architecture
 
 
@@ -125,7 +125,7 @@ def detect_t5(shapes: Mapping[str, tuple[int, ...]], where: str) -> T5Architectu
         vocabulary=vocabulary,
         distance_buckets=buckets,
     )
-    _compare(architecture.shapes(), shapes, "T5 encoder", where)
+    compare_shapes(f"{where}: the T5 encoder", architecture.shapes(), shapes)
     return architecture
 
 
@@ -135,10 +135,3 @@ def _matrix(shapes: Mapping[str, tuple[int, ...]], key: str, kind: str, where: s
         found = "is missing" if shape is None else f"has shape {list(shape)}, not two axes"
         raise InputError(f"{where}: not {kind} as SD3 uses it: {key} {found}")
     return shape[0], shape[1]
-
-
-def _compare(expected: Shapes, found: Mapping[str, tuple[int, ...]], kind: str, where: str) -> None:
-    try:
-        compare_shapes(kind, expected, found)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error

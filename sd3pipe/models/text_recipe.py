@@ -7,7 +7,6 @@ from sd3pipe.errors import ParameterError
 from sd3pipe.words import Format, PackedFormat, Padding
 
 RECIPE_VERSION = 1  # counts the changes of this package that move the numbers in text rows
-ITEM_BYTES: dict[Format, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

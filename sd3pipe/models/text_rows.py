@@ -5,15 +5,15 @@
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from sd3pipe import stopping
+from sd3pipe.console import progress
 from sd3pipe.device import has_bfloat16
 from sd3pipe.errors import InputError
 from sd3pipe.files import storage_errors
@@ -23,23 +23,12 @@ from sd3pipe.models.text_architecture import ClipName, EncoderName
 from sd3pipe.models.text_encoders import ClipEncoder, T5Encoder
 from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.models.tokenizers import TokenizedTexts
+from sd3pipe.tensors.formats import DTYPES
 from sd3pipe.words import Format
 
-TORCH_DTYPES: dict[Format, torch.dtype] = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
 _WINDOW_BYTES = 256 << 20  # T5's hidden states that go through a block before the next one is read
 
 
-class Counter(Protocol):
-    def advance(self, number: int = 1) -> None:
-        """Counts `number` more units."""
-        ...
-
-
-Progress = Callable[[str, int, str], AbstractContextManager[Counter]]  # what runs, how many units, the unit
 Row = dict[str, Tensor]
 
 
@@ -59,7 +48,6 @@ def encode_rows(
     sources: Mapping[EncoderName, ComponentSource],
     recipe: TextRecipe,
     machine: EncodingMachine,
-    progress: Progress,
     pack_t5: Callable[[nn.Module], None] | None = None,
 ) -> Iterator[Row]:
     """Yields each text's row on the CPU: clip_l, clip_g, t5xxl [L, D]; pooled_l, pooled_g; mask_l, mask_g, mask_t5.
@@ -72,9 +60,9 @@ def encode_rows(
     with _StoredRows(machine.scratch) as clip_l, _StoredRows(machine.scratch) as clip_g:
         clips: tuple[tuple[ClipName, _StoredRows], ...] = (("clip_l", clip_l), ("clip_g", clip_g))
         for name, stored in clips:
-            for row in _clip_rows(name, tokens[name], sources[name], recipe, machine, progress):
+            for row in _clip_rows(name, tokens[name], sources[name], recipe, machine):
                 stored.append(row)
-        for number, t5 in enumerate(_t5_rows(tokens["t5xxl"], sources["t5xxl"], recipe, machine, progress, pack_t5)):
+        for number, t5 in enumerate(_t5_rows(tokens["t5xxl"], sources["t5xxl"], recipe, machine, pack_t5)):
             yield clip_l.read(number) | clip_g.read(number) | t5
 
 
@@ -84,9 +72,8 @@ def _clip_rows(
     source: ComponentSource,
     recipe: TextRecipe,
     machine: EncodingMachine,
-    progress: Progress,
 ) -> Iterator[Row]:
-    dtype, stored_as = compute_dtype(name, recipe.text_dtype, machine.device), TORCH_DTYPES[recipe.text_dtype]
+    dtype, stored_as = compute_dtype(name, recipe.text_dtype, machine.device), DTYPES[recipe.text_dtype]
     encoder = ClipEncoder(source, dtype=dtype, device=machine.device)
     letter = name.removeprefix("clip_")
     with progress(f"encode-text {TITLES[name]}", len(tokens.ids), "captions") as counter:
@@ -107,7 +94,6 @@ def _t5_rows(
     source: ComponentSource,
     recipe: TextRecipe,
     machine: EncodingMachine,
-    progress: Progress,
     pack: Callable[[nn.Module], None] | None,
 ) -> Iterator[Row]:
     dtype = compute_dtype("t5xxl", recipe.text_dtype, machine.device)
@@ -128,7 +114,7 @@ def _t5_rows(
             rows: dict[int, Row] = {}
             for numbers, batch, hidden_BLD in zip(window_batches, padded, states, strict=True):
                 masks_BL = torch.from_numpy(batch.mask)
-                stored_BLD = hidden_BLD.to("cpu", TORCH_DTYPES[recipe.text_dtype])
+                stored_BLD = hidden_BLD.to("cpu", DTYPES[recipe.text_dtype])
                 for number, hidden_LD, mask in zip(numbers, stored_BLD, masks_BL, strict=False):
                     rows[number] = {"t5xxl": _with_padding(hidden_LD, mask, recipe, source), "mask_t5": mask}
             del states
@@ -144,7 +130,7 @@ def compute_dtype(name: EncoderName, text_dtype: Format, device: torch.device) -
     """
     overflows = name == "t5xxl" and text_dtype == "float16"
     emulated = text_dtype == "bfloat16" and device.type == "cuda" and not has_bfloat16()
-    return torch.float32 if overflows or emulated else TORCH_DTYPES[text_dtype]
+    return torch.float32 if overflows or emulated else DTYPES[text_dtype]
 
 
 def _window_rows(tokens: TokenizedTexts, token_bytes: int, machine: EncodingMachine) -> int:

@@ -90,10 +90,7 @@ def detect_vae(shapes: Mapping[str, tuple[int, ...]], where: str) -> VAEArchitec
     )
     if not levels or any(width % 32 for width in architecture.level_widths):
         raise InputError(f"{where}: the VAE's channels {list(architecture.level_widths)} are no multiples of 32")
-    try:
-        compare_shapes("VAE", architecture.shapes(), shapes)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+    compare_shapes(f"{where}: the VAE", architecture.shapes(), shapes)
     return architecture
 
 

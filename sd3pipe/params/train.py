@@ -20,10 +20,18 @@ _TEXT, _SAVING, _SAMPLES, _VALIDATION = "Text and position", "Saving and resumin
 _RECORDS, _MEMORY = "Records", "Memory and speed"
 
 
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
 def _duration(value: str) -> str:
     if not re.fullmatch(r"\d+(\.\d+)?[smhd]?", value):
         raise ValueError("write seconds, or a number with s, m, h or d, such as 90m")
     return value
+
+
+def duration_seconds(text: str) -> float:
+    """Returns seconds from "90", "90s", "15m", "1.5h" or "2d"."""
+    return float(text[:-1]) * _SECONDS[text[-1]] if text[-1] in _SECONDS else float(text)
 
 
 Duration = Annotated[str, AfterValidator(_duration)]

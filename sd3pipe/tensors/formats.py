@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from sd3pipe.words import Format
+
 TORCH_FORMATS: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -18,6 +20,11 @@ TORCH_FORMATS: Mapping[str, torch.dtype] = {
     "I32": torch.int32,
     "I64": torch.int64,
     "BOOL": torch.bool,
+}
+DTYPES: Mapping[Format, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
 }
 FORMAT_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_FORMATS.items()}
 

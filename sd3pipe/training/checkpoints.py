@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sd3pipe.adapters.find import ADAPTER_NAME, STATE_NAME
+from sd3pipe.adapters.find import ADAPTER_NAME as ADAPTER_FILE
+from sd3pipe.adapters.find import STATE_NAME as STATE_FILE
 from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_folder, remove_folder, storage_errors, sync_file
 from sd3pipe.fingerprint import hash_file
@@ -19,9 +20,10 @@ from sd3pipe.training.state_file import FileIdentity, State, read_state, write_s
 
 log = logging.getLogger(__name__)
 
-ADAPTER_FILE, STATE_FILE = ADAPTER_NAME, STATE_NAME
 OPTIMIZER_FILE = "optimizer.safetensors"
 CHECKPOINTS_FOLDER = "checkpoints"
+FINAL_FOLDER = "final"
+INPUTS_FILE = "inputs.json"
 
 _KEPT_STATES = 2  # of the optimizer, where no option says otherwise
 _NAME = re.compile(r"step-(\d{8,})")
@@ -50,8 +52,14 @@ class Checkpoint:
 
 
 def step_name(step: int) -> str:
-    """Returns the folder name of a step's checkpoint; it sorts by step."""
+    """Returns the folder name of a step's checkpoint or samples; it sorts by step."""
     return f"step-{step:08d}"
+
+
+def named_step(path: Path) -> int:
+    """Returns the step that such a folder is named after, -1 for any other name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
 
 
 def write_checkpoint(
@@ -79,11 +87,11 @@ def write_checkpoint(
 def read_checkpoint(path: Path) -> Checkpoint:
     """Returns the checkpoint in a folder after checking its files' bytes. Raises InputError that says what is wrong."""
     state = read_state(path / STATE_FILE)
-    if _NAME.fullmatch(path.name) and path.name != step_name(state["step"]):
+    if named_step(path) not in (-1, state["step"]):
         raise InputError(f"{path} is no whole checkpoint: its {STATE_FILE} is that of step {state['step']}")
     try:
         for name, identity in state["files"].items():
-            if _size(path / name) != identity["bytes"] or hash_file(path / name) != identity["blake3"]:
+            if (path / name).stat().st_size != identity["bytes"] or hash_file(path / name) != identity["blake3"]:
                 raise InputError(f"{path} is torn: {name} is not the file that {STATE_FILE} describes")
     except OSError as error:
         raise InputError(f"{path} is no whole checkpoint: {error.filename}: {error.strerror}") from error
@@ -92,15 +100,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def checkpoint_paths(run: Path) -> list[Path]:
     """Returns the checkpoint folders of a run, the oldest first, whole or not."""
-    folder = run / CHECKPOINTS_FOLDER
-    paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted((path for path in run.glob(f"{CHECKPOINTS_FOLDER}/*") if named_step(path) >= 0), key=named_step)
 
 
 def newest_checkpoint(run: Path, *, up_to: int | None = None) -> Checkpoint | None:
     """Returns the newest whole checkpoint that a run can go on from; torn ones are named in a warning."""
     for path in reversed(checkpoint_paths(run)):
-        if up_to is not None and int(path.name.removeprefix("step-")) > up_to:
+        if up_to is not None and named_step(path) > up_to:
             continue
         try:
             checkpoint = read_checkpoint(path)
@@ -114,9 +120,8 @@ def newest_checkpoint(run: Path, *, up_to: int | None = None) -> Checkpoint | No
 
 def set_aside_later(run: Path, step: int) -> None:
     """Renames checkpoints and samples after `step` to *.superseded: a run that goes on from `step` makes them anew."""
-    samples = [path for path in run.glob("samples/step-*") if _NAME.fullmatch(path.name)]
-    for path in [*checkpoint_paths(run), *samples]:
-        if int(path.name.removeprefix("step-")) > step:
+    for path in [*checkpoint_paths(run), *run.glob("samples/step-*")]:
+        if named_step(path) > step:
             target = path.with_name(f"{path.name}.superseded")
             if target.exists():
                 remove_folder(target)
@@ -166,8 +171,4 @@ def _drop_optimizer(path: Path, state: State) -> None:
 def _identity(path: Path) -> FileIdentity:
     with open(path, "rb+") as handle:
         sync_file(handle)
-    return {"bytes": _size(path), "blake3": hash_file(path)}
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size
+    return {"bytes": path.stat().st_size, "blake3": hash_file(path)}

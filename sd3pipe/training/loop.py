@@ -6,15 +6,14 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
 
 from sd3pipe import stopping
 from sd3pipe.console import Progress, progress, readable_bytes
 from sd3pipe.device_memory import peak_device_bytes, peak_rss_bytes
 from sd3pipe.errors import InputError, Stopped
 from sd3pipe.memory.streaming import BlockStreamer
-from sd3pipe.rules.occasions import BadLossRules, SampleRules, SavingRules, ValidationRules
+from sd3pipe.params.train import TrainParams
 from sd3pipe.training.batches import Position
 from sd3pipe.training.feed import Step
 from sd3pipe.training.processes import Processes
@@ -28,52 +27,32 @@ log = logging.getLogger(__name__)
 _MAX_ROLLBACKS = 3
 
 
-class Callback(Protocol):
-    """Something that is done now and then with the adapter as it stands: validation, sample pictures."""
-
-    def __call__(self, progressed: Progressed) -> None: ...
+Callback = Callable[[Progressed], None]  # is done now and then with the adapter as it stands
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """When what happens."""
-
-    total_steps: int
-    saving: SavingRules
-    samples: SampleRules
-    validation: ValidationRules
-    bad_loss: BadLossRules
-
-
+@dataclass(slots=True, kw_only=True)
 class Loop:
     """A run under way. `steps_from` yields the tensors of each step from a position on."""
 
-    def __init__(
-        self,
-        *,
-        runner: StepRunner,
-        progressed: Progressed,
-        plan: Plan,
-        steps_from: Callable[[Position], Iterator[Step]],
-        saver: Saver,
-        records: Records | None,
-        validate: Callback | None,
-        sample: Callback | None,
-        processes: Processes,
-        streamer: BlockStreamer,
-    ) -> None:
-        self.runner, self.progressed, self.plan = runner, progressed, plan
-        self.steps_from, self.saver, self.records = steps_from, saver, records
-        self.validate, self.sample, self.processes = validate, sample, processes
-        self.streamer = streamer
-        self.seconds_per_step: list[float] = []
-        self.seconds_by_phase: defaultdict[str, float] = defaultdict(float)
-        self.copied_per_step: list[int] = []  # bytes of streamed blocks
+    params: TrainParams
+    total_steps: int
+    runner: StepRunner
+    progressed: Progressed
+    steps_from: Callable[[Position], Iterator[Step]]
+    saver: Saver
+    records: Records | None
+    validate: Callback | None
+    sample: Callback | None
+    processes: Processes
+    streamer: BlockStreamer
+    seconds_per_step: list[float] = field(default_factory=list)
+    seconds_by_phase: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    copied_per_step: list[int] = field(default_factory=list)  # bytes of streamed blocks
 
     def run(self, time_limit_seconds: float | None = None) -> None:
         """Trains to the last step and saves. Raises Stopped, after saving, when asked to stop on the way."""
         state = self.progressed
-        total = self.plan.total_steps
+        total = self.total_steps
         ends = math.inf if time_limit_seconds is None else time.monotonic() + time_limit_seconds
         with progress("train", total, "steps", done=state.step) as bar:
             self._before_the_first_step()
@@ -105,7 +84,7 @@ class Loop:
     def _before_the_first_step(self) -> None:
         """Does what an earlier run owes, or, before anything is learnt, what shows the base as it is."""
         if self.progressed.step == 0:
-            self.progressed.owed = self._due(validate=True, sample=self.plan.samples.sample_at_first)
+            self.progressed.owed = self._due(validate=True, sample=self.params.samples.sample_at_first)
         owed = self.progressed.owed
         self._work_off()
         if owed:
@@ -117,7 +96,8 @@ class Loop:
         self.seconds_per_step.append(seconds)
         self.seconds_by_phase["steps"] += seconds
         if self.records:
-            self.records.step(
+            self.records.write(
+                "step",
                 state.step,
                 epoch=state.position.epoch,
                 loss=result.loss,
@@ -130,12 +110,12 @@ class Loop:
             )
         bar.advance(1, loss=f"{state.loss_mean:.4f}", lr=f"{result.learning_rate:.3g}", memory=self._memory())
         now = (state.step, epochs_before, state.epochs_done)
-        last = state.step == self.plan.total_steps
+        last = state.step == self.total_steps
         state.owed = self._due(
-            validate=self.plan.validation.every.due(*now) or last, sample=self.plan.samples.every.due(*now) or last
+            validate=self.params.validation.every.due(*now) or last, sample=self.params.samples.every.due(*now) or last
         )
         self._work_off()
-        if self.plan.saving.every.due(*now) or last or state.best_step == state.step:
+        if self.params.saving.every.due(*now) or last or state.best_step == state.step:
             with self._phase("saving"):
                 self.saver.save(state)
 
@@ -174,7 +154,7 @@ class Loop:
             self.saver.save(state)
         self.processes.wait()  # a launcher ends all once one has left, and the main process may still be writing
         raise Stopped(
-            f"stopped by {reason or 'another process'} at step {state.step} of {self.plan.total_steps}, "
+            f"stopped by {reason or 'another process'} at step {state.step} of {self.total_steps}, "
             "everything is saved: the same command goes on"
         )
 
@@ -185,7 +165,7 @@ class Loop:
         message = f"step {number + 1}: {result.bad}; its pictures: {', '.join(pictures)}"
         skipped = [*self.progressed.skipped_steps, number]
         event = {"bad_step": number + 1, "bad_loss": result.bad, "pictures": pictures}
-        if self.plan.bad_loss.on_bad_loss == "stop" or len(skipped) > _MAX_ROLLBACKS or not self.saver.can_roll_back:
+        if self.params.bad_loss.on_bad_loss == "stop" or len(skipped) > _MAX_ROLLBACKS or not self.saver.can_roll_back:
             self._record_event(event)
             raise InputError(
                 f"{message}. Nothing was learnt from it. Look at these pictures, lower learning_rate or max_grad_norm, "
@@ -199,4 +179,4 @@ class Loop:
 
     def _record_event(self, values: dict[str, object]) -> None:
         if self.records:
-            self.records.event(self.progressed.step, **values)
+            self.records.write("event", self.progressed.step, **values)

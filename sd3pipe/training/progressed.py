@@ -1,6 +1,7 @@
 """How far a run is: the small numbers that go into every checkpoint beside the tensors."""
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from sd3pipe.training.batches import Position, StepPlan
 from sd3pipe.training.state_file import State
@@ -49,15 +50,5 @@ class Progressed:
     def from_state(cls, state: State) -> "Progressed":
         """Returns what `to_state` was made from; other keys of the state are passed over."""
         epoch, index = state["position"]
-        return cls(
-            step=state["step"],
-            position=Position(epoch=epoch, index=index),
-            epochs_done=state["epochs_done"],
-            loss_first=state["loss_first"],
-            loss_last=state["loss_last"],
-            loss_mean=state["loss_mean"],
-            skipped_steps=state["skipped_steps"],
-            best_step=state["best_step"],
-            best_loss=state["best_loss"],
-            owed=state.get("owed", []),
-        )
+        known: dict[str, Any] = {name: value for name, value in state.items() if name in cls.__dataclass_fields__}
+        return cls(**{**known, "position": Position(epoch=epoch, index=index)})

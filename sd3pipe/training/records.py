@@ -7,7 +7,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sd3pipe.files import append_text, make_folder, write_json, write_text
 from sd3pipe.metrics import METRICS_FILE, read_records
@@ -33,17 +33,13 @@ class Records:
         self._untold: list[tuple[int, dict[str, int | float]]] = []
         self._tell_trackers()
 
-    def step(self, step: int, **values: object) -> None:
-        """Records one training step."""
-        self._write("step", step, values)
-
-    def validation(self, step: int, **values: object) -> None:
-        """Records one validation."""
-        self._write("validation", step, values)
-
-    def event(self, step: int, **values: object) -> None:
-        """Records something that happens seldom: a resume, a rollback."""
-        self._write("event", step, values)
+    def write(self, kind: Literal["step", "validation", "event"], step: int, **values: object) -> None:
+        """Adds a line: one training step, one validation, or what happens seldom, such as a rollback."""
+        line = json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n"
+        append_text(make_folder(self._run.path) / METRICS_FILE, line)
+        if self._start_trackers is not None and kind != "event":
+            self._untold.append((step, dict(_flat(f"{kind}/", values))))
+            self._tell_trackers()
 
     def close(self) -> None:
         """Writes the summaries for DVC and ends the trackers."""
@@ -52,14 +48,6 @@ class Records:
         if self._trackers is not None:
             for tracker in self._trackers.trackers:  # its own end_training would end the group of processes, too
                 tracker.finish()
-
-    def _write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
-        line = json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n"
-        path = make_folder(self._run.path) / METRICS_FILE
-        append_text(path, line)
-        if self._start_trackers is not None and kind != "event":
-            self._untold.append((step, dict(_flat(f"{kind}/", values))))
-            self._tell_trackers()
 
     def _tell_trackers(self) -> None:
         if self._start_trackers is None or not self._run.is_in_place:

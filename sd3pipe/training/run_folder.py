@@ -17,8 +17,12 @@ from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import InputError, ParameterError, StaleError
 from sd3pipe.files import storage_errors, sync_folder
 from sd3pipe.fingerprint import hash_file
+from sd3pipe.metrics import METRICS_FILE
 from sd3pipe.training.checkpoints import (
     ADAPTER_FILE,
+    CHECKPOINTS_FOLDER,
+    FINAL_FOLDER,
+    INPUTS_FILE,
     STATE_FILE,
     Checkpoint,
     checkpoint_paths,
@@ -29,9 +33,6 @@ from sd3pipe.training.checkpoints import (
 log = logging.getLogger(__name__)
 
 Identity = Mapping[str, object]
-_FINAL, _INPUTS = "final", "inputs.json"
-_METRICS = "metrics.jsonl"
-
 
 # Runs that were begun before a run's identity named these had them
 _UNSAID = {"latents_recipe_version": 1, "text_recipe_version": 1}
@@ -132,7 +133,7 @@ def choose_start(
         return _start_from(Path(resume), run, identity, allow_changes, total_steps)
     checkpoint = newest_checkpoint(run, up_to=total_steps)
     if checkpoint is None:
-        is_old = bool(checkpoint_paths(run)) or (run / _FINAL).exists()
+        is_old = bool(checkpoint_paths(run)) or (run / FINAL_FOLDER).exists()
         return _afresh(run, "it has no checkpoint that can be resumed at this number of steps" if is_old else "")
     changes = differences(checkpoint.state["identity"], identity)
     if set(changes) - set(allow_changes):
@@ -145,10 +146,10 @@ def is_finished(run: Path, start: Start, identity: Identity, total_steps: int) -
     if start.checkpoint is None or start.checkpoint.step != total_steps or start.changes:
         return False
     try:
-        made_from = read_json(run / _FINAL / _INPUTS, TypeAdapter(_Final))
+        made_from = read_json(run / FINAL_FOLDER / INPUTS_FILE, TypeAdapter(_Final))
         saved = start.checkpoint.state["files"][ADAPTER_FILE]["blake3"]
         same = made_from.steps == total_steps and not differences(made_from.identity, identity)
-        return same and hash_file(run / _FINAL / ADAPTER_FILE) == saved
+        return same and hash_file(run / FINAL_FOLDER / ADAPTER_FILE) == saved
     except (OSError, DocumentError):
         return False
 
@@ -171,7 +172,7 @@ def _afresh(run: Path, reason: str) -> Start:
 
 
 def _has_content(run: Path) -> bool:
-    return any((run / name).exists() for name in ("checkpoints", _FINAL, _METRICS))
+    return any((run / name).exists() for name in (CHECKPOINTS_FOLDER, FINAL_FOLDER, METRICS_FILE))
 
 
 def _start_from(place: Path, run: Path, identity: Identity, allow_changes: Sequence[str], total_steps: int) -> Start:

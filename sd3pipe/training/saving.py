@@ -13,6 +13,8 @@ from sd3pipe.rules.occasions import SavingRules
 from sd3pipe.training.checkpoints import (
     ADAPTER_FILE,
     CHECKPOINTS_FOLDER,
+    FINAL_FOLDER,
+    INPUTS_FILE,
     STATE_FILE,
     Checkpoint,
     prune,
@@ -31,8 +33,6 @@ from sd3pipe.words import SavePrecision, StoredFormat
 
 log = logging.getLogger(__name__)
 
-FINAL_FOLDER = "final"
-INPUTS_FILE = "inputs.json"
 _STORED_FORMATS: Mapping[SavePrecision | None, StoredFormat] = {
     None: "fp32", "float": "fp32", "fp16": "fp16", "bf16": "bf16"
 }  # fmt: skip

@@ -5,8 +5,7 @@ with a step of rate 0, and every schedule that falls may end at `min_lr_ratio` i
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sd3pipe.errors import ParameterError
 from sd3pipe.rules.optimisation import ScheduleRules
@@ -28,16 +27,38 @@ class Schedule:
 
     def factor(self, step: int) -> float:
         """Returns what the learning rate is multiplied by at `step`, counted from 0."""
-        name, least = self.rules.lr_scheduler, self.rules.lr_scheduler_min_lr_ratio
-        if step < self.warmup_steps:
+        after = step - self.warmup_steps
+        if after < 0:
             return (step + 1) / (self.warmup_steps + 1)
-        if name in EXTENDABLE:
-            return _EXTENDABLE_SHAPES[name](self, step)
-        return least + (1 - least) * _FALLING_SHAPES[name](self, step)
+        match self.rules.lr_scheduler:
+            case "constant" | "constant_with_warmup":
+                return 1.0
+            case "inverse_sqrt":
+                timescale = self.rules.lr_scheduler_timescale or self.warmup_steps or 10_000  # as in transformers
+                return 1 / math.sqrt((after + timescale) / timescale)
+            case "piecewise_constant":
+                return [factor for start, factor in self.pieces if start <= step][-1]
+            case _:
+                least = self.rules.lr_scheduler_min_lr_ratio
+                return least + (1 - least) * self._falling(step)
 
-    def progress(self, step: int) -> float:
-        """Returns the share of the steps after warm-up that are done, in [0, 1]."""
-        return min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+    def _falling(self, step: int) -> float:
+        """Returns the factor of a schedule that falls from 1 after its warm-up, to 0."""
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        match self.rules.lr_scheduler:
+            case "cosine" | "cosine_with_min_lr":
+                return 0.5 * (1 + math.cos(math.pi * progress))
+            case "cosine_with_restarts":
+                of_cycle = (self.rules.lr_scheduler_num_cycles * progress) % 1
+                return 0.5 * (1 + math.cos(math.pi * of_cycle)) if progress < 1 else 0.0
+            case "polynomial":
+                return (1 - progress) ** self.rules.lr_scheduler_power
+            case "warmup_stable_decay":
+                remaining = max(0, self.total_steps - step)
+                share = min(1.0, remaining / self.decay_steps) if self.decay_steps else 1.0
+                return 0.5 * (1 - math.cos(math.pi * share))
+            case _:  # linear
+                return 1.0 - progress
 
 
 def make_schedule(rules: ScheduleRules, total_steps: int) -> Schedule:
@@ -59,11 +80,6 @@ def make_schedule(rules: ScheduleRules, total_steps: int) -> Schedule:
     )
 
 
-def continued(schedule: Schedule, warmup_steps: int) -> Schedule:
-    """Returns the schedule of a run that goes on: its warm-up keeps the length it began with."""
-    return replace(schedule, warmup_steps=warmup_steps)
-
-
 def resolve_steps(value: float, total_steps: int) -> int:
     """Returns a number of steps from a count, or from a ratio of all steps if it is below 1."""
     return round(value * total_steps) if value < 1 else int(value)
@@ -83,55 +99,3 @@ def parse_pieces(rules: str) -> tuple[tuple[int, float], ...]:
         raise ParameterError(
             f"lr_scheduler_args: step_rules={rules}: write FACTOR:STEP,FACTOR:STEP,FACTOR, such as 1:500,0.1:800,0.01"
         ) from error
-
-
-def _constant(schedule: Schedule, step: int) -> float:
-    return 1.0
-
-
-def _inverse_sqrt(schedule: Schedule, step: int) -> float:
-    timescale = schedule.rules.lr_scheduler_timescale or schedule.warmup_steps or 10_000  # as in transformers
-    return 1 / math.sqrt((step - schedule.warmup_steps + timescale) / timescale)
-
-
-def _piecewise_constant(schedule: Schedule, step: int) -> float:
-    return [factor for start, factor in schedule.pieces if start <= step][-1]
-
-
-def _linear(schedule: Schedule, step: int) -> float:
-    return 1.0 - schedule.progress(step)
-
-
-def _cosine(schedule: Schedule, step: int) -> float:
-    return 0.5 * (1 + math.cos(math.pi * schedule.progress(step)))
-
-
-def _cosine_with_restarts(schedule: Schedule, step: int) -> float:
-    progress = schedule.progress(step)
-    of_cycle = (schedule.rules.lr_scheduler_num_cycles * progress) % 1
-    return 0.5 * (1 + math.cos(math.pi * of_cycle)) if progress < 1 else 0.0
-
-
-def _polynomial(schedule: Schedule, step: int) -> float:
-    return (1 - schedule.progress(step)) ** schedule.rules.lr_scheduler_power
-
-
-def _warmup_stable_decay(schedule: Schedule, step: int) -> float:
-    remaining = max(0, schedule.total_steps - step)
-    return 0.5 * (1 - math.cos(math.pi * min(1.0, remaining / schedule.decay_steps))) if schedule.decay_steps else 1.0
-
-
-_EXTENDABLE_SHAPES: dict[SchedulerName, Callable[[Schedule, int], float]] = {
-    "constant": _constant,
-    "constant_with_warmup": _constant,
-    "inverse_sqrt": _inverse_sqrt,
-    "piecewise_constant": _piecewise_constant,
-}
-_FALLING_SHAPES: dict[SchedulerName, Callable[[Schedule, int], float]] = {
-    "linear": _linear,
-    "cosine": _cosine,
-    "cosine_with_restarts": _cosine_with_restarts,
-    "cosine_with_min_lr": _cosine,
-    "polynomial": _polynomial,
-    "warmup_stable_decay": _warmup_stable_decay,
-}

@@ -6,7 +6,8 @@ import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -31,7 +32,7 @@ from sd3pipe.training.compiling import compile_as_wanted
 from sd3pipe.training.description import adapter_metadata
 from sd3pipe.training.feed import Feed, FeedRules, Step, load_steps, with_modulation
 from sd3pipe.training.identity import RunInputs
-from sd3pipe.training.loop import Loop, Plan
+from sd3pipe.training.loop import Loop
 from sd3pipe.training.memory_plan import MemoryPlan
 from sd3pipe.training.objective import Objective
 from sd3pipe.training.optimizers import check_optimizer_args, make_optimizer, parse_args
@@ -39,10 +40,10 @@ from sd3pipe.training.processes import Processes
 from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.records import Records
 from sd3pipe.training.run_folder import RunFolder, Start
-from sd3pipe.training.sampler import check_prompts, make_sampler
 from sd3pipe.training.saving import Saver, loras_file
-from sd3pipe.training.schedules import continued, make_schedule
+from sd3pipe.training.schedules import make_schedule
 from sd3pipe.training.step_runner import StepRunner
+from sd3pipe.training.step_samples import check_prompts, make_sampler
 from sd3pipe.training.trackers import start_trackers
 from sd3pipe.training.trained_model import TrainedModel
 from sd3pipe.training.trained_weights import TrainedWeights
@@ -52,6 +53,20 @@ from sd3pipe.training.validation import Validator
 log = logging.getLogger(__name__)
 
 _LONGEST_NAME = 255  # bytes that a file system takes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A training run before its base is loaded."""
+
+    params: TrainParams
+    processes: Processes
+    data: TrainingData
+    source: ComponentSource  # of the base
+    inputs: RunInputs
+    identity: Mapping[str, object]
+    start: Start
+    folder: RunFolder
 
 
 def check_options(params: TrainParams, architecture: MMDiTArchitecture, data: TrainingData, run: RunInputs) -> None:
@@ -97,85 +112,76 @@ def _check_output_name(name: str) -> None:
         raise ParameterError(f"output_name = {name[:40]}...: is too long for the name of a file: choose a shorter one")
 
 
-def build_loop(
-    params: TrainParams,
-    processes: Processes,
-    data: TrainingData,
-    source: ComponentSource,
-    run: RunInputs,
-    identity: Mapping[str, object],
-    start: Start,
-    memory: MemoryPlan,
-    folder: RunFolder,
-) -> Loop:
-    """Returns a loop that is ready to run, from the checkpoint of `start` if there is one."""
-    checkpoint = start.checkpoint
-    schedule = make_schedule(params.schedule, run.total_steps)
-    if checkpoint is not None:
-        schedule = continued(schedule, checkpoint.state["warmup_steps"])
-    model = _model(params, data, source, run, memory.settings, processes.device)
-    state = start.state(identity, schedule.warmup_steps)
-    saver = _saver(params, model, data, run, processes, folder, start, state)
+def build_loop(run: Run, memory: MemoryPlan) -> Loop:
+    """Returns a loop that is ready to run, from the checkpoint of `run.start` if there is one."""
+    params, processes, folder, checkpoint = run.params, run.processes, run.folder, run.start.checkpoint
+    schedule = make_schedule(params.schedule, run.inputs.total_steps)
+    if checkpoint is not None:  # the warm-up of a run that goes on keeps the length it began with
+        schedule = replace(schedule, warmup_steps=checkpoint.state["warmup_steps"])
+    model = _model(run, memory.settings)
+    saver = Saver(
+        run=folder,
+        processes=processes,
+        model=model,
+        state=run.start.state(run.identity, schedule.warmup_steps),
+        metadata=functools.partial(
+            adapter_metadata, params, run.data, run.inputs, variant=model.objective.mmdit.architecture.variant
+        ),
+        rules=params.saving,
+        names=run.data.train.names,
+        output_name=params.output_name or params.out.name,
+        loras_dir=params.loras_dir,
+        newest=checkpoint,
+    )
     progressed = Progressed()
     if checkpoint is not None:
         saver.restore(checkpoint)
         progressed = Progressed.from_state(checkpoint.state)
     records = None
     if processes.is_main:
-        trackers = functools.partial(start_trackers, params, identity, processes) if params.log_with else None
+        trackers = functools.partial(start_trackers, params, run.identity, processes) if params.log_with else None
         records = Records(folder, trackers)
     return Loop(
+        params=params,
+        total_steps=run.inputs.total_steps,
         runner=StepRunner(
             model=model,
             schedule=schedule,
             processes=processes,
-            subset_names=[rules.name for rules in data.train.rules],
+            subset_names=[rules.name for rules in run.data.train.rules],
             max_grad_norm=params.max_grad_norm,
             max_weight_norm=params.scale_weight_norms,
             loss_spike_factor=params.bad_loss.loss_spike_factor,
             layer_major=params.memory.layer_major,
         ),
         progressed=progressed,
-        plan=Plan(
-            total_steps=run.total_steps,
-            saving=params.saving,
-            samples=params.samples,
-            validation=params.validation,
-            bad_loss=params.bad_loss,
-        ),
-        steps_from=functools.partial(_steps_from, params, data, model, processes),
+        steps_from=functools.partial(_steps_from, run, model),
         saver=saver,
         records=records,
-        validate=_validator(params, model, data, processes, records, folder),
-        sample=make_sampler(params, folder, model, processes, run.precision) if processes.is_main else None,
+        validate=_validator(run, model, records),
+        sample=make_sampler(params, folder, model, processes.device, run.inputs.precision) if records else None,
         processes=processes,
         streamer=model.streamer,
     )
 
 
-def _model(
-    params: TrainParams,
-    data: TrainingData,
-    source: ComponentSource,
-    run: RunInputs,
-    settings: Settings,
-    device: torch.device,
-) -> TrainedModel:
-    mmdit, streamer = load_base(source, dtype=BASE_DTYPES[run.precision], device=device, settings=settings)
+def _model(run: Run, settings: Settings) -> TrainedModel:
+    params, device, precision = run.params, run.processes.device, run.inputs.precision
+    mmdit, streamer = load_base(run.source, dtype=BASE_DTYPES[precision], device=device, settings=settings)
     mmdit.gradient_checkpointing = params.memory.gradient_checkpointing
-    compile_as_wanted(mmdit, params.numerics, device, run.total_steps)
+    compile_as_wanted(mmdit, params.numerics, device, run.inputs.total_steps)
     if params.positions.enable_scaled_pos_embed:
-        mmdit.scaled_positions = ScaledPositions(data.resolutions, mmdit.architecture.width)
-    multipliers = [*params.base_weights_multiplier, *[1.0] * len(run.base_weights)]
-    for path, multiplier in zip(run.base_weights, multipliers, strict=False):
+        mmdit.scaled_positions = ScaledPositions(run.data.resolutions, mmdit.architecture.width)
+    base_weights = run.inputs.base_weights
+    multipliers = [*params.base_weights_multiplier, *[1.0] * len(base_weights)]
+    for path, multiplier in zip(base_weights, multipliers, strict=False):
         merge_into(mmdit, read_adapter(path).model_part, multiplier)
         log.info("merged into the base at strength %g: %s", multiplier, path)
-    network = _attach_adapter(params, mmdit, run, device)
+    spec = adapter_spec(params.adapter, seed=params.seed)
+    network = _attach_adapter(params, spec, mmdit, run.inputs.network_weights, device)
     weights = TrainedWeights(network, seed=params.seed, ema_decay=params.ema_decay)
     groups = network.parameter_groups(
-        adapter_spec(params.adapter, seed=params.seed),
-        params.optimizer.learning_rate,
-        loraplus_lr_ratio=loraplus_ratio(params.adapter),
+        spec, params.optimizer.learning_rate, loraplus_lr_ratio=loraplus_ratio(params.adapter)
     )
     optimizer_args = parse_args("optimizer_args", params.optimizer.optimizer_args)
     return TrainedModel(
@@ -185,15 +191,16 @@ def _model(
         streamer=streamer,
         weights=weights,
         optimizer=make_optimizer(params.optimizer.optimizer_type, weights.optimizer_groups(groups), optimizer_args),
-        scaler=torch.amp.GradScaler(device.type) if run.precision == "fp16" else None,
+        scaler=torch.amp.GradScaler(device.type) if precision == "fp16" else None,
     )  # fmt: skip
 
 
-def _attach_adapter(params: TrainParams, mmdit: MMDiT, run: RunInputs, device: torch.device) -> AdapterNetwork:
+def _attach_adapter(
+    params: TrainParams, spec: AdapterSpec, mmdit: MMDiT, network_weights: Path | None, device: torch.device
+) -> AdapterNetwork:
     """Returns the adapter that will be trained: fresh, or with the weights of another one."""
-    spec = adapter_spec(params.adapter, seed=params.seed)
     dtype = torch.bfloat16 if params.full_bf16 else torch.float32
-    given = read_adapter(run.network_weights).model_part if run.network_weights else None
+    given = read_adapter(network_weights).model_part if network_weights else None
     if given is not None and params.dim_from_weights:
         return attach_deltas(mmdit, given, dropout=spec.dropout, device=device, dtype=dtype)
     network = attach(mmdit, spec, device=device, dtype=dtype)
@@ -202,67 +209,30 @@ def _attach_adapter(params: TrainParams, mmdit: MMDiT, run: RunInputs, device: t
     return network
 
 
-def _saver(
-    params: TrainParams,
-    model: TrainedModel,
-    data: TrainingData,
-    run: RunInputs,
-    processes: Processes,
-    folder: RunFolder,
-    start: Start,
-    state: Mapping[str, object],
-) -> Saver:
-    return Saver(
-        run=folder,
-        processes=processes,
-        model=model,
-        state=state,
-        metadata=functools.partial(
-            adapter_metadata, params, data, run, variant=model.objective.mmdit.architecture.variant
-        ),
-        rules=params.saving,
-        names=data.train.names,
-        output_name=params.output_name or params.out.name,
-        loras_dir=params.loras_dir,
-        newest=start.checkpoint,
-    )
-
-
-def _validator(
-    params: TrainParams,
-    model: TrainedModel,
-    data: TrainingData,
-    processes: Processes,
-    records: Records | None,
-    folder: RunFolder,
-) -> Validator | None:
+def _validator(run: Run, model: TrainedModel, records: Records | None) -> Validator | None:
     """Returns what measures the held-out pictures, or None where there are none.
 
     Nothing of them is dropped, and the noise belongs to the picture.
     """
-    if not len(data.validation):
+    if not len(run.data.validation):
         return None
-    seed = params.validation.validation_seed
-    rules = replace(
-        _feed_rules(params, model),
-        seed=params.seed if seed is None else seed,
-        encoder_dropout=EncoderDropout(),
-    )
+    validation = run.params.validation
+    seed = run.params.seed if validation.validation_seed is None else validation.validation_seed
+    rules = replace(_feed_rules(run.params, model), seed=seed, encoder_dropout=EncoderDropout())
     return Validator(
-        feed=Feed(data.validation, data.latents, data.text, rules),
-        batch_size=params.batches.train_batch_size,
-        max_batches=params.validation.max_validation_steps,
+        feed=Feed(run.data.validation, run.data.latents, run.data.text, rules),
+        batch_size=run.params.batches.train_batch_size,
+        max_batches=validation.max_validation_steps,
         model=model,
-        processes=processes,
+        processes=run.processes,
         records=records,
-        run=folder,
+        run=run.folder,
     )
 
 
-def _steps_from(
-    params: TrainParams, data: TrainingData, model: TrainedModel, processes: Processes, position: Position
-) -> Iterator[Step]:
+def _steps_from(run: Run, model: TrainedModel, position: Position) -> Iterator[Step]:
     """Returns the tensors of the steps from a position on, for this process."""
+    params, data, processes = run.params, run.data, run.processes
     on_gpu = processes.device.type == "cuda"
     workers = params.reading.max_data_loader_n_workers
     plans = plan_steps(

@@ -1,24 +1,32 @@
 """Sample pictures while a run trains: one per prompt now and then, and a grid over the steps for each prompt."""
 
 import logging
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from sd3pipe.console import Progress, progress
 from sd3pipe.diffusion.kept_latents import keep_latents
-from sd3pipe.diffusion.prompts import SamplePrompt
-from sd3pipe.diffusion.sampler import SamplingSettings, decode_pictures
+from sd3pipe.diffusion.precision import BASE_DTYPES
+from sd3pipe.diffusion.prompts import SamplePrompt, read_prompts
+from sd3pipe.diffusion.sampler import DEFAULTS, SamplingSettings, decode_pictures
+from sd3pipe.errors import InputError
 from sd3pipe.files import make_folder
+from sd3pipe.models.architecture import MMDiTArchitecture
+from sd3pipe.models.checkpoint import load_vae
 from sd3pipe.models.mmdit import MMDiT
+from sd3pipe.models.sources import find_component
 from sd3pipe.models.vae import VAE
+from sd3pipe.params.train import TrainParams
+from sd3pipe.training.checkpoints import named_step, step_name
+from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.run_folder import RunFolder
+from sd3pipe.training.trained_model import TrainedModel
+from sd3pipe.training.training_data import check_widths
+from sd3pipe.words import Precision
 
 log = logging.getLogger(__name__)
-
-_STEP = re.compile(r"step-(\d+)")
 
 
 class StepSamples:
@@ -50,7 +58,7 @@ class StepSamples:
 
     def draw(self, step: int) -> list[Path]:
         """Draws what is not there yet for a step, in eval mode, and returns the step's files. Raises Stopped."""
-        folder = make_folder(self.folder / f"step-{step:08d}")
+        folder = make_folder(self.folder / step_name(step))
         suffix = ".safetensors" if self.vae is None else ".png"
         files = [folder / f"{prompt.name}{suffix}" for prompt in self.prompts]
         missing = [pair for pair in zip(self.prompts, files, strict=True) if not pair[1].is_file()]
@@ -79,9 +87,7 @@ class StepSamples:
     def _update_grids(self) -> None:
         from sd3pipe.diffusion.picture_grid import Grid, read_picture_file, save_grid
 
-        steps = sorted(
-            (int(match[1]), folder) for folder in self.folder.iterdir() if (match := _STEP.fullmatch(folder.name))
-        )
+        steps = sorted((step, folder) for folder in self.folder.iterdir() if (step := named_step(folder)) >= 0)
         for prompt in self.prompts:
             files = [folder / f"{prompt.name}.png" for _, folder in steps]
             pictures = [read_picture_file(file) if file.is_file() else None for file in files]
@@ -89,3 +95,58 @@ class StepSamples:
                 title=prompt.prompt, columns=[f"step {step}" for step, _ in steps], rows=[""], pictures=[pictures]
             )
             save_grid(self.folder / f"{prompt.name}.png", grid)
+
+
+def check_prompts(params: TrainParams, architecture: MMDiTArchitecture) -> None:
+    """Raises InputError for sample prompts that cannot be read or drawn; that there are none is fine."""
+    if params.prompts is None or not params.prompts.exists():
+        return
+    for prompt in read_prompts(params.prompts):
+        for text in (prompt.text, prompt.negative):
+            check_widths(params.prompts, text.context.shape[-1], text.pooled.shape[-1], architecture)
+
+
+def make_sampler(
+    params: TrainParams, run: RunFolder, model: TrainedModel, device: torch.device, precision: Precision
+) -> Callable[[Progressed], None] | None:
+    """Returns what draws with the weights as they would be saved, or None without prompts or where it is never due."""
+    if params.prompts is None or not params.samples.every:
+        return None
+    if not params.prompts.exists():
+        log.warning(
+            "%s: there are no encoded prompts, so no samples are drawn: encode-text --sample-prompts makes them",
+            params.prompts,
+        )
+        return None
+    mmdit, network = model.objective.mmdit, model.objective.network
+    samples = StepSamples(
+        run,
+        read_prompts(params.prompts),
+        mmdit=mmdit,
+        vae=_find_vae(params),
+        defaults=DEFAULTS[params.samples.variant or mmdit.architecture.variant],
+        device=device,
+        dtype=BASE_DTYPES[precision],
+    )
+
+    def sample(progressed: Progressed) -> None:
+        network.eval()
+        if samples.vae is not None:
+            samples.vae.to(device)
+        with model.weights.delivered(model.optimizer):
+            samples.draw(progressed.step)
+        if samples.vae is not None:
+            samples.vae.to("cpu")  # its memory belongs to training in between
+        network.train()
+
+    return sample
+
+
+def _find_vae(params: TrainParams) -> VAE | None:
+    try:
+        return load_vae(find_component("vae", model=params.model, file=params.vae))
+    except InputError as error:
+        if params.vae is not None and params.vae.exists():
+            raise
+        log.warning("no VAE at hand, samples are kept as latents: `sd3pipe sample` decodes them elsewhere (%s)", error)
+        return None

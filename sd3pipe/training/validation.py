@@ -66,7 +66,8 @@ class Validator:
         if self._records is None:
             return
         bands = {name: mean_and_half_width(losses_PS[measured, i].tolist()) for i, name in enumerate(BAND_NAMES)}
-        self._records.validation(
+        self._records.write(
+            "validation",
             progressed.step,
             loss=loss,
             ci95=half_width,

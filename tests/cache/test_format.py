@@ -15,7 +15,7 @@ from safetensors import safe_open
 from support.comparing import folder_bytes
 from support.fake_cache import captions, fake_row, fill, wanted_texts
 
-from sd3pipe.cache.keys import latents_source, row_key, text_source
+from sd3pipe.cache.keys import Ingredients, latents_source, text_source
 from sd3pipe.cache.plan import plan_leaves, rows_per_segment
 from sd3pipe.cache.reader import CacheReader
 
@@ -109,8 +109,8 @@ def test_keys_follow_the_documentation():
     ingredients = {"fingerprints": {"vae": "ab"}, "format": 1, "kind": "latents", "recipe": {"flip": True, "a": "ü"}}
     ingredients |= {"recipe_version": 3, "source": "cd"}
     text = json.dumps(ingredients, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    given = {name: value for name, value in ingredients.items() if name != "format"}
-    assert row_key(**given) == blake3(text.encode()).hexdigest()
+    given = {name: ingredients[name] for name in ("recipe", "recipe_version", "fingerprints")}
+    assert Ingredients(**given).key("latents", "cd") == blake3(text.encode()).hexdigest()
     assert latents_source("ab", "cd") == blake3(b'{"image":"ab","mask":"cd"}').hexdigest()
     assert text_source("\ufeffa\r\nb\rc") == text_source("a\nb\nc") == blake3(b"a\nb\nc").hexdigest()
     assert len({text_source(text) for text in ("a b", "a  b", "a\nb", "A b", "a b ")}) == 5

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
@@ -56,8 +57,8 @@ def encode(
     )
     machine = EncodingMachine(device=torch.device("cpu"), batch_rows=batch_rows, stream_t5=stream_t5, scratch=scratch)
     sources = {name: find_component(name, model=base.model, file=getattr(base, name)) for name in ENCODERS}
-    rows = encode_rows(tokens, sources=sources, recipe=recipe, machine=machine, progress=silent, pack_t5=pack_t5)
-    return list(rows)
+    with mock.patch("sd3pipe.models.text_rows.progress", silent):
+        return list(encode_rows(tokens, sources=sources, recipe=recipe, machine=machine, pack_t5=pack_t5))
 
 
 def equal_bits(first: Row, second: Row) -> bool:
