@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3pipe.params.command_line import load_stage_models
-from sd3pipe.params.sd_scripts import OPTIONS, Place, SdScriptsOption
+from sd3pipe.params.sd_scripts import OPTIONS, FileKey, SdScriptsOption
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "from-sd-scripts.md"
 HEADING = "## Option by option\n"
@@ -30,7 +30,7 @@ def _here(name: str, row: SdScriptsOption) -> str:
     return "; ".join(_in_a_file(name, place) for place in row.places) if row.places else _FATES[row.fate] + row.text
 
 
-def _in_a_file(name: str, place: Place) -> str:
+def _in_a_file(name: str, place: FileKey) -> str:
     if place.file not in load_stage_models():
         return "same, dataset.toml" if place.file == "dataset" and place.key == name else f"`{place}`"
     if place.value is not None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, cast
 
-from pydantic import ConfigDict, Field, StrictInt, TypeAdapter
+from pydantic import Field, StrictInt, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
 from sd3pipe.documents import DocumentError, checked, parse_json
@@ -20,10 +20,9 @@ else:
     Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
 
 
+@with_config(extra="allow")
 class StepRecord(TypedDict):
     """What one training step measured."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
 
     kind: Literal["step"]
     step: Count
@@ -34,10 +33,9 @@ class StepRecord(TypedDict):
     subset_samples: NotRequired[dict[str, Count]]
 
 
+@with_config(extra="allow")
 class ValidationRecord(TypedDict):
     """What one validation measured: the mean over the held-out pictures, each of them, and by noise level."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
 
     kind: Literal["validation"]
     step: Count
@@ -47,10 +45,9 @@ class ValidationRecord(TypedDict):
     by_picture: NotRequired[list[Number]]
 
 
+@with_config(extra="allow")
 class EventRecord(TypedDict):
     """Something that happens seldom."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
 
     kind: Literal["event"]
     step: Count

@@ -43,7 +43,7 @@ def check_table(
 
     known = {key: value for key, value in values.items() if key in kind.model_fields}
     problems = {
-        key: f"{one_line(key)}: {explain(key) or f'unknown key{nearest(key, kind.model_fields)}'}"
+        key: f"{shown_key(key)}: {explain(key) or f'unknown key{nearest(key, kind.model_fields)}'}"
         for key in values
         if key not in known
     }
@@ -63,6 +63,6 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN_LENGTH else text[: _SHOWN_LENGTH - 3] + "..."
 
 
-def one_line(key: str) -> str:
+def shown_key(key: str) -> str:
     """Returns a key as it can stand on one line."""
     return key if key.isprintable() and key else ascii(key)

@@ -9,7 +9,6 @@ import datetime
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +17,7 @@ from pydantic import BaseModel, JsonValue, TypeAdapter
 from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.documents import parse_json, read_data
 from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.rules.description import Description
 
 PROVENANCE_KEY = "sd3pipe"
 PROVENANCE_FORMAT = 1
@@ -42,24 +42,6 @@ _KOHYA_OPTIONS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Description:
-    """What people want to say about their adapter."""
-
-    title: str | None = None
-    author: str | None = None
-    description: str | None = None
-    license: str | None = None
-    tags: str | None = None
-    trigger_phrase: str | None = None
-    usage_hint: str | None = None
-    thumbnail: str | None = None  # a data URL, see thumbnail_url
-
-    def keys(self) -> dict[str, str]:
-        """Returns the modelspec keys of the fields that are set."""
-        return {f"modelspec.{name}": value for name, value in asdict(self).items() if value}
-
-
 def training_metadata(
     *,
     variant: str,
@@ -70,7 +52,7 @@ def training_metadata(
     output_name: str,
     resolution: tuple[int, int] | None,
     provenance: Mapping[str, object],
-    description: Description | None = None,
+    description: Description,
 ) -> dict[str, str]:
     """Returns the metadata of an adapter in training.
 
@@ -94,8 +76,7 @@ def training_metadata(
     keys = {f"ss_{name}": _text(value) for name, value in sorted(kohya.items()) if value is not None}
     if resolution is not None:
         keys["ss_resolution"] = f"({resolution[0]}, {resolution[1]})"
-    named = description or Description()
-    keys |= modelspec(variant, resolution) | {"modelspec.title": output_name} | named.keys()
+    keys |= modelspec(variant, resolution) | {"modelspec.title": output_name} | description.keys()
     return keys | {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True, ensure_ascii=False)}
 
 

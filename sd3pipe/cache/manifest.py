@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
-from pydantic import ConfigDict, Field, JsonValue, StrictBool, StrictInt, TypeAdapter
+from pydantic import Field, JsonValue, StrictBool, StrictInt, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
 from sd3pipe.cache.keys import FORMAT_VERSION, Ingredients, Kind
@@ -16,14 +16,12 @@ from sd3pipe.errors import InputError
 READABLE_FORMATS = (FORMAT_VERSION,)
 _MARK = "imported_from"  # of rows that another program made, and of a cache that has some
 _UNLIKE_OURS = {_MARK, "latent_mode", "vae_dtype"}  # their recipes have these otherwise than the manifest
-_ANYTHING_ELSE = ConfigDict(extra="allow")
 _Count = Annotated[StrictInt, Field(ge=0, lt=2**53)]
 _Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 
 
+@with_config(extra="allow")
 class _Settings(TypedDict, total=False):
-    __pydantic_config__ = _ANYTHING_ELSE  # pyright: ignore[reportGeneralTypeIssues]
-
     dataset: _Count
     num_repeats: _Count
     is_reg: StrictBool
@@ -34,9 +32,8 @@ class _Settings(TypedDict, total=False):
     diff_output_preservation: StrictBool
 
 
+@with_config(extra="allow")
 class _Unreadable(TypedDict):
-    __pydantic_config__ = _ANYTHING_ELSE  # pyright: ignore[reportGeneralTypeIssues]
-
     name: str
     reason: str
     subset: NotRequired[str]

@@ -137,7 +137,7 @@ def _merged_metadata(source: Mapping[str, str], params: ExportParams) -> dict[st
         return {}
     provenance = {PROVENANCE_KEY: source[PROVENANCE_KEY]} if PROVENANCE_KEY in source else {}
     multiplier = {"sd3pipe_merged_multiplier": repr(params.multiplier)}
-    return provenance | multiplier | description(params).keys()
+    return provenance | multiplier | description(params)
 
 
 def _merged_report(merged: MergedModel) -> dict[str, object]:

@@ -14,7 +14,7 @@ from sd3pipe.config import read_toml
 from sd3pipe.data.dataset_keys import PRESERVATION, DatasetKeys, Keys, SubsetKeys, place_of, remark
 from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import ParameterError
-from sd3pipe.problems import check_table, one_line
+from sd3pipe.problems import check_table, shown_key
 
 MODEL_STEP_PX = 16  # the VAE divides a side by 8, the MMDiT's patches by 2 more
 
@@ -118,7 +118,7 @@ class _Reader:
         for key in content:
             if key not in ("general", "datasets"):
                 hint = place_of(key) or "unknown table or key: only general and datasets stand here"
-                self.problems.append(f"{self.path}: {one_line(key)}: {hint}")
+                self.problems.append(f"{self.path}: {shown_key(key)}: {hint}")
         general = self._table(content.get("general") or {}, DatasetKeys, "[general]")
         subsets = self._datasets(content.get("datasets"), general)
         if self.problems:

@@ -16,7 +16,6 @@ from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.words import FORMAT_BYTES
 
 
-
 def usable_views(read: DatasetRead, params: EncodeLatentsParams) -> tuple[list[View], list[UnreadableFile]]:
     """Returns every row of a dataset's pictures, and the files that give none. Raises InputError if none gives any."""
     views, unreadable = views_of_all(read.found, crop_variants=params.crop_variants, seed=params.seed)

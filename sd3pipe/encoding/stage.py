@@ -3,6 +3,7 @@
 What differs stands in the commands: which rows there are and who makes them.
 """
 
+import abc
 import functools
 import importlib.metadata
 import logging
@@ -65,7 +66,7 @@ def read_dataset(file: Path, stamps: FileStamps, *, captions: bool) -> DatasetRe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoding:
+class Encoding(abc.ABC):
     """The rows of one cache, known before anything is encoded; the stages add who makes them."""
 
     stage: ClassVar[str]
@@ -82,14 +83,15 @@ class Encoding:
 
     def look_at(self, keys: Sequence[str]) -> object:
         """Says what is to be known of rows that are about to be made."""
+        return None
 
+    @abc.abstractmethod
     def encode(self, keys: Sequence[str]) -> Iterator[tuple[str, Row | UnreadablePicture]]:
         """Yields rows in the order of their keys; the first call loads the encoders."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def seconds(self, keys: Sequence[str]) -> tuple[str, float]:
         """Returns the device and about how long it takes for some rows."""
-        raise NotImplementedError
 
 
 def say_forecast(encoding: Encoding) -> None:

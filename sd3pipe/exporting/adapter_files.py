@@ -6,7 +6,7 @@ from pathlib import Path
 from sd3pipe.adapters.files import SavedAdapter
 from sd3pipe.adapters.keymap import Form
 from sd3pipe.adapters.kinds import KINDS
-from sd3pipe.adapters.metadata import Description, modelspec, thumbnail_url
+from sd3pipe.adapters.metadata import modelspec, thumbnail_url
 from sd3pipe.adapters.peft_config import PEFT_CONFIG_KEY
 from sd3pipe.console import count, readable_bytes
 from sd3pipe.errors import ParameterError
@@ -25,24 +25,16 @@ def export_metadata(
         return None
     kept = {key: value for key, value in source.items() if key not in _OF_THE_SOURCE_FILE}
     known = modelspec(variants[0], None) if len(variants) == 1 else {}
-    keys = known | kept | description(words).keys()
+    keys = known | kept | description(words)
     if form == "diffusers" and "modelspec.implementation" in keys:
         keys["modelspec.implementation"] = "diffusers"
     return keys
 
 
-def description(words: DescriptionParams) -> Description:
-    """Returns the user's words. Raises InputError for a thumbnail that is none."""
-    return Description(
-        title=words.metadata_title,
-        author=words.metadata_author,
-        description=words.metadata_description,
-        license=words.metadata_license,
-        tags=words.metadata_tags,
-        trigger_phrase=words.metadata_trigger_phrase,
-        usage_hint=words.metadata_usage_hint,
-        thumbnail=thumbnail_url(words.thumbnail) if words.thumbnail else None,
-    )
+def description(words: DescriptionParams) -> dict[str, str]:
+    """Returns the keys of the user's words. Raises InputError for a thumbnail that is none."""
+    thumbnail = {"modelspec.thumbnail": thumbnail_url(words.thumbnail)} if words.thumbnail else {}
+    return words.description.keys() | thumbnail
 
 
 def refuse_to_replace(out: Path, sources: Iterable[Path]) -> None:

@@ -49,7 +49,7 @@ class VAE(nn.Module):
         _check(latents_BChw, self.architecture.latent_channels, 1, "latents")
 
 
-def sample_latents(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+def draw_latents(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
     """Returns unscaled latents drawn from the moments with the given standard normal noise."""
     return mean + torch.exp(0.5 * logvar) * noise
 

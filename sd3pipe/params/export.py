@@ -4,9 +4,10 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from sd3pipe.params.fields import NewFilePath, OptionPath, Params, option
+from sd3pipe.params.fields import NewFilePath, OptionPath, Params, group, option
 from sd3pipe.params.stage import StageParams
-from sd3pipe.words import StoredFormat
+from sd3pipe.rules.description import Description
+from sd3pipe.words import AdapterForm, StoredFormat
 
 _PATHS, _FILE, _WORDS = "Paths", "File", "What the file says of itself"
 
@@ -17,13 +18,7 @@ class DescriptionParams(Params):
     metadata: bool = option(
         True, "Write what the file was made from; without, only what is needed to load it.", panel=_WORDS
     )
-    metadata_title: str | None = option(None, "Title.", panel=_WORDS, advanced=True)
-    metadata_author: str | None = option(None, "Author.", panel=_WORDS, advanced=True)
-    metadata_description: str | None = option(None, "Description.", panel=_WORDS, advanced=True)
-    metadata_license: str | None = option(None, "Licence.", panel=_WORDS, advanced=True)
-    metadata_tags: str | None = option(None, "Tags, separated by commas.", panel=_WORDS, advanced=True)
-    metadata_trigger_phrase: str | None = option(None, "Trigger phrase.", panel=_WORDS, advanced=True)
-    metadata_usage_hint: str | None = option(None, "Usage hint.", panel=_WORDS, advanced=True)
+    description: Description = group(_WORDS)
     thumbnail: OptionPath | None = option(
         None, "Small PNG, JPEG or WebP picture that goes into the file.", role="path", panel=_WORDS, advanced=True
     )
@@ -55,7 +50,7 @@ class _ExportOptions(Params):
     mmdit: OptionPath | None = option(
         None, "MMDiT in a file of its own; beats the one in --model.", role="path", panel=_PATHS, advanced=True
     )
-    format: Literal["comfyui", "comfyui-generic", "diffusers", "checkpoint"] = option(
+    format: Literal[AdapterForm, "checkpoint"] = option(
         "comfyui",
         "comfyui: native keys, which sd-scripts reads too; comfyui-generic; diffusers: peft keys; checkpoint: the base "
         "model with the adapter in it.",

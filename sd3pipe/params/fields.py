@@ -29,6 +29,14 @@ Trust = Literal["file", "code", "typed"]
 # typed  the command line alone
 
 
+class _Rules(property):
+    """What a group's attribute is: the rule that is made from the options' values."""
+
+    def __init__(self, declared: FieldInfo) -> None:
+        super().__init__(lambda params: params.rules(declared.annotation))
+        self.declared = declared
+
+
 class Params(BaseModel):
     """Base of all option sets: unknown keys and ill-typed values are errors, instances never change.
 
@@ -45,9 +53,10 @@ class Params(BaseModel):
         cls.__pydantic_fields__.clear()
         for name, field in declared.items():
             if name in groups:
-                for key, item in _options_of(field):
+                rules = field.default if isinstance(field.default, _Rules) else _Rules(field)  # a base's, or its own
+                for key, item in _options_of(rules.declared):
                     cls.__pydantic_fields__.setdefault(key, item)  # two rules may share an option
-                setattr(cls, name, property(lambda self, kind=field.annotation: self.rules(kind)))
+                setattr(cls, name, rules)
             else:
                 cls.__pydantic_fields__[name] = field
         if groups:

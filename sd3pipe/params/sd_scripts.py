@@ -27,7 +27,7 @@ _NOTHING = (None, "", "None", [], ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class FileKey:
     """A key of a stage's file, of dataset.toml or of project.toml; its value is the given one unless it is fixed."""
 
     file: str
@@ -52,7 +52,7 @@ class SdScriptsOption:
     kind: Kind
     default: Any
     fate: Fate
-    places: tuple[Place, ...] = ()
+    places: tuple[FileKey, ...] = ()
     text: str = ""
     met: tuple[Any, ...] = ()
     otherwise: str = ""
@@ -105,7 +105,7 @@ def _acts(kind: Kind, default: Any, *places: str, off: tuple[Any, ...] = (), **f
     found = []
     for place in places:
         file, _, key = place.partition(".")
-        found.append(Place(file=file, key=key, value=fixed.get(key)))
+        found.append(FileKey(file=file, key=key, value=fixed.get(key)))
     return SdScriptsOption(kind=kind, default=default, fate="acts", places=tuple(found), off=off)
 
 

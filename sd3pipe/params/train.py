@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from sd3pipe.params.fields import OptionPath, Params, group, option
 from sd3pipe.params.stage import StageParams
 from sd3pipe.rules.adapter import AdapterRules
+from sd3pipe.rules.description import Description
 from sd3pipe.rules.feeding import EncoderDropout, PositionRules, ReadingRules
 from sd3pipe.rules.flow import LossRules, SigmaSampling
 from sd3pipe.rules.memory import MemoryRules, NumericsRules
@@ -158,19 +159,7 @@ class TrainParams(StageParams):
     training_comment: str | None = option(
         None, "Goes into the adapter's metadata.", panel=_RECORDS, advanced=True
     )
-    metadata_title: str | None = option(None, "Title in the adapter's metadata.", panel=_RECORDS, advanced=True)
-    metadata_author: str | None = option(None, "Author in the adapter's metadata.", panel=_RECORDS, advanced=True)
-    metadata_description: str | None = option(
-        None, "Description in the adapter's metadata.", panel=_RECORDS, advanced=True
-    )
-    metadata_license: str | None = option(None, "Licence in the adapter's metadata.", panel=_RECORDS, advanced=True)
-    metadata_tags: str | None = option(None, "Tags in the adapter's metadata.", panel=_RECORDS, advanced=True)
-    metadata_trigger_phrase: str | None = option(
-        None, "Trigger phrase in the adapter's metadata.", panel=_RECORDS, advanced=True
-    )
-    metadata_usage_hint: str | None = option(
-        None, "Usage hint in the adapter's metadata.", panel=_RECORDS, advanced=True
-    )
+    description: Description = group(_RECORDS)
 
     mixed_precision: WantedPrecision = option(
         "auto", "Number format of the base and of computing; auto: bf16 where CUDA has it, float32 on the CPU.",

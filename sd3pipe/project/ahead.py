@@ -41,8 +41,8 @@ from sd3pipe.project.amounts import read_amounts, read_prompts
 from sd3pipe.project.card import card_bytes
 from sd3pipe.project.inputs import stage_options
 from sd3pipe.stages import STAGES_BY_NAME
+from sd3pipe.words import FORMAT_BYTES
 
-_VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _TEXTS_OF_PROMPT = 2  # the prompt and its negative
 _KEPT_STATES = 2  # optimizer states of a run
 
@@ -79,7 +79,7 @@ def _encode_text(options: EncodeTextParams, found: Ahead) -> None:
     assert options.out is not None
     sizes = known_text_sizes(options.model, {name: getattr(options, name) for name in ENCODERS})
     t5_tokens = options.t5_pad_to or options.t5xxl_max_token_length
-    _cache(options.out, texts, texts * sizes.row_bytes(t5_tokens, _VALUE_BYTES[options.text_dtype]), found)
+    _cache(options.out, texts, texts * sizes.row_bytes(t5_tokens, FORMAT_BYTES[options.text_dtype]), found)
 
 
 def _encode_latents(options: EncodeLatentsParams, found: Ahead) -> None:
@@ -88,7 +88,7 @@ def _encode_latents(options: EncodeLatentsParams, found: Ahead) -> None:
     if amounts.rows != amounts.pictures:
         found.facts.append(f"{amounts.rows:,} with their crops and flips")
     vae, moments = known_vae(options.model, options.vae), options.latent_mode == "moments"
-    value_bytes = _VALUE_BYTES[options.latent_dtype]
+    value_bytes = FORMAT_BYTES[options.latent_dtype]
     size = sum(
         rows * vae.row_bytes(size, moments=moments, value_bytes=value_bytes)
         for size, rows in amounts.rows_by_size.items()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, JsonValue, TypeAdapter
+from pydantic import JsonValue, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
 from sd3pipe.data.headers import DECODER_ERRORS, open_picture, read_picture, reason
@@ -24,7 +24,7 @@ _MOST_BYTES, _MOST_PIXELS = 100_000_000, 4096 * 4096  # the largest samples that
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
+class SamplePicture:
     """One sample picture: which prompt it answers, and after how many steps."""
 
     prompt: str
@@ -44,7 +44,7 @@ class RunRecord:
     steps: list[StepRecord]
     validations: list[ValidationRecord]
     events: list[EventRecord]
-    samples: list[Sample]
+    samples: list[SamplePicture]
 
     @property
     def name(self) -> str:
@@ -58,31 +58,37 @@ class RunRecord:
 _Numbers = dict[str, float]
 
 
+@with_config(extra="allow")
 class _Data(TypedDict, total=False):
     subsets: dict[str, dict[str, JsonValue]] | None
     buckets: _Numbers | None
 
 
+@with_config(extra="allow")
 class _Prediction(TypedDict, total=False):
     predicted: float | None
     measured: float | None
 
 
+@with_config(extra="allow")
 class _Memory(TypedDict, total=False):
     device_bytes: _Prediction | None
     seconds_per_step: _Prediction | None
 
 
+@with_config(extra="allow")
 class _Captions(TypedDict, total=False):
     most_frequent: _Numbers | None
 
 
+@with_config(extra="allow")
 class _Encoded(TypedDict, total=False):
     captions: _Captions | None
     cut: int | None
     seconds: float
 
 
+@with_config(extra="allow")
 class _About(TypedDict, total=False):
     """The parts of a report, or of final/inputs.json, that the page does more with than to show them."""
 
@@ -97,8 +103,6 @@ class _About(TypedDict, total=False):
     streamed_bytes: float | None
 
 
-for _part in (_About, _Data, _Prediction, _Memory, _Captions, _Encoded):
-    _part.__pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportAttributeAccessIssue]
 _ABOUT = TypeAdapter(_About)
 
 
@@ -129,7 +133,7 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _samples(folder: Path) -> list[Sample]:
+def _samples(folder: Path) -> list[SamplePicture]:
     """Returns the pictures whose names, or folders' names, say a step; the rest of the name stands for the prompt."""
     found = []
     for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
@@ -142,7 +146,8 @@ def _samples(folder: Path) -> list[Sample]:
             except UnreadablePicture as error:
                 log.warning("%s: is not shown: %s", path, error)
                 continue
-            found.append(Sample(prompt=prompt or "sample", title=title, step=int(match[1]), kind=kind, data=data))
+            step = int(match[1])
+            found.append(SamplePicture(prompt=prompt or "sample", title=title, step=step, kind=kind, data=data))
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from sd3pipe.console import count, readable_bytes, readable_seconds
 from sd3pipe.pages.charts import COLOURS, Chart, Series, line_chart
 from sd3pipe.pages.render import data_url
-from sd3pipe.reporting.collect import RunRecord, Sample
+from sd3pipe.reporting.collect import RunRecord, SamplePicture
 
 Rows = list[list[Any]]  # a name, and the cells behind it
 
@@ -100,7 +100,7 @@ def _validation(records: Sequence[Mapping[str, Any]]) -> Chart | None:
     return line_chart(lines, x_label="step", y_label="loss")
 
 
-def _samples(samples: Sequence[Sample]) -> list[tuple[str, dict[int, str]]]:
+def _samples(samples: Sequence[SamplePicture]) -> list[tuple[str, dict[int, str]]]:
     """Returns each prompt's words and its pictures by step."""
     titles: dict[str, str] = {}
     pictures: dict[str, dict[int, str]] = defaultdict(dict)

@@ -3,7 +3,7 @@
 import importlib.metadata
 from collections.abc import Mapping
 
-from sd3pipe.adapters.metadata import Description, provenance, training_metadata
+from sd3pipe.adapters.metadata import provenance, training_metadata
 from sd3pipe.console import version
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.adapter_options import adapter_spec
@@ -11,7 +11,6 @@ from sd3pipe.training.identity import RunInputs
 from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.training_data import TrainingData
 
-_PARTS = ("title", "author", "description", "license", "tags", "trigger_phrase", "usage_hint")
 _LIBRARIES = ("torch", "numpy", "safetensors")
 
 
@@ -59,5 +58,5 @@ def adapter_metadata(
         output_name=params.output_name or params.out.name,
         resolution=max(data.resolutions, key=lambda size: size[0] * size[1]),
         provenance=made_from,
-        description=Description(**{part: getattr(params, f"metadata_{part}") for part in _PARTS}),
+        description=params.description,
     )

@@ -21,7 +21,7 @@ from sd3pipe.cache.tensors import to_torch
 from sd3pipe.diffusion.sampler import PIXELS_PER_LATENT
 from sd3pipe.memory.ahead import PendingModulation
 from sd3pipe.models.conditioning import assemble_conditioning
-from sd3pipe.models.vae import sample_latents, to_model_space
+from sd3pipe.models.vae import draw_latents, to_model_space
 from sd3pipe.rules.feeding import EncoderDropout
 from sd3pipe.rules.flow import NUM_TIMESTEPS, SigmaSampling
 from sd3pipe.training.batches import MicroBatch, StepPlan
@@ -144,7 +144,7 @@ class Feed(Dataset[Step]):
             return to_torch(row[name]).float()
         mean, logvar = to_torch(row["moments"]).float().chunk(2)
         noise = torch.from_numpy(normals(tuple(mean.shape), self.rules.seed, "latent", epoch, number))
-        return sample_latents(mean, logvar, noise)
+        return draw_latents(mean, logvar, noise)
 
     def _conditioning(self, plan: MicroBatch) -> tuple[Tensor, Tensor]:
         """Returns context and pooled text, with whole encoders replaced by zeros where they are dropped."""

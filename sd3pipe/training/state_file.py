@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired
 
-from pydantic import ConfigDict, Field, JsonValue, StrictInt, TypeAdapter
+from pydantic import Field, JsonValue, StrictInt, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
 from sd3pipe.documents import checked, parse_json, read_data
@@ -35,10 +35,9 @@ class LossScale(TypedDict):
     _growth_tracker: Count
 
 
+@with_config(extra="allow")
 class State(TypedDict):
     """What state.json says, but for its digest."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
 
     step: Count
     files: dict[Literal["adapter.safetensors", "optimizer.safetensors"], FileIdentity]

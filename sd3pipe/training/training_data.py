@@ -66,8 +66,7 @@ def open_data(params: TrainParams) -> TrainingData:
     subsets = _subsets(latents, text, params)
     _check_subsets(params.latents, subsets, {sample.subset for sample in joined.samples})
     pictures = _pictures(joined.samples)
-    train = {key: crops for key, crops in pictures.items() if crops[0].split == "train"}
-    held_out = {key: crops for key, crops in pictures.items() if crops[0].split == "validation"}
+    train, held_out = ([crops for crops in pictures if crops[0].split == split] for split in ("train", "validation"))
     if not train:
         raise InputError(f"{params.latents} and {params.text} have no picture in common to train on")
     shapes = _latent_shapes(latents)
@@ -119,46 +118,43 @@ def _tell_version(reader: CacheReader) -> None:
         )  # fmt: skip
 
 
-PictureId = tuple[str, str, int]  # subset, image hash, occurrence
-
-
-def _pictures(samples: Iterable[JoinedSample]) -> dict[PictureId, list[JoinedSample]]:
+def _pictures(samples: Iterable[JoinedSample]) -> list[list[JoinedSample]]:
     """Returns the crops of each picture."""
-    pictures: dict[PictureId, list[JoinedSample]] = {}
+    pictures: dict[tuple[str, str, int], list[JoinedSample]] = {}
     for sample in samples:
         pictures.setdefault((sample.subset, sample.image_hash, sample.occurrence), []).append(sample)
-    return pictures
+    return list(pictures.values())
 
 
 def _items(
-    pictures: Mapping[PictureId, Sequence[JoinedSample]],
+    pictures: Sequence[Sequence[JoinedSample]],
     subsets: Mapping[str, Mapping[str, Any]],
     params: TrainParams,
     text: CacheReader,
     latent_shapes: np.ndarray,
 ) -> Items:
     names = sorted(subsets)
-    rows = [
-        [row for crop in crops for row in (crop.row, crop.flipped_row) if row is not None]
-        for crops in pictures.values()
-    ]
-    repeats = sample_repeats(subsets, [subset for subset, _, _ in pictures])
+    rows = [[row for crop in crops for row in (crop.row, crop.flipped_row) if row is not None] for crops in pictures]
+    firsts = [crops[0] for crops in pictures]
+    repeats = sample_repeats(subsets, [first.subset for first in firsts])
     return Items(
-        names=[crops[0].name for crops in pictures.values()],
-        ids=np.array([_picture_id(picture) for picture in pictures], dtype=np.uint64),
-        subsets=np.array([names.index(subset) for subset, _, _ in pictures], dtype=np.int64),
+        names=[first.name for first in firsts],
+        ids=np.array([_picture_id(first) for first in firsts], dtype=np.uint64),
+        subsets=np.array([names.index(first.subset) for first in firsts], dtype=np.int64),
         repeats=np.array(repeats, dtype=np.int64),
         rules=tuple(_rules(name, subsets[name], params) for name in names),
         latents=RowLists.of(rows),
-        captions=RowLists.of([crops[0].text_rows for crops in pictures.values()]),
+        captions=RowLists.of([first.text_rows for first in firsts]),
         empty_caption=_empty_caption(text),
         latent_shapes=latent_shapes,
         text_lengths=_text_lengths(text),
     )
 
 
-def _picture_id(picture: PictureId) -> int:
-    return int.from_bytes(digest_bytes("\0".join(map(str, picture)).encode("utf-8", "surrogateescape"))[:8], "little")
+def _picture_id(sample: JoinedSample) -> int:
+    """Returns the number that a picture's random numbers are drawn by: from its subset, bytes and occurrence."""
+    words = f"{sample.subset}\0{sample.image_hash}\0{sample.occurrence}"
+    return int.from_bytes(digest_bytes(words.encode("utf-8", "surrogateescape"))[:8], "little")
 
 
 def _subsets(latents: CacheReader, text: CacheReader, params: TrainParams) -> dict[str, dict[str, Any]]:

@@ -134,7 +134,7 @@ def verdict(run: Path) -> str:
     pictures = len(last.get("by_picture", ()))
     if best is last:
         return f"validation loss is lowest at the last step ({_shown(last)}): no over-fitting is seen{_weak(pictures)}"
-    rise, half_width = mean_and_half_width(_differences(best, last))
+    rise, half_width = _rise(best, last)
     certain = half_width is not None and rise > half_width
     word = "over-fitting begins there" if certain else "that may be chance"
     margin = "" if half_width is None else f" +- {half_width:.2g}"
@@ -144,11 +144,15 @@ def verdict(run: Path) -> str:
     )
 
 
-def _differences(best: ValidationRecord, last: ValidationRecord) -> list[float]:
-    """Returns by how much each picture's loss has risen: pairs are far less noisy than two means."""
-    return [
-        after - before for before, after in zip(best.get("by_picture", ()), last.get("by_picture", ()), strict=False)
-    ]
+def _rise(best: ValidationRecord, last: ValidationRecord) -> tuple[float, float | None]:
+    """Returns by how much the loss has risen, and half the width of its interval where both measured equally many.
+
+    Pairs of one picture's losses are far less noisy than two means.
+    """
+    before, after = best.get("by_picture", []), last.get("by_picture", [])
+    if not before or len(before) != len(after):
+        return last["loss"] - best["loss"], None
+    return mean_and_half_width([late - early for early, late in zip(before, after, strict=True)])
 
 
 def _shown(record: ValidationRecord) -> str:

@@ -5,7 +5,7 @@ import torch
 from support.tiny_parts import TINY_VAE, random_tensors
 
 from sd3pipe.errors import InputError
-from sd3pipe.models.vae import SCALE, SHIFT, VAE, from_model_space, sample_latents, to_model_space
+from sd3pipe.models.vae import SCALE, SHIFT, VAE, draw_latents, from_model_space, to_model_space
 from sd3pipe.models.vae_architecture import VAEArchitecture, detect_vae
 
 REAL = VAEArchitecture()
@@ -102,6 +102,6 @@ def test_model_space_is_shifted_then_scaled_and_comes_back():
 def test_sample_has_the_moments():
     generator = torch.Generator().manual_seed(0)
     mean, logvar = torch.full((100_000,), 3.0), torch.full((100_000,), 0.5).log() * 2
-    drawn = sample_latents(mean, logvar, torch.randn(100_000, generator=generator))
+    drawn = draw_latents(mean, logvar, torch.randn(100_000, generator=generator))
     assert abs(drawn.mean().item() - 3) < 0.01  # six standard errors
     assert abs(drawn.std().item() - 0.5) < 0.007

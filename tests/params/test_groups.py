@@ -40,6 +40,14 @@ def test_the_options_of_a_group_stand_in_its_place_and_shared_ones_once():
     assert {extras[name]["panel"] for name in ("degrees", "scale")} == {"Warmth"}
 
 
+def test_who_inherits_a_group_has_its_options_and_its_rule():
+    class Storm(Weather):
+        gusts: int = option(0, "How many.")
+
+    assert list(Storm.model_fields) == ["place", "degrees", "scale", "wind", "gusts"]
+    assert Storm(place="here", degrees=3.0).warmth == Warmth(degrees=3.0)
+
+
 def test_values_are_checked_as_options_and_reach_every_rule_that_has_them():
     weather = Weather(place="here", scale="KELVIN", degrees=3.0)
     assert weather.warmth == Warmth(degrees=3.0, scale="kelvin")

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 from sd3pipe.adapters.metadata import provenance, training_metadata
 from sd3pipe.adapters.targets import AdapterSpec
+from sd3pipe.rules.description import Description
 from support.tiny_mmdit import random_weights, tiny_architecture
 from support.tiny_parts import PREFIXES
 
@@ -37,4 +38,5 @@ def trained_metadata(step=20):
         output_name="cat",
         resolution=(1024, 768),
         provenance=made_from,
+        description=Description(),
     )

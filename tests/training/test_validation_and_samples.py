@@ -112,6 +112,8 @@ def test_the_verdict_says_where_over_fitting_begins_and_how_weak_that_is(tmp_pat
     assert verdict(tmp_path).endswith("over-fitting begins there (4 held-out pictures: weak evidence)")
     (tmp_path / "metrics.jsonl").write_text(record(0, rises) + record(5, falls) + record(9, falls[1:] + falls[:1]))
     assert "no over-fitting" in verdict(tmp_path) or "chance" in verdict(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(record(5, falls) + record(9, rises[:2]))  # no pairs: means are compared
+    assert "has risen by 0.33 since: that may be chance (2 held-out" in verdict(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     assert verdict(tmp_path) == ""
 
