@@ -1,5 +1,6 @@
 """Lists picture files with their caption files, as sd-scripts finds them in an image_dir."""
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +11,9 @@ from sd3pipe.documents import read_data
 from sd3pipe.errors import InputError
 from sd3pipe.fingerprint import hash_bytes
 
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl", ".heic", ".heif")
+PICTURE_ENDINGS = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl", ".heic", ".heif",
+)  # fmt: skip
 _FACE_PARTS = 4  # NAME_centrex_centrey_width_height, as face cutting tools name pictures
 
 
@@ -26,6 +29,15 @@ class FoundFile:
     problem: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderRead:
+    """What lies in a subset's image_dir by its name below that: pictures in order, other files, folders left alone."""
+
+    entries: list[FoundFile]
+    others: list[str]
+    folders: list[str]
+
+
 class CaptionError(InputError):
     """Captions or folders cannot be used; `problems` has one line for each."""
 
@@ -34,16 +46,20 @@ class CaptionError(InputError):
         self.problems = problems
 
 
-def folder_entries(subset: Subset, with_captions: bool) -> list[FoundFile]:
-    """Returns the pictures of a subset's image_dir in the order of their names. Raises CaptionError."""
+def read_folder(subset: Subset, with_captions: bool) -> FolderRead:
+    """Returns what lies in a subset's image_dir. Raises CaptionError."""
     folder = subset.image_dir
     assert folder is not None, "a subset without metadata_file has an image_dir"
     entries: list[FoundFile] = []
+    others: list[str] = []
+    folders: list[str] = []
     problems: list[str] = []
-    for prefix, here, files in _folders(folder, subset.recursive):
+    for prefix, here, files, left_alone in _folders(folder, subset.recursive):
+        folders += [prefix + name for name in left_alone]
         names = set(files)
         for name, problem in files.items():
             if not is_picture_name(name):
+                others.append(prefix + name)
                 continue
             entry = FoundFile(path=here / name, name=prefix + name, caption=None, problem=problem)
             if with_captions and (caption_name := _caption_name(name, names, subset.caption_extensions)):
@@ -54,12 +70,23 @@ def folder_entries(subset: Subset, with_captions: bool) -> list[FoundFile]:
             entries.append(entry)
     if problems:
         raise CaptionError(problems)
-    return sorted(entries, key=lambda entry: entry.name)
+    return FolderRead(
+        entries=sorted(entries, key=lambda entry: entry.name), others=sorted(others), folders=sorted(folders)
+    )
+
+
+def pictures_below(folder: Path, most_folders: int = 1000) -> int:
+    """Returns how many pictures lie in a folder and in the first folders below it; none if it cannot be read."""
+    try:
+        found = list(itertools.islice(_folders(folder, recursive=True), most_folders))
+    except CaptionError:
+        return 0
+    return sum(is_picture_name(name) for _, _, files, _ in found for name in files)
 
 
 def mask_files(folder: Path) -> dict[str, Path]:
     """Returns the pictures of a conditioning_data_dir by their name without ending."""
-    for _, here, files in _folders(folder, recursive=False):
+    for _, here, files, _ in _folders(folder, recursive=False):
         return {Path(name).stem: here / name for name in sorted(files) if is_picture_name(name)}
     return {}
 
@@ -84,13 +111,17 @@ def normalised(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
-def _folders(folder: Path, recursive: bool) -> Iterator[tuple[str, Path, Mapping[str, str | None]]]:
-    """Yields (prefix of names, folder, {file name: why it cannot be opened or None}); each real folder once."""
+def _folders(folder: Path, recursive: bool) -> Iterator[tuple[str, Path, Mapping[str, str | None], list[str]]]:
+    """Yields (prefix of names, folder, {file name: why it cannot be opened or None}, folders that are left alone).
+
+    Each real folder comes once.
+    """
     waiting = [("", folder)]
     visited: set[tuple[int, int]] = set()
     while waiting:
         prefix, here = waiting.pop()
         files: dict[str, str | None] = {}
+        left_alone: list[str] = []
         try:
             stat = here.stat()
             if (stat.st_dev, stat.st_ino) in visited:
@@ -98,16 +129,17 @@ def _folders(folder: Path, recursive: bool) -> Iterator[tuple[str, Path, Mapping
             visited.add((stat.st_dev, stat.st_ino))
             with os.scandir(here) as listing:
                 for entry in listing:
-                    if recursive and _is_folder(entry):
-                        if not entry.name.startswith("."):
-                            waiting.append((f"{prefix}{entry.name}/", here / entry.name))
-                    elif not _is_folder(entry):
+                    if not _is_folder(entry):
                         files[entry.name] = _file_problem(entry)
+                    elif recursive and not entry.name.startswith("."):
+                        waiting.append((f"{prefix}{entry.name}/", here / entry.name))
+                    else:
+                        left_alone.append(entry.name)
         except OSError as error:
-            if prefix:
-                continue
-            raise CaptionError([f"{folder}: the folder cannot be read ({error.strerror})"]) from error
-        yield prefix, here, files
+            if not prefix:
+                raise CaptionError([f"{folder}: the folder cannot be read ({error.strerror})"]) from error
+            files, left_alone = {}, [""]
+        yield prefix, here, files, left_alone
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

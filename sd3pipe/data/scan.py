@@ -10,18 +10,20 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from sd3pipe import stopping
 from sd3pipe.console import count, listed
 from sd3pipe.data.dataset_file import Dataset, Subset
-from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, FoundFile, folder_entries, mask_files
+from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, FoundFile, mask_files, read_folder
+from sd3pipe.data.holding_out import held_out
+from sd3pipe.data.left_out import left_out_of_folder, left_out_of_metadata
 from sd3pipe.data.metadata import metadata_entries
 from sd3pipe.errors import InputError, UnreadablePicture
 from sd3pipe.file_stamps import FileStamps
-from sd3pipe.fingerprint import hash_bytes, hash_file, hash_json, is_hash
+from sd3pipe.fingerprint import hash_bytes, hash_file, is_hash
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +72,14 @@ class UnreadableFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scan:
-    """All pictures in a fixed order (subsets as in the file, then by name) and the unreadable ones."""
+    """All pictures in a fixed order (subsets as in the file, then by name) and the unreadable ones.
+
+    `left_out` says in lines what else lies in the folders and is not used.
+    """
 
     pictures: list[Picture]
     unreadable: list[UnreadableFile]
+    left_out: list[str]
 
 
 def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True) -> Scan:
@@ -84,13 +90,15 @@ def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True) ->
     """
     pictures: list[Picture] = []
     unreadable: list[UnreadableFile] = []
+    left_out: list[str] = []
     problems: list[str] = []
     for subset in dataset.subsets:
         try:
-            entries = metadata_entries(subset) if subset.metadata_file else folder_entries(subset, with_captions)
+            entries, remarks = _entries(subset, dataset, with_captions)
         except CaptionError as error:
             problems += error.problems
             continue
+        left_out += remarks
         masks = mask_files(subset.conditioning_data_dir) if subset.conditioning_data_dir else None
         seen: Counter[str] = Counter()
         for entry in entries:
@@ -102,9 +110,27 @@ def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True) ->
     if problems:
         raise InputError("\n".join(problems))
     if not pictures and not unreadable:
-        folders = ", ".join(str(subset.image_dir or subset.metadata_file) for subset in dataset.subsets)
-        raise InputError(f"{dataset.path}: the dataset is empty: no png, jpg, webp, bmp or avif picture in {folders}")
-    return Scan(pictures=pictures, unreadable=unreadable)
+        endings = ", ".join(ending[1:] for ending in PICTURE_ENDINGS)
+        raise InputError("\n".join([f"{dataset.path}: the dataset is empty: there is no {endings}", *left_out]))
+    return Scan(pictures=_split(pictures), unreadable=unreadable, left_out=left_out)
+
+
+def _entries(subset: Subset, dataset: Dataset, with_captions: bool) -> tuple[list[FoundFile], list[str]]:
+    """Returns the files of a subset, and lines about what is not used. Raises CaptionError."""
+    if subset.metadata_file is not None:
+        entries = metadata_entries(subset)
+        return entries, list(left_out_of_metadata(subset, entries))
+    read = read_folder(subset, with_captions)
+    return read.entries, list(left_out_of_folder(subset, read, dataset, with_captions=with_captions))
+
+
+def _split(pictures: Sequence[Picture]) -> list[Picture]:
+    """Returns the pictures with those that validation holds out marked."""
+    chosen = held_out((picture.subset, picture.image_hash) for picture in pictures)
+    return [
+        replace(picture, split="validation") if (picture.subset.name, picture.image_hash) in chosen else picture
+        for picture in pictures
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +174,11 @@ def tell_about_captions(found: Scan) -> None:
 
 
 def tell_about_pictures(found: Scan) -> None:
-    """Logs what a user may not expect of the pictures: further frames, files that are left out."""
+    """Logs what a user may not expect of the pictures: further frames, files that are left out, those held out."""
+    asked = sum(picture.subset.validation_split > 0 for picture in found.pictures)
+    if asked:
+        number = sum(picture.split == "validation" for picture in found.pictures)
+        log.info("validation_split holds out %d of %s", number, count(asked, "picture"))
     animated = [picture for picture in found.pictures if picture.animated]
     _tell(animated, "animated picture", "of which only the first frame is used")
     for file in found.unreadable:
@@ -194,19 +224,8 @@ def _examine(
         caption=entry.caption if entry.caption is not None else subset.class_tokens or "",
         caption_path=entry.caption_path,
         caption_hash=entry.caption_hash,
-        split=split_of(image_hash, subset),
+        split="train",
     )
-
-
-def split_of(image_hash: str, subset: Subset) -> Split:
-    """Returns the part a picture belongs to, by its content: equal pictures never fall into both parts.
-
-    Regularisation pictures are for training only, as in sd-scripts.
-    """
-    if subset.is_reg or subset.validation_split <= 0:
-        return "train"
-    place = int(hash_json(["validation", subset.validation_seed, image_hash])[:13], 16) / 16**13
-    return "validation" if place < subset.validation_split else "train"
 
 
 def _mask_problem(picture: Mapping[str, Any], mask: Mapping[str, Any]) -> str | None:

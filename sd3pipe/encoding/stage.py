@@ -62,6 +62,8 @@ def read_dataset(file: Path, stamps: FileStamps, *, captions: bool) -> DatasetRe
         log.info("%s: %s", dataset.path, remark)
     started = time.time()
     found = scan(dataset, stamps, with_captions=captions)
+    for line in found.left_out:
+        log.warning("%s", line)
     return DatasetRead(dataset=dataset, found=found, started=started, captions=captions)
 
 

@@ -83,13 +83,15 @@ class Preview:
     sections: tuple[Section, ...]
     warnings: tuple[str, ...] = ()
     unreadable: tuple[tuple[str, str], ...] = ()  # name, reason
+    held_out: int = 0  # pictures of the validation
     tags: dict[str, dict[str, int]] = field(default_factory=dict)  # subset -> tag -> captions
 
     @property
     def counts(self) -> str:
         pictures = sum(section.pictures for section in self.sections)
         left_out = f", {len(self.unreadable)} left out" if self.unreadable else ""
-        return f"{count(pictures, 'picture')} in {count(len(self.sections), 'bucket')}{left_out}"
+        held_out = f", {self.held_out} held out for validation" if self.held_out else ""
+        return f"{count(pictures, 'picture')} in {count(len(self.sections), 'bucket')}{left_out}{held_out}"
 
 
 def spread(items: Sequence[ItemT], most: int) -> list[ItemT]:

@@ -98,7 +98,8 @@ def dataset_preview(
     return Preview(
         title=title,
         sections=tuple(sorted(sections, key=lambda section: (section.width / section.height, section.width))),
-        warnings=tuple(_warnings(buckets, everything, [same for same in names.values() if len(same) > 1])),
+        warnings=(*found.left_out, *_warnings(buckets, everything, [same for same in names.values() if len(same) > 1])),
+        held_out=sum(item.picture.split == "validation" for item in everything),
         unreadable=tuple((file.name, file.reason) for file in unreadable),
         tags=_tags(everything),
     )

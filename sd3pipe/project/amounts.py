@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sd3pipe.data.captions import is_random
 from sd3pipe.data.dataset_file import load_dataset
-from sd3pipe.data.folders import folder_entries
+from sd3pipe.data.folders import read_folder
 from sd3pipe.data.geometry import cut_counts
 from sd3pipe.data.metadata import metadata_entries
 from sd3pipe.data.prompts import load_prompts
@@ -38,7 +38,9 @@ def read_amounts(dataset: Path, *, crop_variants: int = 1, caption_variants: int
     pictures, texts = 0, 1
     rows: Counter[tuple[int, int]] = Counter()
     for subset in load_dataset(dataset).subsets:
-        found = len(metadata_entries(subset) if subset.metadata_file else folder_entries(subset, with_captions=False))
+        found = len(
+            metadata_entries(subset) if subset.metadata_file else read_folder(subset, with_captions=False).entries
+        )
         of_one = math.prod(cut_counts(subset, crop_variants=crop_variants))
         texts += found * (caption_variants if is_random(subset.captions) else 1)
         pictures += found

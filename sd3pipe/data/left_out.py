@@ -1,0 +1,182 @@
+"""Says what lies in the folders of a dataset and is not used, so that nobody trains on less than they think."""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from sd3pipe.console import count, listed, one_line
+from sd3pipe.data.dataset_file import Dataset, Subset
+from sd3pipe.data.folders import FolderRead, FoundFile, is_picture_name, pictures_below
+
+REPEATS = re.compile(r"(\d+)_(.*)")  # sd-scripts' folder names below train_data_dir: 10_mycat
+_METADATA = re.compile(r"(?i).*\.jsonl|meta.*\.(json|csv)")
+# What lies among pictures and is none: texts, other programs' caches, what systems leave behind.
+_COMPANIONS = (".txt", ".caption", ".json", ".jsonl", ".csv", ".toml", ".npz", ".safetensors", ".db", ".ini", ".md")
+_CAPTIONS = (".txt", ".caption", ".cap", ".tags", ".tag", ".text", ".prompt", ".md", ".json")  # by other programs
+
+
+def left_out_of_folder(subset: Subset, read: FolderRead, dataset: Dataset, *, with_captions: bool) -> Iterator[str]:
+    """Yields a line for each kind of thing in a subset's image_dir that is not used.
+
+    A subset without a picture has one line, which says what lies there instead.
+    """
+    folder = Path(str(subset.image_dir))
+    names = [name for name in read.others if not Path(name).name.startswith("._")]  # macOS' shadows of other files
+    unread = [
+        *_unread_files(names),
+        *_unread_folders(folder, read.folders, dataset),
+        *_metadata(folder, names, dataset),
+    ]
+    if not read.entries:
+        lies = "; ".join(unread) or (_names(names, "other file") if names else "the folder is empty")
+        yield f"{one_line(str(folder))}: subset {one_line(subset.name)} has no picture that is read: {lies}"
+        return
+    if with_captions:
+        unread += _captions_next_door(read.entries, names)
+        unread += _captions_of_nothing(read.entries, names, subset)
+    yield from (f"{one_line(str(folder))}: not read: {what}" for what in unread)
+    for remark in (*_lost_repeats(read.entries, subset), *_same_stems(read.entries)):
+        yield f"{one_line(str(folder))}: {remark}"
+
+
+def left_out_of_metadata(subset: Subset, entries: Sequence[FoundFile]) -> Iterator[str]:
+    """Yields a line if pictures lie in the image_dir of a metadata file that does not list them."""
+    if subset.image_dir is None or subset.metadata_file is None:
+        return
+    known = {os.path.normpath(entry.path) for entry in entries}
+    try:
+        there = sorted(path.name for path in subset.image_dir.iterdir() if is_picture_name(path.name))
+    except OSError:  # the file may name pictures that lie elsewhere
+        return
+    if missing := [name for name in there if os.path.normpath(subset.image_dir / name) not in known]:
+        yield (
+            f"{one_line(str(subset.image_dir))}: not read: {_names(missing, 'picture')} that "
+            f"{one_line(subset.metadata_file.name)} does not list"
+        )
+
+
+def _names(names: Sequence[str], noun: str) -> str:
+    """Returns '3 pictures (a.png, b.png, c.png)'."""
+    return f"{count(len(names), noun)} ({listed([one_line(name) for name in names], most=3)})"
+
+
+def _unread_files(names: Iterable[str]) -> Iterator[str]:
+    by_ending: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        ending = Path(name).suffix
+        if Path(name).name.startswith("."):
+            if is_picture_name(Path(name).name.lstrip(".")):
+                by_ending["a hidden name"].append(name)
+        elif ending.lower() not in _COMPANIONS:
+            by_ending[ending.lower() or "no ending"].append(name)
+    for ending, those in by_ending.items():
+        yield f"{_names(those, 'file')} with {ending}"
+
+
+def _unread_folders(folder: Path, names: Iterable[str], dataset: Dataset) -> Iterator[str]:
+    """Yields what lies in folders below, but for those that belong to other subsets."""
+    used = {
+        path.resolve()
+        for subset in dataset.subsets
+        for path in (subset.image_dir, subset.conditioning_data_dir)
+        if path is not None
+    }
+    closed = [name for name in names if name.endswith("/")]
+    if closed:
+        yield f"{_names(closed, 'folder')} that cannot be opened"
+    pictures = {
+        name: pictures_below(folder / name)
+        for name in names
+        if not name.endswith("/") and not any(path.is_relative_to((folder / name).resolve()) for path in used)
+    }
+    found = {name: number for name, number in pictures.items() if number}
+    hidden = [name for name in found if Path(name).name.startswith(".")]
+    repeated = [name for name in found if name not in hidden and REPEATS.fullmatch(Path(name).name)]
+    plain = [name for name in found if name not in hidden and name not in repeated]
+    for those, way_out in (
+        (plain, "recursive = true reads them"),
+        (repeated, "give each a [[datasets.subsets]] of its own, with its image_dir and its number as num_repeats"),
+        (hidden, "hidden folders are left alone"),
+    ):
+        if those:
+            lie = count(sum(found[name] for name in those), "picture")
+            yield f"{lie} in {_names(those, 'folder')} below it: {way_out}"
+
+
+def _metadata(folder: Path, names: Iterable[str], dataset: Dataset) -> Iterator[str]:
+    used = {subset.metadata_file.resolve() for subset in dataset.subsets if subset.metadata_file is not None}
+    unread = [name for name in names if _METADATA.fullmatch(Path(name).name) and (folder / name).resolve() not in used]
+    if unread:
+        yield f"{_names(unread, 'metadata file')}: metadata_file = NAME takes captions from one"
+
+
+def _lost_repeats(entries: Iterable[FoundFile], subset: Subset) -> Iterator[str]:
+    """Yields the folders below whose names say other repeats than the subset."""
+    first = {entry.name.split("/", 1)[0] for entry in entries if "/" in entry.name}
+    matches = {name: match for name in sorted(first) if (match := REPEATS.fullmatch(name))}
+    other = [name for name, match in matches.items() if int(match[1]) != subset.num_repeats]
+    if other:
+        yield (
+            f"num_repeats = {subset.num_repeats} counts in {_names(other, 'folder')}, whatever the name says: give "
+            "each a [[datasets.subsets]] of its own for other repeats"
+        )
+
+
+def _same_stems(entries: Iterable[FoundFile]) -> Iterator[str]:
+    by_stem: dict[str, list[str]] = defaultdict(list)
+    for entry in entries:
+        by_stem[_stem(entry.name)].append(entry.name)
+    several = [" and ".join(names) for names in by_stem.values() if len(names) > 1]
+    if several:
+        yield f"all count of pictures that differ in the ending alone, with one caption file: {listed(several, most=3)}"
+
+
+def _captions_next_door(entries: Iterable[FoundFile], names: Collection[str]) -> Iterator[str]:
+    """Yields what lies beside pictures without a caption and looks like one, by what would make it one."""
+    beside = _by_folded_stem(names)
+    by_remedy: dict[str, list[str]] = defaultdict(list)
+    for entry in entries:
+        if entry.caption_path is None:
+            stem = _stem(entry.name)
+            candidates = [*beside.get(stem.casefold(), ()), *beside.get(entry.name.casefold(), ())]
+            if candidates:
+                by_remedy[_remedy(stem, candidates[0])].append(candidates[0])
+    for remedy, those in by_remedy.items():
+        yield f"{_names(those, 'file')} beside pictures without a caption: {remedy}"
+
+
+def _by_folded_stem(names: Iterable[str]) -> Mapping[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        if name.lower().endswith(_CAPTIONS):
+            found[_stem(name).casefold()].append(name)
+    return {stem: sorted(those, key=lambda name: name.lower().endswith(".json")) for stem, those in found.items()}
+
+
+def _remedy(stem: str, name: str) -> str:
+    if name.lower().endswith(".json"):
+        return "captions are plain text, in a .txt of the same name"
+    if not name.startswith(stem):
+        return "the names differ in upper and lower case: rename them"
+    return f'caption_extension = "{name[len(stem) :]}" reads them'
+
+
+def _captions_of_nothing(entries: Iterable[FoundFile], names: Iterable[str], subset: Subset) -> Iterator[str]:
+    used = {str(entry.caption_path) for entry in entries}
+    stems = {_stem(entry.name).casefold() for entry in entries}
+    folder = Path(str(subset.image_dir))
+    lone = [
+        name
+        for name in names
+        if name.endswith(subset.caption_extensions)
+        and str(folder / name) not in used
+        and _stem(name).casefold() not in stems
+    ]
+    if lone:
+        yield f"{_names(lone, 'caption file')} without a picture"
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(Path(name).suffix)
