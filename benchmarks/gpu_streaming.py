@@ -181,7 +181,7 @@ def _built(case: Case, device: torch.device) -> tuple[MMDiT, BlockStreamer]:
     """Returns a model with random weights, built block by block, and what runs its blocks."""
     architecture = ARCHITECTURES[case.model]
     mmdit = MMDiT(architecture, device="meta", dtype=DTYPE).eval()
-    mmdit.gradient_checkpointing = True
+    mmdit.keep_activations(["none"] * mmdit.architecture.depth)
     for name, child in mmdit.named_children():
         if name != "joint_blocks":
             _randomise(child, device)
@@ -248,7 +248,7 @@ def _measured(
     peak = peak_device_bytes(device)
     size = model_size(ARCHITECTURES[case.model].shapes())
     tokens = (work.batch, work.image_tokens, work.text_tokens)
-    operations = size.forward_flop(*tokens) + size.backward_flop(*tokens, recompute=True)
+    operations = size.forward_flop(*tokens) + size.backward_flop(*tokens, kept=["none"] * size.depth)
     kind = replace(case, blocks_to_swap=0)
     if case == kind:
         rates[kind] = Rates(flop_per_second=operations / seconds, copy_bytes_per_second=_copy_rate(device))

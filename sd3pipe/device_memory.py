@@ -13,6 +13,7 @@ from sd3pipe.errors import DeviceMemoryError
 # What the libraries below torch say when the card or the host has no memory left; torch's own allocator has a class.
 _SIGNS = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
 _USABLE = 0.92  # of the free device memory; the rest is for fragmentation and sample pictures
+_DESKTOP_BYTES = 500_000_000  # that other programs with windows may come to want
 
 
 @contextlib.contextmanager
@@ -41,7 +42,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def usable_device_bytes(device: torch.device) -> int:
     """Returns what may be planned with of the memory that is free on a CUDA device."""
-    return int(_USABLE * torch.cuda.mem_get_info(device)[0])
+    free = torch.cuda.mem_get_info(device)[0]
+    return max(0, min(int(_USABLE * free), free - _DESKTOP_BYTES))
 
 
 def peak_device_bytes(device: torch.device) -> int:

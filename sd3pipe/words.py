@@ -26,6 +26,7 @@ PackedFormat = Literal["fp8", "int8", "nf4"]
 SavePrecision = Literal["float", "fp16", "bf16"]  # sd-scripts' words
 StoredFormat = Literal["auto", "same", "fp32", "fp16", "bf16"]
 
+KeptActivations = Literal["none", "attention", "all"]  # of a joint block, for its backward pass
 ModulationMode = Literal["stream", "resident", "ahead"]
 AttentionKernel = Literal["auto", "flash", "cudnn", "efficient", "math"]
 VerifyReads = Literal["always", "first", "never"]

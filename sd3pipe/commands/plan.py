@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sd3pipe.config import Project, find_project
-from sd3pipe.console import readable_bytes, say, say_json
+from sd3pipe.console import readable_bytes, readable_seconds, say, say_json
 from sd3pipe.encoding.cache_sizes import cache_sizes
+from sd3pipe.memory.choosing import Row
 from sd3pipe.memory.plan import option_text
 from sd3pipe.params.command_line import load_stage_models
 from sd3pipe.params.encode_latents import EncodeLatentsParams
@@ -13,7 +14,7 @@ from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.plan import PlanParams
 from sd3pipe.params.resolve import resolve
 from sd3pipe.params.stage import StageParams
-from sd3pipe.project.planning import Plan, Row, make_plan
+from sd3pipe.project.planning import Plan, make_plan
 
 StageOptions = TypeVar("StageOptions", bound=StageParams)
 
@@ -27,7 +28,7 @@ def main(params: PlanParams) -> None:
     if params.json_output:
         say_json(plan.as_json())
         return
-    say(_header(params, plan), *plan.table(), _verdict(params, plan.chosen))
+    say(_header(params, plan), *plan.table(), _verdict(params, plan), *_others(plan))
     if plan.disk:
         say("disk: " + ", ".join(f"{name} {readable_bytes(size)}" for name, size in plan.disk.items()))
 
@@ -59,13 +60,25 @@ def _header(params: PlanParams, plan: Plan) -> str:
     )
 
 
-def _verdict(params: PlanParams, chosen: Row | None) -> str:
+def _verdict(params: PlanParams, plan: Plan) -> str:
     if params.vram_bytes is None:
         return "give --vram (and --ram) to see which settings fit, --tflops to see seconds"
     where = readable_bytes(params.vram_bytes)
     if params.ram_bytes is not None:
         where += f" and {readable_bytes(params.ram_bytes)} of host memory"
-    if chosen is None:
+    if plan.chosen is None:
         return f"nothing fits {where}: try --base-dtype int8 or nf4, a smaller picture or batch"
-    settings, prediction = chosen
-    return f"fits {where}: {option_text(settings)} (about {readable_bytes(prediction.device_bytes)} on the device)"
+    return f"fits {where}: {_told(plan, plan.chosen)}"
+
+
+def _others(plan: Plan) -> list[str]:
+    return [f"or, with less: {_told(plan, row)}" for row in plan.others]
+
+
+def _told(plan: Plan, row: Row) -> str:
+    settings, prediction = row
+    seconds = "" if prediction.seconds is None else f", {readable_seconds(prediction.seconds)} a step"
+    on_device, on_host = readable_bytes(prediction.device_bytes), readable_bytes(prediction.host_bytes)
+    return (
+        f"{option_text(settings, plan.model.depth)} (about {on_device} on the device, {on_host} on the host{seconds})"
+    )

@@ -7,7 +7,8 @@ import torch
 from sd3pipe.console import readable_bytes
 from sd3pipe.device_memory import usable_device_bytes
 from sd3pipe.errors import DeviceMemoryError
-from sd3pipe.memory.plan import Settings, Workload, fitting_settings
+from sd3pipe.memory.choosing import Freedom, Limits, fitting_settings
+from sd3pipe.memory.plan import Settings, Workload
 from sd3pipe.memory.quantise import quantise
 from sd3pipe.memory.sizes import BaseFormat, model_size
 from sd3pipe.memory.streaming import BlockStreamer
@@ -47,6 +48,7 @@ def load_base(
         offload_activations=settings.activation_offload,
         fill=_filler(mmdit, source, dtype, device, settings.base_format),
     )
+    mmdit.keep_activations(settings.kept(architecture.depth))
     return mmdit.requires_grad_(False), streamer
 
 
@@ -68,7 +70,11 @@ def fewest_to_sample(architecture: MMDiTArchitecture, *, tokens: int, dtype: tor
     work = Workload(image_tokens=tokens, batch=2)
     wanted = Settings(activation_offload=True, dtype_bytes=dtype.itemsize)
     found = fitting_settings(
-        model_size(architecture.shapes()), work, wanted, device_bytes=device_bytes, modes=("stream",)
+        model_size(architecture.shapes()),
+        work,
+        wanted,
+        Limits(device_bytes=device_bytes),
+        freedom=Freedom(modes=("stream",)),
     )
     if found is None:
         free = readable_bytes(device_bytes)

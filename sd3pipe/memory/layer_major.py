@@ -22,6 +22,15 @@ from sd3pipe.memory.streaming import BlockStreamer
 Kept = Tensor | OffloadedTensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """One micro-batch's way through one block, ready to be differentiated: leaves and what came of them."""
+
+    streams: list[Tensor]
+    vectors: list[Tensor]
+    outputs: Pair
+
+
 @dataclass(slots=True)
 class _Passage:
     """One micro-batch on its way: its streams, what they came from, and what its backward pass will need."""
@@ -32,7 +41,8 @@ class _Passage:
     condition_leaf: Tensor  # collects the gradient of all blocks
     streams: Pair
     streams_need_gradient: tuple[bool, bool]
-    kept: dict[int, tuple[Kept, Kept]] = field(default_factory=dict)  # each block's inputs
+    kept: dict[int, tuple[Kept, Kept]] = field(default_factory=dict)  # inputs of each block that is computed again
+    graphs: dict[int, _Graph] = field(default_factory=dict)  # of each block that keeps more than those
     needs: dict[int, tuple[bool, bool]] = field(default_factory=dict)
     modulation: dict[int, Pair] = field(default_factory=dict)
     gradients: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -66,7 +76,7 @@ def run_layer_major(
             select(number)
             losses.append(_finished(model, passage, loss, number))
         for index in reversed(range(depth)):
-            if index in passages[0].kept:
+            if any(index in passage.needs for passage in passages):
                 _backward_through(streamer, index, passages, select)
         for passage in passages:
             _backward_of_embedding(passage)
@@ -99,10 +109,18 @@ def _forward_through(
             with torch.enable_grad():
                 modulation = streamer.modulation_of(index, passage.condition_leaf)
             streams, needs = passage.streams, passage.streams_need_gradient
-            passage.streams, passage.streams_need_gradient = _outputs(block, streams, modulation, needs)
+            graph = None
+            if block.kept == "none":
+                passage.streams, passage.streams_need_gradient = _outputs(block, streams, modulation, needs)
+            else:
+                graph = _graph(block.run, streams, needs, modulation)
+                passage.streams, passage.streams_need_gradient = _without_graph(graph.outputs)
             if any(passage.streams_need_gradient):
-                passage.kept[index] = (streamer.keep(streams[0]), streamer.keep(streams[1]))
                 passage.needs[index] = needs
+                if graph is None:
+                    passage.kept[index] = (streamer.keep(streams[0]), streamer.keep(streams[1]))
+                else:
+                    passage.graphs[index] = graph
                 if not streamer.recomputes_modulation(index, passage.condition_leaf):
                     passage.modulation[index] = modulation
 
@@ -112,8 +130,20 @@ def _outputs(block: Block, streams: Pair, modulation: Pair, needs: tuple[bool, b
     if all(needs):
         with torch.no_grad():
             return block(*streams, *(vector_BK.detach() for vector_BK in modulation)), needs
-    with torch.enable_grad():  # where training begins is seen by building the graph once
-        context_BLD, x_BLD = block(_leaf(streams[0], needs[0]), _leaf(streams[1], needs[1]), *modulation)
+    # where training begins is seen by building the graph once
+    return _without_graph(_graph(block, streams, needs, modulation).outputs)
+
+
+def _graph(run: Callable[..., Pair], streams: Sequence[Tensor], needs: tuple[bool, bool], modulation: Pair) -> _Graph:
+    """Returns the way of one micro-batch from leaves through a block's `run`."""
+    leaves = list(map(_leaf, streams, needs))
+    vectors = [_leaf(vector_BK, vector_BK.requires_grad) for vector_BK in modulation]
+    with torch.enable_grad():
+        return _Graph(leaves, vectors, run(*leaves, *vectors))
+
+
+def _without_graph(outputs: Pair) -> tuple[Pair, tuple[bool, bool]]:
+    context_BLD, x_BLD = outputs
     return (context_BLD.detach(), x_BLD.detach()), (context_BLD.requires_grad, x_BLD.requires_grad)
 
 
@@ -132,26 +162,25 @@ def _finished(model: StreamedModel, passage: _Passage, loss: Callable[[int, Tens
 def _backward_through(
     streamer: BlockStreamer, index: int, passages: Sequence[_Passage], select: Callable[[int], None]
 ) -> None:
-    recompute = index not in passages[0].modulation
-    with streamer.block(Use(index, with_modulation=recompute), direction="backward") as block:
+    modulation_again = not any(index in passage.modulation for passage in passages)
+    with streamer.block(Use(index, with_modulation=modulation_again), direction="backward") as block:
         for number, passage in enumerate(passages):
-            if index not in passage.kept:
+            if index not in passage.needs:
                 continue
             select(number)
-            inputs = [streamer.fetch(tensor) for tensor in passage.kept.pop(index)]
-            streamer.expect(_coming(passages, index))
-            streams = list(map(_leaf, inputs, passage.needs[index]))
-            with torch.enable_grad():
-                modulation = (
-                    streamer.modulation_of(index, passage.condition_leaf)
-                    if recompute
-                    else passage.modulation.pop(index)
-                )
-                vectors = [_leaf(vector_BK, vector_BK.requires_grad) for vector_BK in modulation]
-                outputs = block(*streams, *vectors)
-            _backward(zip(outputs, passage.gradients, strict=True))
-            passage.gradients = (streams[0].grad, streams[1].grad)
-            for vector_BK, leaf_BK in reversed(list(zip(modulation, vectors, strict=True))):
+            if modulation_again:
+                with torch.enable_grad():
+                    modulation = streamer.modulation_of(index, passage.condition_leaf)
+            else:
+                modulation = passage.modulation.pop(index)
+            graph = passage.graphs.pop(index, None)
+            if graph is None:
+                inputs = [streamer.fetch(tensor) for tensor in passage.kept.pop(index)]
+                streamer.expect(_coming(passages, index))
+                graph = _graph(block, inputs, passage.needs[index], modulation)
+            _backward(zip(graph.outputs, passage.gradients, strict=True))
+            passage.gradients = (graph.streams[0].grad, graph.streams[1].grad)
+            for vector_BK, leaf_BK in reversed(list(zip(modulation, graph.vectors, strict=True))):
                 _backward([(vector_BK, leaf_BK.grad)])  # x before context, as autograd does by age
 
 

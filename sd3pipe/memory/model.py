@@ -7,6 +7,8 @@ from typing import NotRequired, Protocol, TypedDict
 
 from torch import Tensor, nn
 
+from sd3pipe.words import KeptActivations
+
 Pair = tuple[Tensor, Tensor]  # of the context and of x
 
 
@@ -22,7 +24,9 @@ class ModelInputs(TypedDict):
 
 
 class Block(Protocol):
-    """What a joint block offers to its runner."""
+    """What a joint block offers to its runner; `kept` is what `run` keeps for the backward pass."""
+
+    kept: KeptActivations
 
     def modulation(self, condition_BD: Tensor) -> Pair: ...
 
@@ -30,9 +34,11 @@ class Block(Protocol):
         self, context_BLD: Tensor, x_BLD: Tensor, context_modulation_BK: Tensor, x_modulation_BK: Tensor
     ) -> Pair: ...
 
-    def recomputed(
+    def run(
         self, context_BLD: Tensor, x_BLD: Tensor, context_modulation_BK: Tensor, x_modulation_BK: Tensor
     ) -> Pair: ...
+
+    def run_with_modulation(self, context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> Pair: ...
 
 
 class StreamedModel(Protocol):
@@ -41,7 +47,6 @@ class StreamedModel(Protocol):
     joint_blocks: Sequence[Block]
     t_embedder: nn.Module
     y_embedder: nn.Module
-    gradient_checkpointing: bool
     block_runner: object  # runs the blocks in the model's stead, if set
 
     def embed_latents(self, latents_BChw: Tensor, crop_offset: tuple[int, int] | None) -> Tensor: ...

@@ -1,23 +1,23 @@
 """The cost model: device and host memory, copies and seconds of a training step, before anything is loaded.
 
-Free of torch. Bytes of weights, rings, optimizer and block inputs are exact; what one block keeps for its backward pass
-is a measured multiple of its tokens; the allowance for CUDA itself is an estimate. See docs/memory.md.
+Free of torch. Bytes of weights, rings, optimizer and of what blocks keep for the backward pass are exact; the
+allowance for CUDA itself is an estimate. See docs/memory.md.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
 from dataclasses import dataclass, replace
 
-from sd3pipe.memory.schedule import RING_SLOTS, spread_evenly, step_copies
+from sd3pipe.errors import ParameterError
+from sd3pipe.memory.kept import Tokens, kept_bytes
+from sd3pipe.memory.schedule import RING_SLOTS, kept_activations, spread_evenly, step_copies
 from sd3pipe.memory.sizes import BaseFormat, BlockSize, ModelSize
 from sd3pipe.rules.memory import MemoryRules
-from sd3pipe.words import ModulationMode
+from sd3pipe.words import KeptActivations, ModulationMode
 
-# Saved for the backward pass per token, in units of the width: measured on tiny models with every layer adapted.
-_SAVED_PLAIN, _SAVED_QK_NORM, _SAVED_DUAL = 21, 24, 34
 _GRADIENTS = 10  # of a block's intermediate values, alive at once; the widest are the MLP's, 4 each
 _CUDA_BYTES = 600_000_000  # context, cuBLAS workspace, allocator slack: an estimate
 PROCESS_BYTES = 700_000_000  # host memory of a process with torch imported
-_OFFLOAD_COST = 1.02
+_ADAPTER_FORMAT_BYTES = 4  # float32
 _STAGED_BLOCKS = 2  # blocks whose inputs are on the device while all others' are on the host
 
 
@@ -30,6 +30,7 @@ class Workload:
     batch: int = 1
     accumulation: int = 1
     adapter_weights: int = 0
+    adapter_rank: int = 0
     adapter_bytes_per_weight: int = 16  # fp32 weight and gradient, and AdamW's two moments
 
 
@@ -40,23 +41,38 @@ class Settings:
     base_format: BaseFormat = "dense"
     blocks_to_swap: int = 0
     modulation: ModulationMode = "stream"
-    gradient_checkpointing: bool = True
+    all_kept_blocks: int = 0  # which keep all their activations
+    attention_kept_blocks: int = 0  # which keep attention's output, and compute the rest again
     activation_offload: bool = False
     layer_major: bool = False
     dtype_bytes: int = 2
 
     @classmethod
-    def of(cls, rules: MemoryRules, dtype_bytes: int) -> "Settings":
-        """Returns the settings that options ask for; where blocks_to_swap is left open, without any."""
+    def of(cls, rules: MemoryRules, dtype_bytes: int, depth: int) -> "Settings":
+        """Returns the settings that options ask for; what is left open is set to what takes least of the device.
+
+        Raises ParameterError for more blocks than there are.
+        """
+        check_blocks("blocks_to_swap", rules.blocks_to_swap, depth)
+        check_blocks("gradient_checkpointing", rules.gradient_checkpointing, depth)
+        recomputed = rules.gradient_checkpointing
         return cls(
             base_format=rules.base_dtype or "dense",
             blocks_to_swap=0 if rules.blocks_to_swap == "auto" else rules.blocks_to_swap,
             modulation=rules.modulation,
-            gradient_checkpointing=rules.gradient_checkpointing,
+            all_kept_blocks=depth - recomputed if isinstance(recomputed, int) else depth if recomputed == "off" else 0,
             activation_offload=rules.activation_offload,
             layer_major=rules.layer_major,
             dtype_bytes=dtype_bytes,
         )
+
+    def kept(self, depth: int) -> tuple[KeptActivations, ...]:
+        """Returns what each of so many blocks keeps for its backward pass."""
+        return kept_activations(depth, all_kept=self.all_kept_blocks, attention_kept=self.attention_kept_blocks)
+
+    def recomputed_blocks(self, depth: int) -> int:
+        """Returns how many of so many blocks keep nothing but their inputs."""
+        return depth - self.all_kept_blocks - self.attention_kept_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +90,7 @@ class Prediction:
     device_parts: dict[str, int]
     host_parts: dict[str, int]
     copied_bytes: int  # per step
+    operations: float  # of a step, the recomputation among them
     seconds: float | None = None
     compute_seconds: float | None = None
 
@@ -101,14 +118,23 @@ def predict(model: ModelSize, work: Workload, settings: Settings, rates: Rates |
     streamed = spread_evenly(settings.blocks_to_swap, model.depth)
     copied = _copied_bytes(model, settings, streamed)
     repeats = 1 if settings.layer_major else work.accumulation
-    compute, seconds = _seconds(model, work, settings, copied, rates) if rates else (None, None)
+    passes = _operations(model, work, settings)
+    compute, seconds = _seconds(work, settings, passes, copied, rates) if rates else (None, None)
     return Prediction(
         device_parts=_device_parts(model, work, settings, streamed),
         host_parts=_host_parts(model, work, settings, streamed),
         copied_bytes=repeats * sum(copied),
+        operations=work.accumulation * sum(passes),
         seconds=seconds,
         compute_seconds=compute,
     )
+
+
+def check_blocks(option: str, blocks: int | str, depth: int) -> None:
+    """Raises ParameterError where an option asks for more blocks than the model has."""
+    if isinstance(blocks, int) and blocks > depth:
+        name = f"--{option.replace('_', '-')}"
+        raise ParameterError(f"{name} {blocks}: the model has {depth} blocks: use at most {depth}")
 
 
 def adapter_bytes_per_weight(optimizer_type: str) -> int:
@@ -116,73 +142,27 @@ def adapter_bytes_per_weight(optimizer_type: str) -> int:
     return 4 + 4 + (2 if "8bit" in optimizer_type.lower() else 8)
 
 
-def fitting_settings(
-    model: ModelSize,
-    work: Workload,
-    wanted: Settings,
-    *,
-    device_bytes: int,
-    host_bytes: int | None = None,
-    rates: Rates | None = None,
-    modes: Sequence[ModulationMode] = ("resident", "stream"),
-) -> tuple[Settings, Prediction] | None:
-    """Returns the quickest variation of blocks_to_swap, modulation (of `modes`) and offloading that fits, or None.
-
-    Without rates, the one with the fewest copied bytes. Offloading activations counts as 2 % dearer, since its own
-    copies are not in the model. The base format and all that changes numbers stay as wanted.
-    """
-    fitting = []
-    for settings in _variations(model, wanted, modes):
-        prediction = predict(model, work, settings, rates)
-        if prediction.device_bytes <= device_bytes and (host_bytes is None or prediction.host_bytes <= host_bytes):
-            cost = prediction.copied_bytes if prediction.seconds is None else prediction.seconds
-            cost *= _OFFLOAD_COST if settings.activation_offload else 1.0
-            order = (cost, settings.blocks_to_swap, settings.activation_offload, prediction.device_bytes)
-            fitting.append((order, settings, prediction))
-    if not fitting:
-        return None
-    _, settings, prediction = min(fitting, key=lambda item: item[0])
-    return settings, prediction
-
-
-def advice(
-    model: ModelSize, work: Workload, wanted: Settings, *, device_bytes: int, host_bytes: int | None = None
-) -> str:
-    """Returns what to say after the device ran out of memory: settings that need clearly less, the gentlest first."""
-    ladder = [wanted, replace(wanted, gradient_checkpointing=True)]
-    ladder += [replace(ladder[1], base_format=name) for name in ("int8", "nf4") if wanted.base_format == "dense"]
-    target = int(min(0.9 * device_bytes, 0.85 * predict(model, work, wanted).device_bytes))
-    for rung in ladder:
-        found = fitting_settings(model, work, rung, device_bytes=target, host_bytes=host_bytes)
-        if found is not None:
-            settings, prediction = found
-            return f"{option_text(settings)} should fit: about {prediction.device_bytes / 1e9:.1f} GB"
-    if work.batch > 1:
-        return f"train_batch_size = {max(1, work.batch // 2)} with gradient_accumulation_steps = 2 needs half as much"
-    return "no settings for this size of picture fit: train at a lower resolution"
-
-
-def option_text(settings: Settings) -> str:
-    """Returns the settings as the options that a user would write."""
-    words = [f"--blocks-to-swap {settings.blocks_to_swap}"]
+def option_text(settings: Settings, depth: int) -> str:
+    """Returns the settings as the options that a user would write for a model of so many blocks."""
+    words = [f"--blocks-to-swap {settings.blocks_to_swap}", _kept_text(settings, depth)]
     if settings.base_format != "dense":
         words.append(f"--base-dtype {settings.base_format}")
     if settings.blocks_to_swap and settings.modulation != "stream":
         words.append(f"--modulation {settings.modulation}")
     if settings.activation_offload:
         words.append("--activation-offload")
-    if not settings.gradient_checkpointing:
-        words.append("--no-gradient-checkpointing")
     return " ".join(words)
 
 
-def _variations(model: ModelSize, wanted: Settings, modes: Sequence[ModulationMode]) -> Iterator[Settings]:
-    for offload in dict.fromkeys((wanted.activation_offload, True)):
-        if offload and not wanted.gradient_checkpointing:
-            continue
-        for count in range(model.depth + 1):
-            for mode in modes if count else (wanted.modulation,):
-                yield replace(wanted, blocks_to_swap=count, modulation=mode, activation_offload=offload)
+def _kept_text(settings: Settings, depth: int) -> str:
+    recomputed = settings.recomputed_blocks(depth)
+    if settings.attention_kept_blocks:  # the planner's choice alone
+        others = [f"{recomputed} recomputed"] if recomputed else []
+        others += [f"{settings.all_kept_blocks} kept whole"] if settings.all_kept_blocks else []
+        attention = f"attention kept in {settings.attention_kept_blocks} blocks"
+        return f"--gradient-checkpointing auto ({', '.join([attention, *others])})"
+    word = {depth: "on", 0: "off"}.get(recomputed, str(recomputed))
+    return f"--gradient-checkpointing {word}"
 
 
 def _device_parts(model: ModelSize, work: Workload, settings: Settings, streamed: tuple[int, ...]) -> dict[str, int]:
@@ -190,18 +170,12 @@ def _device_parts(model: ModelSize, work: Workload, settings: Settings, streamed
     blocks = sum(_part_bytes(block, "whole", settings) for block in resident)
     if settings.modulation == "resident":
         blocks += sum(model.blocks[number].modulation_bytes(settings.dtype_bytes) for number in streamed)
-    tokens = work.batch * (work.image_tokens + work.text_tokens)
-    inputs = tokens * model.width * settings.dtype_bytes
-    kept = min(_STAGED_BLOCKS, model.depth) if settings.activation_offload else model.depth
-    if settings.layer_major and not settings.activation_offload:
-        kept *= work.accumulation
-    saved = [_saved_bytes(model, block, work, settings) for block in model.blocks]
+    inputs = _tokens(model, work, settings).input_bytes
     return {
         "resident blocks": blocks,
         "ring": sum(sum(_travelling(model, settings, ring)[:RING_SLOTS]) for ring in _rings(model, streamed)),
         "outside blocks": model.outside * settings.dtype_bytes,
-        "block inputs": kept * inputs if settings.gradient_checkpointing else 0,
-        "kept for backward": max(saved) if settings.gradient_checkpointing else sum(saved),
+        **_activation_parts(model, work, settings),
         "gradients of activations": _GRADIENTS * inputs,
         "unpacked weights": _unpacked_bytes(model, settings),
         "adapter and optimizer": work.adapter_weights * work.adapter_bytes_per_weight,
@@ -210,7 +184,6 @@ def _device_parts(model: ModelSize, work: Workload, settings: Settings, streamed
 
 
 def _host_parts(model: ModelSize, work: Workload, settings: Settings, streamed: tuple[int, ...]) -> dict[str, int]:
-    tokens = work.batch * (work.image_tokens + work.text_tokens)
     parts = {"process": PROCESS_BYTES, "position table": model.position_table * settings.dtype_bytes}
     with_modulation = settings.modulation != "resident"
     blocks = [model.blocks[number] for number in streamed]
@@ -220,7 +193,8 @@ def _host_parts(model: ModelSize, work: Workload, settings: Settings, streamed: 
     )
     if settings.activation_offload:
         repeats = work.accumulation if settings.layer_major else 1
-        parts["block inputs"] = repeats * model.depth * tokens * model.width * settings.dtype_bytes
+        leaving = model.depth - settings.all_kept_blocks
+        parts["block inputs"] = repeats * leaving * _tokens(model, work, settings).input_bytes
     parts["one block while loading"] = max(
         _part_bytes(block, "whole", replace(settings, base_format="dense")) for block in model.blocks
     )
@@ -238,14 +212,18 @@ def _copied_bytes(model: ModelSize, settings: Settings, streamed: tuple[int, ...
     return sum(sizes[: len(forward)]), sum(sizes[len(forward) :])
 
 
+def _operations(model: ModelSize, work: Workload, settings: Settings) -> tuple[float, float]:
+    """Returns the operations of one forward and one backward pass."""
+    tokens = (work.batch, work.image_tokens, work.text_tokens)
+    return model.forward_flop(*tokens), model.backward_flop(*tokens, kept=settings.kept(model.depth))
+
+
 def _seconds(
-    model: ModelSize, work: Workload, settings: Settings, copied: tuple[int, int], rates: Rates
+    work: Workload, settings: Settings, passes: tuple[float, float], copied: tuple[int, int], rates: Rates
 ) -> tuple[float, float]:
     """Returns seconds of pure computing, and of a step whose copies run beside it."""
     repeats = work.accumulation
-    tokens = (work.batch, work.image_tokens, work.text_tokens)
-    forward = model.forward_flop(*tokens) / rates.flop_per_second
-    backward = model.backward_flop(*tokens, recompute=settings.gradient_checkpointing) / rates.flop_per_second
+    forward, backward = (operations / rates.flop_per_second for operations in passes)
     fetches = [size / rates.copy_bytes_per_second for size in copied]
     if settings.layer_major:
         step = max(repeats * forward, fetches[0]) + max(repeats * backward, fetches[1])
@@ -272,11 +250,47 @@ def _part_bytes(block: BlockSize, part: str, settings: Settings) -> int:
     return {"body": body, "modulation": modulation, "whole": body + modulation}[part]
 
 
-def _saved_bytes(model: ModelSize, block: BlockSize, work: Workload, settings: Settings) -> int:
-    plain = _SAVED_QK_NORM if model.qk_norm else _SAVED_PLAIN
-    per_image_token = _SAVED_DUAL if block.dual else plain
-    tokens = per_image_token * work.image_tokens + plain * work.text_tokens
-    return work.batch * tokens * model.width * settings.dtype_bytes
+def _tokens(model: ModelSize, work: Workload, settings: Settings) -> Tokens:
+    return Tokens(
+        width=model.width,
+        image=work.batch * work.image_tokens,
+        text=work.batch * work.text_tokens,
+        dtype_bytes=settings.dtype_bytes,
+        rank=work.adapter_rank,
+        qk_norm=model.qk_norm,
+    )
+
+
+def _activation_parts(model: ModelSize, work: Workload, settings: Settings) -> dict[str, int]:
+    """Returns what activations take at the moment of the backward pass when they take most.
+
+    While a block is differentiated, those of the blocks before it are there, and all of its own, computed again or not.
+    """
+    tokens, kept = _tokens(model, work, settings), settings.kept(model.depth)
+    repeats = work.accumulation if settings.layer_major else 1
+    sizes = {key: kept_bytes(key[0], tokens, key[1]) for key in {*zip(model.blocks, kept, strict=True)}}
+    whole = {block: kept_bytes(block, tokens, "all") for block in {*model.blocks}}
+    casts = work.adapter_weights * settings.dtype_bytes // model.depth  # of fp32 adapters to a 16-bit base's format
+    if settings.dtype_bytes == _ADAPTER_FORMAT_BYTES:
+        casts = 0
+    inputs, beside = [], []
+    for block, of_block in zip(model.blocks, kept, strict=True):
+        leaves = settings.activation_offload and of_block != "all"
+        inputs.append(0 if leaves else repeats * tokens.input_bytes)
+        more = sizes[block, of_block] - tokens.input_bytes + (casts if of_block == "all" else 0)
+        beside.append(repeats * more)
+    staged = min(_STAGED_BLOCKS, kept.count("none") + kept.count("attention")) if settings.activation_offload else 0
+    again = [
+        0 if of_block == "all" else whole[block] + casts - (sizes[block, of_block] - tokens.input_bytes)
+        for block, of_block in zip(model.blocks, kept, strict=True)
+    ]
+    sums = zip(itertools.accumulate(inputs), itertools.accumulate(beside), again, strict=True)
+    of_inputs, of_others, one_block = max(sums, key=sum)
+    return {
+        "block inputs": of_inputs + staged * tokens.input_bytes,
+        "kept activations": of_others,
+        "one block computed again": one_block,
+    }
 
 
 def _unpacked_bytes(model: ModelSize, settings: Settings) -> int:

@@ -1,10 +1,11 @@
 """A few slots on the device that blocks of one shape share, and the decision what to copy into them next."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd3pipe.memory.copy_streams import CopyStream
 from sd3pipe.memory.flat import FlatBlock, FlatLayout
@@ -29,6 +30,18 @@ class Use:
 
     block: int
     with_modulation: bool
+
+
+class _InSlot:
+    """Where in a slot a tensor lies."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._dtype, self._offset = tensor.dtype, tensor.storage_offset()
+        self._shape, self._stride = tensor.shape, tensor.stride()
+
+    def within(self, buffer: Tensor) -> Tensor:
+        """Returns the same part of another slot's buffer."""
+        return buffer.view(self._dtype).as_strided(self._shape, self._stride, self._offset)
 
 
 class Ring:
@@ -105,6 +118,35 @@ class Rings:
         slot.done = self._stream.record_event()
         ring.blocks[self._bound].unbind()
         self._bound = None
+
+    @contextlib.contextmanager
+    def found_again(self) -> Iterator[None]:
+        """Lets what autograd saves of the bound block's weights be found in whichever slot has the block by then.
+
+        A transposed weight, for one, is a view of the slot, which others use in the meantime. Parameters are found as
+        they are: `bind` exchanges the memory behind them.
+        """
+        block = self._bound
+        assert block is not None
+        ring = self._of_block[block]
+        slot = ring.find(block)
+        assert slot is not None
+        place = slot.buffer.untyped_storage().data_ptr()
+
+        def pack(tensor: Tensor) -> "Tensor | _InSlot":
+            inside = tensor.untyped_storage().data_ptr() == place and not isinstance(tensor, nn.Parameter)
+            return _InSlot(tensor) if inside else tensor
+
+        def unpack(saved: "Tensor | _InSlot") -> Tensor:
+            if isinstance(saved, Tensor):
+                return saved
+            assert self._bound == block, f"block {block} is differentiated while {self._bound} is on the device"
+            holder = ring.find(block)
+            assert holder is not None
+            return saved.within(holder.buffer)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
 
     def close(self) -> None:
         """Gives all parameters back; what uses the slots' memory next comes after the copies that are under way."""

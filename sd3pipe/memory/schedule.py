@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sd3pipe.words import ModulationMode
+from sd3pipe.words import KeptActivations, ModulationMode
 
 Part = Literal["whole", "body", "modulation"]
 RING_SLOTS = 2  # one slot computes while the other is filled
@@ -26,6 +26,20 @@ def spread_evenly(num_streamed: int, depth: int) -> tuple[int, ...]:
     if not 0 <= num_streamed <= depth:
         raise ValueError(f"{num_streamed} of {depth} blocks cannot be streamed")
     return tuple((2 * k + 1) * depth // (2 * num_streamed) for k in range(num_streamed))
+
+
+def kept_activations(depth: int, *, all_kept: int, attention_kept: int) -> tuple[KeptActivations, ...]:
+    """Returns what each block keeps for its backward pass: blocks that keep little are spread evenly among the others.
+
+    Raises ValueError for more blocks than there are.
+    """
+    kept: list[KeptActivations] = ["all"] * depth
+    less = spread_evenly(depth - all_kept, depth)
+    for number in less:
+        kept[number] = "none"
+    for number in spread_evenly(attention_kept, len(less)):
+        kept[less[number]] = "attention"
+    return tuple(kept)
 
 
 def step_copies(

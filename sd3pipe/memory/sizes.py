@@ -5,9 +5,11 @@ are a third of its bytes and take no time. Dual attention adds 8 D^2 per image t
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from sd3pipe.words import KeptActivations
 
 BaseFormat = Literal["dense", "fp8", "int8", "nf4"]
 
@@ -27,6 +29,7 @@ class BlockSize:
     modulation: int
     small: int
     dual: bool
+    pre_only: bool  # its context lends keys and values, and goes no further
 
     def body_bytes(self, dtype_bytes: int, base_format: BaseFormat) -> int:
         return self.small * dtype_bytes + packed_bytes(self.packable, self.packable_rows, dtype_bytes, base_format)
@@ -58,12 +61,15 @@ class ModelSize:
         """Returns the floating point operations of one forward pass."""
         return sum(sum(self._block_flop(block, batch, image_tokens, text_tokens)) for block in self.blocks)
 
-    def backward_flop(self, batch: int, image_tokens: int, text_tokens: int, *, recompute: bool) -> float:
-        """Returns those of the backward pass over frozen weights, the recomputation included where there is one."""
+    def backward_flop(
+        self, batch: int, image_tokens: int, text_tokens: int, *, kept: Sequence[KeptActivations]
+    ) -> float:
+        """Returns those of the backward pass over frozen weights, which computes again what blocks do not keep."""
         total = 0.0
-        for block in self.blocks:
+        for block, of_block in zip(self.blocks, kept, strict=True):
             products, attention = self._block_flop(block, batch, image_tokens, text_tokens)
-            total += products + _ATTENTION_BACKWARD * attention + (products + attention if recompute else 0.0)
+            again = {"none": products + attention, "attention": products, "all": 0.0}[of_block]
+            total += products + _ATTENTION_BACKWARD * attention + again
         return total
 
     def _block_flop(self, block: BlockSize, batch: int, image: int, text: int) -> tuple[float, float]:
@@ -120,6 +126,7 @@ def _block_size(shapes: Mapping[str, tuple[int, ...]], number: int) -> BlockSize
         modulation=modulation,
         small=sum(_count(shape) for shape in block.values()) - packable - modulation,
         dual=f"{prefix}x_block.attn2.qkv.weight" in block,
+        pre_only=f"{prefix}context_block.attn.proj.weight" not in block,
     )
 
 

@@ -9,7 +9,6 @@ from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sd3pipe.errors import ParameterError
 from sd3pipe.memory.activations import ActivationStore, OffloadedTensor
@@ -34,8 +33,8 @@ class BlockStreamer:
             print(streamer.copied_bytes)
 
     The model must be frozen and lie in host memory; adapters may be attached before or after. Everything but the
-    streamed blocks and the position table moves to `device` here. Streamed blocks are always recomputed in the backward
-    pass; resident ones as `mmdit.gradient_checkpointing` says. Each streamed block's weights lie in one flat host
+    streamed blocks and the position table moves to `device` here. Each block keeps for its backward pass what it is
+    set to keep, wherever its weights are. Each streamed block's weights lie in one flat host
     buffer, page-locked for CUDA, and take turns in a ring of device slots for each block shape. Without CUDA the same
     code copies in plain memory. `close` gives every parameter back to the host.
 
@@ -140,9 +139,9 @@ class BlockStreamer:
 
     def __call__(self, index: int, context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> Pair:
         """Returns context and x after block `index`; this is what the model calls."""
-        with self._activations.saving() if self._activations is not None else contextlib.nullcontext():
+        leaving = self._activations if self._blocks[index].kept != "all" else None
+        with leaving.saving() if leaving is not None else contextlib.nullcontext():
             if index not in self._flat:
-                self._check_recomputation()
                 return self._model.run_block(index, context_BLD, x_BLD, condition_BD)
             return self._run_streamed(index, context_BLD, x_BLD, condition_BD)
 
@@ -154,7 +153,8 @@ class BlockStreamer:
         """
         if use.block in self._flat:
             self._acquire(use, direction)
-        yield self._blocks[use.block]
+        with self._weights_found_again(use.block):
+            yield self._blocks[use.block]
         if use.block in self._flat:
             self._rings.release()
             if direction == "turning":
@@ -200,17 +200,23 @@ class BlockStreamer:
         if not torch.is_grad_enabled():
             result = block(context_BLD, x_BLD, *self.modulation_of(index, condition_BD))
         else:
-            recompute_modulation = self.recomputes_modulation(index, condition_BD)
-            if recompute_modulation:
-                result = _recomputed_whole(block, context_BLD, x_BLD, condition_BD)
-            else:
-                result = block.recomputed(context_BLD, x_BLD, *self.modulation_of(index, condition_BD))
+            modulation_again = self.recomputes_modulation(index, condition_BD)
+            with self._weights_found_again(index):
+                if modulation_again:
+                    result = block.run_with_modulation(context_BLD, x_BLD, condition_BD)
+                else:
+                    result = block.run(context_BLD, x_BLD, *self.modulation_of(index, condition_BD))
             if result[1].requires_grad:
-                use = Use(index, recompute_modulation)
+                use = Use(index, modulation_again)
                 self._backward_to_come.append(use)
                 result = cast(Pair, _Turn.apply(self, use, *result))
         self._rings.release()
         return result
+
+    def _weights_found_again(self, index: int) -> contextlib.AbstractContextManager[None]:
+        """Returns what lets a streamed block that is not computed again be differentiated when its weights are back."""
+        streamed = index in self._flat and torch.is_grad_enabled() and self._blocks[index].kept == "all"
+        return self._rings.found_again() if streamed else contextlib.nullcontext()
 
     def _acquire(self, use: Use, direction: Direction) -> None:
         if direction == "backward":
@@ -249,22 +255,6 @@ class BlockStreamer:
         with_modulation = self.modulation == "stream"
         layout = flat_layout(streamed_parameters(block, with_modulation=with_modulation))
         return FlatBlock(block, self.host.buffer(layout.total_bytes), with_modulation=with_modulation)
-
-    def _check_recomputation(self) -> None:
-        if self._activations is not None and torch.is_grad_enabled() and not self._model.gradient_checkpointing:
-            raise ParameterError(
-                "offload_activations needs gradient_checkpointing: only block inputs are worth the trip"
-            )
-
-
-def _recomputed_whole(block: Block, context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> Pair:
-    """Returns a block's outputs; its backward pass computes the modulation again, too."""
-
-    def run(context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> Pair:
-        return block(context_BLD, x_BLD, *block.modulation(condition_BD))
-
-    inputs = (context_BLD, x_BLD, condition_BD)
-    return cast(Pair, checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False))
 
 
 class _Turn(torch.autograd.Function):

@@ -7,10 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from sd3pipe.models.architecture import HEAD_WIDTH, MLP_RATIO, MMDiTArchitecture
 from sd3pipe.models.linear import Linear
+from sd3pipe.models.recomputation import recomputed
+from sd3pipe.words import KeptActivations
 
 _EPSILON = 1e-6  # of all norms
 
@@ -18,10 +19,14 @@ Place = torch.device | str | None
 
 
 class JointBlock(nn.Module):
-    """One attention over text and image tokens together, with separate weights for the two streams."""
+    """One attention over text and image tokens together, with separate weights for the two streams.
+
+    `kept` says what `run` keeps for the backward pass: all, attention's output and the inputs, or the inputs alone.
+    """
 
     def __init__(self, architecture: MMDiTArchitecture, index: int, device: Place, dtype: torch.dtype | None) -> None:
         super().__init__()
+        self.kept: KeptActivations = "all"
         self.context_block = BlockSide(architecture, index, "context_block", device, dtype)
         self.x_block = BlockSide(architecture, index, "x_block", device, dtype)
 
@@ -43,26 +48,41 @@ class JointBlock(nn.Module):
             self.x_block.residual(x_BLD, x_attended_BLD, x_modulation_BK),
         )
 
-    def recomputed(
+    def run(
         self, context_BLD: Tensor, x_BLD: Tensor, context_modulation_BK: Tensor, x_modulation_BK: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Returns what `forward` returns, and keeps no activations: the backward pass computes them again.
+        """Returns what `forward` returns, and keeps for the backward pass what `kept` says.
 
         The modulation lies outside what is recomputed: it is small to keep, and its weights are a third of the block.
         """
         inputs = (context_BLD, x_BLD, context_modulation_BK, x_modulation_BK)
-        if any(tensor.requires_grad for tensor in inputs) or self._is_trained():
-            return self._checkpointed(*inputs)
-        return self(*inputs)
+        if self.kept == "all" or not self._has_backward(inputs):
+            return self(*inputs)
+        return self._recomputed(*inputs) if self.kept == "none" else self._with_attention_kept(*inputs)
+
+    def run_with_modulation(self, context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns what `run` returns with the modulation of a condition, which is recomputed with the rest."""
+
+        def whole(context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> tuple[Tensor, Tensor]:
+            return self(context_BLD, x_BLD, *self.modulation(condition_BD))
+
+        inputs = (context_BLD, x_BLD, condition_BD)
+        return whole(*inputs) if self.kept == "all" else recomputed(whole, *inputs, keep_attention=self.kept != "none")
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compiles both `forward` and `recomputed`, the latter with its backward pass as one graph."""
+        """Compiles `forward`, and what recomputes it, the latter with its backward pass as one graph."""
         super().compile(*args, **options)
-        self._checkpointed = torch.compile(self._checkpointed, *args, **options)
+        self._recomputed = torch.compile(self._recomputed, *args, **options)
+        self._with_attention_kept = torch.compile(self._with_attention_kept, *args, **options)
 
-    def _checkpointed(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        # nothing in a block draws from torch's generators: dropout goes by counters
-        return checkpoint(self, *inputs, use_reentrant=False, preserve_rng_state=False)
+    def _recomputed(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return recomputed(self, *inputs)
+
+    def _with_attention_kept(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return recomputed(self, *inputs, keep_attention=True)
+
+    def _has_backward(self, inputs: tuple[Tensor, ...]) -> bool:
+        return torch.is_grad_enabled() and (any(t.requires_grad for t in inputs) or self._is_trained())
 
     def _is_trained(self) -> bool:
         adapters = (module.adapter for module in self.modules() if isinstance(module, Linear))

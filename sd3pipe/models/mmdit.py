@@ -8,7 +8,7 @@ queries and keys (SD3.5), and a second attention of the image over itself in som
 # C latent channels, h w latent pixels, p q offsets inside a patch
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -20,6 +20,7 @@ from sd3pipe.models.architecture import TIMESTEP_FREQUENCIES, MMDiTArchitecture
 from sd3pipe.models.joint_block import JointBlock, Place, modulate
 from sd3pipe.models.linear import Linear, PatchProjection
 from sd3pipe.models.pos_embed import ScaledPositions, beside, crop_positions
+from sd3pipe.words import KeptActivations
 
 _LONGEST_PERIOD = 10000.0
 
@@ -35,9 +36,8 @@ class BlockRunner(Protocol):
 class MMDiT(nn.Module):
     """Predicts the velocity of noisy latents. Weights are uninitialised and frozen until a checkpoint fills them.
 
-    gradient_checkpointing  recompute each block in the backward pass instead of keeping its activations
-    scaled_positions        position tables in place of the checkpoint's (sd-scripts' enable_scaled_pos_embed), if set
-    block_runner            runs the blocks instead of `run_block`, if set
+    scaled_positions  position tables in place of the checkpoint's (sd-scripts' enable_scaled_pos_embed), if set
+    block_runner      runs the blocks instead of `run_block`, if set
     """
 
     pos_embed: Tensor
@@ -48,7 +48,6 @@ class MMDiT(nn.Module):
         super().__init__()
         a, width = architecture, architecture.width
         self.architecture = architecture
-        self.gradient_checkpointing = False
         self.scaled_positions: ScaledPositions | None = None
         self.block_runner: BlockRunner | None = None
         self.register_buffer("pos_embed", torch.empty(1, a.pos_embed_max**2, width, device=device, dtype=dtype))
@@ -125,12 +124,14 @@ class MMDiT(nn.Module):
         return functional.silu(t_embedder(sinusoid(timesteps_B)) + y_embedder(pooled_BP))
 
     def run_block(self, index: int, context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns context and x after joint block `index`, recomputed in the backward pass if so configured."""
+        """Returns context and x after joint block `index`, which keeps what it is set to keep."""
         block = cast(JointBlock, self.joint_blocks[index])
-        modulation = block.modulation(condition_BD)
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return block.recomputed(context_BLD, x_BLD, *modulation)
-        return block(context_BLD, x_BLD, *modulation)
+        return block.run(context_BLD, x_BLD, *block.modulation(condition_BD))
+
+    def keep_activations(self, kept: Sequence[KeptActivations]) -> None:
+        """Sets what each joint block keeps for the backward pass, from the first block to the last."""
+        for block, of_block in zip(self.joint_blocks, kept, strict=True):
+            cast(JointBlock, block).kept = of_block
 
     def finish(self, x_BLD: Tensor, condition_BD: Tensor, latents_BChw: Tensor) -> Tensor:
         """Returns the velocity in the size and dtype of the latents."""

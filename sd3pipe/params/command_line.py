@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,18 +73,24 @@ def normalise(model: type[Params], arguments: list[str]) -> list[str]:
     """Returns the arguments in the one spelling that Typer knows.
 
     '--output_dir X' becomes '--out X' where that is an alias, and '--network-args a b' becomes
-    '--network-args a --network-args b'.
+    '--network-args a --network-args b', and '--gradient-checkpointing' alone '--gradient-checkpointing=on'.
     """
     aliases = _aliases(model)
     several = {option_name(name) for name, field in model.model_fields.items() if takes_several(field)}
     spread: list[str] = []
     current: str | None = None
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    for word in arguments[:end]:
+    switches = {option_name(name) for name, field in model.model_fields.items() if option_extra(field)["switch"]}
+    for word, following in itertools.pairwise([*arguments[:end], "--"]):
         if word.startswith("--"):
             name, equals, value = word.partition("=")
             name = name.replace("_", "-")
             name = aliases.get(name, name)
+            turned_off = f"--{name.removeprefix('--no-')}"
+            if name in switches and not equals and following.startswith("--"):
+                equals, value = "=", "on"
+            elif name.startswith("--no-") and turned_off in switches:
+                name, equals, value = turned_off, "=", "off"
             current = name if name in several and not equals else None
             if current is None:
                 spread.append(name + equals + value)

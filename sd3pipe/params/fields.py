@@ -81,6 +81,7 @@ def option(
     panel: str = "Options",
     advanced: bool = False,
     positional: bool = False,
+    switch: bool = False,
     aliases: tuple[str, ...] = (),
     paths_key: str | None = None,
     varies_with: str | None = None,
@@ -90,7 +91,8 @@ def option(
     """Declares one option; `...` as default makes it required.
 
     `panel` is the heading in --help; `advanced` options show in --help-all only; `positional` ones are arguments
-    without a name on the command line; `aliases` are further spellings without dashes; `paths_key` is the key of
+    without a name on the command line; a `switch` is on where it stands there without a value, and off as --no-NAME;
+    `aliases` are further spellings without dashes; `paths_key` is the key of
     project.toml [paths] that fills a missing value ('caches/text' is the folder text/ below the one that `caches`
     names); `varies_with` is an option whose value goes into that file's name where the command line gives another than
     the project's; `trust` says what a parameter file may do with it; `constraints` are pydantic's (ge, le, gt, lt,
@@ -101,6 +103,7 @@ def option(
         "panel": panel,
         "advanced": advanced,
         "positional": positional,
+        "switch": switch,
         "aliases": list(aliases),
         "paths_key": paths_key,
         "varies_with": varies_with,

@@ -5,7 +5,7 @@ from typing import Any
 
 from sd3pipe.params.train import TrainParams
 
-# option -> (the option that it depends on, the values under which it acts)
+# option -> (the option that it depends on, the values, or the type of values, under which it acts)
 _ACTS_UNDER: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "lr_decay_steps": ("lr_scheduler", ("warmup_stable_decay",)),
     "lr_scheduler_num_cycles": ("lr_scheduler", ("cosine_with_restarts",)),
@@ -25,7 +25,7 @@ _ACTS_UNDER: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "network_alpha": ("dim_from_weights", (False,)),
     "adapter_type": ("dim_from_weights", (False,)),
     "rank_rules": ("dim_from_weights", (False,)),
-    "activation_offload": ("gradient_checkpointing", (True,)),
+    "activation_offload": ("gradient_checkpointing", ("auto", "on", int)),
     "logging_dir": ("log_with", ("tensorboard", "wandb", "all")),
     "log_tracker_name": ("log_with", ("tensorboard", "wandb", "all")),
     "wandb_run_name": ("log_with", ("wandb", "all")),
@@ -37,7 +37,7 @@ def idle_options(params: TrainParams) -> list[str]:
     lines = []
     for name, (other, values) in _ACTS_UNDER.items():
         value, state = getattr(params, name), getattr(params, other)
-        if state not in values and value != TrainParams.model_fields[name].get_default():
-            wanted = " or ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in values)
+        if state not in values and type(state) not in values and value != TrainParams.model_fields[name].get_default():
+            wanted = " or ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in values if v is not int)
             lines.append(f"{name} has no effect here: it acts under {other} = {wanted}")
     return lines

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator
 
-from sd3pipe.rules.memory import Blocks, parse_blocks
+from sd3pipe.rules.memory import Blocks, RecomputedBlocks, parse_blocks, parse_recomputed
 
 _UNITS = {"": 10**9, "G": 10**9, "GB": 10**9, "GIB": 2**30, "M": 10**6, "MB": 10**6, "MIB": 2**20}
 
@@ -17,6 +17,7 @@ def _size(value: str) -> str:
 
 
 BlocksToSwap = Annotated[Blocks, BeforeValidator(parse_blocks)]
+BlocksToRecompute = Annotated[RecomputedBlocks, BeforeValidator(parse_recomputed)]
 Size = Annotated[str, AfterValidator(_size)]
 
 

@@ -3,7 +3,7 @@
 import re
 
 from sd3pipe.params.fields import OptionPath, Params, option
-from sd3pipe.params.memory import BlocksToSwap, Size, size_bytes
+from sd3pipe.params.memory import BlocksToRecompute, BlocksToSwap, Size, size_bytes
 from sd3pipe.words import ModulationMode, PackedFormat, Precision
 
 _PATHS, _MACHINE, _STEP, _MEMORY = "Paths", "Machine", "One step", "Memory and speed"
@@ -46,7 +46,10 @@ class PlanParams(Params):
     network_dim: int = option(16, "Rank of the adapter.", panel=_STEP, ge=1)
     optimizer_type: str = option("AdamW", "AdamW, or a name with 8bit in it for moments of one byte.", panel=_STEP)
     mixed_precision: Precision = option("bf16", "Number format of the base.", panel=_MEMORY)
-    gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass.", panel=_MEMORY)
+    gradient_checkpointing: BlocksToRecompute = option(
+        "auto", "Blocks that are recomputed in the backward pass: on (all), off, or so many; auto: as few as fit.",
+        panel=_MEMORY, switch=True,
+    )
     blocks_to_swap: BlocksToSwap = option(
         "auto", "Joint blocks that are streamed; auto: as few as fit into --vram.", panel=_MEMORY
     )

@@ -14,12 +14,12 @@ from sd3pipe.config import Project
 from sd3pipe.console import count, readable_bytes, readable_seconds
 from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import Sd3pipeError
+from sd3pipe.memory.choosing import Freedom, Limits, fitting_settings
 from sd3pipe.memory.plan import (
     PROCESS_BYTES,
     Settings,
     Workload,
     adapter_bytes_per_weight,
-    fitting_settings,
     option_text,
     predict,
 )
@@ -147,18 +147,21 @@ def _memory(
         batch=options.batches.train_batch_size,
         accumulation=options.batches.gradient_accumulation_steps,
         adapter_weights=weights,
+        adapter_rank=options.adapter.network_dim,
         adapter_bytes_per_weight=adapter_bytes_per_weight(options.optimizer.optimizer_type),
     )
     is_open = options.memory.blocks_to_swap == "auto"
-    wanted = Settings.of(options.memory, dtype_bytes=4 if options.mixed_precision == "no" else 2)
     model = model_size(shapes)
-    fits = fitting_settings(model, work, wanted, device_bytes=card) if is_open else None
+    dtype_bytes = 4 if options.mixed_precision == "no" else 2
+    wanted = Settings.of(options.memory, dtype_bytes=dtype_bytes, depth=model.depth)
+    freedom = Freedom.of(options.memory, modulation_is_open="modulation" not in options.model_fields_set)
+    fits = fitting_settings(model, work, wanted, Limits(device_bytes=card), freedom=freedom)
     settings, prediction = fits or (wanted, predict(model, work, wanted))
     needed = f"{readable_bytes(prediction.device_bytes)} of the card's {readable_bytes(card)}"
     if prediction.device_bytes > card:
         yield f"needs {needed}: `sd3pipe plan --vram {card / 1e9:.0f}GB` looks for settings that fit"
         return
-    yield f"{needed} ({option_text(settings)})" if is_open and settings.blocks_to_swap else needed
+    yield f"{needed} ({option_text(settings, model.depth)})" if is_open and settings.blocks_to_swap else needed
     yield f"{readable_bytes(max(0, prediction.host_bytes - PROCESS_BYTES))} of host memory"
 
 

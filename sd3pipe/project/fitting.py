@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from sd3pipe.errors import InputError
-from sd3pipe.memory.plan import Settings, Workload, adapter_bytes_per_weight, fitting_settings
+from sd3pipe.memory.choosing import Limits, fitting_settings
+from sd3pipe.memory.plan import Settings, Workload, adapter_bytes_per_weight
 from sd3pipe.memory.sizes import adapter_weights, image_tokens, model_size
 from sd3pipe.project.recipes import Advice, Recipe
 
@@ -19,10 +20,11 @@ def fitting_advice(shapes: Mapping[str, tuple[int, ...]], *, vram_bytes: int, re
     work = Workload(
         image_tokens=image_tokens(resolution, resolution),
         adapter_weights=adapter_weights(shapes, _RANK),
+        adapter_rank=_RANK,
         adapter_bytes_per_weight=adapter_bytes_per_weight(optimizer),
     )
     for base in _BASES:
-        found = fitting_settings(model, work, Settings(base_format=base), device_bytes=vram_bytes)
+        found = fitting_settings(model, work, Settings(base_format=base), Limits(device_bytes=vram_bytes))
         if found is not None:
             settings, prediction = found
             return _advice(settings, optimizer, f"{prediction.device_bytes / 1e9:.1f} GB of {vram_bytes / 1e9:.1f} GB")

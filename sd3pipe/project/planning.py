@@ -8,13 +8,13 @@ from pydantic import JsonValue
 
 from sd3pipe.console import readable_bytes, readable_seconds
 from sd3pipe.errors import ParameterError
+from sd3pipe.memory.choosing import Freedom, Limits, Row, alternatives, fitting_settings
 from sd3pipe.memory.plan import (
     Prediction,
     Rates,
     Settings,
     Workload,
     adapter_bytes_per_weight,
-    fitting_settings,
     option_text,
     predict,
 )
@@ -30,8 +30,6 @@ from sd3pipe.models.sources import find_component
 from sd3pipe.params.plan import PlanParams
 from sd3pipe.rules.memory import MemoryRules
 
-Row = tuple[Settings, Prediction]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -41,6 +39,7 @@ class Plan:
     model: ModelSize
     rows: list[Row]
     chosen: Row | None
+    others: list[Row]
     disk: Mapping[str, int]
 
     def as_json(self) -> dict[str, JsonValue]:
@@ -51,16 +50,19 @@ class Plan:
             "blocks": self.model.depth,
             "settings": [_as_json(*row) for row in self.rows],
             "fits": None if self.chosen is None else _as_json(*self.chosen),
+            "alternatives": [_as_json(*row) for row in self.others],
             "disk_bytes": {**self.disk},
         }
 
     def table(self) -> list[str]:
         """Returns the rows in aligned columns; of a single one, the parts of its device memory, too."""
-        lines = [f"{'settings':<44} {'device':>9} {'host':>9} {'copied/step':>12} {'step':>9}"]
-        for settings, prediction in self.rows:
+        names = [option_text(settings, self.model.depth) for settings, _ in self.rows]
+        width = max(map(len, names))
+        lines = [f"{'settings':<{width}} {'device':>9} {'host':>9} {'copied/step':>12} {'step':>9}"]
+        for name, (_, prediction) in zip(names, self.rows, strict=True):
             seconds = "-" if prediction.seconds is None else readable_seconds(prediction.seconds)
             lines.append(
-                f"{option_text(settings):<44} {readable_bytes(prediction.device_bytes):>9} "
+                f"{name:<{width}} {readable_bytes(prediction.device_bytes):>9} "
                 f"{readable_bytes(prediction.host_bytes):>9} {readable_bytes(prediction.copied_bytes):>12} {seconds:>9}"
             )
         if len(self.rows) == 1:
@@ -86,25 +88,27 @@ def make_plan(params: PlanParams, *, t5_tokens: int, disk: Mapping[str, int]) ->
         batch=params.train_batch_size,
         accumulation=params.gradient_accumulation_steps,
         adapter_weights=adapter_weights(shapes, params.network_dim),
+        adapter_rank=params.network_dim,
         adapter_bytes_per_weight=adapter_bytes_per_weight(params.optimizer_type),
     )
     wanted = _settings(params, model.depth)
     rates = None
     if params.tflops is not None:
         rates = Rates(flop_per_second=params.tflops * 1e12, copy_bytes_per_second=params.copy_gb_per_second * 1e9)
+    chosen, others = _chosen(params, model, work, wanted, rates)
     return Plan(
         variant=variant,
         model=model,
         rows=[(settings, predict(model, work, settings, rates)) for settings in _shown(params, model.depth, wanted)],
-        chosen=_chosen(params, model, work, wanted, rates),
+        chosen=chosen,
+        others=others,
         disk=disk,
     )
 
 
 def _settings(params: PlanParams, depth: int) -> Settings:
-    settings = Settings.of(params.rules(MemoryRules), dtype_bytes=4 if params.mixed_precision == "no" else 2)
-    if settings.blocks_to_swap > depth:
-        raise ParameterError(f"--blocks-to-swap {settings.blocks_to_swap}: the model has {depth} blocks")
+    dtype_bytes = 4 if params.mixed_precision == "no" else 2
+    settings = Settings.of(params.rules(MemoryRules), dtype_bytes=dtype_bytes, depth=depth)
     return dataclasses.replace(settings, modulation=params.modulation or "stream")
 
 
@@ -117,17 +121,18 @@ def _shown(params: PlanParams, depth: int, wanted: Settings) -> list[Settings]:
     return [dataclasses.replace(wanted, base_format=f, blocks_to_swap=n) for f in formats for n in counts]
 
 
-def _chosen(params: PlanParams, model: ModelSize, work: Workload, wanted: Settings, rates: Rates | None) -> Row | None:
-    """Returns the settings that auto would take for the given card, or the wanted ones if they fit it."""
-    vram, ram = params.vram_bytes, params.ram_bytes
-    if vram is None:
-        return None
-    if params.blocks_to_swap == "auto":
-        modes = ("resident", "stream") if params.modulation is None else (params.modulation,)
-        return fitting_settings(model, work, wanted, device_bytes=vram, host_bytes=ram, rates=rates, modes=modes)
-    prediction = predict(model, work, wanted, rates)
-    fits = prediction.device_bytes <= vram and (ram is None or prediction.host_bytes <= ram)
-    return (wanted, prediction) if fits else None
+def _chosen(
+    params: PlanParams, model: ModelSize, work: Workload, wanted: Settings, rates: Rates | None
+) -> tuple[Row | None, list[Row]]:
+    """Returns the settings that train would take on the given card, and what else there would be."""
+    if params.vram_bytes is None:
+        return None, []
+    limits = Limits(device_bytes=params.vram_bytes, host_bytes=params.ram_bytes)
+    freedom = Freedom.of(params.rules(MemoryRules), modulation_is_open=params.modulation is None)
+    chosen = fitting_settings(model, work, wanted, limits, rates=rates, freedom=freedom)
+    if chosen is None:
+        return None, []
+    return chosen, alternatives(model, work, chosen, limits, rates=rates, freedom=freedom)
 
 
 def _as_json(settings: Settings, prediction: Prediction) -> dict[str, JsonValue]:

@@ -17,15 +17,24 @@ def parse_blocks(value: Any) -> Any:
     return int(value) if isinstance(value, str) and re.fullmatch(r"\s*[0-9]+\s*", value) else value
 
 
+def parse_recomputed(value: Any) -> Any:
+    """Returns "on" or "off" for a switch, as which the option may be written, and the number in a text."""
+    word = value.strip().lower() if isinstance(value, str) else value
+    switched = {True: "on", "true": "on", False: "off", "false": "off", "0": "off"}
+    return switched.get(word, parse_blocks(value)) if isinstance(word, (bool, str, int)) else value
+
+
 Blocks = Annotated[int, Ge(0)] | Literal["auto"]
+RecomputedBlocks = Annotated[int, Ge(1)] | Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryRules:
     """Where weights and activations of the base wait."""
 
-    gradient_checkpointing: bool = rule(
-        True, "Recompute activations in the backward pass instead of keeping them."
+    gradient_checkpointing: RecomputedBlocks = rule(
+        "auto", "Recompute activations in the backward pass instead of keeping them: in all blocks (on), none (off) "
+        "or so many; auto: in as few as fit.", parse=parse_recomputed, switch=True,
     )
     base_dtype: PackedFormat | None = rule(
         None, "Keep the base's blocks packed: fp8 scaled, int8 or nf4; default: as mixed_precision says.",

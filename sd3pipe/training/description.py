@@ -28,7 +28,7 @@ def adapter_metadata(
         "mixed_precision": run.precision,
         "max_train_steps": run.total_steps,
         "gradient_accumulation_steps": run.micro_batches,
-        "gradient_checkpointing": params.memory.gradient_checkpointing,
+        "gradient_checkpointing": params.memory.gradient_checkpointing != "off",
         "training_comment": params.training_comment,
     }
     made_from = provenance(

@@ -1,7 +1,7 @@
 """Chooses how the base is kept before it is loaded: measures the card, asks the cost model, says what to expect."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from sd3pipe.console import readable_bytes
 from sd3pipe.device_memory import memory_errors, peak_rss_bytes, share_of_memory, usable_device_bytes
 from sd3pipe.errors import DeviceMemoryError
+from sd3pipe.memory.choosing import Freedom, Limits, advice, fitting_settings
 from sd3pipe.memory.plan import (
     PROCESS_BYTES,
     Prediction,
@@ -16,22 +17,18 @@ from sd3pipe.memory.plan import (
     Settings,
     Workload,
     adapter_bytes_per_weight,
-    advice,
-    fitting_settings,
     option_text,
     predict,
 )
 from sd3pipe.memory.sizes import adapter_weights, image_tokens, model_size
-from sd3pipe.memory.streaming import streamed_numbers
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.rates import measure_rates
-from sd3pipe.words import ModulationMode
 
 log = logging.getLogger(__name__)
 
 CLIP_TOKENS = 77
-MODULATION_TO_CHOOSE: Sequence[ModulationMode] = ("resident", "stream")
+_SHARE_OF_HOST = 0.5  # for training on the CPU; the rest is for rows, samples and other programs
 _HOST_ADVICE = "stream fewer blocks, pack the base (--base-dtype int8, then nf4) or free some"
 
 
@@ -49,7 +46,11 @@ class MemoryPlan:
         self, *, peak_device_bytes: int, seconds_per_step: float | None, copied_bytes_per_step: int | None
     ) -> dict[str, object]:
         """Returns prediction beside truth, for the run's report."""
+        depth = self.architecture.depth
         return {
+            "blocks_to_swap": self.settings.blocks_to_swap,
+            "recomputed_blocks": self.settings.recomputed_blocks(depth),
+            "attention_kept_blocks": self.settings.attention_kept_blocks,
             "settings": asdict(self.settings),
             "rates": None if self.rates is None else asdict(self.rates),
             # torch does not count what CUDA itself takes
@@ -65,7 +66,8 @@ class MemoryPlan:
         if device.type != "cuda":
             return _HOST_ADVICE
         total = torch.cuda.mem_get_info(device)[1]
-        return advice(model_size(self.architecture.shapes()), self.work, self.settings, device_bytes=total)
+        model = model_size(self.architecture.shapes())
+        return advice(model, self.work, self.settings, Limits(device_bytes=total))
 
 
 def run_memory(
@@ -84,29 +86,29 @@ def run_memory(
         batch=params.batches.train_batch_size,
         accumulation=params.batches.gradient_accumulation_steps,
         adapter_weights=adapter_weights(architecture.shapes(), params.adapter.network_dim),
+        adapter_rank=params.adapter.network_dim,
         adapter_bytes_per_weight=adapter_bytes_per_weight(params.optimizer.optimizer_type),
     )
     rules = params.memory
-    wanted = Settings.of(rules, dtype.itemsize)
-    streamed_numbers(wanted.blocks_to_swap, architecture.depth)  # raises ParameterError for too many
-    modes = (rules.modulation,) if "modulation" in params.model_fields_set else MODULATION_TO_CHOOSE
-    modes = modes if rules.blocks_to_swap == "auto" else None
-    return plan_memory(architecture, work, wanted, modes=modes, device=device, dtype=dtype)
+    wanted = Settings.of(rules, dtype.itemsize, architecture.depth)
+    freedom = Freedom.of(rules, modulation_is_open="modulation" not in params.model_fields_set)
+    return plan_memory(architecture, work, wanted, freedom, device=device, dtype=dtype)
 
 
 def plan_memory(
     architecture: MMDiTArchitecture,
     work: Workload,
     wanted: Settings,
+    freedom: Freedom,
     *,
-    modes: Sequence[ModulationMode] | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> MemoryPlan:
-    """Returns the settings to train with: `wanted`, or where `modes` are given, the quickest that fit.
+    """Returns the settings to train with: the quickest that fit, as far as there is freedom to choose.
 
-    On CUDA the copy bandwidth and one block's time are measured, which takes about a second. Without CUDA there is
-    nothing to choose: the settings stay as wanted. Raises DeviceMemoryError where nothing fits.
+    On CUDA the copy bandwidth and one block's time are measured, which takes about a second. Without CUDA blocks have
+    nowhere to be streamed from: activations alone are chosen, within half of what the host has left. Raises
+    DeviceMemoryError where nothing fits.
     """
     host = share_of_memory()
     rates = None
@@ -115,8 +117,14 @@ def plan_memory(
         with memory_errors(lambda: _no_room_for_one_block(work)):
             rates = measure_rates(architecture, work, device=device, dtype=dtype)
         torch.cuda.empty_cache()
-        if modes is not None:
-            return choose(architecture, work, wanted, device_bytes=free, host_bytes=host, rates=rates, modes=modes)
+        if freedom.blocks or freedom.kept:
+            return choose(architecture, work, wanted, freedom, device_bytes=free, host_bytes=host, rates=rates)
+    elif freedom.kept and host is not None:
+        limits = Limits(device_bytes=int(_SHARE_OF_HOST * host))
+        kept = fitting_settings(
+            model_size(architecture.shapes()), work, wanted, limits, freedom=replace(freedom, blocks=False)
+        )
+        wanted = kept[0] if kept else wanted
     prediction = predict(model_size(architecture.shapes()), work, wanted, rates)
     if host is not None and prediction.added_host_bytes > host:
         log.warning(
@@ -132,11 +140,11 @@ def choose(
     architecture: MMDiTArchitecture,
     work: Workload,
     wanted: Settings,
+    freedom: Freedom = Freedom(),
     *,
     device_bytes: int,
     host_bytes: int | None = None,
     rates: Rates | None,
-    modes: Sequence[ModulationMode] = MODULATION_TO_CHOOSE,
 ) -> MemoryPlan:
     """Returns the quickest settings that fit the device and what is left of the host's memory.
 
@@ -144,20 +152,19 @@ def choose(
     """
     model = model_size(architecture.shapes())
     host_limit = None if host_bytes is None else host_bytes + PROCESS_BYTES  # which this process has already
-    found = fitting_settings(
-        model, work, wanted, device_bytes=device_bytes, host_bytes=host_limit, rates=rates, modes=modes
-    )
+    limits = Limits(device_bytes=device_bytes, host_bytes=host_limit)
+    found = fitting_settings(model, work, wanted, limits, rates=rates, freedom=freedom)
     if found is None:
         on_host = "" if host_bytes is None else f" and {readable_bytes(host_bytes)} of host memory"
         raise DeviceMemoryError(
             f"no number of streamed blocks fits {readable_bytes(device_bytes)} of free device memory{on_host}: "
-            + advice(model, work, replace(wanted, blocks_to_swap=0), device_bytes=device_bytes, host_bytes=host_limit)
+            + advice(model, work, replace(wanted, blocks_to_swap=0), limits)
         )
     settings, prediction = found
     seconds = "" if prediction.seconds is None else f", {prediction.seconds:.2f} s a step expected"
     log.info(
         "memory: %s (%s of %s expected%s)",
-        option_text(settings),
+        option_text(settings, architecture.depth),
         readable_bytes(prediction.device_bytes),
         readable_bytes(device_bytes),
         seconds,

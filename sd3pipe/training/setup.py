@@ -168,7 +168,6 @@ def build_loop(run: Run, memory: MemoryPlan) -> Loop:
 def _model(run: Run, settings: Settings) -> TrainedModel:
     params, device, precision = run.params, run.processes.device, run.inputs.precision
     mmdit, streamer = load_base(run.source, dtype=BASE_DTYPES[precision], device=device, settings=settings)
-    mmdit.gradient_checkpointing = params.memory.gradient_checkpointing
     compile_as_wanted(mmdit, params.numerics, device, run.inputs.total_steps)
     if params.positions.enable_scaled_pos_embed:
         mmdit.scaled_positions = ScaledPositions(run.data.resolutions, mmdit.architecture.width)

@@ -78,6 +78,25 @@ def test_a_switch_with_a_default_of_its_own_takes_no_value(word, expected, monke
 
 
 @pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--gradient_checkpointing"], "on"),
+        (["--gradient-checkpointing", "--seed", "1"], "on"),
+        (["--gradient_checkpointing=true"], "on"),
+        (["--gradient-checkpointing", "false"], "off"),
+        (["--no-gradient-checkpointing"], "off"),
+        (["--gradient-checkpointing", "0"], "off"),
+        (["--gradient-checkpointing", "7"], 7),
+    ],
+)
+def test_a_switch_that_takes_a_value_may_stand_without_one(words, expected, monkeypatch):
+    seen = []
+    monkeypatch.setattr("sd3pipe.commands.train.main", seen.append)
+    assert cli.run(["train", "--model=m", "--text=t", "--latents=l", "--out=o", *words]) == 0
+    assert seen[0].gradient_checkpointing == expected
+
+
+@pytest.mark.parametrize(
     ("words", "line"),
     [
         (["--noise_offset", "0.1"], "--noise-offset: not supported: sd-scripts accepts it for SD3 and ignores it"),

@@ -35,12 +35,14 @@ def test_text_names_what_fits(large_file, capsys):
     assert cli.run(["plan", "--model", str(large_file), "--vram", "12GB", "--ram", "32GB", "--tflops", "60"]) == 0
     text = capsys.readouterr().out
     assert "sd35-large: 8.15 billion weights in 38 blocks; 1024 x 1024 pixels" in text
-    assert "--blocks-to-swap 38 --base-dtype nf4" in text
+    assert "--blocks-to-swap 38 --gradient-checkpointing on --base-dtype nf4" in text
     assert "fits 12 GB and 32 GB of host memory: --blocks-to-swap" in text
+    assert text.count("or, with less: --blocks-to-swap") == 2
 
 
 def test_json_holds_every_part(large_file, capsys):
-    arguments = ["plan", "--model", str(large_file), "--blocks-to-swap", "38", "--vram", "8", "--json"]
+    arguments = ["plan", "--model", str(large_file), "--blocks-to-swap", "38", "--gradient-checkpointing"]
+    arguments += ["--vram", "8", "--json"]
     assert cli.run(arguments) == 0
     answer = json.loads(capsys.readouterr().out)
     (row,) = answer["settings"]

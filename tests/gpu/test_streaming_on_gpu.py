@@ -38,7 +38,7 @@ def _train(variant, *, base_format=None, steps=3, **streaming):
     model = tiny_mmdit(variant, depth=DEPTH, dtype=torch.bfloat16)
     if base_format is not None:
         quantise(model.to(CUDA), base_format)
-    model.gradient_checkpointing = True
+    model.keep_activations(["none"] * model.architecture.depth)
     layers = add_adapters(model, ["attn.qkv", "adaLN_modulation.1"])
     for layer in layers.values():
         layer.to(CUDA)

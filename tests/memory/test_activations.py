@@ -76,7 +76,7 @@ def test_training_over_late_copy_streams_gives_the_same_bits(count, monkeypatch)
     gradients = []
     for offload in (False, True):
         model = tiny_mmdit("sd35-medium", depth=4)
-        model.gradient_checkpointing = True
+        model.keep_activations(["none"] * model.architecture.depth)
         layers = add_adapters(model, ["attn.qkv", "context_embedder"])
         if offload:
             monkeypatch.setattr("sd3pipe.memory.activations.copy_stream_to", lambda device: LateCopyStream())

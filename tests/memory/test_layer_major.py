@@ -21,7 +21,7 @@ def _loss(number, velocity):
 
 def _ordinary(variant, adapters, *, autocast=False, batches=BATCHES):
     model = tiny_mmdit(variant)
-    model.gradient_checkpointing = True
+    model.keep_activations(["none"] * model.architecture.depth)
     layers = add_adapters(model, adapters)
     losses = []
     for number, inputs in enumerate(batches):

@@ -66,13 +66,17 @@ def train(
     blocks_to_swap=None,
     steps=2,
     autocast=False,
+    kept=None,
     offload_activations=False,
     **streaming,
 ):
-    """Returns losses, gradients and weights of two steps with two micro-batches each; None trains without streamer."""
+    """Returns losses, gradients and weights of two steps with two micro-batches each; None trains without streamer.
+
+    `kept` says what each block keeps for its backward pass; by default all are computed again.
+    """
     layers = add_adapters(model, adapters)
     optimizer = torch.optim.AdamW([p for _, p in parameters(layers)], lr=1e-3)
-    model.gradient_checkpointing = True
+    model.keep_activations(kept or ["none"] * model.architecture.depth)
     streamer = contextlib.nullcontext()
     if blocks_to_swap is not None:
         streamer = BlockStreamer(

@@ -6,6 +6,7 @@ from support.tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
 
 from sd3pipe.diffusion.base_model import fewest_to_sample
 from sd3pipe.errors import DeviceMemoryError
+from sd3pipe.memory.choosing import Freedom
 from sd3pipe.memory.plan import Rates, Settings, Workload
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.training.compiling import compile_blocks
@@ -28,7 +29,7 @@ def test_auto_takes_the_fewest_blocks_that_fit_and_says_so(caplog):
 
 
 def test_auto_keeps_the_modulation_that_was_asked_for():
-    plan = choose(LARGE, WORK, Settings(), device_bytes=8 * 10**9, rates=CARD, modes=("ahead",))
+    plan = choose(LARGE, WORK, Settings(), Freedom(modes=("ahead",)), device_bytes=8 * 10**9, rates=CARD)
     assert plan.settings.modulation == "ahead"
 
 
@@ -56,17 +57,24 @@ def test_auto_knows_the_hosts_memory():
 
 def test_a_host_that_is_too_small_is_told_of(caplog, monkeypatch):
     monkeypatch.setattr("sd3pipe.training.memory_plan.share_of_memory", lambda: 8 * 10**9)
-    plan_memory(LARGE, WORK, Settings(blocks_to_swap=38), modes=None, device=CPU, dtype=torch.bfloat16)
+    fixed = Freedom(blocks=False)
+    plan_memory(LARGE, WORK, Settings(blocks_to_swap=38), fixed, device=CPU, dtype=torch.bfloat16)
     assert "of host memory, and 8 GB are left: stream fewer blocks, pack the base" in caplog.text
 
 
 def test_without_cuda_settings_stay_as_wanted():
     wanted = Settings(blocks_to_swap=2)
-    plan = plan_memory(
-        tiny_architecture("sd3-medium"), WORK, wanted, modes=("stream",), device=CPU, dtype=torch.float32
-    )
+    plan = plan_memory(tiny_architecture("sd3-medium"), WORK, wanted, Freedom(), device=CPU, dtype=torch.float32)
     assert plan.settings == wanted
     assert plan.rates is None
+
+
+@pytest.mark.parametrize("host_bytes, kept", [(64 * 10**9, 3), (10**8, 0), (None, 0)])
+def test_on_the_cpu_activations_are_kept_as_far_as_half_of_the_free_memory_goes(host_bytes, kept, monkeypatch):
+    monkeypatch.setattr("sd3pipe.training.memory_plan.share_of_memory", lambda: host_bytes)
+    freedom = Freedom(kept=True)
+    plan = plan_memory(tiny_architecture("sd3-medium"), WORK, Settings(), freedom, device=CPU, dtype=torch.float32)
+    assert (plan.settings.all_kept_blocks, plan.settings.blocks_to_swap) == (kept, 0)
 
 
 def test_rates_are_measured_at_the_size_of_the_run():
@@ -84,7 +92,8 @@ def test_the_report_has_prediction_beside_truth():
     assert report["host_bytes"]["predicted"] == plan.prediction.host_bytes
     assert report["host_bytes"]["measured"] > 0
     assert report["seconds_per_step"]["measured"] == 2.5
-    assert report["settings"]["blocks_to_swap"] == plan.settings.blocks_to_swap
+    assert report["blocks_to_swap"] == plan.settings.blocks_to_swap
+    assert (report["recomputed_blocks"], report["attention_kept_blocks"]) == (38, 0)
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ CHANGES_THE_RUN = {
 
 # option -> value that must leave every loss and weight as it is
 CHANGES_NO_NUMBER = {
-    "gradient_checkpointing": False,
+    "gradient_checkpointing": 1,
     "blocks_to_swap": 1,
     "modulation": "resident",
     "layer_major": True,
@@ -166,7 +166,7 @@ def test_an_option_that_cannot_act_is_named(name):
     """Every row of that table but the switches whose own test needs a file is in the tables above, too."""
     other, values = _ACTS_UNDER[name]
     states = {"lr_scheduler": "constant", "weighting_scheme": "uniform", "loss_type": "l2", "dim_from_weights": True}
-    states |= {"gradient_checkpointing": False, "log_with": None}
+    states |= {"gradient_checkpointing": "off", "log_with": None}
     settings = {"log_tracker_name": "n", "wandb_run_name": "n", "logging_dir": Path("l"), "activation_offload": True}
     value = settings.get(name) or CHANGES_THE_RUN[name][0]
     common = {"model": "m", "text": "t", "latents": "l", "out": "o", "lr_warmup_steps": 0.0, "network_weights": "w"}
@@ -234,6 +234,7 @@ def test_network_args_say_what_is_unknown_and_what_is_refused(inputs):
         ({"subsets": {"fotos": {"num_repeats": 2}}}, "has no such subset; it has class, photos"),
         ({"weighting_scheme": "sigma_sqrt"}, "choose loss_form = x0"),
         ({"blocks_to_swap": 9}, "blocks"),
+        ({"gradient_checkpointing": 9}, "--gradient-checkpointing 9: the model has . blocks"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_a_reason(inputs, options, message):
