@@ -50,6 +50,8 @@ class LoRAFADelta(LoRADelta):
     title: ClassVar[str] = "LoRA-FA"
     layer_class: ClassVar[type[AdapterLayer]] = LoRAFA
 """
+_GENERIC = '            return ("diffusion_model." + path,)\n'
+_PREFIXED = '        case "prefixed":\n            return ("model.diffusion_model." + path,)\n'
 ADDITIONS = {
     "an option": Addition(
         edits=(
@@ -115,7 +117,7 @@ assert sample_sigmas(torch.tensor([0.5]), torch.ones(1), params.noise).item() ==
                 "from sd3pipe.adapters.targets",
                 "from sd3pipe.adapters.lora_fa import LoRAFADelta\nfrom sd3pipe.adapters.targets",
             ),
-            ("adapters/kinds.py", "LoHaDelta, LoKrDelta)", "LoHaDelta, LoKrDelta, LoRAFADelta)"),
+            ("adapters/kinds.py", "LoKrDelta, FullDelta)", "LoKrDelta, FullDelta, LoRAFADelta)"),
         ),
         most_files=3,
         use="""
@@ -130,6 +132,29 @@ network = attach(MMDiT(MMDiTArchitecture(depth=1, pos_embed_max=4, qk_norm=True)
 trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
 assert trained and all(name.endswith("up") for name in trained)
 assert {delta.algorithm for delta in network.deltas().values()} == {"lora-fa"}
+""",
+    ),
+    "an export form": Addition(
+        edits=(
+            ("words.py", '"comfyui-generic", "diffusers"]', '"comfyui-generic", "diffusers", "prefixed"]'),
+            (
+                "adapters/keymap.py",
+                _GENERIC,
+                _GENERIC + _PREFIXED,
+            ),
+        ),
+        most_files=3,
+        use="""
+from pathlib import Path
+from sd3pipe.adapters.files import compare, read_adapter, save_adapter
+from sd3pipe.adapters.lora import LoRADelta
+from sd3pipe.commands.export import main
+from sd3pipe.params.export import ExportParams
+lora = LoRADelta(down=torch.randn(2, 64), up=torch.randn(64, 2), alpha=1.0)
+save_adapter(Path("a.safetensors"), {"joint_blocks.0.x_block.attn.proj": lora})
+main(ExportParams(adapter=Path("a.safetensors"), out=Path("b.safetensors"), format="prefixed", dtype="fp32"))
+written = read_adapter(Path("b.safetensors"))
+assert written.forms == ("native",) and compare(read_adapter(Path("a.safetensors")).adapter, written.adapter)[0] == 0.0
 """,
     ),
     "a model variant": Addition(

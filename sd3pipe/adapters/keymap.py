@@ -8,10 +8,12 @@ Sources: sd-scripts networks/lora_sd3.py, ComfyUI comfy/lora.py, diffusers' SD3T
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-Form = Literal["comfyui", "comfyui-generic", "diffusers", "onetrainer", "lycoris", "native"]
-WRITTEN_FORMS: tuple[Form, ...] = ("comfyui", "comfyui-generic", "diffusers")
+from sd3pipe.words import AdapterForm
+
+Form = Literal[AdapterForm, "onetrainer", "lycoris", "native"]
+WRITTEN_FORMS: tuple[Form, ...] = get_args(AdapterForm)
 
 # native name below joint_blocks.N -> diffusers names below transformer_blocks.N; three are thirds of a layer's rows
 BLOCK_MODULES: Mapping[str, tuple[str, ...]] = {
