@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,10 @@ _MISREAD = re.compile(r"~|[\w+.-]+:")  # a home, or what DVC takes for the addre
 def main(params: InitParams) -> None:
     """Writes the project; asks on a terminal for what is missing; overwrites nothing."""
     model = params.model or _ask("Checkpoint file, diffusers folder or hub id", "--model")
-    pictures = look_into(params.images or Path(_ask("Folder with the pictures", "--images")))
+    images = params.images or Path(_ask("Folder with the pictures", "--images"))
+    found = look_into(images)
+    pictures = {_as_seen_from(params.folder, folder.path): folder for folder in found}
+    sources = [_as_seen_from(params.folder, images)]
     shapes = _shapes(model) if params.variant is None or params.vram else {}
     variant = params.variant or detect_mmdit(shapes).variant
     paths = _paths(params, model)
@@ -48,17 +51,15 @@ def main(params: InitParams) -> None:
         advice |= fitting_advice(shapes, vram_bytes=size_bytes(params.vram), resolution=params.resolution)
     texts = {
         PROJECT_FILE: project_toml(paths),
-        "dataset.toml": dataset_toml(
-            pictures, _as_seen_from(params.folder, pictures.path), resolution=params.resolution, trigger=params.trigger
-        ),
+        "dataset.toml": dataset_toml(pictures, resolution=params.resolution, trigger=params.trigger),
         "sample_prompts.txt": prompts_txt(params.trigger, params.resolution),
         **_stage_files(params, variant, advice),
-        "dvc.yaml": dvc_yaml(paths, [_as_seen_from(params.folder, pictures.path)], folder=params.folder),
-        ".gitignore": gitignore(paths["run"], [_as_seen_from(params.folder, pictures.path)]),
+        "dvc.yaml": dvc_yaml(paths, sources, folder=params.folder),
+        ".gitignore": gitignore(paths["run"], sources),
         ".dvcignore": DVCIGNORE,
     }
     written = write_project(params.folder, texts)
-    _tell(params.folder, pictures, variant, written)
+    _tell(params.folder, found, variant, written)
 
 
 def _ask(question: str, option: str) -> str:
@@ -137,11 +138,11 @@ def _stage_files(params: InitParams, variant: Variant, advice: Recipe) -> dict[s
     return texts
 
 
-def _tell(folder: Path, pictures: PictureFolder, variant: Variant, written: list[str]) -> None:
-    without = pictures.pictures - pictures.captions
-    say(
-        f"{pictures.path}: {count(pictures.pictures, 'picture')}, {pictures.captions} with a caption, {without} without"
-    )
+def _tell(folder: Path, found: Sequence[PictureFolder], variant: Variant, written: list[str]) -> None:
+    for pictures in found:
+        without = pictures.pictures - pictures.captions
+        counted = f"{count(pictures.pictures, 'picture')}, {pictures.captions} with a caption, {without} without"
+        say(f"{pictures.path}: {counted}" + (f", each {pictures.repeats} times" if pictures.repeats > 1 else ""))
     say(f"{folder}: {count(len(written), 'file')} written for {variant}")
     for key, reason in missing_weights((*ENCODERS, "vae"), read_project(folder).paths).items():
         say(f"not found, so fill in paths.{key} in {folder / PROJECT_FILE}: {reason}")

@@ -54,7 +54,7 @@ def read_folder(subset: Subset, with_captions: bool) -> FolderRead:
     others: list[str] = []
     folders: list[str] = []
     problems: list[str] = []
-    for prefix, here, files, left_alone in _folders(folder, subset.recursive):
+    for prefix, here, files, left_alone in walked(folder, subset.recursive):
         folders += [prefix + name for name in left_alone]
         names = set(files)
         for name, problem in files.items():
@@ -78,7 +78,7 @@ def read_folder(subset: Subset, with_captions: bool) -> FolderRead:
 def pictures_below(folder: Path, most_folders: int = 1000) -> int:
     """Returns how many pictures lie in a folder and in the first folders below it; none if it cannot be read."""
     try:
-        found = list(itertools.islice(_folders(folder, recursive=True), most_folders))
+        found = list(itertools.islice(walked(folder, recursive=True), most_folders))
     except CaptionError:
         return 0
     return sum(is_picture_name(name) for _, _, files, _ in found for name in files)
@@ -86,7 +86,7 @@ def pictures_below(folder: Path, most_folders: int = 1000) -> int:
 
 def mask_files(folder: Path) -> dict[str, Path]:
     """Returns the pictures of a conditioning_data_dir by their name without ending."""
-    for _, here, files, _ in _folders(folder, recursive=False):
+    for _, here, files, _ in walked(folder, recursive=False):
         return {Path(name).stem: here / name for name in sorted(files) if is_picture_name(name)}
     return {}
 
@@ -111,7 +111,7 @@ def normalised(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
-def _folders(folder: Path, recursive: bool) -> Iterator[tuple[str, Path, Mapping[str, str | None], list[str]]]:
+def walked(folder: Path, recursive: bool) -> Iterator[tuple[str, Path, Mapping[str, str | None], list[str]]]:
     """Yields (prefix of names, folder, {file name: why it cannot be opened or None}, folders that are left alone).
 
     Each real folder comes once.

@@ -11,10 +11,17 @@ from sd3pipe.data.dataset_file import Dataset, Subset
 from sd3pipe.data.folders import FolderRead, FoundFile, is_picture_name, pictures_below
 
 REPEATS = re.compile(r"(\d+)_(.*)")  # sd-scripts' folder names below train_data_dir: 10_mycat
+_MOST_REPEATS = 999
 _METADATA = re.compile(r"(?i).*\.jsonl|meta.*\.(json|csv)")
 # What lies among pictures and is none: texts, other programs' caches, what systems leave behind.
 _COMPANIONS = (".txt", ".caption", ".json", ".jsonl", ".csv", ".toml", ".npz", ".safetensors", ".db", ".ini", ".md")
 _CAPTIONS = (".txt", ".caption", ".cap", ".tags", ".tag", ".text", ".prompt", ".md", ".json")  # by other programs
+
+
+def repeats_of(folder_name: str) -> tuple[int, str] | None:
+    """Returns repeats and name that stand in the name of a folder; a number like a year's is taken for none."""
+    match = REPEATS.fullmatch(folder_name)
+    return (int(match[1]), match[2]) if match and 0 < int(match[1]) <= _MOST_REPEATS else None
 
 
 def left_out_of_folder(subset: Subset, read: FolderRead, dataset: Dataset, *, with_captions: bool) -> Iterator[str]:
@@ -93,7 +100,7 @@ def _unread_folders(folder: Path, names: Iterable[str], dataset: Dataset) -> Ite
     }
     found = {name: number for name, number in pictures.items() if number}
     hidden = [name for name in found if Path(name).name.startswith(".")]
-    repeated = [name for name in found if name not in hidden and REPEATS.fullmatch(Path(name).name)]
+    repeated = [name for name in found if name not in hidden and repeats_of(Path(name).name)]
     plain = [name for name in found if name not in hidden and name not in repeated]
     for those, way_out in (
         (plain, "recursive = true reads them"),
@@ -115,8 +122,8 @@ def _metadata(folder: Path, names: Iterable[str], dataset: Dataset) -> Iterator[
 def _lost_repeats(entries: Iterable[FoundFile], subset: Subset) -> Iterator[str]:
     """Yields the folders below whose names say other repeats than the subset."""
     first = {entry.name.split("/", 1)[0] for entry in entries if "/" in entry.name}
-    matches = {name: match for name in sorted(first) if (match := REPEATS.fullmatch(name))}
-    other = [name for name, match in matches.items() if int(match[1]) != subset.num_repeats]
+    said = {name: repeats for name in sorted(first) if (repeats := repeats_of(name))}
+    other = [name for name, (repeats, _) in said.items() if repeats != subset.num_repeats]
     if other:
         yield (
             f"num_repeats = {subset.num_repeats} counts in {_names(other, 'folder')}, whatever the name says: give "

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from sd3pipe.config import read_toml
 from sd3pipe.data.buckets import place
 from sd3pipe.data.dataset_file import load_dataset
+from sd3pipe.data.left_out import REPEATS
 from sd3pipe.data.scan import Picture, scan
 from sd3pipe.documents import checked, read_json
 from sd3pipe.errors import InputError, ParameterError, UnreadablePicture
@@ -23,7 +24,6 @@ from sd3pipe.project.kohya import Given, Translation, located
 
 _PATH_KEYS = ("image_dir", "metadata_file", "conditioning_data_dir")
 _TABLE, _TABLES = TypeAdapter(dict[str, Any]), TypeAdapter(list[dict[str, Any]])
-_REPEATS = re.compile(r"(\d+)_(.*)")  # sd-scripts' folder names: 10_mycat
 _GENERAL, _DATASET, _SUBSET = "[general]", "[[datasets]]", "[[datasets.subsets]]"
 _RESOLUTION = 1024  # where the command has none, without which sd-scripts would not begin
 
@@ -133,7 +133,7 @@ def _subsets(folder: str, is_reg: bool) -> Iterator[dict[str, Any]]:
     """Yields one subset per '<repeats>_<class>' folder, sd-scripts' way of saying repeats without a file."""
     more = {"is_reg": True} if is_reg else {}
     path = Path(folder).expanduser()
-    matches = {child: _REPEATS.fullmatch(child.name) for child in sorted(path.iterdir())} if path.is_dir() else {}
+    matches = {child: REPEATS.fullmatch(child.name) for child in sorted(path.iterdir())} if path.is_dir() else {}
     found = [(child, match) for child, match in matches.items() if match and child.is_dir()]
     if path.is_dir() and not found:
         raise InputError(f"{folder}: holds no folder named <repeats>_<class>, as sd-scripts wants them")

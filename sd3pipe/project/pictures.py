@@ -1,10 +1,11 @@
 """What lies in a picture folder, and the dataset file for it."""
 
-import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sd3pipe.data.folders import is_picture_name
+from sd3pipe.data.folders import is_picture_name, walked
+from sd3pipe.data.left_out import repeats_of
 from sd3pipe.errors import InputError
 from sd3pipe.params.stage_file import toml_value
 
@@ -13,35 +14,64 @@ _CAPTION_ENDINGS = (".txt", ".caption")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PictureFolder:
-    """Counts of a folder; `recursive` if its pictures lie in subfolders."""
+    """Counts of one subset's folder; `recursive` if its pictures lie in subfolders.
+
+    `repeats` and `class_tokens` stand in the name of a folder as sd-scripts' train_data_dir has them: 10_mycat.
+    """
 
     path: Path
     pictures: int
     captions: int
     recursive: bool
+    repeats: int = 1
+    class_tokens: str | None = None
 
 
-def look_into(folder: Path) -> PictureFolder:
-    """Counts pictures and their caption files. Raises InputError if there is no picture."""
+def look_into(folder: Path) -> list[PictureFolder]:
+    """Counts pictures and their caption files: of the folder as one, or, if some are there, of each `10_name` below.
+
+    Beside those each folder with pictures counts by itself. Raises InputError if there is no picture.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: is not a folder: pass --images DIR with the pictures to learn from")
-    pictures = captions = 0
-    recursive = False
-    for here, _, names in os.walk(folder):
-        present = set(names)
-        here_pictures = [name for name in names if is_picture_name(name)]
-        recursive |= bool(here_pictures) and Path(here) != folder
-        pictures += len(here_pictures)
-        captions += sum(
-            any(Path(name).stem + ending in present for ending in _CAPTION_ENDINGS) for name in here_pictures
-        )
-    if not pictures:
+    names: dict[Path, Collection[str]] = {here: files for _, here, files, _ in walked(folder, recursive=True)}
+    holding = [here for here in names if any(map(is_picture_name, names[here]))]
+    if not holding:
         raise InputError(f"{folder}: holds no picture: pass --images DIR with the pictures to learn from")
-    return PictureFolder(path=folder, pictures=pictures, captions=captions, recursive=recursive)
+    roots = {here: _repeated(here, folder) or here for here in holding}
+    if not any(_repeated(here, folder) for here in holding):
+        roots = dict.fromkeys(holding, folder)
+    return [
+        _counted(root, folder, {here: names[here] for here in holding if roots[here] == root})
+        for root in sorted({*roots.values()})
+    ]
 
 
-def dataset_toml(folder: PictureFolder, image_dir: str, *, resolution: int, trigger: str | None) -> str:
-    """Returns the dataset file: sd-scripts' format, aspect buckets on, nothing enlarged."""
+def _repeated(here: Path, top: Path) -> Path | None:
+    """Returns the highest folder below `top` on the way to `here` that is named like 10_mycat."""
+    way = [path for path in (*reversed(here.parents), here) if path.is_relative_to(top) and path != top]
+    return next((path for path in way if repeats_of(path.name)), None)
+
+
+def _counted(root: Path, top: Path, names: Mapping[Path, Collection[str]]) -> PictureFolder:
+    """Returns the counts of a subset whose pictures lie in some folders, given with their files' names."""
+    pictures = [(here, name) for here in names for name in names[here] if is_picture_name(name)]
+    captions = [
+        name for here, name in pictures if any(Path(name).stem + ending in names[here] for ending in _CAPTION_ENDINGS)
+    ]
+    repeats, class_tokens = (repeats_of(root.name) if root != top else None) or (1, "")
+    return PictureFolder(
+        path=root,
+        pictures=len(pictures),
+        captions=len(captions),
+        recursive=any(here != root for here in names),
+        repeats=repeats,
+        class_tokens=class_tokens or None,
+    )
+
+
+def dataset_toml(folders: Mapping[str, PictureFolder], *, resolution: int, trigger: str | None) -> str:
+    """Returns the dataset file in sd-scripts' format: aspect buckets on, nothing enlarged, a subset per image_dir."""
     lines = [
         "# What to learn from: sd-scripts' dataset format. `sd3pipe preview` draws what training will see.",
         "[general]",
@@ -52,14 +82,17 @@ def dataset_toml(folder: PictureFolder, image_dir: str, *, resolution: int, trig
         "[[datasets]]",
         f"resolution = {resolution}",
         *_bucket_limits(resolution),
-        "",
-        "[[datasets.subsets]]",
-        f"image_dir = {toml_value(image_dir)}",
-        "num_repeats = 1",
         "# validation_split = 0.1    # holds out a tenth of the pictures to measure the loss on; wants some hundred",
-        *(["recursive = true"] if folder.recursive else []),
-        *_trigger_lines(folder, trigger),
     ]
+    for image_dir, folder in folders.items():
+        lines += [
+            "",
+            "[[datasets.subsets]]",
+            f"image_dir = {toml_value(image_dir)}",
+            f"num_repeats = {folder.repeats}",
+            *(["recursive = true"] if folder.recursive else []),
+            *_caption_lines(folder, trigger),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -75,15 +108,17 @@ def _bucket_limits(resolution: int) -> list[str]:
     ]
 
 
-def _trigger_lines(folder: PictureFolder, trigger: str | None) -> list[str]:
-    """The trigger stands before every caption, and alone where a picture has none."""
-    if trigger is None:
-        return []
-    if folder.captions == 0:
-        return [f"class_tokens = {toml_value(trigger)} # the caption of pictures without a caption file"]
+def _caption_lines(folder: PictureFolder, trigger: str | None) -> list[str]:
+    """The trigger stands before every caption; where a picture has none, the folder's name or the trigger stands."""
+    wordless, word = folder.captions < folder.pictures, folder.class_tokens
+    if trigger is None or (folder.captions == 0 and word is None):
+        alone = word or trigger
+        what = "the caption of pictures without a caption file"
+        return [f"class_tokens = {toml_value(alone)} # {what}"] if alone and wordless else []
     lines = [f"caption_prefix = {toml_value(trigger + ',')}"]
-    if folder.captions < folder.pictures:
-        lines.append('class_tokens = "a picture" # for pictures without a caption file, behind the prefix')
+    if wordless:
+        what = "for pictures without a caption file, behind the prefix"
+        lines.append(f"class_tokens = {toml_value(word or 'a picture')} # {what}")
     return lines
 
 

@@ -7,6 +7,8 @@ from support.command_line import sd3pipe
 from support.photographs import write_photographs
 from support.tiny_base import write_tiny_base
 
+from sd3pipe.data.dataset_file import load_dataset
+from sd3pipe.data.folders import read_folder
 from sd3pipe.params.command_line import load_stage_models
 from sd3pipe.params.resolve import resolve
 
@@ -124,3 +126,57 @@ def test_a_hub_id_is_not_looked_into(tmp_path):
     write_photographs(tmp_path / "photos", ("chelsea.png",), 96)
     done = sd3pipe("init", "p", "--model", "a/b", "--for", "sd35-large", "--images", "photos", cwd=tmp_path)
     assert "not found" not in done.stdout
+
+
+def made_of_folders(tmp_path, names, *options):
+    """Returns the subsets that init writes for pictures of these names below photos/, and what it says."""
+    for name in names:
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("a caption") if name.endswith(".txt") else path.write_bytes(b"not looked into")
+    given = ("--model", "a/b", "--for", "sd35-large", "--images", "photos", *options)
+    done = sd3pipe("init", ".", *given, cwd=tmp_path)
+    subsets = load_dataset(tmp_path / "dataset.toml").subsets
+    return {subset.image_dir.relative_to(tmp_path).as_posix(): subset for subset in subsets}, done.stdout
+
+
+def test_folders_named_as_sd_scripts_has_them_become_subsets_with_their_repeats(tmp_path):
+    names = [
+        "10_ohwx cat/a.png",
+        "10_ohwx cat/a.txt",
+        "10_ohwx cat/g.png",
+        "2_dog/b.png",
+        "2_dog/more/c.png",
+        "sea/d.png",
+        "e.png",
+        "2024_x/f.png",
+    ]
+    subsets, said = made_of_folders(tmp_path, names)
+    assert {name: (subset.num_repeats, subset.recursive, subset.class_tokens) for name, subset in subsets.items()} == {
+        "photos": (1, False, None),
+        "photos/10_ohwx cat": (10, False, "ohwx cat"),
+        "photos/2024_x": (1, False, None),
+        "photos/2_dog": (2, True, "dog"),
+        "photos/sea": (1, False, None),
+    }
+    assert "photos/2_dog: 2 pictures, 0 with a caption, 2 without, each 2 times" in said
+    scanned = [entry.name for subset in subsets.values() for entry in read_folder(subset, False).entries]
+    assert sorted(scanned) == ["a.png", "b.png", "d.png", "e.png", "f.png", "g.png", "more/c.png"]
+
+
+def test_folders_of_a_gui_project_are_found_below_img(tmp_path):
+    subsets, _ = made_of_folders(tmp_path, ["img/20_cat/a.png", "log/x.json", ".thumbs/a.png"])
+    assert {name: subset.num_repeats for name, subset in subsets.items()} == {"photos/img/20_cat": 20}
+
+
+def test_folders_without_repeats_are_one_subset(tmp_path):
+    subsets, _ = made_of_folders(tmp_path, ["a/a.png", "b/b.png", ".hidden/c.png"])
+    assert {name: subset.recursive for name, subset in subsets.items()} == {"photos": True}
+
+
+def test_a_trigger_stands_before_captions_and_the_name_of_a_folder(tmp_path):
+    names = ["3_dog/a.png", "3_dog/a.txt", "3_dog/b.png", "4_cat/c.png"]
+    subsets, _ = made_of_folders(tmp_path, names, "--trigger", "ohwx")
+    dog, cat = subsets["photos/3_dog"], subsets["photos/4_cat"]
+    assert (dog.captions.caption_prefix, dog.class_tokens) == ("ohwx,", "dog")
+    assert (cat.captions.caption_prefix, cat.class_tokens) == ("ohwx,", "cat")
