@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _FINE_CLOCK_NS = 20_000_000  # two ticks of a kernel's 100 Hz clock
-_COARSE_CLOCK_NS = 2_000_000_000  # FAT, the coarsest, counts in two seconds
+COARSE_CLOCK_NS = 2_000_000_000  # FAT, the coarsest, counts in two seconds
 
 Stamp = tuple[int, int, int, int, int]  # size, mtime_ns, ctime_ns, device, inode
 
@@ -45,6 +45,7 @@ class FileStamps:
         self._entries = _read_entries(file)
         self._looked: dict[str, Stamp | None] = {}  # None: any change might go unseen
         self._new: dict[str, dict[str, Any]] = {}
+        self._real: dict[str, str] = {}  # real path by the path that was asked for
         self._real_folders: dict[str, str] = {}
 
     def recall(self, path: Path, what: str) -> Any | None:
@@ -69,6 +70,10 @@ class FileStamps:
         if real not in self._looked:
             self._note(real, _settled_stamp(Path(real)))
         self._new.setdefault(real, {})[what] = value
+
+    def looked(self, path: Path) -> Stamp | None:
+        """Returns the stamp of a file as it was last recalled; None if it was not, or any change might go unseen."""
+        return self._looked.get(self._real.get(str(path), ""))
 
     def save(self) -> None:
         """Merges what is new into the file, dropping files that are gone. A failure costs only a warning."""
@@ -96,14 +101,16 @@ class FileStamps:
 
     def _look(self, path: Path) -> tuple[str, os.stat_result]:
         """Returns resolved path and stat; folders are resolved once, which is what makes 100,000 files cheap."""
-        folder, name = os.path.split(path)
+        text = str(path)
+        folder, name = os.path.split(text)
         if folder not in self._real_folders:
             self._real_folders[folder] = str(Path(folder).resolve())
         real = f"{self._real_folders[folder]}{os.sep}{name}"
         stat = os.lstat(real)
         if S_ISLNK(stat.st_mode):
             target = Path(real).resolve()
-            return str(target), target.stat()
+            real, stat = str(target), target.stat()
+        self._real[text] = real
         return real, stat
 
 
@@ -115,7 +122,7 @@ def stamp_of(stat: os.stat_result) -> Stamp:
 def tick_ns(stamp: Stamp) -> int:
     """Returns how long after a change a further one may leave a file's times as they are."""
     coarse = stamp[1] % 1_000_000_000 == 0 and stamp[2] % 1_000_000_000 == 0
-    return _COARSE_CLOCK_NS if coarse else _FINE_CLOCK_NS
+    return COARSE_CLOCK_NS if coarse else _FINE_CLOCK_NS
 
 
 def _settled_stamp(path: Path) -> Stamp | None:

@@ -1,6 +1,7 @@
 """Content identities: blake3 over bytes and over canonical JSON. No path, time or order ever enters one."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeGuard
@@ -10,13 +11,13 @@ from blake3 import blake3
 from sd3pipe.files import open_regular
 
 _CHUNK_BYTES = 4 << 20
+_HASH = re.compile("[0-9a-f]{64}")
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
 
 def canonical_json(value: object) -> bytes:
     """Returns the one byte string that stands for `value`: sorted keys, no blanks, UTF-8, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode(
-        "utf-8", "surrogatepass"
-    )
+    return _canonical(value).encode("utf-8", "surrogatepass")
 
 
 def digest_bytes(data: bytes | memoryview) -> bytes:
@@ -36,7 +37,7 @@ def hash_json(value: object) -> str:
 
 def is_hash(value: object) -> TypeGuard[str]:
     """Whether a value that was read is a digest as 64 hex digits."""
-    return isinstance(value, str) and len(value) == 64 and all(digit in "0123456789abcdef" for digit in value)
+    return isinstance(value, str) and _HASH.fullmatch(value) is not None
 
 
 def hash_chunks(chunks: Iterable[bytes | memoryview]) -> str:

@@ -1,12 +1,12 @@
 """A row's key: what went into its numbers, and nothing else. Known before anything is encoded."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from pydantic import JsonValue
 
-from sd3pipe.fingerprint import hash_bytes, hash_json
+from sd3pipe.fingerprint import canonical_json, hash_bytes, hash_json
 
 Kind = Literal["latents", "text", "prompts"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -38,7 +38,13 @@ class Ingredients:
 
         `source` is the hash of the input's bytes.
         """
-        return hash_json({"format": FORMAT_VERSION, "kind": kind, "source": source, **self.to_json()})
+        return self.keys_of(kind)(source)
+
+    def keys_of(self, kind: Kind) -> Callable[[str], str]:
+        """Returns what makes a key of a source: where there are many, what they have in common is put down once."""
+        common = canonical_json({"format": FORMAT_VERSION, "kind": kind, "source": "", **self.to_json()})
+        start = common.removesuffix(b'""}')  # the source stands last among sorted names
+        return lambda source: hash_bytes(start + canonical_json(source) + b"}")
 
 
 def latents_source(image_hash: str, mask_hash: str | None = None) -> str:

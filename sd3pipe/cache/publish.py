@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from sd3pipe.cache.folder import CacheFolder, is_segment
+from sd3pipe.cache.folder import CacheFolder, entries_of, is_segment
 from sd3pipe.cache.index import Index, RowTable, build_row_arrays, read_index
 from sd3pipe.cache.keys import Kind
 from sd3pipe.cache.manifest import Manifest, read_manifest
@@ -16,6 +16,7 @@ from sd3pipe.cache.zarr_group import ReadFile
 from sd3pipe.documents import MOST_LIST_BYTES, holds, read_data
 from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_file, storage_errors, sync_folder
+from sd3pipe.fingerprint import hash_bytes
 from sd3pipe.temporaries import remove_tree
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,26 @@ def load_published(folder: CacheFolder, kind: Kind) -> tuple[Manifest | None, In
     except InputError as error:
         log.warning("%s: the index is made again", error)
         return manifest, None
+
+
+def whole(cache: Path) -> str | None:
+    """Returns the hash of what is published if all of that is there, nothing else is and nobody is at work, else None.
+
+    Of segments the sizes are compared, as `fill_cache` does.
+    """
+    folder = CacheFolder(cache)
+    try:
+        folder.check_ours()
+        manifest = read_manifest(folder.manifest)
+        index = open_index(folder, manifest) if manifest else None
+        if manifest is None or index is None or any(map(entries_of, (folder.writers, folder.unreadable))):
+            return None
+        sizes = {folder.segment(plan_id): size for plan_id, size in index.segments().items()}
+        there = all(path.stat().st_size == size for path, size in sizes.items())
+        alone = not folder.strays(set(index.plan_ids()), manifest.index)
+        return hash_bytes(manifest.to_bytes()) if there and alone else None
+    except (InputError, OSError):
+        return None
 
 
 def open_index(folder: CacheFolder, manifest: Manifest) -> Index:

@@ -1,5 +1,6 @@
 """The samples table: which picture or caption uses which row. Columns of fixed width, in sorted order."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -62,7 +63,8 @@ class Strings:
     def to_list(self) -> list[str]:
         """Returns all texts."""
         if self._codes is None:
-            return [self[number] for number in range(len(self))]
+            data, ends = self._data.tobytes(), self._ends.tolist()
+            return [data[a:b].decode("utf-8", "surrogateescape") for a, b in itertools.pairwise([0, *ends])]
         texts = Strings(self._data, self._ends).to_list()
         return [texts[code] for code in self._codes]
 

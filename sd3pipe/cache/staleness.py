@@ -11,11 +11,13 @@ from typing import Any, Literal, TypeAlias
 from pydantic import TypeAdapter
 
 from sd3pipe.cache.folder import CacheFolder
+from sd3pipe.cache.last_run import last_run
 from sd3pipe.cache.manifest import read_manifest
 from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, holds, read_json
-from sd3pipe.file_stamps import Stamp, stamp_of, tick_ns
+from sd3pipe.file_stamps import FileStamps, Stamp, stamp_of, tick_ns
 from sd3pipe.files import write_bytes
 from sd3pipe.fingerprint import hash_bytes, hash_file, hash_json
+from sd3pipe.watched import state_of
 
 _FORMAT = 1
 _FILE = "sources.json"
@@ -53,27 +55,34 @@ def remember_sources(
     files: Mapping[Path, str],
     folders: Mapping[Path, Collection[str]],
     scan_started: float,
+    stamps: FileStamps | None = None,
 ) -> None:
     """Notes beside a cache what it was encoded from, unless that is noted already. Raises StorageError.
 
     `files` maps every picture, mask and caption file that was read to `hash_file` of its bytes. `folders` maps each
     folder that was listed to the suffixes (".png", ".txt") of the files that mattered in it. `scan_started` is
-    time.time() before the first file was read: the stat of a file that changed since then says nothing.
+    time.time() before the first file was read: the stat of a file that changed since then says nothing. `stamps` knows
+    those that it looked at itself, before they were read.
     """
     resolve = _resolver()
-    digests = {resolve(dataset_file): hash_file(dataset_file)} | {resolve(path): files[path] for path in files}
     started_ns = int(scan_started * 1e9)
+
+    def entry(path: Path, digest: str) -> tuple[Stamp | None, str]:
+        stamp = stamps.looked(path) if stamps else None
+        return stamp or _settled_stamp(str(path), started_ns), digest
+
+    digests = {dataset_file: hash_file(dataset_file), **files}
     note = {
         "format": _FORMAT,
         "cache": _published(cache),
         "dataset": str(dataset_file.resolve()),
-        "files": {path: [_settled_stamp(path, started_ns), digest] for path, digest in digests.items()},
+        "files": {resolve(path): entry(path, digest) for path, digest in digests.items()},
         "folders": {
             str(folder.resolve()): [sorted(suffixes), _listing(folder, suffixes)]
             for folder, suffixes in folders.items()
         },
     }
-    data = json.dumps(note, sort_keys=True).encode("utf-8", "surrogatepass")
+    data = json.dumps(note).encode("utf-8", "surrogatepass")
     file = CacheFolder(cache).machine / _FILE
     if not holds(file, data):
         write_bytes(file, data)
@@ -81,6 +90,9 @@ def remember_sources(
 
 def check_sources(cache: Path) -> SourceCheck:
     """Compares the files that a cache was encoded from with what they are now. A touched file alone is fresh."""
+    last = last_run(cache)
+    if last and last.published == _published(cache) and last.state == state_of(Path(last.dataset), last.watched):
+        return SourceCheck("fresh")
     return Sources(cache).check()
 
 
@@ -179,7 +191,7 @@ def _resolver() -> Callable[[Path], str]:
     resolved = functools.cache(lambda folder: str(Path(folder).resolve()))
 
     def resolve(path: Path) -> str:
-        folder, name = os.path.split(path)
+        folder, name = os.path.split(str(path))
         return f"{resolved(folder)}{os.sep}{name}"
 
     return resolve

@@ -34,7 +34,9 @@ class Wanted:
     @cached_property
     def keys(self) -> tuple[str, ...]:
         """The key of each row; equal rows have equal keys."""
-        return tuple(self._ingredients(row).key(self.kind, row.source) for row in self.rows)
+        rows_of_recipes = {id(row.recipe): row for row in self.rows}
+        makers = {recipe: self._ingredients(row).keys_of(self.kind) for recipe, row in rows_of_recipes.items()}
+        return tuple(makers[id(row.recipe)](row.source) for row in self.rows)
 
     @cached_property
     def row_by_key(self) -> dict[str, WantedRow]:
@@ -60,10 +62,9 @@ class Wanted:
     @cached_property
     def identity(self) -> str:
         """The hash of all that would be published: writers of equal identity may share a folder."""
-        groups = sorted((key, row.group, row.nbytes) for key, row in self.row_by_key.items())
         about = [self.kind, self.recipe_version, self.fingerprints, self.recipe, self.subsets, self.extra]
         columns = {name: list(values) for name, values in self.columns.items()}
-        return hash_json([about, groups, columns, list(self.unreadable)])
+        return hash_json([about, sorted(self.row_by_key), columns, list(self.unreadable)])
 
     def ingredients(self, key: str) -> Ingredients:
         """Returns what a row's key is made of."""

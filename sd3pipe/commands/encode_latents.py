@@ -13,9 +13,10 @@ from sd3pipe.cache.rows import Row
 from sd3pipe.cache.store import FillCounts
 from sd3pipe.console import StageReport, count, listed, one_line, progress
 from sd3pipe.data.buckets import cut_by_limit
-from sd3pipe.data.geometry import View
+from sd3pipe.data.geometry import RECIPE_VERSION, View
 from sd3pipe.data.scan import UnreadableFile, tell_about_pictures
 from sd3pipe.encoding.latent_plan import latent_recipe, latents_wanted, usable_views
+from sd3pipe.encoding.repetition import Repetition, overheard
 from sd3pipe.encoding.stage import DatasetRead, Encoding, fill, read_dataset, say_forecast
 from sd3pipe.errors import QuarantineError, UnreadablePicture
 from sd3pipe.file_stamps import FileStamps
@@ -34,11 +35,32 @@ def main(params: EncodeLatentsParams) -> None:
         return
     inputs = {"dataset": str(params.dataset), "model": params.model, "vae": str(params.vae) if params.vae else None}
     with StageReport("encode-latents", path=Path(f"{params.out}.report.json"), inputs=inputs) as report:
-        latents = _prepare(params)
-        report.update(**_picture_counts(latents))
+        repetition = Repetition(
+            params.out, params.dataset, lambda: _goes_by(params), captions=False, trust=not params.rehash
+        )
+        if repetition.tell(report):
+            return
+        with overheard() as said:
+            latents = _prepare(params)
+        facts, remark = _picture_counts(latents), _below_resolution(latents.views)
+        report.update(**facts)
         counts = fill(latents, params, _prepare, report)
-        report.summary = counts.summary() + _below_resolution(latents.views)
+        report.summary = counts.summary() + remark
         _check_unreadable(counts, latents)
+        repetition.note(counts, facts, remark, said)
+
+
+def _goes_by(params: EncodeLatentsParams) -> dict[str, Any]:
+    """Returns what makes the rows, beside the pictures."""
+    stamps = _weight_stamps(params)
+    vae = find_component("vae", model=params.model, file=params.vae).fingerprint(stamps)
+    stamps.save()
+    return {"vae": vae, "recipe_version": RECIPE_VERSION, "options": params.model_dump(mode="json")}
+
+
+def _weight_stamps(params: EncodeLatentsParams) -> FileStamps:
+    """Returns what is remembered of weight files: one file for all caches here."""
+    return FileStamps(machine_folder(params.out).parent / "weights.json", trust=not params.rehash)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +121,12 @@ def _prepare(params: EncodeLatentsParams) -> _Latents:
     views, unreadable = usable_views(read, params)
     vae = find_component("vae", model=params.model, file=params.vae)
     architecture = detect_vae(vae.shapes(), vae.where)
-    fingerprint = vae.fingerprint(stamps)
+    weights = _weight_stamps(params)
+    fingerprint = vae.fingerprint(weights)
     wanted = latents_wanted(views, unreadable, read.dataset, architecture, fingerprint, latent_recipe(params))
     if not params.dry_run:
         stamps.save()
+        weights.save()
     return _Latents(
         params=params,
         out=params.out,

@@ -15,12 +15,13 @@ from sd3pipe.data.captions import caption_statistics
 from sd3pipe.data.prompts import load_prompts
 from sd3pipe.data.scan import tell_about_captions
 from sd3pipe.encoding.cut_texts import Cuts, recall_cuts, remember_cuts
+from sd3pipe.encoding.repetition import Repetition, overheard
 from sd3pipe.encoding.stage import Encoding, fill, read_dataset, say_forecast
 from sd3pipe.encoding.text_plan import Texts, caption_texts, encoder_files, prompt_texts, text_recipe, text_wanted
 from sd3pipe.errors import ParameterError, UnreadablePicture
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.text_encoder_files import TextEncoders, find_text_encoders
-from sd3pipe.models.text_recipe import TextRecipe
+from sd3pipe.models.text_recipe import RECIPE_VERSION, TextRecipe
 from sd3pipe.params.encode_text import EncodeTextParams
 
 if TYPE_CHECKING:
@@ -51,13 +52,41 @@ def main(params: EncodeTextParams) -> None:
         with StageReport(
             "encode-text", path=Path(f"{target.out}.report.json"), inputs=_inputs(params, target)
         ) as report:
-            texts = _prepare(params, target)
-            report.update(**_text_counts(texts.texts))
-            counts = fill(texts, params, functools.partial(_prepare, target=target), report)
-            remember_cuts(texts.folder, texts.cuts)
-            cut = texts.cut_texts(texts.cuts)
-            report.update(cut=cut)
-            report.summary = counts.summary() + (f", {count(len(cut), 'text')} cut" if cut else "")
+            _fill(params, target, report)
+
+
+def _fill(params: EncodeTextParams, target: _Target, report: StageReport) -> None:
+    repetition = None
+    if target.kind == "text":  # of prompts there are few
+        trust = not (params.rehash or params.verify_weights)
+        repetition = Repetition(target.out, target.source, lambda: _goes_by(params, target), captions=True, trust=trust)
+        if repetition.tell(report):
+            return
+    with overheard() as said:
+        texts = _prepare(params, target)
+    facts = _text_counts(texts.texts)
+    report.update(**facts)
+    counts = fill(texts, params, functools.partial(_prepare, target=target), report)
+    remember_cuts(texts.folder, texts.cuts)
+    cut = texts.cut_texts(texts.cuts)
+    remark = f", {count(len(cut), 'text')} cut" if cut else ""
+    report.update(cut=cut)
+    report.summary = counts.summary() + remark
+    if repetition:
+        repetition.note(counts, {**facts, "cut": cut}, remark, said)
+
+
+def _goes_by(params: EncodeTextParams, target: _Target) -> dict[str, Any]:
+    """Returns what makes the rows, beside the captions."""
+    weights = _weight_stamps(params, target)
+    fingerprints = find_text_encoders(params.model, encoder_files(params), params.tokenizers).fingerprints(weights)
+    weights.save()
+    return {"weights": fingerprints, "recipe_version": RECIPE_VERSION, "options": params.model_dump(mode="json")}
+
+
+def _weight_stamps(params: EncodeTextParams, target: _Target) -> FileStamps:
+    """Returns what is remembered of weight files: one file for all caches here."""
+    return FileStamps(machine_folder(target.out).parent / "weights.json", trust=not params.verify_weights)
 
 
 def _targets(params: EncodeTextParams) -> list[_Target]:
@@ -148,7 +177,7 @@ def _prepare(params: EncodeTextParams, target: _Target) -> _TextRows:
     """Reads captions or prompts, headers and what identifies the weights. Writes nothing for a dry run."""
     folder = machine_folder(target.out)
     pictures = FileStamps(folder / "stat.json", trust=not params.rehash)
-    weights = FileStamps(folder.parent / "weights.json", trust=not params.verify_weights)  # one for all caches here
+    weights = _weight_stamps(params, target)
     read = None
     if target.kind == "text":
         read = read_dataset(target.source, pictures, captions=True)

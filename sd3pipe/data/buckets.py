@@ -24,6 +24,7 @@ class Placement:
     resized: Size
 
 
+@functools.lru_cache(maxsize=65536)
 def place(width: int, height: int, bucketing: Bucketing) -> Placement:
     """Returns where a picture of this size (after EXIF orientation) goes. Raises UnreadablePicture."""
     if bucketing.enable_bucket and bucketing.bucket_no_upscale:

@@ -16,6 +16,7 @@ from sd3pipe.data.scan import Picture
 from sd3pipe.fingerprint import hash_json
 
 _WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+_UNUSED = random.Random(0)  # where nothing is drawn; to seed one for each caption takes longer than all else
 
 
 def processed_captions(picture: Picture, *, variants: int, seed: int) -> tuple[str, ...]:
@@ -24,8 +25,9 @@ def processed_captions(picture: Picture, *, variants: int, seed: int) -> tuple[s
     Equal pictures get equal captions from equal text, wherever they lie.
     """
     rules = picture.subset.captions
-    draws = variants if is_random(rules) else 1
-    drawn = tuple(process_caption(picture.caption, rules, _rng(seed, picture.image_hash, n)) for n in range(draws))
+    if not is_random(rules):
+        return (process_caption(picture.caption, rules, _UNUSED),)
+    drawn = tuple(process_caption(picture.caption, rules, _rng(seed, picture.image_hash, n)) for n in range(variants))
     return drawn[:1] if len(set(drawn)) == 1 else drawn
 
 

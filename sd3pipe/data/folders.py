@@ -3,13 +3,14 @@
 import itertools
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from sd3pipe.data.dataset_file import Subset
 from sd3pipe.documents import read_data
 from sd3pipe.errors import InputError
-from sd3pipe.fingerprint import hash_bytes
+from sd3pipe.file_stamps import FileStamps
+from sd3pipe.fingerprint import hash_bytes, is_hash
 
 PICTURE_ENDINGS = (
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl", ".heic", ".heif",
@@ -46,8 +47,11 @@ class CaptionError(InputError):
         self.problems = problems
 
 
-def read_folder(subset: Subset, with_captions: bool) -> FolderRead:
-    """Returns what lies in a subset's image_dir. Raises CaptionError."""
+def read_folder(subset: Subset, captions: FileStamps | None) -> FolderRead:
+    """Returns what lies in a subset's image_dir. Raises CaptionError.
+
+    `captions` remembers caption files, and reads those that it does not know; without it none is read.
+    """
     folder = subset.image_dir
     assert folder is not None, "a subset without metadata_file has an image_dir"
     entries: list[FoundFile] = []
@@ -61,13 +65,23 @@ def read_folder(subset: Subset, with_captions: bool) -> FolderRead:
             if not is_picture_name(name):
                 others.append(prefix + name)
                 continue
-            entry = FoundFile(path=here / name, name=prefix + name, caption=None, problem=problem)
-            if with_captions and (caption_name := _caption_name(name, names, subset.caption_extensions)):
+            text = digest = caption_path = None
+            if captions and (caption_name := _caption_name(name, names, subset.caption_extensions)):
+                caption_path = here / caption_name
                 try:
-                    entry = _with_caption(entry, here / caption_name)
+                    text, digest = _caption(caption_path, captions)
                 except InputError as error:
                     problems.append(str(error))
-            entries.append(entry)
+            entries.append(
+                FoundFile(
+                    path=here / name,
+                    name=prefix + name,
+                    caption=text,
+                    caption_path=caption_path,
+                    caption_hash=digest,
+                    problem=problem,
+                )
+            )
     if problems:
         raise CaptionError(problems)
     return FolderRead(
@@ -96,14 +110,19 @@ def is_picture_name(name: str) -> bool:
     return name.lower().endswith(PICTURE_ENDINGS) and not name.startswith(".")
 
 
-def _with_caption(entry: FoundFile, path: Path) -> FoundFile:
-    """Returns the entry with its caption file's text. Raises InputError unless that is UTF-8."""
+def _caption(path: Path, stamps: FileStamps) -> tuple[str, str]:
+    """Returns text and hash of a caption file, as remembered where possible. Raises InputError unless it is UTF-8."""
+    known = stamps.recall(path, "caption")
+    if isinstance(known, dict) and isinstance(known.get("text"), str) and is_hash(known.get("hash")):
+        return known["text"], known["hash"]
     data = read_data(path)
     try:
         text = normalised(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: the caption is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
-    return replace(entry, caption=text, caption_path=path, caption_hash=hash_bytes(data))
+    digest = hash_bytes(data)
+    stamps.remember(path, "caption", {"text": text, "hash": digest})
+    return text, digest
 
 
 def normalised(text: str) -> str:

@@ -1,7 +1,7 @@
 """Finds the pictures of a dataset: files, sizes, content hashes, masks and raw captions. Decodes nothing.
 
-What a picture file's header says and its hash are remembered by the file's stat, so that a second scan reads captions
-only and imports no Pillow.
+What a picture file's header says, a caption's text and their hashes are remembered by the files' stat, so that a second
+scan reads nothing and imports no Pillow.
 """
 
 import functools
@@ -24,6 +24,7 @@ from sd3pipe.data.metadata import metadata_entries
 from sd3pipe.errors import InputError, UnreadablePicture
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.fingerprint import hash_bytes, hash_file, is_hash
+from sd3pipe.watched import Watched
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +93,10 @@ def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True) ->
     unreadable: list[UnreadableFile] = []
     left_out: list[str] = []
     problems: list[str] = []
+    captions = stamps if with_captions else None
     for subset in dataset.subsets:
         try:
-            entries, remarks = _entries(subset, dataset, with_captions)
+            entries, remarks = _entries(subset, dataset, captions)
         except CaptionError as error:
             problems += error.problems
             continue
@@ -115,13 +117,13 @@ def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True) ->
     return Scan(pictures=_split(pictures), unreadable=unreadable, left_out=left_out)
 
 
-def _entries(subset: Subset, dataset: Dataset, with_captions: bool) -> tuple[list[FoundFile], list[str]]:
+def _entries(subset: Subset, dataset: Dataset, captions: FileStamps | None) -> tuple[list[FoundFile], list[str]]:
     """Returns the files of a subset, and lines about what is not used. Raises CaptionError."""
     if subset.metadata_file is not None:
         entries = metadata_entries(subset)
         return entries, list(left_out_of_metadata(subset, entries))
-    read = read_folder(subset, with_captions)
-    return read.entries, list(left_out_of_folder(subset, read, dataset, with_captions=with_captions))
+    read = read_folder(subset, captions)
+    return read.entries, list(left_out_of_folder(subset, read, dataset, with_captions=captions is not None))
 
 
 def _split(pictures: Sequence[Picture]) -> list[Picture]:
@@ -159,6 +161,19 @@ def source_files(found: Scan, dataset: Dataset, *, captions: bool) -> SourceFile
             for folder in {subset.image_dir, *_folders_of(found, subset)}:
                 folders[folder] = tuple(dict.fromkeys((*folders.get(folder, ()), *endings)))
     return SourceFiles(files=files, folders=folders)
+
+
+def watched_folders(dataset: Dataset, *, captions: bool) -> list[Watched] | None:
+    """Returns where a scan looks, for the files that matter to it; None where a metadata file names them."""
+    watched = []
+    for subset in dataset.subsets:
+        if subset.image_dir is None or subset.metadata_file is not None:
+            return None
+        endings = PICTURE_ENDINGS + (subset.caption_extensions if captions else ())
+        watched.append(Watched(folder=str(subset.image_dir.absolute()), endings=endings, recursive=subset.recursive))
+        if masks := subset.conditioning_data_dir:
+            watched.append(Watched(folder=str(masks.absolute()), endings=PICTURE_ENDINGS, recursive=False))
+    return watched
 
 
 def _folders_of(found: Scan, subset: Subset) -> set[Path]:

@@ -1,13 +1,15 @@
 """What a latents cache is to hold for a dataset: rows and the samples table, before anything is encoded."""
 
+import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sd3pipe.cache.keys import latents_source
 from sd3pipe.cache.plan import WantedRow
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.console import count, listed, one_line
 from sd3pipe.data.dataset_file import Dataset
-from sd3pipe.data.geometry import RECIPE_VERSION, View, views_of_all
+from sd3pipe.data.geometry import RECIPE_VERSION, Cut, View, views_of_all
 from sd3pipe.data.scan import UnreadableFile
 from sd3pipe.encoding.stage import DatasetRead
 from sd3pipe.errors import InputError
@@ -44,7 +46,7 @@ def latents_wanted(
         recipe_version=RECIPE_VERSION,
         fingerprints={"vae": fingerprint},
         recipe=recipe,
-        rows=[_row(view, recipe, architecture) for view in views],
+        rows=_rows(views, recipe, architecture),
         samples={
             "name": [view.picture.name for view in views],
             "subset": [view.picture.subset.name for view in views],
@@ -63,13 +65,21 @@ def latents_wanted(
     )
 
 
-def _row(view: View, recipe: Mapping[str, str], architecture: VAEArchitecture) -> WantedRow:
-    width, height = view.cut.size
+def _rows(views: Sequence[View], recipe: Mapping[str, str], architecture: VAEArchitecture) -> list[WantedRow]:
+    """Returns a row for each view; equal cuts share one recipe."""
     moments, value_bytes = recipe["latent_mode"] == "moments", FORMAT_BYTES[recipe["latent_dtype"]]
-    mask_bytes = 2 * (width // architecture.downscale) * (height // architecture.downscale) if view.cut.mask else 0
-    return WantedRow(
-        source=latents_source(view.picture.image_hash, view.picture.mask_hash),
-        recipe={**recipe, "cut": view.cut.recipe()},
-        group=f"{height}x{width}" + ("+mask" if view.cut.mask else ""),
-        nbytes=architecture.row_bytes((width, height), moments=moments, value_bytes=value_bytes) + mask_bytes,
-    )
+
+    @functools.cache
+    def of_cut(cut: Cut) -> dict[str, Any]:
+        width, height = cut.size
+        mask_bytes = 2 * (width // architecture.downscale) * (height // architecture.downscale) if cut.mask else 0
+        return {
+            "recipe": {**recipe, "cut": cut.recipe()},
+            "group": f"{height}x{width}" + ("+mask" if cut.mask else ""),
+            "nbytes": architecture.row_bytes(cut.size, moments=moments, value_bytes=value_bytes) + mask_bytes,
+        }
+
+    return [
+        WantedRow(source=latents_source(view.picture.image_hash, view.picture.mask_hash), **of_cut(view.cut))
+        for view in views
+    ]

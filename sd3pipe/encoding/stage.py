@@ -42,6 +42,7 @@ class DatasetRead:
     found: Scan
     started: float  # time.time() before the first file was read
     captions: bool
+    stamps: FileStamps
 
     def remember(self, out: Path) -> None:
         """Notes beside a cache what it was encoded from. Raises StorageError."""
@@ -52,6 +53,7 @@ class DatasetRead:
             files=seen.files,
             folders=seen.folders,
             scan_started=self.started,
+            stamps=self.stamps,
         )
 
 
@@ -64,7 +66,7 @@ def read_dataset(file: Path, stamps: FileStamps, *, captions: bool) -> DatasetRe
     found = scan(dataset, stamps, with_captions=captions)
     for line in found.left_out:
         log.warning("%s", line)
-    return DatasetRead(dataset=dataset, found=found, started=started, captions=captions)
+    return DatasetRead(dataset=dataset, found=found, started=started, captions=captions, stamps=stamps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,17 @@
-"""Recomputing in the backward pass what the forward pass does not keep, by torch's (selective) checkpoints."""
+"""Recomputing in the backward pass what the forward pass does not keep.
 
-from collections.abc import Callable
+Torch's checkpoints import the whole compiler at their first call (1.2 s, 70 MB), to keep it out. They are left to where
+the compiler is at work, which knows them, and to keeping more than the inputs.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 # Every operator that scaled_dot_product_attention may become, but "math", which is a product like all others.
@@ -24,14 +31,100 @@ ATTENTION_OPERATORS = tuple(
 def recomputed(function: Callable[..., Any], *inputs: Tensor, keep_attention: bool = False) -> Any:
     """Returns function(*inputs), and keeps the inputs for the backward pass, which computes the rest again.
 
-    With `keep_attention`, what attention operators return is kept, too: a quarter of the time for a 24th of the bytes.
+    The inputs are saved as autograd saves tensors: hooks around this call see them. With `keep_attention`, what
+    attention operators return is kept, too: a quarter of the time for a 24th of the bytes.
     """
     # nothing in a block draws from torch's generators: dropout goes by counters
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if keep_attention:
-        options["context_fn"] = _attention_contexts
-    return checkpoint(function, *inputs, **options)
+        return checkpoint(function, *inputs, **options, context_fn=_attention_contexts)
+    return checkpoint(function, *inputs, **options) if torch.compiler.is_compiling() else _recomputed(function, *inputs)
 
 
 def _attention_contexts() -> Any:
     return create_selective_checkpoint_contexts(list(ATTENTION_OPERATORS))
+
+
+def _recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
+    """Returns function(*inputs), whose graph can be walked once."""
+    node = _Inputs.apply(torch.empty(0, requires_grad=True), *inputs).grad_fn
+    if node is None:  # no gradient is asked for
+        return function(*inputs)
+    passage = _Passage(function, node, inputs[0].device.type)
+    with saved_tensors_hooks(passage.number, passage.tensor):
+        return function(*inputs)
+
+
+class _Inputs(torch.autograd.Function):
+    """A node of the graph that leads nowhere and holds the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, trained: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        ctx.need_gradients = [tensor.requires_grad for tensor in inputs]
+        return trained.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise AssertionError("nothing depends on this node")
+
+
+class _Recomputed(Exception):
+    """All that was asked for is computed again; what would come after is not needed."""
+
+
+class _Passage:
+    """One call: what autograd saved in it bears numbers until the backward pass asks for the first of them."""
+
+    def __init__(self, function: Callable[..., Any], node: Any, device: str) -> None:
+        self._function, self._node = function, node
+        self._saved = 0
+        self._tensors: dict[int, Tensor] = {}
+        self._autocast = [_autocast_as_it_is(kind) for kind in sorted({device, "cpu"})]
+
+    def number(self, tensor: Tensor) -> int:
+        self._saved += 1
+        return self._saved - 1
+
+    def tensor(self, number: int) -> Tensor:
+        if number not in self._tensors:
+            self._compute()
+        return self._tensors.pop(number)
+
+    def _compute(self) -> None:
+        numbers = itertools.count()
+
+        def keep(tensor: Tensor) -> Tensor:
+            number = next(numbers)
+            self._tensors[number] = tensor.detach()
+            if number == self._saved - 1:
+                raise _Recomputed
+            return self._tensors[number]
+
+        with self._as_before(), saved_tensors_hooks(keep, _unasked), contextlib.suppress(_Recomputed):
+            self._function(*self._inputs())
+
+    def _inputs(self) -> Iterator[Tensor]:
+        for tensor, needs_gradient in zip(self._node.saved_tensors, self._node.need_gradients, strict=True):
+            yield tensor.detach().requires_grad_(needs_gradient)
+
+    @contextlib.contextmanager
+    def _as_before(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            for options in self._autocast:
+                stack.enter_context(torch.autocast(**options))
+            yield
+
+
+def _unasked(tensor: Tensor) -> Tensor:
+    raise AssertionError("the graph of a recomputation is not walked")
+
+
+def _autocast_as_it_is(kind: str) -> dict[str, Any]:
+    return {
+        "device_type": kind,
+        "dtype": torch.get_autocast_dtype(kind),
+        "enabled": torch.is_autocast_enabled(kind),
+        "cache_enabled": torch.is_autocast_cache_enabled(),
+    }

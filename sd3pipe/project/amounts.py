@@ -38,9 +38,7 @@ def read_amounts(dataset: Path, *, crop_variants: int = 1, caption_variants: int
     pictures, texts = 0, 1
     rows: Counter[tuple[int, int]] = Counter()
     for subset in load_dataset(dataset).subsets:
-        found = len(
-            metadata_entries(subset) if subset.metadata_file else read_folder(subset, with_captions=False).entries
-        )
+        found = len(metadata_entries(subset) if subset.metadata_file else read_folder(subset, captions=None).entries)
         of_one = math.prod(cut_counts(subset, crop_variants=crop_variants))
         texts += found * (caption_variants if is_random(subset.captions) else 1)
         pictures += found

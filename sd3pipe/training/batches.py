@@ -5,8 +5,9 @@ and the batches are put in a random order. Epochs follow one another without a g
 accumulation x processes micro-batches, which its processes share out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
@@ -28,6 +29,17 @@ class MicroBatch:
     def __len__(self) -> int:
         return len(self.pictures)
 
+    def part(self, chosen: Numbers, index: int) -> "MicroBatch":
+        """Returns some of the samples as a batch of their own."""
+        return MicroBatch(
+            epoch=self.epoch,
+            index=index,
+            pictures=self.pictures[chosen],
+            ids=self.ids[chosen],
+            latent_rows=self.latent_rows[chosen],
+            text_rows=self.text_rows[chosen],
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Position:
@@ -37,21 +49,46 @@ class Position:
     index: int = 0
 
 
-def epoch_batches(items: Items, *, seed: int, epoch: int, batch_size: int) -> list[MicroBatch]:
+class EpochBatches(Sequence[MicroBatch]):
+    """The micro-batches of one epoch, each made when it is asked for: a run takes them one at a time."""
+
+    def __init__(self, epoch: int, occurrences: MicroBatch, batches: "_Cuts", order: Numbers) -> None:
+        self._epoch, self._all, self._batches, self._order = epoch, occurrences, batches, order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, index: int) -> MicroBatch: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[MicroBatch]: ...
+
+    def __getitem__(self, index: int | slice) -> MicroBatch | list[MicroBatch]:
+        places = range(len(self))[index]
+        return [self._batch(place) for place in places] if isinstance(places, range) else self._batch(places)
+
+    def _batch(self, place: int) -> MicroBatch:
+        return self._all.part(self._batches[int(self._order[place])], place)
+
+
+def epoch_batches(items: Items, *, seed: int, epoch: int, batch_size: int) -> EpochBatches:
     """Returns the micro-batches of one epoch in their order. The last batch of a shape may be smaller."""
     pictures = np.repeat(np.arange(len(items)), items.repeats)
     repeats = _count_up(items.repeats)
     ids = mix(items.ids[pictures] ^ mix(repeats.astype(np.uint64)))
-    latent_rows = _latent_rows(items, pictures, ids, seed, epoch)
-    text_rows = _text_rows(items, pictures, repeats, ids, seed, epoch)
-    batches = []
-    for chosen in _cut(_shapes(items, latent_rows, text_rows), hashes(ids, seed, "order", epoch), batch_size):
-        batches.append((pictures[chosen], ids[chosen], latent_rows[chosen], text_rows[chosen]))
-    order = np.argsort(hashes(np.array([part[1][0] for part in batches]), seed, "batch order", epoch), kind="stable")
-    return [
-        MicroBatch(epoch=epoch, index=index, pictures=p, ids=i, latent_rows=latents, text_rows=texts)
-        for index, (p, i, latents, texts) in enumerate(batches[number] for number in order)
-    ]
+    occurrences = MicroBatch(
+        epoch=epoch,
+        index=0,
+        pictures=pictures,
+        ids=ids,
+        latent_rows=_latent_rows(items, pictures, ids, seed, epoch),
+        text_rows=_text_rows(items, pictures, repeats, ids, seed, epoch),
+    )
+    batches = _cut(items, occurrences, hashes(ids, seed, "order", epoch), batch_size)
+    firsts = ids[batches.order[batches.starts]]
+    order = np.argsort(hashes(firsts, seed, "batch order", epoch), kind="stable")
+    return EpochBatches(epoch, occurrences, batches, order)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +108,7 @@ def plan_steps(
     pending: list[MicroBatch] = []
     while True:
         batches = epoch_batches(items, seed=seed, epoch=epoch, batch_size=batch_size)
-        for batch in batches[index:]:
+        for batch in map(batches.__getitem__, range(index, len(batches))):
             pending.append(batch)
             if len(pending) == accumulation * num_ranks:
                 yield StepPlan(
@@ -93,18 +130,16 @@ def fixed_batches(items: Items, *, batch_size: int) -> list[MicroBatch]:
     """Returns every picture once with its first latent and caption row, in equal-shape batches: for validation."""
     pictures = np.arange(len(items))
     first = np.zeros_like(pictures)
-    latent_rows, text_rows = items.latents.pick(pictures, first), items.captions.pick(pictures, first)
-    return [
-        MicroBatch(
-            epoch=0,
-            index=index,
-            pictures=pictures[chosen],
-            ids=items.ids[chosen],
-            latent_rows=latent_rows[chosen],
-            text_rows=text_rows[chosen],
-        )
-        for index, chosen in enumerate(_cut(_shapes(items, latent_rows, text_rows), items.ids, batch_size))
-    ]
+    everything = MicroBatch(
+        epoch=0,
+        index=0,
+        pictures=pictures,
+        ids=items.ids,
+        latent_rows=items.latents.pick(pictures, first),
+        text_rows=items.captions.pick(pictures, first),
+    )
+    batches = _cut(items, everything, items.ids, batch_size)
+    return [everything.part(batches[index], index) for index in range(len(batches))]
 
 
 def _count_up(counts: Numbers) -> Numbers:
@@ -131,14 +166,28 @@ def _text_rows(items: Items, pictures: Numbers, repeats: Numbers, ids: Ids, seed
     return np.where(dropped, items.empty_caption, rows)
 
 
-def _shapes(items: Items, latent_rows: Numbers, text_rows: Numbers) -> np.ndarray:
-    """Returns (h, w, T5 tokens) of each occurrence, as columns."""
-    return np.column_stack([items.latent_shapes[latent_rows], items.text_lengths[text_rows]])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cuts:
+    """Batch i is order[starts[i]:ends[i]]."""
+
+    order: Numbers
+    starts: Numbers
+    ends: Numbers
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> Numbers:
+        return self.order[self.starts[index] : self.ends[index]]
 
 
-def _cut(shapes: np.ndarray, keys: Ids, batch_size: int) -> list[Numbers]:
-    """Returns the occurrences of each batch: equal shapes together, inside a shape in the order of the keys."""
+def _cut(items: Items, samples: MicroBatch, keys: Ids, batch_size: int) -> _Cuts:
+    """Returns which samples make each batch: equal shapes (h, w, T5 tokens) together, by keys inside a shape."""
+    shapes = np.column_stack([items.latent_shapes[samples.latent_rows], items.text_lengths[samples.text_rows]])
     order = np.lexsort((keys, *shapes.T[::-1]))
     is_new = np.any(shapes[order][1:] != shapes[order][:-1], axis=1)
-    groups = np.split(order, np.flatnonzero(is_new) + 1)
-    return [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
+    groups = np.concatenate([[0], np.flatnonzero(is_new) + 1])
+    sizes = np.diff(np.concatenate([groups, [len(order)]]))
+    of_group = -(-sizes // batch_size)
+    starts = np.repeat(groups, of_group) + _count_up(of_group) * batch_size
+    return _Cuts(order=order, starts=starts, ends=np.minimum(starts + batch_size, np.repeat(groups + sizes, of_group)))

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sd3pipe.cache.join import Numbers, RowLists
 from sd3pipe.training.draws import Ids
-
-Numbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,27 +19,6 @@ class SubsetRules:
     caption_dropout_rate: float = 0.0
     caption_dropout_every_n_epochs: int = 0
     diff_output_preservation: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowLists:
-    """Row numbers of every picture, end to end: picture i has rows[starts[i]:starts[i + 1]]."""
-
-    rows: Numbers
-    starts: Numbers
-
-    @classmethod
-    def of(cls, lists: Sequence[Sequence[int]]) -> "RowLists":
-        """Returns the rows of each picture from one list per picture."""
-        starts = np.cumsum([0, *map(len, lists)])
-        return cls(rows=np.array([row for rows in lists for row in rows], dtype=np.int64), starts=starts)
-
-    def counts(self, pictures: Numbers) -> Numbers:
-        return self.starts[pictures + 1] - self.starts[pictures]
-
-    def pick(self, pictures: Numbers, which: Numbers) -> Numbers:
-        """Returns the which-th row of each picture."""
-        return self.rows[self.starts[pictures] + which]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,6 +64,17 @@ _NEAR_ONE = 0.1
 _ESTIMATE_THEIR_RATE = ("prodigy", "dadapt")  # their learning_rate multiplies an estimate, and belongs near 1
 
 
+def _leave_compiler_out() -> None:
+    """Tells torch's optimizers that they are kept from the compiler: to do so they would import it, for 1.2 s."""
+    for method in (Optimizer.add_param_group, Optimizer.zero_grad, Optimizer.state_dict, Optimizer.load_state_dict):
+        plain = getattr(method, "__wrapped__", None)  # of a wrapper that asks for the plain method, disabled, here:
+        if plain is not None and not hasattr(plain, "__dynamo_disable"):
+            plain.__dynamo_disable = plain
+
+
+_leave_compiler_out()  # what is compiled are the blocks of the model, never a step
+
+
 def make_optimizer(name: str, groups: ParameterGroups, args: Args) -> Optimizer:
     """Returns the optimizer for `name`: a short name, a class of torch.optim, or any dotted class path."""
     _check_rates(name, groups)

@@ -1,14 +1,14 @@
 """Opens the two caches and joins them into what can be trained on and what is held out."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sd3pipe.cache.join import JoinedSample, join_samples
+from sd3pipe.cache.join import JoinedPictures, Numbers, join_pictures
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.rows import latents_name
 from sd3pipe.data import geometry
@@ -18,7 +18,7 @@ from sd3pipe.fingerprint import digest_bytes, hash_bytes, hash_json
 from sd3pipe.models import text_recipe
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.params.train import TrainParams
-from sd3pipe.training.items import Items, RowLists, SubsetRules
+from sd3pipe.training.items import Items, SubsetRules
 
 log = logging.getLogger(__name__)
 
@@ -57,20 +57,20 @@ def open_data(params: TrainParams) -> TrainingData:
     """Returns the joined caches. Raises InputError for a damaged or wrong cache, StaleError where they do not match."""
     latents = CacheReader(params.latents, verify_reads=params.reading.verify_reads)
     text = CacheReader(params.text, verify_reads=params.reading.verify_reads)
-    joined = join_samples(latents, text)
+    joined = join_pictures(latents, text)
     for reader in (latents, text):
         _tell_origin(reader)
         _tell_version(reader)
     for message in joined.unreadable:
         log.warning("left out: %s", message)
     subsets = _subsets(latents, text, params)
-    _check_subsets(params.latents, subsets, {sample.subset for sample in joined.samples})
-    pictures = _pictures(joined.samples)
-    train, held_out = ([crops for crops in pictures if crops[0].split == split] for split in ("train", "validation"))
-    if not train:
+    _check_subsets(params.latents, subsets, set(joined.subsets))
+    splits = np.array(joined.splits, dtype=object)
+    train = np.flatnonzero(splits == "train")
+    if not len(train):
         raise InputError(f"{params.latents} and {params.text} have no picture in common to train on")
     shapes = _latent_shapes(latents)
-    items = _items(train, subsets, params, text, shapes)
+    items = _items(joined, train, subsets, params, text, shapes)
     if not items.repeats.any():
         raise ParameterError("every subset has num_repeats = 0: there is nothing to train on")
     seen = int(items.repeats.sum())
@@ -80,8 +80,8 @@ def open_data(params: TrainParams) -> TrainingData:
         latents=latents,
         text=text,
         train=items,
-        validation=_items(held_out, subsets, params, text, shapes),
-        resolutions=tuple(sorted({(sample.bucket_w, sample.bucket_h) for sample in joined.samples})),
+        validation=_items(joined, np.flatnonzero(splits == "validation"), subsets, params, text, shapes),
+        resolutions=joined.sizes,
     )
 
 
@@ -118,43 +118,40 @@ def _tell_version(reader: CacheReader) -> None:
         )  # fmt: skip
 
 
-def _pictures(samples: Iterable[JoinedSample]) -> list[list[JoinedSample]]:
-    """Returns the crops of each picture."""
-    pictures: dict[tuple[str, str, int], list[JoinedSample]] = {}
-    for sample in samples:
-        pictures.setdefault((sample.subset, sample.image_hash, sample.occurrence), []).append(sample)
-    return list(pictures.values())
-
-
 def _items(
-    pictures: Sequence[Sequence[JoinedSample]],
+    joined: JoinedPictures,
+    pictures: Numbers,
     subsets: Mapping[str, Mapping[str, Any]],
     params: TrainParams,
     text: CacheReader,
     latent_shapes: np.ndarray,
 ) -> Items:
+    """Returns some of the joined pictures as what can be trained on."""
     names = sorted(subsets)
-    rows = [[row for crop in crops for row in (crop.row, crop.flipped_row) if row is not None] for crops in pictures]
-    firsts = [crops[0] for crops in pictures]
-    repeats = sample_repeats(subsets, [first.subset for first in firsts])
+    codes = {name: code for code, name in enumerate(names)}
+    chosen = pictures.tolist()
+    of_subset = [joined.subsets[number] for number in chosen]
+    hashes, occurrences = joined.image_hashes, joined.occurrences.tolist()
+    ids = [_picture_id((joined.subsets[number], hashes[number], occurrences[number])) for number in chosen]
     return Items(
-        names=[first.name for first in firsts],
-        ids=np.array([_picture_id(first) for first in firsts], dtype=np.uint64),
-        subsets=np.array([names.index(first.subset) for first in firsts], dtype=np.int64),
-        repeats=np.array(repeats, dtype=np.int64),
+        names=[joined.names[number] for number in chosen],
+        ids=np.array(ids, dtype=np.uint64),
+        subsets=np.array([codes[name] for name in of_subset], dtype=np.int64),
+        repeats=np.array(sample_repeats(subsets, of_subset), dtype=np.int64),
         rules=tuple(_rules(name, subsets[name], params) for name in names),
-        latents=RowLists.of(rows),
-        captions=RowLists.of([first.text_rows for first in firsts]),
+        latents=joined.latents.of_pictures(pictures),
+        captions=joined.captions.of_pictures(pictures),
         empty_caption=_empty_caption(text),
         latent_shapes=latent_shapes,
         text_lengths=_text_lengths(text),
     )
 
 
-def _picture_id(sample: JoinedSample) -> int:
-    """Returns the number that a picture's random numbers are drawn by: from its subset, bytes and occurrence."""
-    words = f"{sample.subset}\0{sample.image_hash}\0{sample.occurrence}"
-    return int.from_bytes(digest_bytes(words.encode("utf-8", "surrogateescape"))[:8], "little")
+def _picture_id(picture: tuple[str, str, int]) -> int:
+    """Returns what stands for (subset, image hash, occurrence) in all random numbers."""
+    subset, image_hash, occurrence = picture
+    text = f"{subset}\0{image_hash}\0{occurrence}"
+    return int.from_bytes(digest_bytes(text.encode("utf-8", "surrogateescape"))[:8], "little")
 
 
 def _subsets(latents: CacheReader, text: CacheReader, params: TrainParams) -> dict[str, dict[str, Any]]:

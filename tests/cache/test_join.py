@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sd3pipe.cache.join import join_samples
+from sd3pipe.cache.join import join_pictures
 from sd3pipe.cache.keys import text_source
 from sd3pipe.cache.plan import WantedRow
 from sd3pipe.cache.reader import CacheReader
@@ -71,37 +71,51 @@ def text_of(tmp_path, *pictures, variants=1, quarantined=()):
 CAT, DOG, COPY = ("cat.png", "pets", "cat"), ("dog.png", "pets", "dog"), ("zcat.png", "pets", "cat")
 
 
-def test_each_crop_gets_its_flip_and_all_caption_variants(tmp_path):
+def rows_of(lists, picture):
+    return lists.rows[lists.starts[picture] : lists.starts[picture + 1]].tolist()
+
+
+def captions_of(joined, text):
+    """Returns the captions' hashes of each picture by its name."""
+    rows, hashes = text.samples.numbers("row").tolist(), text.samples.hashes("caption_hash")
+    by_row = {row: digest.tobytes().hex() for row, digest in zip(rows, hashes, strict=True)}
+    return {name: [by_row[row] for row in rows_of(joined.captions, number)] for number, name in enumerate(joined.names)}
+
+
+def test_each_picture_has_its_crops_with_their_flips_and_all_caption_variants(tmp_path):
     latents, text = latents_of(tmp_path, CAT, DOG, crops=2, flips=(0, 1)), text_of(tmp_path, CAT, DOG, variants=3)
-    joined = join_samples(latents, text)
-    assert [(s.name, s.crop, s.split, s.bucket_h, s.bucket_w) for s in joined.samples] == [
-        (name, crop, "train", 64, 96) for name in ("cat.png", "dog.png") for crop in (0, 1)
-    ]
-    assert len({s.row for s in joined.samples} | {s.flipped_row for s in joined.samples}) == 8
-    assert all(len(s.text_rows) == 3 for s in joined.samples)
-    cat = joined.samples[0].text_rows
-    expected = [text_source(f"cat.png {variant}") for variant in range(3)]
-    hashes = text.samples.hashes("caption_hash")
-    by_row = dict(zip(text.samples.numbers("row").tolist(), hashes, strict=True))
-    assert [by_row[row].tobytes().hex() for row in cat] == expected
+    joined = join_pictures(latents, text)
+    assert joined.names == ["cat.png", "dog.png"] and joined.splits == ["train"] * 2 and joined.sizes == ((96, 64),)
+    table = {row: number for number, row in enumerate(latents.samples.numbers("row").tolist())}
+    names = latents.samples.strings("name").to_list()
+    crops, flips = (latents.samples.numbers(name).tolist() for name in ("crop", "flip"))
+    for number, name in enumerate(joined.names):
+        places = [table[row] for row in rows_of(joined.latents, number)]
+        assert [(names[place], crops[place], flips[place]) for place in places] == [
+            (name, crop, flip) for crop in (0, 1) for flip in (0, 1)
+        ]
+    assert captions_of(joined, text) == {
+        name: [text_source(f"{name} {variant}") for variant in range(3)] for name in joined.names
+    }
 
 
 def test_a_renamed_picture_keeps_its_caption(tmp_path):
-    joined = join_samples(latents_of(tmp_path, ("new name.png", "pets", "cat")), text_of(tmp_path, CAT))
-    assert [s.name for s in joined.samples] == ["new name.png"]
+    text = text_of(tmp_path, CAT)
+    joined = join_pictures(latents_of(tmp_path, ("new name.png", "pets", "cat")), text)
+    assert captions_of(joined, text) == {"new name.png": [text_source("cat.png 0")]}
 
 
 def test_equal_pictures_are_paired_in_the_order_of_their_names(tmp_path):
     text = text_of(tmp_path, COPY, CAT)
-    joined = join_samples(latents_of(tmp_path, CAT, COPY), text)
-    rows = dict(zip(text.samples.strings("name").to_list(), text.samples.numbers("row").tolist(), strict=True))
-    assert {s.name: s.text_rows for s in joined.samples} == {name: (row,) for name, row in rows.items()}
+    joined = join_pictures(latents_of(tmp_path, CAT, COPY), text)
+    assert captions_of(joined, text) == {name: [text_source(f"{name} 0")] for name in ("cat.png", "zcat.png")}
+    assert joined.occurrences.tolist() == [0, 1]
 
 
-def test_the_same_picture_in_two_subsets_is_two_samples(tmp_path):
+def test_the_same_picture_in_two_subsets_is_two_pictures(tmp_path):
     other = ("cat.png", "cats", "cat")
-    joined = join_samples(latents_of(tmp_path, CAT, other), text_of(tmp_path, CAT, other))
-    assert sorted(s.subset for s in joined.samples) == ["cats", "pets"]
+    joined = join_pictures(latents_of(tmp_path, CAT, other), text_of(tmp_path, CAT, other))
+    assert sorted(joined.subsets) == ["cats", "pets"] and joined.occurrences.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -111,23 +125,23 @@ def test_the_same_picture_in_two_subsets_is_two_samples(tmp_path):
 def test_a_picture_that_only_one_side_has_is_refused(tmp_path, of_latents, of_text, lacking):
     latents, text = latents_of(tmp_path, *of_latents), text_of(tmp_path, *of_text)
     with pytest.raises(StaleError, match=rf"{lacking} lacks 1 picture \("):
-        join_samples(latents, text)
+        join_pictures(latents, text)
 
 
 def test_an_edited_picture_is_refused(tmp_path):
     with pytest.raises(StaleError, match=r"cat\.png"):
-        join_samples(latents_of(tmp_path, ("cat.png", "pets", "edited")), text_of(tmp_path, CAT))
+        join_pictures(latents_of(tmp_path, ("cat.png", "pets", "edited")), text_of(tmp_path, CAT))
 
 
 def test_a_quarantined_picture_is_named_and_left_out(tmp_path):
     entry = {"name": "dog.png", "subset": "pets", "image_hash": image_hash("dog"), "reason": "cut short"}
     latents, text = latents_of(tmp_path, CAT, quarantined=[entry]), text_of(tmp_path, CAT, DOG)
-    joined = join_samples(latents, text)
-    assert [s.name for s in joined.samples] == ["cat.png"]
+    joined = join_pictures(latents, text)
+    assert joined.names == ["cat.png"]
     assert joined.unreadable == ("pets/dog.png: cut short",)
 
 
 def test_swapped_caches_are_refused(tmp_path):
     latents, text = latents_of(tmp_path, CAT), text_of(tmp_path, CAT)
     with pytest.raises(InputError, match="is a cache of text, not of latents"):
-        join_samples(text, latents)
+        join_pictures(text, latents)

@@ -4,14 +4,16 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 from support.command_line import report_of, sd3pipe
 
-from sd3pipe import cli
+from sd3pipe import cli, watched
 from sd3pipe.cache.rows import from_numpy
+from sd3pipe.encoding import stage
 from sd3pipe.file_stamps import stamp_of
 
 HEAVY = {"torch", "transformers", "tokenizers", "PIL", "zarr", "safetensors", "rich"}
@@ -33,6 +35,12 @@ def write_dataset(folder, count):
 
 def stamps(folder):
     return {path: stamp_of(path.stat()) for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def fine_clock(monkeypatch):
+    """Files are old enough to be trusted after a moment, not after the two seconds of the coarsest file system."""
+    monkeypatch.setattr(watched, "COARSE_CLOCK_NS", 50_000_000)
 
 
 def latents_command(base, dataset):
@@ -71,3 +79,102 @@ def test_ten_thousand_pictures_are_checked_in_under_three_seconds(base, tmp_path
     after = os.times()
     seconds = after.children_user + after.children_system - before.children_user - before.children_system
     assert "10000 reused" in done.stdout.replace(",", "") and seconds < 3.0, seconds
+
+
+def edit(dataset):
+    (dataset.parent / "photos" / "000001.txt").write_text("picture X")
+
+
+def edit_unseen(dataset):
+    picture = dataset.parent / "photos" / "000001.png"
+    before = picture.stat()
+    picture.write_bytes(picture.read_bytes()[:-1] + b"9")
+    os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def add_in_a_new_folder(dataset):
+    more = dataset.parent / "photos" / "more"
+    more.mkdir()
+    (more / "x.png").write_bytes((dataset.parent / "one.png").read_bytes())
+
+
+def change_the_dataset_file(dataset):
+    dataset.write_text(dataset.read_text() + "caption_prefix = 'a'\nflip_aug = true\n")
+
+
+def lose_a_segment(dataset):
+    for out in ("latents", "text"):
+        next((dataset.parent / out / "segments").iterdir()).unlink()
+
+
+def leave_a_stray(dataset):
+    for out in ("latents", "text"):
+        (dataset.parent / out / "segments" / "stray.txt").write_text("")
+
+
+CHANGES = {
+    edit: {"text"},
+    edit_unseen: {"latents", "text"},
+    add_in_a_new_folder: {"latents", "text"},
+    change_the_dataset_file: {"latents", "text"},
+    lose_a_segment: {"latents", "text"},
+    leave_a_stray: {"latents", "text"},
+}
+
+
+@pytest.fixture
+def scans(monkeypatch):
+    """The folders that were scanned."""
+    seen = []
+    scan = stage.scan
+    monkeypatch.setattr(
+        stage, "scan", lambda dataset, *rest, **more: seen.append(dataset) or scan(dataset, *rest, **more)
+    )
+    return seen
+
+
+def test_a_second_run_says_the_same_without_a_scan(base, tmp_path, fine_clock, scans, capsys):
+    dataset = write_dataset(tmp_path, 3)
+    (tmp_path / "photos" / "000002.txt").unlink()
+    (tmp_path / "photos" / "000003.png").write_bytes(b"no picture")
+    time.sleep(0.1)
+    for command, out in ((latents_command, "latents"), (text_command, "text")):
+        said, reports = [], []
+        options = ["--max-quarantined=1"] if out == "latents" else []
+        for _ in range(3):
+            assert cli.run([*command(base, dataset), *options]) == 0
+            said.append(re.sub(r"[0-9.]+ s$", "", "".join(capsys.readouterr()), flags=re.MULTILINE))
+            reports.append({**report_of(tmp_path / out), "seconds": 0})
+        assert said[1] == said[2] and "warning" in said[1] and reports[1] == reports[2]
+        assert len(scans) == 1
+        scans.clear()
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_whatever_changes_is_found(base, tmp_path, fine_clock, scans, change):
+    dataset = write_dataset(tmp_path, 3)
+    dataset.write_text(dataset.read_text() + "recursive = true\n")
+    time.sleep(0.1)
+    commands = {"latents": latents_command(base, dataset), "text": text_command(base, dataset)}
+    for command in commands.values():
+        assert cli.run(command) == 0
+    change(dataset)
+    for out, command in commands.items():
+        scans.clear()
+        assert cli.run(command) == 0
+        assert bool(scans) == (out in CHANGES[change])
+
+
+def test_another_option_and_distrust_look_again(base, tmp_path, fine_clock, scans):
+    dataset = write_dataset(tmp_path, 2)
+    time.sleep(0.1)
+    for more in ([], ["--latent-mode=mean"], ["--latent-mode=mean", "--rehash"]):
+        assert cli.run([*latents_command(base, dataset), *more]) == 0
+    assert len(scans) == 3
+
+
+def test_a_file_that_was_changed_a_moment_ago_is_looked_into_again(base, tmp_path, scans):
+    dataset = write_dataset(tmp_path, 2)
+    for _ in range(2):
+        assert cli.run(latents_command(base, dataset)) == 0
+    assert len(scans) == 2

@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from sd3pipe.cache.join import RowLists
 from sd3pipe.training.batches import Position, epoch_batches, fixed_batches, plan_steps, steps_of_epochs
 from sd3pipe.training.draws import hashes, normals, uniforms
-from sd3pipe.training.items import Items, RowLists, SubsetRules
+from sd3pipe.training.items import Items, SubsetRules
 
 
 def make_items(count: int = 11, *, repeats=None, captions=1, crops=1, rules=None, lengths=None) -> Items:

@@ -296,14 +296,15 @@ def test_a_rollback_leaves_the_step_out_and_resumes_exactly(inputs, monkeypatch,
 # what train leaves alone
 
 
-def test_train_imports_neither_text_encoders_nor_pillow(inputs):
+def test_train_imports_neither_text_encoders_nor_pillow_nor_the_compiler(inputs):
     import subprocess
 
-    params = inputs.params("imports", max_train_steps=1).model_dump_json()
+    params = inputs.params("imports", max_train_steps=1, gradient_checkpointing=True).model_dump_json()
     code = (
         "import sys; from sd3pipe.commands.train import main; from sd3pipe.params.train import TrainParams;"
         "main(TrainParams.model_validate_json(sys.argv[1]));"
-        "print(sorted({'transformers', 'PIL', 'diffusers', 'peft', 'tokenizers', 'accelerate'} & set(sys.modules)))"
+        "heavy = {'transformers', 'PIL', 'diffusers', 'peft', 'tokenizers', 'accelerate', 'torch._dynamo'};"
+        "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code, params], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
