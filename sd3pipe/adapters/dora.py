@@ -67,6 +67,7 @@ class DoRADelta(Delta):
 
     algorithm: ClassVar[str] = "dora"
     title: ClassVar[str] = "DoRA"
+    network_args: ClassVar[Mapping[str, str]] = {"algo": "lora", "dora_wd": "True"}
     options: ClassVar[frozenset[str]] = LoRADelta.options - {"split_qkv"}
     part_names: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "dora_scale": (".dora_scale",),

@@ -153,14 +153,16 @@ class Product(NamedTuple):
 class Delta(ABC):
     """What an adapter does to one linear layer, as its factors: the form that all layers and file formats share.
 
-    `options` are the options that only some kinds have, and this one does; `network_module` is what sd-scripts trains
-    the kind with. Where `needs_base` is set the change depends on the base weight, and `dense` is the rest of it.
+    `options` are the options that only some kinds have, and this one does; sd-scripts trains the kind with
+    `network_module` and `network_args`. Where `needs_base` is set the change depends on the base weight, and `dense` is
+    the rest of it.
     """
 
     algorithm: ClassVar[str]
     title: ClassVar[str]
     options: ClassVar[frozenset[str]] = frozenset()
     network_module: ClassVar[str] = "lycoris.kohya"
+    network_args: ClassVar[Mapping[str, str]] = {}
     part_names: ClassVar[Mapping[str, tuple[str, ...]]]  # part -> ends of the keys that stand for it in files
     file_prefix: ClassVar[str] = ""  # before the names of tensors() in a file
     layer_class: ClassVar[type[AdapterLayer]]

@@ -48,6 +48,7 @@ class LoHaDelta(Delta):
 
     algorithm: ClassVar[str] = "loha"
     title: ClassVar[str] = "LoHa"
+    network_args: ClassVar[Mapping[str, str]] = {"algo": "loha"}
     part_names: ClassVar[Mapping[str, tuple[str, ...]]] = {f"hada_{name}": (f".hada_{name}",) for name in _NAMES}
     file_prefix: ClassVar[str] = "hada_"
     layer_class: ClassVar[type[AdapterLayer]] = LoHa

@@ -27,7 +27,7 @@ from sd3pipe.tensors.header import StoredTensor, header_bytes, placed
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 _PIECE = 8 << 20
-_HASHES = ("modelspec.hash_sha256", "sshs_model_hash")  # of the base's tensors, so no longer true
+_OF_THE_BASE = ("modelspec.hash_sha256", "sshs_model_hash", "modelspec.date")  # no longer true
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +110,8 @@ def check_written(tensors: Mapping[str, StoredTensor], merged: Merged) -> None:
 
 
 def merged_metadata(base: Mapping[str, str], added: Mapping[str, str]) -> dict[str, str]:
-    """Returns the base's metadata without the hashes that no longer hold, with more keys."""
-    return {key: value for key, value in base.items() if key not in _HASHES} | dict(added)
+    """Returns the base's metadata without what no longer holds, with more keys."""
+    return {key: value for key, value in base.items() if key not in _OF_THE_BASE} | dict(added)
 
 
 def _target(name: str, adapter: Adapter, depth: int) -> Target | None:

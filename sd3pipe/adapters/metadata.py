@@ -14,6 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, JsonValue, TypeAdapter
 
+from sd3pipe.adapters.kinds import KINDS
 from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.documents import parse_json, read_data
 from sd3pipe.errors import InputError, ParameterError
@@ -53,15 +54,16 @@ def training_metadata(
     resolution: tuple[int, int] | None,
     provenance: Mapping[str, object],
     description: Description,
+    dataset: Mapping[str, object],
 ) -> dict[str, str]:
     """Returns the metadata of an adapter in training.
 
     `options` are the options of train, and of the encoding of text, by name, `resolution` is (width, height) of the
-    largest bucket, `provenance` what `provenance` returns.
+    largest bucket, `provenance` what `provenance` returns, `dataset` what sd-scripts says of pictures, by its names.
     """
     kohya: dict[str, object] = {name: options[name] for name in _KOHYA_OPTIONS if options.get(name) is not None}
     kohya |= {
-        "network_module": "networks.lora_sd3",
+        "network_module": KINDS[spec.algorithm].network_module,
         "network_dim": spec.rank,
         "network_alpha": spec.rank if spec.alpha is None else spec.alpha,
         "network_args": json.dumps(network_args(spec), sort_keys=True),
@@ -72,6 +74,7 @@ def training_metadata(
         "epoch": epoch,
         "output_name": output_name,
         "v2": False,
+        **dataset,
     }
     keys = {f"ss_{name}": _text(value) for name, value in sorted(kohya.items()) if value is not None}
     if resolution is not None:
@@ -81,18 +84,25 @@ def training_metadata(
 
 
 def modelspec(variant: str, resolution: tuple[int, int] | None) -> dict[str, str]:
-    """Returns the keys that follow from the model: SD3 predicts a flow, not noise."""
+    """Returns the keys of an adapter that follow from its model."""
+    keys = model_keys(variant)
+    keys["modelspec.architecture"] += "/lora"
+    if resolution is not None:
+        keys["modelspec.resolution"] = f"{resolution[0]}x{resolution[1]}"
+    return keys
+
+
+def model_keys(variant: str) -> dict[str, str]:
+    """Returns the keys of a model: SD3 predicts a flow, not noise."""
     architecture = _ARCHITECTURES.get(variant)
     if architecture is None:
         raise ParameterError(f"{variant} is no SD3 model: one of {', '.join(_ARCHITECTURES)}")
     keys = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.architecture": architecture,
         "modelspec.implementation": _IMPLEMENTATION,
         "modelspec.prediction_type": "flow",
     }
-    if resolution is not None:
-        keys["modelspec.resolution"] = f"{resolution[0]}x{resolution[1]}"
     date = source_date()
     return keys | ({"modelspec.date": date} if date else {})
 
@@ -142,7 +152,7 @@ def read_provenance(metadata: Mapping[str, str], path: Path) -> Provenance:
 
 
 def network_args(spec: AdapterSpec) -> dict[str, str]:
-    """Returns what differs from a plain LoRA, under sd-scripts' names for --network_args."""
+    """Returns what differs from a plain LoRA, as sd-scripts' or LyCORIS' --network_args says it."""
     found: dict[str, object] = {f"{part}_dim": rank for part, rank in spec.part_ranks.items()}
     found |= {
         "emb_dims": list(spec.embedder_ranks) or None,
@@ -151,11 +161,12 @@ def network_args(spec: AdapterSpec) -> dict[str, str]:
         "rank_dropout": spec.dropout.rank or None,
         "module_dropout": spec.dropout.module or None,
         "rs_lora": spec.rs_lora or None,
-        "algo": None if spec.algorithm == AdapterSpec().algorithm else spec.algorithm,
+        "factor": None if spec.lokr_factor == AdapterSpec().lokr_factor else spec.lokr_factor,
         "rank_rules": [f"{pattern}={rank}" for pattern, rank in spec.rank_rules] or None,
         "lr_rules": [f"{pattern}={rate:g}" for pattern, rate in spec.learning_rate_rules] or None,
     }
-    return {name: _text(value) for name, value in found.items() if value is not None}
+    given = {name: _text(value) for name, value in found.items() if value is not None}
+    return {**given, **KINDS[spec.algorithm].network_args}
 
 
 def source_date() -> str | None:
@@ -180,5 +191,5 @@ def thumbnail_url(path: Path) -> str:
 
 
 def _text(value: object) -> str:
-    """Returns a value as sd-scripts writes it: Python's own notation, lists as JSON."""
-    return json.dumps(value) if isinstance(value, list) else str(value)
+    """Returns a value as sd-scripts writes it: Python's own notation, lists and tables as JSON."""
+    return json.dumps(value) if isinstance(value, list | dict) else str(value)

@@ -1,7 +1,6 @@
 """`sd3pipe export`: an adapter in the form of another program, or the base model with the adapter in it."""
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,14 +9,13 @@ from sd3pipe import stopping
 from sd3pipe.adapters.files import AdapterFile, SavedAdapter, read_adapter, save_adapter
 from sd3pipe.adapters.find import checkpoint_adapters, find_adapter
 from sd3pipe.adapters.keymap import is_text_encoder
-from sd3pipe.adapters.metadata import PROVENANCE_KEY
 from sd3pipe.console import StageReport, count, readable_bytes
 from sd3pipe.device import choose_device
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.exporting.adapter_files import (
     as_report,
     as_summary,
-    description,
+    checkpoint_metadata,
     export_metadata,
     refuse_to_replace,
 )
@@ -119,7 +117,7 @@ def _merge(source: AdapterFile, params: ExportParams, device: torch.device) -> M
         base,
         model,
         multiplier=params.multiplier,
-        metadata=_merged_metadata(source.metadata, params),
+        metadata=checkpoint_metadata(source, base, model, params),
         device=device,
     )
     if merged.largest_rounding > _FAINT:
@@ -129,15 +127,6 @@ def _merge(source: AdapterFile, params: ExportParams, device: torch.device) -> M
             merged.largest_at,
         )
     return merged
-
-
-def _merged_metadata(source: Mapping[str, str], params: ExportParams) -> dict[str, str]:
-    """Returns what the merged model says of the adapter in it."""
-    if not params.metadata:
-        return {}
-    provenance = {PROVENANCE_KEY: source[PROVENANCE_KEY]} if PROVENANCE_KEY in source else {}
-    multiplier = {"sd3pipe_merged_multiplier": repr(params.multiplier)}
-    return provenance | multiplier | description(params)
 
 
 def _merged_report(merged: MergedModel) -> dict[str, object]:

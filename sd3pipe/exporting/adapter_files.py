@@ -3,14 +3,17 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from sd3pipe.adapters.files import SavedAdapter
+from sd3pipe.adapters.files import AdapterFile, SavedAdapter
 from sd3pipe.adapters.keymap import Form
 from sd3pipe.adapters.kinds import KINDS
-from sd3pipe.adapters.metadata import modelspec, thumbnail_url
+from sd3pipe.adapters.metadata import PROVENANCE_KEY, model_keys, modelspec, thumbnail_url
 from sd3pipe.adapters.peft_config import PEFT_CONFIG_KEY
 from sd3pipe.console import count, readable_bytes
 from sd3pipe.errors import ParameterError
-from sd3pipe.params.export import DescriptionParams
+from sd3pipe.models.architecture import mmdit_architecture
+from sd3pipe.models.sources import ComponentSource
+from sd3pipe.params.export import DescriptionParams, ExportParams
+from sd3pipe.tensors.header import read_header_and_metadata
 
 _OF_THE_SOURCE_FILE = {"format", PEFT_CONFIG_KEY, "sshs_legacy_hash"}.union(
     *(kind.note_keys for kind in KINDS.values())
@@ -25,13 +28,37 @@ def export_metadata(
         return None
     kept = {key: value for key, value in source.items() if key not in _OF_THE_SOURCE_FILE}
     known = modelspec(variants[0], None) if len(variants) == 1 else {}
-    keys = known | kept | description(words)
+    keys = known | kept | _description(words)
     if form == "diffusers" and "modelspec.implementation" in keys:
         keys["modelspec.implementation"] = "diffusers"
     return keys
 
 
-def description(words: DescriptionParams) -> dict[str, str]:
+def checkpoint_metadata(
+    source: AdapterFile, base: ComponentSource, model: Path | None, params: ExportParams
+) -> dict[str, str]:
+    """Returns what a model says of the adapter in it; `model` is what the base was found in, None for a file alone."""
+    if not params.metadata:
+        return {}
+    file = base.paths[0]
+    place = model if model is not None and model.is_dir() else file
+    titles = [_title(read_header_and_metadata(file)[1], place), _title(source.metadata, source.path)]
+    keys = model_keys(mmdit_architecture(base).variant) | {
+        "modelspec.title": params.out.stem,
+        "modelspec.merged_from": ", ".join(titles),
+        "sd3pipe_merged_multiplier": repr(params.multiplier),
+    }
+    if place is model:
+        keys["modelspec.implementation"] = "diffusers"
+    provenance = {PROVENANCE_KEY: source.metadata[PROVENANCE_KEY]} if PROVENANCE_KEY in source.metadata else {}
+    return keys | provenance | _description(params)
+
+
+def _title(metadata: Mapping[str, str], path: Path) -> str:
+    return metadata.get("modelspec.title") or (path.name if path.is_dir() else path.stem)
+
+
+def _description(words: DescriptionParams) -> dict[str, str]:
     """Returns the keys of the user's words. Raises InputError for a thumbnail that is none."""
     thumbnail = {"modelspec.thumbnail": thumbnail_url(words.thumbnail)} if words.thumbnail else {}
     return words.description.keys() | thumbnail

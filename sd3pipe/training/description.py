@@ -2,6 +2,9 @@
 
 import importlib.metadata
 from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
 
 from sd3pipe.adapters.metadata import provenance, training_metadata
 from sd3pipe.console import version
@@ -59,4 +62,26 @@ def adapter_metadata(
         resolution=max(data.resolutions, key=lambda size: size[0] * size[1]),
         provenance=made_from,
         description=params.description,
+        dataset={"sd_model_name": Path(params.mmdit or params.model).name, **_pictures(data)},
     )
+
+
+def _pictures(data: TrainingData) -> dict[str, object]:
+    """Returns what sd-scripts says of the pictures: those of each subset, and how many of all are seen in an epoch."""
+    facts: dict[str, object] = {}
+    for word, is_reg in (("", False), ("reg_", True)):
+        numbers = {
+            rules.name: number
+            for number, rules in enumerate(data.train.rules)
+            if data.subsets[rules.name]["is_reg"] == is_reg
+        }
+        facts[f"{word}dataset_dirs"] = {
+            name: {
+                "n_repeats": data.subsets[name]["num_repeats"],
+                "img_count": int((data.train.subsets == number).sum()),
+            }
+            for name, number in numbers.items()
+        }
+        seen = np.isin(data.train.subsets, list(numbers.values()))
+        facts[f"num_{word or 'train_'}images"] = int(data.train.repeats[seen].sum())
+    return facts

@@ -36,6 +36,7 @@ class TrainingData:
     train: Items
     validation: Items
     resolutions: tuple[tuple[int, int], ...]  # width, height of every bucket
+    subsets: Mapping[str, Mapping[str, Any]]  # what weights and orders each one's samples
 
     def fingerprints(self) -> dict[str, str]:
         """Returns the fingerprints of what the caches were encoded with."""
@@ -82,6 +83,7 @@ def open_data(params: TrainParams) -> TrainingData:
         train=items,
         validation=_items(joined, np.flatnonzero(splits == "validation"), subsets, params, text, shapes),
         resolutions=joined.sizes,
+        subsets=subsets,
     )
 
 

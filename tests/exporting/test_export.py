@@ -94,6 +94,7 @@ def test_metadata_is_kept_and_the_users_words_are_added(run, tmp_path):
         "2.0",
     )
     assert json.loads(found["ss_network_args"]) == {"x_mlp_dim": "8"}
+    assert json.loads(found["ss_dataset_dirs"]) == {"cats": {"n_repeats": 10, "img_count": 3}}
     assert (found["ss_apply_t5_attn_mask"], found["ss_t5xxl_max_token_length"]) == ("False", "154")
     assert found["ss_base_model_version"] == "5-medium" and found["ss_steps"] == "20"
     assert json.loads(found["sd3pipe"])["fingerprints"] == {"mmdit": "ab" * 32}
@@ -103,6 +104,20 @@ def test_metadata_is_kept_and_the_users_words_are_added(run, tmp_path):
 def test_without_metadata_the_file_says_nothing(run, tmp_path):
     export(run / "checkpoints" / "step-00000020", tmp_path / "out.safetensors", metadata=False)
     assert metadata_of(tmp_path / "out.safetensors") == {"format": "pt"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments"),
+    [
+        ({"algorithm": "loha"}, {"algo": "loha"}),
+        ({"algorithm": "lokr", "lokr_factor": 8}, {"algo": "lokr", "factor": "8"}),
+        ({"algorithm": "dora"}, {"algo": "lora", "dora_wd": "True"}),
+    ],
+)
+def test_kinds_that_sd_scripts_has_not_are_called_as_lycoris_calls_them(shape, arguments):
+    found = trained_metadata(**shape)
+    assert found["ss_network_module"] == "lycoris.kohya"
+    assert json.loads(found["ss_network_args"]) == {"x_mlp_dim": "8", **arguments}
 
 
 def test_date_comes_from_the_environment_alone(monkeypatch):

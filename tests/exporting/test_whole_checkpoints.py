@@ -71,8 +71,10 @@ def test_merged_file_keeps_layout_formats_and_everything_else(tmp_path):
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed == {f"{PREFIXES['mmdit']}{path}.weight" for path in adapter}
     with safe_open(tmp_path / "merged.safetensors", "pt") as file:
-        assert file.metadata()["modelspec.title"] == "base"
-        assert "modelspec.hash_sha256" not in file.metadata()
+        found = file.metadata()
+    assert (found["modelspec.title"], found["modelspec.merged_from"]) == ("merged", "base, lora")
+    assert found["modelspec.architecture"] == "stable-diffusion-3-5-medium"
+    assert found["modelspec.author"] == "Ada" and "modelspec.hash_sha256" not in found
 
 
 def test_merged_file_carries_the_words_and_never_replaces_its_base(tmp_path):

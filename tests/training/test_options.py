@@ -202,6 +202,10 @@ def test_words_stand_in_the_metadata(inputs):
         metadata = file.metadata()
     values = set(metadata.values())
     assert set(IN_THE_METADATA.values()) <= values
+    assert json.loads(metadata["ss_dataset_dirs"]) == {"photos": {"n_repeats": 1, "img_count": 2}}
+    assert json.loads(metadata["ss_reg_dataset_dirs"]) == {"class": {"n_repeats": 1, "img_count": 1}}
+    assert (metadata["ss_num_train_images"], metadata["ss_num_reg_images"]) == ("2", "2")
+    assert metadata["ss_sd_model_name"] == inputs.model.name
 
 
 def test_network_args_say_what_is_unknown_and_what_is_refused(inputs):
