@@ -4,6 +4,7 @@
 
 import io
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -18,14 +19,20 @@ from sd3pipe.data.headers import (
 )
 from sd3pipe.errors import UnreadablePicture
 
-_FLIPS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+try:
+    import simplejpeg
+except ImportError:  # where it has no wheel
+    simplejpeg = None
+
+_Turn = Callable[[np.ndarray], np.ndarray]
+_TURNS: dict[int, _Turn] = {
+    2: lambda pixels_HWC: pixels_HWC[:, ::-1],
+    3: lambda pixels_HWC: pixels_HWC[::-1, ::-1],
+    4: lambda pixels_HWC: pixels_HWC[::-1],
+    5: lambda pixels_HWC: pixels_HWC.swapaxes(0, 1),
+    6: lambda pixels_HWC: pixels_HWC.swapaxes(0, 1)[:, ::-1],
+    7: lambda pixels_HWC: pixels_HWC[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels_HWC: pixels_HWC.swapaxes(0, 1)[::-1],
 }
 _SRGB_NAMES = ("sRGB", "c2")  # c2 is the name of a much used small sRGB profile
 _ICC_SPACES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}  # bytes 16 to 19 of a profile
@@ -38,13 +45,15 @@ def decode(data: bytes, suffix: str = "", *, keep_alpha: bool, max_pixels: int =
     not kept is dropped as sd-scripts drops it: the colours below it stay as they are.
     """
     image = open_picture(data, suffix, max_pixels)
-    turn = _FLIPS.get(orientation(image))
+    turn, profile = _TURNS.get(orientation(image)), image.info.get("icc_profile")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image.load()
-            upright = image.transpose(turn) if turn is not None else image
-            return _pixels(upright, image.info.get("icc_profile"), keep_alpha)
+            pixels_HWC = None if keep_alpha else _photograph(image, data, profile)
+            if pixels_HWC is None:
+                image.load()
+                pixels_HWC = _pixels(image, profile, keep_alpha)
+            return pixels_HWC if turn is None else np.ascontiguousarray(turn(pixels_HWC))
     except DECODER_ERRORS as error:
         raise UnreadablePicture(f"it cannot be decoded ({reason(error)})") from error
 
@@ -54,6 +63,22 @@ def composited(pixels_HWC: np.ndarray, background: tuple[int, int, int]) -> np.n
     alpha = pixels_HWC[..., 3:].astype(np.float32) / 255
     mixed = pixels_HWC[..., :3] * alpha + np.asarray(background, np.float32) * (1 - alpha)
     return np.rint(mixed).astype(np.uint8)
+
+
+def _photograph(image: Image.Image, data: bytes, profile: bytes | None) -> np.ndarray | None:
+    """Returns the pixels of a JPEG in sRGB by simplejpeg; None for any other, and where it complains of anything.
+
+    Both libraries hold libjpeg-turbo and make the same pixels of a whole file; Pillow takes three times as long.
+    """
+    if simplejpeg is None or image.format not in ("JPEG", "MPO") or image.mode != "RGB":
+        return None
+    if profile and _foreign(profile, image.mode):
+        return None
+    try:
+        pixels_HWC = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
+    except ValueError:
+        return None
+    return pixels_HWC if pixels_HWC.shape[1::-1] == image.size else None
 
 
 def _pixels(image: Image.Image, profile: bytes | None, keep_alpha: bool) -> np.ndarray:
@@ -97,11 +122,18 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def _by_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
     """Returns the picture converted to sRGB; None where it is sRGB already or the profile does not fit the picture."""
+    source = _foreign(profile, image.mode)
+    try:
+        return source and ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, *DECODER_ERRORS):
+        return None
+
+
+def _foreign(profile: bytes, mode: str) -> ImageCms.ImageCmsProfile | None:
+    """Returns a profile that fits pictures of a mode and is another than sRGB's."""
     try:
         source = ImageCms.getOpenProfile(io.BytesIO(profile))
-        if _ICC_SPACES.get(profile[16:20]) != image.mode or _is_srgb(source):
-            return None
-        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        return None if _ICC_SPACES.get(profile[16:20]) != mode or _is_srgb(source) else source
     except (ImageCms.PyCMSError, *DECODER_ERRORS):
         return None
 

@@ -52,10 +52,11 @@ def _apply(pixels_HWC: np.ndarray, size: tuple[int, int], name: str) -> np.ndarr
     """Returns float32 values after filtering columns, then rows."""
     height, width = pixels_HWC.shape[:2]
     channels = pixels_HWC.shape[2] if pixels_HWC.ndim == 3 else 1
-    rows = pixels_HWC.reshape(height, width * channels).astype(np.float32)
+    rows = pixels_HWC.reshape(height, width * channels)
     tall = np.empty((size[1], width * channels), np.float32)
-    for block in _blocks(height, size[1], name):
-        np.matmul(block.weights, rows[block.first : block.last], out=tall[block.start : block.stop])
+    for block in _blocks(height, size[1], name):  # some rows at a time as float32, which stay in the core's own memory
+        part = rows[block.first : block.last].astype(np.float32)
+        np.matmul(block.weights, part, out=tall[block.start : block.stop])
     done = np.empty((size[1], size[0] * channels), np.float32)
     for block, weights in _blocks_per_channel(width, size[0], name, channels):
         part = tall[:, block.first * channels : block.last * channels]

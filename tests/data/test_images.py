@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
+from sd3pipe.data import images
 from sd3pipe.data.headers import open_picture, read_header
 from sd3pipe.data.images import composited, decode
 from sd3pipe.errors import UnreadablePicture
@@ -40,6 +41,50 @@ def test_exif_orientation_is_applied(orientation, format):
     assert np.array_equal(rgb(data), expected)
     header = read_header(data)
     assert (header.height, header.width) == expected.shape[:2]
+
+
+PHOTOGRAPH = np.kron(RNG.integers(0, 256, (5, 9, 3), dtype=np.uint8), np.ones((7, 5, 1), np.uint8))
+KINDS_OF_JPEG = {
+    "plain": {},
+    "progressive": {"progressive": True},
+    "4:4:4": {"subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "coarse": {"quality": 5},
+    "restarts": {"restart_marker_blocks": 3},
+    "as RGB": {"keep_rgb": True},
+    "exif": {"exif": b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x00\x00\x00\x00\x00"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_JPEG)
+@pytest.mark.parametrize("size", [(45, 35), (44, 33), (1, 1), (17, 2)])
+def test_photographs_have_the_pixels_that_pillow_makes(monkeypatch, kind, size):
+    pytest.importorskip("simplejpeg")
+    data = saved(Image.fromarray(PHOTOGRAPH[: size[1], : size[0]]), "JPEG", **KINDS_OF_JPEG[kind])
+    expected = np.asarray(Image.open(io.BytesIO(data)))
+    monkeypatch.setattr(images, "_pixels", None)  # Pillow's pixels are not asked for
+    assert np.array_equal(rgb(data), expected)
+
+
+def test_without_simplejpeg_pillow_makes_the_same_pixels(monkeypatch):
+    data = saved(Image.fromarray(PHOTOGRAPH), "JPEG")
+    pixels = rgb(data)
+    monkeypatch.setattr(images, "simplejpeg", None)
+    assert np.array_equal(rgb(data), pixels)
+
+
+def test_a_jpeg_cut_short_or_with_a_flaw_is_what_pillow_says(monkeypatch):
+    data = saved(Image.fromarray(PHOTOGRAPH), "JPEG", quality=95)
+    flaw = data[:-200] + b"\xff\xd0" + data[-198:]
+    for damaged in (data[:-40], flaw, data[:-2]):
+        outcomes = []
+        for library in (images.simplejpeg, None):
+            monkeypatch.setattr(images, "simplejpeg", library)
+            try:
+                outcomes.append(rgb(damaged).tobytes())
+            except UnreadablePicture as error:
+                outcomes.append(str(error))
+        assert outcomes[0] == outcomes[1]
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 300])
