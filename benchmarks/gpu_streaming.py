@@ -32,12 +32,13 @@ from sd3pipe.device_memory import peak_device_bytes
 from sd3pipe.errors import ParameterError
 from sd3pipe.memory.plan import Rates, Settings, Workload, predict
 from sd3pipe.memory.quantise import quantise
-from sd3pipe.memory.sizes import BaseFormat, ModelSize, image_tokens, model_size
+from sd3pipe.memory.sizes import ModelSize, image_tokens, model_size
 from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.training.compiling import compile_blocks
 from sd3pipe.training.rates import COPY_BYTES, copy_seconds, measure_rates
+from sd3pipe.words import BaseFormat
 
 ARCHITECTURES = {
     "sd35-medium": MMDiTArchitecture(depth=24, pos_embed_max=384, qk_norm=True, dual_attention_blocks=tuple(range(13))),

@@ -19,10 +19,11 @@ from sd3pipe.demo.drawings import NEW_WORD, WORDINGS, all_subjects
 from sd3pipe.diffusion.sampler import TextCondition
 from sd3pipe.models.conditioning import assemble_conditioning
 from sd3pipe.models.sources import find_component
-from sd3pipe.models.text_architecture import ENCODERS, ClipArchitecture, EncoderName, T5Architecture
+from sd3pipe.models.text_architecture import ENCODERS, ClipArchitecture, T5Architecture
 from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.models.text_rows import EncodingMachine, encode_rows
 from sd3pipe.models.tokenizers import load_tokenizer, tokenize_for_encoders
+from sd3pipe.words import EncoderName
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from support.tiny_tokenizers import train_tokenizers

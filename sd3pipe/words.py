@@ -14,15 +14,21 @@ SchedulerName = Literal[
 Algorithm = Literal["lora", "dora", "loha", "lokr"]
 AfterBadLoss = Literal["stop", "rollback"]
 
-Variant = Literal["sd3-medium", "sd35-medium", "sd35-large", "sd35-large-turbo"]
+MMDiTVariant = Literal["sd3-medium", "sd35-medium", "sd35-large"]  # which the tensors tell apart
 ToldVariant = Literal["sd35-large-turbo"]  # has large's keys and shapes, so only the user can tell it
+Variant = Literal[MMDiTVariant, ToldVariant]
+SideName = Literal["context_block", "x_block"]
+ClipName = Literal["clip_l", "clip_g"]
+EncoderName = Literal[ClipName, "t5xxl"]
+VocabularyKind = Literal["clip", "t5"]
 Goal = Literal["subject", "style", "concepts"]
 
 Precision = Literal["no", "fp16", "bf16"]  # accelerate's and sd-scripts' words; no: float32
-WantedPrecision = Literal["auto", "no", "fp16", "bf16"]
+WantedPrecision = Literal["auto", Precision]
 Format = Literal["float32", "float16", "bfloat16"]  # torch's words
 FORMAT_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 PackedFormat = Literal["fp8", "int8", "nf4"]
+BaseFormat = Literal["dense", PackedFormat]
 SavePrecision = Literal["float", "fp16", "bf16"]  # sd-scripts' words
 StoredFormat = Literal["auto", "same", "fp32", "fp16", "bf16"]
 
@@ -34,4 +40,6 @@ LatentMode = Literal["moments", "mean"]
 Padding = Literal["keep", "zero"]
 AutoOnOff = Literal["auto", "on", "off"]
 AdapterForm = Literal["comfyui", "comfyui-generic", "diffusers"]
-Trackers = Literal["tensorboard", "wandb", "all"]
+Tracker = Literal["tensorboard", "wandb"]  # each is the name of its package, too
+Trackers = Literal[Tracker, "all"]
+Engine = Literal["local", "ray"]

@@ -13,7 +13,6 @@ from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import make_folder, write_bytes, write_text
 from sd3pipe.models.sources import find_component
-from sd3pipe.models.text_architecture import EncoderName
 from sd3pipe.models.tokenizer_folders import find_tokenizers
 from sd3pipe.models.tokenizers import load_tokenizer
 from sd3pipe.params.preview import PreviewParams
@@ -21,6 +20,7 @@ from sd3pipe.previewing.cards import CaptionTokens, Preview
 from sd3pipe.previewing.dataset_cards import dataset_preview
 from sd3pipe.previewing.page import render
 from sd3pipe.previewing.sheet import draw_sheet
+from sd3pipe.words import EncoderName
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,11 @@ from sd3pipe.documents import read_data
 from sd3pipe.errors import InputError, NetworkError
 from sd3pipe.files import write_bytes
 from sd3pipe.models.hub import HubRepository
-from sd3pipe.models.text_architecture import ENCODERS, EncoderName
+from sd3pipe.models.text_architecture import ENCODERS
 from sd3pipe.models.tokenizer_folders import HUB_REPOSITORIES
-from sd3pipe.models.vocabularies import GENUINE_IDENTITIES, VOCABULARY_KINDS, VocabularyKind, vocabulary_identity
+from sd3pipe.models.vocabularies import GENUINE_IDENTITIES, VOCABULARY_KINDS, vocabulary_identity
 from sd3pipe.params.tokenizers import TokenizersParams
+from sd3pipe.words import EncoderName, VocabularyKind
 
 log = logging.getLogger(__name__)
 

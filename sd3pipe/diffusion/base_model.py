@@ -10,12 +10,13 @@ from sd3pipe.errors import DeviceMemoryError
 from sd3pipe.memory.choosing import Freedom, Limits, fitting_settings
 from sd3pipe.memory.plan import Settings, Workload
 from sd3pipe.memory.quantise import quantise
-from sd3pipe.memory.sizes import BaseFormat, model_size
+from sd3pipe.memory.sizes import model_size
 from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.models.architecture import MMDiTArchitecture, mmdit_architecture
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.sources import ComponentSource
 from sd3pipe.tensors.reader import read_tensors
+from sd3pipe.words import BaseFormat
 
 _TABLE = "pos_embed"  # stays on the host; each step takes a window of it
 

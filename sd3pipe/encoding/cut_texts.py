@@ -7,7 +7,7 @@ from pydantic import TypeAdapter
 
 from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, read_json
 from sd3pipe.files import write_json
-from sd3pipe.models.text_architecture import EncoderName
+from sd3pipe.words import EncoderName
 
 _FILE = "cut.json"
 

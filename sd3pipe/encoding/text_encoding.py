@@ -17,13 +17,13 @@ from sd3pipe.device import choose_device
 from sd3pipe.device_memory import memory_errors
 from sd3pipe.encoding.t5_packing import t5_packer
 from sd3pipe.encoding.t5_streaming import streams_t5
-from sd3pipe.models.text_architecture import ENCODERS, EncoderName
+from sd3pipe.models.text_architecture import ENCODERS
 from sd3pipe.models.text_encoder_files import TextEncoders
 from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.models.text_rows import EncodingMachine, compute_dtype, encode_rows
 from sd3pipe.models.tokenizers import TokenizedTexts, tokenize_for_encoders
 from sd3pipe.params.encode_text import EncodeTextParams
-from sd3pipe.words import PackedFormat
+from sd3pipe.words import EncoderName, PackedFormat
 
 Tokens = Mapping[EncoderName, TokenizedTexts]
 

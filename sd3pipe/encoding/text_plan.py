@@ -17,11 +17,10 @@ from sd3pipe.data.captions import processed_captions
 from sd3pipe.data.dataset_file import Dataset
 from sd3pipe.data.prompts import SamplePrompt
 from sd3pipe.data.scan import Scan
-from sd3pipe.models.text_architecture import EncoderName
 from sd3pipe.models.text_encoder_files import TextSizes
 from sd3pipe.models.text_recipe import RECIPE_VERSION, TextRecipe
 from sd3pipe.params.encode_text import EncodeTextParams
-from sd3pipe.words import FORMAT_BYTES
+from sd3pipe.words import FORMAT_BYTES, EncoderName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from sd3pipe.errors import ParameterError
 from sd3pipe.memory.kept import Tokens, kept_bytes
 from sd3pipe.memory.schedule import RING_SLOTS, kept_activations, spread_evenly, step_copies
-from sd3pipe.memory.sizes import BaseFormat, BlockSize, ModelSize
+from sd3pipe.memory.sizes import BlockSize, ModelSize
 from sd3pipe.rules.memory import MemoryRules
-from sd3pipe.words import KeptActivations, ModulationMode
+from sd3pipe.words import BaseFormat, KeptActivations, ModulationMode
 
 _GRADIENTS = 10  # of a block's intermediate values, alive at once; the widest are the MLP's, 4 each
 _CUDA_BYTES = 600_000_000  # context, cuBLAS workspace, allocator slack: an estimate

@@ -7,11 +7,8 @@ are a third of its bytes and take no time. Dual attention adds 8 D^2 per image t
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from sd3pipe.words import KeptActivations
-
-BaseFormat = Literal["dense", "fp8", "int8", "nf4"]
+from sd3pipe.words import BaseFormat, KeptActivations
 
 CLIP_TOKENS = 77
 _PATCH_PX = 16  # 8 pixels a latent, 2 latents a patch

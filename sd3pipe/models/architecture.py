@@ -6,13 +6,11 @@ Keys are the native checkpoint keys without their prefix. Layout: Stability AI's
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
-from typing import Literal
 
 from sd3pipe.errors import InputError
 from sd3pipe.models.shapes import Shapes, compare_shapes, linear_shapes
 from sd3pipe.models.sources import ComponentSource
-
-MMDiTVariant = Literal["sd3-medium", "sd35-medium", "sd35-large"]
+from sd3pipe.words import MMDiTVariant, SideName
 
 HEAD_WIDTH = 64  # every head of every variant
 TIMESTEP_FREQUENCIES = 256  # width of the sinusoid: 128 cosines, 128 sines
@@ -66,13 +64,13 @@ class MMDiTArchitecture:
         """Returns the keys and shapes of one joint block."""
         return self._side_shapes(index, "context_block") | self._side_shapes(index, "x_block")
 
-    def modulation_chunks(self, index: int, side: Literal["context_block", "x_block"]) -> int:
+    def modulation_chunks(self, index: int, side: SideName) -> int:
         """Returns how many vectors the adaLN of one side of a block puts out: 2, 6 or 9."""
         if side == "context_block":
             return 2 if index == self.depth - 1 else 6
         return 9 if index in self.dual_attention_blocks else 6
 
-    def _side_shapes(self, index: int, side: Literal["context_block", "x_block"]) -> Shapes:
+    def _side_shapes(self, index: int, side: SideName) -> Shapes:
         width, name = self.width, f"joint_blocks.{index}.{side}"
         only_keys_and_values = side == "context_block" and index == self.depth - 1
         shapes = linear_shapes(f"{name}.adaLN_modulation.1", self.modulation_chunks(index, side) * width, width)

@@ -2,7 +2,7 @@
 
 # B batch, L tokens (context: text tokens, x: image patches), D width, H heads, E = 64 head width, K modulation width
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional
 from sd3pipe.models.architecture import HEAD_WIDTH, MLP_RATIO, MMDiTArchitecture
 from sd3pipe.models.linear import Linear
 from sd3pipe.models.recomputation import recomputed
-from sd3pipe.words import KeptActivations
+from sd3pipe.words import KeptActivations, SideName
 
 _EPSILON = 1e-6  # of all norms
 
@@ -100,7 +100,7 @@ class BlockSide(nn.Module):
         self,
         architecture: MMDiTArchitecture,
         index: int,
-        side: Literal["context_block", "x_block"],
+        side: SideName,
         device: Place,
         dtype: torch.dtype | None,
     ) -> None:

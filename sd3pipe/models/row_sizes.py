@@ -7,9 +7,9 @@ from pathlib import Path
 from sd3pipe.errors import InputError
 from sd3pipe.models.hub import is_hub_id
 from sd3pipe.models.sources import find_component
-from sd3pipe.models.text_architecture import EncoderName
 from sd3pipe.models.text_encoder_files import TextSizes, find_text_sizes
 from sd3pipe.models.vae_architecture import VAEArchitecture, detect_vae
+from sd3pipe.words import EncoderName
 
 log = logging.getLogger(__name__)
 

@@ -6,15 +6,13 @@ Keys are those of transformers (CLIPTextModelWithProjection, T5EncoderModel), as
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 from sd3pipe.errors import InputError
 from sd3pipe.models.shapes import Shapes, compare_shapes, count_numbered, linear_shapes, vector_shapes
+from sd3pipe.words import ClipName, EncoderName
 
-ClipName = Literal["clip_l", "clip_g"]
-EncoderName = Literal["clip_l", "clip_g", "t5xxl"]
-
-ENCODERS: tuple[EncoderName, ...] = ("clip_l", "clip_g", "t5xxl")
+ENCODERS: tuple[EncoderName, ...] = get_args(EncoderName)
 HEAD_WIDTH = 64  # every head of every encoder
 CLIP_ACTIVATIONS: dict[ClipName, str] = {"clip_l": "quick_gelu", "clip_g": "gelu"}  # the tensors do not tell
 

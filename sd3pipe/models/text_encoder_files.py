@@ -7,8 +7,9 @@ from pathlib import Path
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.sources import ComponentSource, find_component
-from sd3pipe.models.text_architecture import ENCODERS, EncoderName, detect_clip, detect_t5
+from sd3pipe.models.text_architecture import ENCODERS, detect_clip, detect_t5
 from sd3pipe.models.tokenizer_folders import find_tokenizers, tokenizers_identity
+from sd3pipe.words import EncoderName
 
 _PUBLISHED_WIDTHS: Mapping[EncoderName, int] = {"clip_l": 768, "clip_g": 1280, "t5xxl": 4096}
 _PUBLISHED_VOCABULARIES: Mapping[EncoderName, int] = {"clip_l": 49408, "clip_g": 49408, "t5xxl": 32128}

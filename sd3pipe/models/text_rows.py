@@ -19,12 +19,11 @@ from sd3pipe.errors import InputError
 from sd3pipe.files import storage_errors
 from sd3pipe.models.layouts import TITLES
 from sd3pipe.models.sources import ComponentSource
-from sd3pipe.models.text_architecture import ClipName, EncoderName
 from sd3pipe.models.text_encoders import ClipEncoder, T5Encoder
 from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.models.tokenizers import TokenizedTexts
 from sd3pipe.tensors.formats import DTYPES
-from sd3pipe.words import Format
+from sd3pipe.words import ClipName, EncoderName, Format
 
 _WINDOW_BYTES = 256 << 20  # T5's hidden states that go through a block before the next one is read
 

@@ -8,8 +8,9 @@ from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.fingerprint import hash_json
 from sd3pipe.models.hub import HubRepository, is_hub_id
-from sd3pipe.models.text_architecture import ENCODERS, EncoderName
+from sd3pipe.models.text_architecture import ENCODERS
 from sd3pipe.models.vocabularies import VOCABULARY_KINDS, has_vocabulary, vocabulary_identity
+from sd3pipe.words import EncoderName
 
 TOKENIZERS_VARIABLE = "SD3PIPE_TOKENIZERS"
 HUB_REPOSITORIES: dict[EncoderName, str] = {

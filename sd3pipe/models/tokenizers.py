@@ -13,7 +13,7 @@ import numpy
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from sd3pipe.errors import InputError
-from sd3pipe.models.text_architecture import ENCODERS, EncoderName
+from sd3pipe.models.text_architecture import ENCODERS
 from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.models.vocabularies import (
     CLIP_END,
@@ -25,6 +25,7 @@ from sd3pipe.models.vocabularies import (
     read_clip_vocabulary,
     read_t5_vocabulary,
 )
+from sd3pipe.words import EncoderName
 
 _SPARE_PIECES = 256  # T5's embedding has rows for 100 sentinels and is rounded up to a multiple of 128
 _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, StrictInt, TypeAdapter
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
@@ -20,9 +20,8 @@ from sd3pipe.documents import read_data, read_json, read_text
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.fingerprint import hash_bytes, hash_json, is_hash
-from sd3pipe.models.text_architecture import EncoderName
+from sd3pipe.words import EncoderName, VocabularyKind
 
-VocabularyKind = Literal["clip", "t5"]
 VOCABULARY_KINDS: dict[EncoderName, VocabularyKind] = {"clip_l": "clip", "clip_g": "clip", "t5xxl": "t5"}
 GENUINE_IDENTITIES: dict[VocabularyKind, str] = {  # of openai/clip-vit-large-patch14 and google/t5-v1_1-xxl
     "clip": "c015895def079d274e79dd66f20dfc16d220879968d1197920b4651fabd8c0ab",

@@ -5,17 +5,9 @@ from typing import Annotated
 from pydantic import BeforeValidator, model_validator
 
 from sd3pipe.params.fields import OptionPath, option
-from sd3pipe.params.sharing import (
-    ENGINE_HELP,
-    SHARD_HELP,
-    SHARD_PATTERN,
-    WORKERS_HELP,
-    Engine,
-    Shard,
-    check_engine,
-)
+from sd3pipe.params.sharing import ENGINE_HELP, SHARD_HELP, SHARD_PATTERN, WORKERS_HELP, Shard, check_engine
 from sd3pipe.params.stage import StageParams
-from sd3pipe.words import Format, LatentMode
+from sd3pipe.words import Engine, Format, LatentMode
 
 _PATHS, _LATENTS, _RUN, _BROKEN = "Paths", "Latents", "This run", "Unreadable pictures"
 

@@ -1,21 +1,11 @@
 """Options of `sd3pipe encode-text`."""
 
-from typing import Literal
-
 from pydantic import model_validator
 
 from sd3pipe.params.fields import OptionPath, option
-from sd3pipe.params.sharing import (
-    ENGINE_HELP,
-    SHARD_HELP,
-    SHARD_PATTERN,
-    WORKERS_HELP,
-    Engine,
-    Shard,
-    check_engine,
-)
+from sd3pipe.params.sharing import ENGINE_HELP, SHARD_HELP, SHARD_PATTERN, WORKERS_HELP, Shard, check_engine
 from sd3pipe.params.stage import StageParams
-from sd3pipe.words import AutoOnOff, PackedFormat, Padding
+from sd3pipe.words import AutoOnOff, Engine, Format, PackedFormat, Padding
 
 _PATHS, _TEXT, _RUN = "Paths", "Text", "This run"
 
@@ -69,7 +59,7 @@ class EncodeTextParams(StageParams):
     apply_t5_attn_mask: bool = option(
         False, "T5 does not attend to padding.", role="recipe", panel=_TEXT, advanced=True
     )
-    text_dtype: Literal["bfloat16", "float16", "float32"] = option(
+    text_dtype: Format = option(
         "bfloat16", "Number format of encoding and of the rows; for float16, T5 computes in float32, as it overflows.",
         role="recipe", panel=_TEXT,
     )

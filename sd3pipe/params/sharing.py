@@ -1,9 +1,11 @@
 """The options by which the encode stages share out their work: --shard, --engine and --ray-workers."""
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import AfterValidator
+
+from sd3pipe.words import Engine
 
 
 def _part_exists(value: str) -> str:
@@ -33,7 +35,6 @@ SHARD_HELP = (
     "process's rank under torchrun, else all."
 )
 
-Engine = Literal["local", "ray"]
 ENGINE_HELP = (
     "Who encodes: this process, or the workers of a Ray cluster (pip install 'sd3pipe[ray]'), which RAY_ADDRESS names "
     "or which is started here."

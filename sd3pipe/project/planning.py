@@ -25,10 +25,11 @@ from sd3pipe.memory.sizes import (
     image_tokens,
     model_size,
 )
-from sd3pipe.models.architecture import MMDiTVariant, mmdit_architecture
+from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import find_component
 from sd3pipe.params.plan import PlanParams
 from sd3pipe.rules.memory import MemoryRules
+from sd3pipe.words import MMDiTVariant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,17 +2,16 @@
 
 import importlib.util
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 from sd3pipe.errors import ParameterError
 from sd3pipe.files import make_folder
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.processes import Processes
+from sd3pipe.words import Tracker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-Tracker = Literal["tensorboard", "wandb"]  # each is the name of its package, too
 
 
 def check_trackers(params: TrainParams) -> None:

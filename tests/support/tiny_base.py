@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sd3pipe.files import make_folder
 from sd3pipe.fingerprint import digest_bytes
-from sd3pipe.models.architecture import MMDiTVariant
+from sd3pipe.words import MMDiTVariant
 from support.tiny_base_architecture import TinyArchitecture, base_architecture
 from support.tiny_diffusers import write_diffusers_folder
 from support.tiny_tokenizers import train_tokenizers

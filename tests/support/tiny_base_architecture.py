@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sd3pipe.models.architecture import MMDiTArchitecture, MMDiTVariant
-from sd3pipe.models.text_architecture import ClipArchitecture, ClipName, EncoderName, T5Architecture
+from sd3pipe.models.architecture import MMDiTArchitecture
+from sd3pipe.models.text_architecture import ClipArchitecture, T5Architecture
 from sd3pipe.models.tokenizer_folders import find_tokenizers
 from sd3pipe.models.tokenizers import load_tokenizer
 from sd3pipe.models.vae_architecture import VAEArchitecture
+from sd3pipe.words import ClipName, EncoderName, MMDiTVariant
 
 _CLIP_WIDTHS: dict[EncoderName, int] = {"clip_l": 64, "clip_g": 128}
 _CLIP_DEPTH = 3  # the hidden states come from the last layer but one

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from sd3pipe.files import write_json
 from sd3pipe.models.diffusers_keys import DiffusersModules, diffusers_names, mmdit_modules, vae_modules
-from sd3pipe.models.text_architecture import CLIP_ACTIVATIONS, ClipArchitecture, ClipName, T5Architecture
+from sd3pipe.models.text_architecture import CLIP_ACTIVATIONS, ClipArchitecture, T5Architecture
 from sd3pipe.models.tokenizer_folders import find_tokenizers
+from sd3pipe.words import ClipName
 from support.tiny_base_architecture import TinyArchitecture
 
 Tensors = dict[str, Tensor]
