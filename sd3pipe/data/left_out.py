@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from sd3pipe.data.folders import FolderRead, FoundFile, is_picture_name, picture
 
 REPEATS = re.compile(r"(\d+)_(.*)")  # sd-scripts' folder names below train_data_dir: 10_mycat
 _MOST_REPEATS = 999
+_MASKS = ("-masklabel", "-condlabel", "_mask", "-mask")  # the first two are OneTrainer's
 _METADATA = re.compile(r"(?i).*\.jsonl|meta.*\.(json|csv)")
 # What lies among pictures and is none: texts, other programs' caches, what systems leave behind.
 _COMPANIONS = (".txt", ".caption", ".json", ".jsonl", ".csv", ".toml", ".npz", ".safetensors", ".db", ".ini", ".md")
@@ -30,9 +32,9 @@ def left_out_of_folder(subset: Subset, read: FolderRead, dataset: Dataset, *, wi
     A subset without a picture has one line, which says what lies there instead.
     """
     folder = Path(str(subset.image_dir))
-    names = [name for name in read.others if not Path(name).name.startswith("._")]  # macOS' shadows of other files
+    names = [name for name in read.others if not _base(name).startswith("._")]  # macOS' shadows of other files
     unread = [
-        *_unread_files(names),
+        *_unread_files(names, subset),
         *_unread_folders(folder, read.folders, dataset),
         *_metadata(folder, names, dataset),
     ]
@@ -44,7 +46,7 @@ def left_out_of_folder(subset: Subset, read: FolderRead, dataset: Dataset, *, wi
         unread += _captions_next_door(read.entries, names)
         unread += _captions_of_nothing(read.entries, names, subset)
     yield from (f"{one_line(str(folder))}: not read: {what}" for what in unread)
-    for remark in (*_lost_repeats(read.entries, subset), *_same_stems(read.entries)):
+    for remark in (*_lost_repeats(read.entries, subset), *_same_stems(read.entries), *_masks(read.entries)):
         yield f"{one_line(str(folder))}: {remark}"
 
 
@@ -69,15 +71,15 @@ def _names(names: Sequence[str], noun: str) -> str:
     return f"{count(len(names), noun)} ({listed([one_line(name) for name in names], most=3)})"
 
 
-def _unread_files(names: Iterable[str]) -> Iterator[str]:
+def _unread_files(names: Iterable[str], subset: Subset) -> Iterator[str]:
     by_ending: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        ending = Path(name).suffix
-        if Path(name).name.startswith("."):
-            if is_picture_name(Path(name).name.lstrip(".")):
+        base, ending = _base(name), _ending(name).lower()
+        if base.startswith("."):
+            if is_picture_name(base.lstrip(".")):
                 by_ending["a hidden name"].append(name)
-        elif ending.lower() not in _COMPANIONS:
-            by_ending[ending.lower() or "no ending"].append(name)
+        elif ending not in _COMPANIONS and not name.endswith(subset.caption_extensions):
+            by_ending[ending or "no ending"].append(name)
     for ending, those in by_ending.items():
         yield f"{_names(those, 'file')} with {ending}"
 
@@ -99,8 +101,8 @@ def _unread_folders(folder: Path, names: Iterable[str], dataset: Dataset) -> Ite
         if not name.endswith("/") and not any(path.is_relative_to((folder / name).resolve()) for path in used)
     }
     found = {name: number for name, number in pictures.items() if number}
-    hidden = [name for name in found if Path(name).name.startswith(".")]
-    repeated = [name for name in found if name not in hidden and repeats_of(Path(name).name)]
+    hidden = [name for name in found if _base(name).startswith(".")]
+    repeated = [name for name in found if name not in hidden and repeats_of(_base(name))]
     plain = [name for name in found if name not in hidden and name not in repeated]
     for those, way_out in (
         (plain, "recursive = true reads them"),
@@ -114,7 +116,7 @@ def _unread_folders(folder: Path, names: Iterable[str], dataset: Dataset) -> Ite
 
 def _metadata(folder: Path, names: Iterable[str], dataset: Dataset) -> Iterator[str]:
     used = {subset.metadata_file.resolve() for subset in dataset.subsets if subset.metadata_file is not None}
-    unread = [name for name in names if _METADATA.fullmatch(Path(name).name) and (folder / name).resolve() not in used]
+    unread = [name for name in names if _METADATA.fullmatch(_base(name)) and (folder / name).resolve() not in used]
     if unread:
         yield f"{_names(unread, 'metadata file')}: metadata_file = NAME takes captions from one"
 
@@ -137,53 +139,90 @@ def _same_stems(entries: Iterable[FoundFile]) -> Iterator[str]:
         by_stem[_stem(entry.name)].append(entry.name)
     several = [" and ".join(names) for names in by_stem.values() if len(names) > 1]
     if several:
-        yield f"all count of pictures that differ in the ending alone, with one caption file: {listed(several, most=3)}"
+        yield f"pictures that differ in the ending alone are all used, with one caption file: {listed(several, most=3)}"
 
 
-def _captions_next_door(entries: Iterable[FoundFile], names: Collection[str]) -> Iterator[str]:
+def _masks(entries: Iterable[FoundFile]) -> Iterator[str]:
+    """Yields pictures that are called like masks of others, and would be learnt like them."""
+    stems = {_stem(entry.name) for entry in entries}
+    masks = [
+        entry.name
+        for entry in entries
+        if (stem := _stem(entry.name)).endswith(_MASKS)
+        and any(stem.endswith(end) and stem.removesuffix(end) in stems for end in _MASKS)
+    ]
+    if masks:
+        yield (
+            f"{_names(masks, 'picture')} trained like any other, though called as masks of others: move masks into a "
+            "folder of their own, under the names of their pictures, for conditioning_data_dir"
+        )
+
+
+def _captions_next_door(entries: Sequence[FoundFile], names: Collection[str]) -> Iterator[str]:
     """Yields what lies beside pictures without a caption and looks like one, by what would make it one."""
-    beside = _by_folded_stem(names)
+    wordless = [entry.name for entry in entries if entry.caption_path is None]
+    if not wordless:
+        return
+    beside = _captions_by_stem(names)
     by_remedy: dict[str, list[str]] = defaultdict(list)
-    for entry in entries:
-        if entry.caption_path is None:
-            stem = _stem(entry.name)
-            candidates = [*beside.get(stem.casefold(), ()), *beside.get(entry.name.casefold(), ())]
-            if candidates:
-                by_remedy[_remedy(stem, candidates[0])].append(candidates[0])
+    for picture in wordless:
+        stem = _stem(picture)
+        candidates = [*beside.get(_folded(stem), ()), *beside.get(_folded(picture), ())]
+        if candidates:
+            remedy = _remedy(stem, candidates[0], rename=len(wordless) < len(entries))
+            by_remedy[remedy].append(candidates[0])
     for remedy, those in by_remedy.items():
         yield f"{_names(those, 'file')} beside pictures without a caption: {remedy}"
 
 
-def _by_folded_stem(names: Iterable[str]) -> Mapping[str, list[str]]:
+def _captions_by_stem(names: Iterable[str]) -> Mapping[str, list[str]]:
     found: dict[str, list[str]] = defaultdict(list)
     for name in names:
         if name.lower().endswith(_CAPTIONS):
-            found[_stem(name).casefold()].append(name)
+            found[_folded(_stem(name))].append(name)
     return {stem: sorted(those, key=lambda name: name.lower().endswith(".json")) for stem, those in found.items()}
 
 
-def _remedy(stem: str, name: str) -> str:
+def _remedy(stem: str, name: str, *, rename: bool) -> str:
+    """Returns how a file becomes a caption; `rename`: another caption_extension would lose captions that are read."""
     if name.lower().endswith(".json"):
         return "captions are plain text, in a .txt of the same name"
     if not name.startswith(stem):
-        return "the names differ in upper and lower case: rename them"
+        return "the names differ in upper and lower case or in how accents are written: rename them"
+    if rename:
+        return "rename them to end as the other captions do"
     return f'caption_extension = "{name[len(stem) :]}" reads them'
 
 
 def _captions_of_nothing(entries: Iterable[FoundFile], names: Iterable[str], subset: Subset) -> Iterator[str]:
     used = {str(entry.caption_path) for entry in entries}
-    stems = {_stem(entry.name).casefold() for entry in entries}
-    folder = Path(str(subset.image_dir))
+    stems = {_folded(stem) for entry in entries for stem in (_stem(entry.name), entry.name)}
     lone = [
         name
         for name in names
         if name.endswith(subset.caption_extensions)
-        and str(folder / name) not in used
-        and _stem(name).casefold() not in stems
+        and f"{subset.image_dir}/{name}" not in used
+        and _folded(_stem(name)) not in stems
     ]
     if lone:
         yield f"{_names(lone, 'caption file')} without a picture"
 
 
+def _folded(name: str) -> str:
+    """Returns what names have in common that a person takes for the same."""
+    return name if name.isascii() and name.islower() else unicodedata.normalize("NFC", name).casefold()
+
+
 def _stem(name: str) -> str:
-    return name.removesuffix(Path(name).suffix)
+    return name.removesuffix(_ending(name))
+
+
+def _ending(name: str) -> str:
+    """Returns what Path(name).suffix does, in a tenth of the time."""
+    base = _base(name)
+    dot = base.rfind(".")
+    return base[dot:] if dot > 0 else ""
+
+
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]

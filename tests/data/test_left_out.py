@@ -67,6 +67,10 @@ def test_a_tidy_folder_has_nothing_to_tell(folder):
 
 
 _OWN_SUBSET = "give each a [[datasets.subsets]] of its own, with its image_dir and its number as num_repeats"
+_LIKE_MASKS = (
+    "trained like any other, though called as masks of others: move masks into a folder of their own, under the names "
+    "of their pictures, for conditioning_data_dir"
+)
 _TAKES = "metadata_file = NAME takes captions from one"
 
 
@@ -83,7 +87,9 @@ _TAKES = "metadata_file = NAME takes captions from one"
         (["10_cat/b.png"], f"not read: 1 picture in 1 folder (10_cat) below it: {_OWN_SUBSET}"),
         ([".thumbs/b.png"], "not read: 1 picture in 1 folder (.thumbs) below it: hidden folders are left alone"),
         (["lone.txt"], "not read: 1 caption file (lone.txt) without a picture"),
-        (["a.jpg"], "all count of pictures that differ in the ending alone, with one caption file: a.jpg and a.png"),
+        (["a-masklabel.png"], f"1 picture (a-masklabel.png) {_LIKE_MASKS}"),
+        (["a_mask.png"], f"1 picture (a_mask.png) {_LIKE_MASKS}"),
+        (["a.jpg"], "pictures that differ in the ending alone are all used, with one caption file: a.jpg and a.png"),
     ],
 )  # fmt: skip
 def test_what_is_not_used_is_told(folder, names, line):
@@ -99,7 +105,7 @@ def test_what_is_not_used_is_told(folder, names, line):
         ("a.TXT", "", 'caption_extension = ".TXT" reads them'),
         ("a.tags", "", 'caption_extension = ".tags" reads them'),
         ("a.png.txt", "", 'caption_extension = ".png.txt" reads them'),
-        ("A.txt", "", "the names differ in upper and lower case: rename them"),
+        ("A.txt", "", "the names differ in upper and lower case or in how accents are written: rename them"),
         ("a.json", "", "captions are plain text, in a .txt of the same name"),
     ],
 )
@@ -110,6 +116,24 @@ def test_a_caption_under_another_name_is_told_with_what_reads_it(folder, name, e
         setting = remedy.removesuffix(" reads them")
         assert [picture.caption for picture in scanned(folder, setting).pictures] == ["text"]
     assert not any("beside" in line for line in told(folder, extra, with_captions=False))
+
+
+def test_captions_under_another_ending_than_the_others_are_to_be_renamed(folder):
+    add(folder, "a.png", "a.txt", "b.png", "b.png.txt")
+    assert told(folder) == [
+        "not read: 1 file (b.png.txt) beside pictures without a caption: rename them to end as the other captions do"
+    ]
+
+
+def test_accents_that_are_written_in_another_way_are_told(folder):
+    add(folder, "caf\u00e9.png", "cafe\u0301.txt")
+    assert "how accents are written" in told(folder)[0]
+
+
+def test_captions_of_an_ending_of_the_users_own_are_no_unread_files(folder):
+    add(folder, "a.png", "a.wd14")
+    assert told(folder, "caption_extension = '.wd14'") == []
+    assert told(folder, "caption_extension = '.wd14'", with_captions=False) == []
 
 
 def test_a_subset_without_a_picture_is_named_with_what_lies_there(folder):
