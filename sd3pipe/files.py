@@ -277,11 +277,11 @@ def nearest_path(path: Path) -> str:
     if any(escaped in str(path) for escaped in "\b\t\n\f\r"):
         return " (a backslash begins an escape between double quotes: write /, or put the path into single quotes)"
     try:
-        names = [other.name for other in path.parent.iterdir()]
+        names = {other.name.casefold(): other.name for other in path.parent.iterdir()}
     except OSError:
         return ""
-    matches = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
-    return f" (did you mean {path.parent / matches[0]}?)" if matches else ""
+    matches = difflib.get_close_matches(path.name.casefold(), names, n=1, cutoff=0.8)
+    return f" (did you mean {path.parent / names[matches[0]]}?)" if matches else ""
 
 
 def free_bytes(path: Path) -> int:

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sd3pipe.console import one_line
 from sd3pipe.data.dataset_file import Subset
 from sd3pipe.documents import read_data
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
+from sd3pipe.files import nearest_path
 from sd3pipe.fingerprint import hash_bytes, is_hash
 
 PICTURE_ENDINGS = (
@@ -156,9 +158,15 @@ def walked(folder: Path, recursive: bool) -> Iterator[tuple[str, Path, Mapping[s
                         left_alone.append(entry.name)
         except OSError as error:
             if not prefix:
-                raise CaptionError([f"{folder}: the folder cannot be read ({error.strerror})"]) from error
+                raise CaptionError([_unreadable_folder(folder, error)]) from error
             files, left_alone = {}, [""]
         yield prefix, here, files, left_alone
+
+
+def _unreadable_folder(folder: Path, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{one_line(str(folder))}: there is no such folder{nearest_path(folder)}"
+    return f"{one_line(str(folder))}: the folder cannot be read ({error.strerror})"
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

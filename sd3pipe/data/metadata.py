@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from sd3pipe.data.dataset_file import Subset
 from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, FoundFile, normalised
 from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, parse_json, read_text
+from sd3pipe.files import nearest_path
 
 _PATH_FIELDS = ("image_path", "file_name")
 _TEXT_FIELDS = ("caption", "text")
@@ -22,7 +23,7 @@ def metadata_entries(subset: Subset) -> list[FoundFile]:
     file = subset.metadata_file
     assert file is not None
     if subset.image_dir is not None and not subset.image_dir.is_dir():
-        raise CaptionError([f"{subset.image_dir}: there is no such folder"])
+        raise CaptionError([f"{subset.image_dir}: there is no such folder{nearest_path(subset.image_dir)}"])
     problems: list[str] = []
     entries: dict[str, FoundFile] = {}
     for where, name, record in _records(file):

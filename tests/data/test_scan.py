@@ -81,7 +81,15 @@ def test_captions_that_are_not_utf8_are_all_named(folder):
     assert len(scanned(folder, with_captions=False).pictures) == 2
 
 
-@pytest.mark.parametrize("image_dir, told", [("image_dir = 'none'", "none"), ("image_dir = 'd.toml'", "d.toml")])
+@pytest.mark.parametrize(
+    "image_dir, told",
+    [
+        ("image_dir = 'none'", "none: there is no such folder$"),
+        ("image_dir = 'PICS'", r"PICS: there is no such folder \(did you mean .*pics\?\)$"),
+        ('image_dir = "C:\\new"', r"C:\\new: there is no such folder \(a backslash begins an escape"),
+        ("image_dir = 'd.toml'", "d.toml: the folder cannot be read"),
+    ],
+)
 def test_a_missing_folder_is_named(folder, image_dir, told):
     with pytest.raises(InputError, match=told):
         scanned(folder, image_dir=image_dir)
