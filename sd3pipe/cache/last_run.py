@@ -26,6 +26,7 @@ class LastRun:
     watched: list[Watched]
     state: str
     recipe: str
+    wanted: str  # identity of what the run wanted
     published: str
     rows: NonNegativeInt
     failed: NonNegativeInt

@@ -63,6 +63,11 @@ def note_wanted(folder: CacheFolder, wanted: Wanted) -> None:
             other.unlink(missing_ok=True)
 
 
+def is_noted(folder: CacheFolder, identity: str) -> bool:
+    """Whether what was wanted last is what has an identity."""
+    return (folder.machine / f"{_PREFIX}{identity}.json").exists()
+
+
 def _parsed(note: _Note) -> LastWanted:
     """Returns what a note says. Raises ValueError, IndexError if its parts do not fit each other."""
     check_columns(note.kind, note.samples)

@@ -115,9 +115,9 @@ class Sources:
         if self._unknown:
             return self._unknown
         files, folders, stem = self._note.files, self._note.folders, Path(name).stem
-        alike = self._by_stem.get(stem, [])
+        alike = [Path(path) for path in files if stem in path and Path(path).stem == stem]
         places = {path.parent for path in alike if files[str(path)][1] == image_hash and _ends_with(path, name)}
-        about = {path: entry for path, entry in files.items() if _suffix(path).lower() in _OF_THE_DATASET}
+        about = dict(self._of_dataset)
         # a folder that is not listed holds masks
         about |= {str(p): files[str(p)] for p in alike if p.parent in places or str(p.parent) not in folders}
         for place in places & {Path(folder) for folder in folders}:
@@ -126,12 +126,9 @@ class Sources:
         return _compared(_changes(about, {}))
 
     @functools.cached_property
-    def _by_stem(self) -> dict[str, list[Path]]:
-        """The files by name without ending, which a picture, its caption and its mask share."""
-        found: dict[str, list[Path]] = {}
-        for path in map(Path, self._note.files):
-            found.setdefault(path.stem, []).append(path)
-        return found
+    def _of_dataset(self) -> _Files:
+        files = self._note.files
+        return {path: files[path] for path in files if _suffix(path).lower() in _OF_THE_DATASET}
 
 
 def _why_unknown(cache: Path, note: _Note) -> SourceCheck | None:

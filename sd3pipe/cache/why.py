@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.keys import Ingredients, text_source
-from sd3pipe.cache.last_wanted import LastWanted, last_wanted
+from sd3pipe.cache.last_run import last_run
+from sd3pipe.cache.last_wanted import is_noted, last_wanted
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.segment import RowInfo, read_header
 from sd3pipe.cache.staleness import SourceCheck, Sources
@@ -48,14 +50,38 @@ class _Known:
     live: bool
 
 
-@dataclass(frozen=True, slots=True)
 class _Evidence:
-    """What is known about a cache."""
+    """What is known about a cache. What costs time is read where it is asked for."""
 
-    last: LastWanted | None
-    live_samples: list[dict[str, Any]]
-    rows: Mapping[str, _Known]
-    quarantine: Mapping[str, str]  # reason by key
+    def __init__(self, cache: Path) -> None:
+        self._folder = CacheFolder(cache)
+        self._folder.check_exists()
+        self._reader = CacheReader(cache) if self._folder.manifest.exists() else None
+        self.last = last_wanted(cache) if not self._published_what_was_wanted() else None
+        reader = self._reader
+        self.live_samples = [] if reader is None else list(_lines(reader.samples.to_columns(reader.keys)))
+        self.quarantine = {} if reader is None else reader.manifest.unreadable_rows()  # reason by key
+
+    def segment_of(self, key: str) -> str | None:
+        """Returns the name of the live segment that a row is in, if that is there."""
+        number = None if self._reader is None else self._reader.index.number(key)
+        if self._reader is None or number is None:
+            return None
+        index = self._reader.index
+        path = self._folder.segment(index.plan_ids()[int(index.arrays["row_segment"][number])])
+        return path.name if path.exists() else None
+
+    @cached_property
+    def rows(self) -> Mapping[str, _Known]:
+        """All rows by their keys, unused ones too, of which live ones count first."""
+        live = set() if self._reader is None else set(self._reader.index.plan_ids())
+        rows = sorted(_known_rows(self._folder, live), key=lambda item: item.live)
+        return {row.info.key: row for row in rows}
+
+    def _published_what_was_wanted(self) -> bool:
+        """Whether nothing else was wanted since the last run, and that could be made: then the samples say it all."""
+        last = last_run(self._folder.path)
+        return last is not None and not last.failed and is_noted(self._folder, last.wanted)
 
 
 def explain(cache: Path, subject: str) -> list[Explanation]:
@@ -64,7 +90,7 @@ def explain(cache: Path, subject: str) -> list[Explanation]:
     `subject` is a picture file, a picture's name in the dataset, a caption as it goes into the encoders, or the start
     of a key. Raises InputError if neither the last encode (or its --dry-run) nor the cache knows it.
     """
-    evidence = _gather(cache)
+    evidence = _Evidence(cache)
     digest = hash_file(Path(subject)) if Path(subject).is_file() else None
     chosen = [sample for sample in _samples(evidence) if _is_about(sample, subject, digest)]
     if not chosen:
@@ -90,27 +116,14 @@ def _check(sample: Mapping[str, Any], sources: Sources) -> SourceCheck:
     return sources.check_picture(sample["name"], sample.get("image_hash", ""))
 
 
-def _gather(cache: Path) -> _Evidence:
-    folder = CacheFolder(cache)
-    folder.check_exists()
-    reader = CacheReader(cache) if folder.manifest.exists() else None
-    live = set() if reader is None else set(reader.index.plan_ids())
-    rows = sorted(_known_rows(folder, live), key=lambda item: item.live)
-    return _Evidence(
-        last=last_wanted(cache),
-        live_samples=[] if reader is None else list(_lines(reader.samples.to_columns(reader.keys))),
-        rows={row.info.key: row for row in rows},
-        quarantine={} if reader is None else reader.manifest.unreadable_rows(),
-    )
-
-
 def _explain(sample: Mapping[str, Any], digest: str | None, evidence: _Evidence, sources: Sources) -> Explanation:
-    key, row = sample["key"], evidence.rows.get(sample["key"])
-    changes = _changes(sample, digest, sources)
+    key, changes = sample["key"], _changes(sample, digest, sources)
     state: State = "miss"
     nearest, differences, where = None, (), ""
-    if row is not None:
-        state, where = (("stale" if changes else "hit") if row.live else "unused"), row.path.name
+    if segment := evidence.segment_of(key):
+        state, where = ("stale" if changes else "hit"), segment
+    elif row := evidence.rows.get(key):
+        state, where = "unused", row.path.name
     elif key in evidence.quarantine:
         state, where = "quarantined", evidence.quarantine[key]
     elif evidence.last is not None and key in evidence.last.rows:

@@ -47,7 +47,7 @@ def main(params: EncodeLatentsParams) -> None:
         counts = fill(latents, params, _prepare, report)
         report.summary = counts.summary() + remark
         _check_unreadable(counts, latents)
-        repetition.note(counts, facts, remark, said)
+        repetition.note(latents.wanted, counts, facts, remark, said)
 
 
 def _goes_by(params: EncodeLatentsParams) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def _fill(params: EncodeTextParams, target: _Target, report: StageReport) -> Non
     report.update(cut=cut)
     report.summary = counts.summary() + remark
     if repetition:
-        repetition.note(counts, {**facts, "cut": cut}, remark, said)
+        repetition.note(texts.wanted, counts, {**facts, "cut": cut}, remark, said)
 
 
 def _goes_by(params: EncodeTextParams, target: _Target) -> dict[str, Any]:

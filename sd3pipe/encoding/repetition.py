@@ -14,6 +14,7 @@ from typing import Any
 from sd3pipe.cache.last_run import LastRun, last_run
 from sd3pipe.cache.publish import whole
 from sd3pipe.cache.store import FillCounts
+from sd3pipe.cache.wanted import Wanted
 from sd3pipe.console import StageReport, version
 from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.scan import watched_folders
@@ -53,7 +54,9 @@ class Repetition:
         report.summary = counts.summary() + last.remark
         return True
 
-    def note(self, counts: FillCounts, facts: Mapping[str, Any], remark: str, said: list[tuple[int, str]]) -> None:
+    def note(
+        self, wanted: Wanted, counts: FillCounts, facts: Mapping[str, Any], remark: str, said: list[tuple[int, str]]
+    ) -> None:
         """Notes a run that published all that it found. Raises StorageError."""
         published = whole(self._out) if counts.published and not counts.left else None
         if published is None or self._watched is None or self._state is None:
@@ -63,6 +66,7 @@ class Repetition:
             watched=self._watched,
             state=self._state,
             recipe=self._recipe_hash(),
+            wanted=wanted.identity,
             published=published,
             rows=counts.reused + counts.encoded,
             failed=counts.failed,

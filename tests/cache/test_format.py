@@ -128,7 +128,7 @@ def test_leaves_hold_at_most_n_rows_and_one_row_more_touches_one_leaf():
         assert len(before - {leaf.plan_id for leaf in leaves}) == 1
 
 
-@pytest.mark.parametrize("name", ["00123.png", "10500.png"])
+@pytest.mark.parametrize("name", ["00123.png", pytest.param("10500.png", marks=pytest.mark.slow)])
 def test_one_row_more_or_less_in_ten_thousand_moves_one_segment(tmp_path, name):
     out = tmp_path / "text"
     dataset = captions(10_000)

@@ -112,7 +112,7 @@ def killed_again_and_again(out, kills, seed):
             fill(out, wanted_texts(captions(COUNT - 20)), unreadable=UNREADABLE)
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [6, pytest.param(200, marks=pytest.mark.slow)])
 def test_kills_at_random_times_change_nothing(out, uninterrupted, kills):
     killed_again_and_again(out, kills, seed=kills)
     fill(out, wanted_texts(captions(COUNT)), unreadable=UNREADABLE)

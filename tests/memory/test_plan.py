@@ -63,8 +63,8 @@ def test_layer_major_copies_once_for_all_micro_batches():
     assert layer_major.seconds < ordinary.seconds
 
 
-@pytest.mark.parametrize("modulation", ["stream", "resident"])
-@pytest.mark.parametrize("base_format", ["dense", "fp8", "nf4"])
+@pytest.mark.parametrize("modulation", ["stream", pytest.param("resident", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("base_format", ["dense", "fp8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_predicted_bytes_are_those_of_the_streamer(base_format, modulation):
     model = tiny_mmdit("sd35-medium", depth=8)  # rings of 4, 3 and 1 blocks
     size = model_size(tiny_architecture("sd35-medium", 8).shapes())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.command_line import sd3pipe
+from support.command_line import in_process, sd3pipe
 from support.photographs import write_dataset_file, write_photographs
 from support.tiny_base import TinyBase, write_tiny_base
 
@@ -134,14 +134,14 @@ class TestResumeOnOtherCaches:
     @classmethod
     def folder(cls, tmp_path_factory, base, dataset) -> Path:
         folder = tmp_path_factory.mktemp("resume")
-        sd3pipe(*encode_text(base, dataset, folder / "text"))
-        sd3pipe(*encode_latents(base.model, dataset, folder / "latents"))
-        sd3pipe(*cls.train(base, folder, "text", "latents"))
+        in_process(*encode_text(base, dataset, folder / "text"))
+        in_process(*encode_latents(base.model, dataset, folder / "latents"))
+        in_process(*cls.train(base, folder, "text", "latents"))
         other = write_tiny_base(folder / "other", variant="sd35-medium", layout="separate", seed=1)
-        sd3pipe(*encode_latents(other.model, dataset, folder / "latents-of-other-vae"))
+        in_process(*encode_latents(other.model, dataset, folder / "latents-of-other-vae"))
         options = base.encoder_options()
         options[options.index("--t5xxl") + 1] = str(other.t5xxl)
-        sd3pipe(
+        in_process(
             "encode-text", "--model", base.model, *options, "--dataset", dataset, "--out", folder / "text-of-other-t5"
         )
         return folder

@@ -85,6 +85,7 @@ def test_the_traps_work(project):
     assert what_ran(project).endswith("typer")
 
 
+@pytest.mark.slow
 def test_no_stage_and_none_of_its_workers_runs_what_lies_in_the_project(project):
     said = run(project, PROGRAM, "run")
     assert "7 encoded" in said and "6 encoded" in said and "train: 2 steps" in said  # captions, and the empty one

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from support.command_line import report_of, sd3pipe
+from support.command_line import in_process, report_of, sd3pipe
 
 from sd3pipe import cli, watched
 from sd3pipe.cache.rows import from_numpy
@@ -55,7 +55,7 @@ def text_command(base, dataset):
 def test_nothing_heavy_is_imported_and_nothing_is_written(base, tmp_path):
     dataset = write_dataset(tmp_path, 4)
     for command, out in ((latents_command, "latents"), (text_command, "text")):
-        sd3pipe(*command(base, dataset))
+        in_process(*command(base, dataset))
         before = stamps(tmp_path / out)
         run = [sys.executable, "-X", "importtime", "-m", "sd3pipe", *command(base, dataset)]
         # in a folder of its own, for the repository's is a project with parameters

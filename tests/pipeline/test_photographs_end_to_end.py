@@ -1,4 +1,4 @@
-"""Real photographs and captions through all four commands, each by subprocess, on a tiny base in the genuine layout."""
+"""Real photographs and captions through all four commands on a tiny base in the genuine layout."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support.command_line import report_of, sd3pipe
+from support.command_line import in_process, report_of, sd3pipe
 from support.photographs import CAPTIONS, write_dataset_file, write_photographs
 from support.tiny_base import TinyBase, write_tiny_base
 
@@ -41,8 +41,8 @@ def pipeline(tmp_path_factory) -> Pipeline:
     dataset = write_dataset_file(folder / "dataset.toml", images)
     made = Pipeline(folder=folder, base=base, dataset=dataset)
     caches = folder / "caches"
-    sd3pipe("encode-text", *made.model(), *base.encoder_options(), "--dataset", dataset, "--out", caches / "text")
-    sd3pipe("encode-latents", *made.model(), "--dataset", dataset, "--out", caches / "latents")
+    in_process("encode-text", *made.model(), *base.encoder_options(), "--dataset", dataset, "--out", caches / "text")
+    in_process("encode-latents", *made.model(), "--dataset", dataset, "--out", caches / "latents", "--threads", 1)
     for part in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"):
         shutil.rmtree(base.model / part)
     images.rename(folder / "images-gone")
@@ -54,7 +54,7 @@ def pipeline(tmp_path_factory) -> Pipeline:
         "--gradient-accumulation-steps", 2, "--loras-dir", folder / "loras", "--output-name", "photos", "--threads", 1,
     )  # fmt: skip
     for name in ("comfyui", "diffusers"):
-        sd3pipe("export", "--adapter", made.run, "--format", name, "--out", folder / f"{name}.safetensors")
+        in_process("export", "--adapter", made.run, "--format", name, "--out", folder / f"{name}.safetensors")
     return made
 
 

@@ -1,5 +1,6 @@
-"""Runs `sd3pipe` as a user does: in a process of its own."""
+"""Runs `sd3pipe` as a user does, in a process of its own, or in this one."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -7,6 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from sd3pipe import cli
 
 _EMPTY = tempfile.TemporaryDirectory(prefix="sd3pipe-tests-")
 
@@ -30,6 +33,12 @@ def sd3pipe(
     )
     assert done.returncode == expect, f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def in_process(*arguments: object) -> None:
+    """Runs one command line here, where libraries are imported already, in an empty folder: for what a test needs."""
+    with contextlib.chdir(_EMPTY.name):
+        assert cli.run([str(argument) for argument in arguments]) == 0
 
 
 def report_of(out: Path) -> dict[str, Any]:

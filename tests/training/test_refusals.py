@@ -208,6 +208,7 @@ def dies_at(number, inputs, out):
     return forked.exit_code(forked.start(act)) == 9
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_rename_leaves_the_older_run_or_both(inputs, tmp_path):
     """With the same command afterwards, the new run is what it would have been, the older one lies beside it."""
     finished = folder_bytes(inputs.folder / "runs" / RUN)

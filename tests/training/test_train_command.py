@@ -180,6 +180,7 @@ def test_compiled_blocks_learn_the_same(inputs, monkeypatch):
     assert run.losses() == pytest.approx(inputs.train("interpreted").losses(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_many_sizes_and_text_lengths_stay_compiled(tmp_path, monkeypatch):
     """In training and in validation: ten graphs, where torch's own limit is eight."""
     torch._dynamo.reset()  # what other tests compiled counts, too
@@ -227,6 +228,7 @@ def test_every_base_trains_streamed_as_it_does_resident(tmp_path, base):
     assert equal(streamed.adapter(2), resident.adapter(2))
 
 
+@pytest.mark.slow
 def test_layers_with_dropout_share_their_graphs_and_drop_the_same(tmp_path, monkeypatch):
     torch._dynamo.reset()
     graphs = []
