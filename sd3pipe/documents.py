@@ -6,7 +6,6 @@ Files that a stranger may have put there pass through this door. What comes in i
 import json
 import os
 import re
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -119,6 +118,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
     """Returns the tables in TOML that came from `where`. Raises DocumentError."""
+    import tomllib  # `sd3pipe --help` reads no TOML
+
     try:
         tables = tomllib.loads(text)
         _check_integers(tables)

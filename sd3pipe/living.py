@@ -1,7 +1,6 @@
 """Which process this is, and whether a process that left its mark in a file's name still lives."""
 
 import contextlib
-import hashlib
 import os
 import socket
 import uuid
@@ -31,6 +30,8 @@ def _machine() -> str:
 
     A machine that was started again counts as another one: its process numbers began anew.
     """
+    import hashlib  # loads OpenSSL, 4 MB that `sd3pipe --help` needs nothing of
+
     facts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         facts.append(str(Path("/proc/self/ns/pid").readlink()))
