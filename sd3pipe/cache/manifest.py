@@ -54,6 +54,7 @@ class Manifest:
     rows: _Count
     samples: _Count
     index: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # the hash that names the present index
+    tags: Mapping[str, Mapping[str, _Count]] = field(default_factory=dict)  # by subset: how many captions have each
     extra: Mapping[str, JsonValue] = field(default_factory=dict)  # further fields of the file
 
     def unreadable_rows(self) -> dict[str, str]:
@@ -63,6 +64,8 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Returns the file's content."""
         value = {name: getattr(self, name) for name in _FIELDS} | {"format": FORMAT_VERSION, **self.extra}
+        if not self.tags:
+            del value["tags"]
         text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
         return (text + "\n").encode("utf-8", "surrogateescape")
 

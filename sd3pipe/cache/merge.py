@@ -56,6 +56,7 @@ def united(readers: Sequence[CacheReader], caches: Sequence[Path]) -> Wanted:
             entry for entry in _unreadable(readers) if (entry.get("subset", entry["name"]), entry["name"]) not in named
         ],
         named_rows={name: numbers[str(key)] for name, key in first.extra.items() if key in numbers},
+        tags=_united_tags(readers),
     )
 
 
@@ -132,6 +133,16 @@ def _united_subsets(readers: Sequence[CacheReader]) -> dict[str, Mapping[str, An
                     f"{known.where} and {reader.where} differ in {difference}: encode them from one dataset file"
                 )
     return {name: settings for name, (_, settings) in found.items()}
+
+
+def _united_tags(readers: Sequence[CacheReader]) -> dict[str, Mapping[str, int]]:
+    """Returns the tags of subsets that all caches count alike: which captions others have counted is not known."""
+    united: dict[str, Mapping[str, int]] = {}
+    for name in sorted({name for reader in readers for name in reader.manifest.tags}):
+        first, *others = [reader.manifest.tags.get(name) for reader in readers if name in reader.manifest.subsets]
+        if first is not None and all(other == first for other in others):
+            united[name] = first
+    return united
 
 
 def _unreadable(readers: Sequence[CacheReader]) -> list[Mapping[str, Any]]:

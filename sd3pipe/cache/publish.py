@@ -95,6 +95,7 @@ def publish(
         rows=len(index),
         samples=len(index.samples),
         index=digest,
+        tags=wanted.tags,
         extra=wanted.extra,
     )
     _write_index(folder, index, digest, scratch, trusted=checked == digest)

@@ -30,6 +30,7 @@ class Wanted:
     subsets: Mapping[str, Any] = field(default_factory=dict)  # settings by name
     unreadable: Sequence[Mapping[str, Any]] = ()  # pictures: name, subset, image_hash ("" if unknown), reason
     named_rows: Mapping[str, int] = field(default_factory=dict)
+    tags: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # by subset: how many captions have each
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -62,7 +63,7 @@ class Wanted:
     @cached_property
     def identity(self) -> str:
         """The hash of all that would be published: writers of equal identity may share a folder."""
-        about = [self.kind, self.recipe_version, self.fingerprints, self.recipe, self.subsets, self.extra]
+        about = [self.kind, self.recipe_version, self.fingerprints, self.recipe, self.subsets, self.extra, self.tags]
         columns = {name: list(values) for name, values in self.columns.items()}
         return hash_json([about, sorted(self.row_by_key), columns, list(self.unreadable)])
 

@@ -6,6 +6,7 @@ Needs no torch: a run with nothing to do ends here.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from sd3pipe.cache.keys import Kind, text_source
 from sd3pipe.cache.plan import WantedRow
 from sd3pipe.cache.samples import COLUMNS
 from sd3pipe.cache.wanted import Wanted
-from sd3pipe.data.captions import processed_captions
+from sd3pipe.data.captions import processed_captions, tag_frequency
 from sd3pipe.data.dataset_file import Dataset
 from sd3pipe.data.prompts import SamplePrompt
 from sd3pipe.data.scan import Scan
@@ -21,6 +22,8 @@ from sd3pipe.models.text_encoder_files import TextSizes
 from sd3pipe.models.text_recipe import RECIPE_VERSION, TextRecipe
 from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.words import FORMAT_BYTES, EncoderName
+
+_MOST_TAGS = 1000  # of a subset, the most frequent; sentences between commas count as tags, too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +36,7 @@ class Texts:
     samples: Mapping[str, list[Any]]  # columns, with the rows' numbers
     subsets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     unreadable: Sequence[Mapping[str, Any]] = ()
+    tags: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def encoder_files(params: EncodeTextParams) -> dict[EncoderName, Path | None]:
@@ -58,8 +62,11 @@ def caption_texts(found: Scan, dataset: Dataset, *, variants: int, seed: int) ->
     texts, users = {text_source(""): ""}, {}
     samples: dict[str, list[Any]] = {name: [] for name in COLUMNS["text"]}
     numbers = {digest: number for number, digest in enumerate(texts)}
+    tagged: dict[str, list[str]] = {}
     for picture in found.pictures:
-        for variant, caption in enumerate(processed_captions(picture, variants=variants, seed=seed)):
+        captions = processed_captions(picture, variants=variants, seed=seed)
+        tagged.setdefault(picture.subset.name, []).append(captions[0].lower())
+        for variant, caption in enumerate(captions):
             digest = text_source(caption)
             texts.setdefault(digest, caption)
             users.setdefault(digest, str(picture.path))
@@ -74,6 +81,7 @@ def caption_texts(found: Scan, dataset: Dataset, *, variants: int, seed: int) ->
         samples=samples,
         subsets={subset.name: subset.weighting() for subset in dataset.subsets},
         unreadable=[file.to_json() for file in found.unreadable],
+        tags={name: dict(islice(tag_frequency(lower).items(), _MOST_TAGS)) for name, lower in tagged.items()},
     )
 
 
@@ -109,4 +117,5 @@ def text_wanted(texts: Texts, sizes: TextSizes, fingerprints: Mapping[str, str],
         subsets=texts.subsets,
         unreadable=texts.unreadable,
         named_rows={"empty_caption": 0},
+        tags=texts.tags,
     )

@@ -62,7 +62,11 @@ def adapter_metadata(
         resolution=max(data.resolutions, key=lambda size: size[0] * size[1]),
         provenance=made_from,
         description=params.description,
-        dataset={"sd_model_name": Path(params.mmdit or params.model).name, **_pictures(data)},
+        dataset={
+            "sd_model_name": Path(params.mmdit or params.model).name,
+            "tag_frequency": dict(data.text.manifest.tags) or None,
+            **_pictures(data),
+        },
     )
 
 

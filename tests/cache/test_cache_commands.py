@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +227,17 @@ def test_merge_unites_two_machines(tmp_path, sd3pipe):
     assert folder_bytes(tmp_path / "all" / "text") == folder_bytes(tmp_path / "fresh" / "text")
     code, _, message = sd3pipe("cache", "merge", "a/text", "--out", "all/text")
     assert code == 3 and "is a cache already, of other rows" in message
+
+
+def test_merge_keeps_the_tags_that_its_caches_count_alike(tmp_path, sd3pipe):
+    """Of captions that two caches count apart nobody knows which are the same; the next encode counts them."""
+    subsets = {name: {"num_repeats": 1} for name in ("photos", "drawings")}
+    for machine, photos in (("a", {"cat": 3}), ("b", {"cat": 2})):
+        tags = {"photos": photos, "drawings": {"dog": 1}}
+        fill(tmp_path / machine / "text", replace(wanted_texts(captions(3), subsets=subsets), tags=tags))
+        assert CacheReader(tmp_path / machine / "text").manifest.tags == tags
+    assert sd3pipe("cache", "merge", "a/text", "b/text", "--out", "all/text")[0] == 0
+    assert CacheReader(tmp_path / "all" / "text").manifest.tags == {"drawings": {"dog": 1}}
 
 
 def test_merge_refuses_other_weights_and_contradictions(tmp_path, sd3pipe):

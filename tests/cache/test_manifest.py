@@ -78,6 +78,7 @@ def test_a_missing_first_segment_is_told_when_its_rows_are_read(cache):
         {"subsets": {"photos": {"loss_weight": -1}}},
         {"subsets": {"photos": 1}},
         {"quarantined": [{"name": "a.png"}]},
+        {"tags": {"photos": {"cat": -1}}},
         {"quarantined": [{"name": "a.png", "reason": "x", "keys": 3}]},
     ],
     ids=str,

@@ -16,6 +16,7 @@ from support.photographs import CAPTIONS, write_dataset_file, write_photographs
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.staleness import check_sources
 from sd3pipe.cli import run
+from sd3pipe.data.captions import tag_frequency
 
 SMALL = ("--t5xxl-max-token-length", "16", "--threads", "1")
 PICTURES = ("astronaut.png", "chelsea.png", "coffee.png")
@@ -81,6 +82,8 @@ def test_samples_name_pictures_and_the_empty_caption_is_a_row(base, project):
     empty = reader.row(reader.manifest.extra["empty_caption"])
     assert empty["mask_t5"].numpy().tolist() == [1] + [0] * 15
     assert reader.manifest.subsets["pictures"]["caption_dropout_rate"] == 0.1
+    captions = [(project / "pictures" / name).with_suffix(".txt").read_text() for name in PICTURES]
+    assert reader.manifest.tags == {"pictures": tag_frequency(caption.lower() for caption in captions)}
 
 
 def test_an_edited_caption_is_the_only_one_encoded_and_changing_it_back_costs_nothing(base, project):

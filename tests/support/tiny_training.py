@@ -244,6 +244,7 @@ def _fill_text(out: Path, dataset: Sequence[Picture], rules: dict[str, dict[str,
         samples=samples,
         subsets=rules,
         named_rows={"empty_caption": texts.index("")},
+        tags={name: {"tiny": 1} for name in rules},
     )
     by_key = dict(zip(wanted.keys, texts, strict=True))
 

@@ -206,6 +206,7 @@ def test_words_stand_in_the_metadata(inputs):
     assert json.loads(metadata["ss_reg_dataset_dirs"]) == {"class": {"n_repeats": 1, "img_count": 1}}
     assert (metadata["ss_num_train_images"], metadata["ss_num_reg_images"]) == ("2", "2")
     assert metadata["ss_sd_model_name"] == inputs.model.name
+    assert json.loads(metadata["ss_tag_frequency"]) == {"class": {"tiny": 1}, "photos": {"tiny": 1}}
 
 
 def test_network_args_say_what_is_unknown_and_what_is_refused(inputs):
