@@ -18,11 +18,13 @@ from sd3pipe.files import open_regular
 MAX_PIXELS = 200_000_000  # larger than the largest cameras' 150 MP; 600 MB as RGB
 MAX_FILE_BYTES = 1_000_000_000  # so many pixels in four bytes each, and room for what a camera adds
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JXL", "MPO", "PNG", "TIFF", "WEBP")  # none runs programs
-PLUGINS = {
-    ".jxl": ("JXL", "pillow_jxl", "pillow-jxl-plugin"),
-    ".heic": ("HEIF", "pillow_heif", "pillow-heif"),
-    ".heif": ("HEIF", "pillow_heif", "pillow-heif"),
+PLUGINS = {  # Pillow's name of the format: the module to import, the package to install
+    "JXL": ("pillow_jxl", "pillow-jxl-plugin"),
+    "HEIF": ("pillow_heif", "pillow-heif"),
 }
+_PLUGIN_BY_ENDING = {".jxl": "JXL", ".heic": "HEIF", ".heif": "HEIF"}
+_JXL_SIGNS = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError,
     MemoryError, AssertionError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,
@@ -59,7 +61,8 @@ def open_picture(data: bytes, suffix: str = "", max_pixels: int = MAX_PIXELS) ->
     """Returns the picture opened but not decoded. Raises UnreadablePicture."""
     if not data:
         raise UnreadablePicture("the file is empty")
-    _load_plugin(suffix)
+    plugin = _plugin(data, suffix)
+    _load(plugin)
     formats = [name for name in FORMATS if name in _known_formats()]
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None  # this module has its own limit, which says what to do
@@ -68,7 +71,7 @@ def open_picture(data: bytes, suffix: str = "", max_pixels: int = MAX_PIXELS) ->
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(without_texts(data)), formats=formats)
     except UnidentifiedImageError as error:
-        raise UnreadablePicture(_unknown_format(suffix)) from error
+        raise UnreadablePicture(_unknown_format(plugin, suffix)) from error
     except DECODER_ERRORS as error:
         raise UnreadablePicture(f"its header is damaged ({reason(error)})") from error
     finally:
@@ -128,24 +131,31 @@ def _known_formats() -> Mapping[str, object]:
     return Image.OPEN
 
 
-def _load_plugin(suffix: str) -> None:
-    """Imports the Pillow plugin that a file's ending asks for, if it is installed."""
-    if suffix.lower() not in PLUGINS:
+def _plugin(data: bytes, suffix: str) -> str | None:
+    """Returns the format that wants a plugin by the file's ending or, as pictures get renamed, by its bytes."""
+    if suffix.lower() in _PLUGIN_BY_ENDING:
+        return _PLUGIN_BY_ENDING[suffix.lower()]
+    if data.startswith(_JXL_SIGNS):
+        return "JXL"
+    brands = data[8 : int.from_bytes(data[:4])][:256] if data[4:8] == b"ftyp" else b""
+    return "HEIF" if any(brand in brands for brand in _HEIF_BRANDS) else None
+
+
+def _load(plugin: str | None) -> None:
+    """Imports the plugin that a format wants, if it is installed."""
+    if plugin is None or plugin in _known_formats():
         return
-    name, module, _ = PLUGINS[suffix.lower()]
-    if name in _known_formats():
-        return
-    import contextlib  # together with the plugin, only for these endings
+    import contextlib  # together with the plugin, only for these formats
     import importlib
 
+    module, _ = PLUGINS[plugin]
     with contextlib.suppress(ImportError):
-        plugin = importlib.import_module(module)
-        getattr(plugin, "register_heif_opener", lambda: None)()
+        getattr(importlib.import_module(module), "register_heif_opener", lambda: None)()
 
 
-def _unknown_format(suffix: str) -> str:
-    if suffix.lower() in PLUGINS:
-        name, _, package = PLUGINS[suffix.lower()]
-        if name not in _known_formats():
-            return f"Pillow needs a plugin for {suffix.lower()} files: pip install {package}"
-    return "it is no picture in a format that is read here"
+def _unknown_format(plugin: str | None, suffix: str) -> str:
+    if plugin is None or plugin in _known_formats():
+        return "it is no picture in a format that is read here"
+    _, package = PLUGINS[plugin]
+    what = f"{suffix.lower()} files" if suffix.lower() in _PLUGIN_BY_ENDING else f"the {plugin} picture in it"
+    return f"Pillow needs a plugin for {what}: pip install {package}"

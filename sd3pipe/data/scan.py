@@ -299,5 +299,13 @@ def _look_into(path: Path) -> dict[str, Any]:
 
 @functools.cache
 def _decoder() -> str:
-    """Returns the version of Pillow: another one may read what this one does not."""
-    return importlib.metadata.version("pillow")
+    """Returns the versions of Pillow and its plugins: others may read what these do not."""
+    versions = [_version(package) for package in ("pillow", "pillow-heif", "pillow-jxl-plugin")]
+    return " ".join(filter(None, versions))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

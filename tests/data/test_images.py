@@ -201,8 +201,16 @@ def test_formats_that_run_programs_are_no_pictures():
         rgb(saved(Image.fromarray(PIXELS), "EPS"))
 
 
-@pytest.mark.parametrize("ending, module, format", [(".jxl", "pillow_jxl", "JXL"), (".HEIC", "pillow_heif", "HEIF")])
-def test_plugins_are_found_by_the_ending(ending, module, format):
+@pytest.mark.parametrize(
+    "ending, module, format",
+    [
+        (".jxl", "pillow_jxl", "JXL"),
+        (".HEIC", "pillow_heif", "HEIF"),
+        (".jpg", "pillow_jxl", "JXL"),
+        (".jpg", "pillow_heif", "HEIF"),
+    ],
+)
+def test_plugins_are_found_by_the_ending_and_by_the_bytes(ending, module, format):
     plugin = pytest.importorskip(module)
     getattr(plugin, "register_heif_opener", lambda: None)()
     data = saved(Image.new("RGB", (64, 48), (200, 30, 40)), format, quality=95)
@@ -222,6 +230,23 @@ def test_a_missing_plugin_is_named(monkeypatch, ending, package):
     monkeypatch.setattr("importlib.import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
     with pytest.raises(UnreadablePicture, match=f"Pillow needs a plugin for {ending} files: pip install {package}"):
         decode(b"\xff\x0a" + bytes(40), ending, keep_alpha=False)
+
+
+@pytest.mark.parametrize(
+    ("begin", "package"),
+    [
+        (b"\xff\x0a", "pillow-jxl-plugin"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "pillow-heif"),
+        (b"\0\0\0\x18ftypavif\0\0\0\0avifmif1", None),
+        (b"<html>", None),
+    ],
+)
+def test_a_picture_under_a_wrong_ending_names_the_plugin_that_it_needs(monkeypatch, begin, package):
+    monkeypatch.setattr("sd3pipe.data.headers._known_formats", lambda: {"PNG": None})
+    monkeypatch.setattr("importlib.import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    with pytest.raises(UnreadablePicture) as caught:
+        read_header(begin + bytes(400), ".jpg")
+    assert (f"picture in it: pip install {package}" if package else "it is no picture") in str(caught.value)
 
 
 def _png(*chunks, behind=b""):

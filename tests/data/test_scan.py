@@ -8,6 +8,7 @@ import time
 import pytest
 from PIL import Image
 
+from sd3pipe.data import scan as scan_module
 from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.scan import scan, source_files
 from sd3pipe.errors import InputError
@@ -230,3 +231,23 @@ def test_source_files_hold_what_a_cache_depends_on(folder):
     assert with_captions.files == {path: hash_file(path) for path in (picture, picture.with_suffix(".txt"))}
     assert ".txt" in with_captions.folders[folder / "pics"]
     assert set(source_files(found, dataset, captions=False).files) == {picture}
+
+
+def test_a_new_plugin_has_another_look_at_what_could_not_be_read(folder, monkeypatch):
+    add(folder, "a.png").write_bytes(b"none")
+    versions = {"pillow": "1"}
+    looked = []
+    look = scan_module._look_into
+    monkeypatch.setattr(scan_module, "_version", versions.get)
+    monkeypatch.setattr(scan_module, "_look_into", lambda path: looked.append(path.name) or look(path))
+    stamps = FileStamps(folder / "stat.json")
+    (folder / "d.toml").write_text("[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'pics'\n")
+
+    def scan_again():
+        scan_module._decoder.cache_clear()
+        return scan(load_dataset(folder / "d.toml"), stamps)
+
+    assert scan_again().unreadable and scan_again().unreadable and looked == ["a.png"]
+    versions["pillow-heif"] = "2"
+    assert scan_again().unreadable and looked == ["a.png"] * 2
+    scan_module._decoder.cache_clear()

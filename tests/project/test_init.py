@@ -160,7 +160,7 @@ def test_folders_named_as_sd_scripts_has_them_become_subsets_with_their_repeats(
         "photos/sea": (1, False, None),
     }
     assert "photos/2_dog: 2 pictures, 0 with a caption, 2 without, each 2 times" in said
-    scanned = [entry.name for subset in subsets.values() for entry in read_folder(subset, False).entries]
+    scanned = [entry.name for subset in subsets.values() for entry in read_folder(subset, None).entries]
     assert sorted(scanned) == ["a.png", "b.png", "d.png", "e.png", "f.png", "g.png", "more/c.png"]
 
 
