@@ -28,6 +28,7 @@ class StagePath:
     key: str
     role: Role
     part: str = ""  # key of the part that matters, which is what DVC looks at, if not the whole
+    whole: bool = False  # DVC's command line names the whole, too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +94,20 @@ STAGES = (
         ),
     ),
     Stage(
+        name="judge",
+        command="judge",
+        paths=(
+            _path("model", "weights"),
+            _path("vae", "weights"),
+            _path("judge_model", "weights"),
+            StagePath(option="adapter", key="run", role="made", part="run/final", whole=True),
+            _path("prompts", "made", "caches/prompts"),
+            _path("latents", "made", "caches/latents"),
+            _path("dataset", "aside"),
+            _path("out", "out", "judge"),
+        ),
+    ),
+    Stage(
         name="export",
         command="export",
         paths=(
@@ -106,8 +121,16 @@ STAGES_BY_NAME = {stage.name: stage for stage in STAGES}
 
 
 def stages_of(paths: Paths) -> tuple[Stage, ...]:
-    """Returns the stages that a project has something for: without sample prompts, none encodes them."""
-    return tuple(stage for stage in STAGES if all(path.key in paths for path in stage.paths if path.role == "data"))
+    """Returns the stages that a project has something for: without sample prompts, none encodes them.
+
+    What is judged or checked has no place but the one that the project names for it.
+    """
+    return tuple(
+        stage
+        for stage in STAGES
+        if all(path.key in paths for path in stage.paths if path.role == "data")
+        and stage.out.key.partition("/")[0] in paths
+    )
 
 
 def paths_of(stage: Stage, paths: Paths) -> Iterator[StagePath]:

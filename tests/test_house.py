@@ -15,12 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sd3pipe"
 FLOORS = {
     "__main__": 6, "cli": 5, "commands": 4,
-    "training": 3, "encoding": 3, "exporting": 3, "previewing": 3, "project": 3, "reporting": 3, "demo": 3,
+    "training": 3, "encoding": 3, "exporting": 3, "judging": 3, "previewing": 3, "project": 3, "reporting": 3,
+    "demo": 3,
     "diffusion": 2.5,  # stands on the rooms of floor 2, under those of floor 3: who trains, samples or judges draws
     "cache": 2, "data": 2, "models": 2, "memory": 2, "adapters": 2, "params": 1, "pages": 1, "tensors": 1,
     "child": 0, "config": 0, "console": 0, "cores": 0, "device": 0, "device_memory": 0, "documents": 0, "errors": 0,
-    "file_stamps": 0, "files": 0, "fingerprint": 0, "living": 0, "metrics": 0, "problems": 0, "rules": 0,
-    "safe_path": 0, "shell": 0, "stages": 0, "stopping": 0, "temporaries": 0, "watched": 0, "words": 0,
+    "file_stamps": 0, "files": 0, "fingerprint": 0, "intervals": 0, "judgement": 0, "living": 0, "metrics": 0,
+    "problems": 0, "rules": 0, "safe_path": 0, "shell": 0, "stages": 0, "stopping": 0, "temporaries": 0, "watched": 0,
+    "words": 0,
 }  # fmt: skip
 TEXT_ENCODER_LIBRARIES = {"transformers", "tokenizers", "sentencepiece"}
 ORACLES = {"diffusers", "peft", "skimage", "hypothesis", "pytest"}

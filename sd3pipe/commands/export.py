@@ -21,6 +21,7 @@ from sd3pipe.exporting.adapter_files import (
 )
 from sd3pipe.exporting.base_weights import find_base, for_form
 from sd3pipe.exporting.checkpoints import MergedModel, write_checkpoint
+from sd3pipe.exporting.suggested import suggested
 from sd3pipe.exporting.up_to_date import is_up_to_date, made_from
 from sd3pipe.fingerprint import hash_file
 from sd3pipe.params.export import ExportParams
@@ -36,13 +37,13 @@ def main(params: ExportParams) -> None:
     with StageReport("export", path=Path(f"{params.out}.report.json"), inputs=inputs) as report:
         device = choose_device(params.device, params.threads)
         _refuse_what_would_be_ignored(params)
-        if params.checkpoints is not None:
+        if params.checkpoints == "all":
             saved = _export_all(params, report)
             report.update(files={file.path.name: as_report(file) for file in saved})
             worst = max(file.largest_difference for file in saved)
             report.summary = f"{params.out}, {count(len(saved), 'file')}; read back, every change is within {worst:.1e}"
             return
-        adapter = find_adapter(params.adapter)
+        adapter = suggested(params.adapter) if params.checkpoints == "best" else find_adapter(params.adapter)
         if params.format == "checkpoint":
             merged = _merge(_read(adapter), params, device)
             report.update(**_merged_report(merged))

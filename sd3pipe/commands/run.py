@@ -46,9 +46,17 @@ def _wanted(params: RunParams, project: Project) -> list[Stage]:
     missing = [name for name in params.stages if name not in there]
     if missing:
         raise ParameterError(
-            f"{project.file}: paths.sample_prompts is missing, so there is nothing for {missing[0]} to do"
+            f"{project.file}: paths.{_place_missing(missing[0], project)} is missing, so there is nothing for "
+            f"{missing[0]} to do"
         )
     return [stage for name, stage in there.items() if not params.stages or name in params.stages]
+
+
+def _place_missing(stage: str, project: Project) -> str:
+    """Returns the key of the place without which a project does not have a stage."""
+    its = next(other for other in STAGES if other.name == stage)
+    keys = [path.key for path in its.paths if path.role == "data"] + [its.out.key]
+    return next(key for key in keys if key.partition("/")[0] not in project.paths)
 
 
 def _tell(project: Project, stages: Sequence[Stage], params: RunParams) -> None:

@@ -4,16 +4,15 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from pydantic import JsonValue
-
 from sd3pipe.cache.folder import machine_folder
 from sd3pipe.console import StageReport, count
 from sd3pipe.device import choose_device
-from sd3pipe.diffusion.drawing import Cell, decode_cells, draw_cells, lay_out, sheet_of
+from sd3pipe.diffusion.drawing import Cell, decode_cells, draw_cells, lay_out, made_from, make_cell, sheet_of
+from sd3pipe.diffusion.picture_store import PictureStore
 from sd3pipe.diffusion.precision import BASE_DTYPES, resolve_precision
-from sd3pipe.diffusion.prompts import SamplePrompt, read_prompts
+from sd3pipe.diffusion.prompts import read_prompts
 from sd3pipe.diffusion.sampler import DEFAULTS, SamplingSettings, SkipLayerGuidance
-from sd3pipe.diffusion.sheet import Column, Places, Sheet, cell_name, choose_columns, read_sheet
+from sd3pipe.diffusion.sheet import Places, Sheet, choose_columns, read_sheet
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import make_folder
@@ -65,24 +64,42 @@ def _draw(params: SampleParams, places: Places, stamps: FileStamps, report: Stag
     settings = _settings(params, architecture)
     columns = choose_columns(params.adapter, params.checkpoints, params.multipliers())
     prompts = read_prompts(params.prompts)
-    rows = [_cells(params, prompt, columns, settings, architecture, base) for prompt in prompts]
+    device = choose_device(params.device, params.threads)
+    precision = resolve_precision(params.mixed_precision, device)
+    rows = [
+        [
+            [
+                make_cell(prompt, column, seed, made_from(prompt, own, architecture, base, precision))
+                for column in columns
+            ]
+            for seed in params.seed_numbers() or (prompt.own_seed,)
+        ]
+        for prompt in prompts
+        for own in (prompt.settings(settings),)
+    ]
     make_folder(params.out)
     sheet = sheet_of(prompts, columns, rows)
     sheet.save(params.out)
+    store = PictureStore.beside(params.prompts)
     cells = [cell for lines in rows for line in lines for cell in line]
-    missing = [cell for cell in cells if not places.is_done(cell.name)]
+    missing = [
+        cell for cell in cells if not places.is_done(cell.name) and not store.fetch(cell.key, places.latents(cell.name))
+    ]
+
+    def drawn(cell: Cell) -> None:
+        store.keep(cell.key, places.latents(cell.name))
+        report.begin()
+
     if missing:
-        device = choose_device(params.device, params.threads)
-        dtype = BASE_DTYPES[resolve_precision(params.mixed_precision, device)]
         draw_cells(
             source,
             missing,
-            places,
+            lambda cell: places.latents(cell.name),
             settings=settings,
             device=device,
-            dtype=dtype,
+            dtype=BASE_DTYPES[precision],
             blocks_to_swap=params.blocks_to_swap,
-            drawn=report.begin,
+            drawn=drawn,
         )
     return sheet, len(missing), len(cells) - len(missing)
 
@@ -94,35 +111,6 @@ def _settings(params: SampleParams, architecture: MMDiTArchitecture) -> Sampling
         return settings
     skip = SkipLayerGuidance(scale=params.skip_layer_guidance, blocks=params.skipped_blocks())
     return replace(settings, skip_layers=skip)
-
-
-def _cells(
-    params: SampleParams,
-    prompt: SamplePrompt,
-    columns: list[Column],
-    defaults: SamplingSettings,
-    architecture: MMDiTArchitecture,
-    base: str,
-) -> list[list[Cell]]:
-    """Returns a prompt's cells, a row per seed."""
-    settings = prompt.settings(defaults)
-    made_from: dict[str, JsonValue] = {
-        "format": 1,
-        "mmdit": base,
-        "texts": [prompt.key, prompt.negative_key],
-        "size": list(prompt.size(architecture)),
-        "steps": settings.steps,
-        "scale": settings.scale,
-        "skip_layers": [params.skip_layer_guidance, params.skip_layers] if settings.skip_layers else None,
-        "precision": params.mixed_precision,
-    }
-    return [
-        [
-            Cell(name=cell_name(prompt.name, column, seed, made_from), column=column, prompt=prompt, seed=seed)
-            for column in columns
-        ]
-        for seed in params.seed_numbers() or (prompt.own_seed,)
-    ]
 
 
 def _summary(params: SampleParams, places: Places, drawn: int, skipped: int, decoded: int, grids: int) -> str:

@@ -124,8 +124,8 @@ def draw(subject: Subject, *, height: int, width: int, generator: np.random.Gene
     return paint(mask, _shade(COLOURS[subject.colour], generator), _shade(BACKGROUNDS[subject.background], generator))
 
 
-def draw_blob(*, height: int, width: int, generator: np.random.Generator) -> NDArray[np.uint8]:
-    """Returns a random blob in random colours: from these a VAE learns outlines beyond the grammar's shapes."""
+def blob_outline(generator: np.random.Generator) -> Outline:
+    """Returns the outline of a random blob, round or with corners."""
     corners = int(generator.integers(3, 9))
     radii = generator.uniform(0.35, 1.0, corners)
     smooth = bool(generator.integers(2))
@@ -137,6 +137,12 @@ def draw_blob(*, height: int, width: int, generator: np.random.Generator) -> NDA
         part = part * part * (3 - 2 * part) if smooth else part
         return np.hypot(x, y) <= radii[before] * (1 - part) + radii[(before + 1) % corners] * part
 
+    return outline
+
+
+def draw_blob(*, height: int, width: int, generator: np.random.Generator) -> NDArray[np.uint8]:
+    """Returns a random blob in random colours: from these a VAE learns outlines beyond the grammar's shapes."""
+    outline = blob_outline(generator)
     radius = generator.uniform(0.15, 0.48) * min(height, width)
     y, x = (pixels * generator.uniform(0.3, 0.7) for pixels in (height, width))
     mask = coverage(outline, height=height, width=width, y=y, x=x, radius=radius)
@@ -145,6 +151,16 @@ def draw_blob(*, height: int, width: int, generator: np.random.Generator) -> NDA
         _shade(BACKGROUNDS[names[i]], generator) for i in generator.choice(len(names), 2, replace=False)
     )
     return paint(mask, colour, background)
+
+
+def draw_outline(
+    outline: Outline, colour: str, background: str, size: str, *, side: int, generator: np.random.Generator
+) -> NDArray[np.uint8]:
+    """Returns a square drawing of any outline in the grammar's colours and sizes, with their variations."""
+    radius = RADII[size] * side * generator.uniform(1 - _RADIUS_JITTER, 1 + _RADIUS_JITTER)
+    y, x = (_place(side, radius, generator) for _ in range(2))
+    mask = coverage(outline, height=side, width=side, y=y, x=x, radius=radius)
+    return paint(mask, _shade(BACKGROUNDS[colour], generator), _shade(BACKGROUNDS[background], generator))
 
 
 def _place(pixels: int, radius: float, generator: np.random.Generator) -> float:

@@ -6,12 +6,15 @@ columns or seeds into the same folder finds what is there already.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
+from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import JsonValue
 
 from sd3pipe import stopping
 from sd3pipe.adapters.files import read_adapter
@@ -21,15 +24,17 @@ from sd3pipe.device_memory import decode_way_out, memory_errors
 from sd3pipe.diffusion.base_model import blocks_to_sample, load_base
 from sd3pipe.diffusion.kept_latents import keep_latents, read_latents
 from sd3pipe.diffusion.picture_grid import Grid, read_picture_file, save_grid, save_picture
+from sd3pipe.diffusion.picture_store import picture_key
 from sd3pipe.diffusion.prompts import SamplePrompt
 from sd3pipe.diffusion.sampler import SamplingSettings, decode_pictures
-from sd3pipe.diffusion.sheet import Column, Places, PromptCells, Sheet
+from sd3pipe.diffusion.sheet import Column, Places, PromptCells, Sheet, cell_name
 from sd3pipe.memory.plan import Settings
 from sd3pipe.memory.sizes import image_tokens
-from sd3pipe.models.architecture import mmdit_architecture
+from sd3pipe.models.architecture import MMDiTArchitecture, mmdit_architecture
 from sd3pipe.models.checkpoint import load_vae
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.sources import ComponentSource
+from sd3pipe.words import Precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +42,33 @@ class Cell:
     """One picture to draw."""
 
     name: str
+    key: str  # hash of all that it is made from
     column: Column
     prompt: SamplePrompt
     seed: int
+
+
+def made_from(
+    prompt: SamplePrompt, settings: SamplingSettings, architecture: MMDiTArchitecture, base: str, precision: Precision
+) -> dict[str, JsonValue]:
+    """Returns what a picture is made from beside adapter and seed; `base` is the MMDiT's fingerprint."""
+    skip = settings.skip_layers
+    return {
+        "format": 2,
+        "mmdit": base,
+        "texts": [prompt.key, prompt.negative_key],
+        "size": list(prompt.size(architecture)),
+        "steps": settings.steps,
+        "scale": settings.scale,
+        "skip_layers": None if skip is None else [skip.scale, *skip.blocks],
+        "precision": precision,
+    }
+
+
+def make_cell(prompt: SamplePrompt, column: Column, seed: int, made_from: Mapping[str, JsonValue]) -> Cell:
+    """Returns the picture of a prompt in a column."""
+    key = picture_key(adapter_hash=column.adapter_hash, multiplier=column.multiplier, seed=seed, made_from=made_from)
+    return Cell(name=cell_name(prompt.name, column, seed, key), key=key, column=column, prompt=prompt, seed=seed)
 
 
 def sheet_of(prompts: Sequence[SamplePrompt], columns: Sequence[Column], rows: Sequence[list[list[Cell]]]) -> Sheet:
@@ -61,15 +90,18 @@ def sheet_of(prompts: Sequence[SamplePrompt], columns: Sequence[Column], rows: S
 def draw_cells(
     source: ComponentSource,
     cells: Sequence[Cell],
-    places: Places,
+    file_of: Callable[[Cell], Path],
     *,
     settings: SamplingSettings,
     device: torch.device,
     dtype: torch.dtype,
     blocks_to_swap: int | Literal["auto"],
-    drawn: Callable[[], None] = lambda: None,
+    drawn: Callable[[Cell], None],
+    forecast: Callable[[float], None] | None = None,
 ) -> None:
-    """Loads the base once and draws cell after cell, adapter by adapter; `drawn` is called after each.
+    """Loads the base once and draws cell after cell, adapter by adapter, into files; `drawn` is called after each.
+
+    `forecast` is told beforehand about how many seconds it will take, from one step that is timed.
 
     With `auto` as few blocks are streamed as fit. Raises DeviceMemoryError, Stopped.
     """
@@ -85,12 +117,14 @@ def draw_cells(
             source, dtype=dtype, device=device, settings=Settings(blocks_to_swap=blocks_to_swap)
         )
         with streamer:
+            if forecast is not None:
+                forecast(steps * _seconds_per_step(mmdit, cells[0].prompt, settings, device, dtype))
             for column, group in groupby(by_adapter, key=lambda cell: cell.column):
                 with _adapted(mmdit, column, device):
                     for cell in group:
                         latents = cell.prompt.drawn(mmdit, settings, device, dtype, seed=cell.seed, on_step=bar.advance)
-                        keep_latents(places.latents(cell.name), latents, prompt=cell.prompt.prompt)
-                        drawn()
+                        keep_latents(file_of(cell), latents, prompt=cell.prompt.prompt)
+                        drawn(cell)
 
 
 def decode_cells(sheet: Sheet, places: Places, source: ComponentSource, choose: Callable[[], torch.device]) -> int:
@@ -131,6 +165,17 @@ def lay_out(sheet: Sheet, places: Places) -> int:
             save_grid(places.out / f"{prompt.name}.png", grid)
             grids += 1
     return grids
+
+
+def _seconds_per_step(
+    mmdit: MMDiT, prompt: SamplePrompt, settings: SamplingSettings, device: torch.device, dtype: torch.dtype
+) -> float:
+    """Returns the time of one step with the base alone; the first one, which warms up, does not count."""
+    one_step = replace(prompt, steps=1)
+    one_step.drawn(mmdit, settings, device, dtype).cpu()  # which waits for the device
+    start = time.monotonic()
+    one_step.drawn(mmdit, settings, device, dtype).cpu()
+    return time.monotonic() - start
 
 
 def _way_out(streamed: int, depth: int) -> str:

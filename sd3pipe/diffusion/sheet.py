@@ -6,7 +6,7 @@ machine. Free of torch.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from sd3pipe.adapters.find import checkpoint_adapters, find_adapter
 from sd3pipe.documents import DocumentError, checked, read_json
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.files import write_json
-from sd3pipe.fingerprint import hash_file, hash_json
+from sd3pipe.fingerprint import hash_file
 
 SHEET_FILE = "sheet.json"
 FORMAT = 1
@@ -33,6 +33,7 @@ class Column:
     """One way to draw: the base alone, or with an adapter file at some strength."""
 
     label: str
+    step: int | None = None  # of a run's checkpoint
     adapter: Path | None = None
     adapter_hash: str = ""
     multiplier: float = 1.0
@@ -101,27 +102,26 @@ def choose_columns(adapter: Path | None, checkpoints: str | None, multipliers: S
     columns = [Column(label="base")]
     if adapter is None:
         return columns
-    for label, file in _adapters(adapter, checkpoints).items():
+    for (label, step), file in _adapters(adapter, checkpoints).items():
         digest = hash_file(file)
         for multiplier in multipliers:
             strength = f" x {multiplier:g}" if len(multipliers) > 1 or multiplier != 1 else ""
-            columns.append(Column(label=label + strength, adapter=file, adapter_hash=digest, multiplier=multiplier))
+            columns.append(
+                Column(label=label + strength, step=step, adapter=file, adapter_hash=digest, multiplier=multiplier)
+            )
     return columns
 
 
-def cell_name(prompt: str, column: Column, seed: int, made_from: Mapping[str, Any]) -> str:
-    """Returns a picture's file name without ending: readable words, then the hash of what it is made from."""
-    identity = {"adapter": column.adapter_hash, "multiplier": column.multiplier, "seed": seed, **made_from}
-    if column.adapter is None:
-        identity["multiplier"] = 0.0
+def cell_name(prompt: str, column: Column, seed: int, key: str) -> str:
+    """Returns a picture's file name without ending: readable words, then the start of its key."""
     words = re.sub(r"[^a-z0-9.]+", "-", column.label.lower()).strip("-")[:_MOST_WORDS]
-    return f"{prompt}-{words}-seed{seed}-{hash_json(identity)[:_ID_DIGITS]}"
+    return f"{prompt}-{words}-seed{seed}-{key[:_ID_DIGITS]}"
 
 
-def _adapters(adapter: Path, checkpoints: str | None) -> dict[str, Path]:
-    """Returns label -> adapter file."""
+def _adapters(adapter: Path, checkpoints: str | None) -> dict[tuple[str, int | None], Path]:
+    """Returns label and, of a checkpoint, step -> adapter file."""
     if checkpoints is None:
-        return {adapter.name if adapter.is_dir() else adapter.stem: find_adapter(adapter)}
+        return {(adapter.name if adapter.is_dir() else adapter.stem, None): find_adapter(adapter)}
     found = checkpoint_adapters(adapter)
     if not found:
         raise InputError(f"--checkpoints {checkpoints}: {adapter} has no checkpoints: name a run folder as --adapter")
@@ -138,7 +138,7 @@ def _adapters(adapter: Path, checkpoints: str | None) -> dict[str, Path]:
             f"--checkpoints {checkpoints}: {adapter} has the steps {', '.join(map(str, found))}"
             + (f", not {', '.join(map(str, missing))}" if missing else "")
         )
-    return {f"step {step}": found[step] for step in steps}
+    return {(f"step {step}", step): found[step] for step in steps}
 
 
 _OBJECT, _SHEET = TypeAdapter(dict[str, Any]), TypeAdapter(Sheet)

@@ -26,6 +26,7 @@ STAGE_MODELS = {
     "encode_text": "encode_text:EncodeTextParams",
     "encode_latents": "encode_latents:EncodeLatentsParams",
     "train": "train:TrainParams",
+    "judge": "judge:JudgeParams",
     "export": "export:ExportParams",
 }
 

@@ -64,9 +64,10 @@ class _ExportOptions(Params):
     multiplier: float = option(
         1.0, "Strength at which --format checkpoint adds the adapter.", role="recipe", panel=_FILE, advanced=True
     )
-    checkpoints: Literal["all"] | None = option(
-        None, "all: export every checkpoint of the run into the folder --out, under names that sort.", panel=_FILE
-    )
+    checkpoints: Literal["all", "best"] | None = option(
+        None, "all: export every checkpoint of the run into the folder --out, under names that sort; best: the one "
+        "that `sd3pipe judge` suggests.", role="recipe", panel=_FILE,
+    )  # fmt: skip
 
 
 class ExportParams(StageParams, DescriptionParams, _ExportOptions):

@@ -1,7 +1,5 @@
 """Options of `sd3pipe sample`."""
 
-import re
-
 from pydantic import field_validator, model_validator
 
 from sd3pipe.params.fields import OptionPath, option
@@ -10,6 +8,15 @@ from sd3pipe.params.stage import StageParams
 from sd3pipe.words import ToldVariant, WantedPrecision
 
 _PATHS, _GRID, _DRAWING = "Paths", "Columns and rows", "Drawing"
+NUMBERS, SEEDS = r"^-?\d+(\.\d+)?(,-?\d+(\.\d+)?)*$", r"^\d+(,\d+)*$"
+
+
+def no_value_twice(value: str | None) -> str | None:
+    """Returns numbers separated by commas as they are. Raises ValueError for one that stands there twice."""
+    numbers = [float(number) for number in value.split(",")] if value else []
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{value} names a value twice")
+    return value
 
 
 class SampleParams(StageParams):
@@ -40,11 +47,11 @@ class SampleParams(StageParams):
     )
     multiplier: str = option(
         "1", "Strengths of the adapter, a column each, such as 0.6,0.8,1.0.",
-        panel=_GRID, pattern=r"^-?\d+(\.\d+)?(,-?\d+(\.\d+)?)*$",
+        panel=_GRID, aliases=("strength",), pattern=NUMBERS,
     )
     seeds: str | None = option(
         None, "Seeds, a row each, such as 1,2; default: each prompt's own (else 42).",
-        panel=_GRID, pattern=r"^\d+(,\d+)*$",
+        panel=_GRID, pattern=SEEDS,
     )
     decode: bool = option(
         False, "Only decode latents that an earlier run kept in --out, with the VAE at hand here.", panel=_DRAWING
@@ -69,13 +76,7 @@ class SampleParams(StageParams):
     )
     # fmt: on
 
-    @field_validator("multiplier", "seeds", "skip_layers")
-    @classmethod
-    def _no_value_twice(cls, value: str | None) -> str | None:
-        numbers = [float(number) for number in re.split(",", value)] if value else []
-        if len(set(numbers)) < len(numbers):
-            raise ValueError(f"{value} names a value twice")
-        return value
+    _no_value_twice = field_validator("multiplier", "seeds", "skip_layers")(no_value_twice)
 
     @model_validator(mode="after")
     def _options_agree(self) -> "SampleParams":

@@ -64,7 +64,7 @@ def _stage(module: str, stages: Sequence[Stage], paths: Paths, dataset_deps: Seq
 def _command(stage: Stage, paths: Paths) -> str:
     words = [f"sd3pipe {stage.command}"]
     for path in paths_of(stage, paths):
-        key = path.key if path.role == "out" else path.part or path.key
+        key = path.key if path.role == "out" or path.whole else path.part or path.key
         words += [f"--{path.option.replace('_', '-')}", _word(paths, key)]
     return " ".join(words)
 

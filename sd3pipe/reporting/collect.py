@@ -13,6 +13,7 @@ from typing_extensions import TypedDict  # pydantic takes typing's own from Pyth
 from sd3pipe.data.headers import DECODER_ERRORS, open_picture, read_picture, reason
 from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import InputError, UnreadablePicture
+from sd3pipe.judgement import JUDGE_FILE, JUDGE_FOLDER, Judgement, read_judgement
 from sd3pipe.metrics import EventRecord, StepRecord, ValidationRecord, read_records
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class RunRecord:
     validations: list[ValidationRecord]
     events: list[EventRecord]
     samples: list[SamplePicture]
+    judgement: Judgement | None
 
     @property
     def name(self) -> str:
@@ -120,6 +122,7 @@ def read_run(folder: Path) -> RunRecord:
         validations=[record for record in records if record["kind"] == "validation"],
         events=[record for record in records if record["kind"] == "event"],
         samples=_samples(folder / "samples"),
+        judgement=_judgement(folder / JUDGE_FOLDER),
     )
 
 
@@ -131,6 +134,17 @@ def _json(path: Path) -> dict[str, Any]:
         if not error.missing:
             log.warning("%s: left out of the report", error)
         return {}
+
+
+def _judgement(folder: Path) -> Judgement | None:
+    """Returns what `judge` found of the run, if it wrote that into the run's folder."""
+    if not (folder / JUDGE_FILE).is_file():
+        return None
+    try:
+        return read_judgement(folder)
+    except InputError as error:
+        log.warning("%s: left out of the report", error)
+        return None
 
 
 def _samples(folder: Path) -> list[SamplePicture]:

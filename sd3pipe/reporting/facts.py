@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sd3pipe.console import count, readable_bytes, readable_seconds
+from sd3pipe.judgement import JUDGE_FOLDER
 from sd3pipe.pages.charts import COLOURS, Chart, Series, line_chart
+from sd3pipe.pages.judgement import judgement_facts
 from sd3pipe.pages.render import data_url
 from sd3pipe.reporting.collect import RunRecord, SamplePicture
 
@@ -46,6 +48,7 @@ def facts(run: RunRecord) -> dict[str, Any]:
         "samples": _samples(run.samples),
         "validation": _validation(run.validations),
         "verdict": report.get("validation"),
+        "judgement": judgement_facts(run.judgement, run.folder / JUDGE_FOLDER),
         "counts": _named(data, _COUNTS),
         "subsets": _subsets(data.get("subsets") or {}, report.get("subsets") or {}),
         "buckets": _bars(data.get("buckets"), lambda rows: count(rows, "row")),

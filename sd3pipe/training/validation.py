@@ -4,7 +4,6 @@
 
 import logging
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from sd3pipe import stopping
 from sd3pipe.console import count, progress
 from sd3pipe.errors import Stopped
 from sd3pipe.files import write_json
+from sd3pipe.intervals import mean_and_half_width
 from sd3pipe.metrics import ValidationRecord, read_records
 from sd3pipe.params.bands import BAND_NAMES, SIGMAS
 from sd3pipe.training.batches import fixed_batches
@@ -28,12 +28,6 @@ from sd3pipe.training.trained_model import TrainedModel
 log = logging.getLogger(__name__)
 
 _FEW_PICTURES = 30  # below this a difference in validation loss says little
-# 97.5 % quantiles of Student's t by degrees of freedom, and the normal one for more
-_T_QUANTILES = (
-    12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045,
-)  # fmt: skip
-_NORMAL_QUANTILE = 1.96
 
 
 class Validator:
@@ -112,17 +106,6 @@ class Validator:
         subsets_P = torch.from_numpy(self._feed.items.subsets)
         chosen = {rules.name: (subsets_P == i) & measured_P for i, rules in enumerate(self._feed.items.rules)}
         return {name: by_picture_P[rows].mean().item() for name, rows in chosen.items() if rows.any()}
-
-
-def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
-    """Returns the mean, and half the width of its 95 % confidence interval (Student's t); None for a single value."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    freedom = len(values) - 1
-    quantile = _T_QUANTILES[freedom - 1] if freedom <= len(_T_QUANTILES) else _NORMAL_QUANTILE
-    return mean, quantile * math.sqrt(variance / len(values))
 
 
 def verdict(run: Path) -> str:

@@ -1,0 +1,104 @@
+"""judge.json: what `sd3pipe judge` found, as it is written and read back by who reports, exports or shows it."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3pipe.documents import DocumentError, checked, read_json
+from sd3pipe.errors import InputError
+from sd3pipe.files import write_json
+
+JUDGE_FOLDER, JUDGE_FILE = "judge", "judge.json"  # RUN/judge/judge.json, unless --out says otherwise
+SCORES = ("likeness", "copying", "prompt", "drift", "variety")
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """A mean with its 95 % interval; without low and high where a single picture tells nothing of the spread."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """One checkpoint at one strength; each score is a difference from the base on equal noise, None if unknown.
+
+    `close` says that it draws measurably nearer to single training pictures than those lie to each other, `drifts` that
+    prompts without the trigger measurably lose more than the tolerance.
+    """
+
+    checkpoint: int | str  # its step, or the name of an adapter that has none
+    multiplier: float
+    likeness: Score | None
+    likeness_held_out: Score | None
+    copying: Score | None
+    prompt: Score | None
+    drift: Score | None
+    variety: Score | None
+    close: bool
+    drifts: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suggestion:
+    """What to take; `checkpoint` is None where nothing is suggested. `sure`: the share of resamples that say the same.
+
+    `told_apart` says whether any two checkpoints differ measurably; `draws_needed` about how many pictures it would
+    take to tell the two most alike to the training pictures apart.
+    """
+
+    checkpoint: int | str | None
+    multiplier: float | None
+    sure: float | None
+    told_apart: bool
+    draws_needed: int | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """Thumbnails of one prompt, as file names beside judge.json, base first and then as the scores stand."""
+
+    prompt: str
+    with_trigger: bool
+    pictures: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """The whole of judge.json. `limits` has what may be lost, by score; `draws` the pictures behind each mean."""
+
+    judge_model: str
+    trigger: str
+    tolerance: float
+    limits: dict[str, float]
+    draws: int
+    scores: tuple[Scores, ...]
+    suggestion: Suggestion
+    remarks: tuple[str, ...]
+    drawn: tuple[Drawn, ...]
+
+    def save(self, folder: Path) -> Path:
+        """Writes judge.json into a folder. Raises StorageError."""
+        file = folder / JUDGE_FILE
+        write_json(file, {"format": FORMAT, **asdict(self)})
+        return file
+
+
+def read_judgement(folder: Path) -> Judgement:
+    """Returns what lies in a folder as judge.json. Raises InputError where there is none, or another format."""
+    from pydantic import TypeAdapter  # takes 100 ms
+
+    file = folder / JUDGE_FILE
+    try:
+        content = read_json(file, TypeAdapter(dict[str, Any]))
+        if content.pop("format", None) != FORMAT:
+            raise InputError(f"{file}: was written by another version: run `sd3pipe judge` again")
+        return checked(content, TypeAdapter(Judgement), str(file))
+    except DocumentError as error:
+        if error.missing:
+            raise InputError(f"{file}: there is no such file: `sd3pipe judge` writes it") from error
+        raise InputError(f"{error}: run `sd3pipe judge` again") from error
