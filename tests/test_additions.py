@@ -191,7 +191,7 @@ assert InitParams(variant="sd35-medium-turbo").variant == "sd35-medium-turbo"
     ),
     "a picture format": Addition(
         edits=(
-            ("data/folders.py", '(".png", ".jpg"', '(".tga", ".png", ".jpg"'),
+            ("data/folders.py", '    ".png", ".jpg"', '    ".tga", ".png", ".jpg"'),
             ("data/headers.py", '"PNG", "TIFF"', '"PNG", "TGA", "TIFF"'),
         ),
         most_files=3,
