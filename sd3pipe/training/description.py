@@ -1,18 +1,24 @@
 """What a saved adapter says of itself."""
 
 import importlib.metadata
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from sd3pipe.adapters.metadata import provenance, training_metadata
+from sd3pipe.adapters.network import AdapterNetwork
+from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.console import version
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.adapter_options import adapter_spec
 from sd3pipe.training.identity import RunInputs
 from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.training_data import TrainingData
+from sd3pipe.words import Algorithm
 
 _LIBRARIES = ("torch", "numpy", "safetensors")
 
@@ -24,6 +30,7 @@ def adapter_metadata(
     progressed: Progressed,
     *,
     variant: str,
+    spec: AdapterSpec,
 ) -> Mapping[str, str]:
     """Returns the metadata of an adapter at the step at hand; no path, time or machine is in it."""
     options: dict[str, object] = {
@@ -54,7 +61,7 @@ def adapter_metadata(
     )
     return training_metadata(
         variant=variant,
-        spec=adapter_spec(params.adapter, seed=params.seed),
+        spec=spec,
         options=dict(data.text.manifest.recipe) | options,
         step=progressed.step,
         epoch=progressed.epochs_done,
@@ -68,6 +75,16 @@ def adapter_metadata(
             **_pictures(data),
         },
     )
+
+
+def described_spec(params: TrainParams, network: AdapterNetwork) -> AdapterSpec:
+    """Returns what the options say of the adapter, or with `dim_from_weights` what most of its layers are."""
+    spec = adapter_spec(params.adapter, seed=params.seed)
+    if not params.dim_from_weights:
+        return spec
+    shapes = Counter((delta.algorithm, delta.rank, delta.alpha) for delta in network.deltas().values())
+    ((algorithm, rank, alpha), _), *_ = shapes.most_common(1)
+    return replace(spec, algorithm=cast(Algorithm, algorithm), rank=rank, alpha=alpha)
 
 
 def _pictures(data: TrainingData) -> dict[str, object]:

@@ -29,7 +29,7 @@ from sd3pipe.rules.feeding import EncoderDropout
 from sd3pipe.training.adapter_options import adapter_spec, loraplus_ratio
 from sd3pipe.training.batches import Position, plan_steps
 from sd3pipe.training.compiling import compile_as_wanted
-from sd3pipe.training.description import adapter_metadata
+from sd3pipe.training.description import adapter_metadata, described_spec
 from sd3pipe.training.feed import Feed, FeedRules, Step, load_steps, with_modulation
 from sd3pipe.training.identity import RunInputs
 from sd3pipe.training.loop import Loop
@@ -125,7 +125,12 @@ def build_loop(run: Run, memory: MemoryPlan) -> Loop:
         model=model,
         state=run.start.state(run.identity, schedule.warmup_steps),
         metadata=functools.partial(
-            adapter_metadata, params, run.data, run.inputs, variant=model.objective.mmdit.architecture.variant
+            adapter_metadata,
+            params,
+            run.data,
+            run.inputs,
+            variant=model.objective.mmdit.architecture.variant,
+            spec=described_spec(params, model.objective.network),
         ),
         rules=params.saving,
         names=run.data.train.names,

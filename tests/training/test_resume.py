@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from support.random_adapters import random_adapter
 from support.tiny_training import Inputs, Run, equal, make_inputs, pictures, with_other_vae
@@ -259,6 +260,8 @@ def test_network_weights_start_a_new_run_from_an_adapter(inputs):
     assert pupil.losses() != fresh.losses()
     wider = inputs.train("wider", max_train_steps=1, network_weights=first.folder, dim_from_weights=True, network_dim=8)
     assert {name: t.shape for name, t in wider.adapter().items()} == {n: t.shape for n, t in first.adapter().items()}
+    with safe_open(wider.folder / "final" / "adapter.safetensors", framework="pt") as file:
+        assert file.metadata()["ss_network_dim"] == "2"
 
 
 @pytest.mark.parametrize(
