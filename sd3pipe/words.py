@@ -29,6 +29,7 @@ Format = Literal["float32", "float16", "bfloat16"]  # torch's words
 FORMAT_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 PackedFormat = Literal["fp8", "int8", "nf4"]
 BaseFormat = Literal["dense", PackedFormat]
+MatmulFormat = Literal["int8", "fp8"]
 SavePrecision = Literal["float", "fp16", "bf16"]  # sd-scripts' words
 StoredFormat = Literal["auto", "same", "fp32", "fp16", "bf16"]
 

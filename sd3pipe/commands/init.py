@@ -15,7 +15,6 @@ from sd3pipe.models.architecture import detect_mmdit
 from sd3pipe.models.sources import find_component
 from sd3pipe.params.command_line import load_stage_models
 from sd3pipe.params.init import InitParams
-from sd3pipe.params.memory import size_bytes
 from sd3pipe.params.stage_file import render_stage_file
 from sd3pipe.project.fitting import fitting_advice
 from sd3pipe.project.ignored import DVCIGNORE, gitignore
@@ -24,6 +23,7 @@ from sd3pipe.project.pictures import PictureFolder, dataset_toml, look_into, pro
 from sd3pipe.project.pipeline import dvc_yaml
 from sd3pipe.project.recipes import Recipe, recipe
 from sd3pipe.project.writer import project_toml, write_project
+from sd3pipe.rules.memory import size_bytes
 from sd3pipe.shell import no_option, shell_word
 from sd3pipe.words import Variant
 

@@ -126,6 +126,7 @@ def _train(params: TrainParams, processes: Processes, report: StageReport, folde
         text_tokens=CLIP_TOKENS + int(data.train.text_lengths.max()),
         device=processes.device,
         dtype=BASE_DTYPES[resolved.precision],
+        files=run.source.paths,
     )
     stopping.check()
     if start.aside and processes.is_main:

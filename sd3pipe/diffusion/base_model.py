@@ -8,15 +8,16 @@ from sd3pipe.console import readable_bytes
 from sd3pipe.device_memory import usable_device_bytes
 from sd3pipe.errors import DeviceMemoryError
 from sd3pipe.memory.choosing import Freedom, Limits, fitting_settings
+from sd3pipe.memory.from_file import WeightsFile
+from sd3pipe.memory.packings import block_packing
 from sd3pipe.memory.plan import Settings, Workload
-from sd3pipe.memory.quantise import quantise
+from sd3pipe.memory.quantise import Packing, quantise_as
 from sd3pipe.memory.sizes import model_size
 from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.models.architecture import MMDiTArchitecture, mmdit_architecture
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.sources import ComponentSource
-from sd3pipe.tensors.reader import read_tensors
-from sd3pipe.words import BaseFormat
+from sd3pipe.tensors.reader import TensorReader, read_tensors
 
 _TABLE = "pos_embed"  # stays on the host; each step takes a window of it
 
@@ -30,9 +31,10 @@ def load_base(
 ) -> tuple[MMDiT, BlockStreamer]:
     """Returns the frozen model and what runs its blocks, read block by block.
 
-    Host memory holds the streamed blocks and one more, never a second copy of the model; without streamed blocks it
-    holds one block at a time. Use the model as ever, and close the streamer (or use it in a `with`) when done. Raises
-    InputError for an unusable file, ParameterError for more blocks than there are.
+    Blocks that stay in the file are read from it whenever they are streamed in, so it must not change while the base is
+    in use. Host memory holds the other streamed blocks and one more, never a second copy of the model; without streamed
+    blocks it holds one block at a time. Use the model as ever, and close the streamer (or use it in a `with`) when
+    done. Raises InputError for an unusable file, ParameterError for more blocks than there are.
     """
     architecture = mmdit_architecture(source)
     mmdit = MMDiT(architecture, device="meta").eval()
@@ -41,13 +43,19 @@ def load_base(
     tensors = read_tensors(source.tensors, dtype=dtype, device=device, keys=outside)
     table = read_tensors(source.tensors, dtype=dtype, device="cpu", keys=[_TABLE])
     mmdit.load_state_dict(tensors | table, strict=False, assign=True)
+    reader = TensorReader(may_stop=False)
+
+    def read(index: int, name: str, destination: torch.Tensor) -> None:
+        reader.read_into(source.tensors[f"joint_blocks.{index}.{name}"], destination)
+
     streamer = BlockStreamer(
         mmdit,
         blocks_to_swap=settings.blocks_to_swap,
         device=device,
         modulation=settings.modulation,
         offload_activations=settings.activation_offload,
-        fill=_filler(mmdit, source, dtype, device, settings.base_format),
+        file=WeightsFile(blocks=settings.file_blocks, dtype=dtype, read=read) if settings.file_blocks else None,
+        fill=_filler(mmdit, source, dtype, device, block_packing(settings, device)),
     )
     mmdit.keep_activations(settings.kept(architecture.depth))
     return mmdit.requires_grad_(False), streamer
@@ -88,7 +96,7 @@ def _filler(
     source: ComponentSource,
     dtype: torch.dtype,
     device: torch.device,
-    base_format: BaseFormat,
+    packing: Packing | None,
 ) -> Callable[[int], None]:
     """Returns the function that reads one block, and packs it, where that is quickest: on the device."""
 
@@ -98,7 +106,7 @@ def _filler(
         keys = [key for key in source.tensors if key.startswith(prefix)]
         tensors = read_tensors(source.tensors, dtype=dtype, device="cpu", keys=keys)
         block.load_state_dict({key.removeprefix(prefix): tensors.pop(key) for key in keys}, strict=True, assign=True)
-        if base_format != "dense":
-            quantise(block.to(device), base_format)
+        if packing is not None:
+            quantise_as(block.to(device), packing)
 
     return fill

@@ -1,5 +1,6 @@
 """Chooses settings that fit a machine: the quickest by the cost model, and what else there would be. Free of torch."""
 
+import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,8 @@ class Freedom:
     blocks  how many blocks are streamed, and whether the inputs of recomputed ones wait on the host
     modes   where the adaLN weights of streamed blocks are used; with `blocks` alone
     kept    how many blocks keep attention's output or all activations, the more the quicker
+
+    How many of the streamed blocks are read from the file follows from the limit of the host's memory, if there is one.
     """
 
     blocks: bool = True
@@ -113,7 +116,7 @@ def _order(row: Row) -> tuple[float, ...]:
     cost *= _OFFLOAD_COST if settings.activation_offload else 1.0
     cost *= _STREAMING_COST if settings.blocks_to_swap else 1.0
     offload = settings.activation_offload
-    return cost, prediction.operations, settings.blocks_to_swap, offload, prediction.device_bytes
+    return cost, prediction.operations, settings.file_blocks, settings.blocks_to_swap, offload, prediction.device_bytes
 
 
 def _variations(model: ModelSize, wanted: Settings, freedom: Freedom) -> Iterator[Settings]:
@@ -139,12 +142,32 @@ def _most_kept(
     found, low, high = None, 0, len(rungs) - 1
     while low <= high:
         middle = (low + high + 1) // 2 if found else low  # the first rung settles whether there is any
-        prediction = predict(model, work, rungs[middle], rates)
-        if limits.allow(prediction):
-            found, low = (rungs[middle], prediction), middle + 1
+        row = _within_host(model, work, rungs[middle], limits, rates)
+        if limits.allow(row[1]):
+            found, low = row, middle + 1
         else:
             high = middle - 1
     return found
+
+
+def _within_host(model: ModelSize, work: Workload, settings: Settings, limits: Limits, rates: Rates | None) -> Row:
+    """Returns the settings with as few blocks read from the file as the host's memory allows; packed ones never are."""
+    row = settings, predict(model, work, settings, rates)
+    if limits.host_bytes is None or settings.base_format != "dense" or settings.modulation != "stream":
+        return row
+    if row[1].host_bytes <= limits.host_bytes:
+        return row
+
+    def fits(count: int) -> bool:  # more of them take less of the host, beside the buffers that the first one brings
+        prediction = predict(model, work, replace(settings, file_blocks=count))
+        return limits.host_bytes is None or prediction.host_bytes <= limits.host_bytes
+
+    counts = range(1, settings.blocks_to_swap + 1)
+    fewest = bisect.bisect_left(counts, True, key=fits)
+    if fewest == len(counts):
+        return row
+    from_file = replace(settings, file_blocks=counts[fewest])
+    return from_file, predict(model, work, from_file, rates)
 
 
 def _ladder(settings: Settings, depth: int) -> Iterator[Settings]:

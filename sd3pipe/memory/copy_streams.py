@@ -23,6 +23,10 @@ class CopyStream(Protocol):
         """Makes the computation that follows wait for a copy's event."""
         ...
 
+    def finish(self, event: object) -> None:
+        """Makes the host wait for a copy's event. May be called from another thread."""
+        ...
+
     def record_event(self) -> object:
         """Returns a event of all computation so far, for a later copy to wait for."""
         ...
@@ -36,6 +40,9 @@ class DirectCopyStream:
         return None
 
     def wait(self, event: object) -> None:
+        return None
+
+    def finish(self, event: object) -> None:
         return None
 
     def record_event(self) -> object:
@@ -64,6 +71,10 @@ class CudaCopyStream:
     def wait(self, event: object) -> None:
         if isinstance(event, torch.cuda.Event):
             torch.cuda.current_stream(self._device).wait_event(event)
+
+    def finish(self, event: object) -> None:
+        if isinstance(event, torch.cuda.Event):
+            event.synchronize()
 
     def record_event(self) -> object:
         return torch.cuda.current_stream(self._device).record_event()

@@ -1,6 +1,6 @@
 """One block's weights in one flat buffer of bytes, so that one copy moves them all."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,12 +81,17 @@ class FlatBlock:
 
     def bind(self, views: Sequence[Tensor]) -> None:
         """Lets the parameters read from `views`, which hold a copy of the host buffer."""
-        for parameter, view in zip(self._ordered, views, strict=True):
-            parameter.data = view
+        bind(self._ordered, views)
 
     def unbind(self) -> None:
         """Lets the parameters read from the host buffer again."""
         self.bind(self._host_views)
+
+
+def bind(parameters: Iterable[nn.Parameter], tensors: Iterable[Tensor]) -> None:
+    """Lets parameters, which stay the same objects, read from other memory."""
+    for parameter, tensor in zip(parameters, tensors, strict=True):
+        parameter.data = tensor
 
 
 def streamed_parameters(block: nn.Module, *, with_modulation: bool) -> list[tuple[str, nn.Parameter]]:

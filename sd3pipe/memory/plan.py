@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 from sd3pipe.errors import ParameterError
 from sd3pipe.memory.kept import Tokens, kept_bytes
-from sd3pipe.memory.schedule import RING_SLOTS, kept_activations, spread_evenly, step_copies
+from sd3pipe.memory.schedule import RING_SLOTS, STAGING_BUFFERS, kept_activations, spread_evenly, step_copies
 from sd3pipe.memory.sizes import BlockSize, ModelSize
 from sd3pipe.rules.memory import MemoryRules
-from sd3pipe.words import BaseFormat, KeptActivations, ModulationMode
+from sd3pipe.words import BaseFormat, KeptActivations, MatmulFormat, ModulationMode
 
 _GRADIENTS = 10  # of a block's intermediate values, alive at once; the widest are the MLP's, 4 each
 _CUDA_BYTES = 600_000_000  # context, cuBLAS workspace, allocator slack: an estimate
@@ -39,10 +39,13 @@ class Settings:
     """What the user may choose to make a step fit."""
 
     base_format: BaseFormat = "dense"
+    matmul_dtype: MatmulFormat | None = None  # which then is the base's format, too
+    matmul_rotation: bool | None = None  # None: with int8
     blocks_to_swap: int = 0
     modulation: ModulationMode = "stream"
     all_kept_blocks: int = 0  # which keep all their activations
     attention_kept_blocks: int = 0  # which keep attention's output, and compute the rest again
+    file_blocks: int = 0  # streamed ones that the host does not hold
     activation_offload: bool = False
     layer_major: bool = False
     dtype_bytes: int = 2
@@ -57,7 +60,9 @@ class Settings:
         check_blocks("gradient_checkpointing", rules.gradient_checkpointing, depth)
         recomputed = rules.gradient_checkpointing
         return cls(
-            base_format=rules.base_dtype or "dense",
+            base_format=rules.matmul_dtype or rules.base_dtype or "dense",
+            matmul_dtype=rules.matmul_dtype,
+            matmul_rotation=rules.matmul_rotation,
             blocks_to_swap=0 if rules.blocks_to_swap == "auto" else rules.blocks_to_swap,
             modulation=rules.modulation,
             all_kept_blocks=depth - recomputed if isinstance(recomputed, int) else depth if recomputed == "off" else 0,
@@ -77,10 +82,11 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What a machine achieves: matrix products in FLOP/s, and host-to-device copies in bytes/s."""
+    """What a machine achieves: matrix products in FLOP/s, host-to-device copies and reads of the file in bytes/s."""
 
     flop_per_second: float
     copy_bytes_per_second: float
+    read_bytes_per_second: float = 2e9  # an NVMe disk; measured where it counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +96,7 @@ class Prediction:
     device_parts: dict[str, int]
     host_parts: dict[str, int]
     copied_bytes: int  # per step
+    read_bytes: int  # of the file, per step
     operations: float  # of a step, the recomputation among them
     seconds: float | None = None
     compute_seconds: float | None = None
@@ -116,14 +123,16 @@ class Prediction:
 def predict(model: ModelSize, work: Workload, settings: Settings, rates: Rates | None = None) -> Prediction:
     """Returns memory, copies and, where rates are known, seconds of one training step."""
     streamed = spread_evenly(settings.blocks_to_swap, model.depth)
-    copied = _copied_bytes(model, settings, streamed)
+    copied = _copied_bytes(model, settings, streamed, streamed)
+    read = _copied_bytes(model, settings, streamed, _file_numbers(settings, streamed))
     repeats = 1 if settings.layer_major else work.accumulation
     passes = _operations(model, work, settings)
-    compute, seconds = _seconds(work, settings, passes, copied, rates) if rates else (None, None)
+    compute, seconds = _seconds(work, settings, passes, (copied, read), rates) if rates else (None, None)
     return Prediction(
         device_parts=_device_parts(model, work, settings, streamed),
         host_parts=_host_parts(model, work, settings, streamed),
         copied_bytes=repeats * sum(copied),
+        read_bytes=repeats * sum(read),
         operations=work.accumulation * sum(passes),
         seconds=seconds,
         compute_seconds=compute,
@@ -145,12 +154,18 @@ def adapter_bytes_per_weight(optimizer_type: str) -> int:
 def option_text(settings: Settings, depth: int) -> str:
     """Returns the settings as the options that a user would write for a model of so many blocks."""
     words = [f"--blocks-to-swap {settings.blocks_to_swap}", _kept_text(settings, depth)]
-    if settings.base_format != "dense":
+    if settings.matmul_dtype is not None:
+        words.append(f"--matmul-dtype {settings.matmul_dtype}")
+        if settings.matmul_rotation is not None:
+            words.append("--matmul-rotation" if settings.matmul_rotation else "--no-matmul-rotation")
+    elif settings.base_format != "dense":
         words.append(f"--base-dtype {settings.base_format}")
     if settings.blocks_to_swap and settings.modulation != "stream":
         words.append(f"--modulation {settings.modulation}")
     if settings.activation_offload:
         words.append("--activation-offload")
+    if settings.file_blocks:
+        words.append(f"({settings.file_blocks} of the swapped blocks read from the file)")
     return " ".join(words)
 
 
@@ -178,6 +193,7 @@ def _device_parts(model: ModelSize, work: Workload, settings: Settings, streamed
         **_activation_parts(model, work, settings),
         "gradients of activations": _GRADIENTS * inputs,
         "unpacked weights": _unpacked_bytes(model, settings),
+        "products in 8 bits": _product_bytes(model, work, settings),
         "adapter and optimizer": work.adapter_weights * work.adapter_bytes_per_weight,
         "CUDA": _CUDA_BYTES,
     }
@@ -186,7 +202,8 @@ def _device_parts(model: ModelSize, work: Workload, settings: Settings, streamed
 def _host_parts(model: ModelSize, work: Workload, settings: Settings, streamed: tuple[int, ...]) -> dict[str, int]:
     parts = {"process": PROCESS_BYTES, "position table": model.position_table * settings.dtype_bytes}
     with_modulation = settings.modulation != "resident"
-    blocks = [model.blocks[number] for number in streamed]
+    in_file = _file_numbers(settings, streamed)
+    blocks = [model.blocks[number] for number in streamed if number not in in_file]
     parts["streamed blocks"] = sum(
         _part_bytes(block, "whole", settings) - (0 if with_modulation else block.modulation_bytes(settings.dtype_bytes))
         for block in blocks
@@ -195,20 +212,29 @@ def _host_parts(model: ModelSize, work: Workload, settings: Settings, streamed: 
         repeats = work.accumulation if settings.layer_major else 1
         leaving = model.depth - settings.all_kept_blocks
         parts["block inputs"] = repeats * leaving * _tokens(model, work, settings).input_bytes
+    if in_file:
+        largest = max(_part_bytes(model.blocks[number], "whole", settings) for number in in_file)
+        parts["buffers for the file"] = STAGING_BUFFERS * largest
     parts["one block while loading"] = max(
         _part_bytes(block, "whole", replace(settings, base_format="dense")) for block in model.blocks
     )
     return parts
 
 
-def _copied_bytes(model: ModelSize, settings: Settings, streamed: tuple[int, ...]) -> tuple[int, int]:
-    """Returns the bytes that the forward and the backward pass of a step fetch, once all is under way."""
+def _file_numbers(settings: Settings, streamed: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(streamed[number] for number in spread_evenly(settings.file_blocks, len(streamed)))
+
+
+def _copied_bytes(
+    model: ModelSize, settings: Settings, streamed: tuple[int, ...], some: tuple[int, ...]
+) -> tuple[int, int]:
+    """Returns the bytes of `some` blocks that the two passes of a step fetch, once all is under way."""
     rings = _rings(model, streamed)
     both = step_copies(rings, modulation=settings.modulation)
     forward = both[: sum(copy.part != "body" for copy in both)] if settings.modulation == "stream" else []
     if settings.modulation != "stream":
         forward = both[: len(both) // 2]  # each pass fetches what the other one left out
-    sizes = [_part_bytes(model.blocks[copy.block], copy.part, settings) for copy in both]
+    sizes = [_part_bytes(model.blocks[copy.block], copy.part, settings) * (copy.block in some) for copy in both]
     return sum(sizes[: len(forward)]), sum(sizes[len(forward) :])
 
 
@@ -219,12 +245,15 @@ def _operations(model: ModelSize, work: Workload, settings: Settings) -> tuple[f
 
 
 def _seconds(
-    work: Workload, settings: Settings, passes: tuple[float, float], copied: tuple[int, int], rates: Rates
+    work: Workload, settings: Settings, passes: tuple[float, float], fetched: tuple[tuple[int, int], ...], rates: Rates
 ) -> tuple[float, float]:
-    """Returns seconds of pure computing, and of a step whose copies run beside it."""
+    """Returns seconds of pure computing, and of a step whose copies and reads (`fetched`, by pass) run beside it."""
     repeats = work.accumulation
     forward, backward = (operations / rates.flop_per_second for operations in passes)
-    fetches = [size / rates.copy_bytes_per_second for size in copied]
+    speeds = (rates.copy_bytes_per_second, rates.read_bytes_per_second)
+    fetches = [
+        max(size / speed for size, speed in zip(of_pass, speeds, strict=True)) for of_pass in zip(*fetched, strict=True)
+    ]
     if settings.layer_major:
         step = max(repeats * forward, fetches[0]) + max(repeats * backward, fetches[1])
     else:
@@ -295,4 +324,17 @@ def _activation_parts(model: ModelSize, work: Workload, settings: Settings) -> d
 
 def _unpacked_bytes(model: ModelSize, settings: Settings) -> int:
     """The largest weight, unpacked for a product; the one before it may not be freed yet."""
-    return 0 if settings.base_format == "dense" else 2 * 4 * model.width**2 * settings.dtype_bytes
+    packed = settings.base_format != "dense" and settings.matmul_dtype is None
+    return 0 if not packed else 2 * 4 * model.width**2 * settings.dtype_bytes
+
+
+def _product_bytes(model: ModelSize, work: Workload, settings: Settings) -> int:
+    """What the widest product in 8 bits takes beside its operands: rounded values, 32-bit sums and their scaled form.
+
+    In the gradient of its input, fp8 wants the weight by columns, which is a copy of it.
+    """
+    if settings.matmul_dtype is None:
+        return 0
+    widest = 4 * model.width
+    transposed = widest * model.width if settings.matmul_dtype == "fp8" else 0
+    return (1 + 4 + 4) * widest * _tokens(model, work, settings).all + transposed

@@ -9,6 +9,7 @@ or act on every token at once.
 
 import importlib
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Protocol, cast
@@ -32,12 +33,27 @@ class PackableLinear(Protocol):
     out_features: int
     weight: nn.Parameter
     weight_scale: nn.Parameter
+    bias: nn.Parameter
     packing: "Packing | None"
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor: ...
 
 
-class Fp8Packing:
+class _UnpackedProducts(ABC):
+    """Products with a weight that is unpacked for each of them."""
+
+    @abstractmethod
+    def dense(self, linear: PackableLinear, dtype: torch.dtype) -> Tensor:
+        """Returns the weight [O, I] in `dtype`."""
+
+    def output(self, x: Tensor, linear: PackableLinear) -> Tensor:
+        return nn.functional.linear(x, self.dense(linear, x.dtype), linear.bias.to(x.dtype))
+
+    def input_gradient(self, gradient: Tensor, linear: PackableLinear) -> Tensor:
+        return gradient @ self.dense(linear, gradient.dtype)
+
+
+class Fp8Packing(_UnpackedProducts):
     """float8_e4m3fn with one power of two per output channel, so that unpacking to 16 bits rounds nothing."""
 
     def pack(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +65,7 @@ class Fp8Packing:
         return linear.weight.detach().to(dtype) * linear.weight_scale.to(dtype)[:, None]
 
 
-class Int8Packing:
+class Int8Packing(_UnpackedProducts):
     """Whole numbers from -127 to 127 with one scale per output channel, which bfloat16 holds exactly."""
 
     def pack(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +79,7 @@ class Int8Packing:
         return linear.weight.detach().to(dtype) * linear.weight_scale.to(dtype)[:, None]
 
 
-class Nf4Packing:
+class Nf4Packing(_UnpackedProducts):
     """Four-bit NormalFloat in blocks of 64 by bitsandbytes.functional, two weights a byte."""
 
     def __init__(self) -> None:
@@ -85,8 +101,19 @@ class Nf4Packing:
         return self._functional.dequantize_4bit(linear.weight.detach(), state)
 
 
-Packing = Fp8Packing | Int8Packing | Nf4Packing
-PACKINGS: dict[PackedFormat, type[Packing]] = {
+class Packing(Protocol):
+    """How a weight is stored, and how products are taken with it."""
+
+    def pack(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def dense(self, linear: PackableLinear, dtype: torch.dtype) -> Tensor: ...
+
+    def output(self, x: Tensor, linear: PackableLinear) -> Tensor: ...
+
+    def input_gradient(self, gradient: Tensor, linear: PackableLinear) -> Tensor: ...
+
+
+PACKINGS: dict[PackedFormat, type[Fp8Packing] | type[Int8Packing] | type[Nf4Packing]] = {
     "fp8": Fp8Packing,
     "int8": Int8Packing,
     "nf4": Nf4Packing,
@@ -99,7 +126,11 @@ def quantise(module: nn.Module, format: PackedFormat, *, modulation: bool = Fals
     For a whole MMDiT or one joint block; a block at a time keeps the peak of host memory at one dense block. Raises
     ParameterError where the format's library is missing.
     """
-    packing = PACKINGS[format]()
+    quantise_as(module, PACKINGS[format](), modulation=modulation)
+
+
+def quantise_as(module: nn.Module, packing: Packing, *, modulation: bool = False) -> None:
+    """Packs the attention and MLP weights below `module` in a given way."""
     for linear in packable_linears(module, modulation=modulation):
         _pack(linear, packing)
 

@@ -1,6 +1,7 @@
 """A few slots on the device that blocks of one shape share, and the decision what to copy into them next."""
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from sd3pipe.memory.copy_streams import CopyStream
 from sd3pipe.memory.flat import FlatBlock, FlatLayout
+from sd3pipe.memory.from_file import FileBlock, Staging
 from sd3pipe.memory.schedule import Copy, Part
 
 
@@ -32,6 +34,9 @@ class Use:
     with_modulation: bool
 
 
+StreamedBlock = FlatBlock | FileBlock
+
+
 class _InSlot:
     """Where in a slot a tensor lies."""
 
@@ -47,7 +52,7 @@ class _InSlot:
 class Ring:
     """The slots for all streamed blocks of one layout."""
 
-    def __init__(self, blocks: dict[int, FlatBlock], slots: int, device: torch.device) -> None:
+    def __init__(self, blocks: dict[int, StreamedBlock], slots: int, device: torch.device) -> None:
         self.blocks = blocks
         self.layout: FlatLayout = next(iter(blocks.values())).layout
         self.slots = [self._new_slot(device) for _ in range(min(slots, len(blocks)))]
@@ -71,8 +76,16 @@ class Rings:
     One block at a time is bound. `copies` is the log of what was copied, in order.
     """
 
-    def __init__(self, blocks: dict[int, FlatBlock], *, slots: int, device: torch.device, stream: CopyStream) -> None:
-        by_layout: dict[tuple[object, ...], dict[int, FlatBlock]] = {}
+    def __init__(
+        self,
+        blocks: dict[int, StreamedBlock],
+        *,
+        slots: int,
+        device: torch.device,
+        stream: CopyStream,
+        staging: Staging | None = None,
+    ) -> None:
+        by_layout: dict[tuple[object, ...], dict[int, StreamedBlock]] = {}
         for index, block in sorted(blocks.items()):
             key = tuple((t.name, t.shape, t.dtype) for t in block.layout.tensors)
             by_layout.setdefault(key, {})[index] = block
@@ -81,7 +94,7 @@ class Rings:
             slot.done = stream.record_event()  # what used this memory before
         self.copies: list[Copy] = []
         self.copied_bytes = 0
-        self._stream = stream
+        self._stream, self.staging = stream, staging
         self._slots = slots
         self._of_block = {index: ring for ring in self.rings for index in ring.blocks}
         self._bound: int | None = None
@@ -158,13 +171,27 @@ class Rings:
         """Starts the copies for the nearest uses: as many blocks as a ring has slots, the bound one included."""
         uses: list[Use] = []
         wanted: set[int] = set()
-        for use in upcoming:
+        later = iter(upcoming)
+        for use in later:
             if use.block not in wanted and len(wanted) == self._slots:
+                later = itertools.chain([use], later)
                 break
             wanted.add(use.block)
             uses.append(use)
         for use in uses:
             self._bring(self._of_block[use.block], use, wanted)
+        if self.staging is not None:
+            self.staging.expect(self._reads(later, self.staging))
+
+    def _reads(self, uses: Iterable[Use], staging: Staging) -> Iterator[Copy]:
+        """Yields what coming uses need from the file, up to the first one whose block may still be in a slot then."""
+        read: set[int] = set()
+        for use in uses:
+            if use.block in read or self._of_block[use.block].find(use.block) is not None:
+                return
+            read.add(use.block)
+            if use.block in staging.blocks:
+                yield Copy(use.block, "whole" if use.with_modulation else "body")
 
     def _bring(self, ring: Ring, use: Use, wanted: set[int]) -> None:
         """Copies what is missing of a block into its slot, or into one whose block is not `wanted`, if there is one."""
@@ -184,8 +211,14 @@ class Rings:
     def _copy(self, ring: Ring, slot: Slot, block: int, part: Part) -> None:
         start = ring.layout.body_bytes if part == "modulation" else 0
         end = ring.layout.body_bytes if part == "body" else ring.layout.total_bytes
-        source = ring.blocks[block].host
-        slot.ready = self._stream.copy(slot.buffer[start:end], source[start:end], slot.done)
+        source = ring.blocks[block]
+        if isinstance(source, FileBlock):
+            assert self.staging is not None
+            buffer = self.staging.take(Copy(block, part))
+            slot.ready = self._stream.copy(slot.buffer[start:end], buffer[start:end], slot.done)
+            self.staging.give_back(buffer, slot.ready)
+        else:
+            slot.ready = self._stream.copy(slot.buffer[start:end], source.host[start:end], slot.done)
         slot.has_modulation = part != "body"
         self.copied_bytes += end - start
         self.copies.append(Copy(block, part))

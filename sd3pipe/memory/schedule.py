@@ -7,6 +7,7 @@ from typing import Literal
 from sd3pipe.words import KeptActivations, ModulationMode
 
 Part = Literal["whole", "body", "modulation"]
+STAGING_BUFFERS = 3  # one is copied from, two are read into
 RING_SLOTS = 2  # one slot computes while the other is filled
 
 

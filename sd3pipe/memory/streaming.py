@@ -15,9 +15,10 @@ from sd3pipe.memory.activations import ActivationStore, OffloadedTensor
 from sd3pipe.memory.ahead import AheadModulation, PendingModulation
 from sd3pipe.memory.copy_streams import CopyStream, copy_stream_to
 from sd3pipe.memory.flat import FlatBlock, flat_layout, is_modulation, streamed_parameters
+from sd3pipe.memory.from_file import FileBlock, Staging, WeightsFile
 from sd3pipe.memory.host import HostMemory
 from sd3pipe.memory.model import Block, Pair, StreamedModel
-from sd3pipe.memory.rings import Rings, Use
+from sd3pipe.memory.rings import Rings, StreamedBlock, Use
 from sd3pipe.memory.schedule import RING_SLOTS, spread_evenly
 from sd3pipe.words import ModulationMode
 
@@ -43,6 +44,8 @@ class BlockStreamer:
                 ahead     adaLN weights stay on the host, which computes their outputs: see `prepare`
     fill                  called with each block's number, in order, before that block's weights are moved: for a model
                           that begins on the meta device and is read block by block
+    file                  says which of the streamed blocks stay in the checkpoint's file, from which they are read in
+                          every step; evenly spread. Outside of their turn their weights are NaN, also after `close`
     offload_activations   inputs of recomputed blocks wait on the host for the backward pass
     stream                how bytes are copied; tests put one here that delays every copy as long as it may
     """
@@ -56,6 +59,7 @@ class BlockStreamer:
         modulation: ModulationMode = "stream",
         offload_activations: bool = False,
         fill: Callable[[int], None] | None = None,
+        file: WeightsFile | None = None,
         slots: int = RING_SLOTS,
         stream: CopyStream | None = None,
     ) -> None:
@@ -66,10 +70,14 @@ class BlockStreamer:
         self.streamed = streamed_numbers(blocks_to_swap, len(self._blocks))
         self.host = HostMemory(self.device)
         self._activations = ActivationStore(self.device) if offload_activations else None
-        self._flat = dict(self._settled_blocks(fill))
+        self.from_file = _numbers_from_file(self.streamed, file, modulation)
+        self._flat: dict[int, StreamedBlock] = dict(self._settled_blocks(fill, file))
         self._ahead = AheadModulation(mmdit, self.streamed, self.device) if modulation == "ahead" else None
         move_resident(mmdit, self._flat.keys(), self.device, modulation=modulation)
-        self._rings = Rings(self._flat, slots=slots, device=self.device, stream=stream or copy_stream_to(self.device))
+        stream = stream or copy_stream_to(self.device)
+        in_file = {number: block for number, block in self._flat.items() if isinstance(block, FileBlock)}
+        staging = Staging(in_file, file, self.host, stream) if file is not None and in_file else None
+        self._rings = Rings(self._flat, slots=slots, device=self.device, stream=stream, staging=staging)
         self._backward_to_come: list[Use] = []
         self._model.block_runner = self
 
@@ -84,6 +92,8 @@ class BlockStreamer:
     def close(self) -> None:
         """Lets the model run its blocks itself again; streamed weights are back on the host."""
         self._rings.close()
+        if self._rings.staging is not None:
+            self._rings.staging.close()
         if self._ahead is not None:
             self._ahead.close()
         if self._activations is not None:
@@ -103,8 +113,8 @@ class BlockStreamer:
 
     @property
     def host_bytes(self) -> int:
-        """Host memory of the streamed blocks."""
-        return sum(block.layout.total_bytes for block in self._flat.values())
+        """Host memory of the streamed blocks, but for the buffers into which a file is read."""
+        return sum(block.layout.total_bytes for block in self._flat.values() if isinstance(block, FlatBlock))
 
     @property
     def offloaded_bytes(self) -> int:
@@ -240,8 +250,13 @@ class BlockStreamer:
             yield from reversed(self._backward_to_come)
         yield from (Use(index, whole) for index in self.streamed)
 
-    def _settled_blocks(self, fill: Callable[[int], None] | None) -> Iterator[tuple[int, FlatBlock]]:
+    def _settled_blocks(
+        self, fill: Callable[[int], None] | None, file: WeightsFile | None
+    ) -> Iterator[tuple[int, StreamedBlock]]:
         for index in range(len(self._blocks)):
+            if file is not None and index in self.from_file:
+                yield index, FileBlock(cast(nn.Module, self._blocks[index]), file.dtype)
+                continue
             if fill is not None:
                 fill(index)
             if index in self.streamed:
@@ -281,6 +296,16 @@ def streamed_numbers(blocks_to_swap: int, depth: int) -> tuple[int, ...]:
     if not 0 <= blocks_to_swap <= depth:
         raise ParameterError(f"--blocks-to-swap {blocks_to_swap}: the model has {depth} blocks: use 0 to {depth}")
     return spread_evenly(blocks_to_swap, depth)
+
+
+def _numbers_from_file(
+    streamed: tuple[int, ...], file: WeightsFile | None, modulation: ModulationMode
+) -> tuple[int, ...]:
+    if file is None or not file.blocks:
+        return ()
+    if modulation != "stream":
+        raise ParameterError(f"--modulation {modulation} keeps weights of every block: --host-memory needs stream")
+    return tuple(streamed[number] for number in spread_evenly(file.blocks, len(streamed)))
 
 
 def move_resident(

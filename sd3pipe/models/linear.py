@@ -22,6 +22,14 @@ class WeightPacking(Protocol):
         """Returns the weight [O, I] in `dtype`, without gradient."""
         ...
 
+    def output(self, x: Tensor, linear: "Linear") -> Tensor:
+        """Returns x W^T + b, without gradient."""
+        ...
+
+    def input_gradient(self, gradient: Tensor, linear: "Linear") -> Tensor:
+        """Returns the gradient of x from that of the output."""
+        ...
+
 
 class Linear(nn.Module):
     """y = x W^T + b with a frozen weight, which an adapter may change and a packing may store in fewer bits.
@@ -101,19 +109,19 @@ class PatchProjection(Linear):
 
 
 class _PackedProduct(torch.autograd.Function):
-    """The product with a packed weight; backward unpacks again, so that no dense weight outlives its use."""
+    """The product with a packed weight, as its packing takes it; what is unpacked for it never outlives its use."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: Linear) -> Tensor:
+        assert linear.packing is not None
         ctx.linear = linear
-        ctx.x_dtype = x.dtype
         with torch.autocast(x.device.type, enabled=False):
-            return functional.linear(x, linear.dense_weight(x.dtype), linear.bias.to(x.dtype))
+            return linear.packing.output(x, linear)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
         (grad,) = grads
-        return grad @ ctx.linear.dense_weight(ctx.x_dtype), None
+        return ctx.linear.packing.input_gradient(grad, ctx.linear), None
 
 
 def _in_autocast_dtype(x: Tensor) -> Tensor:

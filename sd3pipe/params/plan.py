@@ -3,8 +3,9 @@
 import re
 
 from sd3pipe.params.fields import OptionPath, Params, option
-from sd3pipe.params.memory import BlocksToRecompute, BlocksToSwap, Size, size_bytes
-from sd3pipe.words import ModulationMode, PackedFormat, Precision
+from sd3pipe.params.memory import BlocksToRecompute, BlocksToSwap, Size
+from sd3pipe.rules.memory import size_bytes
+from sd3pipe.words import MatmulFormat, ModulationMode, PackedFormat, Precision
 
 _PATHS, _MACHINE, _STEP, _MEMORY = "Paths", "Machine", "One step", "Memory and speed"
 
@@ -34,6 +35,10 @@ class PlanParams(Params):
         20.0, "Copies from host to card in GB/s; PCIe 4.0 x16 reaches about 25; train reports it.",
         panel=_MACHINE, gt=0,
     )
+    read_gb_per_second: float = option(
+        2.0, "Reads from the disk with the base model in GB/s, where --ram does not hold the swapped blocks.",
+        panel=_MACHINE, advanced=True, gt=0,
+    )
     resolution: str = option(
         "1024,1024", "Width and height of a picture in pixels, or one number for both.",
         panel=_STEP, pattern=r"^\d+([,x]\d+)?$",
@@ -59,6 +64,13 @@ class PlanParams(Params):
     base_dtype: PackedFormat | None = option(
         None, "Keep the base's blocks packed; default: as mixed_precision says.", panel=_MEMORY
     )
+    matmul_dtype: MatmulFormat | None = option(
+        None, "Take the base's own products in 8 bits; seconds are those of --tflops, so give what they achieve.",
+        panel=_MEMORY,
+    )
+    matmul_rotation: bool | None = option(
+        None, "Rotate what is multiplied in 8 bits; default: with int8.", panel=_MEMORY, advanced=True
+    )
     activation_offload: bool = option(
         False, "Let the inputs of recomputed blocks wait in host memory.", panel=_MEMORY
     )
@@ -71,6 +83,11 @@ class PlanParams(Params):
         """Width and height of a picture."""
         numbers = [int(number) for number in re.split("[,x]", self.resolution)]
         return numbers[0], numbers[-1]
+
+    @property
+    def host_memory(self) -> str:
+        """What is train's bound of host memory."""
+        return self.ram or "auto"
 
     @property
     def vram_bytes(self) -> int | None:

@@ -176,6 +176,8 @@ class TrainParams(StageParams):
             raise ValueError("dim_from_weights needs network_weights")
         if len(self.base_weights_multiplier) > len(self.base_weights):
             raise ValueError("base_weights_multiplier has more entries than base_weights")
+        if self.memory.matmul_dtype is not None and self.memory.base_dtype is not None:
+            raise ValueError("matmul_dtype keeps the base in the format that it multiplies in: leave base_dtype out")
         has_warmup = self.schedule.lr_warmup_steps and "lr_warmup_steps" in self.model_fields_set
         if self.schedule.lr_scheduler == "constant" and has_warmup:
             raise ValueError(

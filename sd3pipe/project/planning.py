@@ -95,7 +95,11 @@ def make_plan(params: PlanParams, *, t5_tokens: int, disk: Mapping[str, int]) ->
     wanted = _settings(params, model.depth)
     rates = None
     if params.tflops is not None:
-        rates = Rates(flop_per_second=params.tflops * 1e12, copy_bytes_per_second=params.copy_gb_per_second * 1e9)
+        rates = Rates(
+            flop_per_second=params.tflops * 1e12,
+            copy_bytes_per_second=params.copy_gb_per_second * 1e9,
+            read_bytes_per_second=params.read_gb_per_second * 1e9,
+        )
     chosen, others = _chosen(params, model, work, wanted, rates)
     return Plan(
         variant=variant,

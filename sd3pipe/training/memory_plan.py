@@ -1,14 +1,18 @@
 """Chooses how the base is kept before it is loaded: measures the card, asks the cost model, says what to expect."""
 
 import logging
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 
+from sd3pipe.adapters.kind import AdapterLayer
+from sd3pipe.adapters.kinds import KINDS
 from sd3pipe.console import readable_bytes
 from sd3pipe.device_memory import memory_errors, peak_rss_bytes, share_of_memory, usable_device_bytes
-from sd3pipe.errors import DeviceMemoryError
+from sd3pipe.errors import DeviceMemoryError, ParameterError
 from sd3pipe.memory.choosing import Freedom, Limits, advice, fitting_settings
 from sd3pipe.memory.plan import (
     PROCESS_BYTES,
@@ -23,7 +27,7 @@ from sd3pipe.memory.plan import (
 from sd3pipe.memory.sizes import adapter_weights, image_tokens, model_size
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.params.train import TrainParams
-from sd3pipe.training.rates import measure_rates
+from sd3pipe.training.rates import measure_rates, measure_reading
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +55,7 @@ class MemoryPlan:
             "blocks_to_swap": self.settings.blocks_to_swap,
             "recomputed_blocks": self.settings.recomputed_blocks(depth),
             "attention_kept_blocks": self.settings.attention_kept_blocks,
+            "file_blocks": self.settings.file_blocks,
             "settings": asdict(self.settings),
             "rates": None if self.rates is None else asdict(self.rates),
             # torch does not count what CUDA itself takes
@@ -78,8 +83,12 @@ def run_memory(
     text_tokens: int,
     device: torch.device,
     dtype: torch.dtype,
+    files: Sequence[Path] = (),
 ) -> MemoryPlan:
-    """Returns the memory plan of a training run, for the largest of its pictures."""
+    """Returns the memory plan of a training run, for the largest of its pictures; `files` hold the base.
+
+    Raises ParameterError and DeviceMemoryError.
+    """
     work = Workload(
         image_tokens=max(image_tokens(width, height) for width, height in resolutions_px),
         text_tokens=text_tokens,
@@ -92,7 +101,27 @@ def run_memory(
     rules = params.memory
     wanted = Settings.of(rules, dtype.itemsize, architecture.depth)
     freedom = Freedom.of(rules, modulation_is_open="modulation" not in params.model_fields_set)
-    return plan_memory(architecture, work, wanted, freedom, device=device, dtype=dtype)
+    plan = plan_memory(
+        architecture, work, wanted, freedom, device=device, dtype=dtype, host_bound=rules.host_bytes, files=files
+    )
+    _check_blocks_in_file(params, plan.settings)
+    return plan
+
+
+def _check_blocks_in_file(params: TrainParams, settings: Settings) -> None:
+    """Refuses what needs weights of the base in memory that stay in the file. Raises ParameterError."""
+    if not settings.file_blocks:
+        return
+    reason = ""
+    if params.base_weights:
+        reason = "base_weights are merged into the whole base"
+    elif KINDS[params.adapter.adapter_type].layer_class.measure is not AdapterLayer.measure:
+        reason = f"{KINDS[params.adapter.adapter_type].title} starts from the base's own weights"
+    if reason:
+        raise ParameterError(
+            f"the host's memory holds {settings.blocks_to_swap - settings.file_blocks} of {settings.blocks_to_swap} "
+            f"swapped blocks, and {reason}: give --host-memory more, or leave that out"
+        )
 
 
 def plan_memory(
@@ -103,28 +132,32 @@ def plan_memory(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    host_bound: int | None = None,
+    files: Sequence[Path] = (),
 ) -> MemoryPlan:
     """Returns the settings to train with: the quickest that fit, as far as there is freedom to choose.
 
     On CUDA the copy bandwidth and one block's time are measured, which takes about a second. Without CUDA blocks have
-    nowhere to be streamed from: activations alone are chosen, within half of what the host has left. Raises
-    DeviceMemoryError where nothing fits.
+    nowhere to be streamed from: activations alone are chosen, within half of what the host has left. `host_bound` is
+    what the user gives of the host's memory. Where that does not hold the streamed blocks, the disk's rate is measured
+    once. Raises DeviceMemoryError where nothing fits.
     """
     host = share_of_memory()
+    limit = host_bound if host_bound is not None else None if host is None else host + PROCESS_BYTES
     rates = None
     if device.type == "cuda":
         free = usable_device_bytes(device)  # before anything of ours lies there
         with memory_errors(lambda: _no_room_for_one_block(work)):
-            rates = measure_rates(architecture, work, device=device, dtype=dtype)
+            rates = measure_rates(architecture, work, wanted, device=device, dtype=dtype)
         torch.cuda.empty_cache()
         if freedom.blocks or freedom.kept:
-            return choose(architecture, work, wanted, freedom, device_bytes=free, host_bytes=host, rates=rates)
-    elif freedom.kept and host is not None:
-        limits = Limits(device_bytes=int(_SHARE_OF_HOST * host))
-        kept = fitting_settings(
-            model_size(architecture.shapes()), work, wanted, limits, freedom=replace(freedom, blocks=False)
-        )
-        wanted = kept[0] if kept else wanted
+            plan = choose(architecture, work, wanted, freedom, device_bytes=free, host_limit=limit, rates=rates)
+            if plan.settings.file_blocks and files:
+                rates = replace(rates, read_bytes_per_second=measure_reading(files))
+                plan = choose(architecture, work, wanted, freedom, device_bytes=free, host_limit=limit, rates=rates)
+            return plan
+    elif host is not None and (freedom.kept or host_bound is not None):
+        wanted = _chosen_on_the_host(architecture, work, wanted, freedom, host=host, host_bound=host_bound)
     prediction = predict(model_size(architecture.shapes()), work, wanted, rates)
     if host is not None and prediction.added_host_bytes > host:
         log.warning(
@@ -143,19 +176,18 @@ def choose(
     freedom: Freedom = Freedom(),
     *,
     device_bytes: int,
-    host_bytes: int | None = None,
+    host_limit: int | None = None,
     rates: Rates | None,
 ) -> MemoryPlan:
-    """Returns the quickest settings that fit the device and what is left of the host's memory.
+    """Returns the quickest settings that fit the device and, with all that this process holds, the host's memory.
 
     Raises DeviceMemoryError where none do.
     """
     model = model_size(architecture.shapes())
-    host_limit = None if host_bytes is None else host_bytes + PROCESS_BYTES  # which this process has already
     limits = Limits(device_bytes=device_bytes, host_bytes=host_limit)
     found = fitting_settings(model, work, wanted, limits, rates=rates, freedom=freedom)
     if found is None:
-        on_host = "" if host_bytes is None else f" and {readable_bytes(host_bytes)} of host memory"
+        on_host = "" if host_limit is None else f" and {readable_bytes(host_limit)} of host memory"
         raise DeviceMemoryError(
             f"no number of streamed blocks fits {readable_bytes(device_bytes)} of free device memory{on_host}: "
             + advice(model, work, replace(wanted, blocks_to_swap=0), limits)
@@ -169,7 +201,37 @@ def choose(
         readable_bytes(device_bytes),
         seconds,
     )
+    if settings.file_blocks:
+        log.info(
+            "%d of %d swapped blocks are read from the file, %s a step: give --host-memory more where there is more",
+            settings.file_blocks,
+            settings.blocks_to_swap,
+            readable_bytes(prediction.read_bytes),
+        )
     return MemoryPlan(architecture=architecture, work=work, settings=settings, rates=rates, prediction=prediction)
+
+
+def _chosen_on_the_host(
+    architecture: MMDiTArchitecture,
+    work: Workload,
+    wanted: Settings,
+    freedom: Freedom,
+    *,
+    host: int,
+    host_bound: int | None,
+) -> Settings:
+    """Returns the settings for training on the CPU: activations that the host has room for, blocks that it holds."""
+    model, half = model_size(architecture.shapes()), int(_SHARE_OF_HOST * host)
+    for kept, device_bytes in ((True, half), (False, sys.maxsize)):
+        limits = Limits(device_bytes=device_bytes, host_bytes=host_bound)
+        found = fitting_settings(
+            model, work, wanted, limits, freedom=replace(freedom, blocks=False, kept=kept and freedom.kept)
+        )
+        if found is not None:
+            return found[0]
+    if host_bound is None:
+        return wanted
+    raise DeviceMemoryError(f"{readable_bytes(host_bound)} of host memory hold too few of the blocks: {_HOST_ADVICE}")
 
 
 def _no_room_for_one_block(work: Workload) -> str:

@@ -1,39 +1,74 @@
 """What a machine achieves: its copy bandwidth, and its speed in a joint block of the real shape."""
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from sd3pipe.memory.host import HostMemory
-from sd3pipe.memory.plan import Rates, Workload
+from sd3pipe.memory.packings import block_packing
+from sd3pipe.memory.plan import Rates, Settings, Workload
+from sd3pipe.memory.quantise import quantise_as
 from sd3pipe.memory.sizes import model_size
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.joint_block import JointBlock
 
 COPY_BYTES = 128 << 20
+READ_BYTES = 256 << 20
+_PIECE_BYTES = 8 << 20
 _REPEATS = 5
 
 
 def measure_rates(
-    architecture: MMDiTArchitecture, work: Workload, *, device: torch.device, dtype: torch.dtype
+    architecture: MMDiTArchitecture,
+    work: Workload,
+    settings: Settings = Settings(),
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Rates:
-    """Returns the copy bandwidth and the operations per second of one block's forward pass at the size of the run."""
+    """Returns the copy bandwidth and the operations per second of one block's forward pass at the size of the run.
+
+    Of `settings`, those count by which the block's products are taken in eight bits.
+    """
     model = model_size(architecture.shapes())
     one_block = model.forward_flop(work.batch, work.image_tokens, work.text_tokens) / model.depth
     return Rates(
-        flop_per_second=one_block / _block_seconds(architecture, work, dtype, device),
+        flop_per_second=one_block / _block_seconds(architecture, work, settings, dtype, device),
         copy_bytes_per_second=COPY_BYTES / copy_seconds(device),
     )
 
 
-def _block_seconds(architecture: MMDiTArchitecture, work: Workload, dtype: torch.dtype, device: torch.device) -> float:
+def measure_reading(files: Sequence[Path]) -> float:
+    """Returns the bytes per second that come from the disk with the largest of the files, which is read in part."""
+    path = max(files, key=lambda file: file.stat().st_size)
+    count = min(READ_BYTES, path.stat().st_size)
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):  # what the system still has in memory would tell of that
+            os.posix_fadvise(file.fileno(), 0, count, os.POSIX_FADV_DONTNEED)
+        piece = bytearray(_PIECE_BYTES)
+        start = time.perf_counter()
+        done = 0
+        while done < count and (read := file.readinto(piece)):
+            done += read
+    return max(1, done) / max(1e-9, time.perf_counter() - start)
+
+
+def _block_seconds(
+    architecture: MMDiTArchitecture, work: Workload, settings: Settings, dtype: torch.dtype, device: torch.device
+) -> float:
     """Returns the seconds of the middle block's body, with random weights."""
     index = architecture.depth // 2
     block = JointBlock(architecture, index, device, dtype)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
+    if settings.matmul_dtype is not None:
+        products = block_packing(settings, device)
+        assert products is not None
+        quantise_as(block, products)
     width = architecture.width
     context = torch.randn(work.batch, work.text_tokens, width, device=device, dtype=dtype)
     x = torch.randn(work.batch, work.image_tokens, width, device=device, dtype=dtype)

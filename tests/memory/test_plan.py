@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from support.streaming_cases import add_adapters
@@ -107,7 +108,7 @@ def test_a_card_with_room_sends_no_activations_away():
 
 
 def test_a_small_host_limits_what_can_be_streamed():
-    for host_bytes, fits in ((32 * 10**9, True), (8 * 10**9, False)):
+    for host_bytes, fits in ((32 * 10**9, True), (2 * 10**9, False)):
         limits = Limits(device_bytes=8 * 10**9, host_bytes=host_bytes)
         assert (fitting_settings(LARGE, WORK, Settings(), limits) is not None) == fits
 
@@ -163,6 +164,21 @@ def test_what_is_kept_is_counted_in_memory_and_in_time():
     # one width per token in 16 bit, and a float32 of each head, in each block but the one that is being differentiated
     one = (WORK.image_tokens + WORK.text_tokens) * (2432 * 2 + 38 * 4)
     assert attention.device_parts["kept activations"] == pytest.approx(38 * one, rel=0.03)
+
+
+def test_a_pc_with_16_gb_trains_large_and_reads_the_rest_from_the_file():
+    limits = Limits(device_bytes=8 * 10**9, host_bytes=16 * 10**9)
+    settings, prediction = fitting_settings(LARGE, WORK, Settings(), limits, rates=CARD)
+    assert prediction.host_bytes <= limits.host_bytes
+    assert settings.file_blocks == 0  # 30 blocks are fewer than that
+    limits = Limits(device_bytes=5 * 10**9, host_bytes=12 * 10**9)
+    settings, prediction = fitting_settings(LARGE, WORK, Settings(), limits, rates=CARD)
+    assert prediction.host_bytes <= limits.host_bytes
+    assert settings.file_blocks > 0
+    one_less = predict(LARGE, WORK, replace(settings, file_blocks=settings.file_blocks - 1))
+    assert one_less.host_bytes > limits.host_bytes
+    assert 0 < prediction.read_bytes < prediction.copied_bytes
+    assert fitting_settings(LARGE, WORK, Settings(base_format="int8"), limits)[0].file_blocks == 0  # never packed ones
 
 
 def test_what_the_user_fixes_stays():

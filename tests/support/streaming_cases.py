@@ -1,6 +1,7 @@
 """A short training run with simple adapters, streamed or not, and a stream that shows every mistake in ordering."""
 
 import contextlib
+import threading
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ class PoisoningCopyStream:
     def __init__(self):
         self.copies = 0
         self._pending = []
+        self._lock = threading.Lock()
 
     def copy(self, target, source, *after):
         target.fill_(0xFF)  # NaN in every float format
@@ -37,9 +39,13 @@ class PoisoningCopyStream:
         return self.copies
 
     def wait(self, event):
-        while self._pending and event is not None and self._pending[0][0] <= event:
-            _, target, source = self._pending.pop(0)
-            target.copy_(source)
+        with self._lock:
+            while self._pending and event is not None and self._pending[0][0] <= event:
+                _, target, source = self._pending.pop(0)
+                target.copy_(source)
+
+    def finish(self, event):
+        self.wait(event)
 
     def record_event(self):
         return None

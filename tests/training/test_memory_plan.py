@@ -1,5 +1,7 @@
 """What train expects of a card, and what it says when a card is too small."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
@@ -11,7 +13,7 @@ from sd3pipe.memory.plan import Rates, Settings, Workload
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.training.compiling import compile_blocks
 from sd3pipe.training.memory_plan import choose, plan_memory
-from sd3pipe.training.rates import measure_rates
+from sd3pipe.training.rates import measure_rates, measure_reading
 
 LARGE = MMDiTArchitecture(depth=38, pos_embed_max=192, qk_norm=True)
 WORK = Workload(image_tokens=4096, adapter_weights=24_000_000)
@@ -49,10 +51,34 @@ def test_drawing_streams_as_few_blocks_as_it_must():
 
 
 def test_auto_knows_the_hosts_memory():
-    plan = choose(LARGE, WORK, Settings(), device_bytes=12 * 10**9, host_bytes=32 * 10**9, rates=CARD)
-    assert plan.prediction.added_host_bytes <= 32 * 10**9
-    with pytest.raises(DeviceMemoryError, match=r"and 4 GB of host memory: .*--base-dtype int8"):
-        choose(LARGE, WORK, Settings(), device_bytes=12 * 10**9, host_bytes=4 * 10**9, rates=CARD)
+    plan = choose(LARGE, WORK, Settings(), device_bytes=12 * 10**9, host_limit=32 * 10**9, rates=CARD)
+    assert plan.prediction.host_bytes <= 32 * 10**9
+    assert plan.settings.file_blocks == 0
+    with pytest.raises(DeviceMemoryError, match=r"and 2.5 GB of host memory: .*--base-dtype nf4"):
+        choose(LARGE, WORK, Settings(), device_bytes=12 * 10**9, host_limit=25 * 10**8, rates=CARD)
+
+
+def test_what_the_host_does_not_hold_is_read_from_the_file_and_told(caplog):
+    caplog.set_level("INFO")
+    plan = choose(LARGE, WORK, Settings(), device_bytes=8 * 10**9, host_limit=8 * 10**9, rates=CARD)
+    assert plan.prediction.host_bytes <= 8 * 10**9
+    files, swapped = plan.settings.file_blocks, plan.settings.blocks_to_swap
+    assert 0 < files <= swapped
+    assert f"{files} of {swapped} swapped blocks are read from the file" in caplog.text
+
+
+def test_a_slow_disk_is_streamed_from_as_little_as_fits():
+    slow = replace(CARD, read_bytes_per_second=1e8)
+    options = {"device_bytes": 8 * 10**9, "host_limit": 8 * 10**9}
+    quick, late = (choose(LARGE, WORK, Settings(), **options, rates=rates) for rates in (CARD, slow))
+    assert late.prediction.seconds > 2 * quick.prediction.seconds  # and prediction says so
+    assert late.settings.file_blocks <= quick.settings.file_blocks
+
+
+def test_the_disk_is_measured(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(1 << 20))
+    assert 1e6 < measure_reading([file]) < 1e12
 
 
 def test_a_host_that_is_too_small_is_told_of(caplog, monkeypatch):

@@ -71,6 +71,8 @@ CHANGES_THE_RUN = {
     "subsets": ({"photos": {"caption_dropout_rate": 1.0}}, {}),
     "mixed_precision": ("bf16", {}),
     "base_dtype": ("int8", {}),
+    "matmul_dtype": ("int8", {}),
+    "matmul_rotation": (False, {"matmul_dtype": "int8"}),
 }
 
 # option -> value that must leave every loss and weight as it is
@@ -111,7 +113,7 @@ SHOWN_ELSEWHERE = {
         "save_last_n_epochs_state", "save_precision",
     ],
     "../support/tiny_training.py": ["model", "text", "latents", "out", "threads", "device"],  # every run
-    "test_train_command.py": ["mmdit", "loras_dir", "torch_compile", "tf32"],
+    "test_train_command.py": ["host_memory", "mmdit", "loras_dir", "torch_compile", "tf32"],
     "test_adapter_options.py": ["base_weights", "base_weights_multiplier"],
     "test_numerics.py": ["sdpa_backend"],
     "../cli/test_resolve.py": ["allow_code"],
@@ -166,7 +168,7 @@ def test_an_option_that_cannot_act_is_named(name):
     """Every row of that table but the switches whose own test needs a file is in the tables above, too."""
     other, values = _ACTS_UNDER[name]
     states = {"lr_scheduler": "constant", "weighting_scheme": "uniform", "loss_type": "l2", "dim_from_weights": True}
-    states |= {"gradient_checkpointing": "off", "log_with": None}
+    states |= {"gradient_checkpointing": "off", "log_with": None, "matmul_dtype": None}
     settings = {"log_tracker_name": "n", "wandb_run_name": "n", "logging_dir": Path("l"), "activation_offload": True}
     value = settings.get(name) or CHANGES_THE_RUN[name][0]
     common = {"model": "m", "text": "t", "latents": "l", "out": "o", "lr_warmup_steps": 0.0, "network_weights": "w"}
@@ -245,6 +247,11 @@ def test_network_args_say_what_is_unknown_and_what_is_refused(inputs):
 def test_what_does_not_fit_is_refused_with_a_reason(inputs, options, message):
     with pytest.raises(ParameterError, match=message):
         inputs.train("refused", **options)
+
+
+def test_a_base_has_one_format(inputs):
+    with pytest.raises(ValueError, match="leave base_dtype out"):
+        inputs.train("refused", matmul_dtype="int8", base_dtype="nf4")
 
 
 def test_subsets_are_weighed_and_repeated(inputs):

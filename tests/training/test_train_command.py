@@ -15,7 +15,7 @@ from support.tiny_training import Inputs, equal, make_inputs, pictures
 from sd3pipe.adapters.files import read_adapter
 from sd3pipe.cache.staleness import remember_sources
 from sd3pipe.commands.train import _set_numerics
-from sd3pipe.errors import Sd3pipeError, StaleError, StorageError
+from sd3pipe.errors import DeviceMemoryError, ParameterError, Sd3pipeError, StaleError, StorageError
 from sd3pipe.files import lock_file
 from sd3pipe.fingerprint import hash_file
 from sd3pipe.training.compiling import compile_blocks
@@ -226,6 +226,21 @@ def test_every_base_trains_streamed_as_it_does_resident(tmp_path, base):
     assert streamed.report()["memory"]["copied_bytes_per_step"]["measured"] > 0
     assert streamed.losses() == resident.losses()
     assert equal(streamed.adapter(2), resident.adapter(2))
+
+
+def test_blocks_that_the_host_may_not_hold_are_read_from_the_file(tmp_path):
+    inputs = make_inputs(tmp_path, pictures(2), depth=6, max_train_steps=2, output_name="base")
+    held = inputs.train("held", blocks_to_swap=6)
+    bound = held.report()["memory"]["host_bytes"]["predicted"] - 1
+    read = inputs.train("read", blocks_to_swap=6, host_memory=f"{bound / 1e9:.9f}GB")
+    assert read.report()["memory"]["file_blocks"] == 4  # three buffers take the place of four blocks
+    assert read.report()["memory"]["host_bytes"]["predicted"] <= bound
+    assert read.losses() == held.losses()
+    assert equal(read.adapter(2), held.adapter(2))
+    with pytest.raises(ParameterError, match="DoRA starts from the base's own weights: give --host-memory more"):
+        inputs.train("dora", blocks_to_swap=6, host_memory=f"{bound / 1e9:.9f}GB", adapter_type="dora")
+    with pytest.raises(DeviceMemoryError, match="of host memory hold too few of the blocks"):
+        inputs.train("little", blocks_to_swap=6, host_memory="0.1GB")
 
 
 @pytest.mark.slow
