@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Sequence
 
+from sd3pipe.cache.folder import machine_folder
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.console import say
 from sd3pipe.data.dataset_file import load_dataset
@@ -20,6 +21,7 @@ from sd3pipe.previewing.cards import CaptionTokens, Preview
 from sd3pipe.previewing.dataset_cards import dataset_preview
 from sd3pipe.previewing.page import render
 from sd3pipe.previewing.sheet import draw_sheet
+from sd3pipe.previewing.thumbnails import Thumbnails
 from sd3pipe.words import EncoderName
 
 log = logging.getLogger(__name__)
@@ -49,16 +51,20 @@ def _of_dataset(params: PreviewParams) -> Preview:
     dataset = load_dataset(params.dataset)
     for remark in dataset.remarks:
         log.info("%s: %s", dataset.path, remark)
-    stamps = FileStamps(params.out / ".stat.json", trust=False)
+    machine = machine_folder(params.out)
+    stamps = FileStamps(machine / "stat.json")
+    found = scan(dataset, stamps)
+    stamps.save()
     workers = default_workers() if params.max_data_loader_n_workers is None else params.max_data_loader_n_workers
     return dataset_preview(
-        scan(dataset, stamps),
+        found,
         title=f"Preview of {params.dataset.name}",
         per_bucket=params.pictures_per_bucket,
         caption_variants=params.caption_variants,
         crop_variants=params.crop_variants,
         seed=params.seed,
         count_tokens=lambda captions: _token_counts(captions, params),
+        thumbnails=Thumbnails(machine / "thumbnails"),
         workers=workers,
     )
 

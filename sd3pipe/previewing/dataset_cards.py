@@ -10,11 +10,12 @@ from sd3pipe.console import count, listed, one_line
 from sd3pipe.data.buckets import Size, cut_by_limit
 from sd3pipe.data.captions import processed_captions, tag_frequency
 from sd3pipe.data.decoding import Job, Pixels, row_job
-from sd3pipe.data.feed import Decoded, decoded_rows
+from sd3pipe.data.feed import Decoded
 from sd3pipe.data.filters import filter_name
 from sd3pipe.data.geometry import Cut, View, views_of_all
 from sd3pipe.data.scan import Picture, Scan
 from sd3pipe.previewing.cards import CARD_PX, Box, CaptionTokens, Card, Preview, Section, spread
+from sd3pipe.previewing.thumbnails import Thumbnails
 
 _AROUND = 0.25  # of a cut's side, shown on each side of it
 _MUCH_ENLARGED = 1.25
@@ -71,6 +72,7 @@ def dataset_preview(
     crop_variants: int,
     seed: int,
     count_tokens: CountTokens,
+    thumbnails: Thumbnails,
     workers: int,
 ) -> Preview:
     """Returns the preview of scanned pictures."""
@@ -86,7 +88,7 @@ def dataset_preview(
         item = _Item(views=views, captions=texts, copies=copies, tokens=tokens)
         buckets[item.cut.size].append(item)
     shown = {size: spread(items, per_bucket) for size, items in buckets.items()}
-    drawn = decoded_rows((_job(item) for items in shown.values() for item in items), workers=workers)
+    drawn = thumbnails.drawn([_job(item) for items in shown.values() for item in items], workers=workers)
     sections = []
     for size, items in shown.items():
         cards = tuple(_card(item, next(drawn)) for item in items)

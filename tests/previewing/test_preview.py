@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from sd3pipe.commands.preview import main
 from sd3pipe.errors import DeviceMemoryError, ParameterError
 from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.params.preview import PreviewParams
+from sd3pipe.previewing import thumbnails
 from sd3pipe.previewing.cards import Card, Section, spread
 from sd3pipe.previewing.sheet import draw_card, draw_sheet
 
@@ -73,6 +75,26 @@ def test_there_is_a_png_per_bucket_and_a_page_that_needs_nothing_else(project, c
     assert "8 pictures in" in capsys.readouterr().out
     for file in files[:-1]:
         assert Image.open(project / "out" / file).format == "PNG"
+
+
+def test_a_second_preview_decodes_what_is_new(project, tmp_path, monkeypatch):
+    folder = shutil.copytree(project, tmp_path / "project", ignore=shutil.ignore_patterns("out"))
+    decoded = []
+    decode = thumbnails.decoded_rows
+    monkeypatch.setattr(thumbnails, "decoded_rows", lambda jobs, **rest: decode(decoded.extend(jobs) or jobs, **rest))
+    first = preview(folder)
+    assert decoded
+    decoded.clear()
+    assert preview(folder) == first and decoded == []
+    kept = sorted((folder / ".sd3pipe" / "out" / "thumbnails").iterdir())
+    kept[0].write_bytes(kept[0].read_bytes()[:100])
+    assert preview(folder) == first and len({job.image_hash for job in decoded}) == 1
+    decoded.clear()
+    Image.new("RGB", (70, 72)).save(folder / "pics" / "small.png")
+    preview(folder)
+    assert [job.path.name for job in decoded] == ["small.png"]
+    now = sorted((folder / ".sd3pipe" / "out" / "thumbnails").iterdir())
+    assert len(now) == len(kept) and now != kept
 
 
 def test_text_from_files_cannot_become_markup(project):
