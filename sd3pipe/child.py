@@ -1,14 +1,18 @@
 """Runs one of the package's own commands in a process of its own, and leaves to it how to stop."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from sd3pipe import stopping
 from sd3pipe.errors import ExitCode, Sd3pipeError, Stopped
+from sd3pipe.files import appending
+from sd3pipe.living import living_pid, process_mark
 
 _PROGRAM = Path(__file__).with_name("__main__.py")  # by path: no other folder named sd3pipe is taken for it
 
@@ -29,12 +33,65 @@ def run_child(what: str, arguments: Sequence[str], *, same_command: str, folder:
     and waited for: the command finishes its step, saves, and says so itself.
     """
     stopping.check()
-    code = _exit_code([sys.executable, "-P", str(_PROGRAM), *arguments], folder)
+    code = _exit_code(_command(arguments), folder)
     if code == ExitCode.DONE:
         return
     if code == ExitCode.STOPPED or stopping.reason() or -code in stopping.SIGNALS:
         raise Stopped(f"{what} was stopped: `{same_command}` goes on from there")
     raise ChildFailed(what, code, same_command)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Apart:
+    """A command that outlives whoever started it; its mark finds it again (see living.py)."""
+
+    process: subprocess.Popen[bytes]
+    mark: str
+
+
+def start_apart(arguments: Sequence[str], *, folder: Path, log: Path) -> Apart:
+    """Starts `sd3pipe ARGUMENTS` in a session of its own; what it prints is added to `log`.
+
+    Raises OSError where `folder` is gone, StorageError.
+    """
+    with appending(log) as file:
+        process = subprocess.Popen(
+            _command(arguments),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return Apart(process=process, mark=process_mark(process.pid))
+
+
+def ask_to_stop(mark: str) -> bool:
+    """Asks the process of a mark to stop, as Ctrl-C does; returns whether it lives here."""
+    pid = living_pid(mark)
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGINT)
+    return pid is not None
+
+
+def run_captured(arguments: Sequence[str], *, folder: Path | None = None) -> tuple[int, str]:
+    """Runs `sd3pipe ARGUMENTS` to its end; returns its exit code and what it printed."""
+    done = subprocess.run(
+        _command(arguments),
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def _command(arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-P", str(_PROGRAM), *arguments]
 
 
 def _exit_code(command: Sequence[str], folder: Path | None) -> int:

@@ -59,6 +59,7 @@ COMMANDS = (
     _stage("judge", "Compare checkpoints on equal noise, and say how sure that is."),
     _stage("sample", "Draw pictures with a model and an adapter."),
     _stage("report", "Write one HTML page about one run or two."),
+    _stage("studio", "See pictures, captions and runs in a browser; edit, start, compare."),
     _part("cache", "ls", "List a cache: recipe, rows, sizes."),
     _part("cache", "verify", "Check every checksum and key."),
     _part("cache", "why", "Say why a picture's or caption's row is a hit or a miss."),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from sd3pipe.errors import StorageError
+from sd3pipe.living import living_pid, process_mark
 from sd3pipe.temporaries import remove_tree, temporary_name
 
 try:
@@ -168,9 +169,16 @@ def remove_folder(path: Path) -> None:
         remove_tree(doomed)
 
 
+@contextlib.contextmanager
+def appending(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a file of ours for a process to add to, and makes it where it is missing. Raises StorageError."""
+    with storage_errors(path), open(_own_place(path), "ab", opener=_open_without_waiting) as file:
+        yield file
+
+
 def append_text(path: Path, text: str) -> None:
     """Adds text to a file of ours, which is made where it is missing. Raises StorageError."""
-    with storage_errors(path), open(_own_place(path), "ab", opener=_open_without_waiting) as file:
+    with appending(path) as file:
         file.write(text.encode("utf-8", "surrogateescape"))
 
 
@@ -197,8 +205,8 @@ def write_json(path: Path, value: object) -> None:
 def lock_file(path: Path) -> Iterator[bool]:
     """Locks a file for this process until the block ends or the process dies; yields whether nobody else holds it.
 
-    Processes that this one forks do not hold the lock, so that they may outlive it. Yields True also where the system
-    or the file system has no locks. Raises StorageError.
+    The file says who holds it, for `lock_holder`. Processes that this one forks do not hold the lock, so that they may
+    outlive it. Yields True also where the system or the file system has no locks. Raises StorageError.
     """
     make_folder(path.parent)
     with storage_errors(path):
@@ -206,11 +214,26 @@ def lock_file(path: Path) -> Iterator[bool]:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | _NO_WAIT | _NO_FOLLOW, 0o666)
     _lock_handles.add(handle)
     try:
-        yield fcntl is None or _locked(handle)
+        is_free = fcntl is None or _locked(handle)
+        if is_free:
+            with storage_errors(path):
+                os.ftruncate(handle, 0)
+                os.write(handle, process_mark().encode())
+        yield is_free
     finally:
         if handle in _lock_handles:
             _lock_handles.remove(handle)
             os.close(handle)
+
+
+def lock_holder(path: Path) -> str:
+    """Returns the mark of the living process that holds a lock or died with it, "" where none does."""
+    try:
+        with open_regular(path) as file:
+            mark = file.read(200).decode("ascii", "replace")
+    except OSError:
+        return ""
+    return mark if living_pid(mark) is not None else ""
 
 
 def _forget_locks() -> None:

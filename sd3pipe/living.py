@@ -10,9 +10,9 @@ from pathlib import Path
 MARK = r"\d+-\d*-[0-9a-f]{16}-[0-9a-f]{16}"  # process number, its start, machine, what makes the mark unique
 
 
-def process_mark() -> str:
-    """Returns a new mark of this process, part of the name of what it writes until it is done."""
-    pid = os.getpid()
+def process_mark(pid: int | None = None) -> str:
+    """Returns a new mark of this process, or of another: part of the name of what it writes until it is done."""
+    pid = os.getpid() if pid is None else pid
     return f"{pid}-{_start_of(pid)}-{_machine()}-{uuid.uuid4().hex[:16]}"
 
 
@@ -22,6 +22,11 @@ def is_alive(mark: str) -> bool | None:
     if not (pid.isdigit() and started and machine == _machine()):
         return None
     return _start_of(int(pid)) == started or _is_hidden(int(pid))
+
+
+def living_pid(mark: str) -> int | None:
+    """Returns the number of the process of a mark if it lives on this machine, else None."""
+    return int(mark.partition("-")[0]) if is_alive(mark) else None
 
 
 @cache

@@ -1,10 +1,11 @@
 """metrics.jsonl of a run: one line for each step, validation and event, as they come back from the disk."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, cast
 
-from pydantic import Field, StrictInt, TypeAdapter, with_config
+from pydantic import Field, StrictInt, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
 from sd3pipe.documents import DocumentError, checked, parse_json
@@ -56,6 +57,38 @@ class EventRecord(TypedDict):
 Record = StepRecord | ValidationRecord | EventRecord
 _OBJECT = TypeAdapter(dict[str, Any])
 _RECORD: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
+
+
+class RecordTail:
+    """The records of a run as it goes on: each call of `read` returns those that were added since."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self._inode, self._place = 0, 0
+
+    def read(self) -> tuple[list[Record], bool]:
+        """Returns the added records, and whether the file began anew, so that all earlier ones are void."""
+        try:
+            with open_regular(self.run / METRICS_FILE) as file:
+                stat = os.fstat(file.fileno())
+                anew = stat.st_ino != self._inode or stat.st_size < self._place
+                if anew:
+                    self._inode, self._place = stat.st_ino, 0
+                file.seek(self._place)
+                lines = file.read().split(b"\n")
+        except OSError:
+            anew = self._inode != 0
+            self._inode, self._place = 0, 0
+            return [], anew
+        self._place += sum(len(line) + 1 for line in lines[:-1])  # the last line may be half written
+        return [record for line in lines[:-1] if (record := _parsed(line)) is not None], anew
+
+
+def _parsed(line: bytes) -> Record | None:
+    try:
+        return _RECORD.validate_json(line)
+    except ValidationError:
+        return None
 
 
 def read_records(run: Path) -> Iterator[Record]:

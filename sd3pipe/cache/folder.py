@@ -24,6 +24,11 @@ def machine_folder(cache: Path) -> Path:
     return real.parent / ".sd3pipe" / real.name
 
 
+def apart_folder(place: Path) -> Path:
+    """Returns where a run writes as long as an older one lies in its place."""
+    return Path(f"{machine_folder(place)}.new")
+
+
 class CacheFolder:
     """The paths of one cache folder."""
 

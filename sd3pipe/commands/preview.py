@@ -14,19 +14,15 @@ from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import make_folder, write_bytes, write_text
 from sd3pipe.models.sources import find_component
-from sd3pipe.models.tokenizer_folders import find_tokenizers
-from sd3pipe.models.tokenizers import load_tokenizer
 from sd3pipe.params.preview import PreviewParams
 from sd3pipe.previewing.cards import CaptionTokens, Preview
 from sd3pipe.previewing.dataset_cards import dataset_preview
 from sd3pipe.previewing.page import render
 from sd3pipe.previewing.sheet import draw_sheet
 from sd3pipe.previewing.thumbnails import Thumbnails
-from sd3pipe.words import EncoderName
+from sd3pipe.previewing.token_counts import token_counts
 
 log = logging.getLogger(__name__)
-
-_CLIP_TOKENS = 77
 
 
 def main(params: PreviewParams) -> None:
@@ -72,22 +68,14 @@ def _of_dataset(params: PreviewParams) -> Preview:
 def _token_counts(captions: Sequence[str], params: PreviewParams) -> dict[str, CaptionTokens]:
     """Returns how many tokens captions have for the encoders; nothing where there are no tokenizers."""
     try:
-        folders = find_tokenizers(folder=params.tokenizers, model=params.model, files=())
+        return token_counts(
+            captions, tokenizers=params.tokenizers, model=params.model, t5_tokens=params.t5xxl_max_token_length
+        )
     except InputError:
         if params.tokenizers is not None:
             raise
         log.warning("no tokenizers are here, so nobody counted which captions are cut off: pass --tokenizers DIR")
         return {}
-    limits = {"CLIP": _CLIP_TOKENS, "T5": params.t5xxl_max_token_length}
-    encoders: dict[str, EncoderName] = {"CLIP": "clip_l", "T5": "t5xxl"}  # CLIP-G counts as CLIP-L does
-    counts = {
-        title: [len(ids) for ids in load_tokenizer(encoder, folders[encoder]).encode(captions)]
-        for title, encoder in encoders.items()
-    }
-    return {
-        caption: CaptionTokens(limits=limits, counts={title: counts[title][number] for title in counts})
-        for number, caption in enumerate(captions)
-    }
 
 
 def _of_cache(params: PreviewParams) -> Preview:

@@ -177,7 +177,7 @@ def _help_all_parameter(hidden: int) -> inspect.Parameter:
 
 def _help(field: FieldInfo) -> str:
     """Returns the description with choices and default; Typer reads brackets as rich markup, so they are escaped."""
-    notes = [f"one of {', '.join(_choices(field))}"] if len(_choices(field)) > _MAX_SHOWN_CHOICES else []
+    notes = [f"one of {', '.join(choices(field))}"] if len(choices(field)) > _MAX_SHOWN_CHOICES else []
     if not field.is_required() and field.default not in (None, "", (), {}):
         notes.append(f"default: {_shown(field.default)}")
     shown = f"{field.description} [{'; '.join(notes)}]" if notes else field.description or ""
@@ -190,13 +190,14 @@ def _shown(default: Any) -> str:
 
 def _metavar(field: FieldInfo) -> str:
     """Returns what stands for the value in the help: a few choices, or the type's name."""
-    if len(_choices(field)) > _MAX_SHOWN_CHOICES:
+    if len(choices(field)) > _MAX_SHOWN_CHOICES:
         return "CHOICE"
     parts = [_metavar_of(kind) for kind in alternatives(field.annotation)]
     return "|".join(dict.fromkeys(part for part in parts if part))
 
 
-def _choices(field: FieldInfo) -> list[str]:
+def choices(field: FieldInfo) -> list[str]:
+    """Returns the words that an option may hold, beside what else it may."""
     kinds = alternatives(field.annotation)
     return [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
 

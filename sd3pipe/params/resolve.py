@@ -70,7 +70,7 @@ def resolve(
     checked: dict[str, Any] = {}
     for name, value in values.items():
         try:
-            checked[name] = _check(model.model_fields[name], value, from_text=name in given)
+            checked[name] = check_value(model.model_fields[name], value, from_text=name in given)
         except ValidationError as error:
             problems.append(_problem(origins[name], value, error))
     problems += _gone_paths(command, project) + _missing(model, command, {*checked, *values})
@@ -101,7 +101,7 @@ class _ConfigSource:
 
     def __init__(self, model: type[Params], stage_models: StageModels) -> None:
         self.model, self.stage_models = model, stage_models
-        self.names = _spellings(model)
+        self.names = spellings(model)
 
     def read(self, path: Path, project_folder: Path | None) -> tuple[dict[str, Any], list[str]]:
         values: dict[str, Any] = {}
@@ -140,7 +140,7 @@ def explain(
 
     An unknown name is answered with the nearest known one, and with what that one's answer would be.
     """
-    stages = {other: stage for stage, model in stage_models().items() for other in _spellings(model)}
+    stages = {other: stage for stage, model in stage_models().items() for other in spellings(model)}
     found = answer(name, value)
     if found is not None:
         return found
@@ -158,7 +158,7 @@ def explain(
     return Answer(accepted=False, text=f"unknown {noun}{hint}")
 
 
-def _spellings(model: type[Params]) -> dict[str, str]:
+def spellings(model: type[Params]) -> dict[str, str]:
     """Returns every accepted spelling of every option with the field it stands for."""
     names: dict[str, str] = {}
     for name, field in model.model_fields.items():
@@ -193,7 +193,7 @@ def _varied(model: type[Params], name: str, value: str, given: Mapping[str, Any]
     return f"{stem}-{given[other]}{suffix}"
 
 
-def _check(field: FieldInfo, value: Any, *, from_text: bool) -> Any:
+def check_value(field: FieldInfo, value: Any, *, from_text: bool) -> Any:
     """Returns `value` as the field's type: strict for a file's values, parsed for the command line's strings."""
     if takes_several(field):  # TOML has lists only, and one path of project.toml may stand for several
         value = tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value

@@ -35,7 +35,7 @@ def render_stage_file(
         f"# Options of `sd3pipe {command}`; a key is an option's full name (`sd3pipe {command} --help-all`).",
         "# Commented lines show defaults. Paths stand in project.toml.",
     ]
-    fields = {name: field for name, field in model.model_fields.items() if name in named or _belongs(name, field)}
+    fields = {name: field for name, field in model.model_fields.items() if name in named or belongs(name, field)}
     for panel in dict.fromkeys(option_extra(field)["panel"] for field in fields.values()):
         lines += ["", f"# {panel}"]
         for name, field in fields.items():
@@ -70,7 +70,8 @@ def _escaped(char: str, value: object) -> str:
     return char if char.isprintable() else f"\\U{ord(char):08X}"
 
 
-def _belongs(name: str, field: FieldInfo) -> bool:
+def belongs(name: str, field: FieldInfo) -> bool:
+    """Returns whether an option has a place in a project's file: it is none of a machine's, a path, or typed alone."""
     return (
         option_extra(field)["role"] != "path"
         and name not in _NOT_OF_A_PROJECT

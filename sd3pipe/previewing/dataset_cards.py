@@ -1,7 +1,8 @@
 """Cards of a dataset before anything is encoded: the very cuts, masks and captions that the encode stages will make."""
 
+import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,10 +11,10 @@ from sd3pipe.console import count, listed, one_line
 from sd3pipe.data.buckets import Size, cut_by_limit
 from sd3pipe.data.captions import processed_captions, tag_frequency
 from sd3pipe.data.decoding import Job, Pixels, row_job
-from sd3pipe.data.feed import Decoded
+from sd3pipe.data.feed import Decoded, decoded_rows
 from sd3pipe.data.filters import filter_name
 from sd3pipe.data.geometry import Cut, View, views_of_all
-from sd3pipe.data.scan import Picture, Scan
+from sd3pipe.data.scan import Picture, Scan, UnreadableFile
 from sd3pipe.previewing.cards import CARD_PX, Box, CaptionTokens, Card, Preview, Section, spread
 from sd3pipe.previewing.thumbnails import Thumbnails
 
@@ -26,8 +27,8 @@ CountTokens = Callable[[Sequence[str]], Mapping[str, CaptionTokens]]  # of capti
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Item:
-    """A picture with its rows and its captions, and what is to be known of it."""
+class PictureItem:
+    """A picture with its rows and its captions, and what is to be known of it; nothing of it is decoded."""
 
     views: list[View]
     captions: tuple[str, ...]
@@ -62,6 +63,57 @@ class _Item:
         counted = (self.tokens[caption] for caption in self.captions if caption in self.tokens)
         return next((caption for caption in counted if caption.cut_off), None)
 
+    @property
+    def variants(self) -> Counter[str]:
+        """The different captions in the order of the first of each, with how often each is there."""
+        return Counter(self.captions)
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        token_facts = (self.tokens[self.captions[0]].shown,) if self.captions[0] in self.tokens else ()
+        return (*_facts(self), *token_facts)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(_card_warnings(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetItems:
+    """All pictures of a dataset in the order of its scan, and those that are left out."""
+
+    items: list[PictureItem]
+    unreadable: list[UnreadableFile]
+    warnings: tuple[str, ...]  # about the dataset as a whole
+
+    @property
+    def buckets(self) -> dict[Size, list[PictureItem]]:
+        return _by_bucket(self.items)
+
+
+def dataset_items(
+    found: Scan, *, caption_variants: int, crop_variants: int, seed: int, count_tokens: CountTokens
+) -> DatasetItems:
+    """Returns what is known of scanned pictures before one is decoded."""
+    pictures, unreadable = views_of_all(found, crop_variants=crop_variants, seed=seed)
+    captions = [processed_captions(of[0].picture, variants=caption_variants, seed=seed) for of in pictures]
+    tokens = count_tokens(sorted({caption for texts in captions for caption in texts}))
+    names: dict[tuple[int, str], list[str]] = defaultdict(list)
+    items: list[PictureItem] = []
+    for views, texts in zip(pictures, captions, strict=True):
+        picture = views[0].picture
+        copies = names[picture.subset.dataset, picture.image_hash]
+        copies.append(_full_name(picture))
+        items.append(PictureItem(views=views, captions=texts, copies=copies, tokens=tokens))
+    copied = [same for same in names.values() if len(same) > 1]
+    warnings = (*found.left_out, *_warnings(_by_bucket(items), items, copied))
+    return DatasetItems(items=items, unreadable=unreadable, warnings=warnings)
+
+
+def drawn_card(item: PictureItem) -> Card:
+    """Returns the card of a picture, decoded in this process at the size at which it is drawn."""
+    return _card(item, next(decoded_rows([_job(item)], workers=0)))
+
 
 def dataset_preview(
     found: Scan,
@@ -76,35 +128,41 @@ def dataset_preview(
     workers: int,
 ) -> Preview:
     """Returns the preview of scanned pictures."""
-    pictures, unreadable = views_of_all(found, crop_variants=crop_variants, seed=seed)
-    captions = [processed_captions(of[0].picture, variants=caption_variants, seed=seed) for of in pictures]
-    tokens = count_tokens(sorted({caption for texts in captions for caption in texts}))
-    names: dict[tuple[int, str], list[str]] = defaultdict(list)
-    buckets: dict[Size, list[_Item]] = defaultdict(list)
-    for views, texts in zip(pictures, captions, strict=True):
-        picture = views[0].picture
-        copies = names[picture.subset.dataset, picture.image_hash]
-        copies.append(_full_name(picture))
-        item = _Item(views=views, captions=texts, copies=copies, tokens=tokens)
-        buckets[item.cut.size].append(item)
+    known = dataset_items(
+        found, caption_variants=caption_variants, crop_variants=crop_variants, seed=seed, count_tokens=count_tokens
+    )
+    buckets = known.buckets
     shown = {size: spread(items, per_bucket) for size, items in buckets.items()}
-    drawn = thumbnails.drawn([_job(item) for items in shown.values() for item in items], workers=workers)
+    flat = [item for items in shown.values() for item in items]
+    drawn = thumbnails.drawn([_job(item) for item in flat], workers=workers)
+    cards = (_card(item, pixels) for item, pixels in zip(flat, drawn, strict=True))
     sections = []
     for size, items in shown.items():
-        cards = tuple(_card(item, next(drawn)) for item in items)
         rows = {(item.picture.image_hash, item.picture.mask_hash, cut) for item in buckets[size] for cut in item.cuts}
         sections.append(
-            Section(width=size[0], height=size[1], pictures=len(buckets[size]), rows=len(rows), cards=cards)
+            Section(
+                width=size[0],
+                height=size[1],
+                pictures=len(buckets[size]),
+                rows=len(rows),
+                cards=tuple(itertools.islice(cards, len(items))),
+            )
         )
-    everything = [item for items in buckets.values() for item in items]
     return Preview(
         title=title,
         sections=tuple(sorted(sections, key=lambda section: (section.width / section.height, section.width))),
-        warnings=(*found.left_out, *_warnings(buckets, everything, [same for same in names.values() if len(same) > 1])),
-        held_out=sum(item.picture.split == "validation" for item in everything),
-        unreadable=tuple((file.name, file.reason) for file in unreadable),
-        tags=_tags(everything),
+        warnings=known.warnings,
+        held_out=sum(item.picture.split == "validation" for item in known.items),
+        unreadable=tuple((file.name, file.reason) for file in known.unreadable),
+        tags=_tags([item for items in buckets.values() for item in items]),
     )
+
+
+def _by_bucket(items: Iterable[PictureItem]) -> dict[Size, list[PictureItem]]:
+    buckets: dict[Size, list[PictureItem]] = defaultdict(list)
+    for item in items:
+        buckets[item.cut.size].append(item)
+    return buckets
 
 
 def _full_name(picture: Picture) -> str:
@@ -123,7 +181,7 @@ def _window(cuts: Sequence[Cut]) -> tuple[int, int, int, int]:
     return left, top, min(right, left + 3 * first.size[0]), min(bottom, top + 3 * first.size[1])
 
 
-def _job(item: _Item) -> Job:
+def _job(item: PictureItem) -> Job:
     """Returns the job that decodes a picture's window at the size it is drawn."""
     picture, first = item.picture, item.cut
     source, shrink = (picture.width, picture.height), CARD_PX / max(first.size)
@@ -151,22 +209,21 @@ def _boxes(cuts: Sequence[Cut]) -> tuple[Box, ...]:
     return tuple(dict.fromkeys(boxes))
 
 
-def _card(item: _Item, drawn: Decoded) -> Card:
+def _card(item: PictureItem, drawn: Decoded) -> Card:
     pixels = drawn if isinstance(drawn, Pixels) else None
-    token_facts = (item.tokens[item.captions[0]].shown,) if item.captions[0] in item.tokens else ()
     unreadable = () if pixels else (f"left out: {drawn}",)
     return Card(
         name=one_line(item.picture.name),
         picture=pixels.rgb if pixels else np.full((CARD_PX // 2, CARD_PX, 3), 90, np.uint8),
         mask=pixels.mask if pixels else None,
         cuts=_boxes(item.cuts) if pixels else (),
-        facts=(*_facts(item), *token_facts),
+        facts=item.facts,
         captions=item.captions,
-        warnings=(*unreadable, *_card_warnings(item)),
+        warnings=(*unreadable, *item.warnings),
     )
 
 
-def _facts(item: _Item) -> Iterator[str]:
+def _facts(item: PictureItem) -> Iterator[str]:
     picture = item.picture
     change = "as it is" if item.scale == 1 else f"{'enlarged' if item.scale > 1 else 'reduced'} to {item.scale:.0%}"
     cut_off = f", {item.cut_off:.0%} cut off" if item.cut_off >= 0.005 else ""
@@ -180,7 +237,7 @@ def _facts(item: _Item) -> Iterator[str]:
     yield ", ".join([f"subset {one_line(picture.subset.name)}", *more])
 
 
-def _card_warnings(item: _Item) -> Iterator[str]:
+def _card_warnings(item: PictureItem) -> Iterator[str]:
     if item.scale >= _MUCH_ENLARGED:
         yield f"enlarged {item.scale:.1f} times"
     if item.cut_off >= _MUCH_CUT_OFF:
@@ -197,7 +254,7 @@ def _card_warnings(item: _Item) -> Iterator[str]:
 
 
 def _warnings(
-    buckets: Mapping[Size, Sequence[_Item]], everything: Sequence[_Item], copies: Sequence[Sequence[str]]
+    buckets: Mapping[Size, Sequence[PictureItem]], everything: Sequence[PictureItem], copies: Sequence[Sequence[str]]
 ) -> Iterator[str]:
     """Yields what to know about the dataset as a whole."""
     enlarged = [item for item in everything if item.scale >= _MUCH_ENLARGED]
@@ -219,12 +276,12 @@ def _warnings(
         yield f"{number} pictures train at {width} x {height}, well below the resolution: max_bucket_reso cuts them"
 
 
-def _about(items: Sequence[_Item], what: str) -> Iterator[str]:
+def _about(items: Sequence[PictureItem], what: str) -> Iterator[str]:
     if items:
         yield f"{count(len(items), 'picture')} {what}: {listed([one_line(item.picture.name) for item in items])}"
 
 
-def _tags(everything: Sequence[_Item]) -> dict[str, dict[str, int]]:
+def _tags(everything: Sequence[PictureItem]) -> dict[str, dict[str, int]]:
     """Returns the most frequent tags of each subset whose captions look like lists of tags."""
     captions: dict[str, list[str]] = defaultdict(list)
     for item in everything:

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from pydantic import JsonValue, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
 from sd3pipe.data.headers import DECODER_ERRORS, open_picture, read_picture, reason
+from sd3pipe.data.png import text_of
 from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import InputError, UnreadablePicture
 from sd3pipe.judgement import JUDGE_FILE, JUDGE_FOLDER, Judgement, read_judgement
@@ -121,7 +123,7 @@ def read_run(folder: Path) -> RunRecord:
         steps=[record for record in records if record["kind"] == "step"],
         validations=[record for record in records if record["kind"] == "validation"],
         events=[record for record in records if record["kind"] == "event"],
-        samples=_samples(folder / "samples"),
+        samples=list(_samples(folder)),
         judgement=_judgement(folder / JUDGE_FOLDER),
     )
 
@@ -147,25 +149,39 @@ def _judgement(folder: Path) -> Judgement | None:
         return None
 
 
-def _samples(folder: Path) -> list[SamplePicture]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleFile:
+    """A file that by its name is a sample picture; nobody has looked into it."""
+
+    path: Path
+    prompt: str
+    step: int
+
+
+def sample_files(run: Path) -> list[SampleFile]:
     """Returns the pictures whose names, or folders' names, say a step; the rest of the name stands for the prompt."""
+    folder = run / "samples"
     found = []
     for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
         name = str(path.relative_to(folder))
         match = _SAMPLE_NAME.search(name)
         if path.suffix.lower() in _PICTURES and match:
             prompt = (name[: match.start()] + name[match.end() :]).strip("-_/ ").removesuffix(path.suffix).strip("-_/ ")
-            try:
-                kind, data, title = _picture(path, folder.parent)
-            except UnreadablePicture as error:
-                log.warning("%s: is not shown: %s", path, error)
-                continue
-            step = int(match[1])
-            found.append(SamplePicture(prompt=prompt or "sample", title=title, step=step, kind=kind, data=data))
+            found.append(SampleFile(path=path, prompt=prompt or "sample", step=int(match[1])))
     return found
 
 
-def _picture(path: Path, run: Path) -> tuple[str, bytes, str]:
+def _samples(run: Path) -> Iterator[SamplePicture]:
+    for file in sample_files(run):
+        try:
+            kind, data, title = read_picture_of(file.path, run)
+        except UnreadablePicture as error:
+            log.warning("%s: is not shown: %s", file.path, error)
+            continue
+        yield SamplePicture(prompt=file.prompt, title=title, step=file.step, kind=kind, data=data)
+
+
+def read_picture_of(path: Path, run: Path) -> tuple[str, bytes, str]:
     """Returns kind, bytes and title of a picture file that lies inside the run, behind links, too, and decodes whole.
 
     Raises UnreadablePicture.
@@ -179,6 +195,6 @@ def _picture(path: Path, run: Path) -> tuple[str, bytes, str]:
         raise UnreadablePicture(f"{image.format} is not what a browser shows")
     try:
         image.load()
-        return image.format.lower(), data, str(image.info.get("Description", ""))
+        return image.format.lower(), data, text_of(data, "Description")
     except DECODER_ERRORS as error:
         raise UnreadablePicture(f"it is damaged ({reason(error)})") from error

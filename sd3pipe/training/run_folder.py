@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import JsonValue, TypeAdapter
 
-from sd3pipe.cache.folder import machine_folder
+from sd3pipe.cache.folder import apart_folder
 from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import InputError, ParameterError, StaleError
 from sd3pipe.files import storage_errors, sync_folder
@@ -78,7 +78,7 @@ class RunFolder:
 
     def keep_apart(self, reason: str) -> None:
         """Leaves the place to the older run until `settle`."""
-        self.path, self._reason = _apart(self.place), reason
+        self.path, self._reason = apart_folder(self.place), reason
         log.warning(
             "%s holds another run (%s): it stays until the first checkpoint of the new one, which writes into %s",
             self.place,
@@ -103,7 +103,7 @@ class RunFolder:
 
     def recover(self) -> None:
         """Ends what a killed process had begun: the new run takes the place, or what it never saved is deleted."""
-        apart, place = _apart(self.place), self.place.resolve()
+        apart, place = apart_folder(self.place), self.place.resolve()
         if checkpoint_paths(apart) and not place.exists():
             with storage_errors(place):
                 apart.rename(place)
@@ -111,11 +111,7 @@ class RunFolder:
 
     def forget(self) -> None:
         """Deletes what a new run wrote, and its process or an earlier one did not save."""
-        shutil.rmtree(_apart(self.place), ignore_errors=True)
-
-
-def _apart(place: Path) -> Path:
-    return Path(f"{machine_folder(place)}.new")
+        shutil.rmtree(apart_folder(self.place), ignore_errors=True)
 
 
 def choose_start(

@@ -12,6 +12,7 @@ from PIL import Image
 from support.browser import ask, needs_chromium
 from support.command_line import sd3pipe
 
+from sd3pipe.diffusion.picture_grid import save_picture
 from sd3pipe.previewing.cards import Card, Preview, Section
 from sd3pipe.previewing.page import render as preview_page
 from sd3pipe.reporting.collect import read_run
@@ -67,6 +68,14 @@ def test_page_shows_data_phases_and_predictions(page):
     text = page.read_text(encoding="utf-8")
     for words in ("64x96", "a cat", "sigma 0.9", "train, samples", "encode-text, last run before", "9 GB", "8.5 GB"):
         assert words in text, words
+
+
+def test_samples_are_titled_with_their_prompts(tmp_path):
+    run = write_run(tmp_path / "cat")
+    for folder in (run / "samples").iterdir():
+        save_picture(folder / "000.png", np.zeros((16, 16, 3), np.uint8), title="a cat & ünïcode")
+    titles = {sample.prompt: sample.title for sample in read_run(run).samples}
+    assert titles == {"000": "a cat & ünïcode", "001": ""}
 
 
 def test_page_names_nothing_that_would_be_fetched(page):

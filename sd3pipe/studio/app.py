@@ -1,0 +1,180 @@
+"""The web application: which address is answered by which view, and how failures are shown.
+
+A view is a plain function of the studio and of what was asked; it runs in a thread, and its module is imported when it
+is first asked for, so that the studio starts before numpy or Pillow are read.
+"""
+
+import functools
+import importlib
+import logging
+import mimetypes
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue, TypeAdapter
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from sd3pipe.config import Project
+from sd3pipe.documents import parse_json, read_data
+from sd3pipe.errors import InputError, Sd3pipeError
+from sd3pipe.pages.render import render
+from sd3pipe.studio.safety import Guard
+from sd3pipe.studio.state import Studio
+
+log = logging.getLogger(__name__)
+
+_MOST_BODY_BYTES = 4_000_000
+_PACKAGE = Path(__file__).parent.parent
+_STATIC = {
+    "style.css": _PACKAGE / "pages" / "style.css",
+    "studio.css": _PACKAGE / "studio" / "studio.css",
+    "studio.js": _PACKAGE / "studio" / "studio.js",
+}
+_ROUTES = (  # method, path, "module:function" below sd3pipe.studio.views
+    ("GET", "/", "begin:home"),
+    ("GET", "/begin", "begin:page"),
+    ("POST", "/begin/init", "begin:init"),
+    ("POST", "/begin/from-kohya", "begin:from_kohya"),
+    ("GET", "/queue", "queue:page"),
+    ("POST", "/queue/change", "queue:change"),
+    ("GET", "/p/{project}/pictures", "pictures:page"),
+    ("GET", "/p/{project}/pictures/more", "pictures:more"),
+    ("GET", "/p/{project}/pictures/rows", "pictures:rows"),
+    ("GET", "/p/{project}/pictures/thumb/{key}", "pictures:thumb"),
+    ("POST", "/p/{project}/pictures/caption", "pictures:caption"),
+    ("POST", "/p/{project}/pictures/tags", "pictures:tags"),
+    ("POST", "/p/{project}/pictures/undo", "pictures:undo"),
+    ("GET", "/p/{project}/plan", "plan:page"),
+    ("POST", "/p/{project}/plan/table", "plan:table"),
+    ("POST", "/p/{project}/plan/save", "plan:save"),
+    ("GET", "/p/{project}/train", "train:page"),
+    ("GET", "/p/{project}/train/curves", "train:curves"),
+    ("POST", "/p/{project}/train/start", "train:start"),
+    ("POST", "/p/{project}/train/stop", "train:stop"),
+    ("GET", "/p/{project}/sample/{path:path}", "train:sample"),
+    ("GET", "/p/{project}/compare", "compare:page"),
+    ("POST", "/p/{project}/compare/draw", "compare:draw"),
+    ("POST", "/p/{project}/compare/use", "compare:use"),
+)
+_BODY = TypeAdapter(dict[str, JsonValue])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """What was asked: the project in the path, the rest of the path, the query, and the values of a body."""
+
+    slug: str
+    path: Mapping[str, str]
+    query: Mapping[str, str]
+    values: Mapping[str, Any]
+    studio: Studio
+
+    @functools.cached_property
+    def project(self) -> Project:
+        return self.studio.projects.read(self.slug)
+
+    def text(self, name: str) -> str:
+        """Returns a value of the body as text, "" where there is none."""
+        value = self.values.get(name)
+        return value.strip() if isinstance(value, str) else ""
+
+    def texts(self, name: str) -> list[str]:
+        """Returns a value of the body as a list of texts."""
+        value = self.values.get(name)
+        return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+    def page(self, template: str, **values: Any) -> str:
+        """Returns a page of the studio, or a part of one, with what its frame needs."""
+        return render(
+            f"studio/templates/{template}.html",
+            projects=self.studio.projects.listed(),
+            slug=self.slug,
+            read_only=self.studio.access.read_only,
+            **values,
+        )
+
+
+View = Callable[[Ask], str | Response | dict[str, Any]]
+
+
+def application(studio: Studio) -> Callable[..., Awaitable[None]]:
+    """Returns the ASGI application, behind its guard."""
+    routes = [Route(path, _endpoint(studio, view), methods=[method]) for method, path, view in _ROUTES]
+    routes += [
+        Route("/healthz", _healthy, methods=["GET"]),
+        Route("/static/{name}", _static, methods=["GET"]),
+        Route("/p/{project}/train/live", functools.partial(_live, studio), methods=["GET"]),
+    ]
+    return Guard(Starlette(routes=routes), studio.access)
+
+
+def _endpoint(studio: Studio, view: str) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        path = {name: str(value) for name, value in request.path_params.items()}
+        slug = path.pop("project", "")
+        is_post = request.method == "POST"
+        try:
+            values = await _body(request) if is_post else {}
+            ask = Ask(slug=slug, path=path, query=dict(request.query_params), values=values, studio=studio)
+            found = await run_in_threadpool(_call, view, ask)
+        except Sd3pipeError as error:
+            return _failed(studio, slug, str(error), as_json=is_post)
+        if isinstance(found, Response):
+            return found
+        return HTMLResponse(found) if isinstance(found, str) else JSONResponse(found)
+
+    return answer
+
+
+def _call(view: str, ask: Ask) -> str | Response | dict[str, Any]:
+    module, function = view.split(":")
+    return getattr(importlib.import_module(f"sd3pipe.studio.views.{module}"), function)(ask)
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    """Returns the values of a JSON body; a form of another site cannot send one. Raises InputError."""
+    if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+        raise InputError("the body must be JSON")
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > _MOST_BODY_BYTES:
+            raise InputError(f"more than {_MOST_BODY_BYTES:,} bytes: this is not what is expected here")
+    return parse_json(bytes(data), _BODY, "the body")
+
+
+def _failed(studio: Studio, slug: str, message: str, *, as_json: bool) -> Response:
+    if as_json:
+        return JSONResponse({"error": message.splitlines()}, 422)
+    ask = Ask(slug=slug, path={}, query={}, values={}, studio=studio)
+    return HTMLResponse(ask.page("problem", title="This cannot be shown", problems=message.splitlines()), 422)
+
+
+async def _healthy(request: Request) -> Response:
+    return PlainTextResponse("ok\n")
+
+
+async def _static(request: Request) -> Response:
+    path = _STATIC.get(request.path_params["name"])
+    if path is None:
+        return PlainTextResponse("not found\n", 404)
+    data = await run_in_threadpool(read_data, path)
+    kind = mimetypes.guess_type(path.name)[0] or "text/plain"
+    return Response(data, media_type=kind, headers={"cache-control": "no-cache"})
+
+
+async def _live(studio: Studio, request: Request) -> Response:
+    """Streams what happens in a run, from where the page or its last connection left off."""
+    try:
+        project = await run_in_threadpool(studio.projects.read, request.path_params["project"])
+    except Sd3pipeError as error:
+        return PlainTextResponse(f"{error}\n", 404)
+    since = request.headers.get("last-event-id") or request.query_params.get("since", "")
+    watch = studio.watches.of(project, request.query_params.get("run", ""))
+    return watch.stream(since)

@@ -1,0 +1,173 @@
+"""The pictures of a project with what preview knows of each, sorted and filtered; nothing is decoded for it."""
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3pipe.config import Project
+from sd3pipe.console import one_line
+from sd3pipe.data.dataset_file import Dataset, load_dataset
+from sd3pipe.data.scan import Scan, UnreadableFile, scan
+from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.file_stamps import FileStamps
+from sd3pipe.fingerprint import hash_json
+from sd3pipe.params.command_line import load_stage_models
+from sd3pipe.previewing.cards import CaptionTokens
+from sd3pipe.previewing.dataset_cards import PictureItem, dataset_items
+from sd3pipe.previewing.token_counts import token_counts
+from sd3pipe.project.inputs import stage_options
+from sd3pipe.stages import STAGES_BY_NAME
+from sd3pipe.studio.places import path_of, studio_folder
+
+log = logging.getLogger(__name__)
+
+_KEY_DIGITS = 16
+_MOST_COUNTED = 50_000  # captions whose tokens are remembered
+_tokens: dict[tuple[str, int], dict[str, CaptionTokens]] = {}
+_tokens_lock = threading.Lock()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A picture on the page. `key` names it in addresses, `content` changes with what its thumbnail shows."""
+
+    key: str
+    item: PictureItem
+
+    @property
+    def name(self) -> str:
+        return one_line(self.item.picture.name)
+
+    @property
+    def subset(self) -> str:
+        return self.item.picture.subset.name
+
+    @property
+    def bucket(self) -> str:
+        width, height = self.item.cut.size
+        return f"{width} x {height}"
+
+    @property
+    def caption(self) -> str:
+        return self.item.picture.caption if self.item.picture.caption_path else self.listed_caption
+
+    @property
+    def listed_caption(self) -> str:
+        """The caption in a metadata file; class_tokens, which stand in for a missing caption, are none."""
+        subset = self.item.picture.subset
+        return self.item.picture.caption if subset.metadata_file else ""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        there = self.item.warnings
+        return there if self.caption or "no caption" in there else (*there, "no caption of its own")
+
+    @property
+    def was(self) -> str:
+        """What an editor has before it: whoever saves says so, and a change from elsewhere is noticed."""
+        return hash_json(self.caption)[:_KEY_DIGITS]
+
+    @property
+    def content(self) -> str:
+        picture = self.item.picture
+        cuts = [[*cut.resized, cut.left, cut.top, *cut.size] for cut in self.item.cuts]
+        return hash_json([picture.image_hash, picture.mask_hash, cuts])[:_KEY_DIGITS]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    dataset: Dataset
+    found: Scan
+    entries: list[Entry]
+    unreadable: list[UnreadableFile]
+    warnings: tuple[str, ...]
+
+    @property
+    def buckets(self) -> list[str]:
+        return sorted({entry.bucket for entry in self.entries})
+
+    @property
+    def subsets(self) -> list[str]:
+        return [subset.name for subset in self.dataset.subsets]
+
+    def entry(self, key: str) -> Entry:
+        """Returns a picture by its key. Raises InputError if it is gone."""
+        found = next((entry for entry in self.entries if entry.key == key), None)
+        if found is None:
+            raise InputError("this picture is not in the dataset any more: load the page again")
+        return found
+
+    def chosen(self, query: Mapping[str, str]) -> list[Entry]:
+        """Returns the pictures that a query asks for, in its order."""
+        words = query.get("words", "").lower().split()
+        warning = query.get("warning", "")
+        found = [
+            entry
+            for entry in self.entries
+            if query.get("bucket", "") in ("", entry.bucket)
+            and query.get("subset", "") in ("", entry.subset)
+            and all(word in entry.item.picture.caption.lower() or word in entry.name.lower() for word in words)
+            and (not warning or any(warning == "any" or warning in text for text in entry.warnings))
+        ]
+        orders = {"name": lambda entry: entry.name, "caption": lambda entry: entry.caption.lower()}
+        orders["bucket"] = lambda entry: (entry.item.cut.size, entry.name)
+        order = orders.get(query.get("sort", ""))
+        return sorted(found, key=order) if order else found
+
+
+def read_gallery(project: Project, *, may_write: bool = True) -> Gallery:
+    """Returns the pictures as the files are. Raises InputError, ParameterError."""
+    dataset = load_dataset(path_of(project, "dataset"))
+    stamps = FileStamps(studio_folder(project) / "stat.json")
+    found = scan(dataset, stamps)
+    if may_write:
+        stamps.save()
+    text, latents = option_values(project, "encode-text"), option_values(project, "encode-latents")
+    known = dataset_items(
+        found,
+        caption_variants=text["caption_variants"],
+        crop_variants=latents["crop_variants"],
+        seed=text["seed"],
+        count_tokens=lambda captions: _counted(project, captions, text["t5xxl_max_token_length"]),
+    )
+    return Gallery(
+        dataset=dataset,
+        found=found,
+        entries=[Entry(key=_key(item), item=item) for item in known.items],
+        unreadable=known.unreadable,
+        warnings=known.warnings,
+    )
+
+
+def option_values(project: Project, stage: str) -> dict[str, Any]:
+    """Returns the options of a stage, and the defaults where its file or what it names cannot be used."""
+    try:
+        return stage_options(project, STAGES_BY_NAME[stage]).model_dump()
+    except (ParameterError, InputError):
+        fields = load_stage_models()[STAGES_BY_NAME[stage].module].model_fields
+        return {name: field.default for name, field in fields.items()}
+
+
+def _key(item: PictureItem) -> str:
+    picture = item.picture
+    return hash_json([picture.subset.name, picture.name, picture.occurrence])[:_KEY_DIGITS]
+
+
+def _counted(project: Project, captions: Sequence[str], t5_tokens: int) -> Mapping[str, CaptionTokens]:
+    """Returns the tokens of captions, counting only what was not counted before; none without tokenizers."""
+    paths = project.paths
+    folder = Path(paths["tokenizers"]) if "tokenizers" in paths else None
+    with _tokens_lock:
+        known = _tokens.setdefault((f"{folder} {paths.get('model')}", t5_tokens), {})
+        missing = [caption for caption in captions if caption not in known]
+        try:
+            known |= token_counts(missing, tokenizers=folder, model=paths.get("model"), t5_tokens=t5_tokens)
+        except InputError:
+            return {}
+        counted = {caption: known[caption] for caption in captions}
+        if len(known) > _MOST_COUNTED:
+            known.clear()
+        return counted

@@ -1,0 +1,89 @@
+"""Begin: a project from pictures and a model, or from a command of sd-scripts, by `init` and `from-kohya`."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from starlette.responses import RedirectResponse, Response
+
+from sd3pipe.child import run_captured
+from sd3pipe.config import PROJECT_FILE, read_project
+from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.files import write_text
+from sd3pipe.params.init import InitParams
+from sd3pipe.shell import no_option
+from sd3pipe.studio.app import Ask
+from sd3pipe.studio.forms import choices
+
+_INIT = ("model", "images", "trigger", "goal", "vram", "tokenizers", "clip_l", "clip_g", "t5xxl", "loras_dir")
+_ENDINGS = (".sh", ".bat", ".ps1", ".txt", ".toml", ".json")
+
+
+def home(ask: Ask) -> str | Response:
+    listed = ask.studio.projects.listed()
+    if not listed:
+        return page(ask)
+    if len(listed) == 1:
+        return RedirectResponse(f"/p/{listed[0]['slug']}/pictures", 303)
+    return ask.page("home", title="Projects")
+
+
+def page(ask: Ask) -> str:
+    fields = {name: InitParams.model_fields[name] for name in _INIT}
+    return ask.page(
+        "begin",
+        title="Begin",
+        fields=[(name, field.description, choices(field), field.default or "") for name, field in fields.items()],
+        home=str(Path.home()),
+    )
+
+
+def init(ask: Ask) -> dict[str, Any]:
+    """Opens the project of a folder, or makes one there."""
+    folder = _folder(ask)
+    if (folder / PROJECT_FILE).is_file():
+        read_project(folder)
+        return _opened(ask, folder, "opened")
+    words = ["init", no_option(str(folder))]
+    for name in _INIT:
+        if ask.text(name):
+            words += [f"--{name.replace('_', '-')}", no_option(ask.text(name))]
+    return _made(ask, folder, words)
+
+
+def from_kohya(ask: Ask) -> dict[str, Any]:
+    """Makes a project of what was dropped; its relative paths start at the folder that is named with it."""
+    folder, text = _folder(ask), str(ask.values.get("text", ""))
+    if not text.strip():
+        raise ParameterError("drop a command, its config or the GUI's settings here, or paste it")
+    ending = Path(ask.text("name")).suffix.lower()
+    if ending not in _ENDINGS:
+        ending = ".json" if text.lstrip().startswith("{") else ".sh"
+    base = Path(ask.text("base")).expanduser() if ask.text("base") else Path.home()
+    with tempfile.TemporaryDirectory(prefix="sd3pipe-studio-") as place:
+        source = Path(place) / f"source{ending}"
+        write_text(source, text)
+        return _made(ask, folder, ["from-kohya", str(source), "--out", no_option(str(folder))], base)
+
+
+def _folder(ask: Ask) -> Path:
+    if not ask.text("folder"):
+        raise ParameterError("folder: say where the project is to lie")
+    folder = Path(ask.text("folder")).expanduser()
+    if not folder.is_absolute():
+        raise ParameterError(f"folder = {folder}: write the whole path, from / or from ~")
+    return folder
+
+
+def _made(ask: Ask, folder: Path, words: list[str], base: Path | None = None) -> dict[str, Any]:
+    code, printed = run_captured(words, folder=base or Path.home())
+    if code:
+        errors = [line.removeprefix("error: ") for line in printed.splitlines() if line.startswith("error: ")]
+        raise InputError("\n".join(errors or printed.splitlines()[-3:]))
+    return _opened(ask, folder, printed)
+
+
+def _opened(ask: Ask, folder: Path, message: str) -> dict[str, Any]:
+    slug = ask.studio.projects.add(folder)
+    ask.studio.queue.note_project(folder)
+    return {"message": message, "location": f"/p/{slug}/pictures"}

@@ -1,0 +1,130 @@
+"""Pictures: the grid, captions edited in place, tags over a selection, undo."""
+
+from typing import Any
+from urllib.parse import urlencode
+
+from starlette.responses import Response
+
+from sd3pipe.console import count
+from sd3pipe.documents import DocumentError, read_data
+from sd3pipe.errors import InputError, ParameterError, Sd3pipeError
+from sd3pipe.studio.app import Ask
+from sd3pipe.studio.captions import caption_file, last_change, save_captions
+from sd3pipe.studio.captions import undo as undo_last
+from sd3pipe.studio.gallery import Entry, Gallery, read_gallery
+from sd3pipe.studio.rows import rows_to_encode
+from sd3pipe.studio.tags import OPERATIONS, edited
+from sd3pipe.studio.thumbnails import thumbnail, thumbnail_file
+
+_PAGE = 60
+_SHOWN_CHANGES = 200
+_FILTERS = ("bucket", "subset", "words", "warning", "sort")
+_WARNINGS = {
+    "any": "any warning", "enlarged": "too small, enlarged", "cut off": "cut off", "same file": "duplicate",
+    "no caption": "no caption", "caption cut off": "caption cut off",
+}  # fmt: skip
+
+
+def page(ask: Ask) -> str:
+    gallery = _gallery(ask)
+    chosen = gallery.chosen(ask.query)
+    return ask.page(
+        "pictures",
+        title="Pictures",
+        gallery=gallery,
+        entries=chosen[:_PAGE],
+        more=_more(ask, chosen, _PAGE),
+        counts=f"{count(len(chosen), 'picture')} of {len(gallery.entries)}",
+        keys=[entry.key for entry in chosen],
+        query=ask.query,
+        warning_kinds=_WARNINGS,
+        operations=tuple(OPERATIONS),
+        last_change=last_change(ask.project),
+        file_of=lambda entry: caption_file(entry.item.picture).name,
+    )
+
+
+def more(ask: Ask) -> str:
+    start = int(ask.query.get("from", "0")) if ask.query.get("from", "0").isdigit() else 0
+    chosen = _gallery(ask).chosen(ask.query)
+    entries = chosen[start : start + _PAGE]
+    return _cards(ask, entries, _more(ask, chosen, start + _PAGE))
+
+
+def thumb(ask: Ask) -> Response:
+    """Returns a picture by its content; the gallery is read only for one that was never drawn."""
+    key, _, content = ask.path["key"].partition("-")
+    if not (key + content).isalnum():
+        raise InputError("no such picture")
+    try:
+        data = read_data(thumbnail_file(ask.project, content))
+    except DocumentError:
+        data = thumbnail(ask.project, _gallery(ask).entry(key), may_write=not ask.studio.access.read_only)
+    return Response(data, media_type="image/jpeg", headers={"cache-control": "private, max-age=31536000, immutable"})
+
+
+def caption(ask: Ask) -> dict[str, Any]:
+    """Saves one caption, and returns its card as it is afterwards; of one that changed elsewhere, that."""
+    entry = _gallery(ask).entry(ask.text("key"))
+    text = str(ask.values.get("text", ""))
+    if entry.was != ask.text("was"):
+        return {"html": _cards(ask, [entry]), "conflict": text}
+    save_captions(ask.project, [(entry, ask.text("was"), text)], f"the caption of {entry.name}")
+    return {"html": _cards(ask, [_gallery(ask).entry(entry.key)]), "undo": last_change(ask.project)}
+
+
+def tags(ask: Ask) -> dict[str, Any]:
+    """Shows what an operation would change in the selected captions; makes the change if it says so."""
+    operation, tag, other = ask.text("operation"), ask.text("tag"), ask.text("other")
+    if operation not in OPERATIONS:
+        raise ParameterError(f"operation: one of {', '.join(OPERATIONS)}")
+    if not tag and operation != "dedupe":
+        raise ParameterError("tag: say which one")
+    gallery, wanted = _gallery(ask), set(ask.texts("keys"))
+    changes = []
+    for entry in gallery.entries:
+        if entry.key in wanted:
+            separator = entry.item.picture.subset.captions.caption_separator
+            after = edited(entry.caption, operation, tag, other, separator=separator)
+            if after != entry.caption:
+                changes.append((entry, after))
+    looked_at = ask.values.get("was")
+    if ask.values.get("apply") is not True:
+        shown = [(entry.name, entry.caption, after) for entry, after in changes[:_SHOWN_CHANGES]]
+        words = f"{count(len(changes), 'caption')} of {len(wanted)} would change"
+        html = ask.page("tag_changes", changes=shown, words=words, rest=len(changes) - len(shown))
+        return {"html": html, "was": {entry.key: entry.was for entry, _ in changes}, "count": len(changes)}
+    was = looked_at if isinstance(looked_at, dict) else {}
+    what = f"{operation} {tag}" + (f" -> {other}" if other else "")
+    saved = save_captions(ask.project, [(entry, str(was.get(entry.key)), after) for entry, after in changes], what)
+    return {"saved": saved, "message": f"{what}: {count(saved, 'file')} changed"}
+
+
+def undo(ask: Ask) -> dict[str, Any]:
+    return {"message": undo_last(ask.project)}
+
+
+def rows(ask: Ask) -> dict[str, Any]:
+    """Says how many rows encode-text would make."""
+    try:
+        missing, total = rows_to_encode(ask.project, _gallery(ask))
+    except Sd3pipeError as error:
+        return {"message": f"how much is to be encoded is not known: {str(error).splitlines()[0]}", "rows": None}
+    words = f"encode-text will make {count(missing, 'row')} of {total:,}" if missing else "every caption is encoded"
+    return {"message": words, "rows": missing}
+
+
+def _gallery(ask: Ask) -> Gallery:
+    return read_gallery(ask.project, may_write=not ask.studio.access.read_only)
+
+
+def _cards(ask: Ask, entries: list[Entry], more: str = "") -> str:
+    return ask.page("cards", entries=entries, more=more, file_of=lambda entry: caption_file(entry.item.picture).name)
+
+
+def _more(ask: Ask, chosen: list[Entry], start: int) -> str:
+    """Returns the address of what follows, "" where nothing does."""
+    if start >= len(chosen):
+        return ""
+    query = {name: ask.query[name] for name in _FILTERS if ask.query.get(name)}
+    return f"/p/{ask.slug}/pictures/more?{urlencode({**query, 'from': start})}"

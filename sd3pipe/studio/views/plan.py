@@ -1,0 +1,100 @@
+"""Plan: what fits the card, and the parameters of each stage as a form."""
+
+from typing import Any
+
+from sd3pipe.console import readable_bytes, readable_seconds
+from sd3pipe.encoding.cache_sizes import cache_sizes
+from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.memory.plan import option_text
+from sd3pipe.params.command_line import STAGE_MODELS
+from sd3pipe.params.encode_latents import EncodeLatentsParams
+from sd3pipe.params.encode_text import EncodeTextParams
+from sd3pipe.params.plan import PlanParams
+from sd3pipe.params.resolve import resolve
+from sd3pipe.project.amounts import read_amounts
+from sd3pipe.project.card import card_bytes
+from sd3pipe.project.inputs import stage_options
+from sd3pipe.project.planning import make_plan
+from sd3pipe.stages import STAGES_BY_NAME
+from sd3pipe.studio.app import Ask
+from sd3pipe.studio.forms import as_text, save_stage, stage_form
+from sd3pipe.studio.gallery import option_values
+from sd3pipe.studio.places import path_of
+
+_CARD = {"vram": "card's memory", "ram": "host memory", "tflops": "TFLOP/s, for seconds"}
+_FROM_TRAIN = (
+    "train_batch_size", "gradient_accumulation_steps", "network_dim", "optimizer_type", "gradient_checkpointing",
+    "base_dtype", "blocks_to_swap", "activation_offload", "layer_major",
+)  # fmt: skip
+
+
+def page(ask: Ask) -> str:
+    module = ask.query.get("stage", "train")
+    if module not in STAGE_MODELS:
+        module = "train"
+    card = card_bytes()
+    return ask.page(
+        "plan",
+        title="Plan",
+        paths=list(ask.project.paths.items()),
+        card={name: (label, f"{card / 1e9:.0f}GB" if name == "vram" and card else "") for name, label in _CARD.items()},
+        stages=list(STAGE_MODELS),
+        module=module,
+        panels=stage_form(ask.project, module),
+        file=ask.project.stage_file(module),
+    )
+
+
+def table(ask: Ask) -> dict[str, Any]:
+    """Returns plan's own table for a card, with what the stages' files say of a step."""
+    given = {name: ask.text(name) for name in _CARD if ask.text(name)}
+    train = option_values(ask.project, "train")
+    for name in _FROM_TRAIN:
+        if name in PlanParams.model_fields and as_text(train.get(name)):
+            given[name] = as_text(train[name])
+    read_amounts.cache_clear()  # for a command's life; here files change
+    width, height = read_amounts(path_of(ask.project, "dataset")).largest_px
+    params = resolve(PlanParams, "plan", {**given, "resolution": f"{width},{height}"}, project=ask.project)
+    t5_tokens = option_values(ask.project, "encode-text")["t5xxl_max_token_length"]
+    plan = make_plan(params, t5_tokens=t5_tokens, disk=_disk(ask))
+    rows = [
+        (
+            option_text(settings, plan.model.depth),
+            readable_bytes(found.device_bytes),
+            readable_bytes(found.host_bytes),
+            readable_bytes(found.copied_bytes),
+            "-" if found.seconds is None else readable_seconds(found.seconds),
+            plan.chosen is not None and settings == plan.chosen[0],
+        )
+        for settings, found in plan.rows
+    ]
+    verdict = ""
+    if given.get("vram"):
+        verdict = (
+            f"fits: {option_text(plan.chosen[0], plan.model.depth)}"
+            if plan.chosen
+            else "nothing fits: try base_dtype int8 or nf4"
+        )
+    disk = ", ".join(f"{name} {readable_bytes(size)}" for name, size in plan.disk.items())
+    return {"html": ask.page("plan_table", rows=rows, verdict=verdict, disk=disk, variant=plan.variant)}
+
+
+def _disk(ask: Ask) -> dict[str, int]:
+    """Returns the bytes of the caches, none where the encode stages lack an input."""
+    try:
+        text, latents = (stage_options(ask.project, STAGES_BY_NAME[name]) for name in ("encode-text", "encode-latents"))
+        assert isinstance(text, EncodeTextParams) and isinstance(latents, EncodeLatentsParams)
+        return cache_sizes(latents, text)
+    except (InputError, ParameterError):
+        return {}
+
+
+def save(ask: Ask) -> dict[str, Any]:
+    """Writes a stage's file, or says at each field what is wrong."""
+    module = ask.text("stage")
+    if module not in STAGE_MODELS:
+        raise ParameterError(f"stage: one of {', '.join(STAGE_MODELS)}")
+    wrong = save_stage(ask.project, module, {name: value for name, value in ask.values.items() if name != "stage"})
+    if wrong:
+        return {"fields": wrong, "message": "nothing was saved: see the marked fields"}
+    return {"message": f"saved in {ask.project.stage_file(module)}", "reload": True}

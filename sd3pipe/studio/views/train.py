@@ -1,0 +1,93 @@
+"""Train: start, stop and go on, and what the run shows while it goes."""
+
+import mimetypes
+from typing import Any
+
+from starlette.responses import Response
+
+from sd3pipe.cache.staleness import check_sources
+from sd3pipe.child import ask_to_stop
+from sd3pipe.errors import InputError, ParameterError, UnreadablePicture
+from sd3pipe.reporting.collect import read_picture_of
+from sd3pipe.studio.app import Ask
+from sd3pipe.studio.jobs import HOW, start_run
+from sd3pipe.studio.places import path_of
+from sd3pipe.studio.runs import MOST_POINTS, RunView, run_names, run_place
+from sd3pipe.studio.status import at_work, log_lines, status
+
+
+def page(ask: Ask) -> str:
+    run = _run(ask)
+    names = run_names(ask.project)
+    job = ask.studio.queue.latest(ask.project.folder)
+    return ask.page(
+        "train",
+        title="Train",
+        status=status(ask.project, ask.studio.queue, run.curves),
+        run=run.place.name,
+        runs=names,
+        is_own=run.place.name == names[0],
+        has_checkpoints=bool(run.checkpoints()),
+        is_finished=run.is_finished(),
+        changed=_changed(ask),
+        how=HOW,
+        log="\n".join(log_lines(job)) if job else "",
+    )
+
+
+def curves(ask: Ask) -> dict[str, Any]:
+    found = _run(ask).curves
+    return {
+        "mark": found.mark,
+        "rows": len(found),
+        "points": found.points(most=MOST_POINTS),
+        "validations": found.validations,
+    }
+
+
+def start(ask: Ask) -> dict[str, Any]:
+    """Starts the run, or goes on with it; if what it was made from changed, asks first how."""
+    how = ask.text("how")
+    if how and how not in HOW:
+        raise ParameterError(f"how: one of {', '.join(HOW)}")
+    if at_work(ask.project) or ask.studio.queue.current(ask.project.folder):
+        raise InputError("this project has a job already: wait for it, or take it out of the queue")
+    run, changed = RunView(run_place(ask.project)), _changed(ask)
+    if run.checkpoints() and changed and not how:
+        html = ask.page("go_on", changed=changed, how=HOW)
+        return {"html": html, "message": "captions or pictures changed: say how to go on"}
+    start_run(ask.project, ask.studio.queue, how=how, goes_on=bool(run.checkpoints()))
+    return {"reload": True}
+
+
+def stop(ask: Ask) -> dict[str, Any]:
+    """Asks what is at work to stop after the step under way, also what was started at a terminal."""
+    job, now = ask.studio.queue.current(ask.project.folder), at_work(ask.project)
+    if job is not None:
+        ask.studio.queue.stop(job.id)
+        return {"message": "stopping after what is under way; everything is saved"}
+    if now is None or not ask_to_stop(now.mark):
+        raise InputError("nothing is at work here")
+    return {"message": "stopping what was started at a terminal, after what is under way"}
+
+
+def sample(ask: Ask) -> Response:
+    """Returns a picture of a run, which lies in it, behind links, too."""
+    run = _run(ask).folder
+    try:
+        kind, data, _ = read_picture_of(run / ask.path["path"], run)
+    except UnreadablePicture as error:
+        raise InputError(f"{ask.path['path']}: is not shown: {error}") from error
+    return Response(data, media_type=mimetypes.types_map[f".{kind}"], headers={"cache-control": "private, max-age=60"})
+
+
+def _run(ask: Ask) -> RunView:
+    run = ask.studio.watches.of(ask.project, ask.query.get("run", "")).run
+    run.read()
+    return run
+
+
+def _changed(ask: Ask) -> list[str]:
+    """Returns what changed since it was encoded."""
+    caches = path_of(ask.project, "caches")
+    return [change for name in ("text", "latents") for change in check_sources(caches / name).changes]

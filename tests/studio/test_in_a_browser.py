@@ -1,0 +1,239 @@
+"""The studio in a real browser, as a person uses it: a server of its own, headless Chromium, no network."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("starlette", reason="the studio's extra is not installed")
+pytest.importorskip("playwright", reason="playwright is not installed")
+
+from playwright import sync_api
+from support.browser import CHROMIUM, FLAGS, needs_chromium
+from support.studios import write_project
+
+from sd3pipe.demo.project import write_files
+
+pytestmark = needs_chromium
+HOSTILE = '<img src=x onerror="document.title=\'ran\'"><script>document.title="ran"</script>'
+PAGES = ("pictures", "plan", "train", "compare")
+
+
+class Running:
+    """A studio in a process of its own, and a browser's page that was opened at the address that it printed."""
+
+    def __init__(self, state: Path, *projects: Path, options: tuple[str, ...] = ()) -> None:
+        self.env = {**os.environ, "XDG_STATE_HOME": str(state)}
+        self.projects, self.options = projects, options
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "sd3pipe", "studio", *map(str, self.projects), "--port", "0", "--no-open"]
+        self.process = subprocess.Popen(
+            [*command, *self.options], env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self.address = re.search(r"http\S+", self.process.stdout.readline())[0]
+        self.root = self.address.partition("/?")[0]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    flags = [flag for flag in FLAGS if flag not in ("--headless", "--virtual-time-budget=2000")]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(chromium):
+    """Returns a page at a studio's address; a page's own errors, and what its policy stops, fail the test."""
+    with contextlib.ExitStack() as stack:
+
+        def open_page(studio: Running, **options):
+            context = stack.enter_context(contextlib.closing(chromium.new_context(**options)))
+            page = context.new_page()
+            page.problems = []
+            page.on("pageerror", lambda error: page.problems.append(str(error)))
+            page.on("console", lambda line: page.problems.append(line.text) if line.type == "error" else None)
+            page.on("request", lambda sent: sent.url.startswith(studio.root) or page.problems.append(sent.url))
+            page.goto(studio.address)
+            page.slug = page.eval_on_selector("body", "body => body.dataset.slug")
+            return page
+
+        yield open_page
+
+
+@pytest.fixture
+def running(tmp_path):
+    started: list[Running] = []
+
+    def run(*projects: Path, **options) -> Running:
+        started.append(Running(tmp_path / "state", *projects, **options))
+        return started[-1]
+
+    yield run
+    for studio in started:
+        studio.process.terminate()
+        studio.process.wait(20)
+
+
+def at(page, studio: Running, name: str) -> None:
+    page.goto(f"{studio.root}/p/{page.slug}/{name}")
+
+
+def test_captions_and_tags_are_edited_and_undone_and_hostile_ones_run_nothing(tmp_path, running, opened):
+    names = {"a": "cat, sofa", "b": "cat, window", HOSTILE.replace("/", ""): HOSTILE}
+    project = write_project(tmp_path / "cats", names)
+    studio = running(project)
+    page, other = opened(studio), opened(studio)
+    assert page.url == f"{studio.root}/p/{page.slug}/pictures"  # the token is out of sight
+    box = page.get_by_label("caption of a.png")
+    box.fill("cat, bed")
+    box.press("Control+Enter")
+    page.get_by_text("Undo the caption of a.png").wait_for()
+    assert (project / "pictures" / "a.txt").read_text() == "cat, bed\n"
+
+    mine = other.get_by_label("caption of a.png")  # the second tab still has what was there
+    assert mine.input_value() == "cat, sofa"
+    mine.fill("dog")
+    mine.press("Control+Enter")
+    other.get_by_text("It was changed elsewhere").wait_for()
+    assert other.get_by_label("caption of a.png").input_value() == "cat, bed"
+    assert (project / "pictures" / "a.txt").read_text() == "cat, bed\n"
+    other.get_by_text("Use mine all the same").click()
+    other.get_by_text("Undo the caption of a.png").wait_for()
+    assert (project / "pictures" / "a.txt").read_text() == "dog\n"
+
+    page.reload()
+    page.get_by_label("all 3").check()
+    page.get_by_label("operation").select_option("replace")
+    page.get_by_label("tag", exact=True).fill("cat")
+    page.get_by_label("replace by").fill("tiger")
+    page.get_by_text("Show the change").click()
+    page.get_by_text("1 caption of 3 would change").wait_for()
+    assert (project / "pictures" / "b.txt").read_text() == "cat, window"
+    page.get_by_role("button", name="Apply").click()
+    page.get_by_text("Undo replace cat -> tiger").click()
+    page.get_by_text("undone: replace cat -> tiger, 1 file").wait_for()
+    assert (project / "pictures" / "b.txt").read_text() == "cat, window"
+    assert page.title() == other.title() == "Pictures · cats"
+    assert page.problems == other.problems == []
+
+
+@pytest.mark.parametrize("width, scheme", [(400, "dark"), (1400, "light")])
+def test_nothing_runs_off_and_all_controls_are_named(tmp_path, running, opened, width, scheme):
+    project = write_project(tmp_path / "cats", {f"picture-{n}": "cat, " + "unbroken" * 20 for n in range(5)})
+    studio = running(project)
+    page = opened(studio, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    for address in (*(f"/p/{page.slug}/{name}" for name in PAGES), "/queue", "/begin"):
+        page.goto(studio.root + address)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, address
+        nameless = page.eval_on_selector_all(
+            "input:not([type=hidden]), select, textarea, button",
+            "all => all.filter((one) => !one.labels?.length && !one.ariaLabel && !one.textContent.trim()).length",
+        )
+        assert nameless == 0, address
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(253, 253, 252)"
+    assert dark == (scheme == "dark") and page.problems == []
+
+
+def test_options_are_saved_with_comments_kept_and_errors_at_their_fields(tmp_path, running, opened):
+    project = write_project(tmp_path / "cats", {"a": "cat"})
+    (project / "stages").mkdir()
+    (project / "stages" / "train.toml").write_text("# mine\nnetwork_dim = 8  # small\n")
+    studio = running(project)
+    page = opened(studio)
+    at(page, studio, "plan")
+    page.locator("#network_dim").fill("none")
+    page.get_by_role("button", name="Save").click()
+    page.locator("[data-errors=network_dim]", has_text="integer").wait_for()
+    assert "network_dim = 8" in (project / "stages" / "train.toml").read_text()
+    page.locator("#network_dim").fill("32")
+    page.locator("#learning_rate").fill("3e-4")
+    page.get_by_role("button", name="Save").click()
+    page.wait_for_function("document.querySelector('#learning_rate').defaultValue === '0.0003'")
+    assert (project / "stages" / "train.toml").read_text() == (
+        "# mine\nnetwork_dim = 32  # small\nlearning_rate = 0.0003\n"
+    )
+
+
+@pytest.mark.slow
+def test_a_run_from_its_start_to_the_exported_file(tmp_path, running, opened):
+    """A demo run is started, seen without a reload, stopped, gone on with after an edit, compared and exported."""
+    project = tmp_path / "star"
+    for path, data in write_files(project, steps=24).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    studio = running(project)
+    page = opened(studio)
+    page.set_default_timeout(600_000)
+    at(page, studio, "train")
+    page.get_by_role("button", name="Start").click()
+    page.locator("#shots img").first.wait_for()  # samples at step 0
+    page.wait_for_function("Number(document.querySelector('#train').dataset.steps) >= 3")
+    assert page.locator("#loss svg.chart").count() == 1
+    page.get_by_role("button", name="Stop").click()
+    page.locator("#status", has_text="stopped").wait_for()
+    stopped_at = int(page.eval_on_selector("#train", "one => one.dataset.steps"))
+    assert stopped_at < 24
+
+    at(page, studio, "pictures")
+    box = page.get_by_label("caption of wubble-00.png")
+    box.fill("another caption")
+    box.press("Control+Enter")
+    page.get_by_text("encode-text will make 1 row of").wait_for()
+    at(page, studio, "train")
+    page.get_by_role("button", name="Go on").click()
+    page.get_by_text("with the new rows").click()
+    page.locator("#status", has_text="done").wait_for()
+    log = page.locator("#log").text_content()
+    assert "encode-text: 76 reused, 1 encoded" in log and f"at step {stopped_at}" in log
+
+    at(page, studio, "compare")
+    page.locator(".matrix img").nth(0).click()
+    page.locator(".matrix img").nth(1).click()
+    assert page.locator("#wiper").is_visible()
+    page.get_by_label("checkpoint", exact=True).select_option("12")
+    page.get_by_role("button", name="Export").click()
+    page.get_by_text("Copy the path").wait_for()
+    file = Path(page.locator("#exported code").text_content())
+    from safetensors.numpy import load_file
+
+    assert file.name == "wubble-step00000012.safetensors" and load_file(file)
+    assert page.problems == []
+
+
+@pytest.mark.slow
+def test_a_queue_of_two_survives_the_end_of_the_studio(tmp_path, running, opened):
+    projects = []
+    for name in ("one", "two"):
+        projects.append(tmp_path / name)
+        for path, data in write_files(projects[-1], steps=6).items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    studio = running(*projects)
+    page = opened(studio)
+    for project in projects:
+        page.goto(studio.root)
+        page.get_by_role("link", name=project.name, exact=True).click()
+        page.slug = page.url.split("/")[4]
+        at(page, studio, "train")
+        page.get_by_role("button", name="Start").click()
+        page.get_by_role("button", name="Stop").wait_for()
+    studio.kill()
+    time.sleep(1)
+    studio.start()
+    page.set_default_timeout(600_000)
+    page.goto(studio.address.replace("/?", "/queue?"))
+    page.locator(".state-done").nth(1).wait_for()
+    assert all((project / "runs" / "wubble" / "final").is_dir() for project in projects)

@@ -1,0 +1,179 @@
+"""Pictures: captions are saved where they came from, nothing from elsewhere is overwritten, all can be undone."""
+
+import json
+import re
+
+import pytest
+
+pytest.importorskip("starlette", reason="the studio's extra is not installed")
+
+from support.studios import asked, studio_of, write_project
+
+from sd3pipe.config import read_project
+from sd3pipe.studio.gallery import read_gallery
+
+CAPTIONS = {"a": "cat, sofa", "b": "cat, window", "c": "", "d": "<script>alert(1)</script> & dog"}
+HOSTILE = '<img src=x onerror="document.title=1">'
+
+
+@pytest.fixture
+def project(tmp_path):
+    return write_project(tmp_path / "cats", CAPTIONS)
+
+
+@pytest.fixture
+def studio(tmp_path, project):
+    return studio_of(tmp_path, project)
+
+
+def base(studio) -> str:
+    return f"/p/{studio.projects.listed()[0]['slug']}/pictures"
+
+
+def entries(project):
+    return {entry.name[:-4]: entry for entry in read_gallery(read_project(project)).entries}
+
+
+def save(studio, entry, text, was=None):
+    body = {"key": entry.key, "was": entry.was if was is None else was, "text": text}
+    return asked(studio, "POST", f"{base(studio)}/caption", json=body)
+
+
+def test_a_page_shows_each_picture_with_its_facts_escaped(studio):
+    page = asked(studio, "GET", base(studio)).text
+    assert page.count('<figure class="card"') == 4
+    assert "96 x 96, reduced to 67%" in page and "no caption" in page
+    assert "&lt;script&gt;alert(1)" in page and "<script>alert" not in page
+    assert "photo of cat, sofa" in page  # what is encoded stands apart from the file's text
+
+
+def test_a_hostile_name_is_text(tmp_path):
+    project = write_project(tmp_path / "cats", {HOSTILE.replace("/", ""): HOSTILE})
+    page = asked(studio_of(tmp_path, project), "GET", base(studio_of(tmp_path, project))).text
+    assert "<img src=x" not in page and "&lt;img src=x" in page
+
+
+def test_a_caption_is_saved_to_its_file_and_undone(studio, project):
+    answer = save(studio, entries(project)["a"], "cat, bed").json()
+    assert (project / "pictures" / "a.txt").read_text() == "cat, bed\n"
+    assert "cat, bed" in answer["html"] and answer["undo"] == "the caption of a.png"
+    assert "undone" in asked(studio, "POST", f"{base(studio)}/undo", json={}).json()["message"]
+    assert (project / "pictures" / "a.txt").read_text() == "cat, sofa"
+
+
+def test_undo_works_after_a_restart_and_removes_what_was_new(tmp_path, studio, project):
+    save(studio, entries(project)["c"], "a first caption")
+    assert (project / "pictures" / "c.txt").read_text() == "a first caption\n"
+    asked(studio_of(tmp_path, project), "POST", f"{base(studio)}/undo", json={})
+    assert not (project / "pictures" / "c.txt").exists()
+
+
+def test_an_edit_from_elsewhere_is_noticed_and_kept(studio, project):
+    entry = entries(project)["a"]
+    (project / "pictures" / "a.txt").write_text("edited elsewhere")
+    answer = save(studio, entry, "mine").json()
+    assert answer["conflict"] == "mine" and "edited elsewhere" in answer["html"]
+    assert (project / "pictures" / "a.txt").read_text() == "edited elsewhere"
+
+
+def test_undo_overwrites_nothing_from_elsewhere(studio, project):
+    save(studio, entries(project)["a"], "mine")
+    (project / "pictures" / "a.txt").write_text("edited elsewhere")
+    answer = asked(studio, "POST", f"{base(studio)}/undo", json={})
+    assert answer.status_code == 422 and "a.txt" in answer.json()["error"][0]
+    assert (project / "pictures" / "a.txt").read_text() == "edited elsewhere"
+
+
+def test_a_caption_behind_a_link_that_leads_out_is_not_written(studio, project, tmp_path):
+    outside = tmp_path / "outside.txt"
+    outside.write_text("secret")
+    (project / "pictures" / "a.txt").unlink()
+    (project / "pictures" / "a.txt").symlink_to(outside)
+    answer = save(studio, entries(project)["a"], "mine")
+    assert answer.status_code == 422 and "leads outside" in answer.json()["error"][0]
+    assert outside.read_text() == "secret"
+
+
+def test_tags_of_a_selection_are_shown_changed_and_undone(studio, project):
+    keys = [entry.key for entry in entries(project).values()]
+    body = {"operation": "replace", "tag": "cat", "other": "tiger", "keys": keys}
+    shown = asked(studio, "POST", f"{base(studio)}/tags", json=body).json()
+    assert shown["count"] == 2 and "tiger, sofa" in shown["html"]
+    assert (project / "pictures" / "a.txt").read_text() == "cat, sofa"
+    saved = asked(studio, "POST", f"{base(studio)}/tags", json={**body, "apply": True, "was": shown["was"]}).json()
+    assert saved["saved"] == 2
+    assert (project / "pictures" / "b.txt").read_text() == "tiger, window\n"
+    asked(studio, "POST", f"{base(studio)}/undo", json={})
+    assert [(project / "pictures" / f"{name}.txt").read_text() for name in "ab"] == ["cat, sofa", "cat, window"]
+
+
+def test_tags_change_nothing_if_one_caption_changed_since_they_were_shown(studio, project):
+    keys = [entry.key for entry in entries(project).values()]
+    body = {"operation": "add", "tag": "night", "keys": keys}
+    was = asked(studio, "POST", f"{base(studio)}/tags", json=body).json()["was"]
+    (project / "pictures" / "b.txt").write_text("other")
+    answer = asked(studio, "POST", f"{base(studio)}/tags", json={**body, "apply": True, "was": was})
+    assert answer.status_code == 422 and "b.png" in answer.json()["error"][0]
+    assert (project / "pictures" / "a.txt").read_text() == "cat, sofa"
+
+
+@pytest.mark.parametrize(
+    "query, names",
+    [
+        ("", "abcd"), ("words=cat", "ab"), ("words=CAT+sofa", "a"), ("warning=no+caption", "c"), ("warning=any", "c"),
+        ("bucket=64+x+64", "abcd"), ("bucket=32+x+96", ""), ("subset=pictures&sort=caption", "cdab"),
+    ],
+)  # fmt: skip
+def test_filters(studio, query, names):
+    page = asked(studio, "GET", f"{base(studio)}?{query}").text
+    assert "".join(re.findall(r"<b>(\w)\.png</b>", page)) == names
+
+
+def test_more_pictures_come_in_parts(tmp_path):
+    studio = studio_of(tmp_path, write_project(tmp_path / "many", {f"{n:03d}": f"tag {n}" for n in range(130)}))
+    page = asked(studio, "GET", base(studio)).text
+    seen, following = re.findall(r"<b>(\d+)\.png", page), re.search(r'data-more="([^"]+)"', page)
+    while following:
+        part = asked(studio, "GET", following[1].replace("&amp;", "&")).text
+        seen += re.findall(r"<b>(\d+)\.png", part)
+        following = re.search(r'data-more="([^"]+)"', part)
+    assert seen == [f"{n:03d}" for n in range(130)]
+
+
+def test_a_thumbnail_is_made_once_and_kept_by_content(studio, project):
+    entry = entries(project)["a"]
+    address = f"{base(studio)}/thumb/{entry.key}-{entry.content}"
+    first = asked(studio, "GET", address)
+    assert first.content.startswith(b"\xff\xd8") and "immutable" in first.headers["cache-control"]
+    (project / "pictures" / "a.png").unlink()
+    assert asked(studio, "GET", address).content == first.content
+    assert asked(studio, "GET", f"{base(studio)}/thumb/../../project.toml").status_code in (404, 422)
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "csv"])
+def test_a_caption_in_a_metadata_file_is_edited_there(tmp_path, form):
+    text = {
+        "json": json.dumps({"a.png": {"caption": "cat"}, "b.png": {"caption": "dog"}}),
+        "jsonl": '{"file_name": "a.png", "text": "cat"}\n{"file_name": "b.png", "text": "dog"}\n',
+        "csv": "file_name,text,by\na.png,cat,me\nb.png,dog,you\n",
+    }[form]
+    dataset = (
+        f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir="pictures"\nmetadata_file="meta.{form}"\n'
+    )
+    project = write_project(tmp_path / "cats", {"a": "", "b": ""}, dataset=dataset)
+    (project / f"meta.{form}").write_text(text)
+    studio = studio_of(tmp_path, project)
+    assert save(studio, entries(project)["a"], 'cat, "big"').status_code == 200
+    assert {name: entry.caption for name, entry in entries(project).items()} == {"a": 'cat, "big"', "b": "dog"}
+    asked(studio, "POST", f"{base(studio)}/undo", json={})
+    assert (project / f"meta.{form}").read_text() == text
+
+
+def test_read_only_writes_not_even_a_thumbnail(tmp_path, project):
+    studio = studio_of(tmp_path, project, read_only=True)
+    entry = entries(project)["a"]
+    before = {path for path in project.rglob("*") if path.is_file()}
+    assert asked(studio, "GET", f"{base(studio)}/thumb/{entry.key}-{entry.content}").status_code == 200
+    assert asked(studio, "GET", base(studio)).status_code == 200
+    assert save(studio, entry, "mine").status_code == 403
+    assert {path for path in project.rglob("*") if path.is_file()} == before

@@ -1,0 +1,183 @@
+"""Plan, Train, Compare and Begin as far as they go without training: forms, what is started, what is exported."""
+
+import pytest
+
+pytest.importorskip("starlette", reason="the studio's extra is not installed")
+
+import numpy as np
+from support.studios import asked, studio_of, write_project
+
+from sd3pipe.cache import staleness
+from sd3pipe.demo.project import write_files
+from sd3pipe.diffusion.picture_grid import save_picture
+from sd3pipe.judgement import JUDGE_FOLDER, SCORES, Judgement, Score, Scores, Suggestion
+from sd3pipe.studio import queue as queue_module
+from sd3pipe.studio.forms import stage_form
+from sd3pipe.studio.views import compare as compare_view
+from sd3pipe.studio.views import train as train_view
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.setattr(queue_module.Queue, "work", lambda self: None)
+    return write_project(tmp_path / "cats", {"a": "cat"})
+
+
+@pytest.fixture
+def studio(tmp_path, project):
+    return studio_of(tmp_path, project)
+
+
+def path(studio, *parts) -> str:
+    return "/".join(["/p", studio.projects.listed()[0]["slug"], *parts])
+
+
+def started(studio) -> list[tuple[str, ...]]:
+    return [command for job in studio.queue.jobs() for command in job.commands]
+
+
+def with_checkpoint(project, step=10):
+    folder = project / "runs" / "cat" / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "adapter.safetensors").write_bytes(b"")
+
+
+def test_the_table_is_plans_own(tmp_path):
+    for file, data in write_files(tmp_path / "star", steps=6).items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+    studio = studio_of(tmp_path, tmp_path / "star")
+    answer = asked(studio, "POST", path(studio, "plan", "table"), json={"vram": "4GB", "tflops": "1"})
+    assert answer.status_code == 200, answer.text
+    assert "fits: " in answer.json()["html"] and "Disk for the caches: " in answer.json()["html"]
+    wrong = asked(studio, "POST", path(studio, "plan", "table"), json={"vram": "much"})
+    assert wrong.status_code == 422 and "vram" in wrong.json()["error"][0]
+
+
+def test_every_option_of_a_project_has_a_field_with_its_help(studio, project):
+    page = asked(studio, "GET", path(studio, "plan")).text
+    for name in ("network_dim", "blocks_to_swap", "optimizer_args", "adapter_type"):
+        assert f'name="{name}"' in page
+    assert 'name="device"' not in page and 'name="model"' not in page
+
+
+def test_errors_stand_at_their_fields_and_nothing_is_saved(studio, project):
+    body = {"stage": "train", "network_dim": "0", "optimizer_type": "AdamW", "seed": "7"}
+    answer = asked(studio, "POST", path(studio, "plan", "save"), json=body).json()
+    assert set(answer["fields"]) == {"network_dim"} and "greater" in answer["fields"]["network_dim"]
+    assert not (project / "stages" / "train.toml").exists()
+    together = {"stage": "train", "lr_scheduler": "constant", "lr_warmup_steps": "5"}
+    assert asked(studio, "POST", path(studio, "plan", "save"), json=together).json()["fields"]
+
+
+def test_a_first_run_is_run_itself(studio):
+    assert asked(studio, "POST", path(studio, "train", "start"), json={}).json() == {"reload": True}
+    assert started(studio) == [("run",)]
+    again = asked(studio, "POST", path(studio, "train", "start"), json={})
+    assert again.status_code == 422 and "already" in again.json()["error"][0]
+
+
+def test_going_on_names_the_run_so_that_nothing_begins_afresh(studio, project):
+    with_checkpoint(project)
+    asked(studio, "POST", path(studio, "train", "start"), json={})
+    assert ("train", "--resume", str(project / "runs" / "cat")) in started(studio)
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [("old", "--stale-ok"), ("new", "--allow-changes training_rows"), ("afresh", "--resume never")],
+)
+def test_after_a_change_it_asks_how_to_go_on(studio, project, monkeypatch, how, words):
+    with_checkpoint(project)
+    changed = staleness.SourceCheck("changed", ("pictures/a.txt was changed",))
+    monkeypatch.setattr(train_view, "check_sources", lambda cache: changed)
+    asked_back = asked(studio, "POST", path(studio, "train", "start"), json={}).json()
+    assert "afresh" in asked_back["html"] and "a.txt was changed" in asked_back["html"] and not started(studio)
+    asked(studio, "POST", path(studio, "train", "start"), json={"how": how})
+    assert any(words in " ".join(command) for command in started(studio))
+    assert any("encode-text" in command for command in started(studio)) == (how != "old")
+
+
+def test_stopping_what_is_not_there_says_so(studio):
+    assert "nothing is at work" in asked(studio, "POST", path(studio, "train", "stop"), json={}).json()["error"][0]
+
+
+def test_samples_and_judges_scores_are_compared(studio, project):
+    run = project / "runs" / "cat"
+    for step in (0, 10):
+        folder = run / "samples" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        save_picture(folder / "000.png", np.zeros((16, 16, 3), np.uint8), title="a <b>cat</b>")
+    scores = dict.fromkeys((*SCORES, "likeness_held_out")) | {"likeness": Score(value=0.5, low=0.4, high=0.6)}
+    at_ten = Scores(checkpoint=10, multiplier=0.8, close=False, drifts=False, **scores)
+    text = Suggestion(checkpoint=10, multiplier=0.8, sure=0.5, told_apart=False, draws_needed=9, text="cannot tell")
+    (run / JUDGE_FOLDER).mkdir()
+    Judgement(
+        judge_model="m", trigger="", tolerance=0.1, limits={}, draws=4, scores=(at_ten,), suggestion=text, remarks=(),
+        drawn=(),
+    ).save(run / JUDGE_FOLDER)  # fmt: skip
+    page = asked(studio, "GET", path(studio, "compare")).text
+    assert "<th>base</th><th>step 10</th>" in page and "a &lt;b&gt;cat" in page
+    assert "0.5 (0.4 to 0.6)" in page and "cannot tell" in page and "step 10 x 0.8" in page
+
+
+def test_what_is_missing_is_drawn_by_a_job(studio, project):
+    with_checkpoint(project)
+    body = {"checkpoints": "all", "strengths": "0.6,1"}
+    assert asked(studio, "POST", path(studio, "compare", "draw"), json=body).status_code == 200
+    assert started(studio)[0][0] == "sample" and started(studio)[0][-1] == "0.6,1"
+    wrong = asked(studio, "POST", path(studio, "compare", "draw"), json={"strengths": "; rm -rf"})
+    assert wrong.status_code == 422 and len(started(studio)) == 1
+
+
+def test_a_failed_export_shows_the_commands_own_line(studio, project, monkeypatch):
+    with_checkpoint(project)
+    told = []
+    monkeypatch.setattr(compare_view, "run_captured", lambda words, folder: told.append(words) or (3, "error: torn\n"))
+    body = {"checkpoint": "10", "format": "diffusers"}
+    answer = asked(studio, "POST", path(studio, "compare", "use"), json=body)
+    assert answer.status_code == 422 and answer.json()["error"] == ["torn"]
+    assert told[0][-1] == str(project / "exports" / "cat-step00000010-diffusers.safetensors")
+    for wrong in ({"checkpoint": "../x"}, {"checkpoint": "final"}, {"format": "exe"}):
+        assert asked(studio, "POST", path(studio, "compare", "use"), json={**body, **wrong}).status_code == 422
+    assert len(told) == 1
+
+
+def test_begin_makes_a_project_from_a_command_of_sd_scripts(tmp_path, project):
+    studio = studio_of(tmp_path)
+    assert "With your pictures and a model" in asked(studio, "GET", "/").text
+    text = (
+        f"accelerate launch sd3_train_network.py --pretrained_model_name_or_path m.safetensors "
+        f"--dataset_config '{project / 'dataset.toml'}' --output_dir out --output_name cat --network_dim 8"
+    )
+    body = {"folder": str(tmp_path / "new"), "text": text, "name": "train.sh", "base": str(tmp_path)}
+    answer = asked(studio, "POST", "/begin/from-kohya", json=body)
+    assert answer.status_code == 200, answer.text
+    assert (tmp_path / "new" / "project.toml").is_file()
+    assert asked(studio, "GET", answer.json()["location"].replace("pictures", "plan")).status_code == 200
+    assert studio.queue.projects() == [tmp_path / "new"]
+
+
+def test_begin_shows_inits_own_errors_and_opens_what_is_there(tmp_path, project):
+    studio = studio_of(tmp_path)
+    body = {"folder": str(tmp_path / "new"), "model": str(tmp_path / "none.safetensors"), "images": str(project)}
+    answer = asked(studio, "POST", "/begin/init", json=body)
+    assert answer.status_code == 422 and "none.safetensors" in " ".join(answer.json()["error"])
+    assert asked(studio, "POST", "/begin/init", json={"folder": "relative"}).status_code == 422
+    assert asked(studio, "POST", "/begin/init", json={"folder": str(project)}).json()["location"].startswith("/p/cats-")
+
+
+def test_a_broken_project_file_is_told_on_its_page(studio, project):
+    (project / "project.toml").write_text("[paths\n")
+    answer = asked(studio, "GET", path(studio, "train"))
+    assert answer.status_code == 422 and "project.toml" in answer.text
+
+
+def test_ranges_and_choices_come_from_the_option_sets(studio, project):
+    fields = {field.name: field for panel in stage_form(read(studio), "train").values() for field in panel}
+    assert fields["network_dim"].range == "at least 1" and fields["network_dim"].default == "16"
+    assert "dora" in fields["adapter_type"].words and not fields["blocks_to_swap"].words
+
+
+def read(studio):
+    return studio.projects.read(studio.projects.listed()[0]["slug"])
