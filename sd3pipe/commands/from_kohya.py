@@ -64,7 +64,7 @@ def main(params: FromKohyaParams) -> None:
 def _tell_of_our_defaults(given: Given, translation: Translation) -> None:
     """Names what the command does not say and sd-scripts would do otherwise."""
     for stage, model in load_stage_models().items():
-        for key, theirs in translate(given).values[stage].items():
+        for key, theirs in translate(given).values.get(stage, {}).items():
             ours = model.model_fields[key].default
             if key not in translation.values[stage] and ours != theirs:
                 translation.changed.append(f"{key} = {ours}: sd3pipe's default, instead of {theirs}")
@@ -189,7 +189,10 @@ def _texts(folder: Path, blocks: list[Block], translation: Translation) -> dict[
     }
     for stage, options in load_stage_models().items():
         texts[f"stages/{stage}.toml"] = render_stage_file(
-            options, stage.replace("_", "-"), translation.values[stage], left_out=_left_out_of(stage, translation)
+            options,
+            stage.replace("_", "-"),
+            translation.values.get(stage, {}),
+            left_out=_left_out_of(stage, translation),
         )
     if translation.prompts is not None:
         texts["sample_prompts.txt"] = translation.prompts
