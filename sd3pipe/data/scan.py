@@ -112,8 +112,8 @@ def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True) ->
     if problems:
         raise InputError("\n".join(problems))
     if not pictures and not unreadable:
-        endings = ", ".join(ending[1:] for ending in PICTURE_ENDINGS)
-        raise InputError("\n".join([f"{dataset.path}: the dataset is empty: there is no {endings}", *left_out]))
+        why = "; ".join(left_out) or "no metadata_file lists a picture"
+        raise InputError(f"{dataset.path}: the dataset is empty: {why}")
     return Scan(pictures=_split(pictures), unreadable=unreadable, left_out=left_out)
 
 
