@@ -30,8 +30,8 @@ KOHYA = {
 CHECKS = {"sh", "text", "toml", "python"}
 
 # Small: two steps and one-step pictures of 64 px, whatever the documented commands write into the project's files.
-# `on NAME` goes to the folder of another machine, of which it makes one with the MMDiT's file alone. `rsync` copies
-# to such a folder.
+# `on NAME` goes to a machine's folder: of the first that a page names it is the project, of others one with the MMDiT's
+# file alone; `on first` goes back. `rsync` copies to such a folder. `wait` fails where a job has failed.
 PRELUDE = r"""
 set -eo pipefail
 small() {
@@ -40,14 +40,14 @@ small() {
 }
 trap small DEBUG
 declare -A place_of
-machine=first
+machine=first named=
 on() {
   [ "$1" != "$machine" ] || return 0
   place_of[$machine]=$PWD
-  [ "$machine" != first ] || place_of[$1]=$PWD
+  [ -n "$named" ] || { named=$1; place_of[$1]=$PWD; }
   machine=$1
   export HOME=$MACHINES/$1
-  [ -d "$HOME" ] || { mkdir -p "$HOME/models" && cp "$MODEL" "$HOME/models"; }
+  [ -d "$HOME/models" ] || { mkdir -p "$HOME/models" && cp "$MODEL" "$HOME/models"; }
   cd "${place_of[$1]:-$HOME}"
 }
 rsync() {
@@ -56,7 +56,7 @@ rsync() {
   mkdir -p "$MACHINES/${target/://}"
   tar -cf - "${from[@]}" | tar -xf - -C "$MACHINES/${target/://}"
 }
-all_done() { for job in $(jobs -p); do wait "$job"; done; }
+wait() { for job in $(jobs -p); do builtin wait "$job"; done; }
 """
 
 
@@ -126,10 +126,10 @@ def run_script(script: str, folder: Path) -> None:
 
 def as_script(block: Block) -> Iterator[str]:
     """Yields a block's lines; `NAME$ command` becomes the command on that machine."""
-    yield f"echo '## {block.place}'"
+    yield f"on first\necho '## {block.place}'"
     for line in block.text.splitlines():
         yield re.sub(r"^(\w+)\$ ", r"on \1\n", line)
-    yield "all_done"
+    yield "wait"
 
 
 def runnable(page: Path) -> list[Block]:

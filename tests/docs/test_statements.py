@@ -9,8 +9,11 @@ from support.documented import PAGES, ROOT, code_spans, links, table_rows
 
 from sd3pipe.data.dataset_keys import DatasetKeys, Keys, SubsetKeys
 from sd3pipe.errors import ExitCode
+from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.params.command_line import load_stage_models
+from sd3pipe.params.memory import size_bytes
 from sd3pipe.params.sd_scripts import OPTIONS
+from sd3pipe.project.fitting import fitting_advice
 
 FROZEN = [line.rsplit(maxsplit=1) for line in (ROOT / "tests/cli/options.txt").read_text(encoding="utf-8").splitlines()]
 COMMANDS = {owner.split()[0] for owner, _ in FROZEN}
@@ -97,3 +100,20 @@ def test_the_table_of_dataset_keys_is_complete():
 
 def test_the_table_of_exit_codes_is_complete():
     assert [int(code) for code, *_ in table_rows(ROOT / "docs" / "errors.md", "code")] == sorted(ExitCode)
+
+
+@pytest.mark.parametrize("row", list(table_rows(ROOT / "README.md", "card")), ids=lambda row: row[0])
+def test_the_table_of_cards_is_what_init_writes(row):
+    medium = MMDiTArchitecture(depth=24, pos_embed_max=384, qk_norm=True, dual_attention_blocks=tuple(range(13)))
+    large = MMDiTArchitecture(depth=38, pos_embed_max=192, qk_norm=True)
+    card, *cells = row
+    for model, cell in zip((medium, large), cells, strict=True):
+        advice = fitting_advice(model.shapes(), vram_bytes=size_bytes(card.replace(" ", "")), resolution=1024)
+        streamed = advice["blocks_to_swap"].value
+        place = (
+            f"{streamed} of {model.depth} blocks streamed from host memory"
+            if streamed
+            else "the whole model on the card"
+        )
+        optimizer = advice["optimizer_type"].value if "optimizer_type" in advice else "AdamW"
+        assert cell == f"{place}, {optimizer}"
