@@ -56,6 +56,7 @@ COMMANDS = (
     _stage("encode-latents", "Encode pictures into a cache."),
     _stage("train", "Train an adapter from the caches."),
     _stage("export", "Write an adapter for ComfyUI, sd-scripts or diffusers."),
+    _stage("check-captions", "Find captions and pictures that do not belong together."),
     _stage("judge", "Compare checkpoints on equal noise, and say how sure that is."),
     _stage("sample", "Draw pictures with a model and an adapter."),
     _stage("report", "Write one HTML page about one run or two."),

@@ -81,6 +81,16 @@ STAGES = (
         ),
     ),
     Stage(
+        name="check-captions",
+        command="check-captions",
+        paths=(
+            _path("model", "weights"),
+            _path("text", "made", "caches/text"),
+            _path("latents", "made", "caches/latents"),
+            _path("out", "out", "caption_check"),
+        ),
+    ),
+    Stage(
         name="train",
         command="train",
         paths=(

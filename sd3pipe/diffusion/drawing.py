@@ -111,8 +111,8 @@ def draw_cells(
         blocks_to_swap = blocks_to_sample(architecture, tokens=tokens, device=device, dtype=dtype)
     steps = sum(cell.prompt.settings(settings).steps for cell in cells)
     by_adapter = sorted(cells, key=lambda cell: (str(cell.column.adapter or ""), cell.column.multiplier))
-    way_out = functools.partial(_way_out, blocks_to_swap, architecture.depth)
-    with memory_errors(way_out), progress("sample", steps, "steps") as bar:
+    cure = functools.partial(way_out, blocks_to_swap, architecture.depth)
+    with memory_errors(cure), progress("sample", steps, "steps") as bar:
         mmdit, streamer = load_base(
             source, dtype=dtype, device=device, settings=Settings(blocks_to_swap=blocks_to_swap)
         )
@@ -120,7 +120,7 @@ def draw_cells(
             if forecast is not None:
                 forecast(steps * _seconds_per_step(mmdit, cells[0].prompt, settings, device, dtype))
             for column, group in groupby(by_adapter, key=lambda cell: cell.column):
-                with _adapted(mmdit, column, device):
+                with adapted(mmdit, column, device):
                     for cell in group:
                         latents = cell.prompt.drawn(mmdit, settings, device, dtype, seed=cell.seed, on_step=bar.advance)
                         keep_latents(file_of(cell), latents, prompt=cell.prompt.prompt)
@@ -178,14 +178,14 @@ def _seconds_per_step(
     return time.monotonic() - start
 
 
-def _way_out(streamed: int, depth: int) -> str:
+def way_out(streamed: int, depth: int) -> str:
     """Returns what to do after running out of memory."""
     more = min(depth, streamed + max(1, depth // 4))
     return f"pass --blocks-to-swap {more}" if streamed < depth else "draw smaller pictures"
 
 
 @contextlib.contextmanager
-def _adapted(mmdit: MMDiT, column: Column, device: torch.device) -> Iterator[None]:
+def adapted(mmdit: MMDiT, column: Column, device: torch.device) -> Iterator[None]:
     """Attaches a column's adapter for the length of a block."""
     if column.adapter is None:
         yield

@@ -55,7 +55,7 @@ def suggest(candidates: Sequence[Candidate], likeness: Resampled, losses: Mappin
     needed = None
     if runner_up is not None:
         needed = draws_to_tell(likeness.combined(differences(len(candidates), [(best, runner_up)])), 0)
-    sure = _sureness(chosen, likeness, losses, plain_K, margins_K) if likeness.known else None
+    sure = _sureness(chosen, likeness, losses, plain_K, margins_K) if likeness.known and told_apart else None
     picked = candidates[chosen]
     return Suggestion(
         checkpoint=picked.checkpoint,
@@ -140,11 +140,12 @@ def _text(
     gained = likeness.score(chosen)
     if gained.low is not None and gained.low <= 0:
         return f"{first} It is not measurably nearer to them than the base: the evidence is weak."
-    if sure is None:
+    if not likeness.known:
         return f"{first} One picture tells nothing of how sure that is: draw more seeds or prompts."
     if not told_apart:
         more = f"; about {needed:,} pictures of each would" if needed else ""
         return f"{first} The {likeness.draws} pictures of each do not tell the checkpoints apart{more}."
+    assert sure is not None, "told apart by resamples"
     return f"{first} {sure:.0%} of resampled draws suggest the same."
 
 

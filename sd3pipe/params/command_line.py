@@ -25,6 +25,7 @@ _MAX_SHOWN_CHOICES = 4
 STAGE_MODELS = {
     "encode_text": "encode_text:EncodeTextParams",
     "encode_latents": "encode_latents:EncodeLatentsParams",
+    "check_captions": "check_captions:CheckCaptionsParams",
     "train": "train:TrainParams",
     "judge": "judge:JudgeParams",
     "export": "export:ExportParams",

@@ -4,7 +4,7 @@ from typing import Literal
 
 from sd3pipe.params.fields import OptionPath, Params, option
 
-StageName = Literal["encode-text", "encode-prompts", "encode-latents", "train", "judge", "export"]
+StageName = Literal["encode-text", "encode-prompts", "encode-latents", "check-captions", "train", "judge", "export"]
 
 
 class RunParams(Params):

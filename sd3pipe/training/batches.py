@@ -11,7 +11,7 @@ from typing import overload
 
 import numpy as np
 
-from sd3pipe.training.draws import Ids, hashes, mix, uniforms
+from sd3pipe.diffusion.draws import Ids, hashes, mix, uniforms
 from sd3pipe.training.items import Items, Numbers
 
 

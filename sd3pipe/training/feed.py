@@ -18,6 +18,7 @@ from sd3pipe import stopping
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.rows import Row, latents_name
 from sd3pipe.cache.tensors import to_torch
+from sd3pipe.diffusion.draws import hashes, normals, uniforms
 from sd3pipe.diffusion.sampler import PIXELS_PER_LATENT
 from sd3pipe.memory.ahead import PendingModulation
 from sd3pipe.models.conditioning import assemble_conditioning
@@ -25,7 +26,6 @@ from sd3pipe.models.vae import draw_latents, to_model_space
 from sd3pipe.rules.feeding import EncoderDropout
 from sd3pipe.rules.flow import NUM_TIMESTEPS, SigmaSampling
 from sd3pipe.training.batches import MicroBatch, StepPlan
-from sd3pipe.training.draws import hashes, normals, uniforms
 from sd3pipe.training.flow import sample_sigmas
 from sd3pipe.training.items import Items
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd3pipe.cache.join import Numbers, RowLists
-from sd3pipe.training.draws import Ids
+from sd3pipe.diffusion.draws import Ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sd3pipe.diffusion.draws import torch_seed
 from sd3pipe.errors import InputError
-from sd3pipe.training.draws import torch_seed
 from sd3pipe.training.optimizers import ParameterGroups, set_training
 
 _WEIGHTS, _AVERAGE = "weights/", "ema/"

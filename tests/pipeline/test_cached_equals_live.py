@@ -10,6 +10,7 @@ from support.text_encoding import encode
 from support.tiny_base import write_tiny_base
 
 from sd3pipe.commands import encode_latents, encode_text, train
+from sd3pipe.diffusion.draws import normals
 from sd3pipe.models.checkpoint import load_mmdit, load_vae
 from sd3pipe.models.conditioning import assemble_conditioning
 from sd3pipe.models.vae import to_model_space
@@ -19,7 +20,6 @@ from sd3pipe.params.train import TrainParams
 from sd3pipe.rules.flow import SigmaSampling
 from sd3pipe.training import flow
 from sd3pipe.training.batches import epoch_batches
-from sd3pipe.training.draws import normals
 from sd3pipe.training.feed import Feed, FeedRules
 from sd3pipe.training.training_data import open_data
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from sd3pipe.cache.join import RowLists
+from sd3pipe.diffusion.draws import hashes, normals, uniforms
 from sd3pipe.training.batches import Position, epoch_batches, fixed_batches, plan_steps, steps_of_epochs
-from sd3pipe.training.draws import hashes, normals, uniforms
 from sd3pipe.training.items import Items, SubsetRules
 
 
