@@ -5,7 +5,7 @@ that belongs to a picture the model removes noise best, and on equal noise the d
 error is a row of results, keyed by all that it is made from.
 """
 
-# B batch, C latent channels, h w latent pixels
+# B batch, C latent channels, h w latent pixels, L text tokens, D text width, P pooled width
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
