@@ -11,9 +11,9 @@ from sd3pipe.data.dataset_keys import DatasetKeys, Keys, SubsetKeys
 from sd3pipe.errors import ExitCode
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.params.command_line import load_stage_models
-from sd3pipe.params.memory import size_bytes
 from sd3pipe.params.sd_scripts import OPTIONS
 from sd3pipe.project.fitting import fitting_advice
+from sd3pipe.rules.memory import size_bytes
 
 FROZEN = [line.rsplit(maxsplit=1) for line in (ROOT / "tests/cli/options.txt").read_text(encoding="utf-8").splitlines()]
 COMMANDS = {owner.split()[0] for owner, _ in FROZEN}
