@@ -28,6 +28,7 @@ _KEY_DIGITS = 16
 _MOST_COUNTED = 50_000  # captions whose tokens are remembered
 _tokens: dict[tuple[str, int], dict[str, CaptionTokens]] = {}
 _tokens_lock = threading.Lock()
+_latest: dict[str, "Gallery"] = {}  # by project: a screen of thumbnails asks for one picture each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,13 +134,21 @@ def read_gallery(project: Project, *, may_write: bool = True) -> Gallery:
         seed=text["seed"],
         count_tokens=lambda captions: _counted(project, captions, text["t5xxl_max_token_length"]),
     )
-    return Gallery(
+    _latest[str(project.folder)] = gallery = Gallery(
         dataset=dataset,
         found=found,
         entries=[Entry(key=_key(item), item=item) for item in known.items],
         unreadable=known.unreadable,
         warnings=known.warnings,
     )
+    return gallery
+
+
+def recent_entry(project: Project, key: str, content: str) -> Entry | None:
+    """Returns a picture as it was when the gallery was last read, if its thumbnail was that of `content` then."""
+    gallery = _latest.get(str(project.folder))
+    found = (entry for entry in gallery.entries if entry.key == key) if gallery else iter(())
+    return next((entry for entry in found if entry.content == content), None)
 
 
 def option_values(project: Project, stage: str) -> dict[str, Any]:

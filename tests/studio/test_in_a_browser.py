@@ -87,6 +87,14 @@ def running(tmp_path):
         studio.process.wait(20)
 
 
+def until(page, expression: str, seconds: float = 600) -> None:
+    """Waits for an expression to be true; playwright's own way evaluates text in the page, which its policy forbids."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, expression
+        page.wait_for_timeout(100)
+
+
 def at(page, studio: Running, name: str) -> None:
     page.goto(f"{studio.root}/p/{page.slug}/{name}")
 
@@ -161,7 +169,8 @@ def test_options_are_saved_with_comments_kept_and_errors_at_their_fields(tmp_pat
     page.locator("#network_dim").fill("32")
     page.locator("#learning_rate").fill("3e-4")
     page.get_by_role("button", name="Save").click()
-    page.wait_for_function("document.querySelector('#learning_rate').defaultValue === '0.0003'")
+    page.wait_for_load_state()
+    page.locator("#learning_rate[value='0.0003']").wait_for()
     assert (project / "stages" / "train.toml").read_text() == (
         "# mine\nnetwork_dim = 32  # small\nlearning_rate = 0.0003\n"
     )
@@ -180,7 +189,7 @@ def test_a_run_from_its_start_to_the_exported_file(tmp_path, running, opened):
     at(page, studio, "train")
     page.get_by_role("button", name="Start").click()
     page.locator("#shots img").first.wait_for()  # samples at step 0
-    page.wait_for_function("Number(document.querySelector('#train').dataset.steps) >= 3")
+    until(page, "Number(document.querySelector('#train').dataset.steps) >= 3")
     assert page.locator("#loss svg.chart").count() == 1
     page.get_by_role("button", name="Stop").click()
     page.locator("#status", has_text="stopped").wait_for()

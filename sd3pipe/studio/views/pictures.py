@@ -11,7 +11,7 @@ from sd3pipe.errors import InputError, ParameterError, Sd3pipeError
 from sd3pipe.studio.app import Ask
 from sd3pipe.studio.captions import caption_file, last_change, save_captions
 from sd3pipe.studio.captions import undo as undo_last
-from sd3pipe.studio.gallery import Entry, Gallery, read_gallery
+from sd3pipe.studio.gallery import Entry, Gallery, read_gallery, recent_entry
 from sd3pipe.studio.rows import rows_to_encode
 from sd3pipe.studio.tags import OPERATIONS, edited
 from sd3pipe.studio.thumbnails import thumbnail, thumbnail_file
@@ -59,7 +59,8 @@ def thumb(ask: Ask) -> Response:
     try:
         data = read_data(thumbnail_file(ask.project, content))
     except DocumentError:
-        data = thumbnail(ask.project, _gallery(ask).entry(key), may_write=not ask.studio.access.read_only)
+        entry = recent_entry(ask.project, key, content) or _gallery(ask).entry(key)
+        data = thumbnail(ask.project, entry, may_write=not ask.studio.access.read_only)
     return Response(data, media_type="image/jpeg", headers={"cache-control": "private, max-age=31536000, immutable"})
 
 
