@@ -1,5 +1,10 @@
 """Plan, Train, Compare and Begin as far as they go without training: forms, what is started, what is exported."""
 
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("starlette", reason="the studio's extra is not installed")
@@ -8,6 +13,7 @@ import numpy as np
 from support.studios import asked, studio_of, write_project
 
 from sd3pipe.cache import staleness
+from sd3pipe.cache.folder import machine_folder
 from sd3pipe.demo.project import write_files
 from sd3pipe.diffusion.picture_grid import save_picture
 from sd3pipe.judgement import JUDGE_FOLDER, SCORES, Judgement, Score, Scores, Suggestion
@@ -96,6 +102,39 @@ def test_after_a_change_it_asks_how_to_go_on(studio, project, monkeypatch, how, 
     asked(studio, "POST", path(studio, "train", "start"), json={"how": how})
     assert any(words in " ".join(command) for command in started(studio))
     assert any("encode-text" in command for command in started(studio)) == (how != "old")
+
+
+def test_a_refused_run_offers_the_ways_on(studio, project):
+    with_checkpoint(project)
+    asked(studio, "POST", path(studio, "train", "start"), json={})
+    job = studio.queue.jobs()[0]
+    Path(job.log).write_text("error: --resume runs/cat: this is another run: network_dim was 4, is 8\n")
+    studio.queue.update(job.id, lambda job: replace(job, state="failed", exit_code=4, ended=1.0))
+    page = asked(studio, "GET", path(studio, "train")).text
+    assert "network_dim was 4, is 8" in page and "afresh: from step 0" in page
+
+
+def test_a_run_from_a_terminal_is_shown_and_can_be_stopped(studio, project):
+    script = (
+        "import sys, time; from pathlib import Path; from sd3pipe.files import lock_file\n"
+        "with lock_file(Path(sys.argv[1])): print('holds', flush=True); time.sleep(60)"
+    )
+    lock = machine_folder(project / "runs" / "cat").parent / "cat.lock"
+    holder = subprocess.Popen([sys.executable, "-c", script, lock], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "holds\n"
+    page = asked(studio, "GET", path(studio, "train")).text
+    assert "started at a terminal" in page and "host memory" in page
+    assert "at a terminal" in asked(studio, "POST", path(studio, "train", "stop"), json={}).json()["message"]
+    assert holder.wait(20) != 0
+    assert "nothing is at work" in asked(studio, "GET", path(studio, "train")).text
+
+
+def test_the_studio_starts_without_torch_numpy_and_pillow():
+    code = "import sd3pipe.commands.studio, sd3pipe.studio.app, sd3pipe.studio.serving, sys; print(*sys.modules)"
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
+    assert not loaded & {"torch", "numpy", "PIL", "zarr", "transformers", "httpx", "websockets"}
 
 
 def test_stopping_what_is_not_there_says_so(studio):

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from sd3pipe.cache.staleness import check_sources
 from sd3pipe.child import ask_to_stop
-from sd3pipe.errors import InputError, ParameterError, UnreadablePicture
+from sd3pipe.errors import ExitCode, InputError, ParameterError, UnreadablePicture
 from sd3pipe.reporting.collect import read_picture_of
 from sd3pipe.studio.app import Ask
 from sd3pipe.studio.jobs import HOW, start_run
@@ -32,6 +32,7 @@ def page(ask: Ask) -> str:
         changed=_changed(ask),
         how=HOW,
         log="\n".join(log_lines(job)) if job else "",
+        is_stale=job is not None and job.exit_code == ExitCode.STALE and bool(run.checkpoints()),
     )
 
 
