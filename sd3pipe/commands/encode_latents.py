@@ -4,20 +4,19 @@ import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd3pipe.cache.folder import MANIFEST, machine_folder
 from sd3pipe.cache.manifest import read_manifest
 from sd3pipe.cache.rows import Row
 from sd3pipe.cache.store import FillCounts
-from sd3pipe.console import StageReport, count, listed, one_line, progress
+from sd3pipe.console import count, listed, one_line, progress
 from sd3pipe.data.buckets import cut_by_limit
 from sd3pipe.data.geometry import RECIPE_VERSION, View
 from sd3pipe.data.scan import UnreadableFile, tell_about_pictures
 from sd3pipe.encoding.latent_plan import latent_recipe, latents_wanted, usable_views
-from sd3pipe.encoding.repetition import Repetition, overheard
-from sd3pipe.encoding.stage import DatasetRead, Encoding, fill, read_dataset, say_forecast
+from sd3pipe.encoding.repetition import Repetition
+from sd3pipe.encoding.stage import DatasetRead, Encoding, read_dataset, run
 from sd3pipe.errors import QuarantineError, UnreadablePicture
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.sources import ComponentSource, find_component
@@ -30,24 +29,16 @@ if TYPE_CHECKING:
 
 def main(params: EncodeLatentsParams) -> None:
     """Fills the latents cache of a dataset. Raises QuarantineError after publishing if too much is unreadable."""
-    if params.dry_run:
-        say_forecast(_prepare(params))
-        return
-    inputs = {"dataset": str(params.dataset), "model": params.model, "vae": str(params.vae) if params.vae else None}
-    with StageReport("encode-latents", path=Path(f"{params.out}.report.json"), inputs=inputs) as report:
-        repetition = Repetition(
+    run(
+        params,
+        _prepare,
+        stage=_Latents.stage,
+        out=params.out,
+        inputs={"dataset": str(params.dataset), "model": params.model, "vae": str(params.vae) if params.vae else None},
+        repetition=lambda: Repetition(
             params.out, params.dataset, lambda: _goes_by(params), captions=False, trust=not params.rehash
-        )
-        if repetition.tell(report):
-            return
-        with overheard() as said:
-            latents = _prepare(params)
-        facts, remark = _picture_counts(latents), _below_resolution(latents.views)
-        report.update(**facts)
-        counts = fill(latents, params, _prepare, report)
-        report.summary = counts.summary() + remark
-        _check_unreadable(counts, latents)
-        repetition.note(latents.wanted, counts, facts, remark, said)
+        ),
+    )
 
 
 def _goes_by(params: EncodeLatentsParams) -> dict[str, Any]:
@@ -85,6 +76,33 @@ class _Latents(Encoding):
 
     def remark(self) -> str:
         return f", {len(self.unreadable)} of {count(self.pictures, 'picture')} left out"
+
+    def facts(self) -> dict[str, Any]:
+        sizes = Counter(view.cut.size for view in self.views)
+        splits = Counter(view.picture.split for view in self.views)
+        return {
+            "pictures": self.pictures,
+            "buckets": {f"{width}x{height}": rows for (width, height), rows in sorted(sizes.items())},
+            "train_rows": splits["train"],
+            "validation_rows": splits["validation"],
+        }
+
+    def ending(self) -> tuple[dict[str, Any], str]:
+        return {}, _below_resolution(self.views)
+
+    def check(self, counts: FillCounts) -> None:
+        params = self.params
+        limit = params.quarantine_limit(self.pictures)
+        if counts.quarantined <= limit:
+            return
+        manifest = read_manifest(params.out / MANIFEST)
+        names = [one_line(entry["name"]) for entry in manifest.quarantined] if manifest else []
+        allowed = "--strict allows none" if params.strict else f"--max-quarantined allows {limit}"
+        raise QuarantineError(
+            f"{params.out}: {counts.quarantined} of {count(self.pictures, 'picture')} unreadable, {allowed}: "
+            f"{listed(names)}: repair or remove them (their reasons stand in "
+            f"{params.out / MANIFEST}); the others are encoded"
+        )
 
     @functools.cached_property
     def view_by_key(self) -> dict[str, View]:
@@ -139,18 +157,6 @@ def _prepare(params: EncodeLatentsParams) -> _Latents:
     )
 
 
-def _picture_counts(latents: _Latents) -> dict[str, Any]:
-    """Returns what the report says about the pictures."""
-    sizes = Counter(view.cut.size for view in latents.views)
-    splits = Counter(view.picture.split for view in latents.views)
-    return {
-        "pictures": latents.pictures,
-        "buckets": {f"{width}x{height}": rows for (width, height), rows in sorted(sizes.items())},
-        "train_rows": splits["train"],
-        "validation_rows": splits["validation"],
-    }
-
-
 def _below_resolution(views: Sequence[View]) -> str:
     """Returns words about rows that max_bucket_reso makes much smaller than the resolution, if there are any."""
     small = [view for view in views if cut_by_limit(view.cut.size, view.picture.subset.bucketing)]
@@ -161,20 +167,4 @@ def _below_resolution(views: Sequence[View]) -> str:
     return (
         f", {count(len(small), 'row')} smaller than the resolution ({width} x {height} instead of the area of "
         f"{bucketing.width} x {bucketing.height}: max_bucket_reso = {bucketing.max_bucket_reso} cuts the longer side)"
-    )
-
-
-def _check_unreadable(counts: FillCounts, latents: _Latents) -> None:
-    """Raises QuarantineError if more pictures are unreadable than allowed; the good rows are published by now."""
-    params = latents.params
-    limit = params.quarantine_limit(latents.pictures)
-    if counts.quarantined <= limit:
-        return
-    manifest = read_manifest(params.out / MANIFEST)
-    names = [one_line(entry["name"]) for entry in manifest.quarantined] if manifest else []
-    allowed = "--strict allows none" if params.strict else f"--max-quarantined allows {limit}"
-    raise QuarantineError(
-        f"{params.out}: {counts.quarantined} of {count(latents.pictures, 'picture')} unreadable, {allowed}: "
-        f"{listed(names)}: repair or remove them (their reasons stand in "
-        f"{params.out / MANIFEST}); the others are encoded"
     )

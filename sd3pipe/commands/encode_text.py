@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from sd3pipe.cache.folder import machine_folder
 from sd3pipe.cache.rows import Row
 from sd3pipe.config import find_project
-from sd3pipe.console import StageReport, count, listed, one_line
+from sd3pipe.console import count, listed, one_line
 from sd3pipe.data.captions import caption_statistics
 from sd3pipe.data.prompts import load_prompts
 from sd3pipe.data.scan import tell_about_captions
 from sd3pipe.encoding.cut_texts import Cuts, recall_cuts, remember_cuts
-from sd3pipe.encoding.repetition import Repetition, overheard
-from sd3pipe.encoding.stage import Encoding, fill, read_dataset, say_forecast
+from sd3pipe.encoding.repetition import Repetition
+from sd3pipe.encoding.stage import Encoding, read_dataset, run
 from sd3pipe.encoding.text_plan import Texts, caption_texts, encoder_files, prompt_texts, text_recipe, text_wanted
 from sd3pipe.errors import ParameterError, UnreadablePicture
 from sd3pipe.file_stamps import FileStamps
@@ -46,34 +46,20 @@ class _Target:
 def main(params: EncodeTextParams) -> None:
     """Fills the text cache of a dataset or the cache of sample prompts; in a project, without either named, both."""
     for target in _targets(params):
-        if params.dry_run:
-            say_forecast(_prepare(params, target))
-            continue
-        with StageReport(
-            "encode-text", path=Path(f"{target.out}.report.json"), inputs=_inputs(params, target)
-        ) as report:
-            _fill(params, target, report)
+        run(
+            params,
+            functools.partial(_prepare, target=target),
+            stage=_TextRows.stage,
+            out=target.out,
+            inputs=_inputs(params, target),
+            # of prompts there are few
+            repetition=functools.partial(_repetition, params, target) if target.kind == "text" else None,
+        )
 
 
-def _fill(params: EncodeTextParams, target: _Target, report: StageReport) -> None:
-    repetition = None
-    if target.kind == "text":  # of prompts there are few
-        trust = not (params.rehash or params.verify_weights)
-        repetition = Repetition(target.out, target.source, lambda: _goes_by(params, target), captions=True, trust=trust)
-        if repetition.tell(report):
-            return
-    with overheard() as said:
-        texts = _prepare(params, target)
-    facts = _text_counts(texts.texts)
-    report.update(**facts)
-    counts = fill(texts, params, functools.partial(_prepare, target=target), report)
-    remember_cuts(texts.folder, texts.cuts)
-    cut = texts.cut_texts(texts.cuts)
-    remark = f", {count(len(cut), 'text')} cut" if cut else ""
-    report.update(cut=cut)
-    report.summary = counts.summary() + remark
-    if repetition:
-        repetition.note(texts.wanted, counts, {**facts, "cut": cut}, remark, said)
+def _repetition(params: EncodeTextParams, target: _Target) -> Repetition:
+    trust = not (params.rehash or params.verify_weights)
+    return Repetition(target.out, target.source, lambda: _goes_by(params, target), captions=True, trust=trust)
 
 
 def _goes_by(params: EncodeTextParams, target: _Target) -> dict[str, Any]:
@@ -158,6 +144,18 @@ class _TextRows(Encoding):
         _tell_about_cuts(self.cut_texts(found), self.encoders.sizes.clip_length, self.recipe.t5xxl_max_token_length)
         return tokens
 
+    def facts(self) -> dict[str, Any]:
+        counts: dict[str, Any] = {"texts": len(self.texts.text_by_hash), "uses": len(self.texts.samples["key"])}
+        if self.texts.kind == "text":
+            used = [self.texts.text_by_hash[digest] for digest in self.texts.samples["caption_hash"]]
+            counts["captions"] = caption_statistics(used)
+        return counts
+
+    def ending(self) -> tuple[dict[str, Any], str]:
+        remember_cuts(self.folder, self.cuts)
+        cut = self.cut_texts(self.cuts)
+        return {"cut": cut}, f", {count(len(cut), 'text')} cut" if cut else ""
+
     def cut_texts(self, cuts: Cuts) -> list[dict[str, Any]]:
         """Returns who uses each text that is cut, and how many tokens it has, in the order of the dataset."""
         users = self.texts.users
@@ -201,15 +199,6 @@ def _prepare(params: EncodeTextParams, target: _Target) -> _TextRows:
         recipe=recipe,
         cuts=recall_cuts(folder, set(wanted.keys)),
     )
-
-
-def _text_counts(texts: Texts) -> dict[str, Any]:
-    """Returns what the report says about the texts."""
-    counts: dict[str, Any] = {"texts": len(texts.text_by_hash), "uses": len(texts.samples["key"])}
-    if texts.kind == "text":
-        used = [texts.text_by_hash[digest] for digest in texts.samples["caption_hash"]]
-        counts["captions"] = caption_statistics(used)
-    return counts
 
 
 def _tell_about_cuts(cut: Sequence[Mapping[str, Any]], clip_length: int, t5_length: int) -> None:

@@ -8,10 +8,10 @@ import functools
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from sd3pipe.cache.folder import MANIFEST
 from sd3pipe.cache.manifest import read_manifest
@@ -23,6 +23,7 @@ from sd3pipe.console import StageReport, count, readable_bytes, readable_seconds
 from sd3pipe.data.dataset_file import Dataset, load_dataset
 from sd3pipe.data.scan import Scan, scan, source_files
 from sd3pipe.encoding.ray_engine import fill_parts
+from sd3pipe.encoding.repetition import Repetition, overheard
 from sd3pipe.errors import UnreadablePicture
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.params.encode_latents import EncodeLatentsParams
@@ -85,6 +86,18 @@ class Encoding(abc.ABC):
         """Returns what a forecast says of the dataset, too."""
         return ""
 
+    @abc.abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Returns what the report says of the dataset."""
+
+    def ending(self) -> tuple[dict[str, Any], str]:
+        """Returns what the report, and the summary line behind its counts, say once the rows are made."""
+        return {}, ""
+
+    def check(self, counts: FillCounts) -> None:
+        """Raises QuarantineError where the published cache lacks more than the options allow."""
+        return
+
     def look_at(self, keys: Sequence[str]) -> object:
         """Says what is to be known of rows that are about to be made."""
         return None
@@ -98,19 +111,45 @@ class Encoding(abc.ABC):
         """Returns the device and about how long it takes for some rows."""
 
 
-def say_forecast(encoding: Encoding) -> None:
-    """Says what a run would do (--dry-run)."""
-    _tell_version_change(encoding)
-    say(f"{encoding.stage}, dry run: {_forecast(encoding)}")
+def run(
+    params: EncodeParams,
+    prepare: Callable[[EncodeParams], Encoding],
+    *,
+    stage: str,
+    out: Path,
+    inputs: Mapping[str, str | None],
+    repetition: Callable[[], Repetition] | None,
+) -> None:
+    """Fills a cache, or this process's shard of it, and reports what it took; with --dry-run only says what it would.
+
+    `prepare` makes the same encoding in the workers of a Ray cluster, and has to survive pickling. `repetition` is what
+    to compare the run with, if anything. Raises QuarantineError after publishing if too much is unreadable.
+    """
+    if params.dry_run:
+        encoding = prepare(params)
+        _tell_version_change(encoding)
+        say(f"{stage}, dry run: {_forecast(encoding)}")
+        return
+    with StageReport(stage, path=Path(f"{out}.report.json"), inputs=inputs) as report:
+        repeated = repetition() if repetition else None
+        if repeated and repeated.tell(report):
+            return
+        with overheard() as said:
+            encoding = prepare(params)
+        facts = encoding.facts()
+        report.update(**facts)
+        counts = _fill(encoding, params, prepare, report)
+        found, remark = encoding.ending()
+        report.update(**found)
+        report.summary = counts.summary() + remark
+        encoding.check(counts)
+        if repeated:
+            repeated.note(encoding.wanted, counts, {**facts, **found}, remark, said)
 
 
-def fill(
+def _fill(
     encoding: Encoding, params: EncodeParams, prepare: Callable[[EncodeParams], Encoding], report: StageReport
 ) -> FillCounts:
-    """Fills the cache, or this process's shard of it, and reports what it took.
-
-    `prepare` makes the same encoding in the workers of a Ray cluster, and has to survive pickling.
-    """
     _tell_version_change(encoding)
     if params.engine == "ray":
         counts = _fill_on_ray(encoding, params, prepare, report.begin)
