@@ -138,7 +138,7 @@ def build_app(arguments: list[str]) -> typer.Typer:
     for command in COMMANDS:
         *group, word = command.name.split()
         parent = _group(app, groups, group[0]) if group else app
-        chosen = _words(arguments)[: len(group) + 1] == [*group, word]
+        chosen = [word for word in arguments if not word.startswith("-")][: len(group) + 1] == [*group, word]
         body = _command_body(command, arguments) if chosen else _do_nothing
         parent.command(word, help=command.help, context_settings=_CONTEXT)(body)
     return app
@@ -149,10 +149,6 @@ def _group(app: typer.Typer, groups: dict[str, typer.Typer], name: str) -> typer
         groups[name] = typer.Typer(help=_GROUP_HELP[name], no_args_is_help=True)
         app.add_typer(groups[name], name=name)
     return groups[name]
-
-
-def _words(arguments: list[str]) -> list[str]:
-    return [word for word in arguments if not word.startswith("-")]
 
 
 def _do_nothing() -> None:

@@ -1,5 +1,6 @@
 """A cache as plain zarr arrays, for whoever wants to read it with other tools."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def _write(reader: CacheReader, folder: Path) -> None:
             name: group.create_array(
                 name,
                 shape=(len(rows), *shape),
-                chunks=(_rows_per_chunk(shape), *(max(1, size) for size in shape)),
+                chunks=(max(1, _CHUNK_BYTES // max(1, 4 * math.prod(shape))), *(max(1, size) for size in shape)),
                 dtype={"F32": "float32", "F16": "float16", "BF16": "float32", "U8": "uint8"}[dtype],
                 compressors=None,
             )
@@ -81,10 +82,6 @@ def _create_texts(group: Any, name: str, values: list[str]) -> None:
     array = group.create_array(name, shape=(len(values),), dtype=str, compressors=None)
     clean = [value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for value in values]
     array[:] = np.array(clean, dtype=object)
-
-
-def _rows_per_chunk(shape: tuple[int, ...]) -> int:
-    return max(1, _CHUNK_BYTES // max(1, 4 * int(np.prod(shape))))
 
 
 def _attributes(reader: CacheReader) -> dict[str, Any]:

@@ -169,7 +169,8 @@ def sample_arrays(kind: Kind, columns: Columns, keys: np.ndarray) -> dict[str, n
     Raises ValueError for missing or unknown columns, columns of unequal length, and keys that are no row.
     """
     check_columns(kind, columns)
-    order = _sorted_order(columns)
+    by = list(zip(*(columns[name] for name in _ORDER if name in columns), strict=True))
+    order = sorted(range(len(by)), key=by.__getitem__)
     arrays: dict[str, np.ndarray] = {}
     for name, column in COLUMNS[kind].items():
         values = [columns[name][number] for number in order]
@@ -233,11 +234,6 @@ def check_columns(kind: Kind, columns: Columns) -> None:
     for name, column in COLUMNS[kind].items():
         if column != "number" and not all(isinstance(value, str) for value in columns[name]):
             raise ValueError(f"{name} has values that are no texts")
-
-
-def _sorted_order(columns: Columns) -> list[int]:
-    by = list(zip(*(columns[name] for name in _ORDER if name in columns), strict=True))
-    return sorted(range(len(by)), key=by.__getitem__)
 
 
 def _text_arrays(name: str, texts: Sequence[str]) -> dict[str, np.ndarray]:

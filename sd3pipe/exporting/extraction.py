@@ -35,7 +35,8 @@ def extract(
         for key, change in _changes(tuned, base):
             squared = float(torch.linalg.vector_norm(change.double()).square())
             path = key.removesuffix(".weight")
-            if squared and path != key and _is_wanted(path, change, embedders):
+            is_layer = change.ndim > 1 and path not in (key, "pos_embed")
+            if squared and is_layer and (embedders or native_block(path) is not None):
                 found[path] = approximate(change.flatten(1), rank=rank, energy=energy)
                 squared_norms[path] = squared
             else:
@@ -50,10 +51,6 @@ def _changes(tuned: ComponentSource, base: ComponentSource) -> Iterator[tuple[st
     for key in tuned.tensors:
         after = read_tensors(tuned.tensors, dtype=torch.float32, keys=[key])[key]
         yield key, after - read_tensors(base.tensors, dtype=torch.float32, keys=[key])[key]
-
-
-def _is_wanted(path: str, change: Tensor, embedders: bool) -> bool:
-    return change.ndim > 1 and path != "pos_embed" and (embedders or native_block(path) is not None)
 
 
 def _check_alike(tuned: ComponentSource, base: ComponentSource) -> None:

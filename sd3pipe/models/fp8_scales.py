@@ -53,7 +53,8 @@ def take_scales(
             weights[name] = tensor
     for name, scale in scales.items():
         _check_scale(name, scale, weights.get(name), where)
-    promised = noted | ({name for name in weights if _is_fp8_matrix(weights[name])} if _MARKER in tensors else set())
+    matrices = {name for name, item in weights.items() if item.dtype in FP8_DTYPES and len(item.shape) == 2}
+    promised = noted | (matrices if _MARKER in tensors else set())
     if lacking := sorted(promised - scales.keys()):
         raise InputError(
             f"{where}: a scaled fp8 file without the scale of {lacking[0]}: pass the bf16, fp16 or plain fp8 file"
@@ -77,10 +78,6 @@ def _check_scale(name: str, scale: StoredTensor, weight: StoredTensor | None, wh
             f"{where}: {scale.name} is {scale.dtype} {list(scale.shape)}; understood is one float, or one a row: "
             "pass the bf16, fp16 or plain fp8 file"
         )
-
-
-def _is_fp8_matrix(tensor: StoredTensor) -> bool:
-    return tensor.dtype in FP8_DTYPES and len(tensor.shape) == 2
 
 
 def _check_format(note: StoredTensor, where: str) -> None:

@@ -119,7 +119,8 @@ def _component(
 ) -> ComponentSource:
     """Returns the component among stored tensors under canonical keys."""
     if kind := foreign_kind(stored.keys()):
-        raise InputError(f"{where}: {_with_way_out(kind, component)}")
+        way_out = "" if ":" in kind else f", not Stable Diffusion 3 or 3.5: pass an SD3 file as {OPTIONS[component]}"
+        raise InputError(f"{where}: {kind}{way_out}")
     part = find_part(stored.keys(), component)
     if part is None:
         raise _not_in_file(component, stored, where, is_model=is_model)
@@ -207,10 +208,6 @@ def _check_not_exchanged(component: Component, entries: Mapping[str, TensorEntry
         raise InputError(
             f"{where}: is {TITLES[found]} (its width tells), not {TITLES[component]}: pass it as {OPTIONS[found]}"
         )
-
-
-def _with_way_out(kind: str, component: Component) -> str:
-    return kind if ":" in kind else f"{kind}, not Stable Diffusion 3 or 3.5: pass an SD3 file as {OPTIONS[component]}"
 
 
 def _not_in_file(component: Component, stored: Mapping[str, StoredTensor], where: str, *, is_model: bool) -> InputError:

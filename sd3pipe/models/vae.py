@@ -157,7 +157,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BChw: Tensor) -> Tensor:
         normed_BChw = self.norm(x_BChw)
-        q_B1LC, k_B1LC, v_B1LC = (_as_tokens(layer(normed_BChw)) for layer in (self.q, self.k, self.v))
+        q_B1LC, k_B1LC, v_B1LC = (
+            layer(normed_BChw).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v)
+        )
         attended_B1LC = functional.scaled_dot_product_attention(q_B1LC, k_B1LC, v_B1LC)
         attended_BChw = attended_B1LC.squeeze(1).transpose(1, 2).reshape(x_BChw.shape)
         return x_BChw + self.proj_out(attended_BChw)
@@ -210,7 +212,3 @@ def _norm(width: int) -> nn.GroupNorm:
 
 def _conv3(width_in: int, width: int) -> nn.Conv2d:
     return nn.Conv2d(width_in, width, 3, padding=1)
-
-
-def _as_tokens(x_BChw: Tensor) -> Tensor:
-    return x_BChw.flatten(2).transpose(1, 2).unsqueeze(1)

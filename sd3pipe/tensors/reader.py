@@ -37,7 +37,8 @@ def read_tensors(
     """
     wanted = list(stored) if keys is None else list(keys)
     entries = {key: stored[key] for key in wanted}
-    in_file_order = sorted(entries, key=lambda key: _place(entries[key]))
+    starts = {key: entry.ranges[0] for key, entry in entries.items()}
+    in_file_order = sorted(entries, key=lambda key: (str(starts[key].path), starts[key].offset))
     with TensorReader(may_stop=may_stop) as reader, ThreadPoolExecutor(_THREADS) as pool:
 
         def read(key: str) -> Tensor:
@@ -124,8 +125,3 @@ def _scaled(values: Tensor, scale: Tensor, done: int, row_length: int) -> Tensor
         return values.float() * scale
     rows = torch.arange(done, done + values.numel()) // row_length
     return values.float() * scale[rows]
-
-
-def _place(entry: TensorEntry) -> tuple[str, int]:
-    first = entry.ranges[0]
-    return str(first.path), first.offset
