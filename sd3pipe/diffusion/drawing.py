@@ -22,7 +22,7 @@ from sd3pipe.adapters.network import attach_deltas
 from sd3pipe.console import progress
 from sd3pipe.device_memory import decode_way_out, memory_errors
 from sd3pipe.diffusion.base_model import blocks_to_sample, load_base
-from sd3pipe.diffusion.kept_latents import keep_latents, read_latents
+from sd3pipe.diffusion.kept_latents import keep_latents, read_latents, read_parameters
 from sd3pipe.diffusion.picture_grid import Grid, read_picture_file, save_grid, save_picture
 from sd3pipe.diffusion.picture_store import picture_key
 from sd3pipe.diffusion.prompts import SamplePrompt
@@ -35,6 +35,8 @@ from sd3pipe.models.checkpoint import load_vae
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.sources import ComponentSource
 from sd3pipe.words import Precision
+
+_ADAPTER_DIGITS = 16  # of its hash, in what a picture says of itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +125,14 @@ def draw_cells(
                 with adapted(mmdit, column, device):
                     for cell in group:
                         latents = cell.prompt.drawn(mmdit, settings, device, dtype, seed=cell.seed, on_step=bar.advance)
-                        keep_latents(file_of(cell), latents, prompt=cell.prompt.prompt)
+                        keep_latents(
+                            file_of(cell),
+                            latents,
+                            prompt=cell.prompt.prompt,
+                            parameters=cell.prompt.parameters(
+                                settings, architecture, seed=cell.seed, more=_adapter_words(column)
+                            ),
+                        )
                         drawn(cell)
 
 
@@ -149,7 +158,8 @@ def decode_cells(sheet: Sheet, places: Places, source: ComponentSource, choose: 
             stopping.check()
             kept = read_latents(places.latents(name), vae.architecture.latent_channels)
             picture = decode_pictures(vae, kept.to(device))[0].numpy()
-            save_picture(places.picture(name), picture, title=prompt.title)
+            parameters = read_parameters(places.latents(name))
+            save_picture(places.picture(name), picture, title=prompt.title, parameters=parameters)
             bar.advance()
     return len(waiting)
 
@@ -165,6 +175,13 @@ def lay_out(sheet: Sheet, places: Places) -> int:
             save_grid(places.out / f"{prompt.name}.png", grid)
             grids += 1
     return grids
+
+
+def _adapter_words(column: Column) -> dict[str, object]:
+    """Names the adapter by content: whoever draws the same again calls its file as they like."""
+    if column.adapter is None:
+        return {}
+    return {"Adapter": column.adapter_hash[:_ADAPTER_DIGITS], "Adapter strength": f"{column.multiplier:g}"}
 
 
 def _seconds_per_step(

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from sd3pipe.data.headers import DECODER_ERRORS, open_picture, read_picture, reason
+from sd3pipe.diffusion.kept_latents import PARAMETERS
 from sd3pipe.errors import InputError, UnreadablePicture
 from sd3pipe.files import write_bytes
 
@@ -31,9 +32,15 @@ class Grid:
     pictures: Sequence[Sequence[NDArray[np.uint8] | None]]
 
 
-def save_picture(path: Path, picture: NDArray[np.uint8], *, title: str = "") -> None:
-    """Writes one picture [H, W, 3] as PNG, atomically, with the prompt in its text chunk. Raises StorageError."""
-    _write(path, Image.fromarray(picture), title)
+def save_picture(path: Path, picture: NDArray[np.uint8], *, title: str = "", parameters: str = "") -> None:
+    """Writes one picture [H, W, 3] as PNG, atomically, with its prompt and what it was drawn with as texts.
+
+    Raises StorageError.
+    """
+    info = _title(title)
+    if parameters:
+        info.add_text(PARAMETERS, parameters)  # plain tEXt where Latin-1 has its letters, as the web's tools expect
+    _write(path, Image.fromarray(picture), info)
 
 
 def read_picture_file(path: Path) -> NDArray[np.uint8]:
@@ -46,7 +53,7 @@ def read_picture_file(path: Path) -> NDArray[np.uint8]:
 
 def save_grid(path: Path, grid: Grid) -> None:
     """Writes a grid as PNG, atomically. Raises StorageError."""
-    _write(path, render_grid(grid), grid.title)
+    _write(path, render_grid(grid), _title(grid.title))
 
 
 def render_grid(grid: Grid) -> Image.Image:
@@ -96,10 +103,14 @@ def _place(
     image.paste(enlarged, corner)
 
 
-def _write(path: Path, image: Image.Image, title: str) -> None:
+def _title(title: str) -> PngInfo:
     info = PngInfo()
     if title:
         info.add_itxt("Description", title)
+    return info
+
+
+def _write(path: Path, image: Image.Image, info: PngInfo) -> None:
     data = BytesIO()
     image.save(data, format="PNG", pnginfo=info)
     write_bytes(path, data.getvalue())

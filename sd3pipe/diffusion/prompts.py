@@ -2,7 +2,7 @@
 
 # B batch, L text tokens, D text width, P pooled width, C latent channels, h w latent pixels
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -52,6 +52,7 @@ class SamplePrompt:
     negative: TextCondition
     key: str
     negative_key: str
+    negative_prompt: str = ""
     width: int | None = None
     height: int | None = None
     steps: int | None = None
@@ -72,6 +73,34 @@ class SamplePrompt:
         """Returns how this prompt is drawn: its own steps and scale where it names them."""
         own = {name: value for name in ("steps", "scale") if (value := getattr(self, name)) is not None}
         return replace(defaults, **own)
+
+    def parameters(
+        self,
+        defaults: SamplingSettings,
+        architecture: MMDiTArchitecture,
+        *,
+        seed: int | None = None,
+        more: Mapping[str, object],
+    ) -> str:
+        """Returns what the picture is drawn with, laid out as AUTOMATIC1111's web UI does, which the web's tools read.
+
+        Behind the prompts stands one line of settings, `more` at its end.
+        """
+        settings, (height, width) = self.settings(defaults), self.size(architecture)
+        said: dict[str, object] = {
+            "Steps": settings.steps,
+            "Sampler": "Euler",
+            "CFG scale": f"{settings.scale:g}",
+            "Seed": self.own_seed if seed is None else seed,
+            "Size": f"{width}x{height}",
+            "Shift": f"{settings.shift:g}",
+        }
+        if settings.skip_layers is not None:
+            said["Skip layer guidance"] = f"{settings.skip_layers.scale:g}"
+            said["Skipped layers"] = " ".join(map(str, settings.skip_layers.blocks))
+        line = ", ".join(f"{name}: {value}" for name, value in {**said, **more}.items())
+        negative = [f"Negative prompt: {self.negative_prompt}"] if self.negative_prompt else []
+        return "\n".join([self.prompt, *negative, line])
 
     def drawn(
         self,
@@ -114,6 +143,7 @@ def read_prompts(where: str | Path) -> list[SamplePrompt]:
         SamplePrompt(
             name=checked(columns["name"][number], _NAME, f"{where}: name of a prompt"),
             prompt=columns["prompt"][number],
+            negative_prompt=columns["negative"][number],
             key=(key := columns["key"][number]),
             negative_key=(negative_key := columns["negative_key"][number]),
             text=conditions[key],

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from sd3pipe import stopping
 from sd3pipe.cache.folder import machine_folder
@@ -23,7 +23,7 @@ from sd3pipe.cache.reader import CacheReader
 from sd3pipe.console import progress
 from sd3pipe.device_memory import decode_way_out, memory_errors
 from sd3pipe.diffusion.drawing import Cell
-from sd3pipe.diffusion.kept_latents import read_latents
+from sd3pipe.diffusion.kept_latents import read_latents, read_parameters
 from sd3pipe.diffusion.picture_store import PictureStore, shared_folder
 from sd3pipe.diffusion.sampler import decode_pictures
 from sd3pipe.files import write_bytes
@@ -132,7 +132,8 @@ def embed(
                 stopping.check()
                 picture = _decoded(vae, read_latents(seen.store.file(cell.key), channels)[0])
                 if cell in shown:
-                    write_bytes(seen.thumbnail(cell), _small(picture))
+                    parameters = read_parameters(seen.store.file(cell.key))
+                    write_bytes(seen.thumbnail(cell), _small(picture, parameters))
                 key = seen.picture_key(cell)
                 if seen.rows.missing([key]):
                     yield key, model.picture(picture)
@@ -152,9 +153,12 @@ def _decoded(vae: VAE, latents_Chw: torch.Tensor) -> NDArray[np.uint8]:
     return decode_pictures(vae, latents_Chw[None].to(device))[0].numpy()
 
 
-def _small(picture: NDArray[np.uint8]) -> bytes:
+def _small(picture: NDArray[np.uint8], parameters: str) -> bytes:
+    """Returns a thumbnail that says what it was drawn with, where the web's tools look in a JPEG: in its comment."""
     image = Image.fromarray(picture)
     image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + parameters.encode("utf-16-be")
     data = io.BytesIO()
-    image.save(data, format="JPEG", quality=85)
+    image.save(data, format="JPEG", quality=85, exif=exif)
     return data.getvalue()

@@ -68,21 +68,23 @@ class StepSamples:
         try:
             with progress(f"samples at step {step}", steps, "steps") as bar:
                 for prompt, file in missing:
-                    self._draw(prompt, file, bar)
+                    self._draw(prompt, file, step, bar)
         finally:
             self.mmdit.train(training)
         if self.vae is not None:
             self._update_grids()
         return files
 
-    def _draw(self, prompt: SamplePrompt, file: Path, bar: Progress) -> None:
+    def _draw(self, prompt: SamplePrompt, file: Path, step: int, bar: Progress) -> None:
         latents = prompt.drawn(self.mmdit, self.defaults, self.device, self.dtype, on_step=bar.advance)
+        parameters = prompt.parameters(self.defaults, self.mmdit.architecture, more={"Training step": step})
         if self.vae is None:
-            keep_latents(file, latents, prompt=prompt.prompt)
+            keep_latents(file, latents, prompt=prompt.prompt, parameters=parameters)
             return
         from sd3pipe.diffusion.picture_grid import save_picture  # imports PIL, which a run without samples never needs
 
-        save_picture(file, decode_pictures(self.vae, latents)[0].numpy(), title=prompt.prompt)
+        picture = decode_pictures(self.vae, latents)[0].numpy()
+        save_picture(file, picture, title=prompt.prompt, parameters=parameters)
 
     def _update_grids(self) -> None:
         from sd3pipe.diffusion.picture_grid import Grid, read_picture_file, save_grid

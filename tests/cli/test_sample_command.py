@@ -20,6 +20,7 @@ from sd3pipe.commands import encode_text, sample
 from sd3pipe.diffusion.prompts import read_prompts
 from sd3pipe.diffusion.sheet import Column, cell_name, read_sheet
 from sd3pipe.errors import DeviceMemoryError, InputError, ParameterError
+from sd3pipe.fingerprint import hash_file
 from sd3pipe.models.checkpoint import load_mmdit
 from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.sample import SampleParams
@@ -69,6 +70,17 @@ def drawn(made, tmp_path_factory) -> Path:
     options = {"adapter": made / "runs/r", "checkpoints": "every:2", "multiplier": "0,1", "seeds": "1,2"}
     sample.main(params(made, out, **options))
     return out
+
+
+def test_pictures_carry_prompt_seed_and_adapter(made, drawn):
+    adapter = hash_file(made / "runs/r/checkpoints/step-00000200/adapter.safetensors")[:16]
+    said = {file.name: Image.open(file).info["parameters"] for file in (drawn / "pictures").glob("000-*.png")}
+    settings = "a red circle\nNegative prompt: blurry\nSteps: 2, Sampler: Euler, CFG scale: 4.5, Seed: 2, Size: 64x32"
+    base, adapted = (
+        next(said[name] for name in said if f"-{words}-seed2-" in name) for words in ("base", "step-200-x-1")
+    )
+    assert base == f"{settings}, Shift: 3"
+    assert adapted == f"{settings}, Shift: 3, Adapter: {adapter}, Adapter strength: 1"
 
 
 def test_one_grid_per_prompt_with_the_base_first(drawn):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import ExifTags, Image
 from support.tiny_base import write_tiny_base
 from support.tiny_clip import write_tiny_clip
 from support.tiny_training import make_inputs, pictures
@@ -129,7 +130,18 @@ def test_sample_finds_what_judge_drew(made, judged, tmp_path, monkeypatch):
             checkpoints="all", seeds="1,2", threads=1, out=tmp_path / "out",
         )
     )  # fmt: skip
-    assert len(list((tmp_path / "out/pictures").iterdir())) == 4 * 2 * 3
+    drawn = list((tmp_path / "out/pictures").iterdir())
+    assert len(drawn) == 4 * 2 * 3
+    assert all("Sampler: Euler" in Image.open(file).info["parameters"] for file in drawn)
+
+
+def test_small_pictures_say_what_they_were_drawn_with(judged):
+    said = {
+        Image.open(file).getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+        for file in (judged / "pictures").glob("*.jpg")
+    }
+    texts = {text.removeprefix(b"UNICODE\0").decode("utf-16-be") for text in said}
+    assert texts and all("Sampler: Euler" in text and "Seed: " in text for text in texts)
 
 
 def test_a_checkpoint_more_draws_its_pictures_alone(made, judged, tmp_path):

@@ -1,11 +1,13 @@
 """Samples during training: pictures per step, grids over the steps, nothing random left behind, nothing drawn twice."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 from support.tiny_mmdit import random_inputs, tiny_mmdit
 
-from sd3pipe.diffusion.kept_latents import keep_latents, read_latents
+from sd3pipe.diffusion.kept_latents import keep_latents, read_latents, read_parameters
 from sd3pipe.diffusion.picture_grid import Grid, read_picture_file, render_grid, save_picture
 from sd3pipe.diffusion.prompts import SamplePrompt
 from sd3pipe.diffusion.sampler import SamplingSettings, TextCondition
@@ -85,8 +87,21 @@ def test_pictures_that_exist_are_not_drawn_again(tmp_path, prompts, vae):
     assert [file.stat().st_mtime_ns for file in samples(tmp_path, prompts, vae).draw(0)] == stamps
 
 
+def test_pictures_say_what_they_were_drawn_with_as_the_web_reads_it(tmp_path, prompts, vae):
+    prompts = [replace(prompts[0], prompt="a cat, sitting", negative_prompt="blurry", seed=7, scale=1.5), prompts[1]]
+    first, second = (Image.open(file).info["parameters"] for file in samples(tmp_path, prompts, vae).draw(250))
+    assert first.split("\n") == [
+        "a cat, sitting",
+        "Negative prompt: blurry",
+        "Steps: 2, Sampler: Euler, CFG scale: 1.5, Seed: 7, Size: 32x48, Shift: 3, Training step: 250",
+    ]
+    assert second.startswith("prompt 1\nSteps: 2, ")
+    assert b"tEXtparameters\0a cat" in (tmp_path / "samples/step-00000250/000.png").read_bytes()
+
+
 def test_latents_are_kept_without_a_vae(tmp_path, prompts):
     files = samples(tmp_path, prompts, None).draw(0)
+    assert read_parameters(files[0]).endswith("Training step: 0")
     assert [file.name for file in files] == ["000.safetensors", "001.safetensors"]
     assert read_latents(files[0], 16).shape == (1, 16, 6, 4)
 
@@ -99,7 +114,7 @@ def test_a_file_without_latents_is_named(tmp_path):
 
 @pytest.mark.parametrize("shape", [(16, 8, 8), (1, 8, 8, 16), (1, 16, 0, 8), (2, 16, 8, 8), (1, 16, 8, 8, 1)])
 def test_latents_of_another_form_are_named(tmp_path, shape):
-    keep_latents(tmp_path / "x.safetensors", torch.zeros(shape), prompt="")
+    keep_latents(tmp_path / "x.safetensors", torch.zeros(shape), prompt="", parameters="")
     with pytest.raises(InputError, match="no latents of this VAE"):
         read_latents(tmp_path / "x.safetensors", 16)
 
