@@ -52,6 +52,7 @@ COMMANDS = (
     _stage("preview", "Draw what training will see, before anything is encoded."),
     _stage("plan", "Tell memory, time and disk beforehand, and which settings fit."),
     _stage("run", "Do every stage that is not up to date, each in its own process."),
+    _stage("caption", "Let a model caption the pictures that nobody has captioned."),
     _stage("encode-text", "Encode captions or sample prompts into a cache."),
     _stage("encode-latents", "Encode pictures into a cache."),
     _stage("train", "Train an adapter from the caches."),

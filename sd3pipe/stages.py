@@ -17,6 +17,7 @@ from sd3pipe.shell import no_option
 Role = Literal["data", "weights", "made", "out", "aside"]
 Paths = Mapping[str, str]
 
+CAPTIONS = "captions.jsonl"  # the finished captions in the cache of `caption`, which encode-text reads
 REQUIRED_KEYS = ("model", "dataset", "caches", "run", "export")
 
 
@@ -24,7 +25,7 @@ REQUIRED_KEYS = ("model", "dataset", "caches", "run", "export")
 class StagePath:
     """One option of a stage that names a place."""
 
-    option: str  # as the option set calls it
+    option: str  # as the option set calls it; empty where another file names the place
     key: str
     role: Role
     part: str = ""  # key of the part that matters, which is what DVC looks at, if not the whole
@@ -38,6 +39,8 @@ class Stage:
     name: str
     command: str
     paths: tuple[StagePath, ...]
+    asks_for: tuple[str, ...] = ()  # keys without which a project has no such stage
+    in_dvc: tuple[str, ...] = ()  # further words in dvc.yaml, where a stage must not change what it depends on
 
     @property
     def module(self) -> str:
@@ -57,11 +60,24 @@ _ENCODERS = (*(_path(name, "weights") for name in ("model", "clip_l", "clip_g", 
 
 STAGES = (
     Stage(
+        name="caption",
+        command="caption",
+        paths=(
+            _path("captioner", "weights"),
+            _path("tokenizers", "aside"),
+            _path("dataset", "data"),
+            _path("out", "out", "caches/captions"),
+        ),
+        asks_for=("captioner",),
+        in_dvc=("--write", "none"),
+    ),
+    Stage(
         name="encode-text",
         command="encode-text",
         paths=(
             *_ENCODERS,
             _path("dataset", "data"),
+            StagePath(option="", key="caches/captions", role="made"),  # the dataset file's caption_cache
             _path("out", "out", "caches/text"),
         ),
     ),
@@ -138,7 +154,8 @@ def stages_of(paths: Paths) -> tuple[Stage, ...]:
     return tuple(
         stage
         for stage in STAGES
-        if all(path.key in paths for path in stage.paths if path.role == "data")
+        if all(key in paths for key in stage.asks_for)
+        and all(path.key in paths for path in stage.paths if path.role == "data")
         and stage.out.key.partition("/")[0] in paths
     )
 
@@ -161,5 +178,7 @@ def command_words(stage: Stage, paths: Paths) -> list[str]:
     """Returns the command line of a stage behind `sd3pipe`."""
     words = [stage.command]
     for path in paths_of(stage, paths):
+        if not path.option:
+            continue
         words += [f"--{path.option.replace('_', '-')}", no_option(place(paths, path.key))]
     return words

@@ -44,3 +44,7 @@ AdapterForm = Literal["comfyui", "comfyui-generic", "diffusers"]
 Tracker = Literal["tensorboard", "wandb"]  # each is the name of its package, too
 Trackers = Literal[Tracker, "all"]
 Engine = Literal["local", "ray"]
+CaptionerFormat = Literal["float32", "float16", "bfloat16", "int8", "nf4"]
+CaptionerKind = Literal["vlm", "tagger"]
+AutoCaptionerKind = Literal["auto", "vlm", "tagger"]
+WrittenCaptions = Literal["own", "missing", "all", "none"]

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "sd3pipe"
 FLOORS = {
     "__main__": 6, "cli": 5, "commands": 4,
     "training": 3, "encoding": 3, "exporting": 3, "judging": 3, "previewing": 3, "project": 3, "reporting": 3,
-    "demo": 3,
+    "demo": 3, "captioning": 3,
     "studio": 3.5,  # a view on what the rooms of floor 3 know, and a way to start what the commands do
     "diffusion": 2.5,  # stands on the rooms of floor 2, under those of floor 3: who trains, samples or judges draws
     "cache": 2, "data": 2, "models": 2, "memory": 2, "adapters": 2, "params": 1, "pages": 1, "tensors": 1,

@@ -10,12 +10,14 @@ from sd3pipe.console import listed
 from sd3pipe.errors import InputError, StorageError
 from sd3pipe.files import make_folder, storage_errors
 from sd3pipe.fingerprint import is_hash
+from sd3pipe.stages import CAPTIONS
 
 MANIFEST = "manifest.json"
 SEGMENTS = "segments"
 INDEX = "index"
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".zarr"
+_PARTS = (MANIFEST, SEGMENTS, INDEX, CAPTIONS)
 
 
 def machine_folder(cache: Path) -> Path:
@@ -64,7 +66,7 @@ class CacheFolder:
         """Raises InputError if the folder holds something that no cache has: it would be published with the cache."""
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file, not a folder: choose another --out")
-        foreign = sorted(entry.name for entry in entries_of(self.path) if entry.name not in (MANIFEST, SEGMENTS, INDEX))
+        foreign = sorted(entry.name for entry in entries_of(self.path) if entry.name not in _PARTS)
         visible = [name for name in foreign if not name.startswith(".")]
         if visible:
             raise InputError(

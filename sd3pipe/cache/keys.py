@@ -8,7 +8,7 @@ from pydantic import JsonValue
 
 from sd3pipe.fingerprint import canonical_json, hash_bytes, hash_json
 
-Kind = Literal["latents", "text", "prompts", "embeddings", "errors"]
+Kind = Literal["latents", "text", "prompts", "captions", "embeddings", "errors"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 FORMAT_VERSION = 1  # of keys, segments, index and manifest together

@@ -59,7 +59,6 @@ class _Latents(Encoding):
     """The rows of a dataset's pictures, made by a VAE."""
 
     stage = "encode-latents"
-    libraries = ("torch",)
     parts_per_worker = 4  # small enough that none waits long for the last
 
     params: EncodeLatentsParams
@@ -68,6 +67,10 @@ class _Latents(Encoding):
     unreadable: list[UnreadableFile]
     vae: ComponentSource
     architecture: VAEArchitecture
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        return ("torch",)
 
     @property
     def pictures(self) -> int:

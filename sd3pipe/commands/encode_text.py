@@ -106,7 +106,6 @@ class _TextRows(Encoding):
     """The rows of captions or prompts, made by the three text encoders."""
 
     stage = "encode-text"
-    libraries = ("torch", "transformers", "tokenizers")
     parts_per_worker = 1  # for each part the three encoders are read anew, one after the other
 
     params: EncodeTextParams
@@ -114,6 +113,10 @@ class _TextRows(Encoding):
     encoders: TextEncoders
     recipe: TextRecipe
     cuts: Cuts  # of texts that are longer than an encoder reads: of earlier runs, and what is found by this one
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        return ("torch", "transformers", "tokenizers")
 
     @property
     def folder(self) -> Path:

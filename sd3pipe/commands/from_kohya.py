@@ -25,6 +25,7 @@ from sd3pipe.project.kohya_source import read_source
 from sd3pipe.project.pipeline import dvc_yaml
 from sd3pipe.project.writer import project_toml, write_project
 from sd3pipe.shell import no_option, shell_word
+from sd3pipe.stages import stages_of
 from sd3pipe.training.adapter_options import adapter_spec
 from sd3pipe.training.optimizers import parse_args
 from sd3pipe.training.schedules import make_schedule
@@ -187,9 +188,10 @@ def _texts(folder: Path, blocks: list[Block], translation: Translation) -> dict[
         PROJECT_FILE: project_toml(paths, left_out),
         "dvc.yaml": dvc_yaml({**model, **paths}, source_paths(blocks), folder=folder),
     }
-    for stage, options in load_stage_models().items():
+    models = load_stage_models()
+    for stage in dict.fromkeys(stage.module for stage in stages_of({**model, **paths})):
         texts[f"stages/{stage}.toml"] = render_stage_file(
-            options,
+            models[stage],
             stage.replace("_", "-"),
             translation.values.get(stage, {}),
             left_out=_left_out_of(stage, translation),

@@ -25,6 +25,7 @@ from sd3pipe.project.recipes import Recipe, recipe
 from sd3pipe.project.writer import project_toml, write_project
 from sd3pipe.rules.memory import size_bytes
 from sd3pipe.shell import no_option, shell_word
+from sd3pipe.stages import Paths, stages_of
 from sd3pipe.words import Variant
 
 _ENCODER_NAMES = {  # as ComfyUI's and Stability's downloads are called, best first
@@ -51,9 +52,14 @@ def main(params: InitParams) -> None:
         advice |= fitting_advice(shapes, vram_bytes=size_bytes(params.vram), resolution=params.resolution)
     texts = {
         PROJECT_FILE: project_toml(paths),
-        "dataset.toml": dataset_toml(pictures, resolution=params.resolution, trigger=params.trigger),
+        "dataset.toml": dataset_toml(
+            pictures,
+            resolution=params.resolution,
+            trigger=params.trigger,
+            caption_cache="caches/captions" if params.caption else None,
+        ),
         "sample_prompts.txt": prompts_txt(params.trigger, params.resolution),
-        **_stage_files(params, variant, advice),
+        **_stage_files(params, paths, variant, advice),
         "dvc.yaml": dvc_yaml(paths, sources, folder=params.folder),
         ".gitignore": gitignore(paths["run"], sources),
         ".dvcignore": DVCIGNORE,
@@ -88,6 +94,7 @@ def _paths(params: InitParams, model: str) -> dict[str, str]:
         "vae": params.vae,
         "tokenizers": params.tokenizers,
         "loras_dir": params.loras_dir,
+        "captioner": params.caption,
     }
     located = {key: _as_seen_from(params.folder, value) for key, value in given.items() if value is not None}
     return {
@@ -128,9 +135,11 @@ def _as_seen_from(folder: Path, value: str | Path) -> str:
     return str(absolute) if relative is None or _MISREAD.match(relative) else relative
 
 
-def _stage_files(params: InitParams, variant: Variant, advice: Recipe) -> dict[str, str]:
+def _stage_files(params: InitParams, paths: Paths, variant: Variant, advice: Recipe) -> dict[str, str]:
     texts = {}
-    for stage, model in load_stage_models().items():
+    models = load_stage_models()
+    for stage in dict.fromkeys(stage.module for stage in stages_of(paths)):
+        model = models[stage]
         mine = {key: item for key, item in advice.items() if key in model.model_fields}
         values: dict[str, Any] = {key: item.value for key, item in mine.items()}
         notes = {key: f"Chosen for {variant}, {params.goal}: {item.source}" for key, item in mine.items()}

@@ -55,7 +55,7 @@ def _wanted(params: RunParams, project: Project) -> list[Stage]:
 def _place_missing(stage: str, project: Project) -> str:
     """Returns the key of the place without which a project does not have a stage."""
     its = next(other for other in STAGES if other.name == stage)
-    keys = [path.key for path in its.paths if path.role == "data"] + [its.out.key]
+    keys = [*its.asks_for, *(path.key for path in its.paths if path.role == "data"), its.out.key]
     return next(key for key in keys if key.partition("/")[0] not in project.paths)
 
 

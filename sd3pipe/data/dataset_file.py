@@ -58,6 +58,7 @@ class Subset:
     conditioning_data_dir: Path | None
     recursive: bool
     caption_extensions: tuple[str, ...]
+    caption_cache: Path | None
     class_tokens: str | None
     captions: CaptionRules
     bucketing: Bucketing
@@ -102,7 +103,13 @@ class Dataset:
 
 def load_dataset(path: Path) -> Dataset:
     """Returns the dataset that a file describes. Raises ParameterError with one line per problem."""
-    return _Reader(path).read()
+    return _Reader(path).read(_parse(path))
+
+
+def folder_dataset(folder: Path) -> Dataset:
+    """Returns a dataset of all pictures in a folder and in the folders in it, with every other value's default."""
+    subset = {"image_dir": str(folder.absolute()), "recursive": True}
+    return _Reader(folder).read({"datasets": [{"resolution": 1024, "subsets": [subset]}]})
 
 
 class _Reader:
@@ -113,8 +120,7 @@ class _Reader:
         self.problems: list[str] = []
         self.remarks: list[str] = []
 
-    def read(self) -> Dataset:
-        content = _parse(self.path)
+    def read(self, content: Mapping[str, Any]) -> Dataset:
         for key in content:
             if key not in ("general", "datasets"):
                 hint = place_of(key) or "unknown table or key: only general and datasets stand here"
@@ -241,6 +247,7 @@ class _Reader:
             "metadata_file": self._path(keys.metadata_file),
             "conditioning_data_dir": self._path(keys.conditioning_data_dir),
             "caption_extensions": keys.caption_extension,
+            "caption_cache": self._path(keys.caption_cache),
             "captions": CaptionRules(**_picked(CaptionRules, keys)),
             "bucketing": draft.bucketing,
             "validation_seed": keys.validation_seed or 0,

@@ -148,6 +148,7 @@ class _Inherited(_Keys):
     prior_loss_weight: Weight | None = None  # without it, train's option counts
     loss_weight: Weight = 1.0
     recursive: bool = False
+    caption_cache: Text | None = None
 
 
 class DatasetKeys(_OfDatasets, _Inherited):

@@ -1,7 +1,11 @@
-"""Reads metadata files: sd-scripts' .json and .jsonl, and the file_name/text records of imagefolder datasets."""
+"""Reads metadata files, and writes captions into them.
+
+They are sd-scripts' .json and .jsonl, and the file_name/text records of imagefolder datasets.
+"""
 
 import csv
 import io
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +15,12 @@ from pydantic import TypeAdapter
 from sd3pipe.data.dataset_file import Subset
 from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, FoundFile, normalised
 from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, parse_json, read_text
-from sd3pipe.files import nearest_path
+from sd3pipe.files import nearest_path, write_text
 
 _PATH_FIELDS = ("image_path", "file_name")
 _TEXT_FIELDS = ("caption", "text")
 _ANYTHING = TypeAdapter(Any)
+_WRITABLE = (".json", ".jsonl")
 
 
 def metadata_entries(subset: Subset) -> list[FoundFile]:
@@ -39,6 +44,57 @@ def metadata_entries(subset: Subset) -> list[FoundFile]:
     if problems:
         raise CaptionError(problems[:20])
     return [entries[name] for name in sorted(entries)]
+
+
+def stored_captions(file: Path) -> dict[str, str]:
+    """Returns the caption of each picture that a metadata file lists, as it stands there; tags where there is none.
+
+    Raises CaptionError for a file that cannot be read, or not be written to.
+    """
+    if file.suffix.lower() not in _WRITABLE:
+        raise CaptionError(
+            [f"{file}: captions are written into .json and .jsonl only: convert it, or pass --write none"]
+        )
+    return {
+        name: _stored(record)
+        for _, name, record in _records(file)
+        if isinstance(name, str) and isinstance(record, Mapping)
+    }
+
+
+def change_captions(file: Path, captions: Mapping[str, str]) -> None:
+    """Writes captions of some pictures into a metadata file; all else in it stays. Raises CaptionError, StorageError.
+
+    An empty caption, and one that repeats the tags, is left out where the record has tags.
+    """
+    text = read_text(file, most_bytes=MOST_LIST_BYTES)
+    if file.suffix.lower() == ".json":
+        content = parse_json(text, _ANYTHING, str(file))
+        for name in captions.keys() & content.keys():
+            content[name] = _with_caption(content[name], captions[name])
+        write_text(file, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+        return
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        record = parse_json(line, _ANYTHING, f"{file}: line {number + 1}") if line.strip() else {}
+        name = _first(record, _PATH_FIELDS)
+        if name in captions:
+            lines[number] = json.dumps(_with_caption(record, captions[name]), ensure_ascii=False)
+    write_text(file, "\n".join(lines))
+
+
+def _stored(record: Mapping[str, Any]) -> str:
+    caption, tags = _first(record, _TEXT_FIELDS), record.get("tags")
+    return str(caption or (", ".join(map(str, tags)) if isinstance(tags, list) else tags) or "")
+
+
+def _with_caption(record: Mapping[str, Any], caption: str) -> dict[str, Any]:
+    """Returns a record with another caption, in the field that has it."""
+    field = next((field for field in _TEXT_FIELDS if record.get(field) is not None), _TEXT_FIELDS[-1])
+    without = {key: value for key, value in record.items() if key != field}
+    if without.get("tags") is not None and caption in ("", _stored(without)):
+        return without
+    return {**record, field: caption}
 
 
 def _records(file: Path) -> Iterator[tuple[str, Any, Any]]:

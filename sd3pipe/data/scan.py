@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from sd3pipe import stopping
 from sd3pipe.console import count, listed
+from sd3pipe.data.caption_cache import cached_captions
 from sd3pipe.data.dataset_file import Dataset, Subset
 from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, FoundFile, mask_files, read_folder
 from sd3pipe.data.holding_out import held_out
@@ -24,6 +25,7 @@ from sd3pipe.data.metadata import metadata_entries
 from sd3pipe.errors import InputError, UnreadablePicture
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.fingerprint import hash_bytes, hash_file, is_hash
+from sd3pipe.stages import CAPTIONS
 from sd3pipe.watched import Watched
 
 log = logging.getLogger(__name__)
@@ -83,10 +85,11 @@ class Scan:
     left_out: list[str]
 
 
-def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True) -> Scan:
+def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True, with_cached: bool = True) -> Scan:
     """Returns what a dataset consists of. Raises InputError for missing folders, bad captions and an empty dataset.
 
-    Without `with_captions` no caption file is read, and every caption is class_tokens or empty.
+    Without `with_captions` no caption file is read, and every caption is class_tokens or empty; without `with_cached`
+    no caption is taken from a caption_cache.
     Call `stamps.save()` afterwards; it is not called here.
     """
     pictures: list[Picture] = []
@@ -101,12 +104,15 @@ def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True) ->
             problems += error.problems
             continue
         left_out += remarks
+        cached: Mapping[str, str] = {}
+        if subset.caption_cache is not None and with_captions and with_cached:
+            cached = cached_captions(subset.caption_cache, subset.name)
         masks = mask_files(subset.conditioning_data_dir) if subset.conditioning_data_dir else None
         seen: Counter[str] = Counter()
         for entry in entries:
             found = _examine(entry, subset, masks, seen, stamps)
             if isinstance(found, Picture):
-                pictures.append(found)
+                pictures.append(_with_cached(found, entry, cached))
             else:
                 unreadable.append(found)
     if problems:
@@ -154,6 +160,8 @@ def source_files(found: Scan, dataset: Dataset, *, captions: bool) -> SourceFile
             files[picture.caption_path] = picture.caption_hash
     folders: dict[Path, tuple[str, ...]] = {}
     for subset in dataset.subsets:
+        if captions and subset.caption_cache is not None:
+            files[subset.caption_cache / CAPTIONS] = hash_file(subset.caption_cache / CAPTIONS)
         if subset.metadata_file is not None:
             files[subset.metadata_file] = hash_file(subset.metadata_file)
         elif subset.image_dir is not None:
@@ -171,6 +179,8 @@ def watched_folders(dataset: Dataset, *, captions: bool) -> list[Watched] | None
             return None
         endings = PICTURE_ENDINGS + (subset.caption_extensions if captions else ())
         watched.append(Watched(folder=str(subset.image_dir.absolute()), endings=endings, recursive=subset.recursive))
+        if captions and (made := subset.caption_cache):
+            watched.append(Watched(folder=str(made.absolute()), endings=(CAPTIONS,), recursive=False))
         if masks := subset.conditioning_data_dir:
             watched.append(Watched(folder=str(masks.absolute()), endings=PICTURE_ENDINGS, recursive=False))
     return watched
@@ -241,6 +251,12 @@ def _examine(
         caption_hash=entry.caption_hash,
         split="train",
     )
+
+
+def _with_cached(picture: Picture, entry: FoundFile, cached: Mapping[str, str]) -> Picture:
+    """Returns a picture with the caption that a model made, where nobody wrote one."""
+    text = cached.get(picture.image_hash)
+    return picture if text is None or entry.caption is not None else replace(picture, caption=text)
 
 
 def _mask_problem(picture: Mapping[str, Any], mask: Mapping[str, Any]) -> str | None:

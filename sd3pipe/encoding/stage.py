@@ -26,13 +26,14 @@ from sd3pipe.encoding.ray_engine import fill_parts
 from sd3pipe.encoding.repetition import Repetition, overheard
 from sd3pipe.errors import UnreadablePicture
 from sd3pipe.file_stamps import FileStamps
+from sd3pipe.params.caption import CaptionParams
 from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.sharing import shard_of_process
 
 log = logging.getLogger(__name__)
 
-EncodeParams = TypeVar("EncodeParams", EncodeLatentsParams, EncodeTextParams)
+EncodeParams = TypeVar("EncodeParams", CaptionParams, EncodeLatentsParams, EncodeTextParams)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,12 +76,16 @@ class Encoding(abc.ABC):
     """The rows of one cache, known before anything is encoded; the stages add who makes them."""
 
     stage: ClassVar[str]
-    libraries: ClassVar[tuple[str, ...]]  # whose versions are recorded beside each row
     parts_per_worker: ClassVar[int]  # of a Ray cluster
 
     out: Path
     wanted: Wanted
     read: DatasetRead | None  # whose changes make the cache stale
+
+    @property
+    @abc.abstractmethod
+    def libraries(self) -> tuple[str, ...]:
+        """Names of those whose versions are recorded beside each row."""
 
     def remark(self) -> str:
         """Returns what a forecast says of the dataset, too."""

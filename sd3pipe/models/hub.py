@@ -5,6 +5,7 @@ huggingface_hub is imported when a file is fetched: without a hub id, nothing he
 
 import errno
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sd3pipe import stopping
@@ -39,11 +40,28 @@ class HubRepository:
         None also where the hub cannot be reached and the cache has no such file: `unreachable` is set then. Raises
         NetworkError for a gated or missing repository and for a hub that answers with an error.
         """
-        from huggingface_hub import errors, hf_hub_download
+        from huggingface_hub import hf_hub_download
+
+        return self._got(name, lambda: hf_hub_download(self.repo, name, revision=self.revision))
+
+    def fetch_all(self, patterns: Sequence[str]) -> Path:
+        """Returns the folder of all files whose names match a pattern, downloading what lacks. Raises NetworkError."""
+        from huggingface_hub import snapshot_download
+
+        patterns = list(patterns)
+        folder = self._got(
+            "a file", lambda: snapshot_download(self.repo, revision=self.revision, allow_patterns=patterns)
+        )
+        if folder is None:
+            raise self.offline_error("model")
+        return folder
+
+    def _got(self, name: str, download: Callable[[], str]) -> Path | None:
+        from huggingface_hub import errors
 
         try:
             with stopping.breaking_off():
-                return Path(hf_hub_download(self.repo, name, revision=self.revision))
+                return Path(download())
         except errors.LocalEntryNotFoundError as error:
             self.unreachable = _first_line(error.__cause__ or error)
             return None

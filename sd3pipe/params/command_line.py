@@ -23,6 +23,7 @@ CONFIG_OPTION = "config"
 MACHINE_PANEL = "Machine"
 _MAX_SHOWN_CHOICES = 4
 STAGE_MODELS = {
+    "caption": "caption:CaptionParams",
     "encode_text": "encode_text:EncodeTextParams",
     "encode_latents": "encode_latents:EncodeLatentsParams",
     "check_captions": "check_captions:CheckCaptionsParams",

@@ -18,6 +18,12 @@ class InitParams(Params):
     )
     images: OptionPath | None = option(None, "Folder with pictures and captions.", role="path", panel="Pictures")
     trigger: str | None = option(None, "Word that stands for what is learnt.", panel="Pictures")
+    caption: str | None = option(
+        None,
+        "Model that captions the pictures nobody has captioned: a folder or a hub id.",
+        role="path",
+        panel="Pictures",
+    )
     resolution: int = option(1024, "Side of the square whose area pictures are scaled to.", ge=64, panel="Pictures")
     goal: Goal = option("subject", "What the adapter is to learn.", panel="Training")
     vram: Size | None = option(None, "Memory of the training card, such as 12GB.", panel="Training")

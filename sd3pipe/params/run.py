@@ -4,12 +4,16 @@ from typing import Literal
 
 from sd3pipe.params.fields import OptionPath, Params, option
 
-StageName = Literal["encode-text", "encode-prompts", "encode-latents", "check-captions", "train", "judge", "export"]
+StageName = Literal[
+    "caption", "encode-text", "encode-prompts", "encode-latents", "check-captions", "train", "judge", "export"
+]  # fmt: skip
 
 
 class RunParams(Params):
     stages: tuple[StageName, ...] = option(
-        (), "Stages to run (encode-text, encode-prompts, encode-latents, train, export); default: all.", positional=True
+        (),
+        "Stages to run (caption, encode-text, encode-prompts, encode-latents, train, export); default: all.",
+        positional=True,
     )
     dry_run: bool = option(False, "Check every stage, tell what lies ahead, and run nothing.")
     allow_code: bool = option(

@@ -424,5 +424,5 @@ OPTIONS: Mapping[str, SdScriptsOption] = _named(
 # Keys that stand in a dataset file alone: of sd-scripts, then our own.
 DATASET_KEYS = (
     "image_dir", "metadata_file", "num_repeats", "class_tokens", "is_reg", "batch_size", "network_multiplier",
-    "custom_attributes", "name", "recursive", "loss_weight", "alpha_background",
+    "custom_attributes", "name", "recursive", "caption_cache", "loss_weight", "alpha_background",
 )  # fmt: skip

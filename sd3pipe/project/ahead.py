@@ -33,6 +33,7 @@ from sd3pipe.models.hub import is_hub_id
 from sd3pipe.models.row_sizes import known_text_sizes, known_vae
 from sd3pipe.models.sources import find_component
 from sd3pipe.models.text_architecture import ENCODERS
+from sd3pipe.params.caption import CaptionParams
 from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.fields import Params
@@ -58,7 +59,9 @@ class Ahead:
 def ahead(options: Params, project: Project) -> Ahead:
     """Returns what a stage with these checked options has before it."""
     found = Ahead()
-    if isinstance(options, EncodeTextParams):
+    if isinstance(options, CaptionParams) and options.dataset is not None:
+        found.facts.append(count(read_amounts(options.dataset).pictures, "picture"))
+    elif isinstance(options, EncodeTextParams):
         _encode_text(options, found)
     elif isinstance(options, EncodeLatentsParams):
         _encode_latents(options, found)

@@ -42,7 +42,8 @@ def check_stages(project: Project, stages: Sequence[Stage], *, allow_code: bool 
 def stage_options(project: Project, stage: Stage, *, allow_code: bool = False) -> Params:
     """Returns the options with which `run` starts a stage. Raises ParameterError."""
     models = load_stage_models()
-    given: dict[str, Any] = {path.option: place(project.paths, path.key) for path in paths_of(stage, project.paths)}
+    named = [path for path in paths_of(stage, project.paths) if path.option]
+    given: dict[str, Any] = {path.option: place(project.paths, path.key) for path in named}
     if allow_code and stage.command == "train":
         given["allow_code"] = True
     return resolve(models[stage.module], stage.command, given, project=project, stage_models=lambda: models)
@@ -51,7 +52,7 @@ def stage_options(project: Project, stage: Stage, *, allow_code: bool = False) -
 def _problems(project: Project, stage: Stage, options: Params, wanted: Sequence[Stage]) -> Iterator[Sd3pipeError]:
     made = {other.out.key: other for other in STAGES}
     for path in paths_of(stage, project.paths):
-        where = Path(getattr(options, path.option) or "")
+        where = Path((getattr(options, path.option) if path.option else place(project.paths, path.key)) or "")
         if path.role == "data":
             try:
                 read_prompts(where) if path.option == "sample_prompts" else read_amounts(where)

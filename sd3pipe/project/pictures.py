@@ -70,7 +70,9 @@ def _counted(root: Path, top: Path, names: Mapping[Path, Collection[str]]) -> Pi
     )
 
 
-def dataset_toml(folders: Mapping[str, PictureFolder], *, resolution: int, trigger: str | None) -> str:
+def dataset_toml(
+    folders: Mapping[str, PictureFolder], *, resolution: int, trigger: str | None, caption_cache: str | None = None
+) -> str:
     """Returns the dataset file in sd-scripts' format: aspect buckets on, nothing enlarged, a subset per image_dir."""
     lines = [
         "# What to learn from: sd-scripts' dataset format. `sd3pipe preview` draws what training will see.",
@@ -78,6 +80,7 @@ def dataset_toml(folders: Mapping[str, PictureFolder], *, resolution: int, trigg
         "enable_bucket = true",
         "bucket_no_upscale = true    # small pictures stay small; they train in buckets of their own",
         "caption_dropout_rate = 0.05 # as often an empty caption, which classifier-free guidance needs",
+        *([f"caption_cache = {toml_value(caption_cache)} # for pictures without a caption"] if caption_cache else []),
         "",
         "[[datasets]]",
         f"resolution = {resolution}",

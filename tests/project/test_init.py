@@ -3,14 +3,17 @@
 import tomllib
 
 import pytest
+import yaml
 from support.command_line import sd3pipe
 from support.photographs import write_photographs
 from support.tiny_base import write_tiny_base
 
+from sd3pipe.config import read_project
 from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.folders import read_folder
 from sd3pipe.params.command_line import load_stage_models
 from sd3pipe.params.resolve import resolve
+from sd3pipe.stages import stages_of
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +47,30 @@ def test_dataset_file_has_the_trigger_before_every_caption(made):
 
 
 def test_every_stage_file_is_accepted_by_its_stage(made):
-    for stage, model in load_stage_models().items():
+    models = load_stage_models()
+    files = {file.stem for file in (made[0] / "stages").glob("*.toml")}
+    assert files == {stage.module for stage in stages_of(read_project(made[0]).paths)}
+    for stage, model in ((stage, models[stage]) for stage in files):
         given = {name: "x" for name, field in model.model_fields.items() if field.is_required()}
         file = made[0] / "stages" / f"{stage}.toml"
         params = resolve(model, stage, given, config=file)
         written = tomllib.loads(file.read_text())
         assert {name: params.model_dump(mode="json")[name] for name in written} == written
+
+
+def test_a_captioner_is_a_stage_before_the_captions_are_encoded(made, tmp_path):
+    sd3pipe(
+        "init", "cats", "--model", "owner/model", "--for", "sd35-medium", "--images", made[0].parent / "photos",
+        "--caption", "owner/captioner", cwd=tmp_path,
+    )  # fmt: skip
+    project = tmp_path / "cats"
+    assert load_dataset(project / "dataset.toml").subsets[0].caption_cache == project / "caches/captions"
+    assert (project / "stages" / "caption.toml").is_file() and not (made[0] / "stages" / "caption.toml").exists()
+    stages = yaml.safe_load((project / "dvc.yaml").read_text())["stages"]
+    assert list(stages)[:2] == ["caption", "encode_text"]
+    assert stages["caption"]["cmd"][0].endswith("--write none")
+    assert "${paths.caches}/captions" in stages["encode_text"]["deps"]
+    assert "captions" not in stages["encode_text"]["cmd"][0]
 
 
 def test_chosen_values_say_where_they_come_from(made):

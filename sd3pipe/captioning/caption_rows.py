@@ -1,0 +1,85 @@
+"""The part of `caption` that needs Pillow and a model: pictures through a captioner to rows of words."""
+
+# H W pixels, C channels
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from sd3pipe import stopping
+from sd3pipe.cache.rows import Row, from_numpy
+from sd3pipe.captioning.captioner import Captioner
+from sd3pipe.console import one_line
+from sd3pipe.data.headers import read_picture
+from sd3pipe.data.images import composited, decode
+from sd3pipe.data.scan import Picture
+from sd3pipe.errors import UnreadablePicture
+from sd3pipe.fingerprint import hash_bytes
+from sd3pipe.params.caption import CaptionParams
+
+log = logging.getLogger(__name__)
+
+_WHITE = (255, 255, 255)
+TEXT = "caption"  # the name of a row's one tensor: the words in UTF-8
+
+
+class Model(Protocol):
+    """What makes words of pictures."""
+
+    def words(self, pictures: Sequence[np.ndarray]) -> list[str]:
+        """Returns the words for each picture, uint8 [H, W, 3]."""
+        ...
+
+
+def load_captioner(captioner: Captioner, prompt: str, params: CaptionParams) -> Model:
+    """Returns the model on its device. Raises InputError, DeviceMemoryError."""
+    if captioner.kind == "tagger":
+        from sd3pipe.captioning.tagger import Tagger  # onnxruntime, without torch
+
+        return Tagger(captioner, params.generation, params.device)
+    from sd3pipe.captioning.image_text import ImageTextModel  # torch and transformers
+    from sd3pipe.device import choose_device
+
+    device = choose_device(params.device, params.threads)
+    return ImageTextModel(captioner, prompt, params.generation, device, trust_code=params.trust_remote_code)
+
+
+def captioned_rows(
+    pictures: Sequence[Picture], model: Model, params: CaptionParams
+) -> Iterator[Row | UnreadablePicture]:
+    """Yields the row of each picture, in their order."""
+    longest, at_once = params.generation.captioner_px, params.captioner_batch_size
+    for start in range(0, len(pictures), at_once):
+        stopping.check()
+        batch = [_pixels(picture, longest) for picture in pictures[start : start + at_once]]
+        readable = [item for item in batch if not isinstance(item, UnreadablePicture)]
+        words = iter(model.words(readable) if readable else ())
+        for item in batch:
+            yield item if isinstance(item, UnreadablePicture) else _row(next(words))
+
+
+def words_of(row: Row) -> str:
+    """Returns the model's words in a row."""
+    return bytes(row[TEXT].data).decode("utf-8")
+
+
+def _row(words: str) -> Row:
+    return {TEXT: from_numpy(np.frombuffer(words.encode("utf-8", "replace"), np.uint8))}
+
+
+def _pixels(picture: Picture, longest: int) -> np.ndarray | UnreadablePicture:
+    """Returns a picture over white, made smaller where it is larger than asked, as uint8 [H, W, 3]."""
+    try:
+        data = read_picture(picture.path)
+        if hash_bytes(data) != picture.image_hash:
+            raise UnreadablePicture("it changed while captions were made: run again")
+        pixels_HWC = decode(data, picture.path.suffix, keep_alpha=picture.has_alpha)
+    except UnreadablePicture as error:
+        log.warning("%s: left out: %s", one_line(str(picture.path)), error)
+        return error
+    image = Image.fromarray(composited(pixels_HWC, _WHITE) if picture.has_alpha else pixels_HWC)
+    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    return np.asarray(image)

@@ -1,0 +1,197 @@
+"""Where each picture's caption stands, what sd3pipe wrote there, and whose words they are.
+
+A caption is ours only if it is, to the byte, what was written for that picture: whatever else stands there, a person
+wrote or touched. What was written is remembered beside the captions cache, by hash, with what stood there before.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter
+
+from sd3pipe.data.metadata import change_captions, stored_captions
+from sd3pipe.data.scan import Picture
+from sd3pipe.documents import MOST_LIST_BYTES, read_data, read_json
+from sd3pipe.errors import InputError
+from sd3pipe.files import write_bytes, write_json
+from sd3pipe.fingerprint import hash_bytes
+from sd3pipe.words import WrittenCaptions
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """Where the caption of one picture stands, or would."""
+
+    picture: Picture
+    file: Path  # of this caption alone, or a metadata file
+    entry: str | None  # the picture's name in a metadata file
+    digest: str | None  # of the caption that stands there; None where none does
+
+    @property
+    def where(self) -> str:
+        """The place in one line, for messages and the notes."""
+        return str(self.file) if self.entry is None else f"{self.file}: {self.entry}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """A caption that was written: for which picture, where, the hash of its text, and what stood there before."""
+
+    image: str
+    where: str
+    text: str
+    previous: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Notes:
+    format: Literal[1]
+    captions: list[Note]
+
+
+def slots_of(pictures: Sequence[Picture]) -> list[Slot]:
+    """Returns the place of each picture's caption. Raises InputError for a metadata file that is read only.
+
+    Pictures that share a caption file (a.png, a.jpg) share its place: the first of them has it.
+    """
+    metadata: dict[Path, Mapping[str, str]] = {}
+    slots: dict[tuple[Path, str | None], Slot] = {}
+    shared: list[str] = []
+    for picture in pictures:
+        listed = picture.subset.metadata_file
+        if listed is not None:
+            if listed not in metadata:
+                metadata[listed] = stored_captions(listed)
+            text = metadata[listed].get(picture.name) or None
+            slot = Slot(picture=picture, file=listed, entry=picture.name, digest=_digest(text))
+        else:
+            ending = picture.subset.caption_extensions[0]
+            file = picture.caption_path or picture.path.with_suffix(ending)
+            slot = Slot(picture=picture, file=file, entry=None, digest=picture.caption_hash)
+        if slots.setdefault((slot.file, slot.entry), slot) is not slot:
+            shared.append(str(picture.path))
+    if shared:
+        log.warning("left out, as another picture has their caption file: %s", ", ".join(shared[:5]))
+    return list(slots.values())
+
+
+class WrittenNotes:
+    """What was written, by picture."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._by_picture: dict[str, list[Note]] = {}
+        if file.exists():
+            for note in read_json(file, TypeAdapter(_Notes), most_bytes=MOST_LIST_BYTES).captions:
+                self._by_picture.setdefault(note.image, []).append(note)
+
+    def of(self, slot: Slot) -> Note | None:
+        """Returns the note of the caption that stands in a slot; None if it is a person's, or there is none.
+
+        A picture that was renamed with its caption is known by its content.
+        """
+        fitting = [note for note in self._by_picture.get(slot.picture.image_hash, ()) if note.text == slot.digest]
+        return next((note for note in fitting if note.where == slot.where), fitting[-1] if fitting else None)
+
+    def replace(self, old: Note | None, new: Note | None) -> None:
+        """Notes a caption in the place of another, and of whatever was written there before."""
+        if old is not None:
+            self._by_picture[old.image].remove(old)
+        if new is not None:
+            others = [note for note in self._by_picture.get(new.image, ()) if note.where != new.where]
+            self._by_picture[new.image] = [*others, new]
+
+    def save(self) -> None:
+        """Writes the notes, which has to come before what they are about. Raises StorageError."""
+        notes = [note for group in self._by_picture.values() for note in group]
+        write_json(self._file, TypeAdapter(_Notes).dump_python(_Notes(format=_FORMAT, captions=notes)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Which slots are written, and which hold a person's words."""
+
+    written: list[Slot]
+    by_hand: list[Slot]
+
+
+def choose(slots: Iterable[Slot], notes: WrittenNotes, write: WrittenCaptions) -> Choice:
+    """Returns which captions are to be made: never over a person's words, unless `write` is "all"."""
+    written, by_hand = [], []
+    for slot in slots:
+        ours = notes.of(slot) is not None
+        if slot.digest is not None and not ours:
+            by_hand.append(slot)
+        if write in ("all", "none") or slot.digest is None or (ours and write == "own"):
+            written.append(slot)
+    return Choice(written=written, by_hand=by_hand)
+
+
+def write_captions(captions: Sequence[tuple[Slot, str]], notes: WrittenNotes) -> list[Slot]:
+    """Writes a caption into each slot that needs another than it has, and returns those.
+
+    What stands there no longer as the slot says was changed in between, and is kept. Raises StorageError.
+    """
+    changes: list[tuple[Slot, str | None]] = []
+    for slot, caption in captions:
+        text = caption if slot.entry is not None else caption + "\n"
+        digest = _digest(text)
+        if slot.digest == digest:
+            continue
+        old, present = notes.of(slot), _present(slot)
+        if _digest(present) != slot.digest:
+            log.warning("%s: changed while captions were made, and kept", slot.where)
+            continue
+        assert digest is not None
+        previous = old.previous if old is not None else present
+        new = Note(image=slot.picture.image_hash, where=slot.where, text=digest, previous=previous)
+        notes.replace(old, new)
+        changes.append((slot, text))
+    notes.save()
+    _apply(changes)
+    return [slot for slot, _ in changes]
+
+
+def take_back(slots: Iterable[Slot], notes: WrittenNotes) -> list[Slot]:
+    """Brings back what stood where captions were written and nobody has touched them since; returns those slots."""
+    found = [(slot, note) for slot in slots if (note := notes.of(slot)) is not None]
+    _apply([(slot, note.previous) for slot, note in found])
+    for _, note in found:
+        notes.replace(note, None)
+    notes.save()
+    return [slot for slot, _ in found]
+
+
+def _apply(changes: Sequence[tuple[Slot, str | None]]) -> None:
+    """Writes texts where they belong; None takes a caption away."""
+    listed: dict[Path, dict[str, str]] = {}
+    for slot, text in changes:
+        if slot.entry is not None:
+            listed.setdefault(slot.file, {})[slot.entry] = text or ""
+        elif text is None:
+            slot.file.unlink(missing_ok=True)
+        else:
+            write_bytes(slot.file, text.encode("utf-8", "surrogatepass"))
+    for file, captions in listed.items():
+        change_captions(file, captions)
+
+
+def _present(slot: Slot) -> str | None:
+    """Returns the caption that stands in a slot at this moment, as it is stored."""
+    if slot.entry is not None:
+        return stored_captions(slot.file).get(slot.entry) or None
+    try:
+        return read_data(slot.file).decode("utf-8") if slot.file.exists() else None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{slot.file}: the caption is not UTF-8 text: save it as UTF-8") from error
+
+
+def _digest(text: str | None) -> str | None:
+    return None if text is None else hash_bytes(text.encode("utf-8", "surrogatepass"))

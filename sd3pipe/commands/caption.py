@@ -1,0 +1,245 @@
+"""`sd3pipe caption`: pictures to words by a model, one row per picture, and caption files where none was written."""
+
+import functools
+import importlib.util
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sd3pipe.cache.folder import machine_folder
+from sd3pipe.cache.reader import CacheReader
+from sd3pipe.cache.rows import Row
+from sd3pipe.cache.samples import hex_list
+from sd3pipe.captioning.captioner import Captioner, find_captioner
+from sd3pipe.captioning.finished import finished_captions, told, write_list
+from sd3pipe.captioning.plan import captions_wanted
+from sd3pipe.captioning.slots import Choice, Slot, WrittenNotes, choose, slots_of, take_back, write_captions
+from sd3pipe.captioning.wording import CountTokens, steps
+from sd3pipe.config import find_project
+from sd3pipe.console import StageReport, count, listed, one_line, progress, say
+from sd3pipe.data.dataset_file import Dataset, folder_dataset, load_dataset
+from sd3pipe.data.scan import Picture, Scan, scan, tell_about_pictures
+from sd3pipe.encoding.stage import Encoding, fill, say_forecast
+from sd3pipe.errors import ParameterError, UnreadablePicture
+from sd3pipe.file_stamps import FileStamps
+from sd3pipe.models.tokenizer_folders import find_tokenizers
+from sd3pipe.params.caption import CaptionParams
+
+if TYPE_CHECKING:
+    from sd3pipe.captioning.caption_rows import Model
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 5  # pictures whose words a dry run shows
+
+
+def main(params: CaptionParams) -> None:
+    """Captions pictures: the words become a cache, and caption files. Raises InputError, ParameterError."""
+    if params.undo:
+        _undo(params)
+        return
+    if params.dry_run:
+        captions = _prepare(params)
+        _show(captions)
+        say_forecast(captions)
+        return
+    inputs = {"captioner": params.captioner, "pictures": str(params.images or params.dataset or "the project's")}
+    with StageReport("caption", path=Path(f"{params.out}.report.json"), inputs=inputs) as report:
+        captions = _prepare(params)
+        report.update(pictures=len(captions.found.pictures), kept_by_hand=len(captions.kept))
+        counts = fill(captions, params, _prepare, report)
+        written = captions.write() if counts.published else []
+        report.update(captioned=counts.encoded, written=len(written))
+        _tell_kept(captions.kept)
+        report.summary = f"{counts.summary()}, {count(len(written), 'caption')} written"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    rows: list[tuple[Picture, Row | UnreadablePicture]]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Captions(Encoding):
+    """The words for a dataset's pictures, made by a captioner."""
+
+    stage = "caption"
+    parts_per_worker = 4
+
+    params: CaptionParams
+    found: Scan
+    choice: Choice
+    pictures: list[Picture]  # those that are captioned
+    captioner: Captioner
+    prompt: str
+    notes: WrittenNotes
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        return ("onnxruntime",) if self.captioner.kind == "tagger" else ("torch", "transformers")
+
+    @property
+    def kept(self) -> list[Slot]:
+        """The places with a person's words, where they are kept."""
+        return [] if self.params.write == "all" else self.choice.by_hand
+
+    @functools.cached_property
+    def model(self) -> "Model":
+        from sd3pipe.captioning.caption_rows import load_captioner  # imports Pillow, and the model's libraries
+
+        return load_captioner(self.captioner, self.prompt, self.params)
+
+    def encode(self, keys: Sequence[str]) -> Iterator[tuple[str, Row | UnreadablePicture]]:
+        from sd3pipe.captioning.caption_rows import captioned_rows
+
+        pictures = [self._picture_by_key[key] for key in keys]
+        with progress(self.stage, len(keys), "pictures") as bar:
+            for key, row in zip(keys, captioned_rows(pictures, self.model, self.params), strict=True):
+                bar.advance()
+                yield key, row
+
+    def seconds(self, keys: Sequence[str]) -> tuple[str, float]:
+        """Returns the device and the time by that of the first pictures: nobody knows before how much a model says."""
+        return self.params.device, len(keys) * self.trial.seconds / max(1, len(self.trial.rows))
+
+    @functools.cached_property
+    def trial(self) -> "_Trial":
+        """What the model says of the first pictures, and how long that took without loading it."""
+        from sd3pipe.captioning.caption_rows import captioned_rows
+
+        pictures, model = self.pictures[:_SHOWN], self.model
+        started = time.monotonic()
+        rows = list(captioned_rows(pictures, model, self.params))
+        return _Trial(rows=list(zip(pictures, rows, strict=True)), seconds=time.monotonic() - started)
+
+    def write(self) -> list[Slot]:
+        """Writes the list of captions into the cache, and caption files where they belong; returns the latter."""
+        captions = finished_captions(self.pictures, _words(self.out), self.params.wording, _counter(self.params))
+        write_list(self.out, captions)
+        if self.params.write == "none":
+            return []
+        slots = {id(slot.picture): slot for slot in self.choice.written}
+        return write_captions([(slots[id(picture)], caption) for picture, caption in captions], self.notes)
+
+    @functools.cached_property
+    def _picture_by_key(self) -> Mapping[str, Picture]:
+        first: dict[str, Picture] = {}
+        for picture in self.pictures:
+            first.setdefault(picture.image_hash, picture)
+        return dict(zip(self.wanted.keys, first.values(), strict=True))
+
+
+def _prepare(params: CaptionParams) -> _Captions:
+    """Finds pictures, their captions and what identifies the captioner. Runs no model."""
+    if params.captioner is None:
+        raise ParameterError(
+            "caption: --captioner is missing: name an image-text model's or a tagger's folder or hub id"
+        )
+    captioner = find_captioner(params.captioner, None if params.kind == "auto" else params.kind)
+    if captioner.kind == "tagger" and importlib.util.find_spec("onnxruntime") is None:
+        raise ParameterError("caption: a tagger needs onnxruntime: pip install 'sd3pipe[tagger]'")
+    _counter(params)
+    stamps = FileStamps(machine_folder(params.out) / "stat.json", trust=not params.rehash)
+    found = scan(_dataset(params), stamps, with_cached=False)
+    tell_about_pictures(found)
+    for line in found.left_out:
+        log.warning("%s", line)
+    notes = _notes(params)
+    slots = [] if params.write == "none" else slots_of(found.pictures)
+    choice = choose(slots, notes, params.write)
+    if params.write == "all" and choice.by_hand and not (params.yes or params.dry_run):
+        raise ParameterError(
+            f"caption: --write all writes over {count(len(choice.by_hand), 'caption')} that a person wrote or changed "
+            f"({_named(choice.by_hand)}): pass --yes, too (--undo brings them back)"
+        )
+    pictures = found.pictures if params.write == "none" else [slot.picture for slot in choice.written]
+    prompt = captioner.prompt(params.prompt)
+    recipe = {
+        "prompt": prompt,
+        **{name: value for name, value in params.with_role("recipe").items() if name != "prompt"},
+    }
+    wanted = captions_wanted(pictures, found.unreadable, captioner.fingerprint(stamps), recipe)
+    if not params.dry_run:
+        stamps.save()
+    return _Captions(
+        params=params,
+        out=params.out,
+        wanted=wanted,
+        read=None,
+        found=found,
+        choice=choice,
+        pictures=pictures,
+        captioner=captioner,
+        prompt=prompt,
+        notes=notes,
+    )
+
+
+def _dataset(params: CaptionParams) -> Dataset:
+    if params.images is not None:
+        return folder_dataset(params.images)
+    project = find_project(Path.cwd())
+    file = params.dataset or (Path(project.paths["dataset"]) if project and "dataset" in project.paths else None)
+    if file is None:
+        raise ParameterError("caption: pass --images DIR or --dataset FILE: there is nothing to caption")
+    return load_dataset(file)
+
+
+def _notes(params: CaptionParams) -> WrittenNotes:
+    return WrittenNotes(machine_folder(params.out) / "written.json")
+
+
+def _words(out: Path) -> dict[str, str]:
+    """Returns the words in a cache by the hashes of the pictures."""
+    from sd3pipe.captioning.caption_rows import words_of
+
+    reader = CacheReader(out)
+    hashes, rows = hex_list(reader.samples.hashes("image_hash")), reader.samples.numbers("row").tolist()
+    return {digest: words_of(reader.row(row)) for digest, row in dict(zip(hashes, rows, strict=True)).items()}
+
+
+def _counter(params: CaptionParams) -> CountTokens | None:
+    """Returns what counts T5's tokens, where a length is asked for. Raises InputError without a tokenizer."""
+    if params.wording.most_t5_tokens is None:
+        return None
+    from sd3pipe.models.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer("t5xxl", find_tokenizers(folder=params.tokenizers)["t5xxl"])
+    return lambda texts: [len(ids) for ids in tokenizer.encode(texts)]
+
+
+def _undo(params: CaptionParams) -> None:
+    """Takes back what was written into the pictures' captions."""
+    found = scan(_dataset(params), FileStamps(machine_folder(params.out) / "stat.json"), with_cached=False)
+    notes = _notes(params)
+    slots = slots_of(found.pictures)
+    touched = [slot for slot in slots if slot.digest is not None and notes.of(slot) is None]
+    taken = take_back(slots, notes)
+    say(f"caption: {count(len(taken), 'caption')} taken back")
+    _tell_kept(touched)
+
+
+def _tell_kept(slots: Sequence[Slot]) -> None:
+    if slots:
+        log.info("%s kept, which a person wrote or changed: %s", count(len(slots), "caption"), _named(slots))
+
+
+def _named(slots: Sequence[Slot]) -> str:
+    return listed([one_line(slot.where) for slot in slots])
+
+
+def _show(captions: _Captions) -> None:
+    """Shows the words for some pictures after each rule. The model is run for these alone."""
+    from sd3pipe.captioning.caption_rows import words_of
+
+    counter = _counter(captions.params)
+    for picture, row in captions.trial.rows:
+        if isinstance(row, UnreadablePicture):
+            continue
+        say(f"{picture.name}:")
+        for name, text in steps(words_of(row), captions.params.wording, told=told(picture), count_tokens=counter):
+            say(f"  {name}: {text}")

@@ -1,0 +1,32 @@
+"""Captions that a model made, in the list that `sd3pipe caption` leaves in its cache."""
+
+from pathlib import Path
+
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
+from sd3pipe.documents import MOST_LIST_BYTES, parse_json, read_text
+from sd3pipe.errors import InputError
+from sd3pipe.stages import CAPTIONS
+
+
+class _Line(TypedDict):
+    image: str
+    subset: str
+    caption: str
+
+
+_LINE = TypeAdapter(_Line)
+
+
+def cached_captions(cache: Path, subset: str) -> dict[str, str]:
+    """Returns the captions of a subset's pictures by the hashes of their bytes. Raises InputError."""
+    file = cache / CAPTIONS
+    if not file.is_file():
+        raise InputError(f"{cache}: has no {CAPTIONS}: run `sd3pipe caption` first, or name another caption_cache")
+    lines = [
+        parse_json(line, _LINE, f"{file}: line {number}")
+        for number, line in enumerate(read_text(file, most_bytes=MOST_LIST_BYTES).split("\n"), start=1)
+        if line
+    ]
+    return {line["image"]: line["caption"] for line in lines if line["subset"] == subset}
