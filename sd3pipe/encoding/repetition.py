@@ -50,7 +50,7 @@ class Repetition:
             log.log(level, "%s", message)
         counts = _nothing_to_do(last)
         report.begin()
-        report.update(**last.facts, **counts.as_report())
+        report.update(**{**last.facts, **counts.as_report()})
         report.summary = counts.summary() + last.remark
         return True
 

@@ -189,7 +189,10 @@ def _check_rates(name: str, groups: ParameterGroups) -> None:
 
 
 def export_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple[dict[str, Tensor], dict[str, JsonValue]]:
-    """Returns the optimizer's state as tensors on the CPU, and the rest of it as JSON types."""
+    """Returns the optimizer's state as it is now, tensors where they lie, and the rest of it as JSON types.
+
+    Whoever writes it does so before the next step, and needs no second copy of it in memory.
+    """
     tensors: dict[str, Tensor] = {}
     values: dict[str, JsonValue] = {}
     for parameter, state in optimizer.state.items():
@@ -290,7 +293,7 @@ def _form(value: object) -> object:
 
 def _put(path: str, value: object, tensors: dict[str, Tensor], values: dict[str, JsonValue]) -> None:
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().to("cpu", copy=True).contiguous()
+        tensors[path] = value.detach()
     elif _is_json(value):
         values[path] = value
 

@@ -120,12 +120,12 @@ class Saver:
 
     def _write(self, progressed: Progressed) -> Path:
         """Writes a checkpoint, with the first of which a new run takes the place of an older one."""
+        with self._weights.delivered(self._optimizer):
+            deltas = self._network.deltas()
         tensors, values = export_state(self._optimizer, self._weights.optimized)
         numbers: dict[str, object] = {**progressed.to_state(), "optimizer": values}
         if self._scaler is not None:
             numbers["loss_scale"] = self._scaler.state_dict()
-        with self._weights.delivered(self._optimizer):
-            deltas = self._network.deltas()
         checkpoint = write_checkpoint(
             self._run.path,
             step=progressed.step,

@@ -100,10 +100,10 @@ class TrainedWeights:
                     parameter.copy_(kept[name])
 
     def export(self) -> dict[str, Tensor]:
-        """Returns the training weights and the average on the CPU, for a checkpoint."""
+        """Returns the training weights and the average where they lie, for a checkpoint before the next step."""
         tensors = {_WEIGHTS + name: parameter for name, parameter in self._parameters.items()}
         tensors |= {_AVERAGE + name: average for name, average in self._average.items()}
-        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        return {name: tensor.detach() for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:

@@ -43,14 +43,29 @@ NAMES = [
 ]  # fmt: skip
 
 
+def saved_state(weights, optimizer):
+    """Returns what a checkpoint reads back: optimizer's tensors, its values, weights."""
+    tensors, values = export_state(optimizer, weights.optimized)
+    copies, saved = ({name: t.clone() for name, t in kind.items()} for kind in (tensors, weights.export()))
+    return copies, values, saved
+
+
+def test_what_is_saved_is_no_second_copy():
+    network, weights, optimizer = build()
+    train(network, weights, optimizer, range(1))
+    tensors, _ = export_state(optimizer, weights.optimized)
+    saved = {tensor.data_ptr() for tensor in (*tensors.values(), *weights.export().values())}
+    live = {tensor.data_ptr() for state in optimizer.state.values() for tensor in state.values()}
+    assert live <= saved and {network.up.data_ptr(), network.down.data_ptr()} <= saved
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_state_survives_to_the_bit(name, dtype):
     """After export and import into fresh objects, five more steps give the bits of ten without a break."""
     network, weights, optimizer = build(dtype, name, ema=None)
     train(network, weights, optimizer, range(5))
-    tensors, values = export_state(optimizer, weights.optimized)
-    saved = weights.export()
+    tensors, values, saved = saved_state(weights, optimizer)
     train(network, weights, optimizer, range(5, 10))
 
     fresh, fresh_weights, fresh_optimizer = build(dtype, name, ema=None)
@@ -66,8 +81,7 @@ def test_state_survives_to_the_bit(name, dtype):
 def test_a_run_can_go_back_to_where_it_was(dtype):
     network, weights, optimizer = build(dtype)
     train(network, weights, optimizer, range(3))
-    tensors, values = export_state(optimizer, weights.optimized)
-    saved = weights.export()
+    tensors, values, saved = saved_state(weights, optimizer)
     train(network, weights, optimizer, range(3, 6))
     reached = network.up.detach().clone()
     weights.restore(saved)
