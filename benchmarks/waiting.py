@@ -166,7 +166,7 @@ def encode(kind: str) -> Measure:
 
 
 def train_once(checkout: Path, project: Path) -> float:
-    out, here = project / f"run-{checkout.name}", caches(checkout, project)
+    out, here = project / f"run-{checkout.name}-{os.getpid()}", caches(checkout, project)
     model = next((project.parent / "base").glob("*.safetensors"))
     paths = ["--model", model, "--text", here / "text", "--latents", here / "latents", "--out", out]
     return cpu_seconds(

@@ -72,6 +72,13 @@ def _leave_compiler_out() -> None:
             plain.__dynamo_disable = plain
 
 
+def _leave_compiler_out_of_step(optimizer_class: type[Optimizer]) -> None:
+    """Lets a step switch gradients off by itself, which torch's wrapper around it does with the compiler's help."""
+    step = optimizer_class.step
+    if getattr(getattr(step, "__code__", None), "co_name", "") == "_use_grad":
+        optimizer_class.step = torch.no_grad()(inspect.unwrap(step))
+
+
 _leave_compiler_out()  # what is compiled are the blocks of the model, never a step
 
 
@@ -100,6 +107,8 @@ def check_optimizer_args(name: str, args: Args) -> None:
 def _construct(name: str, groups: ParameterGroups, args: Args) -> Optimizer:
     optimizer_class, defaults = _find(name)
     _check_args(name, optimizer_class, args)
+    if not args.get("differentiable"):
+        _leave_compiler_out_of_step(optimizer_class)
     options = {"lr": groups[0]["lr"], **_fast_kernels(optimizer_class, groups, args), **defaults, **args}
     try:
         return cast(Callable[..., Optimizer], optimizer_class)([dict(group) for group in groups], **options)
