@@ -12,6 +12,7 @@ from PIL import Image
 from sd3pipe import stopping
 from sd3pipe.cache.rows import Row, from_numpy
 from sd3pipe.captioning.captioner import Captioner
+from sd3pipe.captioning.plan import WORDS
 from sd3pipe.console import one_line
 from sd3pipe.data.headers import read_picture
 from sd3pipe.data.images import composited, decode
@@ -23,7 +24,6 @@ from sd3pipe.params.caption import CaptionParams
 log = logging.getLogger(__name__)
 
 _WHITE = (255, 255, 255)
-TEXT = "caption"  # the name of a row's one tensor: the words in UTF-8
 
 
 class Model(Protocol):
@@ -61,13 +61,8 @@ def captioned_rows(
             yield item if isinstance(item, UnreadablePicture) else _row(next(words))
 
 
-def words_of(row: Row) -> str:
-    """Returns the model's words in a row."""
-    return bytes(row[TEXT].data).decode("utf-8")
-
-
 def _row(words: str) -> Row:
-    return {TEXT: from_numpy(np.frombuffer(words.encode("utf-8", "replace"), np.uint8))}
+    return {WORDS: from_numpy(np.frombuffer(words.encode("utf-8", "replace"), np.uint8))}
 
 
 def _pixels(picture: Picture, longest: int) -> np.ndarray | UnreadablePicture:

@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sd3pipe.cache.plan import WantedRow
+from sd3pipe.cache.rows import Row
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.data.scan import Picture, UnreadableFile
 
 RECIPE_VERSION = 1  # counts changes of our own code that change a model's words
+WORDS = "caption"  # the name of a row's one tensor: the model's words in UTF-8
 _ROW_BYTES = 512  # of a caption, about
 _GROUP_DIGITS = 2  # of a picture's hash: rows share a segment by them, so that a kill loses 1/256 of the work
 
@@ -36,3 +38,8 @@ def captions_wanted(
         },
         unreadable=[file.to_json() for file in unreadable],
     )
+
+
+def words_of(row: Row) -> str:
+    """Returns the model's words in a row."""
+    return bytes(row[WORDS].data).decode("utf-8")

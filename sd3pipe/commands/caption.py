@@ -7,22 +7,23 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sd3pipe.cache.folder import machine_folder
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.rows import Row
 from sd3pipe.cache.samples import hex_list
+from sd3pipe.cache.store import FillCounts
 from sd3pipe.captioning.captioner import Captioner, find_captioner
 from sd3pipe.captioning.finished import finished_captions, told, write_list
-from sd3pipe.captioning.plan import captions_wanted
+from sd3pipe.captioning.plan import captions_wanted, words_of
 from sd3pipe.captioning.slots import Choice, Slot, WrittenNotes, choose, slots_of, take_back, write_captions
 from sd3pipe.captioning.wording import CountTokens, steps
 from sd3pipe.config import find_project
-from sd3pipe.console import StageReport, count, listed, one_line, progress, say
+from sd3pipe.console import count, listed, one_line, progress, say
 from sd3pipe.data.dataset_file import Dataset, folder_dataset, load_dataset
 from sd3pipe.data.scan import Picture, Scan, scan, tell_about_pictures
-from sd3pipe.encoding.stage import Encoding, fill, say_forecast
+from sd3pipe.encoding.stage import Encoding, run
 from sd3pipe.errors import ParameterError, UnreadablePicture
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.tokenizer_folders import find_tokenizers
@@ -41,20 +42,14 @@ def main(params: CaptionParams) -> None:
     if params.undo:
         _undo(params)
         return
-    if params.dry_run:
-        captions = _prepare(params)
-        _show(captions)
-        say_forecast(captions)
-        return
-    inputs = {"captioner": params.captioner, "pictures": str(params.images or params.dataset or "the project's")}
-    with StageReport("caption", path=Path(f"{params.out}.report.json"), inputs=inputs) as report:
-        captions = _prepare(params)
-        report.update(pictures=len(captions.found.pictures), kept_by_hand=len(captions.kept))
-        counts = fill(captions, params, _prepare, report)
-        written = captions.write() if counts.published else []
-        report.update(captioned=counts.encoded, written=len(written))
-        _tell_kept(captions.kept)
-        report.summary = f"{counts.summary()}, {count(len(written), 'caption')} written"
+    run(
+        params,
+        _prepare,
+        stage=_Captions.stage,
+        out=params.out,
+        inputs={"captioner": params.captioner, "pictures": str(params.images or params.dataset or "the project's")},
+        repetition=None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +82,23 @@ class _Captions(Encoding):
         """The places with a person's words, where they are kept."""
         return [] if self.params.write == "all" else self.choice.by_hand
 
+    def facts(self) -> dict[str, Any]:
+        return {"pictures": len(self.found.pictures), "kept_by_hand": len(self.kept)}
+
+    def show(self) -> None:
+        counter = _counter(self.params)
+        for picture, row in self.trial.rows:
+            if isinstance(row, UnreadablePicture):
+                continue
+            say(f"{picture.name}:")
+            for name, text in steps(words_of(row), self.params.wording, told=told(picture), count_tokens=counter):
+                say(f"  {name}: {text}")
+
+    def ending(self, counts: FillCounts) -> tuple[dict[str, Any], str]:
+        written = self.write() if counts.published else []
+        _tell_kept(self.kept)
+        return {"captioned": counts.encoded, "written": len(written)}, f", {count(len(written), 'caption')} written"
+
     @functools.cached_property
     def model(self) -> "Model":
         from sd3pipe.captioning.caption_rows import load_captioner  # imports Pillow, and the model's libraries
@@ -118,7 +130,9 @@ class _Captions(Encoding):
 
     def write(self) -> list[Slot]:
         """Writes the list of captions into the cache, and caption files where they belong; returns the latter."""
-        captions = finished_captions(self.pictures, _words(self.out), self.params.wording, _counter(self.params))
+        captions = finished_captions(
+            self.pictures, _words_by_picture(self.out), self.params.wording, _counter(self.params)
+        )
         write_list(self.out, captions)
         if self.params.write == "none":
             return []
@@ -193,10 +207,8 @@ def _notes(params: CaptionParams) -> WrittenNotes:
     return WrittenNotes(machine_folder(params.out) / "written.json")
 
 
-def _words(out: Path) -> dict[str, str]:
+def _words_by_picture(out: Path) -> dict[str, str]:
     """Returns the words in a cache by the hashes of the pictures."""
-    from sd3pipe.captioning.caption_rows import words_of
-
     reader = CacheReader(out)
     hashes, rows = hex_list(reader.samples.hashes("image_hash")), reader.samples.numbers("row").tolist()
     return {digest: words_of(reader.row(row)) for digest, row in dict(zip(hashes, rows, strict=True)).items()}
@@ -230,16 +242,3 @@ def _tell_kept(slots: Sequence[Slot]) -> None:
 
 def _named(slots: Sequence[Slot]) -> str:
     return listed([one_line(slot.where) for slot in slots])
-
-
-def _show(captions: _Captions) -> None:
-    """Shows the words for some pictures after each rule. The model is run for these alone."""
-    from sd3pipe.captioning.caption_rows import words_of
-
-    counter = _counter(captions.params)
-    for picture, row in captions.trial.rows:
-        if isinstance(row, UnreadablePicture):
-            continue
-        say(f"{picture.name}:")
-        for name, text in steps(words_of(row), captions.params.wording, told=told(picture), count_tokens=counter):
-            say(f"  {name}: {text}")

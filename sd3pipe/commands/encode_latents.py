@@ -90,7 +90,7 @@ class _Latents(Encoding):
             "validation_rows": splits["validation"],
         }
 
-    def ending(self) -> tuple[dict[str, Any], str]:
+    def ending(self, counts: FillCounts) -> tuple[dict[str, Any], str]:
         return {}, _below_resolution(self.views)
 
     def check(self, counts: FillCounts) -> None:

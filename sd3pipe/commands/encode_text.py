@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sd3pipe.cache.folder import machine_folder
 from sd3pipe.cache.rows import Row
+from sd3pipe.cache.store import FillCounts
 from sd3pipe.config import find_project
 from sd3pipe.console import count, listed, one_line
 from sd3pipe.data.captions import caption_statistics
@@ -154,7 +155,7 @@ class _TextRows(Encoding):
             counts["captions"] = caption_statistics(used)
         return counts
 
-    def ending(self) -> tuple[dict[str, Any], str]:
+    def ending(self, counts: FillCounts) -> tuple[dict[str, Any], str]:
         remember_cuts(self.folder, self.cuts)
         cut = self.cut_texts(self.cuts)
         return {"cut": cut}, f", {count(len(cut), 'text')} cut" if cut else ""

@@ -95,8 +95,12 @@ class Encoding(abc.ABC):
     def facts(self) -> dict[str, Any]:
         """Returns what the report says of the dataset."""
 
-    def ending(self) -> tuple[dict[str, Any], str]:
-        """Returns what the report, and the summary line behind its counts, say once the rows are made."""
+    def show(self) -> None:
+        """Shows in a dry run what there is to see beside the forecast."""
+        return
+
+    def ending(self, counts: FillCounts) -> tuple[dict[str, Any], str]:
+        """Does what is left once the rows are made; returns what report and summary line say behind the counts."""
         return {}, ""
 
     def check(self, counts: FillCounts) -> None:
@@ -133,6 +137,7 @@ def run(
     if params.dry_run:
         encoding = prepare(params)
         _tell_version_change(encoding)
+        encoding.show()
         say(f"{stage}, dry run: {_forecast(encoding)}")
         return
     with StageReport(stage, path=Path(f"{out}.report.json"), inputs=inputs) as report:
@@ -144,7 +149,7 @@ def run(
         facts = encoding.facts()
         report.update(**facts)
         counts = _fill(encoding, params, prepare, report)
-        found, remark = encoding.ending()
+        found, remark = encoding.ending(counts)
         report.update(**found)
         report.summary = counts.summary() + remark
         encoding.check(counts)

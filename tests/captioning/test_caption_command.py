@@ -2,9 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 from PIL import Image
+from support.command_line import report_of, sd3pipe
+from support.tiny_captioners import blip
 
 from sd3pipe.cache.verify import verify_cache
 from sd3pipe.cli import run as run_command
@@ -12,7 +17,6 @@ from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.scan import scan, source_files
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
-from tests.support.tiny_captioners import blip
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +159,36 @@ def test_what_cannot_be_is_refused_in_one_line(caption, folder, options, code, p
     _, printed = caption(*options, code=code)
     assert problem in printed.err
     assert set(texts(folder)) == {"0"}
+
+
+def test_a_call_with_nothing_to_do_imports_no_torch(folder, caption, captioner):
+    caption()
+    words = ["caption", "--images", "pictures", "--captioner", str(captioner), "--out", "caches/captions"]
+    words += ["--captioner-dtype", "float32", "--max-new-tokens", "8"]
+    program = (
+        f"import sys; from sd3pipe.cli import run; code = run({words!r}); "
+        "sys.exit(code or any(name in sys.modules for name in ('torch', 'transformers', 'onnxruntime')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "nothing to do" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_a_kill_loses_at_most_a_segment(folder, captioner):
+    for number in range(60):
+        Image.effect_noise((33, 33), 40 + number).convert("RGB").save(folder / "pictures" / f"more-{number}.png")
+    words = ["caption", "--images", "pictures", "--captioner", captioner, "--out", "caches/captions", "--device", "cpu"]
+    words += ["--captioner-dtype", "float32", "--max-new-tokens", 8, "--captioner-batch-size", 1]
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "sd3pipe", *map(str, words)], cwd=folder, stderr=subprocess.DEVNULL
+    )
+    segments = folder / "caches" / "captions" / "segments"
+    while killed.poll() is None and len(list(segments.glob("*.safetensors"))) < 15:
+        time.sleep(0.002)
+    killed.kill()
+    killed.wait()
+    there = len(list(segments.glob("*.safetensors")))
+    sd3pipe(*words, cwd=folder)
+    report = report_of(folder / "caches" / "captions")
+    assert report["reused"] >= there >= 15 and report["captioned"] + report["reused"] == 63
+    assert report["written"] == 63 and texts(folder)["0"] == "a person's words"

@@ -5,12 +5,12 @@ import json
 
 import numpy as np
 import pytest
+from support import tiny_captioners
 
 from sd3pipe.captioning.captioner import find_captioner
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.rules.captioning import GenerationRules
-from tests.support import tiny_captioners
 
 RULES = GenerationRules(captioner_dtype="float32", max_new_tokens=6)
 needs_onnx = pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed")
