@@ -67,11 +67,14 @@ def start_apart(arguments: Sequence[str], *, folder: Path, log: Path) -> Apart:
 
 
 def ask_to_stop(mark: str) -> bool:
-    """Asks the process of a mark to stop, as Ctrl-C does; returns whether it lives here."""
+    """Asks the process of a mark to stop, as Ctrl-C does; returns whether it lives here.
+
+    By SIGTERM: what a shell starts in the background is started to ignore Ctrl-C, and so is what that starts.
+    """
     pid = living_pid(mark)
     if pid is not None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGINT)
+            os.kill(pid, signal.SIGTERM)
     return pid is not None
 
 

@@ -194,6 +194,7 @@ function pictures() {
     $("div", dialog).innerHTML = answer.html;
     $("#apply").disabled = !answer.count;
     dialog.showModal();
+    dialog.scrollTop = 0;
   });
   $("#apply").addEventListener("click", async () => {
     const answer = await send(project() + "/pictures/tags", { ...wanted, apply: true });

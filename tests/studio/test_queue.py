@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sd3pipe.errors import InputError
-from sd3pipe.living import process_mark
+from sd3pipe.living import is_alive, process_mark
 from sd3pipe.studio import queue as queue_module
 from sd3pipe.studio.queue import Queue
 from sd3pipe.studio.worker import work_off
@@ -137,6 +137,27 @@ def test_many_writers_lose_no_job(queue, tmp_path):
     writers = [subprocess.Popen([sys.executable, "-c", script, queue.folder, str(n)]) for n in range(3)]
     assert all(writer.wait() == 0 for writer in writers)
     assert len(queue.jobs()) == 15
+
+
+def test_a_job_outlives_its_worker_and_the_next_one_waits_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(queue_module.Queue, "work", lambda self: None)
+    queue = Queue(tmp_path / "sd3pipe")
+    first = add(queue, tmp_path, "first", ["studio", "--port", "0", "--no-open"])  # goes on until it is stopped
+    add(queue, tmp_path, "second")
+    command = [sys.executable, "-m", "sd3pipe", "studio", "--queue-only"]
+    env = {**os.environ, "XDG_STATE_HOME": str(tmp_path)}
+    worker = subprocess.Popen(command, env=env)
+    while "studio: http" not in Path(first.log).read_text() if Path(first.log).exists() else True:
+        time.sleep(0.05)
+    worker.kill()
+    worker.wait()
+    mark = queue.jobs()[0].mark
+    following = subprocess.Popen(command, env=env)
+    time.sleep(1.5)
+    assert is_alive(mark) and [job.state for job in queue.jobs()] == ["running", "waiting"]
+    queue.stop(first.id)
+    assert following.wait(60) == 0
+    assert [job.state for job in queue.jobs()] == ["stopped", "done"] and not is_alive(mark)
 
 
 @pytest.mark.slow
