@@ -142,7 +142,9 @@ def test_many_writers_lose_no_job(queue, tmp_path):
 def test_a_job_outlives_its_worker_and_the_next_one_waits_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr(queue_module.Queue, "work", lambda self: None)
     queue = Queue(tmp_path / "sd3pipe")
-    first = add(queue, tmp_path, "first", ["studio", "--port", "0", "--no-open"])  # goes on until it is stopped
+    first = add(
+        queue, tmp_path, "first", ["studio", "--port", "0", "--no-open", "--read-only"]
+    )  # goes on until it is stopped
     add(queue, tmp_path, "second")
     command = [sys.executable, "-m", "sd3pipe", "studio", "--queue-only"]
     env = {**os.environ, "XDG_STATE_HOME": str(tmp_path)}
