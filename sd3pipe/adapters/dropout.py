@@ -50,10 +50,11 @@ def uniform(keys_B: Tensor, stream: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Returns fp32 numbers in [0, 1) of `shape` [B, ...]; row b depends on keys_B[b], `stream` and the place in it.
 
     `stream`, an int64 scalar, separates the layers and the kinds of dropout that share a sample's key. It is a tensor,
-    and the arithmetic one opaque operator, so that compiled layers share their graphs and get the bits of others.
+    and to the compiler the arithmetic is one opaque operator, so that compiled layers share their graphs and get the
+    bits of others. Where nothing is compiled the operator would only import the compiler.
     """
     assert shape[0] == keys_B.shape[0], f"{keys_B.shape[0]} dropout keys for a batch of {shape[0]}"
-    return _uniform(keys_B, stream, shape)
+    return (_opaque if torch.compiler.is_compiling() else _uniform)(keys_B, stream, shape)
 
 
 def as_int64(number: int) -> int:
@@ -62,7 +63,6 @@ def as_int64(number: int) -> int:
     return number - (1 << 64) if number >= 1 << 63 else number
 
 
-@torch.library.custom_op("sd3pipe::uniform", mutates_args=())
 def _uniform(keys_B: Tensor, stream: Tensor, shape: Sequence[int]) -> Tensor:
     per_sample = math.prod(shape[1:])
     states_B = _mix(keys_B.to(torch.int64) + stream * as_int64(_GOLDEN))
@@ -72,7 +72,10 @@ def _uniform(keys_B: Tensor, stream: Tensor, shape: Sequence[int]) -> Tensor:
     return numbers_BN.view(*shape)
 
 
-@_uniform.register_fake
+_opaque = torch.library.custom_op("sd3pipe::uniform", _uniform, mutates_args=())
+
+
+@_opaque.register_fake
 def _(keys_B: Tensor, stream: Tensor, shape: Sequence[int]) -> Tensor:
     return keys_B.new_empty(shape, dtype=torch.float32)
 
