@@ -41,6 +41,7 @@ LatentMode = Literal["moments", "mean"]
 Padding = Literal["keep", "zero"]
 AutoOnOff = Literal["auto", "on", "off"]
 AdapterForm = Literal["comfyui", "comfyui-generic", "diffusers"]
+MetadataAmount = Literal["full", "public", "none"]
 Tracker = Literal["tensorboard", "wandb"]  # each is the name of its package, too
 Trackers = Literal[Tracker, "all"]
 Engine = Literal["local", "ray"]

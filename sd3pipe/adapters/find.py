@@ -45,6 +45,25 @@ def _files_in(folder: Path) -> str:
     return f"; name one of its files, such as {folder / names[0]}" if names else ""
 
 
+def run_of(adapter: Path) -> Path | None:
+    """Returns the run whose result or checkpoint an adapter file is, None for a file elsewhere."""
+    folder = adapter.absolute().parent
+    if folder.name == "final":
+        return folder.parent
+    is_checkpoint = _STEP.fullmatch(folder.name) and folder.parent.name == "checkpoints"
+    return folder.parent.parent if is_checkpoint else None
+
+
+def samples_of(run: Path) -> dict[int, list[Path]]:
+    """Returns the pictures that a run drew, by step and in the order of its prompts; steps without any are left out."""
+    found = {
+        int(match[1]): sorted(file for file in folder.glob("*.png") if file.is_file())
+        for folder in run.glob("samples/step-*")
+        if (match := _STEP.fullmatch(folder.name))
+    }
+    return {step: files for step, files in sorted(found.items()) if files}
+
+
 def checkpoint_adapters(run: Path) -> dict[int, Path]:
     """Returns the adapters in a run's checkpoints by step, in order."""
     found: dict[int, Path] = {}

@@ -34,7 +34,7 @@ _PICTURE_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF
 _LARGEST_THUMBNAIL = 1 << 20
 
 # Options that sd-scripts writes as ss_NAME, under the same name.
-_KOHYA_OPTIONS = (
+KOHYA_OPTIONS = (
     "learning_rate", "lr_scheduler", "lr_warmup_steps", "max_train_steps", "seed", "mixed_precision", "max_grad_norm",
     "gradient_checkpointing", "gradient_accumulation_steps", "weighting_scheme", "logit_mean", "logit_std",
     "mode_scale", "loss_type", "huber_schedule", "huber_c", "huber_scale", "scale_weight_norms", "prior_loss_weight",
@@ -61,7 +61,7 @@ def training_metadata(
     `options` are the options of train, and of the encoding of text, by name, `resolution` is (width, height) of the
     largest bucket, `provenance` what `provenance` returns, `dataset` what sd-scripts says of pictures, by its names.
     """
-    kohya: dict[str, object] = {name: options[name] for name in _KOHYA_OPTIONS if options.get(name) is not None}
+    kohya: dict[str, object] = {name: options[name] for name in KOHYA_OPTIONS if options.get(name) is not None}
     kohya |= {
         "network_module": KINDS[spec.algorithm].network_module,
         "network_dim": spec.rank,
@@ -105,6 +105,12 @@ def model_keys(variant: str) -> dict[str, str]:
     }
     date = source_date()
     return keys | ({"modelspec.date": date} if date else {})
+
+
+def described_variant(metadata: Mapping[str, str]) -> str | None:
+    """Returns the model that a file says it is made for, None where it does not say."""
+    said = metadata.get("modelspec.architecture", "").partition("/")[0]
+    return next((variant for variant, name in _ARCHITECTURES.items() if name == said), None)
 
 
 def provenance(

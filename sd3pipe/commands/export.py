@@ -1,6 +1,7 @@
 """`sd3pipe export`: an adapter in the form of another program, or the base model with the adapter in it."""
 
 import logging
+import re
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from sd3pipe import stopping
 from sd3pipe.adapters.files import AdapterFile, SavedAdapter, read_adapter, save_adapter
 from sd3pipe.adapters.find import checkpoint_adapters, find_adapter
 from sd3pipe.adapters.keymap import is_text_encoder
-from sd3pipe.console import StageReport, count, readable_bytes
+from sd3pipe.console import StageReport, count, readable_bytes, say
 from sd3pipe.device import choose_device
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.exporting.adapter_files import (
@@ -21,10 +22,14 @@ from sd3pipe.exporting.adapter_files import (
 )
 from sd3pipe.exporting.base_weights import find_base, for_form
 from sd3pipe.exporting.checkpoints import MergedModel, write_checkpoint
+from sd3pipe.exporting.hub_card import card_text
+from sd3pipe.exporting.hub_folder import CARD, WEIGHTS, Samples, samples_for, write_card, write_pictures
+from sd3pipe.exporting.published import published
 from sd3pipe.exporting.suggested import suggested
-from sd3pipe.exporting.up_to_date import is_up_to_date, made_from
-from sd3pipe.fingerprint import hash_file
+from sd3pipe.exporting.up_to_date import hash_output, is_up_to_date, made_from
+from sd3pipe.models.hub import is_hub_id
 from sd3pipe.params.export import ExportParams
+from sd3pipe.shell import no_option, shell_line
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +54,20 @@ def main(params: ExportParams) -> None:
             report.update(**_merged_report(merged))
             report.summary = _merged_summary(merged)
             return
-        identity = made_from(params, adapter)
+        samples = samples_for(adapter) if params.format == "hub" else Samples()
+        identity = made_from(params, adapter, samples.files)
         if is_up_to_date(report.path, params.out, identity):
             report.keep()
             report.summary = f"nothing to do: {params.out} is what this would write"
-            return
-        saved_file = _export(_read(adapter), params.out, params)
-        report.update(**as_report(saved_file), made_from=identity, output=hash_file(params.out))
-        report.summary = as_summary(saved_file)
+        elif params.format == "hub":
+            report.update(**_export_to_hub(_read(adapter), samples, params, report), made_from=identity)
+        else:
+            saved_file = _export(_read(adapter), params.out, params)
+            report.update(**as_report(saved_file), made_from=identity, output=hash_output(params.out))
+            report.summary = as_summary(saved_file)
+    if params.format == "hub":
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", params.out.resolve().name).strip("-.") or "lora"
+        say(f"to upload it: {shell_line(['hf', 'upload', f'YOUR-NAME/{name}', no_option(str(params.out))])}")
 
 
 def _refuse_what_would_be_ignored(params: ExportParams) -> None:
@@ -69,6 +80,9 @@ def _refuse_what_would_be_ignored(params: ExportParams) -> None:
             f"{params.multiplier:g}` writes an adapter of another strength"
         )
 
+    if params.format == "hub" and (params.out.is_file() or params.out.suffix == ".safetensors"):
+        raise ParameterError(f"--out {params.out}: --format hub writes a folder: name one, such as {params.out.stem}")
+
 
 def _read(path: Path) -> AdapterFile:
     log.info("export: %s", path)
@@ -76,7 +90,7 @@ def _read(path: Path) -> AdapterFile:
 
 
 def _export(source: AdapterFile, out: Path, params: ExportParams) -> SavedAdapter:
-    assert params.format != "checkpoint"
+    assert params.format not in ("checkpoint", "hub")
     if out.is_dir():
         raise ParameterError(f"{out}: is a folder: name a file, such as {out / 'my_lora.safetensors'}")
     adapter = for_form(source.adapter, params.format, params.model, params.mmdit)
@@ -85,10 +99,33 @@ def _export(source: AdapterFile, out: Path, params: ExportParams) -> SavedAdapte
     return save_adapter(out, adapter, form=params.format, dtype=params.dtype, metadata=metadata)
 
 
+def _export_to_hub(
+    source: AdapterFile, samples: Samples, params: ExportParams, report: StageReport
+) -> dict[str, object]:
+    """Writes the folder, the card last, and returns what the report says of it."""
+    out = params.out
+    words = params.model_copy(update={"metadata": params.metadata or "public"})
+    metadata = export_metadata(source.metadata, words, "diffusers", source.variants)
+    adapter = for_form(source.adapter, "diffusers", params.model, params.mmdit)
+    refuse_to_replace(out / WEIGHTS, [source.path])
+    saved = save_adapter(out / WEIGHTS, adapter, form="diffusers", dtype=params.dtype, metadata=metadata)
+    report.begin()
+    write_pictures(out, samples.files)
+    hub_id = params.model.partition("@")[0] if params.model and is_hub_id(params.model) else None
+    text = card_text(
+        published(metadata or {}), hub_id=hub_id, weights=WEIGHTS, pictures=samples.shown, drawn_at=samples.step
+    )
+    card = write_card(out, text, report.path)
+    if not samples.files:
+        log.warning("%s has no sample pictures: the card shows none", params.adapter)
+    report.summary = f"{as_summary(saved)}; with {CARD} and {count(len(samples.files), 'picture')}"
+    return {**as_report(saved), "card": card, "pictures": len(samples.files), "output": hash_output(out)}
+
+
 def _export_all(params: ExportParams, report: StageReport) -> list[SavedAdapter]:
     """Writes the adapter of every checkpoint, and the finished one, under names that sort by step."""
-    if params.format == "checkpoint":
-        raise ParameterError("--checkpoints all writes adapters: --format checkpoint makes whole models one at a time")
+    if params.format in ("checkpoint", "hub"):
+        raise ParameterError(f"--checkpoints all writes adapter files: --format {params.format} makes one at a time")
     steps = checkpoint_adapters(params.adapter)
     if not steps:
         raise InputError(f"{params.adapter}: has no checkpoints: --checkpoints all needs a run folder")

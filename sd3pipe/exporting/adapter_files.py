@@ -10,6 +10,7 @@ from sd3pipe.adapters.metadata import PROVENANCE_KEY, model_keys, modelspec, thu
 from sd3pipe.adapters.peft_config import PEFT_CONFIG_KEY
 from sd3pipe.console import count, readable_bytes
 from sd3pipe.errors import ParameterError
+from sd3pipe.exporting.published import published
 from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import ComponentSource
 from sd3pipe.params.export import DescriptionParams, ExportParams
@@ -23,12 +24,17 @@ _OF_THE_SOURCE_FILE = {"format", PEFT_CONFIG_KEY, "sshs_legacy_hash"}.union(
 def export_metadata(
     source: Mapping[str, str], words: DescriptionParams, form: Form, variants: tuple[str, ...]
 ) -> dict[str, str] | None:
-    """Returns the metadata of an exported file: the source's, what follows from the model, the user's words."""
-    if not words.metadata:
+    """Returns the metadata of an exported file: the source's, what follows from the model, the user's words.
+
+    None for a file that says nothing.
+    """
+    if words.metadata == "none":
         return None
     kept = {key: value for key, value in source.items() if key not in _OF_THE_SOURCE_FILE}
     known = modelspec(variants[0], None) if len(variants) == 1 else {}
     keys = known | kept | _description(words)
+    if words.metadata == "public":
+        keys = published(keys) | _description(words)
     if form == "diffusers" and "modelspec.implementation" in keys:
         keys["modelspec.implementation"] = "diffusers"
     return keys
@@ -38,7 +44,7 @@ def checkpoint_metadata(
     source: AdapterFile, base: ComponentSource, model: Path | None, params: ExportParams
 ) -> dict[str, str]:
     """Returns what a model says of the adapter in it; `model` is what the base was found in, None for a file alone."""
-    if not params.metadata:
+    if params.metadata == "none":
         return {}
     file = base.paths[0]
     place = model if model is not None and model.is_dir() else file
@@ -50,8 +56,8 @@ def checkpoint_metadata(
     }
     if place is model:
         keys["modelspec.implementation"] = "diffusers"
-    provenance = {PROVENANCE_KEY: source.metadata[PROVENANCE_KEY]} if PROVENANCE_KEY in source.metadata else {}
-    return keys | provenance | _description(params)
+    keys |= {PROVENANCE_KEY: source.metadata[PROVENANCE_KEY]} if PROVENANCE_KEY in source.metadata else {}
+    return (published(keys) if params.metadata == "public" else keys) | _description(params)
 
 
 def _title(metadata: Mapping[str, str], path: Path) -> str:

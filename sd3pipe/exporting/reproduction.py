@@ -16,7 +16,7 @@ from sd3pipe.params.train import TrainParams
 from sd3pipe.shell import shell_line, shell_word
 from sd3pipe.stages import REQUIRED_KEYS, STAGES_BY_NAME, command_words
 
-_OPTION_SETS: dict[str, type[Params]] = {
+OPTION_SETS: dict[str, type[Params]] = {
     "encode-text": EncodeTextParams,
     "encode-latents": EncodeLatentsParams,
     "train": TrainParams,
@@ -35,9 +35,9 @@ def reproduction(provenance: Provenance, later: Sequence[str] = ()) -> list[str]
     comments.append("made from, by content:")
     comments += [f"  {name:<14} {value}" for name, value in sorted(provenance.fingerprints.items())]
     lines = [f"# {comment}" for comment in comments]
-    for command in _OPTION_SETS:
+    for command in OPTION_SETS:
         options = provenance.parameters.get(command, {})
-        known = _OPTION_SETS[command].model_fields
+        known = OPTION_SETS[command].model_fields
         given = {name: value for name, value in options.items() if name in known and not isinstance(value, Mapping)}
         lines += [f"# {command}: {name} = {json.dumps(value)}" for name, value in _others(options, given)]
         words = shell_line(["sd3pipe", *command_words(STAGES_BY_NAME[command], _PLACES)])

@@ -1,5 +1,6 @@
 """Whether an exported file is what the same export would write again."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,13 +8,14 @@ from pydantic import TypeAdapter
 
 from sd3pipe.console import version
 from sd3pipe.documents import DocumentError, read_json
+from sd3pipe.exporting.hub_folder import hash_folder
 from sd3pipe.fingerprint import hash_file, hash_json
 from sd3pipe.params.export import ExportParams
 
 _ENTERS_NOTHING = {"device", "threads", "out", "adapter", "model", "mmdit", "thumbnail"}  # paths; their content enters
 
 
-def made_from(params: ExportParams, adapter: Path) -> str:
+def made_from(params: ExportParams, adapter: Path, pictures: Iterable[Path] = ()) -> str:
     """Returns the identity of an export of one adapter file: its bytes, the options, and what else is read."""
     options = params.model_dump(mode="json", exclude=_ENTERS_NOTHING)
     thumbnail = hash_file(params.thumbnail) if params.thumbnail and params.thumbnail.is_file() else None
@@ -24,6 +26,7 @@ def made_from(params: ExportParams, adapter: Path) -> str:
             "options": options,
             "thumbnail": thumbnail,
             "bases": bases,
+            "pictures": [hash_file(picture) for picture in pictures],
             "version": version(),
         }
     )
@@ -31,7 +34,7 @@ def made_from(params: ExportParams, adapter: Path) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Recorded:
-    """What an export's report says of its file: what it was made from, and its hash."""
+    """What an export's report says of its file or folder: what it was made from, and its hash."""
 
     made_from: str
     output: str
@@ -41,9 +44,14 @@ def is_up_to_date(report: Path, out: Path, identity: str) -> bool:
     """Returns whether `report` says that `out` was made so, and `out` is still what was written then."""
     try:
         recorded = read_json(report, TypeAdapter(_Recorded))
-        return recorded.made_from == identity and recorded.output == hash_file(out)
+        return recorded.made_from == identity and recorded.output == hash_output(out)
     except (OSError, DocumentError):
         return False
+
+
+def hash_output(out: Path) -> str:
+    """Returns the hash of an exported file, or of what an export wrote into a folder. Raises OSError."""
+    return hash_folder(out) if out.is_dir() else hash_file(out)
 
 
 def _stamp(base: Path) -> list[int] | None:

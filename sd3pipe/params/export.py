@@ -1,23 +1,29 @@
 """Options of `sd3pipe export`, and those that all commands which write adapters share."""
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
 from sd3pipe.params.fields import NewFilePath, OptionPath, Params, group, option
 from sd3pipe.params.stage import StageParams
 from sd3pipe.rules.description import Description
-from sd3pipe.words import AdapterForm, StoredFormat
+from sd3pipe.words import AdapterForm, MetadataAmount, StoredFormat
 
 _PATHS, _FILE, _WORDS = "Paths", "File", "What the file says of itself"
+
+
+def _amount(value: Any) -> Any:
+    """Returns what the switch means that files of projects may hold: `metadata = true` is the default."""
+    return {True: None, False: "none"}[value] if isinstance(value, bool) else value
 
 
 class DescriptionParams(Params):
     """Words for the metadata; what is not given stays as the source has it."""
 
-    metadata: bool = option(
-        True, "Write what the file was made from; without, only what is needed to load it.", panel=_WORDS
-    )
+    metadata: Annotated[MetadataAmount | None, BeforeValidator(_amount)] = option(
+        None, "full: all that the file was made from; public: that without the names of files and folders and without "
+        "captions; none: only what is needed to load it. Default: public for --format hub, else full.", panel=_WORDS,
+    )  # fmt: skip
     description: Description = group(_WORDS)
     thumbnail: OptionPath | None = option(
         None, "Small PNG, JPEG or WebP picture that goes into the file.", role="path", panel=_WORDS, advanced=True
@@ -26,8 +32,10 @@ class DescriptionParams(Params):
     @model_validator(mode="after")
     def _check_words(self) -> Self:
         words = [name for name in DescriptionParams.model_fields if name != "metadata" and getattr(self, name)]
-        if words and not self.metadata:
-            raise ValueError(f"--no-metadata leaves no place for --{words[0].replace('_', '-')}: leave one of them out")
+        if words and self.metadata == "none":
+            raise ValueError(
+                f"--metadata none leaves no place for --{words[0].replace('_', '-')}: leave one of them out"
+            )
         return self
 
 
@@ -36,7 +44,7 @@ class _ExportOptions(Params):
         ..., "Run folder, checkpoint or adapter file.", role="path", panel=_PATHS, paths_key="run"
     )
     out: NewFilePath = option(
-        ..., "File to write; a folder with --checkpoints, and for a base in a folder.",
+        ..., "File to write; a folder with --checkpoints, for --format hub, and for a base in a folder.",
         role="path", panel=_PATHS, paths_key="export", varies_with="format",
     )  # fmt: skip
     model: str | None = option(
@@ -50,10 +58,10 @@ class _ExportOptions(Params):
     mmdit: OptionPath | None = option(
         None, "MMDiT in a file of its own; beats the one in --model.", role="path", panel=_PATHS, advanced=True
     )
-    format: Literal[AdapterForm, "checkpoint"] = option(
+    format: Literal[AdapterForm, "hub", "checkpoint"] = option(
         "comfyui",
-        "comfyui: native keys, which sd-scripts reads too; comfyui-generic; diffusers: peft keys; checkpoint: the base "
-        "model with the adapter in it.",
+        "comfyui: native keys, which sd-scripts reads too; comfyui-generic; diffusers: peft keys; hub: a folder for a "
+        "model hub, with a model card and the run's samples; checkpoint: the base model with the adapter in it.",
         role="recipe",
         panel=_FILE,
     )

@@ -27,6 +27,7 @@ StageModels = Callable[[], Mapping[str, type[Params]]]
 # Keys of our own that stand in older projects.
 _GONE = {"imported": "rows that sd-scripts cached are not taken over any more; remove the key, and all is encoded here"}
 _SUFFIX = ".safetensors"
+_FOLDERS = ("hub",)  # formats of an export that are folders
 
 
 def option_name(field_name: str) -> str:
@@ -190,7 +191,7 @@ def _varied(model: type[Params], name: str, value: str, given: Mapping[str, Any]
     if other not in given or given[other] == in_file.get(other, model.model_fields[other].default):
         return value
     stem, suffix = (value[: -len(_SUFFIX)], _SUFFIX) if value.endswith(_SUFFIX) else (value, "")
-    return f"{stem}-{given[other]}{suffix}"
+    return f"{stem}-{given[other]}{'' if given[other] in _FOLDERS else suffix}"
 
 
 def check_value(field: FieldInfo, value: Any, *, from_text: bool) -> Any:

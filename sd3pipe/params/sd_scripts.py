@@ -402,7 +402,7 @@ _RECORDS = {
     "metadata_trigger_phrase": _acts("str", None, "train"),
     "metadata_usage_hint": _acts("str", None, "train"),
     "metadata_thumbnail": _acts("str", None, "export.thumbnail"),
-    "no_metadata": _acts("flag", False, "export.metadata", metadata=False),
+    "no_metadata": _acts("flag", False, "export.metadata", metadata="none"),
     "metadata_merged_from": _idle("str", "sd3pipe adapter merge records its sources itself"),
     "metadata_preprocessor": _idle("str", "it describes control adapters"),
     "metadata_is_negative_embedding": _idle("str", "it describes embeddings, and this is an adapter"),

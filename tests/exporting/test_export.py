@@ -102,7 +102,7 @@ def test_metadata_is_kept_and_the_users_words_are_added(run, tmp_path):
 
 
 def test_without_metadata_the_file_says_nothing(run, tmp_path):
-    export(run / "checkpoints" / "step-00000020", tmp_path / "out.safetensors", metadata=False)
+    export(run / "checkpoints" / "step-00000020", tmp_path / "out.safetensors", metadata="none")
     assert metadata_of(tmp_path / "out.safetensors") == {"format": "pt"}
 
 
@@ -140,7 +140,7 @@ def test_dora_for_comfyui_gives_its_sum_the_trained_weight(tmp_path):
     save_adapter(tmp_path / "dora.safetensors", dora)
     with pytest.raises(ParameterError, match="pass --model"):
         export(tmp_path / "dora.safetensors", tmp_path / "out.safetensors")
-    export(tmp_path / "dora.safetensors", tmp_path / "out.safetensors", model=str(base), dtype="fp32", metadata=False)
+    export(tmp_path / "dora.safetensors", tmp_path / "out.safetensors", model=str(base), dtype="fp32", metadata="none")
     tensors, model = load_file(tmp_path / "out.safetensors"), load_mmdit(base)
     weights = {path: linear.dense_weight().clone() for path, linear in model.linears()}
     attach_deltas(model, dora)
@@ -197,8 +197,8 @@ def test_large_or_foreign_thumbnails_are_refused(run, tmp_path):
 def test_options_that_would_be_ignored_are_refused(run, tmp_path):
     with pytest.raises(ParameterError, match=r"adapter merge FILE --weights 0\.5"):
         export(run, tmp_path / "a.safetensors", multiplier=0.5)
-    with pytest.raises(ValidationError, match="--no-metadata leaves no place for --metadata-title"):
-        export(run, tmp_path / "a.safetensors", metadata=False, metadata_title="Cat")
+    with pytest.raises(ValidationError, match="--metadata none leaves no place for --metadata-title"):
+        export(run, tmp_path / "a.safetensors", metadata="none", metadata_title="Cat")
 
 
 def test_an_adapter_is_not_exported_over_itself(run):
