@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sd3pipe.child import run_child
-from sd3pipe.console import StageReport
-from sd3pipe.demo.base_files import MODEL
+from sd3pipe.console import StageReport, say
+from sd3pipe.demo.base_files import JUDGE, MODEL
 from sd3pipe.demo.project import PROMPTED, RUN, write_files
 from sd3pipe.documents import holds
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.files import make_folder, write_bytes
+from sd3pipe.judgement import JUDGE_FOLDER, read_judgement
 from sd3pipe.params.demo import DemoParams
 
 PICTURE = "before-and-after.png"
@@ -32,11 +33,21 @@ def main(params: DemoParams) -> None:
         )  # fmt: skip
         figures = _before_and_after(folder, seeds)
         report.update(**figures)
-        report.summary = (
+        say(
             f"the new shape is drawn in {figures['new_after']} of {figures['new_pictures']} pictures "
             f"({figures['new_before']} before), old prompts in {figures['old_after']} of {figures['old_pictures']} "
             f"({figures['old_before']} before): see {folder / PICTURE}"
         )
+        report.summary = _judged(folder, seeds)
+
+
+def _judged(folder: Path, seeds: Sequence[int]) -> str:
+    """Lets the tiny judge model compare the run's checkpoints, and returns the first sentence of what it suggests."""
+    _run(
+        folder, "judge", "--model", str(MODEL), "--judge-model", str(JUDGE), "--adapter", RUN,
+        "--out", f"{RUN}/{JUDGE_FOLDER}", "--seeds", ",".join(map(str, seeds)),
+    )  # fmt: skip
+    return read_judgement(folder / RUN / JUDGE_FOLDER).suggestion.text.split(". ")[0].removesuffix(".")
 
 
 def _write(folder: Path, steps: int) -> None:

@@ -8,14 +8,14 @@ import torch
 from sd3pipe.adapters.find import checkpoint_adapters
 from sd3pipe.cache.folder import machine_folder
 from sd3pipe.cache.reader import CacheReader
-from sd3pipe.console import StageReport, count, readable_seconds
+from sd3pipe.console import StageReport, count, readable_seconds, say
 from sd3pipe.device import choose_device
 from sd3pipe.diffusion.drawing import Cell, draw_cells, made_from, make_cell
 from sd3pipe.diffusion.precision import BASE_DTYPES, resolve_precision
 from sd3pipe.diffusion.prompts import SamplePrompt, read_prompts
 from sd3pipe.diffusion.sampler import DEFAULTS, SamplingSettings
 from sd3pipe.diffusion.sheet import Column, choose_columns
-from sd3pipe.errors import InputError
+from sd3pipe.errors import ParameterError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import make_folder, write_text
 from sd3pipe.judging.judge_model import find_judge_model, fingerprint, reads_text
@@ -82,9 +82,8 @@ def main(params: JudgeParams) -> None:
         write_text(params.out / "judge.html", render(found, params.out))
         report.begin()
         report.update(drawn=drawn, looked_at=looked, pictures=len(cells), suggestion=found.suggestion.text)
-        report.summary = f"{drawn} drawn, {len(cells) - drawn} there, see {file.with_suffix('.html')}\n" + (
-            found.suggestion.text
-        )
+        report.summary = f"{drawn} drawn, {len(cells) - drawn} there, see {file.with_suffix('.html')}"
+    say(found.suggestion.text)
 
 
 def _columns(params: JudgeParams) -> list[Column]:
@@ -123,7 +122,7 @@ def _trigger(params: JudgeParams, prompts: list[SamplePrompt], stamps: FileStamp
     texts = [prompt.prompt for prompt in prompts]
     if params.trigger != "auto":
         if not bears(texts, params.trigger).any():
-            raise InputError(f"--trigger {params.trigger}: no prompt of {params.prompts} has it")
+            raise ParameterError(f"--trigger {params.trigger}: no prompt of {params.prompts} has it")
         return params.trigger
     if params.dataset is None or not params.dataset.is_file():
         log.warning("no dataset file is here to find the trigger in: say --trigger WORD, else drift is not measured")

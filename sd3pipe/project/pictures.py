@@ -125,12 +125,26 @@ def _caption_lines(folder: PictureFolder, trigger: str | None) -> list[str]:
     return lines
 
 
+_ASKED = (  # with what is learnt in its place
+    "{}", "{}, seen from far away", "{}, close up", "{} on a beach at noon", "{} in the snow", "{} at night in a city",
+    "a pencil drawing of {}", "{} on a plain white background",
+)  # fmt: skip
+_NEUTRAL = (
+    "a wooden chair in a garden", "a bowl of oranges on a table", "a street in the rain", "an old man reading a book",
+    "a red car in front of a house", "mountains at sunrise", "a cat asleep on a sofa", "a sailing boat on a lake",
+)  # fmt: skip
+
+
 def prompts_txt(trigger: str | None, resolution: int) -> str:
-    """Returns sample prompts in sd-scripts' form: one with what is learnt, one that should stay as it was."""
+    """Returns sample prompts in sd-scripts' form: eight with what is learnt, eight that should stay as they were.
+
+    `judge` measures likeness on the former and drift on the latter, and one prompt alone would tell little of either.
+    """
     subject = trigger or "a photograph of what the pictures show"
+    prompts = [*(prompt.format(subject) for prompt in _ASKED), *_NEUTRAL]
+    size = f"--w {resolution} --h {resolution}"
     return (
         "# One prompt a line; --w --h size, --d seed, --n negative prompt, --s steps, --l guidance scale.\n"
-        f"{subject} --w {resolution} --h {resolution} --d 1\n"
-        f"{subject}, seen from far away --w {resolution} --h {resolution} --d 2\n"
-        f"a wooden chair in a garden --w {resolution} --h {resolution} --d 3\n"
+        "# Eight with what is learnt, then eight that training should leave as they are; fewer take less time.\n"
+        + "".join(f"{prompt} {size} --d {seed}\n" for seed, prompt in enumerate(prompts, 1))
     )

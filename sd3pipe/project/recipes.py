@@ -43,10 +43,12 @@ _BY_VARIANT: Mapping[Variant, Recipe] = {
 _BY_GOAL: Mapping[Goal, Recipe] = {
     "subject": {},
     "style": {
-        "max_train_steps": Advice(value=4000, source="The upper end of ai-toolkit's range: a style has many sides.")
+        "goal": Advice(value="style", source="CLIP and DINO hardly see styles, so judge suggests nothing."),
+        "max_train_steps": Advice(value=4000, source="The upper end of ai-toolkit's range: a style has many sides."),
     },
     "concepts": {
-        "adapter_type": Advice(value="loha", source="Several concepts bleed less with LoHa (sd-scripts issue 1802).")
+        "goal": Advice(value="concepts", source="As init was told."),
+        "adapter_type": Advice(value="loha", source="Several concepts bleed less with LoHa (sd-scripts issue 1802)."),
     },
 }
 

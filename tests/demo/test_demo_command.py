@@ -15,6 +15,7 @@ from support.demo_pictures import FIELDS, accuracy, draw_latents, encode_subject
 from sd3pipe.demo.base_files import MODEL, TOKENIZERS
 from sd3pipe.demo.drawings import NEW_WORD, Subject
 from sd3pipe.demo.project import LEARNT, RUN
+from sd3pipe.judgement import read_judgement
 from sd3pipe.models.vae import to_model_space
 
 PICTURE = "before-and-after.png"
@@ -34,6 +35,8 @@ def test_demo_runs_all_stages_and_leaves_a_lora_and_a_picture(tmp_path):
     assert Image.open(folder / PICTURE).width > 64
     buckets = json.loads((folder / "caches/latents.report.json").read_text(encoding="utf-8"))["buckets"]
     assert len(buckets) >= 3
+    judgement = read_judgement(folder / RUN / "judge")
+    assert [scores.checkpoint for scores in judgement.scores] == [1, 2] and judgement.trigger == NEW_WORD
 
 
 def test_demo_does_not_overwrite_what_is_not_its_own(tmp_path):

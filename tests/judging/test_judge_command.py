@@ -16,7 +16,7 @@ from sd3pipe.adapters.files import save_adapter
 from sd3pipe.adapters.network import attach
 from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.commands import encode_text, export, judge, report, sample
-from sd3pipe.errors import InputError
+from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.fingerprint import hash_file
 from sd3pipe.judgement import SCORES, Suggestion, read_judgement
 from sd3pipe.models.checkpoint import load_mmdit
@@ -158,7 +158,7 @@ def test_of_a_style_nothing_is_suggested(made, judged, tmp_path):
 
 
 def test_a_trigger_that_no_prompt_has_is_refused(made, tmp_path):
-    with pytest.raises(InputError, match="no prompt of"):
+    with pytest.raises(ParameterError, match="no prompt of"):
         judge.main(params(made, tmp_path / "out", trigger="wombat"))
 
 
