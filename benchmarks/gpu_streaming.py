@@ -7,7 +7,11 @@
 SD3.5-medium and SD3.5-large at their real sizes with random weights; a rank-16 LoRA on every layer of the blocks; T =
 333 text tokens; forward and backward. For none, half and all of the blocks, as bf16, fp8 and nf4: seconds per step,
 peak device memory, bytes copied, the share of copy time that is hidden, TFLOP/s reached, and the ratio to the computed
-floor: max(compute, copy) of both passes, computing at the rate of the step whose blocks are all resident.
+floor: max(compute, copy) of both passes, computing at the rate of the step whose blocks are all resident; and the
+roofline: the same at the rate of one large matrix product. --kept says what blocks keep for the backward pass, --matmul
+in which 8-bit format products are taken. --peer CHECKOUT measures, beside ours, a peer's own offloading classes with
+the same blocks, unchanged, from a checkout of sd-scripts or musubi-tuner (its exchange, and its one-way form); peers
+are not compiled, since they hook each block. --case measures the one case that it describes, for benchmarks/card.py.
 Configurations that do not fit, lack a library or come after --minutes are listed as such. Prints each line as it is
 measured, and writes all as JSON to benchmarks/results/. Needs torch, and bitsandbytes for nf4.
 """
@@ -21,8 +25,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
+from peers import PeerError, PeerRunner, offloading_classes
 from torch import nn
 
 from sd3pipe.adapters.dropout import DropoutKeys, DropoutRates
@@ -30,15 +36,16 @@ from sd3pipe.adapters.kind import LayerSetup
 from sd3pipe.adapters.lora import LoRA
 from sd3pipe.device_memory import peak_device_bytes
 from sd3pipe.errors import ParameterError
+from sd3pipe.memory.packings import block_packing
 from sd3pipe.memory.plan import Rates, Settings, Workload, predict
-from sd3pipe.memory.quantise import quantise
+from sd3pipe.memory.quantise import quantise_as
 from sd3pipe.memory.sizes import ModelSize, image_tokens, model_size
 from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.training.compiling import compile_blocks
 from sd3pipe.training.rates import COPY_BYTES, copy_seconds, measure_rates
-from sd3pipe.words import BaseFormat
+from sd3pipe.words import BaseFormat, KeptActivations, MatmulFormat
 
 ARCHITECTURES = {
     "sd35-medium": MMDiTArchitecture(depth=24, pos_embed_max=384, qk_norm=True, dual_attention_blocks=tuple(range(13))),
@@ -61,6 +68,9 @@ class Case:
     base_format: BaseFormat
     blocks_to_swap: int
     compiled: bool = False
+    kept: KeptActivations = "none"
+    matmul_dtype: MatmulFormat | None = None
+    peer: str | None = None  # checkout:class
     pixels: int = 0
     batch: int = 0
     text_tokens: int = TEXT_TOKENS
@@ -86,6 +96,10 @@ def main() -> None:
     parser.add_argument("--pixels", nargs="+", type=int, default=[1024, 512])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--compile", action="store_true", help="let torch compile the blocks")
+    parser.add_argument("--kept", choices=get_args(KeptActivations), default="none")
+    parser.add_argument("--matmul", choices=get_args(MatmulFormat), help="take the products of dense bases in 8 bits")
+    parser.add_argument("--peer", type=Path, help="a checkout of sd-scripts or musubi-tuner")
+    parser.add_argument("--case", type=json.loads, help="the fields of one case, as JSON")
     parser.add_argument("--minutes", type=float, default=9.0, help="measure nothing more after this time")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--device", default="cuda")
@@ -99,24 +113,38 @@ def main() -> None:
     if arguments.tiny:
         ARCHITECTURES.update(TINY)
         arguments.pixels = [64]
+    if arguments.case is not None:
+        case = Case(**arguments.case)
+        (line,) = _measure(case, [case.pixels], [case.batch], device, clock, {})
+        print(json.dumps(line))
+        return
     lines: list[dict] = []
     for name in arguments.models:
         rates: dict[Case, Rates] = {}
-        for build in _builds(name, arguments.formats):
-            build = replace(build, compiled=arguments.compile)
+        for build in _builds(name, arguments.formats, arguments.peer):
+            if build.peer is None:
+                build = replace(build, compiled=arguments.compile, kept=arguments.kept)
+                build = replace(build, matmul_dtype=arguments.matmul if build.base_format == "dense" else None)
             build = replace(build, text_tokens=TINY_TEXT_TOKENS) if arguments.tiny else build
             lines += _measure(build, arguments.pixels, arguments.batches, device, clock, rates)
     _write(arguments.results, lines, device, compiled=arguments.compile)
 
 
-def _builds(name: str, formats: list[BaseFormat]) -> list[Case]:
-    """Returns what to build: of each format the resident model first, which gives the rate of computing."""
+def _builds(name: str, formats: list[BaseFormat], peer: Path | None) -> list[Case]:
+    """Returns what to build: of each format the resident model first, which gives the rate of computing; then peers."""
     depth = ARCHITECTURES[name].depth
-    return [
+    ours = [
         Case(model=name, base_format=base_format, blocks_to_swap=count)
         for base_format in formats
         for count in (0, depth, depth // 2)
     ]
+    classes = [] if peer is None else offloading_classes(peer)
+    theirs = [
+        Case(model=name, base_format="dense", blocks_to_swap=count, peer=f"{peer}:{class_name}")
+        for class_name in classes
+        for count in (depth // 2, depth - 2)  # an exchange needs two blocks that stay
+    ]
+    return ours + theirs
 
 
 def _measure(
@@ -134,7 +162,7 @@ def _measure(
         mmdit, runner = _built(build, device)
     except torch.OutOfMemoryError:
         return [_told(case, {"left_out": "does not fit"}) for case in cases]
-    except ParameterError as error:  # bitsandbytes is missing
+    except (ParameterError, PeerError) as error:  # bitsandbytes is missing; the peer is another version
         return [_told(case, {"left_out": str(error)}) for case in cases]
     adapters = _attached(mmdit, device)
     lines = []
@@ -178,11 +206,12 @@ def _attached(mmdit: MMDiT, device: torch.device) -> nn.ModuleList:
     return layers
 
 
-def _built(case: Case, device: torch.device) -> tuple[MMDiT, BlockStreamer]:
+def _built(case: Case, device: torch.device) -> tuple[MMDiT, "BlockStreamer | PeerRunner"]:
     """Returns a model with random weights, built block by block, and what runs its blocks."""
     architecture = ARCHITECTURES[case.model]
     mmdit = MMDiT(architecture, device="meta", dtype=DTYPE).eval()
-    mmdit.keep_activations(["none"] * mmdit.architecture.depth)
+    mmdit.keep_activations([case.kept] * architecture.depth)
+    packing = block_packing(_settings(case), device)
     for name, child in mmdit.named_children():
         if name != "joint_blocks":
             _randomise(child, device)
@@ -191,11 +220,16 @@ def _built(case: Case, device: torch.device) -> tuple[MMDiT, BlockStreamer]:
     def fill(index: int) -> None:
         block = mmdit.joint_blocks[index]
         _randomise(block, device)
-        if case.base_format != "dense":
-            quantise(block, case.base_format)
+        if packing is not None:
+            quantise_as(block, packing)
 
     if case.compiled:
         compile_blocks(mmdit)
+    if case.peer is not None:
+        for index in range(architecture.depth):
+            fill(index)
+        checkout, _, class_name = case.peer.rpartition(":")
+        return mmdit, PeerRunner(mmdit, Path(checkout), class_name, blocks_to_swap=case.blocks_to_swap, device=device)
     return mmdit, BlockStreamer(mmdit, blocks_to_swap=case.blocks_to_swap, device=device, fill=fill)
 
 
@@ -208,7 +242,7 @@ def _randomise(module: nn.Module, device: torch.device) -> None:
 def _measured(
     case: Case,
     mmdit: MMDiT,
-    runner: BlockStreamer,
+    runner: "BlockStreamer | PeerRunner",
     adapters: nn.Module,
     device: torch.device,
     rates: dict[Case, Rates],
@@ -222,9 +256,7 @@ def _measured(
     }
 
     def step() -> None:
-        with torch.autocast(device.type, dtype=DTYPE):
-            loss = mmdit(**inputs).float().square().mean()
-        loss.backward()
+        mmdit(**inputs).float().square().mean().backward()  # without autocast, as train does it
         adapters.zero_grad(set_to_none=True)
 
     work = Workload(
@@ -249,7 +281,7 @@ def _measured(
     peak = peak_device_bytes(device)
     size = model_size(ARCHITECTURES[case.model].shapes())
     tokens = (work.batch, work.image_tokens, work.text_tokens)
-    operations = size.forward_flop(*tokens) + size.backward_flop(*tokens, kept=["none"] * size.depth)
+    operations = size.forward_flop(*tokens) + size.backward_flop(*tokens, kept=[case.kept] * size.depth)
     kind = replace(case, blocks_to_swap=0)
     if case == kind:
         rates[kind] = Rates(flop_per_second=operations / seconds, copy_bytes_per_second=_copy_rate(device))
@@ -295,8 +327,8 @@ def _figures(
     peak: int,
     matmul_rate: float,
 ) -> dict:
-    settings = Settings(blocks_to_swap=case.blocks_to_swap, base_format=case.base_format)
-    prediction = predict(size, work, settings, rates)
+    prediction = predict(size, work, _settings(case), rates)
+    roofline = predict(size, work, _settings(case), replace(rates, flop_per_second=matmul_rate)).seconds or 0.0
     compute, floor = prediction.compute_seconds or 0.0, prediction.seconds or 0.0
     copy_seconds = copied / rates.copy_bytes_per_second
     return {
@@ -312,6 +344,8 @@ def _figures(
         "hidden_share": None if not copied else min(1.0, max(0.0, 1 - (seconds - compute) / copy_seconds)),
         "floor_seconds": floor,
         "over_floor": seconds / floor,
+        "roofline_seconds": roofline,
+        "over_roofline": seconds / roofline,
     }
 
 
@@ -334,9 +368,21 @@ def _matmul_rate(device: torch.device) -> float:
     return 2 * side**3 * STEPS / _timed(product, STEPS, device)
 
 
+def _settings(case: Case) -> Settings:
+    depth = ARCHITECTURES[case.model].depth
+    return Settings(
+        blocks_to_swap=case.blocks_to_swap,
+        base_format=case.matmul_dtype or case.base_format,
+        matmul_dtype=case.matmul_dtype,
+        all_kept_blocks=depth if case.kept == "all" else 0,
+        attention_kept_blocks=depth if case.kept == "attention" else 0,
+    )
+
+
 def _as_text(line: dict) -> str:
-    way = "compiled" if line["compiled"] else "eager"
-    name = f"{line['model']} {line['base_format']:<5} {way:<8} N={line['blocks_to_swap']:<2} "
+    way = line["peer"].rpartition(":")[2] if line["peer"] else "compiled" if line["compiled"] else "eager"
+    base = f"{line['matmul_dtype']} products" if line["matmul_dtype"] else line["base_format"]
+    name = f"{line['model']} {base:<5} {way:<8} kept={line['kept']:<9} N={line['blocks_to_swap']:<2} "
     name += f"{line['pixels']:>4} px B={line['batch']}"
     if "left_out" in line:
         return f"{name}  {line['left_out']}"

@@ -25,6 +25,7 @@ from sd3pipe.params.train import TrainParams, duration_seconds
 from sd3pipe.rules.memory import NumericsRules
 from sd3pipe.training.belonging import misfits
 from sd3pipe.training.checkpoints import set_aside_later
+from sd3pipe.training.compiling import compilations
 from sd3pipe.training.data_summary import data_summary, encode_summary
 from sd3pipe.training.identity import RunInputs, resolve_inputs, run_identity
 from sd3pipe.training.loop import Loop
@@ -215,6 +216,7 @@ def _figures(loop: Loop, memory: MemoryPlan, processes: Processes, steps_before:
         "peak_device_bytes": peak,
         "phases": {name: round(value, 3) for name, value in loop.seconds_by_phase.items()},
         "streamed_bytes": loop.streamer.copied_bytes,
+        "compilations": compilations(),
     }
 
 

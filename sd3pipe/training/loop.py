@@ -20,6 +20,7 @@ from sd3pipe.training.processes import Processes
 from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.records import Records
 from sd3pipe.training.saving import Saver
+from sd3pipe.training.spilling import SpillWatch
 from sd3pipe.training.step_runner import StepResult, StepRunner
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Loop:
     sample: Callback | None
     processes: Processes
     streamer: BlockStreamer
+    spilling: SpillWatch
     seconds_per_step: list[float] = field(default_factory=list)
     seconds_by_phase: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     copied_per_step: list[int] = field(default_factory=list)  # bytes of streamed blocks
@@ -94,6 +96,7 @@ class Loop:
         state, epochs_before = self.progressed, self.progressed.epochs_done
         state.passed(step.plan, result.loss)
         self.seconds_per_step.append(seconds)
+        self.spilling.see(seconds)
         self.seconds_by_phase["steps"] += seconds
         if self.records:
             self.records.write(

@@ -42,6 +42,7 @@ from sd3pipe.training.records import Records
 from sd3pipe.training.run_folder import RunFolder, Start
 from sd3pipe.training.saving import Saver, loras_file
 from sd3pipe.training.schedules import make_schedule
+from sd3pipe.training.spilling import SpillWatch, device_is_full
 from sd3pipe.training.step_runner import StepRunner
 from sd3pipe.training.step_samples import check_prompts, make_sampler
 from sd3pipe.training.trackers import start_trackers
@@ -167,13 +168,15 @@ def build_loop(run: Run, memory: MemoryPlan) -> Loop:
         sample=make_sampler(params, folder, model, processes.device, run.inputs.precision) if records else None,
         processes=processes,
         streamer=model.streamer,
+        spilling=SpillWatch(functools.partial(device_is_full, processes.device)),
     )
 
 
 def _model(run: Run, settings: Settings) -> TrainedModel:
     params, device, precision = run.params, run.processes.device, run.inputs.precision
     mmdit, streamer = load_base(run.source, dtype=BASE_DTYPES[precision], device=device, settings=settings)
-    compile_as_wanted(mmdit, params.numerics, device, run.inputs.total_steps)
+    sizes = len(set(run.data.resolutions))
+    compile_as_wanted(mmdit, params.numerics, device, run.inputs.total_steps, sizes)
     if params.positions.enable_scaled_pos_embed:
         mmdit.scaled_positions = ScaledPositions(run.data.resolutions, mmdit.architecture.width)
     base_weights = run.inputs.base_weights

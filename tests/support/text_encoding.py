@@ -43,6 +43,7 @@ def encode(
     *,
     batch_rows: int = 3,
     stream_t5: bool = False,
+    device: str = "cpu",
     pack_t5: Callable[[nn.Module], None] | None = None,
 ) -> list[Row]:
     """Returns the rows of texts."""
@@ -55,7 +56,7 @@ def encode(
         clip_length=architecture.clip_l.positions,
         recipe=recipe,
     )
-    machine = EncodingMachine(device=torch.device("cpu"), batch_rows=batch_rows, stream_t5=stream_t5, scratch=scratch)
+    machine = EncodingMachine(device=torch.device(device), batch_rows=batch_rows, stream_t5=stream_t5, scratch=scratch)
     sources = {name: find_component(name, model=base.model, file=getattr(base, name)) for name in ENCODERS}
     with mock.patch("sd3pipe.models.text_rows.progress", silent):
         return list(encode_rows(tokens, sources=sources, recipe=recipe, machine=machine, pack_t5=pack_t5))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.tiny_mmdit import random_inputs, tiny_mmdit
 
-from sd3pipe.training.compiling import PAYS_FROM_STEPS, compile_blocks, compiling_pays
+from sd3pipe.training.compiling import PAYS_FROM_STEPS, compilations, compile_blocks, compiling_pays
 
 CUDA = torch.device("cuda")
 
@@ -42,3 +42,24 @@ def test_what_cannot_be_compiled_runs_as_it_is_unless_compiling_was_asked_for():
         else:
             with pytest.raises(Exception, match="no such kernel"):
                 model(**inputs)
+
+
+@pytest.mark.parametrize("sizes", [1, 3])
+def test_no_size_of_picture_after_the_second_is_compiled_anew(sizes):
+    graphs = []
+
+    def count(graph, _examples):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = tiny_mmdit("sd35-large")
+    compile_blocks(model, backend=count, sizes=sizes)
+    counts, compiled_before = [], compilations()
+    for side in (8, 12, 16):
+        with torch.no_grad():
+            model(**random_inputs(height=side, width=8))
+        counts.append(len(graphs))
+    assert counts[2] == counts[1]
+    assert (counts[1] == counts[0]) == (sizes > 1)  # told of several, the first graphs are general already
+    assert compilations() - compiled_before == counts[2]

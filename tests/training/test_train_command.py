@@ -170,9 +170,9 @@ def test_compiled_blocks_learn_the_same(inputs, monkeypatch):
     """With dynamo and AOT autograd, but without inductor, which wants a compiler of C++."""
     compiled = []
 
-    def compile_without_inductor(mmdit) -> None:
+    def compile_without_inductor(mmdit, **options) -> None:
         compiled.extend(mmdit.joint_blocks)
-        compile_blocks(mmdit, backend="aot_eager")
+        compile_blocks(mmdit, backend="aot_eager", **options)
 
     monkeypatch.setattr("sd3pipe.training.compiling.compile_blocks", compile_without_inductor)
     run = inputs.train("compiled", torch_compile=True)
