@@ -21,7 +21,7 @@ SideName = Literal["context_block", "x_block"]
 ClipName = Literal["clip_l", "clip_g"]
 EncoderName = Literal[ClipName, "t5xxl"]
 VocabularyKind = Literal["clip", "t5"]
-Goal = Literal["subject", "style", "concepts"]
+Goal = Literal["person", "object", "style", "concept"]
 
 Precision = Literal["no", "fp16", "bf16"]  # accelerate's and sd-scripts' words; no: float32
 WantedPrecision = Literal["auto", Precision]

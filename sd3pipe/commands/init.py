@@ -21,7 +21,7 @@ from sd3pipe.project.ignored import DVCIGNORE, gitignore
 from sd3pipe.project.inputs import ENCODERS, missing_weights
 from sd3pipe.project.pictures import PictureFolder, dataset_toml, look_into, prompts_txt
 from sd3pipe.project.pipeline import dvc_yaml
-from sd3pipe.project.recipes import Recipe, recipe
+from sd3pipe.project.recipes import Advice, Recipe, length_advice, recipe
 from sd3pipe.project.writer import project_toml, write_project
 from sd3pipe.rules.memory import size_bytes
 from sd3pipe.shell import no_option, shell_word
@@ -47,9 +47,17 @@ def main(params: InitParams) -> None:
     shapes = _shapes(model) if params.variant is None or params.vram else {}
     variant = params.variant or detect_mmdit(shapes).variant
     paths = _paths(params, model)
-    advice = dict(recipe(variant, params.goal))
+    length = length_advice(
+        params.goal,
+        pictures=sum(folder.pictures for folder in found),
+        in_an_epoch=sum(folder.pictures * folder.repeats for folder in found),
+        batch=params.train_batch_size,
+    )
+    advice = {**recipe(variant, params.goal, for_comfyui=params.loras_dir is not None), **length}
     if params.vram is not None:
-        advice |= fitting_advice(shapes, vram_bytes=size_bytes(params.vram), resolution=params.resolution)
+        advice |= fitting_advice(
+            shapes, vram_bytes=size_bytes(params.vram), resolution=params.resolution, batch=params.train_batch_size
+        )
     texts = {
         PROJECT_FILE: project_toml(paths),
         "dataset.toml": dataset_toml(
@@ -65,7 +73,7 @@ def main(params: InitParams) -> None:
         ".dvcignore": DVCIGNORE,
     }
     written = write_project(params.folder, texts)
-    _tell(params.folder, found, variant, written)
+    _tell(params.folder, found, variant, written, length["max_train_steps"])
 
 
 def _ask(question: str, option: str) -> str:
@@ -142,17 +150,20 @@ def _stage_files(params: InitParams, paths: Paths, variant: Variant, advice: Rec
         model = models[stage]
         mine = {key: item for key, item in advice.items() if key in model.model_fields}
         values: dict[str, Any] = {key: item.value for key, item in mine.items()}
+        if stage == "train" and params.trigger:
+            values["metadata_trigger_phrase"] = params.trigger
         notes = {key: f"Chosen for {variant}, {params.goal}: {item.source}" for key, item in mine.items()}
         texts[f"stages/{stage}.toml"] = render_stage_file(model, stage.replace("_", "-"), values, notes)
     return texts
 
 
-def _tell(folder: Path, found: Sequence[PictureFolder], variant: Variant, written: list[str]) -> None:
+def _tell(folder: Path, found: Sequence[PictureFolder], variant: Variant, written: list[str], steps: Advice) -> None:
     for pictures in found:
         without = pictures.pictures - pictures.captions
         counted = f"{count(pictures.pictures, 'picture')}, {pictures.captions} with a caption, {without} without"
         say(f"{pictures.path}: {counted}" + (f", each {pictures.repeats} times" if pictures.repeats > 1 else ""))
     say(f"{folder}: {count(len(written), 'file')} written for {variant}")
+    say(f"{steps.value:,} steps: {steps.source[0].lower()}{steps.source[1:]}")
     for key, reason in missing_weights((*ENCODERS, "vae"), read_project(folder).paths).items():
         say(f"not found, so fill in paths.{key} in {folder / PROJECT_FILE}: {reason}")
     go = "" if folder.resolve() == Path.cwd() else f"cd {shell_word(no_option(str(folder)))} && "

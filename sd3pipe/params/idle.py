@@ -24,6 +24,7 @@ _ACTS_UNDER: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "network_dim": ("dim_from_weights", (False,)),
     "network_alpha": ("dim_from_weights", (False,)),
     "adapter_type": ("dim_from_weights", (False,)),
+    "train_layers": ("dim_from_weights", (False,)),
     "rank_rules": ("dim_from_weights", (False,)),
     "activation_offload": ("gradient_checkpointing", ("auto", "on", int)),
     "matmul_rotation": ("matmul_dtype", ("int8", "fp8")),

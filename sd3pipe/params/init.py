@@ -1,8 +1,9 @@
 """Options of `sd3pipe init`."""
 
 from sd3pipe.params.fields import OptionPath, Params, option
+from sd3pipe.params.goal import AnyGoal
 from sd3pipe.params.memory import Size
-from sd3pipe.words import Goal, Variant
+from sd3pipe.words import Variant
 
 
 class InitParams(Params):
@@ -25,7 +26,10 @@ class InitParams(Params):
         panel="Pictures",
     )
     resolution: int = option(1024, "Side of the square whose area pictures are scaled to.", ge=64, panel="Pictures")
-    goal: Goal = option("subject", "What the adapter is to learn.", panel="Training")
+    goal: AnyGoal = option(
+        "object", "What the adapter is to learn; subject is another word for object.", panel="Training"
+    )
+    train_batch_size: int = option(1, "Pictures per step, which the steps follow from.", ge=1, panel="Training")
     vram: Size | None = option(None, "Memory of the training card, such as 12GB.", panel="Training")
     name: str | None = option(
         None, "Name of the adapter; default: the trigger or the folder's name.", panel="Training",

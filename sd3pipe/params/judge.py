@@ -3,10 +3,11 @@
 from pydantic import field_validator
 
 from sd3pipe.params.fields import OptionPath, option
+from sd3pipe.params.goal import AnyGoal
 from sd3pipe.params.memory import BlocksToSwap
 from sd3pipe.params.sample import NUMBERS, SEEDS, no_value_twice
 from sd3pipe.params.stage import StageParams
-from sd3pipe.words import Goal, ToldVariant, WantedPrecision
+from sd3pipe.words import ToldVariant, WantedPrecision
 
 _PATHS, _COMPARED, _DRAWING = "Paths", "What is compared", "Drawing"
 
@@ -60,8 +61,8 @@ class JudgeParams(StageParams):
         0.5, "Share of the base's prompt fidelity, other subjects and variety that a suggested checkpoint may lose.",
         panel=_COMPARED, ge=0, le=1,
     )
-    goal: Goal = option(
-        "subject", "What is learnt; of a style, likeness is measured but nothing is suggested: few models see styles.",
+    goal: AnyGoal = option(
+        "object", "What is learnt; of a style, likeness is measured but nothing is suggested: few models see styles.",
         panel=_COMPARED,
     )
     judge_sees_style: bool = option(

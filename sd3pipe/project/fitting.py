@@ -13,12 +13,13 @@ _RANK = 16
 _BASES = ("dense", "fp8", "nf4")  # the gentlest first
 
 
-def fitting_advice(shapes: Mapping[str, tuple[int, ...]], *, vram_bytes: int, resolution: int) -> Recipe:
+def fitting_advice(shapes: Mapping[str, tuple[int, ...]], *, vram_bytes: int, resolution: int, batch: int) -> Recipe:
     """Returns the memory options that fit a card. Raises InputError if nothing does."""
     optimizer = "AdamW8bit" if vram_bytes <= _SMALL_CARD_BYTES else "AdamW"
     model = model_size(shapes)
     work = Workload(
         image_tokens=image_tokens(resolution, resolution),
+        batch=batch,
         adapter_weights=adapter_weights(shapes, _RANK),
         adapter_rank=_RANK,
         adapter_bytes_per_weight=adapter_bytes_per_weight(optimizer),
@@ -27,15 +28,17 @@ def fitting_advice(shapes: Mapping[str, tuple[int, ...]], *, vram_bytes: int, re
         found = fitting_settings(model, work, Settings(base_format=base), Limits(device_bytes=vram_bytes))
         if found is not None:
             settings, prediction = found
-            return _advice(settings, optimizer, f"{prediction.device_bytes / 1e9:.1f} GB of {vram_bytes / 1e9:.1f} GB")
+            return _advice(
+                settings, optimizer, f"{prediction.device_bytes / 1e9:.1f} GB of {vram_bytes / 1e9:.1f} GB", batch
+            )
     raise InputError(
         f"nothing fits {vram_bytes / 1e9:.1f} GB at {resolution} x {resolution} pixels: take a lower --resolution, or "
         "look at `sd3pipe plan`"
     )
 
 
-def _advice(settings: Settings, optimizer: str, needed: str) -> Recipe:
-    source = f"The planner expects {needed} in use at batch 1."
+def _advice(settings: Settings, optimizer: str, needed: str, batch: int) -> Recipe:
+    source = f"The planner expects {needed} in use at batch {batch}."
     advice: dict[str, Advice] = {"blocks_to_swap": Advice(value=settings.blocks_to_swap, source=source)}
     if optimizer != "AdamW":
         advice["optimizer_type"] = Advice(value=optimizer, source="8-bit moments, for cards of 16 GB and less.")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sd3pipe.console import count
 from sd3pipe.words import Goal, Variant
 
 
@@ -25,34 +26,84 @@ _COMMON: Recipe = {
     "network_alpha": Advice(
         value=16.0, source="ai-toolkit: equal to the rank, so that the learning rate means itself."
     ),
-    "learning_rate": Advice(value=1e-4, source="sd-scripts' SD3 guide, ai-toolkit; SimpleTuner calls it stable."),
+    "learning_rate": Advice(
+        value=1e-4,
+        source="sd-scripts' SD3 guide, ai-toolkit; SimpleTuner calls it stable. Sources that all claim success go from "
+        "1e-5 (SimpleTuner, other optimizers) to 1e-3, a factor of 100 (rank, batch and clipping differ with it): "
+        "nobody has measured it.",
+    ),
     "lr_scheduler": Advice(value="constant_with_warmup", source="SD3.5 breaks on large early steps."),
-    "max_train_steps": Advice(value=2000, source="ai-toolkit's range is 500 to 4000; watch the samples."),
 }
+_HARD_CLIPPING = Advice(
+    value=0.1, source="SimpleTuner's SD3 guide: 3.5-large needs hard clipping, and larger batches help it much."
+)
+_RATE_OF_LARGE = Advice(
+    value=1e-4,
+    source="ai-toolkit's 3.5-large example; SimpleTuner calls it stable, and its guide says that 4e-5 can explode. A "
+    "tutorial that the model's makers link takes 1e-3 at rank 128 and batch 6 for a style (second-hand), 25 times as "
+    "much: nobody has measured it.",
+)
 _BY_VARIANT: Mapping[Variant, Recipe] = {
-    "sd3-medium": {},
-    "sd35-medium": {},
-    "sd35-large": {
-        "max_grad_norm": Advice(value=0.1, source="SimpleTuner's SD3 guide: 3.5-large needs hard clipping.")
+    "sd3-medium": {
+        "learning_rate": Advice(
+            value=1e-4,
+            source="sd-scripts' SD3 guide. OneTrainer's preset takes 3e-4 at batch 4, diffusers' README 4e-4 at 512 px "
+            "with accumulation 4 and 500 steps: nobody has measured which is better.",
+        )
     },
+    "sd35-medium": {},
+    "sd35-large": {"learning_rate": _RATE_OF_LARGE, "max_grad_norm": _HARD_CLIPPING},
     "sd35-large-turbo": {
-        "max_grad_norm": Advice(value=0.1, source="SimpleTuner's SD3 guide: 3.5-large needs hard clipping."),
+        "learning_rate": _RATE_OF_LARGE,
+        "max_grad_norm": _HARD_CLIPPING,
         "training_shift": Advice(value=3.0, source="As the model samples: few steps, most of them at high noise."),
     },
 }
 _BY_GOAL: Mapping[Goal, Recipe] = {
-    "subject": {},
+    "person": {
+        "goal": Advice(value="person", source="As init was told."),
+        "train_layers": Advice(
+            value="attention",
+            source="Attention alone, without adaLN, may keep anatomy: diffusers' default, in its SD3 notes after "
+            "Stability's guidance (second-hand). The same says that leaving the last blocks alone keeps "
+            "photorealism, and not how many; network_args takes such blocks as train_block_indices.",
+        ),
+    },
+    "object": {},
     "style": {
         "goal": Advice(value="style", source="CLIP and DINO hardly see styles, so judge suggests nothing."),
-        "max_train_steps": Advice(value=4000, source="The upper end of ai-toolkit's range: a style has many sides."),
+        "network_dim": Advice(
+            value=16,
+            source="As for other goals; a tutorial that the model's makers link takes 128 for a style on 3.5-large.",
+        ),
     },
-    "concepts": {
-        "goal": Advice(value="concepts", source="As init was told."),
+    "concept": {
+        "goal": Advice(value="concept", source="As init was told."),
         "adapter_type": Advice(value="loha", source="Several concepts bleed less with LoHa (sd-scripts issue 1802)."),
     },
 }
 
 
-def recipe(variant: Variant, goal: Goal) -> Recipe:
+_TIMES_SEEN: Mapping[Goal, int] = {"person": 100, "object": 100, "style": 200, "concept": 100}
+_STEPS = range(500, 4001)
+_COMFYUI = Advice(value=77, source="ComfyUI pads T5 to 77 tokens, and --loras-dir says that the adapter goes there.")
+
+
+def recipe(variant: Variant, goal: Goal, *, for_comfyui: bool = False) -> Recipe:
     """Returns the advised values; what the goal says beats what the model says."""
-    return {**_COMMON, **_BY_VARIANT[variant], **_BY_GOAL[goal]}
+    return {**_COMMON, **_BY_VARIANT[variant], **_BY_GOAL[goal], **({"t5_pad_to": _COMFYUI} if for_comfyui else {})}
+
+
+def length_advice(goal: Goal, *, pictures: int, in_an_epoch: int, batch: int) -> Recipe:
+    """Returns steps and batch for a number of pictures, `in_an_epoch` with their repeats."""
+    times = _TIMES_SEEN[goal]
+    steps = min(max(times * pictures // batch, _STEPS.start), _STEPS.stop - 1)
+    epochs = count(max(1, round(steps * batch / in_an_epoch)), "epoch")
+    source = (
+        f"About {epochs} of {count(in_an_epoch, 'picture')} at batch {batch}: each {times} times, as 20 pictures in "
+        f"{times * 20} steps, within ai-toolkit's {_STEPS.start} to {_STEPS.stop - 1}; watch the samples."
+    )
+    return {
+        "max_train_steps": Advice(value=steps, source=source),
+        **({"train_batch_size": Advice(value=batch, source="As --train-batch-size said.")} if batch > 1 else {}),
+    }

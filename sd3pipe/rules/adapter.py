@@ -15,6 +15,10 @@ class AdapterRules:
     network_dim: int = rule(16, "Rank of the adapter.", ge=1)
     network_alpha: float | None = rule(None, "Strength is alpha / rank; default (or 0): the rank, so strength 1.", ge=0)
     adapter_type: Algorithm = rule("lora", "Kind of adapter.")
+    train_layers: str = rule(
+        "all", "Layers of the blocks that the adapter stands on: all, or parts joined by +: attention, mlp, "
+        "modulation, x_attn, x_mlp, x_mod, context_attn, context_mlp, context_mod; network_args gives parts ranks.",
+    )
     network_dropout: float = rule(
         0.0, "Share of rank activations dropped while training.", advanced=True, ge=0, lt=1
     )

@@ -25,6 +25,14 @@ _REFUSED = {
 }
 
 
+_LAYERS: dict[str, tuple[BlockPart, ...]] = {
+    "attention": ("context_attn", "x_attn"),
+    "mlp": ("context_mlp", "x_mlp"),
+    "modulation": ("context_mod", "x_mod"),
+    **{part: (part,) for part in BLOCK_PARTS},
+}
+
+
 def _listed(text: Any) -> Any:
     """Returns "[1, 2]" as the numbers in it."""
     try:
@@ -58,13 +66,14 @@ class NetworkArgs(BaseModel):
 def adapter_spec(rules: AdapterRules, *, seed: int) -> AdapterSpec:
     """Returns the adapter that the options describe. Raises ParameterError for unknown or ill-typed network_args."""
     args = network_args(rules.network_args)
-    ranks: dict[BlockPart, int | None] = {part: getattr(args, f"{part}_dim") for part in BLOCK_PARTS}
+    given: dict[BlockPart, int | None] = {part: getattr(args, f"{part}_dim") for part in BLOCK_PARTS}
+    ranks: dict[BlockPart, int] = {part: rank for part, rank in given.items() if rank is not None}
     spec = AdapterSpec(
         algorithm=rules.adapter_type,
         rank=rules.network_dim,
         alpha=rules.network_alpha or None,
         rs_lora=args.rs_lora,
-        part_ranks={part: rank for part, rank in ranks.items() if rank is not None},
+        part_ranks=_left_out(rules.train_layers) | ranks,
         embedder_ranks=args.emb_dims,
         blocks=args.train_block_indices,
         rank_rules=_rules("rank_rules", rules.rank_rules, int),
@@ -76,6 +85,18 @@ def adapter_spec(rules: AdapterRules, *, seed: int) -> AdapterSpec:
     )
     check_spec(spec)
     return spec
+
+
+def _left_out(train_layers: str) -> dict[BlockPart, int]:
+    """Returns rank 0 for the parts of the blocks that --train-layers does not name. Raises ParameterError."""
+    if train_layers == "all":
+        return {}
+    words = [word.strip() for word in train_layers.split("+")]
+    unknown = [word for word in words if word not in _LAYERS]
+    if unknown:
+        raise ParameterError(f"train_layers: {unknown[0]!r} is none of all, {', '.join(_LAYERS)}; + joins several")
+    chosen = {part for word in words for part in _LAYERS[word]}
+    return {part: 0 for part in BLOCK_PARTS if part not in chosen}
 
 
 def loraplus_ratio(rules: AdapterRules) -> float:

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 Identity = Mapping[str, object]
 
 # Runs that were begun before a run's identity named these had them
-_UNSAID = {"latents_recipe_version": 1, "text_recipe_version": 1}
+_UNSAID = {"latents_recipe_version": 1, "text_recipe_version": 1, "train_layers": "all"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,7 +75,62 @@ def test_a_captioner_is_a_stage_before_the_captions_are_encoded(made, tmp_path):
 
 def test_chosen_values_say_where_they_come_from(made):
     text = (made[0] / "stages" / "train.toml").read_text()
-    assert "Chosen for sd35-medium, subject:" in text
+    assert "Chosen for sd35-medium, object:" in text
+
+
+def project_for(tmp_path, pictures, *options, variant="sd35-large"):
+    """Returns the values that init writes for train and encode-text, and what it says, for so many pictures."""
+    for number in range(pictures):
+        path = tmp_path / "photos" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"not looked into")
+    given = ("--model", "a/b", "--for", variant, "--images", "photos", *options)
+    done = sd3pipe("init", ".", *given, cwd=tmp_path)
+    train, text = ((tmp_path / f"stages/{stage}.toml").read_text() for stage in ("train", "encode_text"))
+    return tomllib.loads(train), tomllib.loads(text), train, done.stdout
+
+
+@pytest.mark.parametrize(("pictures", "options", "steps", "epochs"), [
+    (20, (), 2000, 100),
+    (20, ("--train-batch-size", 4), 500, 100),
+    (2, (), 500, 250),
+    (30, ("--goal", "style"), 4000, 133),
+])  # fmt: skip
+def test_steps_follow_from_pictures_and_batch_and_are_told_as_epochs(tmp_path, pictures, options, steps, epochs):
+    train, _, _, said = project_for(tmp_path, pictures, *options)
+    assert (train["max_train_steps"], train["train_batch_size"]) == (steps, 4 if "--train-batch-size" in options else 1)
+    assert f"{steps:,} steps: about {epochs} epochs of {pictures} pictures" in said
+
+
+def test_a_person_trains_attention_alone_and_is_told_why(tmp_path):
+    train, _, text, _ = project_for(tmp_path, 3, "--goal", "person")
+    assert train["train_layers"] == "attention" and "second-hand" in text
+
+
+@pytest.mark.parametrize(("word", "same"), [("subject", "object"), ("concepts", "concept")])
+def test_goals_have_other_words(tmp_path, word, same):
+    texts = []
+    for goal in (word, same):
+        (tmp_path / goal).mkdir()
+        texts.append(project_for(tmp_path / goal, 3, "--goal", goal)[2])
+    assert texts[0] == texts[1]
+
+
+def test_what_goes_to_comfyui_is_padded_as_there(tmp_path):
+    for name, options in (("a", ("--loras-dir", "loras")), ("b", ())):
+        (tmp_path / name).mkdir()
+        assert project_for(tmp_path / name, 3, *options)[1].get("t5_pad_to") == (77 if options else None)
+
+
+def test_a_trigger_stands_in_the_adapters_metadata(tmp_path):
+    assert project_for(tmp_path, 3, "--trigger", "mycat")[0]["metadata_trigger_phrase"] == "mycat"
+
+
+@pytest.mark.parametrize(("variant", "clipped"), [("sd3-medium", 1.0), ("sd35-medium", 1.0), ("sd35-large", 0.1)])
+def test_where_sources_contradict_each_other_the_file_says_so(tmp_path, variant, clipped):
+    train, _, text, _ = project_for(tmp_path, 3, variant=variant)
+    assert (train["learning_rate"], train["network_dim"], train["max_grad_norm"]) == (1e-4, 16, clipped)
+    assert "nobody has measured" in " ".join(text.replace("#", "").split())
 
 
 def test_a_second_init_overwrites_nothing(made):

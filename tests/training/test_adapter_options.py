@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from support.tiny_mmdit import tiny_mmdit
 from support.tiny_training import Inputs, make_inputs, pictures
 
+from sd3pipe.adapters.targets import part_of, target_ranks
 from sd3pipe.errors import ParameterError
 from sd3pipe.rules.adapter import AdapterRules
 from sd3pipe.training.adapter_options import adapter_spec, loraplus_ratio
@@ -36,6 +38,24 @@ def test_network_args_have_sd_scripts_keys_and_meanings():
     assert spec.alpha is None  # 0 means the rank, as in sd-scripts
     assert spec.rank_rules == ((r"blocks\.0", 4),)
     assert spec.learning_rate_rules == (("x", 1e-5), ("a=b", 2.0))
+
+
+@pytest.mark.parametrize(("layers", "args", "parts"), [
+    ("all", (), {"context_attn", "context_mlp", "context_mod", "x_attn", "x_mlp", "x_mod"}),
+    ("attention", (), {"context_attn", "x_attn"}),
+    ("attention+mlp", (), {"context_attn", "context_mlp", "x_attn", "x_mlp"}),
+    ("x_attn + modulation", (), {"x_attn", "context_mod", "x_mod"}),
+    ("attention", ("x_mlp_dim=2", "context_attn_dim=0"), {"x_attn", "x_mlp"}),
+])  # fmt: skip
+def test_train_layers_choose_parts_of_the_blocks(layers, args, parts):
+    spec = adapter_spec(AdapterRules(train_layers=layers, network_args=args), seed=42)
+    paths = [path for path, _ in tiny_mmdit("sd35-medium").linears()]
+    assert {part_of(path) for path in target_ranks(paths, spec)} == parts
+
+
+def test_layers_that_there_are_not_are_refused():
+    with pytest.raises(ParameterError, match="'attn' is none of all, attention, mlp"):
+        adapter_spec(AdapterRules(train_layers="attention+attn"), seed=42)
 
 
 @pytest.mark.parametrize("rule", ["attn", "=4", "attn=four"])

@@ -22,6 +22,7 @@ CHANGES_THE_RUN = {
     "network_dim": (3, {}),
     "network_alpha": (1.0, {}),
     "adapter_type": ("loha", {}),
+    "train_layers": ("attention", {}),
     "network_dropout": (0.3, {}),
     "network_args": (("train_block_indices=0",), {}),
     "rank_rules": ((r"attn\.qkv=1",), {}),
