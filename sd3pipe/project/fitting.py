@@ -13,7 +13,9 @@ _RANK = 16
 _BASES = ("dense", "fp8", "nf4")  # the gentlest first
 
 
-def fitting_advice(shapes: Mapping[str, tuple[int, ...]], *, vram_bytes: int, resolution: int, batch: int) -> Recipe:
+def fitting_advice(
+    shapes: Mapping[str, tuple[int, ...]], *, vram_bytes: int, resolution: int, batch: int = 1
+) -> Recipe:
     """Returns the memory options that fit a card. Raises InputError if nothing does."""
     optimizer = "AdamW8bit" if vram_bytes <= _SMALL_CARD_BYTES else "AdamW"
     model = model_size(shapes)
