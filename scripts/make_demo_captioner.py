@@ -20,9 +20,9 @@ from sd3pipe.files import make_folder, write_text
 
 # B batch, C channels, H W pixels, L tokens
 
-SIZES = ((64, 64), (64, 96), (96, 64))  # height, width
+SIDE_PX = 64  # of a drawing
 SEEN_PX, WIDTH, LAYERS = 48, 64, 3
-BATCH, LEARNING_RATE, WARM_UP = 48, 1.5e-3, 50
+BATCH, LEARNING_RATE, WARM_UP, STEPS = 48, 2e-3, 50, 3000
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]")
 _SEED = 17
 
@@ -31,7 +31,7 @@ def main() -> None:
     """Trains the model and writes its folder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
     setup_logging()
     make_captioner(options.out, options.steps)
@@ -62,9 +62,8 @@ def train(model: BlipForConditionalGeneration, processor: BlipProcessor, steps: 
     model.train()
     with progress("captioner", steps, "steps") as bar:
         for _ in range(steps):
-            height, width = SIZES[generator.integers(len(SIZES))]
             chosen = [subjects[number] for number in generator.integers(len(subjects), size=BATCH)]
-            drawings = [draw(subject, height=height, width=width, generator=generator) for subject in chosen]
+            drawings = [draw(subject, height=SIDE_PX, width=SIDE_PX, generator=generator) for subject in chosen]
             tokens_BL = processor.tokenizer([subject.caption() for subject in chosen], return_tensors="pt").input_ids
             tokens_BL[:, 0] = processor.tokenizer.bos_token_id
             pixels_BCHW: Tensor = processor.image_processor(drawings, return_tensors="pt").pixel_values
