@@ -209,11 +209,12 @@ def test_caches_of_an_older_recipe_version_train_and_say_so(inputs, tmp_path, mo
     assert run.state(1)["identity"]["latents_recipe_version"] == 1
 
 
-def test_a_run_from_before_recipe_versions_were_named_goes_on(inputs, tmp_path):
+def test_a_run_whose_identity_names_fewer_options_goes_on(inputs, tmp_path):
     run = inputs.train(tmp_path / "run", max_train_steps=2)
     for file in (run.checkpoint(2) / "state.json", run.folder / "final" / "inputs.json"):
         content = json.loads(file.read_text())
         assert content["identity"].pop("latents_recipe_version") == content["identity"].pop("text_recipe_version") == 1
+        assert content["identity"].pop("train_layers") == "all"
         content.pop("digest", None)
         file.write_text(json.dumps(content))
     assert inputs.train(tmp_path / "run", max_train_steps=2).report()["steps_now"] == 0
