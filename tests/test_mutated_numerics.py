@@ -170,8 +170,8 @@ MUTATIONS = {
     ),
     "resume forgets where the epoch stood": Mutation(
         file="training/progressed.py",
-        old="position=Position(epoch=epoch, index=index)",
-        new="position=Position(epoch=epoch)",
+        old="Position(epoch=epoch, index=index)",
+        new="Position(epoch=epoch, index=0)",
         tests=(f"{RESUME}[adamw]",),
     ),
     "resume forgets the optimizer's numbers": Mutation(

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,8 @@ def compile_as_wanted(mmdit: MMDiT, rules: NumericsRules, device: torch.device, 
 
 def compilations() -> int:
     """Returns how many graphs torch has compiled in this process."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and to ask it would import it
+        return 0
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 

@@ -14,6 +14,7 @@ from sd3pipe.params.command_line import load_stage_models
 from sd3pipe.params.sd_scripts import OPTIONS
 from sd3pipe.project.fitting import fitting_advice
 from sd3pipe.rules.memory import size_bytes
+from sd3pipe.stages import STAGES
 
 FROZEN = [line.rsplit(maxsplit=1) for line in (ROOT / "tests/cli/options.txt").read_text(encoding="utf-8").splitlines()]
 COMMANDS = {owner.split()[0] for owner, _ in FROZEN}
@@ -69,6 +70,7 @@ def test_python_files_and_rooms_exist(page):
 @pages
 def test_commands_options_and_keys_exist(page):
     keys = {*OPTIONS, *Keys.model_fields}.union(*(model.model_fields for model in load_stage_models().values()))
+    keys |= {path.key.partition("/")[0] for stage in STAGES for path in stage.paths}
     for span in code_spans(page):
         if span.startswith(("sd3pipe ", "--")):
             assert not unknown_words(span), span

@@ -34,6 +34,7 @@ def _ordinary(variant, adapters, *, autocast=False, batches=BATCHES):
 
 def _layer_major(variant, adapters, *, autocast=False, batches=BATCHES, select=lambda number: None, **streaming):
     model = tiny_mmdit(variant)
+    model.keep_activations(("none",) * len(model.joint_blocks))
     layers = add_adapters(model, adapters)
     with BlockStreamer(model, device="cpu", stream=PoisoningCopyStream(), **streaming) as streamer:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):

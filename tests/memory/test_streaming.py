@@ -103,6 +103,7 @@ def test_offloaded_activations_come_back_unchanged():
 def test_every_block_s_streams_leave_and_their_buffers_are_used_again():
     model = tiny_mmdit("sd35-medium", depth=DEPTH)
     add_adapters(model, ["context_embedder"])  # so that every block's context and x are saved
+    model.keep_activations(("none",) * DEPTH)
     inputs = random_inputs(batch=2, height=8, width=8, tokens=10)
     with BlockStreamer(model, blocks_to_swap=DEPTH, device="cpu", offload_activations=True) as streamer:
         velocity = model(**inputs)

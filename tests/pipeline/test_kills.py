@@ -46,7 +46,14 @@ STEPS = 4
 CAPTIONS = 40
 _STEP = f"step-{STEPS:08d}"
 _ATTIC = "/attic/"  # has what was encoded before a SIGTERM, in a segment that the whole plan does not have
-_OF_A_TIME = (".report.json", "report.json", "stat.json", "weights.json")  # hold times and places of files
+_OF_A_TIME = (
+    ".report.json",
+    "report.json",
+    "stat.json",
+    "weights.json",
+    "last_run.json",
+    "run.lock",
+)  # hold times, places
 
 
 @dataclass(frozen=True, kw_only=True)

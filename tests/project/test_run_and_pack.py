@@ -85,9 +85,9 @@ def test_dry_run_shows_what_differs_from_the_project_and_what_is_ahead(project):
         "$ sd3pipe export",
     ]
     facts = [facts.strip() for _, _, facts in parts]
-    assert facts[0].startswith("3 captions, at most ") and facts[1].startswith("3 prompts, at most ")
+    assert facts[0].startswith("3 captions, at most ") and facts[1].startswith("16 prompts, at most ")
     assert facts[2] == "2 pictures, at most 8.19 KB"  # 64 x 64 pixels: 64 latents of 32 numbers in 16 bit
-    assert facts[3].startswith("2,000 steps")
+    assert facts[3].startswith("500 steps")
     assert "disk: at most " in done.stderr and str(project) not in done.stdout + done.stderr
     assert not (project / "caches").exists()
 
@@ -101,8 +101,8 @@ def test_earlier_reports_tell_the_time(project):
     (project / "caches").mkdir()
     (project / "caches" / "latents.report.json").write_text('{"encoded": 10, "seconds": 50.0}')
     run = project / "runs" / "my_cat"
-    (run / "checkpoints" / "step-00000500").mkdir(parents=True)
-    (run / "checkpoints" / "step-00000500" / "adapter.safetensors").write_text("x")
+    (run / "checkpoints" / "step-00000200").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000200" / "adapter.safetensors").write_text("x")
     (run / "report.json").write_text('{"seconds_per_step": 0.1}')
     try:
         lines = sd3pipe("run", "--dry-run", "encode-text", "encode-latents", "train", cwd=project).stdout.splitlines()
@@ -110,7 +110,7 @@ def test_earlier_reports_tell_the_time(project):
         shutil.rmtree(project / "caches")
         shutil.rmtree(project / "runs")
     assert "about 10.0 s as last time" in lines[1]
-    assert "2,000 steps, 500 saved, about 2 min 30 s as last time" in lines[2]
+    assert "500 steps, 200 saved, about 30.0 s as last time" in lines[2]
 
 
 def test_every_problem_of_every_stage_is_named_before_anything_is_encoded(project):
