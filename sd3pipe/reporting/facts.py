@@ -84,7 +84,7 @@ def learning_rates(runs: Sequence[RunRecord]) -> Chart | None:
 
 def _curve(run: RunRecord, key: str, *, name: str, look: str) -> Series:
     """Returns one number of the steps, thinned to what a screen can show."""
-    there = [record for record in run.steps if key in record]
+    there = [record for record in run.steps if record.get(key) is not None]
     kept = there[:: max(1, len(there) // _MAX_POINTS)]
     kept += there[-1:] if kept[-1:] != there[-1:] else []
     return Series(name=name, look=look, x=[record["step"] for record in kept], y=[record[key] for record in kept])

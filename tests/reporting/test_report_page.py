@@ -159,6 +159,15 @@ def test_the_page_holds_pictures_inside_the_run_alone(tmp_path, caplog):
     assert b"secret" not in b"".join(sample.data for sample in samples)
 
 
+def test_a_step_without_a_running_mean_is_no_point_of_its_curve(tmp_path):
+    run = write_run(tmp_path / "run", steps=3)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(lines[0]) | {"loss_mean": None}
+    (run / "metrics.jsonl").write_text("\n".join([json.dumps(first), *lines[1:], ""]))
+    sd3pipe("report", run, "--out", tmp_path / "page.html")
+    assert "running mean" in (tmp_path / "page.html").read_text()
+
+
 def test_a_run_without_a_step_has_a_page(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps({"stage": "train", "exit_code": 8}))
     sd3pipe("report", tmp_path)
