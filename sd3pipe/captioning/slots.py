@@ -4,25 +4,28 @@ A caption is ours only if it is, to the byte, what was written for that picture:
 wrote or touched. What was written is remembered beside the captions cache, by hash, with what stood there before.
 """
 
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from sd3pipe.data.metadata import change_captions, stored_captions
+from sd3pipe.data.metadata import caption_field, read_metadata, with_words, words_in
 from sd3pipe.data.scan import Picture
-from sd3pipe.documents import MOST_LIST_BYTES, read_data, read_json
+from sd3pipe.documents import MOST_LIST_BYTES, parse_json, read_data, read_json
 from sd3pipe.errors import InputError
-from sd3pipe.files import write_bytes, write_json
-from sd3pipe.fingerprint import hash_bytes
+from sd3pipe.files import write_bytes, write_json, write_text
+from sd3pipe.fingerprint import hash_bytes, hash_json
 from sd3pipe.words import WrittenCaptions
 
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
+_RECORD = TypeAdapter(dict[str, Any])
+_Words = Mapping[str, Mapping[str, Any]]  # by picture, its fields with words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,24 +60,20 @@ class _Notes:
 
 
 def slots_of(pictures: Sequence[Picture]) -> list[Slot]:
-    """Returns the place of each picture's caption. Raises InputError for a metadata file that is read only.
+    """Returns the place of each picture's caption. Raises InputError.
 
     Pictures that share a caption file (a.png, a.jpg) share its place: the first of them has it.
     """
-    metadata: dict[Path, Mapping[str, str]] = {}
+    metadata: dict[Path, _Words] = {}
     slots: dict[tuple[Path, str | None], Slot] = {}
     shared: list[str] = []
     for picture in pictures:
-        listed = picture.subset.metadata_file
-        if listed is not None:
-            if listed not in metadata:
-                metadata[listed] = stored_captions(listed)
-            text = metadata[listed].get(picture.name) or None
-            slot = Slot(picture=picture, file=listed, entry=picture.name, digest=_digest(text))
-        else:
-            ending = picture.subset.caption_extensions[0]
-            file = picture.caption_path or picture.path.with_suffix(ending)
-            slot = Slot(picture=picture, file=file, entry=None, digest=picture.caption_hash)
+        file, digest, entry = picture.caption_file, picture.caption_hash, None
+        if picture.subset.metadata_file is not None:
+            if file not in metadata:
+                metadata[file] = words_in(read_metadata(file), file)
+            entry, digest = picture.name, _digest_of_words(metadata[file].get(picture.name, {}))
+        slot = Slot(picture=picture, file=file, entry=entry, digest=digest)
         if slots.setdefault((slot.file, slot.entry), slot) is not slot:
             shared.append(str(picture.path))
     if shared:
@@ -141,18 +140,17 @@ def write_captions(captions: Sequence[tuple[Slot, str]], notes: WrittenNotes) ->
     """
     changes: list[tuple[Slot, str | None]] = []
     for slot, caption in captions:
-        text = caption if slot.entry is not None else caption + "\n"
-        digest = _digest(text)
-        if slot.digest == digest:
+        present = _present(slot)
+        text = f"{caption}\n" if slot.entry is None else json.dumps({_field(present): caption})
+        if slot.digest == _digest(slot, text):
             continue
-        old, present = notes.of(slot), _present(slot)
-        if _digest(present) != slot.digest:
+        if _digest(slot, present) != slot.digest:
             log.warning("%s: changed while captions were made, and kept", slot.where)
             continue
+        old, digest = notes.of(slot), _digest(slot, text)
         assert digest is not None
         previous = old.previous if old is not None else present
-        new = Note(image=slot.picture.image_hash, where=slot.where, text=digest, previous=previous)
-        notes.replace(old, new)
+        notes.replace(old, Note(image=slot.picture.image_hash, where=slot.where, text=digest, previous=previous))
         changes.append((slot, text))
     notes.save()
     _apply(changes)
@@ -170,28 +168,45 @@ def take_back(slots: Iterable[Slot], notes: WrittenNotes) -> list[Slot]:
 
 
 def _apply(changes: Sequence[tuple[Slot, str | None]]) -> None:
-    """Writes texts where they belong; None takes a caption away."""
-    listed: dict[Path, dict[str, str]] = {}
+    """Writes what belongs into slots; None takes a caption's file away."""
+    listed: dict[Path, dict[str, dict[str, Any]]] = {}
     for slot, text in changes:
         if slot.entry is not None:
-            listed.setdefault(slot.file, {})[slot.entry] = text or ""
+            listed.setdefault(slot.file, {})[slot.entry] = _words(text)
         elif text is None:
             slot.file.unlink(missing_ok=True)
         else:
             write_bytes(slot.file, text.encode("utf-8", "surrogatepass"))
-    for file, captions in listed.items():
-        change_captions(file, captions)
+    for file, words in listed.items():
+        write_text(file, with_words(read_metadata(file), file, words))
 
 
 def _present(slot: Slot) -> str | None:
-    """Returns the caption that stands in a slot at this moment, as it is stored."""
+    """Returns what stands in a slot at this moment: a file's text, or the fields with words of a record, as JSON."""
     if slot.entry is not None:
-        return stored_captions(slot.file).get(slot.entry) or None
+        return json.dumps(words_in(read_metadata(slot.file), slot.file).get(slot.entry, {}))
     try:
         return read_data(slot.file).decode("utf-8") if slot.file.exists() else None
     except UnicodeDecodeError as error:
         raise InputError(f"{slot.file}: the caption is not UTF-8 text: save it as UTF-8") from error
 
 
-def _digest(text: str | None) -> str | None:
+def _words(text: str | None) -> dict[str, Any]:
+    """Returns the fields with words that a record has, or had."""
+    return parse_json(text or "{}", _RECORD, "a caption that was written before")
+
+
+def _field(words: str | None) -> str:
+    return caption_field(_words(words))
+
+
+def _digest(slot: Slot, text: str | None) -> str | None:
+    """Returns the hash of what stands, or would stand, in a slot; None where there is no caption."""
+    if slot.entry is not None:
+        return _digest_of_words(_words(text))
     return None if text is None else hash_bytes(text.encode("utf-8", "surrogatepass"))
+
+
+def _digest_of_words(words: Mapping[str, Any]) -> str | None:
+    said = {field: value for field, value in words.items() if value}
+    return hash_json(said) if said else None

@@ -1,4 +1,4 @@
-"""Reads metadata files, and writes captions into them.
+"""Reads metadata files, and puts other captions into them.
 
 They are sd-scripts' .json and .jsonl, and the file_name/text records of imagefolder datasets.
 """
@@ -15,12 +15,12 @@ from pydantic import TypeAdapter
 from sd3pipe.data.dataset_file import Subset
 from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, FoundFile, normalised
 from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, parse_json, read_text
-from sd3pipe.files import nearest_path, write_text
+from sd3pipe.files import nearest_path
 
 _PATH_FIELDS = ("image_path", "file_name")
 _TEXT_FIELDS = ("caption", "text")
+WORDS = (*_TEXT_FIELDS, "tags")  # the fields whose words make a caption
 _ANYTHING = TypeAdapter(Any)
-_WRITABLE = (".json", ".jsonl")
 
 
 def metadata_entries(subset: Subset) -> list[FoundFile]:
@@ -31,7 +31,7 @@ def metadata_entries(subset: Subset) -> list[FoundFile]:
         raise CaptionError([f"{subset.image_dir}: there is no such folder{nearest_path(subset.image_dir)}"])
     problems: list[str] = []
     entries: dict[str, FoundFile] = {}
-    for where, name, record in _records(file):
+    for where, name, record in _records(read_metadata(file), file):
         if not isinstance(name, str) or not isinstance(record, Mapping) or "\0" in name:
             problems.append(f"{where}: must name a picture ({' or '.join(_PATH_FIELDS)})")
             continue
@@ -46,62 +46,73 @@ def metadata_entries(subset: Subset) -> list[FoundFile]:
     return [entries[name] for name in sorted(entries)]
 
 
-def stored_captions(file: Path) -> dict[str, str]:
-    """Returns the caption of each picture that a metadata file lists, as it stands there; tags where there is none.
-
-    Raises CaptionError for a file that cannot be read, or not be written to.
-    """
-    if file.suffix.lower() not in _WRITABLE:
-        raise CaptionError(
-            [f"{file}: captions are written into .json and .jsonl only: convert it, or pass --write none"]
-        )
+def words_in(content: str, file: Path) -> dict[str, dict[str, Any]]:
+    """Returns the fields with words of each picture that a metadata file of this content lists. Raises CaptionError."""
     return {
-        name: _stored(record)
-        for _, name, record in _records(file)
+        name: {field: record[field] for field in WORDS if record.get(field) is not None}
+        for _, name, record in _records(content, file)
         if isinstance(name, str) and isinstance(record, Mapping)
     }
 
 
-def change_captions(file: Path, captions: Mapping[str, str]) -> None:
-    """Writes captions of some pictures into a metadata file; all else in it stays. Raises CaptionError, StorageError.
-
-    An empty caption, and one that repeats the tags, is left out where the record has tags.
-    """
-    text = read_text(file, most_bytes=MOST_LIST_BYTES)
-    if file.suffix.lower() == ".json":
-        content = parse_json(text, _ANYTHING, str(file))
-        for name in captions.keys() & content.keys():
-            content[name] = _with_caption(content[name], captions[name])
-        write_text(file, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
-        return
-    lines = text.split("\n")
+def with_words(content: str, file: Path, words: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the content with other fields of words for some pictures; all else in it stays. Raises CaptionError."""
+    _check_ending(file)
+    ending = file.suffix.lower()
+    if ending == ".json":
+        table = parse_json(content, _ANYTHING, str(file))
+        changed = {name: _other_words(name, record, words) for name, record in table.items()}
+        return json.dumps(changed, ensure_ascii=False, indent=2) + "\n"
+    if ending == ".csv":
+        return _table_with_words(content, words)
+    lines = content.split("\n")
     for number, line in enumerate(lines):
         record = parse_json(line, _ANYTHING, f"{file}: line {number + 1}") if line.strip() else {}
         name = _first(record, _PATH_FIELDS)
-        if name in captions:
-            lines[number] = json.dumps(_with_caption(record, captions[name]), ensure_ascii=False)
-    write_text(file, "\n".join(lines))
+        if name in words:
+            lines[number] = json.dumps(_other_words(name, record, words), ensure_ascii=False)
+    return "\n".join(lines)
 
 
-def _stored(record: Mapping[str, Any]) -> str:
-    caption, tags = _first(record, _TEXT_FIELDS), record.get("tags")
-    return str(caption or (", ".join(map(str, tags)) if isinstance(tags, list) else tags) or "")
+def caption_field(words: Mapping[str, Any]) -> str:
+    """Returns the field in which a picture's caption belongs that has none; `words` are the fields that it has."""
+    return next((field for field in WORDS if field in words), "text")
 
 
-def _with_caption(record: Mapping[str, Any], caption: str) -> dict[str, Any]:
-    """Returns a record with another caption, in the field that has it."""
-    field = next((field for field in _TEXT_FIELDS if record.get(field) is not None), _TEXT_FIELDS[-1])
-    without = {key: value for key, value in record.items() if key != field}
-    if without.get("tags") is not None and caption in ("", _stored(without)):
-        return without
-    return {**record, field: caption}
+def _table_with_words(content: str, words: Mapping[str, Mapping[str, Any]]) -> str:
+    table, out = csv.DictReader(io.StringIO(content)), io.StringIO()
+    records = [_other_words(_first(record, _PATH_FIELDS), record, words) for record in table]
+    writer = csv.DictWriter(out, table.fieldnames or (), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return out.getvalue()
 
 
-def _records(file: Path) -> Iterator[tuple[str, Any, Any]]:
+def _other_words(name: Any, record: Any, words: Mapping[str, Mapping[str, Any]]) -> Any:
+    if name not in words:
+        return record
+    others = {field: value for field, value in record.items() if field not in WORDS or field in words[name]}
+    return {**others, **words[name]}
+
+
+def read_metadata(file: Path) -> str:
+    """Returns the content of a metadata file. Raises CaptionError."""
+    try:
+        return read_text(file, most_bytes=MOST_LIST_BYTES)
+    except DocumentError as error:
+        raise CaptionError([str(error)]) from error
+
+
+def _check_ending(file: Path) -> None:
+    if file.suffix.lower() not in (".json", ".jsonl", ".csv"):
+        raise CaptionError([f"{file}: a metadata_file ends in .json, .jsonl or .csv"])
+
+
+def _records(text: str, file: Path) -> Iterator[tuple[str, Any, Any]]:
     """Yields (place in the file, picture name, fields). Raises CaptionError."""
+    _check_ending(file)
     ending = file.suffix.lower()
     try:
-        text = read_text(file, most_bytes=MOST_LIST_BYTES)
         if ending == ".json":
             content = parse_json(text, _ANYTHING, str(file))
             if not isinstance(content, Mapping):
@@ -113,11 +124,9 @@ def _records(file: Path) -> Iterator[tuple[str, Any, Any]]:
                 if line.strip():
                     record = parse_json(line, _ANYTHING, f"{file}: line {number}")
                     yield f"{file}: line {number}", _first(record, _PATH_FIELDS), record
-        elif ending == ".csv":
+        else:
             for number, record in enumerate(csv.DictReader(io.StringIO(text)), start=2):
                 yield f"{file}: line {number}", _first(record, _PATH_FIELDS), record
-        else:
-            raise CaptionError([f"{file}: a metadata_file ends in .json, .jsonl or .csv"])
     except csv.Error as error:
         raise CaptionError([f"{file}: is not valid CSV: {error}"]) from error
     except DocumentError as error:

@@ -57,6 +57,12 @@ class Picture:
     caption_hash: str | None
     split: Split
 
+    @property
+    def caption_file(self) -> Path:
+        """The file that the caption came from, or in which a first one would be looked for."""
+        listed = self.subset.metadata_file or self.caption_path
+        return listed or self.path.with_suffix(self.subset.caption_extensions[0])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnreadableFile:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import ConfigDict, Field, StrictInt, TypeAdapter
+from pydantic import Field, StrictInt, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
 from sd3pipe.cache.reader import CacheReader
@@ -27,10 +27,9 @@ DEFAULT_SEED = 42
 _Side = Annotated[StrictInt, Field(ge=16, le=4096, multiple_of=16)]
 
 
+@with_config(extra="forbid")
 class _Settings(TypedDict, total=False):
     """What data/prompts.py lets through, as the cache keeps it."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")  # pyright: ignore[reportGeneralTypeIssues]
 
     width: _Side
     height: _Side

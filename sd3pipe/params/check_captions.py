@@ -4,23 +4,16 @@ from pydantic import field_validator
 
 from sd3pipe.params.fields import NewFilePath, OptionPath, option
 from sd3pipe.params.memory import BlocksToSwap
-from sd3pipe.params.sample import no_value_twice
+from sd3pipe.params.sample import CHECKPOINTS, no_value_twice
 from sd3pipe.params.sharing import SHARD_HELP, SHARD_PATTERN, Shard
-from sd3pipe.params.stage import StageParams
+from sd3pipe.params.stage import ModelParams
 from sd3pipe.words import WantedPrecision
 
 _PATHS, _ASKED, _RUN = "Paths", "What is asked", "This run"
 
 
-class CheckCaptionsParams(StageParams):
+class CheckCaptionsParams(ModelParams):
     # fmt: off
-    model: str = option(
-        ..., "Base model: a .safetensors file, a diffusers folder or a hub id.",
-        role="path", panel=_PATHS, paths_key="model", aliases=("pretrained_model_name_or_path",),
-    )
-    mmdit: OptionPath | None = option(
-        None, "MMDiT in a file of its own; beats the one in --model.", role="path", panel=_PATHS, advanced=True
-    )
     text: OptionPath = option(
         ..., "Cache of encoded captions.", role="path", panel=_PATHS, paths_key="caches/text"
     )
@@ -34,7 +27,7 @@ class CheckCaptionsParams(StageParams):
 
     checkpoints: str | None = option(
         None, "Checkpoints of the run: all, every:N (each N-th), or steps such as 250,500; default: the finished one.",
-        panel=_ASKED, pattern=r"^(all|every:[1-9]\d*|\d+(,\d+)*)$",
+        panel=_ASKED, pattern=CHECKPOINTS,
     )
     sigmas: str = option(
         "0.3,0.5,0.7,0.9", "Noise levels between 0 and 1.", panel=_ASKED, pattern=r"^0?\.\d+(,0?\.\d+)*$"

@@ -5,22 +5,15 @@ from pydantic import field_validator
 from sd3pipe.params.fields import OptionPath, option
 from sd3pipe.params.goal import AnyGoal
 from sd3pipe.params.memory import BlocksToSwap
-from sd3pipe.params.sample import NUMBERS, SEEDS, no_value_twice
-from sd3pipe.params.stage import StageParams
+from sd3pipe.params.sample import CHECKPOINTS, NUMBERS, SEEDS, no_value_twice
+from sd3pipe.params.stage import ModelParams
 from sd3pipe.words import ToldVariant, WantedPrecision
 
 _PATHS, _COMPARED, _DRAWING = "Paths", "What is compared", "Drawing"
 
 
-class JudgeParams(StageParams):
+class JudgeParams(ModelParams):
     # fmt: off
-    model: str = option(
-        ..., "Base model: a .safetensors file, a diffusers folder or a hub id.",
-        role="path", panel=_PATHS, paths_key="model", aliases=("pretrained_model_name_or_path",),
-    )
-    mmdit: OptionPath | None = option(
-        None, "MMDiT in a file of its own; beats the one in --model.", role="path", panel=_PATHS, advanced=True
-    )
     vae: OptionPath | None = option(
         None, "VAE in a file of its own; beats the one in --model.", role="path", panel=_PATHS, paths_key="vae"
     )
@@ -47,7 +40,7 @@ class JudgeParams(StageParams):
 
     checkpoints: str | None = option(
         None, "Checkpoints of the run: all, every:N (each N-th), or steps such as 250,500; default: all that it has.",
-        panel=_COMPARED, pattern=r"^(all|every:[1-9]\d*|\d+(,\d+)*)$",
+        panel=_COMPARED, pattern=CHECKPOINTS,
     )
     multiplier: str = option(
         "1", "Strengths of the adapter, such as 0.6,0.8,1.0.", panel=_COMPARED, aliases=("strength",), pattern=NUMBERS

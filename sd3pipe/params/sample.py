@@ -8,6 +8,7 @@ from sd3pipe.params.stage import StageParams
 from sd3pipe.words import ToldVariant, WantedPrecision
 
 _PATHS, _GRID, _DRAWING = "Paths", "Columns and rows", "Drawing"
+CHECKPOINTS = r"^(all|every:[1-9]\d*|\d+(,\d+)*)$"
 NUMBERS, SEEDS = r"^-?\d+(\.\d+)?(,-?\d+(\.\d+)?)*$", r"^\d+(,\d+)*$"
 
 
@@ -43,7 +44,7 @@ class SampleParams(StageParams):
 
     checkpoints: str | None = option(
         None, "Checkpoints of the run to draw, a column each: all, every:N (each N-th), or steps such as 250,500.",
-        panel=_GRID, pattern=r"^(all|every:[1-9]\d*|\d+(,\d+)*)$",
+        panel=_GRID, pattern=CHECKPOINTS,
     )
     multiplier: str = option(
         "1", "Strengths of the adapter, a column each, such as 0.6,0.8,1.0.",

@@ -4,32 +4,27 @@ Before a file is replaced it is compared with what the editor had before it. Wha
 which the last change can be undone, also after the studio was started again.
 """
 
-import csv
-import io
-import json
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import TypeAdapter
 
 from sd3pipe.config import Project
 from sd3pipe.console import count, listed
 from sd3pipe.data.folders import normalised
+from sd3pipe.data.metadata import caption_field, with_words, words_in
 from sd3pipe.data.scan import Picture
-from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, parse_json, read_json, read_text
+from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, read_json, read_text
 from sd3pipe.errors import InputError, StaleError
 from sd3pipe.files import storage_errors, write_json, write_text
 from sd3pipe.studio.gallery import Entry
 from sd3pipe.studio.places import studio_folder
 
-_TEXT_FIELDS = ("caption", "text", "tags")
-_NAME_FIELDS = ("image_path", "file_name")
 _MOST_KEPT = 100
-_ANYTHING = TypeAdapter(Any)
 _writing = threading.Lock()
 
 
@@ -64,7 +59,7 @@ def save_captions(project: Project, edits: Sequence[tuple[Entry, str, str]], wha
         before: dict[Path, str | None] = {}
         after: dict[Path, str] = {}
         for entry, _, text in edits:
-            file = caption_file(entry.item.picture)
+            file = entry.item.picture.caption_file
             if file not in before:
                 before[file] = _text(file)
             after[file] = _with_caption(entry.item.picture, after.get(file, before[file] or ""), text)
@@ -112,15 +107,6 @@ def last_change(project: Project) -> str:
         return ""
 
 
-def caption_file(picture: Picture) -> Path:
-    """Returns the file that a picture's caption came from, or that in which a first one would be looked for."""
-    if picture.subset.metadata_file is not None:
-        return picture.subset.metadata_file
-    if picture.caption_path is not None:
-        return picture.caption_path
-    return picture.path.with_suffix(picture.subset.caption_extensions[0])
-
-
 def _text(file: Path) -> str | None:
     try:
         return read_text(file, most_bytes=MOST_LIST_BYTES)
@@ -136,41 +122,13 @@ def _with_caption(picture: Picture, content: str, caption: str) -> str:
     file = picture.subset.metadata_file
     if file is None:
         return f"{text}\n"
-    if file.suffix.lower() == ".json":
-        table = parse_json(content, _ANYTHING, str(file))
-        _set(table.get(picture.name), picture, text)
-        return json.dumps(table, indent=2, ensure_ascii=False) + "\n"
-    return _in_lines(picture, content, text) if file.suffix.lower() == ".jsonl" else _in_csv(picture, content, text)
-
-
-def _in_lines(picture: Picture, content: str, text: str) -> str:
-    lines = content.split("\n")
-    for number, line in enumerate(lines):
-        record = parse_json(line, _ANYTHING, "metadata") if line.strip() else None
-        if isinstance(record, dict) and picture.name in (record.get(field) for field in _NAME_FIELDS):
-            _set(record, picture, text)
-            lines[number] = json.dumps(record, ensure_ascii=False)
-    return "\n".join(lines)
-
-
-def _in_csv(picture: Picture, content: str, text: str) -> str:
-    table = csv.DictReader(io.StringIO(content))
-    records, out = list(table), io.StringIO()
-    for record in records:
-        if picture.name in (record.get(field) for field in _NAME_FIELDS):
-            _set(record, picture, text)
-    writer = csv.DictWriter(out, table.fieldnames or (), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return out.getvalue()
-
-
-def _set(record: Any, picture: Picture, text: str) -> None:
-    """Puts a caption where a record has one. Raises InputError where it is made of two fields."""
-    fields = [field for field in _TEXT_FIELDS if isinstance(record, dict) and record.get(field)]
-    if len(fields) != 1:
-        raise InputError(f"{picture.subset.metadata_file}: {picture.name} has not one caption there: edit it by hand")
-    record[fields[0]] = text if not isinstance(record[fields[0]], list) else [text]
+    words = words_in(content, file).get(picture.name, {})
+    said = [field for field in words if words[field]]
+    if len(said) > 1:
+        raise InputError(f"{file}: {picture.name} has its caption in {count(len(said), 'field')}: edit it by hand")
+    field = said[0] if said else caption_field(words)
+    changed = [text] if isinstance(words.get(field), list) else text
+    return with_words(content, file, {picture.name: {**words, field: changed}})
 
 
 def _note(project: Project, change: _Change) -> None:

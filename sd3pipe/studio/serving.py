@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import errno
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -54,8 +54,9 @@ class _Server(uvicorn.Server):
             await self._end.wait()
         self._closing()
 
-    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # pyright: ignore
-        return contextlib.nullcontext()  # sd3pipe listens already
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield  # sd3pipe listens already
 
 
 def serve(app: ASGIApp, sock: socket.socket, closing: Callable[[], None]) -> None:

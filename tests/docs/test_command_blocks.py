@@ -92,17 +92,18 @@ def project(shelf) -> Path:
     """The shelf's folder with a project in it as README's commands make it: encoded, trained and exported."""
     folder = shelf.with_name(f"{shelf.name}-project")
     shutil.copytree(shelf, folder)
-    run_script(
+    done = run_script(
         "sd3pipe init . --model models/sd3.5_medium.safetensors --images photos/mycat --tokenizers tokenizers \\\n"
         "  --trigger mycat\nsd3pipe run\n",
         folder,
     )
+    assert done.returncode == 0, done.stdout
     return folder
 
 
-def run_script(script: str, folder: Path) -> None:
-    """Runs a script in a folder, with this environment's programs; a failure shows all that it printed."""
-    done = subprocess.run(
+def run_script(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a script in a folder, with this environment's programs."""
+    return subprocess.run(
         ["bash", "-c", PRELUDE + script],
         cwd=folder,
         env={
@@ -121,7 +122,6 @@ def run_script(script: str, folder: Path) -> None:
         timeout=1800,
         check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout
 
 
 def as_script(block: Block) -> Iterator[str]:
@@ -157,9 +157,9 @@ def test_toml_is_what_its_reader_takes(block, tmp_path):
     if file.parent.name == "stages":
         model = load_stage_models()[file.stem]
         required = {name: "somewhere" for name, field in model.model_fields.items() if field.is_required()}
-        resolve(model, file.stem, required, config=file, stage_models=load_stage_models)
+        assert resolve(model, file.stem, required, config=file, stage_models=load_stage_models)
     else:
-        load_dataset(file)
+        assert load_dataset(file).subsets
 
 
 @pytest.mark.slow
@@ -177,4 +177,5 @@ def test_commands_run_as_they_stand(page, request, tmp_path):
             lines += [f"python - <<'END'\n{block.text}END"]
         else:
             lines += as_script(block)
-    run_script("\n".join(lines) + "\n", folder)
+    done = run_script("\n".join(lines) + "\n", folder)
+    assert done.returncode == 0, done.stdout

@@ -9,7 +9,7 @@ from sd3pipe.console import count
 from sd3pipe.documents import DocumentError, read_data
 from sd3pipe.errors import InputError, ParameterError, Sd3pipeError
 from sd3pipe.studio.app import Ask
-from sd3pipe.studio.captions import caption_file, last_change, save_captions
+from sd3pipe.studio.captions import last_change, save_captions
 from sd3pipe.studio.captions import undo as undo_last
 from sd3pipe.studio.gallery import Entry, Gallery, read_gallery, recent_entry
 from sd3pipe.studio.rows import rows_to_encode
@@ -40,7 +40,7 @@ def page(ask: Ask) -> str:
         warning_kinds=_WARNINGS,
         operations=tuple(OPERATIONS),
         last_change=last_change(ask.project),
-        file_of=lambda entry: caption_file(entry.item.picture).name,
+        file_of=lambda entry: entry.item.picture.caption_file.name,
     )
 
 
@@ -120,7 +120,7 @@ def _gallery(ask: Ask) -> Gallery:
 
 
 def _cards(ask: Ask, entries: list[Entry], more: str = "") -> str:
-    return ask.page("cards", entries=entries, more=more, file_of=lambda entry: caption_file(entry.item.picture).name)
+    return ask.page("cards", entries=entries, more=more, file_of=lambda entry: entry.item.picture.caption_file.name)
 
 
 def _more(ask: Ask, chosen: list[Entry], start: int) -> str:
