@@ -10,19 +10,14 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from support.tiny_base import write_tiny_base
+from support.random_runs import write_base_and_prompts, write_random_checkpoints
 from support.tiny_training import fill_prompts
 
-from sd3pipe.adapters.files import save_adapter
-from sd3pipe.adapters.network import attach
-from sd3pipe.adapters.targets import AdapterSpec
-from sd3pipe.commands import encode_text, sample
+from sd3pipe.commands import sample
 from sd3pipe.diffusion.prompts import read_prompts
 from sd3pipe.diffusion.sheet import Column, cell_name, read_sheet
 from sd3pipe.errors import DeviceMemoryError, InputError, ParameterError
 from sd3pipe.fingerprint import hash_file
-from sd3pipe.models.checkpoint import load_mmdit
-from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.sample import SampleParams
 
 STEPS = (100, 200, 300)
@@ -36,22 +31,8 @@ a blue square --w 32 --h 32 --s 2 --l 1
 def made(tmp_path_factory) -> Path:
     """A tiny base, a cache of two prompts, and a run with three random adapters as checkpoints."""
     folder = tmp_path_factory.mktemp("sample")
-    base = write_tiny_base(folder / "base")
-    base.model.rename(folder / "base.safetensors")
-    (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
-    encode_text.main(
-        EncodeTextParams(
-            model=str(folder / "base.safetensors"), tokenizers=base.tokenizers,
-            sample_prompts=folder / "prompts.txt", out=folder / "prompts", t5xxl_max_token_length=8,
-        )
-    )  # fmt: skip
-    network = attach(load_mmdit(folder / "base.safetensors"), AdapterSpec(rank=2, seed=0))
-    for step in STEPS:
-        generator = torch.Generator().manual_seed(step)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-        save_adapter(folder / f"runs/r/checkpoints/step-{step:08d}/adapter.safetensors", network.deltas())
+    model = write_base_and_prompts(folder, PROMPTS, cache="prompts")
+    write_random_checkpoints(folder / "runs/r", model, STEPS)
     return folder
 
 

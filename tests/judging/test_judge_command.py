@@ -6,21 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import ExifTags, Image
-from support.tiny_base import write_tiny_base
+from support.random_runs import write_base_and_prompts, write_random_checkpoints
 from support.tiny_clip import write_tiny_clip
 from support.tiny_training import make_inputs, pictures
 
-from sd3pipe.adapters.files import save_adapter
-from sd3pipe.adapters.network import attach
-from sd3pipe.adapters.targets import AdapterSpec
-from sd3pipe.commands import encode_text, export, judge, report, sample
+from sd3pipe.commands import export, judge, report, sample
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.fingerprint import hash_file
 from sd3pipe.judgement import SCORES, Suggestion, read_judgement
-from sd3pipe.models.checkpoint import load_mmdit
-from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.export import ExportParams
 from sd3pipe.params.judge import JudgeParams
 from sd3pipe.params.report import ReportParams
@@ -39,23 +33,9 @@ a green circle --w 32 --h 32 --s 2
 def made(tmp_path_factory) -> Path:
     """A tiny base, prompts with and without a word, training pictures, two random adapters as checkpoints, a CLIP."""
     folder = tmp_path_factory.mktemp("judge")
-    base = write_tiny_base(folder / "base")
-    base.model.rename(folder / "base.safetensors")
-    (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
-    encode_text.main(
-        EncodeTextParams(
-            model=str(folder / "base.safetensors"), tokenizers=base.tokenizers,
-            sample_prompts=folder / "prompts.txt", out=folder / "caches/prompts", t5xxl_max_token_length=8,
-        )
-    )  # fmt: skip
+    model = write_base_and_prompts(folder, PROMPTS, cache="caches/prompts")
     make_inputs(folder, [*pictures(4), *pictures(1, split="validation")])
-    network = attach(load_mmdit(folder / "base.safetensors"), AdapterSpec(rank=2, seed=0))
-    for step in STEPS:
-        generator = torch.Generator().manual_seed(step)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-        save_adapter(folder / f"runs/r/checkpoints/step-{step:08d}/adapter.safetensors", network.deltas())
+    write_random_checkpoints(folder / "runs/r", model, STEPS)
     write_tiny_clip(folder / "clip")
     return folder
 
