@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from sd3pipe.config import Project
+from sd3pipe.stages import stages_of
 from sd3pipe.studio.places import path_of, studio_folder
 from sd3pipe.studio.queue import Job, Queue
 
@@ -11,7 +12,7 @@ HOW = {
     "new": "with the new rows: what changed is encoded, and learnt from here on",
     "afresh": "afresh: from step 0; the run so far is set aside as it is",
 }
-_ENCODE = ("encode-text", "encode-prompts", "encode-latents")
+_BEFORE_TRAINING = ("caption", "encode-text", "encode-prompts", "encode-latents")
 # what a run's identity says of its rows; the other parts may not differ
 _ROWS = "training_rows"
 
@@ -22,7 +23,7 @@ def start_run(project: Project, queue: Queue, *, how: str, goes_on: bool) -> Job
     Whoever goes on names the run to go on from, so that train refuses what differs instead of beginning afresh.
     """
     run = str(path_of(project, "run").absolute())
-    encode = ["run", *(stage for stage in _ENCODE if stage != "encode-prompts" or "sample_prompts" in project.paths)]
+    encode = ["run", *(stage.name for stage in stages_of(project.paths) if stage.name in _BEFORE_TRAINING)]
     if not goes_on:
         commands = [["run"]]
     elif how == "afresh":

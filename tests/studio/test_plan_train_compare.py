@@ -104,6 +104,13 @@ def test_after_a_change_it_asks_how_to_go_on(studio, project, monkeypatch, how, 
     assert any("encode-text" in command for command in started(studio)) == (how != "old")
 
 
+def test_going_on_captions_new_pictures_where_the_project_has_a_captioner(studio, project):
+    with_checkpoint(project)
+    (project / "project.toml").write_text((project / "project.toml").read_text() + 'captioner = "blip"\n')
+    asked(studio, "POST", path(studio, "train", "start"), json={"how": "new"})
+    assert ("run", "caption", "encode-text", "encode-latents") in started(studio)
+
+
 def test_a_refused_run_offers_the_ways_on(studio, project):
     with_checkpoint(project)
     asked(studio, "POST", path(studio, "train", "start"), json={})
