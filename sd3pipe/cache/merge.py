@@ -1,5 +1,6 @@
 """Unites caches that were encoded on several machines into one, without encoding anything."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,7 +12,7 @@ from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.samples import COLUMNS, row_columns
 from sd3pipe.cache.segment import read_header
 from sd3pipe.cache.store import FillCounts, fill_cache
-from sd3pipe.cache.wanted import Wanted
+from sd3pipe.cache.wanted import MOST_TAGS, Wanted
 from sd3pipe.errors import InputError
 
 _SAME = ("kind", "recipe", "recipe_version", "fingerprints", "extra")
@@ -136,13 +137,29 @@ def _united_subsets(readers: Sequence[CacheReader]) -> dict[str, Mapping[str, An
 
 
 def _united_tags(readers: Sequence[CacheReader]) -> dict[str, Mapping[str, int]]:
-    """Returns the tags of subsets that all caches count alike: which captions others have counted is not known."""
+    """Returns the tags of subsets whose pictures are known to be counted once.
+
+    That is where all caches have the same pictures, and count alike, or no two of them share one. Which captions others
+    have counted is not known, nor what was left out of a full list.
+    """
     united: dict[str, Mapping[str, int]] = {}
     for name in sorted({name for reader in readers for name in reader.manifest.tags}):
-        first, *others = [reader.manifest.tags.get(name) for reader in readers if name in reader.manifest.subsets]
-        if first is not None and all(other == first for other in others):
-            united[name] = first
+        its = [reader for reader in readers if name in reader.manifest.subsets]
+        counted = [tags[name] for reader in its if name in (tags := reader.manifest.tags)]
+        names = [_picture_names(reader, name) for reader in its]
+        if len(counted) < len(its):
+            continue
+        if all((tags, there) == (counted[0], names[0]) for tags, there in zip(counted, names, strict=True)):
+            united[name] = counted[0]
+        elif sum(map(len, names)) == len(set().union(*names)) and all(len(tags) < MOST_TAGS for tags in counted):
+            total = sum(map(Counter, counted), Counter())
+            united[name] = dict(sorted(total.items(), key=lambda item: (-item[1], item[0]))[:MOST_TAGS])
     return united
+
+
+def _picture_names(reader: CacheReader, subset: str) -> set[str]:
+    names, subsets = (reader.samples.strings(column).to_list() for column in ("name", "subset"))
+    return {name for name, its in zip(names, subsets, strict=True) if its == subset}
 
 
 def _unreadable(readers: Sequence[CacheReader]) -> list[Mapping[str, Any]]:

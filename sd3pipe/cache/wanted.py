@@ -10,6 +10,7 @@ from sd3pipe.cache.plan import WantedRow
 from sd3pipe.cache.samples import Columns, row_columns, select
 from sd3pipe.fingerprint import hash_json
 
+MOST_TAGS = 1000  # of a subset, the most frequent; sentences between commas count as tags, too
 _PICTURE = ("name", "subset", "image_hash")  # the columns that say which picture a sample is of
 
 

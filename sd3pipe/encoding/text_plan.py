@@ -13,7 +13,7 @@ from typing import Any
 from sd3pipe.cache.keys import Kind, text_source
 from sd3pipe.cache.plan import WantedRow
 from sd3pipe.cache.samples import COLUMNS
-from sd3pipe.cache.wanted import Wanted
+from sd3pipe.cache.wanted import MOST_TAGS, Wanted
 from sd3pipe.data.captions import processed_captions, tag_frequency
 from sd3pipe.data.dataset_file import Dataset
 from sd3pipe.data.prompts import SamplePrompt
@@ -22,8 +22,6 @@ from sd3pipe.models.text_encoder_files import TextSizes
 from sd3pipe.models.text_recipe import RECIPE_VERSION, TextRecipe
 from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.words import FORMAT_BYTES, EncoderName
-
-_MOST_TAGS = 1000  # of a subset, the most frequent; sentences between commas count as tags, too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +79,7 @@ def caption_texts(found: Scan, dataset: Dataset, *, variants: int, seed: int) ->
         samples=samples,
         subsets={subset.name: subset.weighting() for subset in dataset.subsets},
         unreadable=[file.to_json() for file in found.unreadable],
-        tags={name: dict(islice(tag_frequency(lower).items(), _MOST_TAGS)) for name, lower in tagged.items()},
+        tags={name: dict(islice(tag_frequency(lower).items(), MOST_TAGS)) for name, lower in tagged.items()},
     )
 
 

@@ -10,10 +10,12 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from sd3pipe.adapters.find import checkpoint_adapters
+from sd3pipe.cache.folder import machine_folder
 from sd3pipe.config import Project
 from sd3pipe.console import count, readable_bytes, readable_seconds
 from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import Sd3pipeError
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.memory.choosing import Freedom, Limits, fitting_settings
 from sd3pipe.memory.plan import (
     PROCESS_BYTES,
@@ -38,7 +40,7 @@ from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.fields import Params
 from sd3pipe.params.train import TrainParams
-from sd3pipe.project.amounts import read_amounts, read_prompts
+from sd3pipe.project.amounts import count_texts, read_amounts, read_prompts
 from sd3pipe.project.card import card_bytes
 from sd3pipe.project.inputs import stage_options
 from sd3pipe.stages import STAGES_BY_NAME
@@ -76,7 +78,9 @@ def _encode_text(options: EncodeTextParams, found: Ahead) -> None:
         texts, shown = _TEXTS_OF_PROMPT * prompts, count(prompts, "prompt")
     else:
         assert options.dataset is not None
-        texts = read_amounts(options.dataset, caption_variants=options.caption_variants).texts
+        assert options.out is not None
+        stamps = FileStamps(machine_folder(options.out) / "stat.json")
+        texts = count_texts(options.dataset, caption_variants=options.caption_variants, stamps=stamps)
         shown = count(texts, "caption")
     found.facts.append(shown)
     assert options.out is not None

@@ -240,6 +240,18 @@ def test_merge_keeps_the_tags_that_its_caches_count_alike(tmp_path, sd3pipe):
     assert CacheReader(tmp_path / "all" / "text").manifest.tags == {"drawings": {"dog": 1}}
 
 
+def test_merge_counts_the_tags_of_a_subsets_halves_together(tmp_path, sd3pipe):
+    halves = {"a": (captions(3), {"cat": 3, "day": 1}), "b": (captions(2, 3), {"cat": 2, "night": 1})}
+    for machine, (its, tags) in halves.items():
+        wanted = wanted_texts(its, subsets={"photos": {"num_repeats": 1}})
+        fill(tmp_path / machine / "text", replace(wanted, tags={"photos": tags}))
+    assert sd3pipe("cache", "merge", "a/text", "b/text", "--out", "all/text")[0] == 0
+    whole = {"photos": {"cat": 5, "day": 1, "night": 1}}
+    assert CacheReader(tmp_path / "all" / "text").manifest.tags == whole
+    fill(tmp_path / "fresh" / "text", replace(wanted_texts(captions(5), subsets=wanted.subsets), tags=whole))
+    assert folder_bytes(tmp_path / "all" / "text") == folder_bytes(tmp_path / "fresh" / "text")
+
+
 def test_merge_refuses_other_weights_and_contradictions(tmp_path, sd3pipe):
     fill(tmp_path / "a" / "text", wanted_texts(captions(3)))
     fill(tmp_path / "b" / "text", wanted_texts(captions(3, 5), weights="w1"))

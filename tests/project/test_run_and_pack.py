@@ -13,6 +13,8 @@ from support.photographs import write_photographs
 from support.tiny_base import write_tiny_base
 
 from sd3pipe.config import read_project
+from sd3pipe.file_stamps import FileStamps
+from sd3pipe.project.amounts import count_texts
 from sd3pipe.stages import command_words, stages_of
 
 
@@ -90,6 +92,25 @@ def test_dry_run_shows_what_differs_from_the_project_and_what_is_ahead(project):
     assert facts[3].startswith("500 steps")
     assert "disk: at most " in done.stderr and str(project) not in done.stdout + done.stderr
     assert not (project / "caches").exists()
+
+
+def test_captions_ahead_are_those_that_differ(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name, caption in {"a": "a cat", "b": " a cat\n", "c": "a dog", "d": None}.items():
+        (pictures / f"{name}.png").touch()
+        if caption is not None:
+            (pictures / f"{name}.txt").write_text(caption)
+    dataset, stamps = tmp_path / "dataset.toml", FileStamps(tmp_path / "stat.json")
+    for keys, texts in (
+        ("", 3),
+        ("class_tokens = 'a dog'", 3),
+        ("shuffle_caption = true", 1 + 4 * 2),
+        ("caption_cache = 'captions'", 1 + 2 + 1),
+    ):
+        file = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'pictures'\n{keys}\n"
+        dataset.write_text(file)
+        assert count_texts(dataset, caption_variants=2, stamps=stamps) == texts
 
 
 def test_wanted_stages_are_shown_alone(project):
