@@ -8,6 +8,7 @@ from typing import Any
 from sd3pipe import documents
 from sd3pipe.documents import DocumentError
 from sd3pipe.errors import ParameterError
+from sd3pipe.stages import HUB_KEYS
 
 PROJECT_FILE = "project.toml"
 KEPT_TABLES = ("subsets",)  # the one table that is a value; all others are headings
@@ -69,17 +70,24 @@ def read_project(folder: Path) -> Project:
     ]
     if problems:
         raise ParameterError("\n".join(problems))
-    return Project(folder=folder, paths={key: relative_to(folder, value) for key, value in paths.items() if value})
+    return Project(folder=folder, paths={key: _located(folder, key, value) for key, value in paths.items() if value})
 
 
-def relative_to(folder: Path, value: str) -> str:
-    """Returns a path from a file in `folder`; a hub id (owner/name that is no file there) stays as it is."""
+def _located(folder: Path, key: str, value: str) -> str:
+    return relative_to(folder, value, may_be_hub_id=key in HUB_KEYS)
+
+
+def relative_to(folder: Path, value: str, *, may_be_hub_id: bool) -> str:
+    """Returns a path from a file in `folder`; a hub id (owner/name that is no file there) stays as it is.
+
+    Only a model may be named by one: the run "runs/star" is a path before anything lies in runs/.
+    """
     path = Path(value).expanduser()
     if path.is_absolute():
         return str(path)
     here = folder / path
     looks_like_hub_id = value.count("/") == 1 and not value.startswith(".") and path.suffix != ".safetensors"
-    if looks_like_hub_id and not here.exists() and not here.parent.exists():
+    if may_be_hub_id and looks_like_hub_id and not here.exists() and not here.parent.exists():
         return value
     return _shortest(here)
 

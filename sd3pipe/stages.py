@@ -18,6 +18,7 @@ Role = Literal["data", "weights", "made", "out", "aside"]
 Paths = Mapping[str, str]
 
 CAPTIONS = "captions.jsonl"  # the finished captions in the cache of `caption`, which encode-text reads
+HUB_KEYS = ("model", "captioner", "judge_model")  # whose value may be a hub id
 REQUIRED_KEYS = ("model", "dataset", "caches", "run", "export")
 
 

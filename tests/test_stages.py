@@ -3,8 +3,8 @@
 import pytest
 
 from sd3pipe.params.command_line import load_stage_models
-from sd3pipe.params.fields import option_extra
-from sd3pipe.stages import REQUIRED_KEYS, STAGES, command_words, paths_of, stages_of
+from sd3pipe.params.fields import alternatives, option_extra
+from sd3pipe.stages import HUB_KEYS, REQUIRED_KEYS, STAGES, command_words, paths_of, stages_of
 
 ALL = {path.key.partition("/")[0]: f"x/{path.key.partition('/')[0]}" for stage in STAGES for path in stage.paths}
 
@@ -33,3 +33,13 @@ def test_no_path_is_taken_for_an_option():
     assert command_words(stages_of(paths)[-1], paths) == [
         "export", "--adapter", "./-run", "--model", "./-model", "--out", "./-export",
     ]  # fmt: skip
+
+
+def test_what_may_be_a_hub_id_is_what_options_take_as_text():
+    as_text = {
+        option_extra(field)["paths_key"]
+        for model in load_stage_models().values()
+        for field in model.model_fields.values()
+        if option_extra(field)["role"] == "path" and str in alternatives(field.annotation)
+    }
+    assert as_text - {None} == set(HUB_KEYS)

@@ -18,6 +18,7 @@ from sd3pipe.errors import ParameterError
 from sd3pipe.params.fields import Params, is_foreign_code, option_extra, takes_several
 from sd3pipe.params.sd_scripts import DATASET_KEYS, OPTIONS, Answer, answer
 from sd3pipe.problems import reason
+from sd3pipe.stages import HUB_KEYS
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +120,10 @@ class _ConfigSource:
         return values, problems
 
     def _located(self, name: str, value: Any, project_folder: Path | None) -> Any:
-        is_path = option_extra(self.model.model_fields[name])["role"] == "path"
-        return relative_to(project_folder, value) if is_path and project_folder and isinstance(value, str) else value
+        field = self.model.model_fields[name]
+        if option_extra(field)["role"] != "path" or project_folder is None or not isinstance(value, str):
+            return value
+        return relative_to(project_folder, value, may_be_hub_id=option_extra(field)["paths_key"] in HUB_KEYS)
 
     def _explain(self, path: Path, key: str, value: Any) -> str | None:
         """Returns the problem with a key that is not an option here; None if its wish is met anyway."""

@@ -76,15 +76,31 @@ def status(project: Project, queue: Queue, curves: Curves) -> Status:
     if now is None and (job is None or job.state != "running"):
         found = _resting(job, lines)
         return replace(found, facts=(("steps", f"{curves.step:,}"),)) if curves.step else found
-    started = max((number for number, line in enumerate(lines) if line.startswith("$ sd3pipe")), default=0)
-    stage = (
-        now.stage if now else (lines[started].split()[2] if lines and lines[started].startswith("$ ") else "starting")
-    )
-    progress = next((match for line in reversed(lines[started:]) if (match := _PROGRESS.match(line))), None)
-    facts: list[tuple[str, str]] = []
-    share = None
+    begun = _begun(lines)
+    stage = now.stage if now else begun[0].split()[2] if begun else "starting"
+    progress = next((match for line in reversed(begun or lines) if (match := _PROGRESS.match(line))), None)
+    share, facts = _progress(project, stage, curves, progress)
+    if now and (memory := _resident_bytes(now.mark)):
+        facts.append(("host memory", readable_bytes(memory)))
+    if progress and (device := _MEMORY.search(progress["rest"])):
+        facts.append(("most memory", device[1]))
+    is_ours = job is not None and job.state == "running"
+    return Status(state="working", stage=stage, facts=tuple(facts), share=share, from_terminal=not is_ours)
+
+
+def _begun(lines: list[str]) -> list[str]:
+    """Returns the lines of a log from the one with which `run` began the stage that came last."""
+    starts = [number for number, line in enumerate(lines) if line.startswith("$ sd3pipe ")]
+    return lines[starts[-1] :] if starts else []
+
+
+def _progress(
+    project: Project, stage: str, curves: Curves, progress: re.Match[str] | None
+) -> tuple[float | None, list[tuple[str, str]]]:
+    """Returns how much of a stage is done, in per cent, and what is said of its pace."""
     total = _total_steps(project) if stage == "train" else None
-    if stage == "train" and total:
+    share, facts = None, []
+    if total:
         share = min(100.0, 100 * curves.step / total)
         facts.append(("step", f"{curves.step:,} of {total:,}"))
     elif progress and int(progress["total"]):
@@ -94,18 +110,7 @@ def status(project: Project, queue: Queue, curves: Curves) -> Status:
         facts.append(("pace", f"{pace:.3g} s/it" if pace >= 0.1 else f"{1 / pace:.3g} it/s"))
         if total:
             facts.append(("left", readable_seconds(max(0, total - curves.step) * pace)))
-    if now and (memory := _resident_bytes(now.mark)):
-        facts.append(("host memory", readable_bytes(memory)))
-    if progress and (device := _MEMORY.search(progress["rest"])):
-        facts.append(("most memory", device[1]))
-    is_ours = job is not None and job.state == "running"
-    return Status(state="working", stage=stage, facts=tuple(facts), share=share, from_terminal=not is_ours)
-
-
-def _announced(lines: list[str], number: int) -> str:
-    """Returns the stage in the line of a log with which `run` begins it."""
-    words = lines[number].split() if lines else []
-    return words[2] if words[:2] == ["$", "sd3pipe"] and len(words) > 2 else "starting"
+    return share, facts
 
 
 def _resting(job: Job | None, lines: list[str]) -> Status:

@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 from pydantic import model_validator
 
-from sd3pipe.config import Project, find_project
+from sd3pipe.config import Project, find_project, read_project
 from sd3pipe.errors import ParameterError
 from sd3pipe.params.export import ExportParams
 from sd3pipe.params.fields import OptionPath, Params, option
@@ -127,14 +127,29 @@ def test_missing_required_option_names_its_places():
 
 
 def test_project_is_found_in_a_folder_above_and_its_paths_are_its_own(tmp_path, monkeypatch):
-    write(tmp_path / "project.toml", '[paths]\nmodel = "models/sd3.safetensors"\nvae = "owner/name"\n')
+    write(tmp_path / "project.toml", '[paths]\nmodel = "models/sd3.safetensors"\njudge_model = "owner/name"\n')
     inner = tmp_path / "a" / "b"
     inner.mkdir(parents=True)
     monkeypatch.chdir(inner)
     project = find_project(Path.cwd())
     assert project is not None and project.folder == tmp_path
     assert Path(project.paths["model"]) == tmp_path / "models" / "sd3.safetensors"
-    assert project.paths["vae"] == "owner/name"
+    assert project.paths["judge_model"] == "owner/name"
+
+
+def test_only_a_model_may_be_a_hub_id(tmp_path, monkeypatch):
+    """Nothing lies in runs/ and caches/ yet, and the command is called from another folder."""
+    (tmp_path / "star").mkdir()
+    (tmp_path / "star" / "project.toml").write_text(
+        '[paths]\nmodel = "owner/name"\njudge_model = "owner/looks"\nrun = "runs/star"\nvae = "models/vae"\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    assert read_project(tmp_path / "star").paths == {
+        "model": "owner/name",
+        "judge_model": "owner/looks",
+        "run": "star/runs/star",
+        "vae": "star/models/vae",
+    }
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_options_are_saved_with_comments_kept_and_errors_at_their_fields(tmp_pat
 def test_a_run_from_its_start_to_the_exported_file(tmp_path, running, opened):
     """A demo run is started, seen without a reload, stopped, gone on with after an edit, compared and exported."""
     project = tmp_path / "star"
-    for path, data in write_files(project, steps=24).items():
+    for path, data in write_files(project, steps=200).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     studio = running(project)
@@ -194,7 +194,7 @@ def test_a_run_from_its_start_to_the_exported_file(tmp_path, running, opened):
     page.get_by_role("button", name="Stop").click()
     page.locator("#status", has_text="stopped").wait_for()
     stopped_at = int(page.eval_on_selector("#train", "one => one.dataset.steps"))
-    assert stopped_at < 24
+    assert stopped_at < 200
 
     at(page, studio, "pictures")
     box = page.get_by_label("caption of wubble-00.png")
@@ -212,13 +212,13 @@ def test_a_run_from_its_start_to_the_exported_file(tmp_path, running, opened):
     page.locator(".matrix img").nth(0).click()
     page.locator(".matrix img").nth(1).click()
     assert page.locator("#wiper").is_visible()
-    page.get_by_label("checkpoint", exact=True).select_option("12")
+    page.get_by_label("checkpoint", exact=True).select_option("100")
     page.get_by_role("button", name="Export").click()
     page.get_by_text("Copy the path").wait_for()
     file = Path(page.locator("#exported code").text_content())
     from safetensors.numpy import load_file
 
-    assert file.name == "wubble-step00000012.safetensors" and load_file(file)
+    assert file.name == "wubble-step00000100.safetensors" and load_file(file)
     assert page.problems == []
 
 
