@@ -1,9 +1,11 @@
 # make demo   sets up .venv and runs the whole pipeline on the embedded demo
 # make test   sets up .venv and runs the fast tests
+# make wheel  builds dist/sd3pipe-VERSION-py3-none-any.whl
+# make pin    writes what .venv holds into constraints.txt, after an upgrade there
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all lint clean
+.PHONY: setup demo test test-all lint wheel pin clean
 
 setup: .venv/.done
 
@@ -11,7 +13,7 @@ setup: .venv/.done
 .venv/.done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
@@ -30,6 +32,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+wheel: setup
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+pin: setup
+	$(BIN)/python scripts/write_constraints.py > constraints.txt.new
+	mv constraints.txt.new constraints.txt
 
 clean:
 	rm -rf .venv build dist *.egg-info demo
