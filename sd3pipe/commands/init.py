@@ -167,4 +167,4 @@ def _tell(folder: Path, found: Sequence[PictureFolder], variant: Variant, writte
     for key, reason in missing_weights((*ENCODERS, "vae"), read_project(folder).paths).items():
         say(f"not found, so fill in paths.{key} in {folder / PROJECT_FILE}: {reason}")
     go = "" if folder.resolve() == Path.cwd() else f"cd {shell_word(no_option(str(folder)))} && "
-    say(f"next: {go}sd3pipe preview (draws what training will see), then {go}sd3pipe run")
+    say(f"next: {go}sd3pipe preview (draws what training will see), then sd3pipe run")

@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from sd3pipe.documents import DocumentError, parse_json, parse_toml, read_text
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.problems import check_table
+from sd3pipe.prompt_settings import MOST_SIDE_PX, SIDE_STEP_PX, PromptSettings, Scale, Seed, Steps
 
 log = logging.getLogger(__name__)
 
-_SIZE_STEP_PX = 16  # the VAE divides a side by 8, the MMDiT's patches by 2 more
 _DASHES = r"(?:^|\s)--(?=[^\s-])"  # an option begins; sd-scripts' rule, but for dashes that stand alone
 _ONE_DASH = ("-", "\u2013", "\u2014")  # the latter two as word processors set --
 _MISSPELT = re.compile(rf"(?:^|\s)((?:{'|'.join(_ONE_DASH)})[whsld][\s=:]*\d\S*)", re.IGNORECASE)
@@ -42,7 +42,7 @@ _UNUSED = {
 }
 
 
-_Side = Annotated[int, Field(ge=1, le=4096)]
+_Side = Annotated[int, Field(ge=1, le=MOST_SIDE_PX)]
 
 
 class SamplePrompt(BaseModel):
@@ -54,20 +54,14 @@ class SamplePrompt(BaseModel):
     negative_prompt: str = ""
     width: _Side | None = None
     height: _Side | None = None
-    sample_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
-    scale: Annotated[float, Field(ge=0, lt=1000)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    sample_steps: Steps | None = None
+    scale: Scale | None = None
+    seed: Seed | None = None
 
-    def settings(self) -> dict[str, int | float]:
-        """Returns what was given beside the texts: width, height, steps, scale, seed."""
-        given = {
-            "width": self.width,
-            "height": self.height,
-            "steps": self.sample_steps,
-            "scale": self.scale,
-            "seed": self.seed,
-        }
-        return {name: value for name, value in given.items() if value is not None}
+    def settings(self) -> PromptSettings:
+        """Returns what was given beside the texts."""
+        given = self.model_dump(include={"width", "height", "scale", "seed"}, exclude_none=True)
+        return PromptSettings(**given, **({} if self.sample_steps is None else {"steps": self.sample_steps}))
 
 
 def load_prompts(path: Path) -> list[SamplePrompt]:
@@ -103,7 +97,7 @@ def load_prompts(path: Path) -> list[SamplePrompt]:
 def _with_whole_steps(prompt: SamplePrompt, where: str) -> SamplePrompt:
     """Returns the prompt with its sides rounded to what the model can draw."""
     sides = {name: side for name in ("width", "height") if (side := getattr(prompt, name)) is not None}
-    whole = {name: max(1, round(side / _SIZE_STEP_PX)) * _SIZE_STEP_PX for name, side in sides.items()}
+    whole = {name: max(1, round(side / SIDE_STEP_PX)) * SIDE_STEP_PX for name, side in sides.items()}
     for name, side in whole.items():
         if side != sides[name]:
             log.warning("sample prompt, %s: %s %d becomes %d, a multiple of 16", where, name, sides[name], side)

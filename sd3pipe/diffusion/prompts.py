@@ -5,11 +5,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import Field, StrictInt, TypeAdapter, with_config
-from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
+from pydantic import TypeAdapter
 
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.tensors import to_torch
@@ -20,25 +18,12 @@ from sd3pipe.errors import InputError
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.conditioning import assemble_conditioning
 from sd3pipe.models.mmdit import MMDiT
+from sd3pipe.prompt_settings import PromptSettings
 
 DEFAULT_SIDE_PX = 1024  # every public SD3 model draws best at this size
 DEFAULT_SEED = 42
 
-_Side = Annotated[StrictInt, Field(ge=16, le=4096, multiple_of=16)]
-
-
-@with_config(extra="forbid")
-class _Settings(TypedDict, total=False):
-    """What data/prompts.py lets through, as the cache keeps it."""
-
-    width: _Side
-    height: _Side
-    steps: Annotated[StrictInt, Field(ge=1, le=1000)]
-    scale: Annotated[float, Field(strict=True, ge=0, lt=1000)]
-    seed: Annotated[StrictInt, Field(ge=0, lt=2**63)]
-
-
-_NAME, _SETTINGS = TypeAdapter(PlainName), TypeAdapter(_Settings)
+_NAME, _SETTINGS = TypeAdapter(PlainName), TypeAdapter(PromptSettings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +44,19 @@ class SamplePrompt:
     seed: int | None = None
 
     def size(self, architecture: MMDiTArchitecture) -> tuple[int, int]:
-        """Returns height and width in pixels; by default as large as the model was trained for, at most 1024."""
-        default = min(DEFAULT_SIDE_PX, architecture.pos_embed_max * architecture.patch_size * 8)
-        return self.height or default, self.width or default
+        """Returns height and width in pixels; by default as large as the model was trained for, at most 1024.
+
+        Raises InputError for a side that is larger than the model's position table.
+        """
+        most = architecture.pos_embed_max * architecture.patch_size * 8
+        default = min(DEFAULT_SIDE_PX, most)
+        height, width = self.height or default, self.width or default
+        if max(height, width) > most:
+            raise InputError(
+                f"sample prompt {self.name}: {width} x {height} pixels: this model draws at most {most} a side: "
+                "choose a smaller size in the prompts' file, then `sd3pipe encode-text --sample-prompts`"
+            )
+        return height, width
 
     def noise(self, architecture: MMDiTArchitecture, seed: int | None = None) -> torch.Tensor:
         """Returns the noise [1, C, h, w] that the picture begins with, of the given seed or the prompt's own."""

@@ -104,6 +104,7 @@ def check_prompts(params: TrainParams, architecture: MMDiTArchitecture) -> None:
     if params.prompts is None or not params.prompts.exists():
         return
     for prompt in read_prompts(params.prompts):
+        prompt.size(architecture)
         for text in (prompt.text, prompt.negative):
             check_widths(params.prompts, text.context.shape[-1], text.pooled.shape[-1], architecture)
 

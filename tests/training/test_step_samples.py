@@ -81,6 +81,14 @@ def test_a_picture_depends_on_its_prompt_and_the_weights_alone(tmp_path, prompts
     assert drawing.mmdit.training
 
 
+def test_a_prompt_larger_than_the_position_table_is_named(prompts):
+    architecture = tiny_mmdit("sd35-medium").architecture
+    most = architecture.pos_embed_max * 16
+    assert replace(prompts[0], width=most).size(architecture) == (48, most)
+    with pytest.raises(InputError, match=f"sample prompt 001: {most + 16} x 48 pixels: .* at most {most}"):
+        replace(prompts[1], width=most + 16).size(architecture)
+
+
 def test_pictures_that_exist_are_not_drawn_again(tmp_path, prompts, vae):
     files = samples(tmp_path, prompts, vae).draw(0)
     stamps = [file.stat().st_mtime_ns for file in files]
