@@ -32,6 +32,7 @@ class StepRecord(TypedDict):
     learning_rate: NotRequired[Number]
     subset_loss: NotRequired[dict[str, Number]]
     subset_samples: NotRequired[dict[str, Count]]
+    samples: NotRequired[list[tuple[str, Number, Number]]]  # picture, noise level and loss of each
 
 
 @with_config(extra="allow")

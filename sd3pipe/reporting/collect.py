@@ -17,6 +17,7 @@ from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import InputError, UnreadablePicture
 from sd3pipe.judgement import JUDGE_FILE, JUDGE_FOLDER, Judgement, read_judgement
 from sd3pipe.metrics import EventRecord, StepRecord, ValidationRecord, read_records
+from sd3pipe.picture_losses import PictureLosses, read_picture_losses
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class RunRecord:
     events: list[EventRecord]
     samples: list[SamplePicture]
     judgement: Judgement | None
+    pictures: tuple[PictureLosses, ...]
 
     @property
     def name(self) -> str:
@@ -125,6 +127,7 @@ def read_run(folder: Path) -> RunRecord:
         events=[record for record in records if record["kind"] == "event"],
         samples=list(_samples(folder)),
         judgement=_judgement(folder / JUDGE_FOLDER),
+        pictures=_pictures(folder),
     )
 
 
@@ -147,6 +150,15 @@ def _judgement(folder: Path) -> Judgement | None:
     except InputError as error:
         log.warning("%s: left out of the report", error)
         return None
+
+
+def _pictures(folder: Path) -> tuple[PictureLosses, ...]:
+    """Returns what the run's losses say of each picture, where it wrote that down."""
+    try:
+        return read_picture_losses(folder)
+    except DocumentError as error:
+        log.warning("%s: left out of the report", error)
+        return ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,15 +5,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sd3pipe.console import count, readable_bytes, readable_seconds
-from sd3pipe.judgement import JUDGE_FOLDER
+from sd3pipe.judgement import JUDGE_FOLDER, Score
 from sd3pipe.pages.charts import COLOURS, Chart, Series, line_chart
 from sd3pipe.pages.judgement import judgement_facts
 from sd3pipe.pages.render import data_url
+from sd3pipe.picture_losses import PictureLosses
 from sd3pipe.reporting.collect import RunRecord, SamplePicture
 
 Rows = list[list[Any]]  # a name, and the cells behind it
 
 _MAX_POINTS = 2000
+_MOST_PICTURES = 20
 _COUNTS = {
     "pictures": "pictures",
     "held_out": "held out",
@@ -49,6 +51,8 @@ def facts(run: RunRecord) -> dict[str, Any]:
         "validation": _validation(run.validations),
         "verdict": report.get("validation"),
         "judgement": judgement_facts(run.judgement, run.folder / JUDGE_FOLDER),
+        "learnt": _learnt(run.pictures),
+        "dearest": _dearest(run.pictures),
         "counts": _named(data, _COUNTS),
         "subsets": _subsets(data.get("subsets") or {}, report.get("subsets") or {}),
         "buckets": _bars(data.get("buckets"), lambda rows: count(rows, "row")),
@@ -119,6 +123,33 @@ def _subsets(planned: Mapping[str, Mapping[str, Any]], seen: Mapping[str, Mappin
     keys = dict.fromkeys(key for values in subsets.values() for key in values)
     rows = [[key.replace("_", " "), *(values.get(key) for values in subsets.values())] for key in keys]
     return [["", *subsets], *rows]
+
+
+def _learnt(pictures: Sequence[PictureLosses]) -> str:
+    """Returns of how many pictures something was learnt, as far as the losses of training tell."""
+    told = [picture for picture in pictures if picture.learnt is not None]
+    if not told:
+        return ""
+    learnt = sum(bool(picture.learnt) for picture in told)
+    return (
+        f"Of {learnt} of {count(len(told), 'picture')} the loss fell measurably from the first third of its views on."
+    )
+
+
+def _dearest(pictures: Sequence[PictureLosses]) -> Rows:
+    """Returns the pictures whose losses stand highest among those of equal noise, with what was gained of each."""
+    dearest = sorted(pictures, key=lambda picture: -picture.quantile)[:_MOST_PICTURES]
+    return [
+        [f"{item.subset}/{item.name}", f"{item.quantile:.2f}", _share(item.gained), "" if item.learnt else "not learnt"]
+        for item in dearest
+        if item.learnt is not None
+    ]
+
+
+def _share(score: Score | None) -> str:
+    if score is None or score.low is None or score.high is None:
+        return ""
+    return f"{score.value:+.1%} ({score.low:+.1%} to {score.high:+.1%})"
 
 
 def _phases(run: RunRecord) -> dict[str, float]:

@@ -41,6 +41,7 @@ class Batch:
     context: Tensor  # [B, L, D]
     pooled: Tensor  # [B, P]
     weights: Tensor  # [B]
+    pictures: Tensor  # [B] int64, as the items number them
     subsets: Tensor  # [B] int64
     dropout_keys: Tensor  # [B] int64
     crop_draws: tuple[float, ...]  # three uniform numbers: whether to move the position window, and where to
@@ -108,6 +109,7 @@ class Feed(Dataset[Step]):
             context=context,
             pooled=pooled,
             weights=_floats(self.items.rule("loss_weight")[plan.pictures]),
+            pictures=torch.from_numpy(plan.pictures),
             subsets=torch.from_numpy(self.items.subsets[plan.pictures]),
             dropout_keys=torch.from_numpy(hashes(plan.ids, seed, "adapter dropout", epoch).view(np.int64)),
             crop_draws=tuple(uniforms(plan.ids[:1] + np.arange(3, dtype=np.uint64), seed, "position crop", epoch)),

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from sd3pipe import stopping
@@ -42,6 +42,7 @@ class Loop:
     steps_from: Callable[[Position], Iterator[Step]]
     saver: Saver
     records: Records | None
+    picture_ids: Sequence[str]
     validate: Callback | None
     sample: Callback | None
     processes: Processes
@@ -109,6 +110,9 @@ class Loop:
                 learning_rate=result.learning_rate,
                 subset_loss=result.subset_losses,
                 subset_samples=result.subset_samples,
+                samples=[
+                    [self.picture_ids[s.picture], round(s.sigma, 4), float(f"{s.loss:.5g}")] for s in result.samples
+                ],
                 seconds=round(seconds, 4),
             )
         bar.advance(1, loss=f"{state.loss_mean:.4f}", lr=f"{result.learning_rate:.3g}", memory=self._memory())

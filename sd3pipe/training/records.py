@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal
 from sd3pipe.files import append_text, make_folder, write_json, write_text
 from sd3pipe.metrics import METRICS_FILE, read_records
 from sd3pipe.params.bands import BAND_NAMES
+from sd3pipe.training.items import Items
+from sd3pipe.training.picture_losses import summarise_pictures
 from sd3pipe.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -27,8 +29,8 @@ class Records:
     run has its final place, and are told then what was recorded before.
     """
 
-    def __init__(self, run: RunFolder, start_trackers: Callable[[], "Accelerator"] | None = None) -> None:
-        self._run, self._start_trackers = run, start_trackers
+    def __init__(self, run: RunFolder, items: Items, start_trackers: Callable[[], "Accelerator"] | None = None) -> None:
+        self._run, self._items, self._start_trackers = run, items, start_trackers
         self._trackers: Accelerator | None = None
         self._untold: list[tuple[int, dict[str, int | float]]] = []
         self._tell_trackers()
@@ -42,8 +44,9 @@ class Records:
             self._tell_trackers()
 
     def close(self) -> None:
-        """Writes the summaries for DVC and ends the trackers."""
+        """Writes the summaries for DVC, what the losses say of each picture, and ends the trackers."""
         write_summaries(self._run.path)
+        summarise_pictures(self._run.path, self._items)
         self._tell_trackers()
         if self._trackers is not None:
             for tracker in self._trackers.trackers:  # its own end_training would end the group of processes, too

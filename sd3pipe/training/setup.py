@@ -36,6 +36,7 @@ from sd3pipe.training.loop import Loop
 from sd3pipe.training.memory_plan import MemoryPlan
 from sd3pipe.training.objective import Objective
 from sd3pipe.training.optimizers import check_optimizer_args, make_optimizer, parse_args
+from sd3pipe.training.picture_losses import picture_ids
 from sd3pipe.training.processes import Processes
 from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.records import Records
@@ -146,7 +147,7 @@ def build_loop(run: Run, memory: MemoryPlan) -> Loop:
     records = None
     if processes.is_main:
         trackers = functools.partial(start_trackers, params, run.identity, processes) if params.log_with else None
-        records = Records(folder, trackers)
+        records = Records(folder, run.data.train, trackers)
     return Loop(
         params=params,
         total_steps=run.inputs.total_steps,
@@ -155,6 +156,7 @@ def build_loop(run: Run, memory: MemoryPlan) -> Loop:
             schedule=schedule,
             processes=processes,
             subset_names=[rules.name for rules in run.data.train.rules],
+            most_samples=params.batches.train_batch_size * params.batches.gradient_accumulation_steps,
             max_grad_norm=params.max_grad_norm,
             max_weight_norm=params.scale_weight_norms,
             loss_spike_factor=params.bad_loss.loss_spike_factor,
@@ -164,6 +166,7 @@ def build_loop(run: Run, memory: MemoryPlan) -> Loop:
         steps_from=functools.partial(_steps_from, run, model),
         saver=saver,
         records=records,
+        picture_ids=picture_ids(run.data.train),
         validate=_validator(run, model, records),
         sample=make_sampler(params, folder, model, processes.device, run.inputs.precision) if records else None,
         processes=processes,

@@ -19,6 +19,15 @@ from sd3pipe.training.trained_model import TrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SampleLoss:
+    """The loss of one sample before any weighting; `picture` is its number among the items."""
+
+    picture: int
+    sigma: float
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What one step measured, over all processes."""
 
@@ -27,6 +36,7 @@ class StepResult:
     learning_rate: float
     subset_losses: dict[str, float]
     subset_samples: dict[str, int]
+    samples: tuple[SampleLoss, ...]
     stop_wanted: bool
     bad: str = ""  # why the step was not applied
 
@@ -41,6 +51,7 @@ class StepRunner:
         schedule: Schedule,
         processes: Processes,
         subset_names: Sequence[str],
+        most_samples: int,
         max_grad_norm: float,
         max_weight_norm: float | None = None,
         loss_spike_factor: float | None = None,
@@ -48,25 +59,29 @@ class StepRunner:
     ) -> None:
         self.objective, self.network, self.weights = model.objective, model.objective.network, model.weights
         self.optimizer, self.schedule, self.processes = model.optimizer, schedule, processes
-        self._subset_names = subset_names
+        self._subset_names, self._most_samples = subset_names, most_samples
         self._max_grad_norm, self._max_weight_norm = max_grad_norm, max_weight_norm
         self._spike = loss_spike_factor
         self.scaler, self._layer_major = model.scaler, model.streamer if layer_major else None
         self._rates = [group["lr"] for group in model.optimizer.param_groups]
 
     def step(self, number: int, batches: Sequence[Batch], *, loss_mean: float | None, stop: bool) -> StepResult:
-        """Runs forward and backward over the micro-batches and, if all is well, updates the adapter."""
+        """Runs forward and backward over the micro-batches and, if all is well, updates the adapter.
+
+        A step has at most `most_samples` samples on a process.
+        """
         if not self.network.training:
             self.network.train()
-        sums = self._accumulate(batches)
+        sums, samples = self._accumulate(batches)
         sums[-1, 0] = stop
         self.processes.mean_gradients(self.weights.parameters)
         optimized = self.weights.begin_update()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([tensor.grad for tensor in optimized if tensor.grad is not None])
-        numbers = torch.cat([self.processes.sum(sums).flatten(), norm.double().view(1)]).tolist()  # the only host sync
-        result = self._result(number, numbers, len(batches), loss_mean)
+        shared = self.processes.sum(torch.cat([sums.flatten(), samples.flatten()]))
+        numbers = torch.cat([shared, norm.double().view(1)]).tolist()  # the only host sync
+        result = self._result(number, numbers, loss_mean)
         if result.bad:
             self._give_up()
             return result
@@ -75,10 +90,14 @@ class StepRunner:
         self._update(number)
         return result
 
-    def _accumulate(self, batches: Sequence[Batch]) -> Tensor:
-        """Returns sums [subsets + 2, 2]: per subset loss and samples, then the weighted mean loss, then flags."""
+    def _accumulate(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        """Returns sums [subsets + 2, 2]: per subset loss and samples, then the weighted mean loss, then flags.
+
+        Beside them stand the samples of all processes [places, 3]: picture, counted from 1, sigma and loss.
+        """
         device, objective = self.processes.device, self.objective
         sums = torch.zeros(len(self._subset_names) + 2, 2, dtype=torch.float64, device=device)
+        samples: list[Tensor] = []
         forward_passes = (objective.prepare(batch.to(device)) for batch in batches)
 
         def weighed(forward_pass: ForwardPass, velocity_BChw: Tensor) -> Tensor:
@@ -87,14 +106,22 @@ class StepRunner:
             sums[:, 0].index_add_(0, forward_pass.batch.subsets, losses_B.detach().double())
             sums[:, 1].index_add_(0, forward_pass.batch.subsets, torch.ones_like(losses_B, dtype=torch.float64))
             sums[-2, 0] += loss.detach().double()
+            numbers = (forward_pass.batch.pictures + 1, forward_pass.batch.sigmas, losses_B.detach())
+            samples.append(torch.stack([number.double() for number in numbers], dim=1))
             return loss if self.scaler is None else self.scaler.scale(loss)
 
         if self._layer_major is not None:
             self._take_layer_by_layer(list(forward_passes), weighed, self._layer_major)
-            return sums
-        for forward_pass in forward_passes:
-            weighed(forward_pass, objective.predict(forward_pass)).backward()
-        return sums
+        else:
+            for forward_pass in forward_passes:
+                weighed(forward_pass, objective.predict(forward_pass)).backward()
+        return sums, self._in_own_places(torch.cat(samples))
+
+    def _in_own_places(self, samples: Tensor) -> Tensor:
+        """Returns a process's samples where no other process has its own, so that the sum over all has each of them."""
+        before = self.processes.rank * self._most_samples
+        after = self.processes.count * self._most_samples - before - len(samples)
+        return torch.nn.functional.pad(samples, (0, 0, before, after))
 
     def _take_layer_by_layer(
         self,
@@ -117,8 +144,9 @@ class StepRunner:
         )
         streamer.use(None)
 
-    def _result(self, number: int, numbers: list[float], accumulation: int, loss_mean: float | None) -> StepResult:
-        *sums, norm = numbers
+    def _result(self, number: int, numbers: list[float], loss_mean: float | None) -> StepResult:
+        end = 2 * (len(self._subset_names) + 2)
+        sums, samples, norm = numbers[:end], numbers[end:-1], numbers[-1]
         pairs = list(zip(sums[0::2], sums[1::2], strict=True))
         loss = pairs[-2][0] / self.processes.count
         per_subset = {name: pair for name, pair in zip(self._subset_names, pairs, strict=False) if pair[1]}
@@ -128,6 +156,11 @@ class StepRunner:
             learning_rate=self._rates[0] * self.schedule.factor(number),
             subset_losses={name: total / count for name, (total, count) in per_subset.items()},
             subset_samples={name: round(count) for name, (_, count) in per_subset.items()},
+            samples=tuple(
+                SampleLoss(picture=round(picture) - 1, sigma=sigma, loss=loss)
+                for picture, sigma, loss in zip(samples[0::3], samples[1::3], samples[2::3], strict=True)
+                if picture
+            ),
             stop_wanted=pairs[-1][0] > 0,
             bad=self._complaint(loss, norm, loss_mean),
         )

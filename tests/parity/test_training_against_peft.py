@@ -44,6 +44,7 @@ def batch_of(inputs) -> Batch:
         context=inputs["context_BLD"],
         pooled=inputs["pooled_BP"],
         weights=torch.tensor([1.0, 0.3]),
+        pictures=torch.tensor([0, 1]),
         subsets=torch.tensor([0, 0]),
         dropout_keys=torch.tensor([1, 2]),
         crop_draws=(1.0, 0.0, 0.0),

@@ -13,6 +13,8 @@ from support.browser import ask, needs_chromium
 from support.command_line import sd3pipe
 
 from sd3pipe.diffusion.picture_grid import save_picture
+from sd3pipe.judgement import Score
+from sd3pipe.picture_losses import PictureLosses, write_picture_losses
 from sd3pipe.previewing.cards import Card, Preview, Section
 from sd3pipe.previewing.page import render as preview_page
 from sd3pipe.reporting.collect import read_run
@@ -41,6 +43,12 @@ def write_run(folder: Path, *, steps: int = 30, rate: float = 1e-3, caption: str
         "encoded": {"text": {"seconds": 5.0, "captions": {"captions": 12, "most_frequent": {caption: 9}}, "cut": 2}},
     }  # fmt: skip
     (folder / "report.json").write_text(json.dumps(report))
+    gained = Score(value=0.1, low=0.05, high=0.15)
+    losses = [
+        PictureLosses(name=f"{n}.png", subset="cats", seen=9, quantile=n / 4, gained=gained, learnt=n != 3)
+        for n in range(4)
+    ]
+    write_picture_losses(folder, losses)
     (folder / "final" / "inputs.json").write_text(json.dumps({"base": "abc<def>"}))
     for step, colour in ((0, "red"), (10, "green"), (30, "blue")):
         place = folder / "samples" / f"step-{step:08d}"
@@ -62,6 +70,14 @@ def test_page_shows_losses_options_and_provenance_escaped(page):
     assert text.count('<svg class="chart"') == 3  # loss, validation, learning rate
     assert "network_dim" in text and "370 MB" in text
     assert "abc&lt;def&gt;" in text and "abc<def>" not in text
+
+
+def test_page_says_which_pictures_were_learnt_the_dearest_first(page):
+    text = page.read_text(encoding="utf-8")
+    assert "Of 3 of 4 pictures the loss fell measurably" in text
+    (rows,) = re.findall(r"loss fell by.*?</table>", text, re.DOTALL)
+    assert re.findall(r"cats/(\d)", rows) == ["3", "2", "1", "0"] and rows.count("not learnt") == 1
+    assert "+10.0% (+5.0% to +15.0%)" in rows
 
 
 def test_page_shows_data_phases_and_predictions(page):

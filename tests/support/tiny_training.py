@@ -119,6 +119,9 @@ class Run:
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
+    def samples(self) -> list[list[Any]]:
+        return [record["samples"] for record in self.records()]
+
     def losses(self) -> list[float]:
         return [record["loss"] for record in self.records()]
 

@@ -94,6 +94,8 @@ def test_two_processes_equal_one_with_twice_the_accumulation(inputs, launcher, n
     assert len(list((together.folder / "logs" / "together").glob("events*"))) == 1  # the main process alone logs
     assert relative_difference(together.adapter(), alone.adapter()) < TOLERANCE
     assert together.losses() == pytest.approx(alone.losses(), rel=TOLERANCE)
+    seen = [[sorted(sample[:2] for sample in step) for step in run.samples()] for run in (together, alone)]
+    assert seen[0] == seen[1]
     validation = [run.records("validation")[-1] for run in (alone, together)]
     assert validation[1]["by_picture"] == pytest.approx(validation[0]["by_picture"], rel=TOLERANCE)
     assert together.state(5)["identity"] == alone.state(5)["identity"]

@@ -20,6 +20,7 @@ from sd3pipe.errors import InputError, ParameterError, StaleError, Stopped
 from sd3pipe.fingerprint import hash_file
 from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import find_component
+from sd3pipe.picture_losses import read_picture_losses
 from sd3pipe.training.step_runner import StepRunner
 
 STEPS = 6
@@ -44,6 +45,8 @@ def assert_same_run(first: Run, second: Run, step: int = STEPS) -> None:
     assert equal(first.adapter(step), second.adapter(step))
     assert equal(first.optimizer(step), second.optimizer(step))
     assert first.losses() == second.losses()
+    assert first.samples() == second.samples()
+    assert read_picture_losses(first.folder) == read_picture_losses(second.folder)
     states = [{**run.state(step), "files": None} for run in (first, second)]
     assert states[0] == states[1]
 
