@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import errors
+from support.hub_answers import response
 from support.tiny_parts import save_part, tiny_parts
 
 from sd3pipe.errors import ExitCode, InputError, NetworkError, StorageError
@@ -36,23 +37,12 @@ class FakeHub:
         if self.error is not None:
             raise self.error
         if not (self.folder / name).is_file():
-            raise errors.RemoteEntryNotFoundError("404 Entry Not Found", response=_response(404))
+            raise errors.RemoteEntryNotFoundError("404 Entry Not Found", response=response(404))
         return str(self.folder / name)
 
     @property
     def served(self):
         return [name for name in self.asked if (self.folder / name).is_file()]
-
-
-def _response(status):
-    """What hub errors carry; built by the HTTP library that this huggingface_hub uses."""
-    import inspect
-    import sys
-
-    http_error = errors.HfHubHTTPError.__mro__[1]
-    library = sys.modules[http_error.__module__.split(".")[0]]
-    assert "response" in inspect.signature(errors.HfHubHTTPError.__init__).parameters
-    return library.Response(status, request=library.Request("GET", "https://hub.invalid/x"))
 
 
 @pytest.fixture
@@ -128,9 +118,9 @@ def _network_error(hub, error):
 @pytest.mark.parametrize(
     "error",
     [
-        errors.GatedRepoError("403 Forbidden.\nAccess to this model is restricted", response=_response(403)),
-        errors.HfHubHTTPError("401 Unauthorized", response=_response(401)),
-        errors.HfHubHTTPError("403 Forbidden", response=_response(403)),
+        errors.GatedRepoError("403 Forbidden.\nAccess to this model is restricted", response=response(403)),
+        errors.HfHubHTTPError("401 Unauthorized", response=response(401)),
+        errors.HfHubHTTPError("403 Forbidden", response=response(403)),
     ],
     ids=["gated", "401", "403"],
 )
@@ -140,12 +130,12 @@ def test_gated_repository_names_the_licence_page_and_the_login_command(hub, erro
 
 
 def test_missing_repository_is_named(hub):
-    error = errors.RepositoryNotFoundError("404 Client Error.\nRepository Not Found", response=_response(404))
+    error = errors.RepositoryNotFoundError("404 Client Error.\nRepository Not Found", response=response(404))
     assert "no such repository" in _network_error(hub, error)
 
 
 def test_missing_revision_is_named(hub):
-    error = errors.RevisionNotFoundError("404", response=_response(404))
+    error = errors.RevisionNotFoundError("404", response=response(404))
     assert "no revision" in _network_error(hub, error)
 
 
@@ -178,7 +168,7 @@ def test_real_huggingface_hub_offline_gives_the_network_error(tmp_path, monkeypa
 
 
 def test_server_error_names_the_status(hub):
-    assert "answered 503" in _network_error(hub, errors.HfHubHTTPError("503", response=_response(503)))
+    assert "answered 503" in _network_error(hub, errors.HfHubHTTPError("503", response=response(503)))
 
 
 def test_broken_connection_is_a_network_error(hub):

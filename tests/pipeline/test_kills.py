@@ -22,6 +22,7 @@ from support.fake_cache import captions, fill, wanted_texts
 from support.photographs import write_dataset_file, write_photographs
 from support.random_adapters import random_adapter
 from support.tiny_base import write_tiny_base
+from support.tiny_captioners import blip
 from support.tiny_mmdit import tiny_architecture
 from support.tiny_training import make_inputs, pictures
 
@@ -31,8 +32,12 @@ from sd3pipe.errors import ExitCode
 
 # imported before a command's process is forked, so that it dies at work and not while it imports
 PRELOADED = (
+    "transformers.models.blip.modeling_blip",
+    "transformers.models.blip.processing_blip",
     "transformers.models.clip.modeling_clip",
     "transformers.models.t5.modeling_t5",
+    "sd3pipe.captioning.image_text",
+    "sd3pipe.commands.caption",
     "sd3pipe.commands.encode_latents",
     "sd3pipe.commands.encode_text",
     "sd3pipe.commands.export",
@@ -102,6 +107,14 @@ def commands(tmp_path_factory) -> dict[str, Command]:
             ),
             extra=lambda name: _ATTIC in name,
         ),
+        "caption": Command(
+            words=(
+                "caption", "--images", "photographs", "--captioner", blip(folder / "blip"), "--out", "caches/captions",
+                "--captioner-dtype", "float32", "--max-new-tokens", 4, "--captioner-batch-size", 1, *one_thread,
+            ),
+            prepare=lambda out: shutil.copytree(photographs, out / "photographs"),
+            extra=lambda name: _ATTIC in name,
+        ),
         "encode-latents": Command(
             words=(
                 "encode-latents", "--model", base.model, "--dataset", dataset,
@@ -169,7 +182,7 @@ def finish(process: int) -> int:
     return code
 
 
-NAMES = ("train", "encode-text", "encode-latents", "export", "merge", "gc", "init")
+NAMES = ("train", "caption", "encode-text", "encode-latents", "export", "merge", "gc", "init")
 ENDS = {
     signal.SIGKILL: (-signal.SIGKILL, ExitCode.DONE),
     # ended by the signal before anything began, or done before anything looked at it

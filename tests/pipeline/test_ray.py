@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from support.command_line import report_of, sd3pipe
 from support.comparing import folder_bytes
+from support.tiny_captioners import blip
 
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cli import run
@@ -80,6 +81,23 @@ def test_a_killed_worker_s_part_is_made_by_another(tmp_path, base, dataset):
     sd3pipe(*command, f"--out={out}", *ON_RAY)  # without work Ray is not even started
     assert report_of(out)["encoded"] == 0 and report_of(out)["seconds"] < 5
     assert folder_bytes(out) == before
+
+
+@pytest.mark.slow
+def test_a_captioner_s_words_too(tmp_path, dataset):
+    command = [
+        "caption",
+        f"--images={dataset.parent / 'photos'}",
+        f"--captioner={blip(tmp_path / 'blip')}",
+        "--write=none",
+        "--device=cpu",
+    ]
+    command += ["--captioner-dtype=float32", "--max-new-tokens=6"]
+    sd3pipe(*command, f"--out={tmp_path / 'one'}")
+    sd3pipe(*command, f"--out={tmp_path / 'two'}", *ON_RAY)
+    assert folder_bytes(tmp_path / "two") == folder_bytes(tmp_path / "one")
+    one, two = report_of(tmp_path / "one"), report_of(tmp_path / "two")
+    assert two["captioned"] == one["captioned"] == 26 and two["failed"] == one["failed"] == 1
 
 
 @pytest.mark.slow
