@@ -139,6 +139,8 @@ def _train(params: TrainParams, processes: Processes, report: StageReport, folde
         try:
             if processes.is_main:
                 _begin_at(loop.progressed, params, folder)
+                if steps_before:
+                    log.info("going on from step %s of %s", f"{steps_before:,}", f"{resolved.total_steps:,}")
             loop.run(duration_seconds(params.time_limit) if params.time_limit else None)
         finally:
             loop.close()

@@ -207,7 +207,7 @@ def test_a_run_from_its_start_to_the_exported_file(tmp_path, running, opened):
     page.locator("#status", has_text="done").wait_for()
     log = page.locator("#log").text_content()
     assert "encode-text: 76 reused, 1 encoded" in log
-    assert stopped_at <= int(re.search(r"at step (\d+)", log)[1]) < 200  # the page heard of some of its steps later
+    assert stopped_at <= int(re.search(r"from step (\d+)\)", log)[1]) < 200  # the page heard of some of its steps later
 
     at(page, studio, "compare")
     page.locator(".matrix img").nth(0).click()

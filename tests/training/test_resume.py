@@ -116,11 +116,13 @@ def test_worker_processes_change_nothing(inputs):
     assert_same_run(alone, helped, step=4)
 
 
-def test_more_steps_under_a_constant_schedule_continue_exactly(inputs):
+def test_more_steps_under_a_constant_schedule_continue_exactly(inputs, caplog):
     """Also with a warm-up given as a ratio: it keeps the length that the run began with."""
+    caplog.set_level("INFO")
     options = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 0.5}
     inputs.train("extended", max_train_steps=4, **options)
     extended = inputs.train("extended", max_train_steps=STEPS, **options)
+    assert caplog.text.count(f"going on from step 4 of {STEPS}") == 1
     whole = inputs.train("not-extended", max_train_steps=STEPS, output_name="extended", lr_warmup_steps=2.0)
     assert extended.losses() == whole.losses()
     assert equal(extended.optimizer(STEPS), whole.optimizer(STEPS))
