@@ -15,7 +15,10 @@ from sd3pipe.shell import no_option
 from sd3pipe.studio.app import Ask
 from sd3pipe.studio.forms import choices
 
-_INIT = ("model", "images", "trigger", "goal", "vram", "tokenizers", "clip_l", "clip_g", "t5xxl", "loras_dir")
+_INIT = (
+    "model", "images", "caption", "trigger", "goal", "vram", "tokenizers",
+    "clip_l", "clip_g", "t5xxl", "vae", "loras_dir",
+)  # fmt: skip
 _ENDINGS = (".sh", ".bat", ".ps1", ".txt", ".toml", ".json")
 
 
