@@ -213,7 +213,7 @@ def test_a_run_from_its_start_to_the_exported_file(tmp_path, running, opened):
     page.locator(".matrix img").nth(0).click()
     page.locator(".matrix img").nth(1).click()
     assert page.locator("#wiper").is_visible()
-    page.get_by_label("checkpoint", exact=True).select_option("100")
+    page.locator("select[name=checkpoint]").select_option("100")
     page.get_by_role("button", name="Export").click()
     page.get_by_text("Copy the path").wait_for()
     file = Path(page.locator("#exported code").text_content())
