@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sd3pipe.captioning.wording import CountTokens, finished
+from sd3pipe.data.caption_cache import CachedCaptions
 from sd3pipe.data.scan import Picture
 from sd3pipe.files import write_text
 from sd3pipe.rules.captioning import WordingRules
@@ -23,6 +24,20 @@ def finished_captions(
         for picture in pictures
         if picture.image_hash in words
     ]
+
+
+def with_further_lines(
+    captions: Sequence[tuple[Picture, str]], others: Sequence[CachedCaptions]
+) -> list[tuple[Picture, str]]:
+    """Returns captions with those of other caches behind them, a line for each."""
+    return [
+        (picture, "\n".join(" ".join(line.split()) for line in (caption, *_of(picture, others)) if line.strip()))
+        for picture, caption in captions
+    ]
+
+
+def _of(picture: Picture, others: Sequence[CachedCaptions]) -> list[str]:
+    return [captions.get((picture.subset.name, picture.image_hash), "") for captions in others]
 
 
 def told(picture: Picture) -> str:

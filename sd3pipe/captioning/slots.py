@@ -121,11 +121,14 @@ class Choice:
     by_hand: list[Slot]
 
 
-def choose(slots: Iterable[Slot], notes: WrittenNotes, write: WrittenCaptions) -> Choice:
-    """Returns which captions are to be made: never over a person's words, unless `write` is "all"."""
+def choose(slots: Iterable[Slot], notes: Sequence[WrittenNotes], write: WrittenCaptions) -> Choice:
+    """Returns which captions are to be made: never over a person's words, unless `write` is "all".
+
+    A caption is ours where any of the notes has it.
+    """
     written, by_hand = [], []
     for slot in slots:
-        ours = notes.of(slot) is not None
+        ours = any(its.of(slot) is not None for its in notes)
         if slot.digest is not None and not ours:
             by_hand.append(slot)
         if write in ("all", "none") or slot.digest is None or (ours and write == "own"):

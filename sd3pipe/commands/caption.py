@@ -15,12 +15,13 @@ from sd3pipe.cache.rows import Row
 from sd3pipe.cache.samples import hex_list
 from sd3pipe.cache.store import FillCounts
 from sd3pipe.captioning.captioner import Captioner, find_captioner
-from sd3pipe.captioning.finished import finished_captions, told, write_list
+from sd3pipe.captioning.finished import finished_captions, told, with_further_lines, write_list
 from sd3pipe.captioning.plan import captions_wanted, words_of
 from sd3pipe.captioning.slots import Choice, Slot, WrittenNotes, choose, slots_of, take_back, write_captions
 from sd3pipe.captioning.wording import CountTokens, steps
 from sd3pipe.config import find_project
 from sd3pipe.console import count, listed, one_line, progress, say
+from sd3pipe.data.caption_cache import CachedCaptions, read_captions
 from sd3pipe.data.dataset_file import Dataset, folder_dataset, load_dataset
 from sd3pipe.data.scan import Picture, Scan, scan, tell_about_pictures
 from sd3pipe.encoding.stage import Encoding, run
@@ -72,6 +73,7 @@ class _Captions(Encoding):
     captioner: Captioner
     prompt: str
     notes: WrittenNotes
+    others: list[CachedCaptions]  # whose captions are further lines
 
     @property
     def libraries(self) -> tuple[str, ...]:
@@ -133,6 +135,8 @@ class _Captions(Encoding):
         captions = finished_captions(
             self.pictures, _words_by_picture(self.out), self.params.wording, _counter(self.params)
         )
+        if self.others:
+            captions = with_further_lines(captions, self.others)
         write_list(self.out, captions)
         if self.params.write == "none":
             return []
@@ -157,14 +161,15 @@ def _prepare(params: CaptionParams) -> _Captions:
     if captioner.kind == "tagger" and importlib.util.find_spec("onnxruntime") is None:
         raise ParameterError("caption: a tagger needs onnxruntime: pip install 'sd3pipe[tagger]'")
     _counter(params)
+    others = [read_captions(cache) for cache in params.lines_of]
     stamps = FileStamps(machine_folder(params.out) / "stat.json", trust=not params.rehash)
     found = scan(_dataset(params), stamps, with_cached=False)
     tell_about_pictures(found)
     for line in found.left_out:
         log.warning("%s", line)
-    notes = _notes(params)
+    notes, *others_notes = (_notes(cache) for cache in (params.out, *params.lines_of))
     slots = [] if params.write == "none" else slots_of(found.pictures)
-    choice = choose(slots, notes, params.write)
+    choice = choose(slots, [notes, *others_notes], params.write)
     if params.write == "all" and choice.by_hand and not (params.yes or params.dry_run):
         raise ParameterError(
             f"caption: --write all writes over {count(len(choice.by_hand), 'caption')} that a person wrote or changed "
@@ -190,6 +195,7 @@ def _prepare(params: CaptionParams) -> _Captions:
         captioner=captioner,
         prompt=prompt,
         notes=notes,
+        others=others,
     )
 
 
@@ -203,8 +209,8 @@ def _dataset(params: CaptionParams) -> Dataset:
     return load_dataset(file)
 
 
-def _notes(params: CaptionParams) -> WrittenNotes:
-    return WrittenNotes(machine_folder(params.out) / "written.json")
+def _notes(cache: Path) -> WrittenNotes:
+    return WrittenNotes(machine_folder(cache) / "written.json")
 
 
 def _words_by_picture(out: Path) -> dict[str, str]:
@@ -227,7 +233,7 @@ def _counter(params: CaptionParams) -> CountTokens | None:
 def _undo(params: CaptionParams) -> None:
     """Takes back what was written into the pictures' captions."""
     found = scan(_dataset(params), FileStamps(machine_folder(params.out) / "stat.json"), with_cached=False)
-    notes = _notes(params)
+    notes = _notes(params.out)
     slots = slots_of(found.pictures)
     touched = [slot for slot in slots if slot.digest is not None and notes.of(slot) is None]
     taken = take_back(slots, notes)

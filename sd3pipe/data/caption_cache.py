@@ -1,5 +1,6 @@
 """Captions that a model made, in the list that `sd3pipe caption` leaves in its cache."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -19,14 +20,17 @@ class _Line(TypedDict):
 _LINE = TypeAdapter(_Line)
 
 
-def cached_captions(cache: Path, subset: str) -> dict[str, str]:
-    """Returns the captions of a subset's pictures by the hashes of their bytes. Raises InputError."""
+CachedCaptions = Mapping[tuple[str, str], str]  # by subset and hash of the picture's bytes
+
+
+def read_captions(cache: Path) -> CachedCaptions:
+    """Returns the captions in a cache. Raises InputError."""
     file = cache / CAPTIONS
     if not file.is_file():
-        raise InputError(f"{cache}: has no {CAPTIONS}: run `sd3pipe caption` first, or name another caption_cache")
+        raise InputError(f"{cache}: has no {CAPTIONS}: run `sd3pipe caption` first, or name another cache")
     lines = [
         parse_json(line, _LINE, f"{file}: line {number}")
         for number, line in enumerate(read_text(file, most_bytes=MOST_LIST_BYTES).split("\n"), start=1)
         if line
     ]
-    return {line["image"]: line["caption"] for line in lines if line["subset"] == subset}
+    return {(line["subset"], line["image"]): line["caption"] for line in lines}

@@ -1,8 +1,8 @@
 """The whole caption pipeline of sd-scripts, run before encoding and repeatable.
 
-What is random (a line of several, {wildcards}, tag order, dropped tags) is a function of (seed, picture, variant), so
-`variants` rows per picture stand for the draws that sd-scripts makes anew at every access. Dropping whole captions is
-no part of this: it is a weight of the subset, and the empty caption is a row of its own.
+What is random ({wildcards}, tag order, dropped tags) is a function of (seed, picture, variant), so `variants` rows per
+picture stand for the draws that sd-scripts makes anew at every access; several lines take turns in them. Dropping whole
+captions is no part of this: it is a weight of the subset, and the empty caption is a row of its own.
 """
 
 import random
@@ -27,7 +27,13 @@ def processed_captions(picture: Picture, *, variants: int, seed: int) -> tuple[s
     rules = picture.subset.captions
     if not is_random(rules):
         return (process_caption(picture.caption, rules, _UNUSED),)
-    drawn = tuple(process_caption(picture.caption, rules, _rng(seed, picture.image_hash, n)) for n in range(variants))
+    first_line = _number(seed, picture.image_hash)
+    drawn = tuple(
+        process_caption(
+            picture.caption, rules, random.Random(_number(seed, picture.image_hash, n)), line=first_line + n
+        )
+        for n in range(variants)
+    )
     return drawn[:1] if len(set(drawn)) == 1 else drawn
 
 
@@ -36,14 +42,15 @@ def is_random(rules: CaptionRules) -> bool:
     return rules.enable_wildcard or rules.shuffle_caption or rules.caption_tag_dropout_rate > 0
 
 
-def process_caption(text: str, rules: CaptionRules, rng: random.Random) -> str:
-    """Returns one caption from the raw text of a caption file.
+def process_caption(text: str, rules: CaptionRules, rng: random.Random, *, line: int = 0) -> str:
+    """Returns one caption from the raw text of a caption file; of its lines the one with this number, going round.
 
     Order: line, prefix and suffix, wildcards, tags (fixed ones stay in place, the others are shuffled, then dropped),
     secondary separator. Two holes of sd-scripts are closed: prefix and suffix reach every line that enable_wildcard may
     choose, and keep_tokens_separator never stays in the text.
     """
-    caption = _line(text, rules, rng)
+    lines = caption_lines(text) or [""]
+    caption = lines[line % len(lines) if rules.enable_wildcard else 0]
     caption = f"{rules.caption_prefix} {caption}" if rules.caption_prefix else caption
     caption = f"{caption} {rules.caption_suffix}" if rules.caption_suffix else caption
     if rules.enable_wildcard:
@@ -81,20 +88,16 @@ def caption_statistics(captions: Sequence[str], *, most_tags: int = 10) -> dict[
     }
 
 
-def _rng(seed: int, image_hash: str, variant: int) -> random.Random:
-    """Returns the generator of one variant. Only its random() is used, the one method Python keeps stable."""
-    return random.Random(int(hash_json([seed, image_hash, variant])[:16], 16))
+def _number(*about: object) -> int:
+    """Returns a number that depends on all of this; of a generator that begins with it only random() is used.
+
+    That is the one method that Python keeps stable.
+    """
+    return int(hash_json(list(about))[:16], 16)
 
 
 def _choice(options: list[str], rng: random.Random) -> str:
     return options[int(rng.random() * len(options))]
-
-
-def _line(text: str, rules: CaptionRules, rng: random.Random) -> str:
-    lines = caption_lines(text)
-    if not lines:
-        return ""
-    return _choice(lines, rng) if rules.enable_wildcard and len(lines) > 1 else lines[0]
 
 
 def _wildcards(caption: str, rng: random.Random) -> str:

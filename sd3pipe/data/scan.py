@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from sd3pipe import stopping
 from sd3pipe.console import count, listed
-from sd3pipe.data.caption_cache import cached_captions
+from sd3pipe.data.caption_cache import CachedCaptions, read_captions
 from sd3pipe.data.dataset_file import Dataset, Subset
 from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, FoundFile, mask_files, read_folder
 from sd3pipe.data.holding_out import held_out
@@ -110,9 +110,9 @@ def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True, wi
             problems += error.problems
             continue
         left_out += remarks
-        cached: Mapping[str, str] = {}
+        cached: CachedCaptions = {}
         if subset.caption_cache is not None and with_captions and with_cached:
-            cached = cached_captions(subset.caption_cache, subset.name)
+            cached = read_captions(subset.caption_cache)
         masks = mask_files(subset.conditioning_data_dir) if subset.conditioning_data_dir else None
         seen: Counter[str] = Counter()
         for entry in entries:
@@ -259,9 +259,9 @@ def _examine(
     )
 
 
-def _with_cached(picture: Picture, entry: FoundFile, cached: Mapping[str, str]) -> Picture:
+def _with_cached(picture: Picture, entry: FoundFile, cached: CachedCaptions) -> Picture:
     """Returns a picture with the caption that a model made, where nobody wrote one."""
-    text = cached.get(picture.image_hash)
+    text = cached.get((picture.subset.name, picture.image_hash))
     return picture if text is None or entry.caption is not None else replace(picture, caption=text)
 
 

@@ -55,6 +55,10 @@ class CaptionParams(StageParams):
         "own", "Which caption files are written: missing ones and our own untouched (own), missing ones only, all "
         "(a person's, too; needs --yes), or none.", panel=_FILES,
     )
+    lines_of: tuple[OptionPath, ...] = option(
+        (), "Caches of other captioners, whose captions become further lines, each a variant with enable_wildcard.",
+        role="path", panel=_FILES,
+    )
     yes: bool = option(False, "Write over captions that a person wrote, with --write all.", panel=_FILES, trust="typed")
     undo: bool = option(
         False, "Take back what was written and nobody touched since; what stood there before comes back.",

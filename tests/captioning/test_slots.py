@@ -24,7 +24,7 @@ def captioned(dataset, notes_file: Path, words: str, write: WrittenCaptions) -> 
     """Writes the same words for every picture that is to be captioned; returns the places."""
     notes = WrittenNotes(notes_file)
     slots = slots_of(scan(dataset, FileStamps(notes_file.with_name("stat.json")), with_cached=False).pictures)
-    chosen = choose(slots, notes, write).written
+    chosen = choose(slots, [notes], write).written
     return [
         slot.where
         for slot in write_captions([(slot, f"{words} {slot.picture.image_hash[:4]}") for slot in chosen], notes)

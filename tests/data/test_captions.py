@@ -57,9 +57,16 @@ def test_wildcards_draw_every_option():
     assert drawn == {"a red cat", "a green cat", "a blue cat"}
 
 
-def test_wildcard_mode_draws_every_line_and_each_gets_the_prefix():
-    drawn = {process("one\n\ntwo", seed, enable_wildcard=True, caption_prefix="P") for seed in range(40)}
-    assert drawn == {"P one", "P two"}
+def test_wildcard_mode_takes_every_line_in_turn_and_each_gets_the_prefix(tmp_path):
+    keys = "enable_wildcard = true\ncaption_prefix = 'P'"
+    lines = [f"line {number}" for number in range(3)]
+    one = picture(tmp_path, "\n\n".join(lines), keys)
+    first = set()
+    for digit in "0123456789":
+        drawn = processed_captions(replace(one, image_hash=digit * 64), variants=7, seed=1)
+        assert sorted(drawn[:3]) == [f"P {line}" for line in lines] and drawn[3:] == drawn[:3] + drawn[:1]
+        first.add(drawn[0])
+    assert len(first) == 3
 
 
 def test_shuffle_moves_free_tags_only():
