@@ -30,6 +30,9 @@ class PreviewParams(StageParams):
         None, "Folder with the tokenizers: tells which captions are cut off.",
         role="path", panel=_PATHS, paths_key="tokenizers",
     )
+    captions: tuple[OptionPath, ...] = option(
+        (), "Caches of `caption`: their captions stand in columns below each picture.", role="path", panel=_SHOWN
+    )
     pictures_per_bucket: int = option(
         24, "Pictures drawn per bucket, spread evenly over its pictures.", panel=_SHOWN, ge=1, le=500
     )

@@ -43,6 +43,7 @@ class Card:
     cuts: tuple[Box, ...] = ()
     facts: tuple[str, ...] = ()
     captions: tuple[str, ...] = ()
+    suggested: Mapping[str, str] = field(default_factory=dict)  # by whose caption it is
     warnings: tuple[str, ...] = ()
 
     @property

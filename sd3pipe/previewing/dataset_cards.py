@@ -9,6 +9,7 @@ import numpy as np
 
 from sd3pipe.console import count, listed, one_line
 from sd3pipe.data.buckets import Size, cut_by_limit
+from sd3pipe.data.caption_cache import CachedCaptions
 from sd3pipe.data.captions import processed_captions, tag_frequency
 from sd3pipe.data.decoding import Job, Pixels, row_job
 from sd3pipe.data.feed import Decoded, decoded_rows
@@ -34,6 +35,7 @@ class PictureItem:
     captions: tuple[str, ...]
     copies: list[str]  # names of all pictures of equal content, itself among them
     tokens: Mapping[str, CaptionTokens]
+    suggested: Mapping[str, str]  # what captioners said, by the name of their cache
 
     @property
     def picture(self) -> Picture:
@@ -92,19 +94,27 @@ class DatasetItems:
 
 
 def dataset_items(
-    found: Scan, *, caption_variants: int, crop_variants: int, seed: int, count_tokens: CountTokens
+    found: Scan,
+    *,
+    caption_variants: int,
+    crop_variants: int,
+    seed: int,
+    count_tokens: CountTokens,
+    suggested: Mapping[str, CachedCaptions],
 ) -> DatasetItems:
-    """Returns what is known of scanned pictures before one is decoded."""
+    """Returns what is known of scanned pictures before one is decoded; `suggested` are captions by their cache."""
     pictures, unreadable = views_of_all(found, crop_variants=crop_variants, seed=seed)
-    captions = [processed_captions(of[0].picture, variants=caption_variants, seed=seed) for of in pictures]
-    tokens = count_tokens(sorted({caption for texts in captions for caption in texts}))
+    processed = [processed_captions(of[0].picture, variants=caption_variants, seed=seed) for of in pictures]
+    tokens = count_tokens(sorted({caption for texts in processed for caption in texts}))
     names: dict[tuple[int, str], list[str]] = defaultdict(list)
     items: list[PictureItem] = []
-    for views, texts in zip(pictures, captions, strict=True):
+    for views, texts in zip(pictures, processed, strict=True):
         picture = views[0].picture
         copies = names[picture.subset.dataset, picture.image_hash]
         copies.append(_full_name(picture))
-        items.append(PictureItem(views=views, captions=texts, copies=copies, tokens=tokens))
+        there = (picture.subset.name, picture.image_hash)
+        said = {name: captions[there] for name, captions in suggested.items() if there in captions}
+        items.append(PictureItem(views=views, captions=texts, copies=copies, tokens=tokens, suggested=said))
     copied = [same for same in names.values() if len(same) > 1]
     warnings = (*found.left_out, *_warnings(_by_bucket(items), items, copied))
     return DatasetItems(items=items, unreadable=unreadable, warnings=warnings)
@@ -124,12 +134,18 @@ def dataset_preview(
     crop_variants: int,
     seed: int,
     count_tokens: CountTokens,
+    suggested: Mapping[str, CachedCaptions],
     thumbnails: Thumbnails,
     workers: int,
 ) -> Preview:
     """Returns the preview of scanned pictures."""
     known = dataset_items(
-        found, caption_variants=caption_variants, crop_variants=crop_variants, seed=seed, count_tokens=count_tokens
+        found,
+        caption_variants=caption_variants,
+        crop_variants=crop_variants,
+        seed=seed,
+        count_tokens=count_tokens,
+        suggested=suggested,
     )
     buckets = known.buckets
     shown = {size: spread(items, per_bucket) for size, items in buckets.items()}
@@ -219,6 +235,7 @@ def _card(item: PictureItem, drawn: Decoded) -> Card:
         cuts=_boxes(item.cuts) if pixels else (),
         facts=item.facts,
         captions=item.captions,
+        suggested=item.suggested,
         warnings=(*unreadable, *item.warnings),
     )
 

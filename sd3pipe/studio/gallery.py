@@ -1,5 +1,6 @@
 """The pictures of a project with what preview knows of each, sorted and filtered; nothing is decoded for it."""
 
+import functools
 import logging
 import threading
 from collections.abc import Mapping, Sequence
@@ -9,17 +10,18 @@ from typing import Any
 
 from sd3pipe.config import Project
 from sd3pipe.console import one_line
+from sd3pipe.data.caption_cache import CachedCaptions, read_captions
 from sd3pipe.data.dataset_file import Dataset, load_dataset
 from sd3pipe.data.scan import Scan, UnreadableFile, scan
 from sd3pipe.errors import InputError, ParameterError
-from sd3pipe.file_stamps import FileStamps
+from sd3pipe.file_stamps import FileStamps, Stamp, stamp_of
 from sd3pipe.fingerprint import hash_json
 from sd3pipe.params.command_line import load_stage_models
 from sd3pipe.previewing.cards import CaptionTokens
 from sd3pipe.previewing.dataset_cards import PictureItem, dataset_items
 from sd3pipe.previewing.token_counts import token_counts
 from sd3pipe.project.inputs import stage_options
-from sd3pipe.stages import STAGES_BY_NAME
+from sd3pipe.stages import CAPTIONS, STAGES_BY_NAME
 from sd3pipe.studio.places import path_of, studio_folder
 
 log = logging.getLogger(__name__)
@@ -65,6 +67,12 @@ class Entry:
     def warnings(self) -> tuple[str, ...]:
         there = self.item.warnings
         return there if self.caption or "no caption" in there else (*there, "no caption of its own")
+
+    @property
+    def suggested(self) -> Mapping[str, str]:
+        """What captioners said, by the names of their caches; nothing where that is the caption itself."""
+        said = self.item.suggested
+        return {} if set(said.values()) == {self.caption} else said
 
     @property
     def was(self) -> str:
@@ -133,6 +141,7 @@ def read_gallery(project: Project, *, may_write: bool = True) -> Gallery:
         crop_variants=latents["crop_variants"],
         seed=text["seed"],
         count_tokens=lambda captions: _counted(project, captions, text["t5xxl_max_token_length"]),
+        suggested=_suggested(path_of(project, "caches")),
     )
     _latest[str(project.folder)] = gallery = Gallery(
         dataset=dataset,
@@ -158,6 +167,21 @@ def option_values(project: Project, stage: str) -> dict[str, Any]:
     except (ParameterError, InputError):
         fields = load_stage_models()[STAGES_BY_NAME[stage].module].model_fields
         return {name: field.default for name, field in fields.items()}
+
+
+def _suggested(caches: Path) -> dict[str, CachedCaptions]:
+    """Returns what captioners said of the pictures, by the names of their caches."""
+    lists = sorted(caches.glob(f"*/{CAPTIONS}"))
+    return {file.parent.name: _captions(file.parent, stamp_of(file.stat())) for file in lists}
+
+
+@functools.lru_cache(maxsize=8)  # a page asks several times
+def _captions(cache: Path, _: Stamp) -> CachedCaptions:
+    try:
+        return read_captions(cache)
+    except InputError as error:
+        log.warning("%s", error)
+        return {}
 
 
 def _key(item: PictureItem) -> str:

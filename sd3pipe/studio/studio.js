@@ -145,6 +145,12 @@ function pictures() {
     showUndo(answer.undo);
     countRows();
   };
+  grid.addEventListener("click", (event) => {
+    if (!event.target.matches(".take")) return;
+    const card = event.target.closest(".card");
+    $("textarea", card).value = event.target.textContent;
+    save(card);
+  });
   grid.addEventListener("input", (event) => {
     const card = event.target.closest(".card");
     if (card && event.target.matches("textarea")) card.classList.toggle("dirty", event.target.value !== event.target.defaultValue);

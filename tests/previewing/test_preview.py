@@ -1,6 +1,7 @@
 """The preview draws the very cuts, masks and captions of the encode stages, and warns of what may surprise."""
 
 import io
+import json
 import re
 import shutil
 
@@ -10,7 +11,8 @@ from PIL import Image
 
 from sd3pipe.commands.encode_latents import main as encode_latents
 from sd3pipe.commands.preview import main
-from sd3pipe.errors import DeviceMemoryError, ParameterError
+from sd3pipe.errors import DeviceMemoryError, InputError, ParameterError
+from sd3pipe.fingerprint import hash_file
 from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.params.preview import PreviewParams
 from sd3pipe.previewing import thumbnails
@@ -75,6 +77,19 @@ def test_there_is_a_png_per_bucket_and_a_page_that_needs_nothing_else(project, c
     assert "8 pictures in" in capsys.readouterr().out
     for file in files[:-1]:
         assert Image.open(project / "out" / file).format == "PNG"
+
+
+def test_captions_of_caches_stand_in_columns(project, tmp_path):
+    digest = hash_file(project / "pics" / "wide.png")
+    for cache, words in (("captions", "a <i>wide</i> picture"), ("tags", "wide, noise")):
+        (tmp_path / cache).mkdir()
+        line = {"image": digest, "subset": "pics", "caption": words}
+        (tmp_path / cache / "captions.jsonl").write_text(json.dumps(line) + "\n")
+    page = preview(project, captions=(tmp_path / "captions", tmp_path / "tags"))
+    assert page.count("<tr><th>captions</th><th>tags</th></tr>") == 2  # of the picture, and of its copy
+    assert "<td>a &lt;i&gt;wide&lt;/i&gt; picture</td><td>wide, noise</td>" in page
+    with pytest.raises(InputError, match=r"nowhere: has no captions\.jsonl"):
+        preview(project, captions=(tmp_path / "nowhere",))
 
 
 def test_a_second_preview_decodes_what_is_new(project, tmp_path, monkeypatch):

@@ -68,6 +68,37 @@ def test_undo_works_after_a_restart_and_removes_what_was_new(tmp_path, studio, p
     assert not (project / "pictures" / "c.txt").exists()
 
 
+def write_captions(project, **captions):
+    """Writes lists as `caption` leaves them, for a.png and b.png."""
+    hashes = {name: entry.item.picture.image_hash for name, entry in entries(project).items()}
+    for cache, words in captions.items():
+        (project / "caches" / cache).mkdir(parents=True, exist_ok=True)
+        lines = [{"image": hashes[name], "subset": "pictures", "caption": f"{words} {name}"} for name in ("a", "b")]
+        (project / "caches" / cache / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_captions_of_two_models_stand_in_columns_to_choose_from(studio, project):
+    write_captions(project, captions="a <b>sentence</b> about", tags="tags, of")
+    page = asked(studio, "GET", base(studio)).text
+    assert page.count('class="suggested"') == 2 and page.count('class="take"') == 4
+    assert page.index("<small>captions</small>") < page.index("<small>tags</small>")
+    assert "a &lt;b&gt;sentence&lt;/b&gt; about a" in page
+    taken = save(studio, entries(project)["a"], "tags, of a").json()
+    assert (project / "pictures" / "a.txt").read_text() == "tags, of a\n"
+    assert taken["html"].count('aria-pressed="true"') == 1 and taken["undo"] == "the caption of a.png"
+    write_captions(project, captions="another about", tags="tags, of")
+    assert entries(project)["a"].suggested == {"captions": "another about a", "tags": "tags, of a"}
+
+
+def test_a_lone_caption_that_is_the_pictures_own_is_not_shown_twice(studio, project):
+    write_captions(project, captions="words of")
+    save(studio, entries(project)["a"], "words of a")
+    found = entries(project)
+    assert not found["a"].suggested and found["b"].suggested and not found["c"].suggested
+    (project / "caches" / "captions" / "captions.jsonl").write_text("no list")
+    assert asked(studio, "GET", base(studio)).text.count("suggested") == 0
+
+
 def test_an_edit_from_elsewhere_is_noticed_and_kept(studio, project):
     entry = entries(project)["a"]
     (project / "pictures" / "a.txt").write_text("edited elsewhere")
