@@ -47,7 +47,7 @@ def _write(reader: CacheReader, folder: Path) -> None:
                 name,
                 shape=(len(rows), *shape),
                 chunks=(max(1, _CHUNK_BYTES // max(1, 4 * math.prod(shape))), *(max(1, size) for size in shape)),
-                dtype={"F32": "float32", "F16": "float16", "BF16": "float32", "U8": "uint8"}[dtype],
+                dtype={"F32": "float32", "F16": "float16", "BF16": "float32", "U8": "uint8", "I8": "int8"}[dtype],
                 compressors=None,
             )
             for name, dtype, shape in layout

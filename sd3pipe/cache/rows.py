@@ -10,9 +10,9 @@ from pydantic import Field
 from sd3pipe.errors import InputError
 from sd3pipe.tensors.header import ITEM_BYTES, tensor_bytes
 
-DType = Literal["F32", "F16", "BF16", "U8"]
+DType = Literal["F32", "F16", "BF16", "U8", "I8"]
 
-_NUMPY_DTYPES: dict[str, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "|u1"}
+_NUMPY_DTYPES: dict[str, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "|u1", "I8": "|i1"}
 
 Size = Annotated[int, Field(strict=True, ge=0, lt=2**40)]
 Layout = tuple[
@@ -29,7 +29,7 @@ class Tensor:
     data: Any  # whatever has the buffer protocol
 
     def numpy(self) -> np.ndarray:
-        """Returns the values: float32, float16 or uint8 without a copy, bfloat16 widened to float32 without loss."""
+        """Returns the values: all but bfloat16 without a copy, bfloat16 widened to float32 without loss."""
         values = np.frombuffer(self.data, dtype=_NUMPY_DTYPES[self.dtype])
         if self.dtype == "BF16":
             values = (values.astype(np.uint32) << 16).view(np.float32)
@@ -43,11 +43,11 @@ LATENTS = ("moments", "mean", "sample")
 
 
 def from_numpy(array: np.ndarray) -> Tensor:
-    """Returns a tensor that holds a float32, float16 or uint8 array's bytes."""
+    """Returns a tensor that holds a float32, float16, uint8 or int8 array's bytes."""
     for dtype in get_args(DType):
         if dtype != "BF16" and array.dtype == np.dtype(_NUMPY_DTYPES[dtype]):
             return Tensor(dtype, array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    raise ValueError(f"rows hold float32, float16 and uint8 arrays, not {array.dtype}")
+    raise ValueError(f"rows hold float32, float16, uint8 and int8 arrays, not {array.dtype}")
 
 
 def latents_name(names: Container[str]) -> str:

@@ -23,18 +23,21 @@ def main(params: PlanParams) -> None:
     """Prints the plan. Raises InputError, and ParameterError for more blocks than there are."""
     project = find_project(Path.cwd())
     text = _stage_options(EncodeTextParams, "encode-text", params, project)
-    disk = {} if params.dataset is None else _disk(params, text, project)
+    disk, advice = ({}, None) if params.dataset is None else _disk(params, text, project)
     plan = make_plan(params, t5_tokens=text.t5xxl_max_token_length, disk=disk)
     if params.json_output:
         say_json(plan.as_json())
         return
-    say(_header(params, plan), *plan.table(), _verdict(params, plan), *_others(plan))
+    say(_header(params, plan))
     if plan.disk:
         say("disk: " + ", ".join(f"{name} {readable_bytes(size)}" for name, size in plan.disk.items()))
+    if advice:
+        say(f"disk: {advice}")
+    say(*plan.table(), _verdict(params, plan), *_others(plan))
 
 
-def _disk(params: PlanParams, text: EncodeTextParams, project: Project | None) -> dict[str, int]:
-    """Returns the bytes of the caches by the encode stages' own plans."""
+def _disk(params: PlanParams, text: EncodeTextParams, project: Project | None) -> tuple[dict[str, int], str | None]:
+    """Returns the bytes of the caches by the encode stages' own plans, and how they would be fewer."""
     return cache_sizes(_stage_options(EncodeLatentsParams, "encode-latents", params, project), text)
 
 
@@ -51,7 +54,7 @@ def _stage_options(
 
 
 def _header(params: PlanParams, plan: Plan) -> str:
-    width, height = params.size_px
+    width, height = plan.size_px
     return (
         f"{plan.variant}: {plan.model.weights / 1e9:.2f} billion weights in {plan.model.depth} blocks; "
         f"{width} x {height} pixels, batch {params.train_batch_size}"

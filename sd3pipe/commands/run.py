@@ -64,14 +64,17 @@ def _tell(project: Project, stages: Sequence[Stage], params: RunParams) -> None:
     with _silent():  # the stages say themselves what is odd about their options
         options = check_stages(project, stages, allow_code=params.allow_code)
         found = {stage: ahead(options[stage.name], project) for stage in stages}
-    for stage, its in found.items():
-        shown = _shown(stage, project, params)
-        say(f"{shown:<{_WIDTH}} # {', '.join(its.facts)}" if its.facts else shown)
     needed = sum(its.disk_bytes for its in found.values())
     free = free_bytes(Path(project.paths["caches"]))
     if needed:
         level = logging.WARNING if needed > free else logging.INFO
         log.log(level, "disk: at most %s to write, %s free", readable_bytes(needed), readable_bytes(free))
+    for its in found.values():
+        if its.advice:
+            log.info("disk: %s", its.advice)
+    for stage, its in found.items():
+        shown = _shown(stage, project, params)
+        say(f"{shown:<{_WIDTH}} # {', '.join(its.facts)}" if its.facts else shown)
 
 
 def _shown(stage: Stage, project: Project, params: RunParams) -> str:

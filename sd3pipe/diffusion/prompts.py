@@ -10,7 +10,7 @@ import torch
 from pydantic import TypeAdapter
 
 from sd3pipe.cache.reader import CacheReader
-from sd3pipe.cache.tensors import to_torch
+from sd3pipe.cache.tensors import row_to_torch
 from sd3pipe.diffusion.sampler import SamplingSettings, TextCondition, sample_latents, start_noise
 from sd3pipe.diffusion.sheet import PlainName
 from sd3pipe.documents import checked, parse_json
@@ -149,6 +149,5 @@ def read_prompts(where: str | Path) -> list[SamplePrompt]:
 
 
 def _condition(reader: CacheReader, key: str) -> TextCondition:
-    row = {name: to_torch(tensor) for name, tensor in reader.row(key).items()}
-    context_BLD, pooled_BP = assemble_conditioning([row])
+    context_BLD, pooled_BP = assemble_conditioning([row_to_torch(reader.row(key))])
     return TextCondition(context=context_BLD, pooled=pooled_BP)

@@ -6,13 +6,16 @@ from sd3pipe.encoding.latent_plan import latent_recipe, latents_wanted, usable_v
 from sd3pipe.encoding.stage import read_dataset
 from sd3pipe.encoding.text_plan import caption_texts, encoder_files, text_recipe, text_wanted
 from sd3pipe.file_stamps import FileStamps
-from sd3pipe.models.row_sizes import known_text_sizes, known_vae
+from sd3pipe.models.row_sizes import known_text_sizes, known_vae, text_advice
 from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.params.encode_text import EncodeTextParams
 
 
-def cache_sizes(latents: EncodeLatentsParams, text: EncodeTextParams) -> dict[str, int]:
-    """Returns the bytes of both caches; where weights are not here, those of the published ones. Raises InputError."""
+def cache_sizes(latents: EncodeLatentsParams, text: EncodeTextParams) -> tuple[dict[str, int], str | None]:
+    """Returns the bytes of both caches, and how much text takes that could take less.
+
+    Where weights are not here, those of the published ones. Raises InputError.
+    """
     read = read_dataset(latents.dataset, FileStamps(machine_folder(latents.out) / "stat.json"), captions=True)
     tell_about_pictures(read.found)
     views, unreadable = usable_views(read, latents)
@@ -20,5 +23,13 @@ def cache_sizes(latents: EncodeLatentsParams, text: EncodeTextParams) -> dict[st
     rows = latents_wanted(views, unreadable, read.dataset, vae, "", latent_recipe(latents))
     captions = caption_texts(read.found, read.dataset, variants=text.caption_variants, seed=text.seed)
     encoders = known_text_sizes(text.model, encoder_files(text))
-    texts = text_wanted(captions, encoders, {}, text_recipe(text))
-    return {"latents": rows.nbytes, "text": texts.nbytes}
+    recipe = text_recipe(text)
+    texts = text_wanted(captions, encoders, {}, recipe)
+    advice = text_advice(
+        len(texts.rows),
+        encoders,
+        t5_tokens=recipe.t5_pad_to,
+        text_dtype=recipe.text_dtype,
+        packed=recipe.t5xxl_row_dtype,
+    )
+    return {"text": texts.nbytes, "latents": rows.nbytes}, advice

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sd3pipe.cache.rows import Row
-from sd3pipe.cache.tensors import from_torch
+from sd3pipe.cache.tensors import row_from_torch
 from sd3pipe.device import choose_device
 from sd3pipe.device_memory import memory_errors
 from sd3pipe.encoding.t5_packing import t5_packer
@@ -69,7 +69,7 @@ def encoded_texts(
     rows = encode_rows(tokens, sources=encoders.sources, recipe=recipe, machine=machine, pack_t5=packer)
     with memory_errors(lambda: _way_out(machine)):
         for row in rows:
-            yield {name: from_torch(tensor) for name, tensor in row.items()}
+            yield row_from_torch(row, packed=("t5xxl",) if recipe.t5xxl_row_dtype else ())
 
 
 def seconds_to_encode(

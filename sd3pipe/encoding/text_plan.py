@@ -21,7 +21,7 @@ from sd3pipe.data.scan import Scan
 from sd3pipe.models.text_encoder_files import TextSizes
 from sd3pipe.models.text_recipe import RECIPE_VERSION, TextRecipe
 from sd3pipe.params.encode_text import EncodeTextParams
-from sd3pipe.words import FORMAT_BYTES, EncoderName
+from sd3pipe.words import EncoderName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +52,7 @@ def text_recipe(params: EncodeTextParams) -> TextRecipe:
         t5_pad_to=params.t5_pad_to or params.t5xxl_max_token_length,
         text_dtype=params.text_dtype,
         t5xxl_base_dtype=params.t5xxl_base_dtype,
+        t5xxl_row_dtype=params.t5xxl_row_dtype,
     )
 
 
@@ -104,7 +105,8 @@ def prompt_texts(prompts: Sequence[SamplePrompt]) -> Texts:
 
 def text_wanted(texts: Texts, sizes: TextSizes, fingerprints: Mapping[str, str], recipe: TextRecipe) -> Wanted:
     """Returns the whole content of the cache."""
-    fields, nbytes = recipe.fields(), sizes.row_bytes(recipe.t5_pad_to, FORMAT_BYTES[recipe.text_dtype])
+    fields = recipe.fields()
+    nbytes = sizes.row_bytes(recipe.t5_pad_to, recipe.text_dtype, packed=recipe.t5xxl_row_dtype)
     return Wanted(
         kind=texts.kind,
         recipe_version=RECIPE_VERSION,

@@ -19,7 +19,7 @@ from torch import Tensor
 from sd3pipe import stopping
 from sd3pipe.cache.keys import Ingredients
 from sd3pipe.cache.reader import CacheReader
-from sd3pipe.cache.tensors import to_torch
+from sd3pipe.cache.tensors import row_to_torch
 from sd3pipe.console import Progress
 from sd3pipe.diffusion.draws import normals
 from sd3pipe.diffusion.flow import add_noise, velocity_target
@@ -130,7 +130,7 @@ class Answerer:
 
     def _velocities(self, noisy_1Chw: Tensor, sigma: float, texts: Sequence[int]) -> dict[int, Tensor]:
         """Returns the predicted velocity under each text, in fp32 on the CPU."""
-        rows = {text: {name: to_torch(part) for name, part in self._asked.text.row(text).items()} for text in texts}
+        rows = {text: row_to_torch(self._asked.text.row(text)) for text in texts}
         found: dict[int, Tensor] = {}
         by_length = sorted(texts, key=lambda text: len(rows[text]["t5xxl"]))
         for _, group in groupby(by_length, key=lambda text: len(rows[text]["t5xxl"])):

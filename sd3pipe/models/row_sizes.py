@@ -4,14 +4,18 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from sd3pipe.console import readable_bytes
 from sd3pipe.errors import InputError
 from sd3pipe.models.hub import is_hub_id
 from sd3pipe.models.sources import find_component
 from sd3pipe.models.text_encoder_files import TextSizes, find_text_sizes
 from sd3pipe.models.vae_architecture import VAEArchitecture, detect_vae
-from sd3pipe.words import EncoderName
+from sd3pipe.words import EncoderName, Format, RowFormat
 
 log = logging.getLogger(__name__)
+
+_MUCH_TEXT = 10e9  # bytes: some 4,000 captions of the published encoders
+_SHORT = 77  # T5 tokens to which ComfyUI pads
 
 
 def known_vae(model: str | None, file: Path | None) -> VAEArchitecture:
@@ -35,6 +39,21 @@ def known_text_sizes(model: str | None, files: Mapping[EncoderName, Path | None]
     except InputError as error:
         log.info("the texts' size is that of the published encoders: %s", error)
         return TextSizes()
+
+
+def text_advice(
+    texts: int, sizes: TextSizes, *, t5_tokens: int, text_dtype: Format, packed: RowFormat | None
+) -> str | None:
+    """Returns what so many texts would take by more compact recipes; None where they take little or are compact."""
+    size = texts * sizes.row_bytes(t5_tokens, text_dtype)
+    if packed is not None or size < _MUCH_TEXT:
+        return None
+    smaller = texts * sizes.row_bytes(t5_tokens, text_dtype, packed="int8")
+    advice = f'text takes {readable_bytes(size)}; t5xxl_row_dtype = "int8" makes it {readable_bytes(smaller)}'
+    if t5_tokens <= _SHORT:
+        return advice
+    smallest = texts * sizes.row_bytes(_SHORT, text_dtype, packed="int8")
+    return f"{advice}, and t5_pad_to = {_SHORT}, too, about {readable_bytes(smallest)} (docs/memory.md)"
 
 
 def _is_remote(model: str | None) -> bool:

@@ -1,5 +1,6 @@
 """The three text encoders and their tokenizers, as far as headers and file names tell. Free of torch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.models.text_architecture import ENCODERS, detect_clip, detect_t5
 from sd3pipe.models.tokenizer_folders import find_tokenizers, tokenizers_identity
-from sd3pipe.words import EncoderName
+from sd3pipe.words import FORMAT_BYTES, SCALED_NEIGHBOURS, EncoderName, Format, RowFormat
 
 _PUBLISHED_WIDTHS: Mapping[EncoderName, int] = {"clip_l": 768, "clip_g": 1280, "t5xxl": 4096}
 _PUBLISHED_VOCABULARIES: Mapping[EncoderName, int] = {"clip_l": 49408, "clip_g": 49408, "t5xxl": 32128}
@@ -23,11 +24,13 @@ class TextSizes:
     vocabularies: Mapping[EncoderName, int] = field(default_factory=lambda: _PUBLISHED_VOCABULARIES)
     clip_length: int = 77
 
-    def row_bytes(self, t5_tokens: int, value_bytes: int) -> int:
+    def row_bytes(self, t5_tokens: int, text_dtype: Format, *, packed: RowFormat | None = None) -> int:
         """Returns the size of the row of a text of so many T5 tokens, its masks included."""
-        clip_width = self.widths["clip_l"] + self.widths["clip_g"]
-        numbers = (self.clip_length + 1) * clip_width + t5_tokens * self.widths["t5xxl"]
-        return numbers * value_bytes + 2 * self.clip_length + t5_tokens
+        clip_width, t5_width = self.widths["clip_l"] + self.widths["clip_g"], self.widths["t5xxl"]
+        clips = (self.clip_length + 1) * clip_width * FORMAT_BYTES[text_dtype]
+        scales = FORMAT_BYTES["bfloat16"] * t5_width // math.gcd(t5_width, SCALED_NEIGHBOURS)
+        token = t5_width + scales if packed else t5_width * FORMAT_BYTES[text_dtype]
+        return clips + t5_tokens * token + 2 * self.clip_length + t5_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sd3pipe.errors import ParameterError
-from sd3pipe.words import Format, PackedFormat, Padding
+from sd3pipe.words import Format, PackedFormat, Padding, RowFormat
 
 RECIPE_VERSION = 1  # counts the changes of this package that move the numbers in text rows
 
@@ -21,7 +21,8 @@ class TextRecipe:
     t5_pad_to                T5 tokens a shorter caption is padded to; longer ones keep their own length
     text_dtype               number format of computing and of the rows; T5 computes in float32 for float16, in which
                              it overflows
-    t5xxl_base_dtype              T5's matrices are packed as this while encoding, if set
+    t5xxl_base_dtype         T5's matrices are packed as this while encoding, if set
+    t5xxl_row_dtype          T5's states are packed as this in the rows, if set
     """
 
     padding: Padding = "keep"
@@ -31,6 +32,7 @@ class TextRecipe:
     t5_pad_to: int = 256
     text_dtype: Format = "bfloat16"
     t5xxl_base_dtype: PackedFormat | None = None
+    t5xxl_row_dtype: RowFormat | None = None
 
     def __post_init__(self) -> None:
         if self.t5_pad_to > self.t5xxl_max_token_length:

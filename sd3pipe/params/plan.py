@@ -39,8 +39,8 @@ class PlanParams(Params):
         2.0, "Reads from the disk with the base model in GB/s, where --ram does not hold the swapped blocks.",
         panel=_MACHINE, advanced=True, gt=0,
     )
-    resolution: str = option(
-        "1024,1024", "Width and height of a picture in pixels, or one number for both.",
+    resolution: str | None = option(
+        None, "Width and height of a picture in pixels, or one for both. Default: the dataset's largest, else 1024.",
         panel=_STEP, pattern=r"^\d+([,x]\d+)?$",
     )
     train_batch_size: int = option(1, "Pictures per forward pass.", panel=_STEP, ge=1)
@@ -79,8 +79,10 @@ class PlanParams(Params):
     # fmt: on
 
     @property
-    def size_px(self) -> tuple[int, int]:
-        """Width and height of a picture."""
+    def size_px(self) -> tuple[int, int] | None:
+        """Width and height of a picture, None where they are the dataset's."""
+        if self.resolution is None:
+            return None
         numbers = [int(number) for number in re.split("[,x]", self.resolution)]
         return numbers[0], numbers[-1]
 

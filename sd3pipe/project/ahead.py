@@ -32,7 +32,7 @@ from sd3pipe.memory.sizes import (
     model_size,
 )
 from sd3pipe.models.hub import is_hub_id
-from sd3pipe.models.row_sizes import known_text_sizes, known_vae
+from sd3pipe.models.row_sizes import known_text_sizes, known_vae, text_advice
 from sd3pipe.models.sources import find_component
 from sd3pipe.models.text_architecture import ENCODERS
 from sd3pipe.params.caption import CaptionParams
@@ -51,11 +51,12 @@ _KEPT_STATES = 2  # optimizer states of a run
 
 
 class Ahead:
-    """What one stage has before it: `facts` to show, and the bytes that it will write at most."""
+    """What one stage has before it: `facts` to show, the bytes that it will write at most, and how to write fewer."""
 
     def __init__(self) -> None:
         self.facts: list[str] = []
         self.disk_bytes = 0
+        self.advice: str | None = None
 
 
 def ahead(options: Params, project: Project) -> Ahead:
@@ -86,7 +87,12 @@ def _encode_text(options: EncodeTextParams, found: Ahead) -> None:
     assert options.out is not None
     sizes = known_text_sizes(options.model, {name: getattr(options, name) for name in ENCODERS})
     t5_tokens = options.t5_pad_to or options.t5xxl_max_token_length
-    _cache(options.out, texts, texts * sizes.row_bytes(t5_tokens, FORMAT_BYTES[options.text_dtype]), found)
+    row_bytes = sizes.row_bytes(t5_tokens, options.text_dtype, packed=options.t5xxl_row_dtype)
+    _cache(options.out, texts, texts * row_bytes, found)
+    if found.disk_bytes:
+        found.advice = text_advice(
+            texts, sizes, t5_tokens=t5_tokens, text_dtype=options.text_dtype, packed=options.t5xxl_row_dtype
+        )
 
 
 def _encode_latents(options: EncodeLatentsParams, found: Ahead) -> None:

@@ -30,24 +30,26 @@ def fitting_advice(
         found = fitting_settings(model, work, Settings(base_format=base), Limits(device_bytes=vram_bytes))
         if found is not None:
             settings, prediction = found
-            return _advice(
-                settings, optimizer, f"{prediction.device_bytes / 1e9:.1f} GB of {vram_bytes / 1e9:.1f} GB", batch
-            )
+            needed = f"{prediction.device_bytes / 1e9:.1f} GB of {vram_bytes / 1e9:.1f} GB"
+            return _advice(settings, optimizer, f"{_placed(settings, model.depth)}, for {needed} at batch {batch}.")
     raise InputError(
         f"nothing fits {vram_bytes / 1e9:.1f} GB at {resolution} x {resolution} pixels: take a lower --resolution, or "
         "look at `sd3pipe plan`"
     )
 
 
-def _advice(settings: Settings, optimizer: str, needed: str, batch: int) -> Recipe:
-    source = f"The planner expects {needed} in use at batch {batch}."
-    advice: dict[str, Advice] = {"blocks_to_swap": Advice(value=settings.blocks_to_swap, source=source)}
+def _placed(settings: Settings, depth: int) -> str:
+    if not settings.blocks_to_swap:
+        return "The planner finds room for the whole model on the card"
+    least = f"{settings.blocks_to_swap} of {depth} blocks streamed at least"
+    return f"The planner expects {least}, more where train measures that to be quicker"
+
+
+def _advice(settings: Settings, optimizer: str, source: str) -> Recipe:
+    """Returns what has to be decided beforehand; train itself chooses how much is streamed and kept."""
+    advice: dict[str, Advice] = {"blocks_to_swap": Advice(value="auto", source=source)}
     if optimizer != "AdamW":
         advice["optimizer_type"] = Advice(value=optimizer, source="8-bit moments, for cards of 16 GB and less.")
     if settings.base_format != "dense":
         advice["base_dtype"] = Advice(value=settings.base_format, source=source)
-    if settings.blocks_to_swap and settings.modulation != "stream":
-        advice["modulation"] = Advice(value=settings.modulation, source=source)
-    if settings.activation_offload:
-        advice["activation_offload"] = Advice(value=True, source=source)
     return advice

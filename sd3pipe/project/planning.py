@@ -28,8 +28,11 @@ from sd3pipe.memory.sizes import (
 from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import find_component
 from sd3pipe.params.plan import PlanParams
+from sd3pipe.project.amounts import read_amounts
 from sd3pipe.rules.memory import MemoryRules
 from sd3pipe.words import MMDiTVariant
+
+_USUAL_PX = (1024, 1024)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +44,7 @@ class Plan:
     rows: list[Row]
     chosen: Row | None
     others: list[Row]
+    size_px: tuple[int, int]  # width, height of a picture
     disk: Mapping[str, int]
 
     def as_json(self) -> dict[str, JsonValue]:
@@ -49,6 +53,7 @@ class Plan:
             "variant": self.variant,
             "weights": self.model.weights,
             "blocks": self.model.depth,
+            "size_px": [*self.size_px],
             "settings": [_as_json(*row) for row in self.rows],
             "fits": None if self.chosen is None else _as_json(*self.chosen),
             "alternatives": [_as_json(*row) for row in self.others],
@@ -73,6 +78,13 @@ class Plan:
         return lines
 
 
+def picture_px(params: PlanParams) -> tuple[int, int]:
+    """Returns width and height of what is planned for: as wanted, else the dataset's largest picture."""
+    if params.size_px is not None:
+        return params.size_px
+    return _USUAL_PX if params.dataset is None else read_amounts(params.dataset).largest_px
+
+
 def make_plan(params: PlanParams, *, t5_tokens: int, disk: Mapping[str, int]) -> Plan:
     """Returns the plan for texts of so many T5 tokens; `disk` is what caches take.
 
@@ -80,11 +92,12 @@ def make_plan(params: PlanParams, *, t5_tokens: int, disk: Mapping[str, int]) ->
     """
     if params.model is None and params.mmdit is None:
         raise ParameterError("sd3pipe plan needs --model or --mmdit: a checkpoint file, a diffusers folder or a hub id")
+    size_px = picture_px(params)
     source = find_component("mmdit", model=params.model, file=params.mmdit)
     variant, shapes = mmdit_architecture(source).variant, source.shapes()
     model = model_size(shapes)
     work = Workload(
-        image_tokens=image_tokens(*params.size_px),
+        image_tokens=image_tokens(*size_px),
         text_tokens=CLIP_TOKENS + t5_tokens,
         batch=params.train_batch_size,
         accumulation=params.gradient_accumulation_steps,
@@ -107,6 +120,7 @@ def make_plan(params: PlanParams, *, t5_tokens: int, disk: Mapping[str, int]) ->
         rows=[(settings, predict(model, work, settings, rates)) for settings in _shown(params, model.depth, wanted)],
         chosen=chosen,
         others=others,
+        size_px=size_px,
         disk=disk,
     )
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from sd3pipe import stopping
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.rows import Row, latents_name
-from sd3pipe.cache.tensors import to_torch
+from sd3pipe.cache.tensors import row_to_torch, to_torch
 from sd3pipe.diffusion.draws import hashes, normals, uniforms
 from sd3pipe.diffusion.sampler import PIXELS_PER_LATENT
 from sd3pipe.memory.ahead import PendingModulation
@@ -150,8 +150,7 @@ class Feed(Dataset[Step]):
 
     def _conditioning(self, plan: MicroBatch) -> tuple[Tensor, Tensor]:
         """Returns context and pooled text, with whole encoders replaced by zeros where they are dropped."""
-        rows = {int(number): self.text.row(int(number)) for number in set(plan.text_rows.tolist())}
-        tensors = {number: {name: to_torch(part) for name, part in row.items()} for number, row in rows.items()}
+        tensors = {number: row_to_torch(self.text.row(number)) for number in set(plan.text_rows.tolist())}
         seed, epoch = self.rules.seed, plan.epoch
         dropout = self.rules.encoder_dropout
         rates = {

@@ -89,7 +89,7 @@ def test_missing_rows_and_keys_are_input_errors(out):
         reader.row(0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8])
 @pytest.mark.parametrize("shape", [(3, 5), (1,), (0, 4), ()])
 def test_tensors_survive_the_way_there_and_back(dtype, shape):
     tensor = (torch.arange(20)[: torch.Size(shape).numel()] * 1.5).to(dtype).reshape(shape)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zarr
 from safetensors.torch import load_file, save_file
 from support.command_line import report_of, sd3pipe
 from support.comparing import folder_bytes
@@ -15,8 +16,10 @@ from support.photographs import CAPTIONS, write_dataset_file, write_photographs
 
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.staleness import check_sources
+from sd3pipe.cache.tensors import row_to_torch
 from sd3pipe.cli import run
 from sd3pipe.data.captions import tag_frequency
+from sd3pipe.diffusion.prompts import read_prompts
 
 SMALL = ("--t5xxl-max-token-length", "16", "--threads", "1")
 PICTURES = ("astronaut.png", "chelsea.png", "coffee.png")
@@ -300,3 +303,37 @@ def test_a_refused_encode_leaves_the_report_of_the_last_one(base, project):
     assert report.read_bytes() == before
     refusal = json.loads((project / "caches" / "text.refused.report.json").read_text())
     assert refusal["exit_code"] == 2 and "colour" in refusal["error"]
+
+
+def test_packed_rows_are_rows_of_their_own_that_every_reader_takes(base, project, monkeypatch):
+    dense, packed = project / "caches" / "text", project / "caches" / "packed"
+    encode(base, project)
+    assert encode(base, project, "--out", packed, "--t5xxl-row-dtype", "int8")["encoded"] == 4
+    assert encode(base, project, "--out", packed, "--t5xxl-row-dtype", "int8")["encoded"] == 0
+    readers = CacheReader(dense), CacheReader(packed)
+    assert not {key.tobytes() for key in readers[0].keys} & {key.tobytes() for key in readers[1].keys}
+    sizes = [int(reader.index.arrays["row_bytes"][0]) for reader in readers]
+    assert sizes[0] - sizes[1] == 16 * (256 - 256 // 64 * 2)  # a byte for each number less, two for each scale more
+    for where in readers[0].samples.to_columns(readers[0].keys)["key"]:
+        assert readers[0].row(where)["t5xxl"].dtype == "BF16"
+    assert run(["cache", "verify", str(packed)]) == 0
+    assert run(["cache", "why", str(packed), "coffee.png"]) == 0
+    assert run(["cache", "export", str(packed), "--out", str(project / "plain")]) == 0
+    root = zarr.open_group(project / "plain", mode="r")
+    assert root["rows/0/t5xxl"].dtype == "int8"
+    by_hand = root["rows/0/t5xxl"][:] * root["rows/0/t5xxl_scale"][:].repeat(64, axis=2)
+    back = [row_to_torch(readers[1].row(number))["t5xxl"].numpy() for number in range(4)]
+    assert (by_hand == back).all()
+    assert encode(base, project, "--t5xxl-row-dtype", "int8")["encoded"] == 4  # nothing dense is taken for it
+
+
+def test_prompts_come_from_packed_rows(base, project):
+    (project / "prompts.txt").write_text("a cat --w 64 --h 64\n")
+    found = []
+    for name, more in (("dense", ()), ("packed", ("--t5xxl-row-dtype", "int8"))):
+        out = project / "caches" / name
+        encode(base, project, "--sample-prompts", project / "prompts.txt", "--out", out, *more)
+        (prompt,) = read_prompts(out)
+        found.append(prompt.text.context)
+    error = (found[1] - found[0]).norm() / found[0].norm()
+    assert 0 < error < 0.01

@@ -9,6 +9,7 @@ from PIL import Image
 
 from sd3pipe import cli
 from sd3pipe.demo.base_files import MODEL, TOKENIZERS
+from sd3pipe.models import row_sizes
 from sd3pipe.models.architecture import MMDiTArchitecture
 
 
@@ -31,7 +32,8 @@ def large_file(tmp_path_factory):
     return file
 
 
-def test_text_names_what_fits(large_file, capsys):
+def test_text_names_what_fits(large_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # no project, so no dataset's size
     assert cli.run(["plan", "--model", str(large_file), "--vram", "12GB", "--ram", "32GB", "--tflops", "60"]) == 0
     text = capsys.readouterr().out
     assert "sd35-large: 8.15 billion weights in 38 blocks; 1024 x 1024 pixels" in text
@@ -77,8 +79,13 @@ def test_a_dataset_adds_the_disk_space_of_its_caches(large_file, tmp_path, capsy
         (tmp_path / f"pictures/{name}.txt").write_text(name)
     settings = "[[datasets]]\nresolution = 64\nenable_bucket = true\nmin_bucket_reso = 64\nmax_bucket_reso = 64\n"
     (tmp_path / "dataset.toml").write_text(settings + '[[datasets.subsets]]\nimage_dir = "pictures"\n')
-    assert cli.run(["plan", "--model", str(large_file), "--dataset", str(tmp_path / "dataset.toml"), "--json"]) == 0
-    disk = json.loads(capsys.readouterr().out)["disk_bytes"]
+    arguments = ["plan", "--model", str(large_file), "--dataset", str(tmp_path / "dataset.toml"), "--json"]
+    assert cli.run(arguments) == 0
+    answer = json.loads(capsys.readouterr().out)
+    disk = answer["disk_bytes"]
+    assert answer["size_px"] == [64, 64]  # and the dataset's pictures are what is planned for
+    assert cli.run([*arguments, "--resolution", "512,768"]) == 0
+    assert json.loads(capsys.readouterr().out)["size_px"] == [512, 768]
     text_row = 2 * (78 * (768 + 1280) + 256 * 4096) + 2 * 77 + 256
     assert disk == {"latents": 2 * 64 * 16 * 2 * 2, "text": 3 * text_row}
 
@@ -90,6 +97,7 @@ STAGE_FILES = {
         {"t5xxl_max_token_length": 77, "text_dtype": "float32", "caption_variants": 3},
     ),
     "fewer": ({"crop_variants": 2, "latent_mode": "mean"}, {"t5_pad_to": 77}),
+    "packed": ({}, {"t5xxl_row_dtype": "int8"}),
 }
 
 
@@ -111,12 +119,15 @@ def test_plan_says_of_a_dataset_what_the_dry_runs_of_the_encode_stages_say(stage
     for name, values in zip(("encode_latents", "encode_text"), stage_files, strict=True):
         lines = [f"{key} = {json.dumps(value)}\n" for key, value in values.items()]
         (tmp_path / f"stages/{name}.toml").write_text("".join(lines))
+    monkeypatch.setattr(row_sizes, "_MUCH_TEXT", 0)
     assert cli.run(["plan"]) == 0
     planned = capsys.readouterr().out.splitlines()
+    packed = "t5xxl_row_dtype" in stage_files[1]
+    assert planned[2].startswith("settings" if packed else "disk: text takes ")
     assert cli.run(["encode-latents", "--dry-run"]) == 0
     latents = _to_write(capsys.readouterr().out)
     assert cli.run(["encode-text", "--dry-run"]) == 0
-    assert planned[-1] == f"disk: latents {latents}, text {_to_write(capsys.readouterr().out)}"
+    assert planned[1] == f"disk: text {_to_write(capsys.readouterr().out)}, latents {latents}"
 
 
 def _to_write(said):

@@ -39,6 +39,8 @@ def key_of(base, tmp_path, *, text="a cat", recipe=RECIPE, model=None, tokenizer
         {"t5xxl_max_token_length": 300},
         {"t5_pad_to": 77},
         {"text_dtype": "float32"},
+        {"t5xxl_base_dtype": "int8"},
+        {"t5xxl_row_dtype": "int8"},
     ],
 )
 def test_each_recipe_field_changes_the_key(base, tmp_path, change):
@@ -46,9 +48,11 @@ def test_each_recipe_field_changes_the_key(base, tmp_path, change):
 
 
 def test_every_recipe_field_is_in_the_key():
-    everything = replace(RECIPE, t5xxl_base_dtype="int8").fields()
+    packings = {"t5xxl_base_dtype": "int8", "t5xxl_row_dtype": "int8"}
+    everything = replace(RECIPE, **packings).fields()
     assert set(everything) == set(TextRecipe.__dataclass_fields__)
-    assert RECIPE.fields() == {name: value for name, value in everything.items() if name != "t5xxl_base_dtype"}
+    # rows that were encoded without a packing keep their keys
+    assert RECIPE.fields() == {name: value for name, value in everything.items() if name not in packings}
 
 
 @pytest.mark.parametrize("encoder", ["clip_l", "clip_g", "t5xxl"])

@@ -1,4 +1,4 @@
-"""What is said to lie ahead: memory against the card, where there is one."""
+"""What is said to lie ahead: memory against the card, where there is one, and the disk that text takes."""
 
 from pathlib import Path
 
@@ -6,9 +6,11 @@ import pytest
 
 from sd3pipe.config import Project
 from sd3pipe.demo.base_files import MODEL
+from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.train import TrainParams
 from sd3pipe.project import ahead as module
 from sd3pipe.project.ahead import ahead
+from sd3pipe.project.amounts import Amounts
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = Project(folder=ROOT, paths={"dataset": str(ROOT / "examples" / "demo" / "dataset.toml")})
@@ -49,3 +51,28 @@ def test_memory_is_told_for_as_many_t5_tokens_as_encode_text_makes(monkeypatch, 
         (tmp_path / "stages/encode_text.toml").write_text(f"t5xxl_max_token_length = {tokens}\n")
         told.append(ahead(TrainParams(**PATHS), project).facts)
     assert told[0] != told[1]
+
+
+PUBLISHED = "stabilityai/stable-diffusion-3.5-large"  # asked for nothing: the published sizes are known
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({}, 'text takes 483 GB; t5xxl_row_dtype = "int8" makes it 280 GB, and t5_pad_to = 77, too, about 129 GB'),
+        ({"t5_pad_to": 77}, 'text takes 190 GB; t5xxl_row_dtype = "int8" makes it 129 GB'),
+        ({"t5xxl_row_dtype": "int8"}, None),
+    ],
+)
+def test_much_text_is_told_with_how_it_would_be_less(monkeypatch, tmp_path, options, advice):
+    amounts = Amounts(pictures=200_000, texts=200_000, rows_by_size={})
+    monkeypatch.setattr(module, "read_amounts", lambda *_, **__: amounts)
+    params = EncodeTextParams(model=PUBLISHED, dataset=tmp_path / "dataset.toml", out=tmp_path / "text", **options)
+    found = ahead(params, PROJECT)
+    assert (found.advice or "").removesuffix(" (docs/memory.md)") == (advice or "")
+    assert found.facts[1].startswith("at most ")
+
+
+def test_little_text_is_told_without_advice(tmp_path):
+    params = EncodeTextParams(model=PUBLISHED, dataset=PROJECT.paths["dataset"], out=tmp_path / "text")
+    assert ahead(params, PROJECT).advice is None

@@ -11,8 +11,10 @@ from support.tiny_base import write_tiny_base
 from sd3pipe.config import read_project
 from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.folders import read_folder
+from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.params.command_line import load_stage_models
 from sd3pipe.params.resolve import resolve
+from sd3pipe.project.fitting import fitting_advice
 from sd3pipe.stages import stages_of
 
 
@@ -76,6 +78,18 @@ def test_a_captioner_is_a_stage_before_the_captions_are_encoded(made, tmp_path):
 def test_chosen_values_say_where_they_come_from(made):
     text = (made[0] / "stages" / "train.toml").read_text()
     assert "Chosen for sd35-medium, object:" in text
+
+
+def test_a_card_leaves_train_to_choose_what_is_streamed(made):
+    train = tomllib.loads((made[0] / "stages" / "train.toml").read_text())
+    assert train["blocks_to_swap"] == "auto" and train["optimizer_type"] == "AdamW8bit"
+    assert train["gradient_checkpointing"] == "auto" and not {"modulation", "activation_offload"} & set(train)
+
+
+def test_a_card_too_small_for_dense_blocks_packs_them():
+    shapes = MMDiTArchitecture(depth=38, pos_embed_max=192, qk_norm=True).shapes()
+    advice = fitting_advice(shapes, vram_bytes=int(3.1e9), resolution=1024)
+    assert advice["base_dtype"].value in ("fp8", "nf4") and advice["blocks_to_swap"].value == "auto"
 
 
 def project_for(tmp_path, pictures, *options, variant="sd35-large"):

@@ -14,6 +14,7 @@ from support.tiny_training import (
     plans,
 )
 
+from sd3pipe.cache.tensors import row_from_torch, row_to_torch
 from sd3pipe.models.vae import from_model_space
 from sd3pipe.rules.feeding import EncoderDropout
 from sd3pipe.training.feed import Batch
@@ -95,3 +96,14 @@ def test_weights_and_preserved_samples_follow_the_subset(inputs):
     assert torch.equal(batch.weights, torch.where(is_reg, 0.25, 1.0))
     assert batch.preserve is not None
     assert torch.equal(batch.preserve, ~is_reg)
+
+
+def test_packed_text_is_read_as_what_it_was(inputs, monkeypatch):
+    feed = make_feed(inputs)
+    (plan, *_) = plans(feed, range(1))
+    dense = feed.batch(plan).context
+    read = feed.text.row
+    monkeypatch.setattr(feed.text, "row", lambda row: row_from_torch(row_to_torch(read(row)), packed=["t5xxl"]))
+    packed = feed.batch(plan).context
+    assert torch.equal(packed[:, :CLIP_TOKENS], dense[:, :CLIP_TOKENS])
+    assert 0 < (packed - dense).norm() / dense.norm() < 0.01

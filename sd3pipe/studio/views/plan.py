@@ -19,7 +19,6 @@ from sd3pipe.stages import STAGES_BY_NAME
 from sd3pipe.studio.app import Ask
 from sd3pipe.studio.forms import as_text, save_stage, stage_form
 from sd3pipe.studio.gallery import option_values
-from sd3pipe.studio.places import path_of
 
 _CARD = {"vram": "card's memory", "ram": "host memory", "tflops": "TFLOP/s, for seconds"}
 _FROM_TRAIN = (
@@ -53,10 +52,10 @@ def table(ask: Ask) -> dict[str, Any]:
         if name in PlanParams.model_fields and as_text(train.get(name)):
             given[name] = as_text(train[name])
     read_amounts.cache_clear()  # for a command's life; here files change
-    width, height = read_amounts(path_of(ask.project, "dataset")).largest_px
-    params = resolve(PlanParams, "plan", {**given, "resolution": f"{width},{height}"}, project=ask.project)
+    params = resolve(PlanParams, "plan", given, project=ask.project)
     t5_tokens = option_values(ask.project, "encode-text")["t5xxl_max_token_length"]
-    plan = make_plan(params, t5_tokens=t5_tokens, disk=_disk(ask))
+    sizes, advice = _disk(ask)
+    plan = make_plan(params, t5_tokens=t5_tokens, disk=sizes)
     rows = [
         (
             option_text(settings, plan.model.depth),
@@ -76,17 +75,18 @@ def table(ask: Ask) -> dict[str, Any]:
             else "nothing fits: try base_dtype int8 or nf4"
         )
     disk = ", ".join(f"{name} {readable_bytes(size)}" for name, size in plan.disk.items())
+    disk = f"{disk}; {advice}" if advice else disk
     return {"html": ask.page("plan_table", rows=rows, verdict=verdict, disk=disk, variant=plan.variant)}
 
 
-def _disk(ask: Ask) -> dict[str, int]:
-    """Returns the bytes of the caches, none where the encode stages lack an input."""
+def _disk(ask: Ask) -> tuple[dict[str, int], str | None]:
+    """Returns the bytes of the caches, none where the encode stages lack an input, and how they would be fewer."""
     try:
         text, latents = (stage_options(ask.project, STAGES_BY_NAME[name]) for name in ("encode-text", "encode-latents"))
         assert isinstance(text, EncodeTextParams) and isinstance(latents, EncodeLatentsParams)
         return cache_sizes(latents, text)
     except (InputError, ParameterError):
-        return {}
+        return {}, None
 
 
 def save(ask: Ask) -> dict[str, Any]:
