@@ -92,6 +92,7 @@ def main() -> None:
     """Runs the command line and exits with the code of docs/errors.md. The program's door is `sd3pipe.__main__`."""
     safe_path.leave_current_folder_out()
     gc.set_threshold(_YOUNG_OBJECTS)
+    gc.disable()  # until the program is imported
     sys.exit(run(sys.argv[1:]))
 
 
@@ -197,8 +198,16 @@ def _check_current_folder() -> None:
 def _run_program(command: Command, params: Any) -> None:
     module_name, function_name = command.program.split(":")
     module = importlib.import_module(f"sd3pipe.commands.{module_name}")
+    _collect_garbage_again()
     stopping.check()
     getattr(module, function_name)(params)
+
+
+def _collect_garbage_again() -> None:
+    """Lets Python seek cycles from here on, but not in what is imported: it stays, and costs a start half a second."""
+    if not gc.isenabled():  # where this package's own main began
+        gc.freeze()
+        gc.enable()
 
 
 def _fail(message: str, code: int) -> int:

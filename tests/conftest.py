@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.pop(
-    "PYTHONDONTWRITEBYTECODE", None
-)  # tests start hundreds of processes: each would compile the package anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # tests start hundreds of processes, which share what is compiled
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
