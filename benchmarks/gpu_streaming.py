@@ -31,7 +31,7 @@ import torch
 from peers import PeerError, PeerRunner, offloading_classes
 from torch import nn
 
-from sd3pipe.adapters.dropout import DropoutKeys, DropoutRates
+from sd3pipe.adapters.dropout import BatchState, DropoutRates
 from sd3pipe.adapters.kind import LayerSetup
 from sd3pipe.adapters.lora import LoRA
 from sd3pipe.device_memory import peak_device_bytes
@@ -196,7 +196,7 @@ def _attached(mmdit: MMDiT, device: torch.device) -> nn.ModuleList:
             rank=16,
             alpha=16.0,
             dropout=DropoutRates(),
-            keys=DropoutKeys(),
+            batch=BatchState(),
             stream=len(layers),
             device=device,
         )

@@ -11,7 +11,7 @@ SchedulerName = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr",
     "polynomial", "inverse_sqrt", "warmup_stable_decay", "piecewise_constant",
 ]  # fmt: skip
-Algorithm = Literal["lora", "dora", "loha", "lokr"]
+Algorithm = Literal["lora", "dora", "loha", "lokr", "oft", "oftv2", "tlora"]
 AfterBadLoss = Literal["stop", "rollback"]
 
 MMDiTVariant = Literal["sd3-medium", "sd35-medium", "sd35-large"]  # which the tensors tell apart

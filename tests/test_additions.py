@@ -110,14 +110,14 @@ assert sample_sigmas(torch.tensor([0.5]), torch.ones(1), params.noise).item() ==
     ),
     "an adapter kind": Addition(
         edits=(
-            ("words.py", '"loha", "lokr"]', '"loha", "lokr", "lora-fa"]'),
+            ("words.py", '"oftv2", "tlora"]', '"oftv2", "tlora", "lora-fa"]'),
             ("adapters/lora_fa.py", "", _LORA_FA),
             (
                 "adapters/kinds.py",
                 "from sd3pipe.adapters.targets",
                 "from sd3pipe.adapters.lora_fa import LoRAFADelta\nfrom sd3pipe.adapters.targets",
             ),
-            ("adapters/kinds.py", "LoKrDelta, FullDelta)", "LoKrDelta, FullDelta, LoRAFADelta)"),
+            ("adapters/kinds.py", "OFTv2Delta, FullDelta,\n", "OFTv2Delta, FullDelta, LoRAFADelta,\n"),
         ),
         most_files=3,
         use="""

@@ -2,6 +2,7 @@
 
 # I in features, O out features
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
@@ -76,6 +77,9 @@ class Apart(Delta):
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self._whole({index: part.dense(dtype) for index, part in self.parts.items()})
+
+    def norm(self) -> float:
+        return math.hypot(*(part.norm() for part in self.parts.values()))
 
     def change(self, weight_OI: Tensor, rows: Rows | None = None) -> Tensor:
         if rows is None:

@@ -175,14 +175,14 @@ class DoRADelta(Delta):
         return cls(direction=direction, magnitude=magnitude, base_norm=base_norms.pop())
 
     @classmethod
-    def reads(cls, parts: Set[str]) -> bool:
+    def reads(cls, parts: Set[str], metadata: Mapping[str, str]) -> bool:
         own = parts & cls.part_names.keys()
-        return len(own) == 1 and any(kind.reads(parts - own) for kind in _DIRECTIONS)
+        return len(own) == 1 and any(kind.reads(parts - own, metadata) for kind in _DIRECTIONS)
 
     @classmethod
     def read(cls, parts: LayerParts) -> Self:
         rest = parts.tensors.keys() - cls.part_names.keys()
-        direction = next(kind for kind in _DIRECTIONS if kind.reads(rest)).read(parts)
+        direction = next(kind for kind in _DIRECTIONS if kind.reads(rest, parts.metadata)).read(parts)
         scale = parts.tensors.get("dora_scale")
         if scale is not None and scale.ndim > 1 and scale.shape[0] == 1 < direction.shape[0]:
             return cls(direction=direction, magnitude=scale.reshape(1, -1))

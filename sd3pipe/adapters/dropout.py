@@ -40,10 +40,14 @@ class DropoutRates:
 
 
 @dataclass(slots=True)
-class DropoutKeys:
-    """The keys of the samples in the batch at hand, int64 [B]; all layers of a network share one such object."""
+class BatchState:
+    """What layers know of the samples in the batch at hand; all layers of a network share one such object.
+
+    `keys` are those of dropout, int64 [B]; `timesteps` are 1000 sigma [B], as the model is given them.
+    """
 
     keys: Tensor | None = field(default=None)
+    timesteps: Tensor | None = field(default=None)
 
 
 def uniform(keys_B: Tensor, stream: Tensor, shape: tuple[int, ...]) -> Tensor:

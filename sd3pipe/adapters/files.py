@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 _KEPT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FLOATS = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
-_WHOLE_NUMBERS = ("I8", "U8", "I16", "I32", "I64")
+_WHOLE_NUMBERS = ("BOOL", "I8", "U8", "I16", "I32", "I64")
 _SHOWN_KEYS = 6
 
 
@@ -90,7 +90,7 @@ def read_adapter(path: Path, *, ignore_unknown: bool = False) -> AdapterFile:
     tensors, metadata = _read_tensors(path)
     strength = read_strengths(path, metadata)
     try:
-        parsed = parse(tensors, strength=strength, metadata=metadata)
+        parsed = parse(tensors, strength=strength, metadata={**metadata, **strength.notes})
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     if not parsed.adapter:

@@ -31,14 +31,13 @@ _NOT_READ: Mapping[str, str] = {
     for what, ends in {
         "a convolution in Tucker's decomposition": ("lora_mid.weight", "hada_t1", "hada_t2", "lokr_t2"),
         "a LoRA with a bias of its own (peft's lora_bias)": ("lora_B.bias", "lora_B.default.bias", "lora_up.bias"),
-        "an OFT": ("oft_blocks", "oft_diag", "oft_R.weight", "oft_r", "oft_s", "rescale"),
+        "an OFT of another form": ("oft_diag", "oft_r", "oft_s", "rescale"),
         "a BOFT": ("boft_R", "boft_s"),
         "a GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
         "an IA3": ("on_input", "ia3_l"),
     }.items()
     for end in ends
 }
-_OFT_AXES = 3  # of LyCORIS' blocks; BOFT has several sets of them
 
 
 @dataclass(slots=True)
@@ -133,7 +132,7 @@ def _modules(tensors: Mapping[str, Tensor], parsed: Parsed) -> dict[str, dict[st
 
 def _delta(name: str, parts: LayerParts) -> Delta:
     try:
-        delta = _kind(parts.tensors).read(parts)
+        delta = _kind(parts).read(parts)
     except ValueError as error:
         raise InputError(f"{name}: {error}") from error
     damaged = [part for part, tensor in parts.tensors.items() if not bool(torch.isfinite(tensor).all())]
@@ -144,16 +143,18 @@ def _delta(name: str, parts: LayerParts) -> Delta:
     return delta
 
 
-def _kind(parts: Mapping[str, Tensor]) -> type[Delta]:
+def _kind(parts: LayerParts) -> type[Delta]:
     """Returns the first kind that has all these parts. Raises ValueError that names kinds which are not read."""
-    found = next((part for part in sorted(parts) if part in _NOT_READ), None)
+    names = parts.tensors.keys()
+    found = next((part for part in sorted(names) if part in _NOT_READ), None)
     if found is not None:
-        what = "a BOFT" if found == "oft_blocks" and parts[found].ndim > _OFT_AXES else _NOT_READ[found]
-        raise ValueError(f"it is {what} ({found}), which is not read: LoRA, DoRA, LoHa, LoKr and full changes are")
+        raise ValueError(
+            f"it is {_NOT_READ[found]} ({found}), which is not read: LoRA, DoRA, LoHa, LoKr, OFT and full changes are"
+        )
     for kind in KINDS.values():
-        if kind.reads(parts.keys()):
+        if kind.reads(names, parts.metadata):
             return kind
-    raise ValueError(f"its tensors ({', '.join(sorted(parts))}) make no adapter layer of a known kind")
+    raise ValueError(f"its tensors ({', '.join(sorted(names))}) make no adapter layer of a known kind")
 
 
 def _joined(path: str, found: Mapping[int | None, tuple[Place, Delta]]) -> tuple[Form, Delta]:

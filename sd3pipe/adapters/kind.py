@@ -5,6 +5,7 @@ An adapter is a mapping from module path ("joint_blocks.0.x_block.attn.qkv") to 
 
 # B batch, I in features, O out features, R rank; a name without axes has any between B and I
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Set
@@ -14,12 +15,14 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from sd3pipe.adapters.dropout import DropoutKeys, DropoutRates, as_int64, kept
+from sd3pipe.adapters.dropout import BatchState, DropoutRates, as_int64, kept
 from sd3pipe.adapters.fusing import QKV_PARTS, Rows, rows_of_part
 from sd3pipe.adapters.keymap import Form
 from sd3pipe.adapters.parts import LayerParts
 from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.errors import InputError, ParameterError
+
+log = logging.getLogger(__name__)
 
 _KINDS_OF_DROPOUT = 3
 
@@ -41,14 +44,14 @@ class AdaptedLinear(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSetup:
-    """What every kind of layer is built from. `stream` is the layer's number, `keys` is shared by the whole network."""
+    """What every kind of layer is built from. `stream` is the layer's number, `batch` the whole network's."""
 
     in_features: int
     out_features: int
     rank: int
     alpha: float
     dropout: DropoutRates
-    keys: DropoutKeys
+    batch: BatchState
     stream: int
     device: torch.device | str | None = None
     dtype: torch.dtype = torch.float32
@@ -65,6 +68,8 @@ class LayerSetup:
 class AdapterLayer(nn.Module, ABC):
     """base(x) + multiplier * term(x). Training drops parts of the term; evaluation never does."""
 
+    follows_noise: ClassVar[bool] = False  # whether it acts by the noise level of each sample
+    through_weight: ClassVar[bool] = False  # whether its own gradient goes through the base's weight
     _dropout_streams: Tensor  # one for each kind of dropout
 
     def __init__(self, setup: LayerSetup) -> None:
@@ -79,7 +84,7 @@ class AdapterLayer(nn.Module, ABC):
 
     @abstractmethod
     def term(self, x: Tensor) -> Tensor:
-        """Returns what the layer adds to the output [B, ..., O] for x [B, ..., I]."""
+        """Returns what the layer adds to the output [B, ..., O] for x [B, ..., I]; a rotation adds to what it turns."""
 
     @abstractmethod
     def reset(self, generator: torch.Generator) -> None:
@@ -136,7 +141,7 @@ class AdapterLayer(nn.Module, ABC):
         return low
 
     def _kept(self, shape: tuple[int, ...], rate: float, *, kind: int) -> Tensor:
-        keys_B = self.setup.keys.keys
+        keys_B = self.setup.batch.keys
         assert keys_B is not None, "dropout needs AdapterNetwork.set_dropout_keys before each training batch"
         return kept(keys_B, self._dropout_streams[kind], shape, rate)
 
@@ -167,6 +172,8 @@ class Delta(ABC):
     file_prefix: ClassVar[str] = ""  # before the names of tensors() in a file
     layer_class: ClassVar[type[AdapterLayer]]
     note_keys: ClassVar[frozenset[str]] = frozenset()  # of what notes() may return
+    in_pipelines: ClassVar[bool] = True  # whether what loads LoRAs in diffusers loads the kind's diffusers form
+    lost: ClassVar[str] = ""  # by plain(), as a warning says it
 
     alpha: float
 
@@ -178,7 +185,7 @@ class Delta(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """The out and in features of the layer."""
+        """The out and in features of the layer; 0 for the side that the factors do not tell."""
 
     @property
     def scale(self) -> float:
@@ -200,6 +207,10 @@ class Delta(ABC):
     def on(self, device: torch.device | str) -> Self:
         """Returns the delta with its tensors on a device."""
         return self.with_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def plain(self) -> "Delta":
+        """Returns what other programs can make of it: itself, or a kind without what they do not know."""
+        return self
 
     def cast(self, dtype: torch.dtype) -> Self:
         """Returns the delta as files of a number format hold it."""
@@ -284,8 +295,8 @@ class Delta(ABC):
     # --- files
 
     @classmethod
-    def reads(cls, parts: Set[str]) -> bool:
-        """Whether these tensors of a layer in a file are all of this kind."""
+    def reads(cls, parts: Set[str], metadata: Mapping[str, str]) -> bool:
+        """Whether these tensors of a layer in a file, with the file's metadata, are all of this kind."""
         return parts <= {"alpha", *cls.part_names}
 
     @classmethod
@@ -336,6 +347,13 @@ class Delta(ABC):
 
 
 Adapter: TypeAlias = Mapping[str, Delta]
+
+
+def plain_adapter(adapter: Adapter) -> dict[str, Delta]:
+    """Returns an adapter as other programs know it, with a warning of what that loses."""
+    for title, lost in {(delta.title, delta.lost) for delta in adapter.values() if delta.lost}:
+        log.warning("a %s: %s", title, lost)
+    return {path: delta.plain() for path, delta in adapter.items()}
 
 
 def ratio(apart: float, norm: float) -> float:

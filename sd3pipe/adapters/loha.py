@@ -49,6 +49,7 @@ class LoHaDelta(Delta):
     algorithm: ClassVar[str] = "loha"
     title: ClassVar[str] = "LoHa"
     network_args: ClassVar[Mapping[str, str]] = {"algo": "loha"}
+    options: ClassVar[frozenset[str]] = frozenset({"rs_lora", "network_alpha"})
     part_names: ClassVar[Mapping[str, tuple[str, ...]]] = {f"hada_{name}": (f".hada_{name}",) for name in _NAMES}
     file_prefix: ClassVar[str] = "hada_"
     layer_class: ClassVar[type[AdapterLayer]] = LoHa

@@ -30,7 +30,7 @@ class LoKrDelta(Delta):
     algorithm: ClassVar[str] = "lokr"
     title: ClassVar[str] = "LoKr"
     network_args: ClassVar[Mapping[str, str]] = {"algo": "lokr"}
-    options: ClassVar[frozenset[str]] = frozenset({"lokr_factor"})
+    options: ClassVar[frozenset[str]] = frozenset({"lokr_factor", "rs_lora", "network_alpha"})
     part_names: ClassVar[Mapping[str, tuple[str, ...]]] = {f"lokr_{name}": (f".lokr_{name}",) for name in _NAMES}
     file_prefix: ClassVar[str] = "lokr_"
 

@@ -97,9 +97,10 @@ class LoRADelta(Delta):
 
     algorithm: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA"
-    options: ClassVar[frozenset[str]] = frozenset(
-        {"network_dropout", "rank_dropout", "loraplus_lr_ratio", "scale_weight_norms", "split_qkv"}
-    )
+    options: ClassVar[frozenset[str]] = frozenset((
+        "network_alpha", "network_dropout", "rank_dropout", "loraplus_lr_ratio", "scale_weight_norms", "split_qkv",
+        "rs_lora",
+    ))  # fmt: skip
     part_names: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "down": (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora_A", ".lora.down.weight",
                  ".lora_linear_layer.down.weight", "_lora.down.weight"),

@@ -18,7 +18,7 @@ from torch import Tensor
 from sd3pipe.adapters.fusing import Rows, rows_of_part, swapped_halves
 from sd3pipe.adapters.keymap import find_place, halves_swapped
 from sd3pipe.adapters.kind import Adapter
-from sd3pipe.adapters.sizes import depth_of
+from sd3pipe.adapters.sizes import depth_of, same_size
 from sd3pipe.errors import InputError, StorageError
 from sd3pipe.fingerprint import hash_chunks
 from sd3pipe.tensors.entry import RangeReader, chunks
@@ -173,13 +173,14 @@ def _changed(
     dtype, delta = TORCH_FORMATS[tensor.dtype], adapter[target.path]
     rows = target.rows or (lambda whole: whole)
     size = tuple(rows(torch.empty(delta.shape[:1] if target.bias else delta.shape, device="meta")).shape)
-    if size != (tensor.shape if target.bias else (*tensor.shape[:1], math.prod(tensor.shape[1:]))):  # convolutions, too
+    stored = tensor.shape if target.bias else (*tensor.shape[:1], math.prod(tensor.shape[1:]))  # convolutions, too
+    if not same_size(size, stored):
         raise InputError(
             f"{tensor.path}: the adapter does not fit the model: {target.path} has size {list(size)} in it, "
             f"{tensor.name} {list(tensor.shape)}"
         )
     raw = bytearray().join(_pieces(base, tensor))
-    before = torch.frombuffer(raw, dtype=dtype).view(size).to(device).float()
+    before = torch.frombuffer(raw, dtype=dtype).view(stored).to(device).float()
     delta = delta.on(device)
     bias_O = delta.bias_change() if target.bias else None
     exact = delta.merged(before, multiplier, target.rows) if bias_O is None else before + multiplier * rows(bias_O)

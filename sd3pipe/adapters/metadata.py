@@ -167,6 +167,7 @@ def network_args(spec: AdapterSpec) -> dict[str, str]:
         "rank_dropout": spec.dropout.rank or None,
         "module_dropout": spec.dropout.module or None,
         "rs_lora": spec.rs_lora or None,
+        "tlora_min_rank": spec.tlora_min_rank if "tlora_min_rank" in KINDS[spec.algorithm].options else None,
         "factor": None if spec.lokr_factor == AdapterSpec().lokr_factor else spec.lokr_factor,
         "rank_rules": [f"{pattern}={rank}" for pattern, rank in spec.rank_rules] or None,
         "lr_rules": [f"{pattern}={rate:g}" for pattern, rate in spec.learning_rate_rules] or None,

@@ -4,15 +4,17 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from sd3pipe.adapters.dropout import DropoutKeys, DropoutRates
-from sd3pipe.adapters.kind import AdaptedLinear, Adapter, AdapterLayer, Delta, LayerSetup
+from sd3pipe.adapters.dropout import BatchState, DropoutRates
+from sd3pipe.adapters.kind import AdaptedLinear, Adapter, AdapterLayer, Delta, LayerSetup, plain_adapter
 from sd3pipe.adapters.kinds import KINDS, check_option, check_spec
+from sd3pipe.adapters.sizes import same_size
 from sd3pipe.adapters.targets import AdapterSpec, learning_rates, target_ranks
 from sd3pipe.console import listed
 from sd3pipe.errors import InputError, ParameterError
@@ -33,15 +35,27 @@ class AdaptableModel(Protocol):
         """Yields every linear layer (a LinearSlot) with its native module path."""
         ...
 
+    def register_forward_pre_hook(self, hook: Callable[..., None], *, with_kwargs: bool) -> RemovableHandle:
+        """Has `hook` called with the arguments of each forward pass, as torch's modules do."""
+        ...
+
 
 class AdapterNetwork(nn.Module):
     """The layers of one adapter, by module path. They act as long as they are attached."""
 
-    def __init__(self, layers: Mapping[str, AdapterLayer], slots: Mapping[str, LinearSlot], keys: DropoutKeys) -> None:
+    def __init__(
+        self,
+        model: AdaptableModel,
+        layers: Mapping[str, AdapterLayer],
+        slots: Mapping[str, LinearSlot],
+        batch: BatchState,
+    ) -> None:
         super().__init__()
         self.layers = dict(layers)
         self._slots = dict(slots)  # a plain dict: the base model's layers are no submodules of the adapter
-        self._keys = keys
+        self._model = [model]  # in a list, for the same reason
+        self._batch = batch
+        self._hook: RemovableHandle | None = None
         for path, layer in layers.items():
             self.add_module(path.replace(".", "_"), layer)
         self.attach()
@@ -51,11 +65,16 @@ class AdapterNetwork(nn.Module):
         for path, layer in self.layers.items():
             assert self._slots[path].adapter in (None, layer), f"{path} already has an adapter: detach it first"
             self._slots[path].adapter = layer
+        if self._hook is None and any(layer.follows_noise for layer in self.layers.values()):
+            self._hook = self._model[0].register_forward_pre_hook(self._see_timesteps, with_kwargs=True)
 
     def detach(self) -> None:
         """Takes every layer out of the model, which then is the base model again."""
         for slot in self._slots.values():
             slot.adapter = None
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     @contextlib.contextmanager
     def detached(self) -> Iterator[None]:
@@ -73,7 +92,14 @@ class AdapterNetwork(nn.Module):
 
     def set_dropout_keys(self, keys_B: Tensor | None) -> None:
         """Gives each sample of the next batch the int64 key that its dropout masks are made from."""
-        self._keys.keys = keys_B
+        self._batch.keys = keys_B
+
+    def set_timesteps(self, timesteps_B: Tensor) -> None:
+        """Gives each sample of the batch its noise level, 1000 sigma, where the model's forward is not what runs."""
+        self._batch.timesteps = timesteps_B
+
+    def _see_timesteps(self, model: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        self.set_timesteps(named["timesteps_B"] if "timesteps_B" in named else args[1])
 
     def parameter_groups(
         self, spec: AdapterSpec, learning_rate: float, *, loraplus_lr_ratio: float = 1.0
@@ -121,7 +147,7 @@ def attach(
     """Attaches a fresh adapter, which changes nothing; start values depend on the seed and the module path alone."""
     check_spec(spec)
     slots: dict[str, LinearSlot] = dict(model.linears())
-    keys = DropoutKeys()
+    batch = BatchState()
     layers: dict[str, AdapterLayer] = {}
     for path, rank in target_ranks(slots, spec).items():
         setup = LayerSetup(
@@ -130,7 +156,7 @@ def attach(
             rank=rank,
             alpha=_alpha(spec, rank),
             dropout=spec.dropout,
-            keys=keys,
+            batch=batch,
             stream=_number(path),
             device=device,
             dtype=dtype,
@@ -138,7 +164,7 @@ def attach(
         layers[path] = KINDS[spec.algorithm].fresh_layer(path, setup, spec)
         layers[path].reset(torch.Generator().manual_seed(_number(f"{spec.seed}/{path}")))
         layers[path].measure(slots[path])
-    return AdapterNetwork(layers, {path: slots[path] for path in layers}, keys)
+    return AdapterNetwork(model, layers, {path: slots[path] for path in layers}, batch)
 
 
 def attach_deltas(
@@ -152,24 +178,24 @@ def attach_deltas(
     """Attaches an adapter with the kinds, ranks and alphas it was saved with. Raises InputError if it does not fit."""
     slots: dict[str, LinearSlot] = dict(model.linears())
     check_fit(slots, adapter)
-    keys = DropoutKeys()
+    batch = BatchState()
     layers: dict[str, AdapterLayer] = {}
     for path, read in adapter.items():
         delta = _as_trained(read, slots[path])
         setup = LayerSetup(
-            in_features=delta.shape[1],
-            out_features=delta.shape[0],
+            in_features=slots[path].in_features,
+            out_features=slots[path].out_features,
             rank=delta.rank or 1,
             alpha=delta.alpha,
             dropout=dropout or DropoutRates(),
-            keys=keys,
+            batch=batch,
             stream=_number(path),
             device=device,
             dtype=dtype,
         )
         layers[path] = delta.layer(setup)
         layers[path].load(delta)
-    return AdapterNetwork(layers, {path: slots[path] for path in layers}, keys)
+    return AdapterNetwork(model, layers, {path: slots[path] for path in layers}, batch)
 
 
 @torch.no_grad()
@@ -177,7 +203,7 @@ def merge_into(model: AdaptableModel, adapter: Adapter, multiplier: float = 1.0)
     """Adds an adapter to the weights of a model for good. Raises InputError if it does not fit."""
     slots: dict[str, LinearSlot] = dict(model.linears())
     check_fit(slots, adapter)
-    for path, delta in adapter.items():
+    for path, delta in plain_adapter(adapter).items():
         weight = slots[path].weight
         if getattr(slots[path], "packing", None) is not None:
             raise ParameterError("base_weights need a base in 16 or 32 bit: they are added before it is quantised")
@@ -197,7 +223,7 @@ def check_fit(slots: Mapping[str, LinearSlot], adapter: Adapter) -> None:
         raise InputError(f"the adapter does not fit the model, which has no {_listed('', foreign, set())}")
     for path, delta in adapter.items():
         size = (slots[path].out_features, slots[path].in_features)
-        if delta.shape != size:
+        if not same_size(delta.shape, size):
             raise InputError(
                 f"the adapter does not fit the model: {path} is {list(size)} there, {list(delta.shape)} in the adapter"
             )

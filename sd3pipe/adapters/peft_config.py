@@ -18,11 +18,15 @@ from sd3pipe.documents import DocumentError, first_problem, parse_json, read_jso
 from sd3pipe.errors import InputError
 
 PEFT_CONFIG_KEY = "lora_adapter_metadata"
+CAYLEY_KEY, EXACT_CAYLEY = "sd3pipe_oft_cayley", "exact"  # in a file's metadata: OFT without Neumann's series
 
 _FILE_OF_PEFT, _CONFIG_BESIDE_IT = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX_OF_PEFT = "base_model.model."
 _UP = ".lora_B.weight"
 _CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+_KINDS_READ = ("LORA", "LOHA", "LOKR", "OFT")
+_NEUMANN_TERMS = 5
+_SERIES_OF_TODAY = (0, 18)  # the first peft with it
 _MOST_REPETITIONS = 3  # matching takes time in the power of their number
 
 
@@ -47,7 +51,7 @@ class PeftConfig(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
-    peft_type: Literal["LORA", "LOHA", "LOKR"] = "LORA"
+    peft_type: Literal["LORA", "LOHA", "LOKR", "OFT"] = "LORA"
     r: _Rank = 8
     lora_alpha: _Alpha = 8.0
     alpha: _Alpha = 8.0  # what LoHa and LoKr call it
@@ -55,6 +59,27 @@ class PeftConfig(BaseModel):
     alpha_pattern: dict[_Pattern, _Alpha] | None = None
     use_rslora: bool = False
     init_lora_weights: bool | str | None = None
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = _NEUMANN_TERMS
+    coft: bool = False
+    block_share: bool = False
+    peft_version: str = ""
+
+    @property
+    def unread_oft(self) -> str:
+        """What of an OFT's configuration is not read, "" where all is."""
+        version = re.match(r"(\d{1,9})\.(\d{1,9})", self.peft_version)
+        if self.coft:
+            return "coft = true, which projects the rotations while they act"
+        if self.block_share:
+            return "block_share = true, one rotation for all blocks of a layer"
+        if not self.use_cayley_neumann:
+            return ""
+        if self.num_cayley_neumann_terms != _NEUMANN_TERMS:
+            return f"num_cayley_neumann_terms = {self.num_cayley_neumann_terms}, and a series of 5 terms"
+        if version is None or (int(version[1]), int(version[2])) < _SERIES_OF_TODAY:
+            return "a peft_version before 0.18, whose series ended otherwise"
+        return ""
 
     def scale(self, module: str, rank: int | None) -> float:
         """Returns the factor of a module's change; `rank` is that of its tensors, None where they do not show it.
@@ -92,6 +117,12 @@ class Strengths:
     def __init__(self, configs: Mapping[str, PeftConfig]) -> None:
         self._configs = configs
 
+    @property
+    def notes(self) -> dict[str, str]:
+        """What the configurations say of a kind of adapter, as metadata of the file."""
+        exact = any(config.peft_type == "OFT" and not config.use_cayley_neumann for config in self._configs.values())
+        return {CAYLEY_KEY: EXACT_CAYLEY} if exact else {}
+
     def __call__(self, name: str, rank: int | None) -> float | None:
         """Returns a module's scale, None where no configuration speaks of it. Raises ValueError."""
         for prefix, config in self._configs.items():
@@ -125,12 +156,14 @@ def read_strengths(path: Path, metadata: Mapping[str, str]) -> Strengths:
 def _checked(values: Mapping[str, JsonValue], where: str) -> PeftConfig:
     """Returns a configuration that is understood. Raises InputError that names what is not."""
     kind = values.get("peft_type", "LORA")
-    if kind not in ("LORA", "LOHA", "LOKR"):
-        raise InputError(f"{where}: its peft_type is {str(kind)[:40]!r}, and LORA, LOHA and LOKR are read")
+    if kind not in _KINDS_READ:
+        raise InputError(f"{where}: its peft_type is {str(kind)[:40]!r}, and {', '.join(_KINDS_READ)} are read")
     try:
         config = PeftConfig.model_validate(values)
     except ValidationError as error:
         raise DocumentError(f"{where}: {first_problem(error)}") from error
+    if config.peft_type == "OFT" and config.unread_oft:
+        raise InputError(f"{where}: has {config.unread_oft}: train it with peft's own defaults")
     start = config.init_lora_weights
     if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
         raise InputError(

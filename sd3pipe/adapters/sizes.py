@@ -7,7 +7,7 @@ from sd3pipe.errors import InputError
 
 HEAD_WIDTH = 64  # an SD3 model has one block per 64 of width
 
-Sizes = Mapping[str, tuple[int, int]]  # module path -> (out features, in features)
+Sizes = Mapping[str, tuple[int, int]]  # module path -> (out, in features), 0 for the side that factors do not tell
 
 _ROWS = {"attn.qkv": 3, "attn2.qkv": 3, "attn.proj": 1, "attn2.proj": 1, "mlp.fc1": 4, "mlp.fc2": 1}
 _DEPTHS = {"sd3-medium": 24, "sd35-medium": 24, "sd35-large": 38}
@@ -15,12 +15,23 @@ _MOST_BLOCKS = 128  # no SD3 model comes near it, and factors of a few bytes may
 _DUAL_BLOCKS = 13  # SD3.5-medium's first 13 blocks have a second attention, and 9 vectors of modulation
 
 
-def width_of(path: str, size: tuple[int, int]) -> int:
-    """Returns the width of the model that has a module of this path and size."""
+def same_size(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
+    """Whether two sizes of a tensor agree where both tell it."""
+    pairs = zip(first, second, strict=False)
+    return len(first) == len(second) and all(one == other or not (one and other) for one, other in pairs)
+
+
+def widths_of(path: str, size: tuple[int, int]) -> set[int] | None:
+    """Returns the widths of the models that have a module of this path and size, None where all do."""
+    rows, columns = size
     block = native_block(path)
-    if block is not None:
-        return size[1] // 4 if block[1].endswith("mlp.fc2") else size[1]
-    return size[1] if path.startswith("final_layer") else size[0]
+    if block is None:
+        own = columns if path.startswith("final_layer") else rows
+        return {own} if own else None
+    if columns:
+        return {columns // 4 if block[1].endswith("mlp.fc2") else columns}
+    side, layer = block[1].split(".", 1)
+    return {rows // times for times in _rows_of(side, layer) if rows % times == 0}
 
 
 def depth_of(sizes: Sizes) -> int:
@@ -29,18 +40,22 @@ def depth_of(sizes: Sizes) -> int:
     Raises InputError where there is no such model.
     """
     of_model = {path: size for path, size in sizes.items() if not is_text_encoder(path)}
-    widths = {width_of(path, size) for path, size in of_model.items()}
-    if not widths:
+    told = [widths for path, size in of_model.items() if (widths := widths_of(path, size)) is not None]
+    if not told:
         return 0
-    width = min(widths)
-    if len(widths) > 1 or width % HEAD_WIDTH or not width:
-        raise InputError(f"its layers belong to models of different width ({', '.join(map(str, sorted(widths)))})")
-    depth = width // HEAD_WIDTH
+    possible = (width for width in set.intersection(*told) if width and width % HEAD_WIDTH == 0)
+    common = sorted(possible, key=lambda width: (width // HEAD_WIDTH not in _DEPTHS.values(), width))
+    if not common:
+        raise InputError(
+            f"its layers belong to models of different width ({', '.join(map(str, sorted(set.union(*told))))})"
+        )
+    misfits = {width: _first_misfit(of_model, width) for width in common}
+    width = next((width for width, misfit in misfits.items() if misfit is None), common[0])
+    depth, misfit = width // HEAD_WIDTH, misfits[width]
     if depth > _MOST_BLOCKS:
         raise InputError(f"its layers are {width} wide, and the widest that are read are {_MOST_BLOCKS * HEAD_WIDTH}")
-    for path, size in of_model.items():
-        if not _fits(path, size, width, depth):
-            raise InputError(f"{path} has size {list(size)}, which no SD3 model of width {width} has")
+    if misfit is not None:
+        raise InputError(f"{misfit} has size {list(sizes[misfit])}, which no SD3 model of width {width} has")
     return depth
 
 
@@ -58,24 +73,34 @@ def _fits_variant(variant: str, sizes: Sizes, depth: int) -> bool:
         dual = variant == "sd35-medium" and block[0] < _DUAL_BLOCKS
         if ".attn2." in path and not dual:
             return False
-        if block[1] == "x_block.adaLN_modulation.1" and size[0] != (9 if dual else 6) * depth * HEAD_WIDTH:
+        if block[1] == "x_block.adaLN_modulation.1" and size[0] not in (0, (9 if dual else 6) * depth * HEAD_WIDTH):
             return False
     return True
+
+
+def _first_misfit(sizes: Sizes, width: int) -> str | None:
+    return next((path for path, size in sizes.items() if not _fits(path, size, width, width // HEAD_WIDTH)), None)
+
+
+def _rows_of(side: str, layer: str) -> tuple[int, ...]:
+    """Returns how many times its width a block's module may have as rows; the last context has a third of the rest."""
+    if not layer.startswith("adaLN"):
+        return (_ROWS[layer],)
+    return (6, 9) if side == "x_block" else (6, 2)
 
 
 def _fits(path: str, size: tuple[int, int], width: int, depth: int) -> bool:
     block = native_block(path)
     if block is None:
-        return path != "final_layer.adaLN_modulation.1" or size[0] == 2 * width
+        return path != "final_layer.adaLN_modulation.1" or size[0] in (0, 2 * width)
     index, module = block
     if index >= depth:
         return False
     side, layer = module.split(".", 1)
     last_context = side == "context_block" and index == depth - 1
-    if layer.startswith("adaLN"):
-        allowed = (2,) if last_context else (6,) if side == "context_block" else (6, 9)
+    allowed = _rows_of(side, layer)
+    if layer.startswith("adaLN") and side == "context_block":
+        allowed = allowed[-1:] if last_context else allowed[:1]
     elif last_context and layer != "attn.qkv":
         return False
-    else:
-        allowed = (_ROWS[layer],)
-    return size[0] in [rows * width for rows in allowed]
+    return size[0] in (0, *(rows * width for rows in allowed))

@@ -41,6 +41,7 @@ class AdapterSpec:
     learning_rate_rules: tuple[tuple[str, float], ...] = ()
     split_qkv: bool = False
     lokr_factor: int = -1
+    tlora_min_rank: int = 1
     dropout: DropoutRates = field(default_factory=DropoutRates)
     seed: int = 42
 
@@ -51,6 +52,8 @@ class AdapterSpec:
         ranks = (self.rank, *self.part_ranks.values(), *self.embedder_ranks, *(rank for _, rank in self.rank_rules))
         if min(ranks) < 0:
             raise ParameterError(f"a rank is {min(ranks)}: ranks are 0 (left out) or more")
+        if not 1 <= self.tlora_min_rank <= max(ranks):
+            raise ParameterError(f"tlora_min_rank is {self.tlora_min_rank}, and must be from 1 to the rank")
 
 
 def target_ranks(paths: Iterable[str], spec: AdapterSpec) -> dict[str, int]:

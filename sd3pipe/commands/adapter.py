@@ -12,8 +12,9 @@ from sd3pipe.adapters.files import AdapterFile, read_adapter, save_adapter
 from sd3pipe.adapters.find import find_adapter
 from sd3pipe.adapters.inspection import Inspection, norm_picture, norm_table, squared_norms
 from sd3pipe.adapters.inspection import inspect as inspected
-from sd3pipe.adapters.kind import Adapter
+from sd3pipe.adapters.kind import Adapter, plain_adapter
 from sd3pipe.adapters.metadata import read_provenance
+from sd3pipe.adapters.sizes import same_size
 from sd3pipe.console import count, one_line, say, say_json
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.exporting.adapter_files import (
@@ -67,8 +68,9 @@ def convert(params: AdapterConvertParams) -> None:
 def resize(params: AdapterResizeParams) -> None:
     """Writes the nearest adapter of another rank, and says how much of the change it holds."""
     file = read_adapter(find_adapter(params.adapter))
-    found = {path: resized(delta, rank=params.rank, energy=params.energy) for path, delta in file.adapter.items()}
-    kept = mean_kept(found, squared_norms(file.adapter))
+    plain = plain_adapter(file.adapter)
+    found = {path: resized(delta, rank=params.rank, energy=params.energy) for path, delta in plain.items()}
+    kept = mean_kept(found, squared_norms(plain))
     adapter = {path: approximation.delta for path, approximation in found.items()}
     options = {"rank": params.rank, "energy": params.energy}
     metadata = with_step(_without_ranks(file.metadata), "adapter resize", options)
@@ -83,7 +85,7 @@ def merge(params: AdapterMergeParams) -> None:
     if len(weights) != len(files):
         raise ParameterError(f"{count(len(weights), 'weight')} for {count(len(files), 'adapter')}: give one for each")
     variants = _common_variants(files)
-    adapter = merged_adapter([file.adapter for file in files], weights)
+    adapter = merged_adapter([plain_adapter(file.adapter) for file in files], weights)
     told = ""
     if params.rank is not None:
         found = {path: resized(delta, rank=params.rank, energy=None) for path, delta in adapter.items()}
@@ -113,7 +115,7 @@ def _common_variants(files: Sequence[AdapterFile]) -> tuple[str, ...]:
     """Returns the models that all adapters fit. Raises InputError where there cannot be one."""
     first, *others = files
     for file in others:
-        odd = [path for path, size in file.sizes.items() if first.sizes.get(path, size) != size]
+        odd = [path for path, size in file.sizes.items() if not same_size(first.sizes.get(path, size), size)]
         if odd:
             raise InputError(f"{first.path} and {file.path} belong to different models: {odd[0]} has two sizes in them")
         if first.depth and file.depth and first.depth != file.depth:

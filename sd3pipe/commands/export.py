@@ -10,6 +10,7 @@ from sd3pipe import stopping
 from sd3pipe.adapters.files import AdapterFile, SavedAdapter, read_adapter, save_adapter
 from sd3pipe.adapters.find import checkpoint_adapters, find_adapter
 from sd3pipe.adapters.keymap import is_text_encoder
+from sd3pipe.adapters.kind import plain_adapter
 from sd3pipe.console import StageReport, count, readable_bytes, say
 from sd3pipe.device import choose_device
 from sd3pipe.errors import InputError, ParameterError
@@ -107,6 +108,9 @@ def _export_to_hub(
     words = params.model_copy(update={"metadata": params.metadata or "public"})
     metadata = export_metadata(source.metadata, words, "diffusers", source.variants)
     adapter = for_form(source.adapter, "diffusers", params.model, params.mmdit)
+    unread = next((delta for delta in adapter.values() if not delta.in_pipelines), None)
+    if unread is not None:
+        raise ParameterError(f"--format hub is for what diffusers' pipelines load, and they load no {unread.title}")
     refuse_to_replace(out / WEIGHTS, [source.path])
     saved = save_adapter(out / WEIGHTS, adapter, form="diffusers", dtype=params.dtype, metadata=metadata)
     report.begin()
@@ -151,7 +155,7 @@ def _merge(source: AdapterFile, params: ExportParams, device: torch.device) -> M
     model = Path(params.model).expanduser() if params.model and params.mmdit is None else None
     merged = write_checkpoint(
         params.out,
-        source.adapter,
+        plain_adapter(source.adapter),
         base,
         model,
         multiplier=params.multiplier,

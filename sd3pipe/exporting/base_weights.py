@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from sd3pipe.adapters.keymap import Form, is_text_encoder
-from sd3pipe.adapters.kind import Adapter, Delta
+from sd3pipe.adapters.kind import Adapter, Delta, plain_adapter
+from sd3pipe.adapters.sizes import same_size
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.tensors.reader import read_tensors
@@ -24,14 +25,15 @@ def for_form(adapter: Adapter, form: Form, model: str | None, mmdit: Path | None
     """Returns the adapter in numbers that the form's readers act by as is meant.
 
     With a DoRA's magnitudes ComfyUI divides by the norms of the base's rows, peft and diffusers by those of the
-    changed rows.
+    changed rows; of turned inputs ComfyUI reads only the change written out.
     """
+    adapter = plain_adapter(adapter)
     odd = [path for path, delta in adapter.items() if not delta.suits(form)]
     if not odd:
         return dict(adapter)
     program = "diffusers" if form == "diffusers" else "ComfyUI"
     kind = adapter[odd[0]].title
-    source = find_base(model, mmdit, f"this is a {kind}, and its magnitudes for {program} depend on the base model")
+    source = find_base(model, mmdit, f"this is a {kind}, and what {program} reads of it depends on the base model")
     return dict(adapter) | {path: _suited(path, adapter[path], source, form) for path in odd}
 
 
@@ -40,6 +42,6 @@ def _suited(path: str, delta: Delta, source: ComponentSource, form: Form) -> Del
     if is_text_encoder(path) or key not in source.tensors:
         raise InputError(f"{source.where}: has no {path}, which the adapter changes: it belongs to another model")
     weight_OI = read_tensors(source.tensors, dtype=torch.float32, keys=[key])[key].flatten(1)
-    if tuple(weight_OI.shape) != delta.shape:
+    if not same_size(tuple(weight_OI.shape), delta.shape):
         raise InputError(f"{source.where}: {path} has another size than in the adapter: it belongs to another model")
     return delta.suited(form, weight_OI)

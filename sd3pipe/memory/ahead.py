@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sd3pipe.errors import ParameterError
-from sd3pipe.memory.model import Pair, StreamedModel
+from sd3pipe.memory.model import Pair, StreamedModel, through_weight
 
 _SIDES = ("context_block", "x_block")
 
@@ -58,7 +58,7 @@ class AheadModulation:
         self._device = device
         self._embedders = (model.t_embedder, model.y_embedder)
         self._on_host = tuple(copy.deepcopy(m).to("cpu") for m in self._embedders) if device.type != "cpu" else None
-        self._linears = {index: _modulation_linears(mmdit, index) for index in blocks}
+        self._linears = {index: modulation_linears(mmdit, index) for index in blocks}
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="modulation")
         self.pending: PendingModulation | None = None
         self._unprepared: tuple[Tensor, dict[int, Future[Pair]]] | None = None
@@ -113,7 +113,14 @@ class AheadModulation:
 
     def _adapted(self, linear: ModulationLinear, base_BK: Tensor, condition_BD: Tensor) -> Tensor:
         base_BK = base_BK.to(self._device, non_blocking=True)
-        return base_BK if linear.adapter is None else linear.adapter(condition_BD, _Computed(linear, base_BK))
+        if linear.adapter is None:
+            return base_BK
+        if through_weight(linear.adapter):
+            raise ParameterError(
+                "modulation = ahead knows the base's product before an adapter has turned its input (OFTv2): use "
+                "modulation = stream or resident, or leave modulation out of train_layers"
+            )
+        return linear.adapter(condition_BD, _Computed(linear, base_BK))
 
     def _refuse_trained_embedders(self, condition_BD: Tensor) -> None:
         layers = (layer for embedder in self._embedders for layer in embedder.modules())
@@ -146,7 +153,8 @@ class _Computed:
         return self._linear.dense_weight(dtype).to(self._base_BK.device)
 
 
-def _modulation_linears(mmdit: nn.Module, index: int) -> tuple[ModulationLinear, ...]:
+def modulation_linears(mmdit: nn.Module, index: int) -> tuple[ModulationLinear, ...]:
+    """Returns the adaLN layers of a block, that of the context first."""
     names = (f"joint_blocks.{index}.{side}.adaLN_modulation.1" for side in _SIDES)
     return tuple(cast(ModulationLinear, mmdit.get_submodule(name)) for name in names)
 

@@ -41,6 +41,11 @@ class Block(Protocol):
     def run_with_modulation(self, context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> Pair: ...
 
 
+def through_weight(adapter: object) -> bool:
+    """Whether an adapter's own gradient goes through the weight of the layer that it stands on."""
+    return bool(getattr(adapter, "through_weight", False))
+
+
 class StreamedModel(Protocol):
     """The MMDiT, as far as its blocks may be run from outside."""
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from sd3pipe.errors import ParameterError
 from sd3pipe.memory.activations import ActivationStore, OffloadedTensor
-from sd3pipe.memory.ahead import AheadModulation, PendingModulation
+from sd3pipe.memory.ahead import AheadModulation, PendingModulation, modulation_linears
 from sd3pipe.memory.copy_streams import CopyStream, copy_stream_to
 from sd3pipe.memory.flat import FlatBlock, flat_layout, is_modulation, streamed_parameters
 from sd3pipe.memory.from_file import FileBlock, Staging, WeightsFile
 from sd3pipe.memory.host import HostMemory
-from sd3pipe.memory.model import Block, Pair, StreamedModel
+from sd3pipe.memory.model import Block, Pair, StreamedModel, through_weight
 from sd3pipe.memory.rings import Rings, StreamedBlock, Use
 from sd3pipe.memory.schedule import RING_SLOTS, spread_evenly
 from sd3pipe.words import ModulationMode
@@ -179,9 +179,13 @@ class BlockStreamer:
     def recomputes_modulation(self, index: int, condition_BD: Tensor) -> bool:
         """Returns whether a block's backward pass needs its adaLN weights again.
 
-        That is so where the gradient goes on to the embedders. An adapter on adaLN alone does not ask for them.
+        That is so where the gradient goes on to the embedders, or to an adapter that turns the input of adaLN. Another
+        adapter on adaLN does not ask for them.
         """
-        return self.modulation == "stream" and index in self._flat and condition_BD.requires_grad
+        if self.modulation != "stream" or index not in self._flat:
+            return False
+        linears = modulation_linears(cast(nn.Module, self._model), index)
+        return condition_BD.requires_grad or any(through_weight(linear.adapter) for linear in linears)
 
     def keep(self, tensor: Tensor) -> Tensor | OffloadedTensor:
         """Puts a block's input away until `fetch`: on the host, where activations are offloaded."""

@@ -52,7 +52,7 @@ _SIGNS: dict[Component, dict[str, Naming]] = {  # one key of the first block tel
     "clip_g": _CLIP_SIGNS,
     "t5xxl": {"encoder.block.0.layer.0.SelfAttention.q.weight": "native"},
 }
-_LORA = re.compile(r"lora_(up|down|[AB])\b|\.lora\.|\.(hada|lokr)_w|\.(alpha|dora_scale)$|^lycoris_")
+_LORA = re.compile(r"lora_(up|down|[AB])\b|\.lora\.|\.(hada|lokr)_w|\.oft_|\.(alpha|dora_scale)$|^lycoris_")
 _VISION = ("vision_model.", "visual_projection.")  # the other half of a whole CLIP
 _STRAYS = re.compile(r"(^|\.)(embeddings\.position_ids|logit_scale)$")
 

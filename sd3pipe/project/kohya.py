@@ -18,7 +18,17 @@ from sd3pipe.params.sd_scripts import OPTIONS, SECRETS
 Given = Mapping[str, Any]
 STAGES = ("encode_text", "encode_latents", "train", "export")
 _PROMPT_FILES = (".txt", ".toml", ".json")
-_LYCORIS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr"}  # its algo -> our adapter_type
+_LYCORIS = {  # its algo -> our adapter_type
+    "lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr", "diag-oft": "oft",
+}  # fmt: skip
+_OFT_HERE = "adapter_type = oft, whose network_dim is the width of a block, trains such"
+_NOT_THE_SAME = {  # other kinds -> what is nearest here
+    "tlora": "in sd-scripts LyCORIS is told no noise levels, so that all ranks act; adapter_type = tlora masks them",
+    "boft": _OFT_HERE,
+    "networks.oft": f"its network_dim is the number of blocks; {_OFT_HERE}",
+    "networks.oft_v2": "adapter_type = oftv2, whose network_dim is the width of a block, trains such",
+    "networks.boft": _OFT_HERE,
+}
 _LYCORIS_ARGS = {"factor": "lokr_factor"}
 _ENDS_ABOVE_ZERO = ("cosine_with_min_lr", "warmup_stable_decay")
 
@@ -142,7 +152,10 @@ def _fix_network(asked: Given, result: Translation) -> None:
     if module == "lycoris.kohya":
         _fix_lycoris(train, result)
     elif module is not None and module != "networks.lora_sd3":
-        result.changed.append(f"network_module = {module}: fails for SD3 in sd-scripts; taken as networks.lora_sd3")
+        near = f"; {_NOT_THE_SAME[module]}" if module in _NOT_THE_SAME else ""
+        result.changed.append(
+            f"network_module = {module}: fails for SD3 in sd-scripts; taken as networks.lora_sd3{near}"
+        )
     for key in ("network_weights", "base_weights"):
         if key in train:
             _locate(key, train, result)
@@ -156,12 +169,39 @@ def _fix_lycoris(train: dict[str, Any], result: Translation) -> None:
     if kind == "lora" and args.pop("dora_wd", "").lower() == "true":
         kind = "dora"
     if kind is None:
-        result.lost.append(f"algo = {algorithm}: sd3pipe trains lora, dora, loha and lokr; taken as lora")
+        near = _NOT_THE_SAME.get(algorithm.lower(), "sd3pipe trains lora, dora, loha, lokr and diag-oft")
+        result.lost.append(f"algo = {algorithm}: taken as lora; {near}")
+    if kind == "oft":
+        _fix_oft(args, train, result)
     if "dropout" in args:
         train["network_dropout"] = float(args.pop("dropout"))
     train["adapter_type"] = kind or "lora"
     train["network_args"] = [f"{_LYCORIS_ARGS.get(key, key)}={value}" for key, value in args.items()]
     result.changed.append(f"network_module = lycoris.kohya: adapter_type = {train['adapter_type']}, in the same layers")
+
+
+def _fix_oft(args: dict[str, str], train: dict[str, Any], result: Translation) -> None:
+    """Takes away what LyCORIS' OFT does not look at, and says what acts otherwise here."""
+    if train.pop("scale_weight_norms", None):
+        result.lost.append(
+            "scale_weight_norms: limits products of two factors here; network_alpha bounds an OFT's turn"
+        )
+    for name in ("network_alpha", "network_dropout"):
+        if train.pop(name, None):
+            result.changed.append(f"{name}: LyCORIS' OFT has no use for it; left out")
+    for name in ("dropout", "rank_dropout"):
+        if args.pop(name, None):
+            result.changed.append(f"network_args {name}: LyCORIS' OFT has no use for it; left out")
+    for name, why in (
+        ("constraint", "LyCORIS means it times a layer's rows; network_alpha bounds the turn as ComfyUI reads it"),
+        ("rescaled", "ComfyUI ignores the rows' scales, and they are not trained here"),
+    ):
+        if args.pop(name, "").lower() not in ("", "0", "0.0", "false"):
+            result.lost.append(f"network_args {name}: {why}")
+    result.changed.append(
+        "algo = diag-oft: blocks are the widest up to network_dim that divide a layer's rows, of q, k and v each; "
+        "LyCORIS' are never wider than they are many, and may reach from q into k"
+    )
 
 
 def _locate(key: str, train: dict[str, Any], result: Translation) -> None:

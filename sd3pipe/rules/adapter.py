@@ -12,8 +12,11 @@ from sd3pipe.words import Algorithm
 class AdapterRules:
     """The adapter as the user describes it; `sd3pipe.training.adapter_options` reads it."""
 
-    network_dim: int = rule(16, "Rank of the adapter.", ge=1)
-    network_alpha: float | None = rule(None, "Strength is alpha / rank; default (or 0): the rank, so strength 1.", ge=0)
+    network_dim: int = rule(16, "Rank of the adapter; of an OFT the largest width of its blocks.", ge=1)
+    network_alpha: float | None = rule(
+        None, "Strength is alpha / rank; default (or 0): the rank, so strength 1. Of an OFT how far it may turn; "
+        "default (or 0): as far as it likes.", ge=0,
+    )
     adapter_type: Algorithm = rule("lora", "Kind of adapter.")
     train_layers: str = rule(
         "all", "Layers of the blocks that the adapter stands on: all, or parts joined by +: attention, mlp, "
@@ -25,7 +28,7 @@ class AdapterRules:
     network_args: tuple[str, ...] = rule(
         (), "More about the adapter, as KEY=VALUE: context_attn_dim, context_mlp_dim, context_mod_dim, x_attn_dim, "
         "x_mlp_dim, x_mod_dim, emb_dims, train_block_indices, split_qkv, rank_dropout, module_dropout, "
-        "loraplus_lr_ratio, rs_lora, lokr_factor.", advanced=True,
+        "loraplus_lr_ratio, rs_lora, lokr_factor, tlora_min_rank.", advanced=True,
     )
     rank_rules: tuple[str, ...] = rule(
         (), "PATTERN=RANK for modules whose path the regular expression is found in; 0 leaves them out.", advanced=True

@@ -61,6 +61,7 @@ class NetworkArgs(BaseModel):
     loraplus_unet_lr_ratio: float | None = None
     rs_lora: bool = False
     lokr_factor: int = -1
+    tlora_min_rank: int = 1
 
 
 def adapter_spec(rules: AdapterRules, *, seed: int) -> AdapterSpec:
@@ -80,6 +81,7 @@ def adapter_spec(rules: AdapterRules, *, seed: int) -> AdapterSpec:
         learning_rate_rules=_rules("lr_rules", rules.lr_rules, float),
         split_qkv=args.split_qkv,
         lokr_factor=args.lokr_factor,
+        tlora_min_rank=args.tlora_min_rank,
         dropout=DropoutRates(neuron=rules.network_dropout, rank=args.rank_dropout, module=args.module_dropout),
         seed=seed,
     )

@@ -54,8 +54,9 @@ class Objective:
             return self.mmdit(**forward_pass.inputs)
 
     def select(self, forward_pass: ForwardPass) -> None:
-        """Makes the adapter's dropout that of this batch's samples."""
+        """Makes the adapter act by this batch's samples: their dropout, their noise levels."""
         self.network.set_dropout_keys(forward_pass.batch.dropout_keys)
+        self.network.set_timesteps(forward_pass.inputs["timesteps_B"])
 
     def losses(self, forward_pass: ForwardPass, velocity_BChw: Tensor) -> Tensor:
         """Returns loss_B of a predicted velocity, before the samples' own weights."""

@@ -29,7 +29,10 @@ from sd3pipe.adapters.lora import LoRADelta
 from sd3pipe.errors import InputError, ParameterError
 
 VARIANTS = ("sd3-medium", "sd35-medium", "sd35-large")
-KINDS = ("lora", "dora", "loha", "lokr", "dora over loha", "dora over lokr", "dora of columns", "full")
+KINDS = (
+    "lora", "dora", "loha", "lokr", "dora over loha", "dora over lokr", "dora of columns", "full", "oft", "oftv2",
+    "exact oftv2", "tlora",
+)  # fmt: skip
 TEXT_MODULES = (
     "text_encoders.clip_l.transformer.text_model.encoder.layers.11.self_attn.out_proj",
     "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1",
@@ -40,8 +43,10 @@ TEXT_MODULES = (
 
 
 def converted(adapter, form):
-    """The adapter after one trip through the tensors of a form."""
-    return parse(tensors_of(prepared(adapter, form), form)).adapter
+    """The adapter after one trip through the tensors of a form, with the metadata that they need."""
+    held = prepared(adapter, form)
+    notes = {key: note for delta in held.values() for key, note in delta.notes().items()}
+    return parse(tensors_of(held, form), metadata=notes).adapter
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -66,9 +71,15 @@ def test_diffusers_form_holds_dora_and_refuses_the_rest():
     dora = random_adapter(tiny_architecture("sd35-medium"), "dora")
     assert compare(dora, converted(dora, "diffusers"))[0] < 1e-6
     for kind in KINDS:
-        if kind not in ("lora", "dora"):
+        if kind not in ("lora", "dora", "oftv2", "exact oftv2"):
             with pytest.raises(ParameterError, match="diffusers has no form for"):
                 prepared(random_adapter(tiny_architecture("sd3-medium"), kind), "diffusers")
+
+
+@pytest.mark.parametrize("kind", ["oftv2", "exact oftv2"])
+def test_diffusers_form_holds_turned_inputs_bit_for_bit(kind):
+    adapter = random_adapter(tiny_architecture("sd35-medium"), kind)
+    assert compare(adapter, converted(adapter, "diffusers"))[0] == 0.0
 
 
 def test_split_of_one_down_and_of_three_is_exact():

@@ -218,9 +218,8 @@ def test_t5_of_diffusers_names_is_read():
 
 
 REFUSED = {
-    "an OFT (oft_blocks)": {"oft_blocks": (24, 8, 8), "rescale": (WIDTH, 1)},
-    "an OFT (oft_R.weight)": {"oft_R.weight": (24, 28)},
-    "a BOFT (oft_blocks)": {"oft_blocks": (3, 24, 8, 8)},
+    "an OFT of another form (rescale)": {"oft_blocks": (24, 8, 8), "rescale": (WIDTH, 1)},
+    "a BOFT": {"oft_blocks": (3, 24, 8, 8)},
     "a BOFT (boft_R)": {"boft_R": (1, 24, 8, 8), "boft_s": (WIDTH, 1)},
     "a GLoRA (a1.weight)": {f"{end}.weight": (4, 4) for end in ("a1", "a2", "b1", "b2")},
     "an IA3 (on_input)": {"on_input": ()},

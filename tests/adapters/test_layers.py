@@ -9,16 +9,18 @@ from torch import nn
 from torch.nn import functional
 
 from sd3pipe.adapters.dora import DoRA
-from sd3pipe.adapters.dropout import DropoutKeys, DropoutRates, kept, uniform
+from sd3pipe.adapters.dropout import BatchState, DropoutRates, kept, uniform
 from sd3pipe.adapters.kind import LayerSetup
 from sd3pipe.adapters.loha import LoHa
 from sd3pipe.adapters.lokr import LoKr, factor_pair, lokr_shapes
 from sd3pipe.adapters.lora import LoRA, SplitLoRA
+from sd3pipe.adapters.oft import OFT
+from sd3pipe.adapters.oftv2 import OFTv2
 from sd3pipe.errors import InputError
 from sd3pipe.models.linear import Linear
 
 IN, OUT, RANK = 24, 36, 4
-KINDS = ("lora", "split", "dora", "loha", "lokr", "lokr-whole")
+KINDS = ("lora", "split", "dora", "loha", "lokr", "lokr-whole", "oft", "oftv2", "oftv2-exact")
 
 
 def make_linear(in_features=IN, out_features=OUT, dtype=torch.float32):
@@ -31,7 +33,7 @@ def make_linear(in_features=IN, out_features=OUT, dtype=torch.float32):
 
 def make_layer(kind, *, rank=RANK, alpha=2.0, dropout=None, stream=5, fresh=True):
     setup = LayerSetup(
-        in_features=IN, out_features=OUT, rank=rank, alpha=alpha, dropout=dropout or DropoutRates(), keys=DropoutKeys(),
+        in_features=IN, out_features=OUT, rank=rank, alpha=alpha, dropout=dropout or DropoutRates(), batch=BatchState(),
         stream=stream,
     )  # fmt: skip
     match kind:
@@ -47,6 +49,10 @@ def make_layer(kind, *, rank=RANK, alpha=2.0, dropout=None, stream=5, fresh=True
             layer = LoKr(setup, {"w1": (6, 4), "w2_a": (6, 4), "w2_b": (4, 6)})
         case "lokr-whole":
             layer = LoKr(setup, {"w1": (4, 4), "w2": (9, 6)})
+        case "oft":
+            layer = OFT(setup)
+        case "oftv2" | "oftv2-exact":
+            layer = OFTv2(setup, exact=kind == "oftv2-exact")
     layer.reset(torch.Generator().manual_seed(2))
     if kind == "dora":
         layer.measure(make_linear())
@@ -226,11 +232,11 @@ def test_dropout_acts_in_training_only_and_the_same_way_again(rates):
     linear, x = make_linear(), inputs(16, 5)
     layer = make_layer("lora", dropout=DropoutRates(**rates), fresh=False)
     plain = make_layer("lora", fresh=False)
-    layer.setup.keys.keys = torch.arange(16)
+    layer.setup.batch.keys = torch.arange(16)
     first = layer(x, linear)
     assert torch.equal(layer(x, linear), first)
     assert not torch.allclose(first, plain(x, linear))
-    layer.setup.keys.keys = torch.arange(100, 116)
+    layer.setup.batch.keys = torch.arange(100, 116)
     assert not torch.allclose(layer(x, linear), first)
     layer.eval()
     assert torch.equal(layer(x, linear), plain(x, linear))
@@ -240,7 +246,7 @@ def test_dropout_acts_in_training_only_and_the_same_way_again(rates):
 def test_dropout_keeps_the_mean(rates):
     linear, x = make_linear(), inputs(1, 1).expand(20000, 1, IN)
     layer = make_layer("lora", dropout=DropoutRates(**rates), fresh=False)
-    layer.setup.keys.keys = torch.arange(20000)
+    layer.setup.batch.keys = torch.arange(20000)
     term = layer(x, linear) - linear.base(x)
     layer.eval()
     expected = (layer(x[:1], linear) - linear.base(x[:1]))[0, 0]
@@ -250,7 +256,7 @@ def test_dropout_keeps_the_mean(rates):
 def test_module_dropout_drops_whole_samples():
     linear, x = make_linear(), inputs(64, 5)
     layer = make_layer("lora", dropout=DropoutRates(module=0.25), fresh=False)
-    layer.setup.keys.keys = torch.arange(64)
+    layer.setup.batch.keys = torch.arange(64)
     changed = (layer(x, linear) - linear.base(x)).abs().amax(dim=(1, 2)) > 0
     assert 0 < (~changed).sum() < 32
     layer.eval()
@@ -261,7 +267,7 @@ def test_module_dropout_drops_whole_samples():
 
 def test_rank_dropout_drops_the_same_ranks_for_all_tokens_of_a_sample():
     layer = make_layer("lora", dropout=DropoutRates(rank=0.5), fresh=False)
-    layer.setup.keys.keys = torch.arange(32)
+    layer.setup.batch.keys = torch.arange(32)
     low = layer.drop_ranks(torch.ones(32, 7, RANK))
     assert torch.equal(low, low[:, :1].expand_as(low))
     assert set(low.unique().tolist()) == {0.0, 2.0}

@@ -20,7 +20,7 @@ REAL = {
     "sd35-medium": MMDiTArchitecture(depth=24, pos_embed_max=384, qk_norm=True, dual_attention_blocks=tuple(range(13))),
     "sd35-large": MMDiTArchitecture(depth=38, pos_embed_max=192, qk_norm=True),
 }
-ALGORITHMS = ("lora", "dora", "loha", "lokr")
+ALGORITHMS = ("lora", "dora", "loha", "lokr", "oft", "oftv2", "tlora")
 
 
 def paths_of(variant):
@@ -133,10 +133,10 @@ def test_fresh_adapter_changes_nothing(variant, algorithm):
     torch.testing.assert_close(model(**inputs), before)
 
 
-@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "split"])
+@pytest.mark.parametrize("algorithm", [name for name in (*ALGORITHMS, "split") if name != "tlora"])
 def test_saved_factors_attach_merge_and_load_as_the_same_model(algorithm):
     spec = AdapterSpec(algorithm="lora" if algorithm == "split" else algorithm, rank=4, split_qkv=algorithm == "split",
-                       alpha=2.0, embedder_ranks=(2,) * 6)  # fmt: skip
+                       alpha=None if algorithm == "oftv2" else 2.0, embedder_ranks=(2,) * 6)  # fmt: skip
     model, inputs = tiny_mmdit("sd35-medium"), random_inputs()
     network = attach(model, spec)
     disturb(network)

@@ -109,7 +109,7 @@ NAME = "base_model.model.transformer_blocks.0.attn.to_out.0"
 PAIR = {f"{NAME}.lora_A.weight": torch.ones(4, WIDTH), f"{NAME}.lora_B.weight": torch.ones(WIDTH, 4)}
 
 REFUSED = {
-    "its peft_type is 'OFT'": {"peft_type": "OFT"},
+    "its peft_type is 'BOFT'": {"peft_type": "BOFT"},
     "its peft_type is 'ADALORA'": {"peft_type": "ADALORA", "r": 4},
     r"its peft_type is '\[\]'": {"peft_type": []},
     "lora_alpha: Input should be": {"r": 4, "lora_alpha": "8"},

@@ -13,6 +13,7 @@ from support.tiny_mmdit import tiny_architecture
 from support.written_files import metadata_of, single_file, trained_metadata
 
 from sd3pipe.adapters.files import compare, read_adapter, save_adapter
+from sd3pipe.adapters.kind import plain_adapter
 from sd3pipe.adapters.metadata import modelspec
 from sd3pipe.adapters.network import attach_deltas
 from sd3pipe.commands.export import main
@@ -112,6 +113,7 @@ def test_without_metadata_the_file_says_nothing(run, tmp_path):
         ({"algorithm": "loha"}, {"algo": "loha"}),
         ({"algorithm": "lokr", "lokr_factor": 8}, {"algo": "lokr", "factor": "8"}),
         ({"algorithm": "dora"}, {"algo": "lora", "dora_wd": "True"}),
+        ({"algorithm": "oft"}, {"algo": "diag-oft"}),
     ],
 )
 def test_kinds_that_sd_scripts_has_not_are_called_as_lycoris_calls_them(shape, arguments):
@@ -132,6 +134,39 @@ def comfyui_weight(weight, tensors, name):
     up, down = tensors[f"{name}.lora_up.weight"].float(), tensors[f"{name}.lora_down.weight"].float()
     changed = weight + up @ down * (tensors[f"{name}.alpha"].item() / down.shape[0])
     return changed * (tensors[f"{name}.dora_scale"].float() / weight.norm(dim=1, keepdim=True))
+
+
+def test_a_tlora_is_exported_as_a_lora_and_says_what_that_loses(tmp_path, caplog):
+    adapter = random_adapter(ARCHITECTURE, "tlora", every=3)
+    save_adapter(tmp_path / "a.safetensors", adapter, metadata={"ss_seed": "7"})
+    for form in ("comfyui", "diffusers"):
+        caplog.clear()
+        export(tmp_path / "a.safetensors", tmp_path / f"{form}.safetensors", format=form, dtype="fp32")
+        assert caplog.text.count("whose ranks all act at every noise level") == 1
+        assert not any("tlora" in key for key in metadata_of(tmp_path / f"{form}.safetensors"))
+        found = read_adapter(tmp_path / f"{form}.safetensors").adapter
+        assert {delta.algorithm for delta in found.values()} == {"lora"} and compare(found, plain_adapter(adapter))[
+            0
+        ] < 1e-6
+
+
+def test_turned_inputs_are_written_out_for_comfyui_and_refused_for_a_hub(tmp_path):
+    base = single_file(tmp_path / "base.safetensors", "sd35-medium")
+    adapter = random_adapter(ARCHITECTURE, "oftv2", every=3)
+    save_adapter(tmp_path / "a.safetensors", adapter)
+    with pytest.raises(ParameterError, match="what ComfyUI reads of it depends on the base model: pass --model"):
+        export(tmp_path / "a.safetensors", tmp_path / "out.safetensors")
+    export(tmp_path / "a.safetensors", tmp_path / "out.safetensors", model=str(base), dtype="fp32")
+    written, model = read_adapter(tmp_path / "out.safetensors").adapter, load_mmdit(base)
+    for path, linear in model.linears():
+        if path in adapter:
+            expected = adapter[path].change(linear.dense_weight())
+            torch.testing.assert_close(written[path].dense(), expected, rtol=1e-6, atol=1e-6)
+    assert {delta.algorithm for delta in written.values()} == {"full"}
+    export(tmp_path / "a.safetensors", tmp_path / "peft.safetensors", format="diffusers", dtype="fp32")
+    assert compare(adapter, read_adapter(tmp_path / "peft.safetensors").adapter)[0] == 0.0
+    with pytest.raises(ParameterError, match="they load no rotation of inputs"):
+        export(tmp_path / "a.safetensors", tmp_path / "hub", format="hub")
 
 
 def test_dora_for_comfyui_gives_its_sum_the_trained_weight(tmp_path):

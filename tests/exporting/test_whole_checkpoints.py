@@ -26,7 +26,7 @@ from sd3pipe.models.checkpoint import load_mmdit
 from sd3pipe.params.export import ExportParams
 
 VARIANTS = ["sd3-medium", "sd35-medium", "sd35-large"]
-KINDS = ["lora", "dora", "loha", "lokr"]
+KINDS = ["lora", "dora", "loha", "lokr", "oft", "oftv2", "exact oftv2"]
 
 
 def export(tmp_path, model, adapter, out, **options):

@@ -100,3 +100,35 @@ def test_a_list_where_one_value_is_meant_is_named(tmp_path, name, value):
     (tmp_path / "gui.json").write_text(json.dumps({"sd3_checkbox": True, name: value}))
     with pytest.raises(ParameterError, match=f"^{name} = "):
         read_source([str(tmp_path / "gui.json")])
+
+
+def test_lycoris_oft_becomes_ours_and_says_what_differs():
+    given = read_command(
+        "sd3_train_network.py --network_module lycoris.kohya --network_dim 16 --network_alpha 8 "
+        "--network_args algo=diag-oft dropout=0.1 module_dropout=0.2 constraint=0.01 rescaled=True"
+    )
+    found = translate(given)
+    train = found.values["train"]
+    assert (train["adapter_type"], train["network_dim"]) == ("oft", 16)
+    assert train["network_args"] == ["module_dropout=0.2"] and "network_alpha" not in train
+    lost = " ".join(found.lost)
+    assert "network_args constraint: LyCORIS means it times a layer's rows" in lost and "network_args rescaled" in lost
+    assert any("never wider than they are many" in line for line in found.changed)
+    plain = translate(read_command("sd3_train_network.py --network_module lycoris.kohya --network_args algo=diag-oft"))
+    assert not any("network_args" in line for line in plain.lost) and plain.values["train"]["network_args"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--network_module lycoris.kohya --network_args algo=boft", "algo = boft: taken as lora; adapter_type = oft"),
+        ("--network_module lycoris.kohya --network_args algo=tlora", "adapter_type = tlora masks them"),
+        ("--network_module lycoris.kohya --network_args algo=ia3", "taken as lora; sd3pipe trains lora, dora, loha"),
+        ("--network_module networks.oft", "its network_dim is the number of blocks; adapter_type = oft"),
+        ("--network_module networks.oft_v2", "taken as networks.lora_sd3; adapter_type = oftv2"),
+    ],
+)
+def test_kinds_that_are_not_translated_say_what_is_near(words, told):
+    found = translate(read_command(f"sd3_train_network.py {words}"))
+    assert any(told in line for line in [*found.lost, *found.changed])
+    assert found.values["train"].get("adapter_type", "lora") == "lora"

@@ -8,6 +8,9 @@ from sd3pipe.adapters.kind import Delta
 from sd3pipe.adapters.loha import LoHaDelta
 from sd3pipe.adapters.lokr import LoKrDelta, lokr_shapes
 from sd3pipe.adapters.lora import LoRADelta
+from sd3pipe.adapters.oft import OFTDelta, block_width
+from sd3pipe.adapters.oftv2 import OFTv2Delta
+from sd3pipe.adapters.tlora import TLoRADelta
 from sd3pipe.models.architecture import MMDiTArchitecture
 
 RANKS = (2, 3, 5)  # by turns, so that neighbours differ
@@ -62,6 +65,15 @@ def random_delta(kind: str, size: tuple[int, int], *, rank: int, alpha: float, g
             return DoRADelta(direction=direction, magnitude=1 + 0.1 * draw(1, columns))
         case "full":
             return FullDelta(diff=0.3 * draw(rows, columns), bias=draw(rows))
+        case "oft":
+            width = block_width(rows // 3 if rows % 3 == 0 else rows, 2 * rank)
+            return OFTDelta(blocks=0.3 * draw(rows // width, width, width), alpha=alpha)
+        case "oftv2" | "exact oftv2":
+            width = block_width(columns, 2 * rank)
+            upper = 0.3 * draw(columns // width, width * (width - 1) // 2)
+            return OFTv2Delta(upper=upper, exact=kind.startswith("exact"))
+        case "tlora":
+            return TLoRADelta(down=draw(rank, columns), up=draw(rows, rank), alpha=alpha, min_rank=2)
         case "lokr":
             shapes = lokr_shapes(rows, columns, rank, 4)
             drawn = {name: draw(*shape) for name, shape in shapes.items()}

@@ -72,6 +72,9 @@ FAMILIES = {
     "lion-bf16": {"optimizer_type": "Lion", "full_bf16": True},
     "dora-cosine": {"adapter_type": "dora", "lr_scheduler": "cosine", "lr_warmup_steps": 2.0},
     "lokr-decay": {"adapter_type": "lokr", "network_dropout": 0.0, "optimizer_args": ("weight_decay=0.1",)},
+    "oft": {"adapter_type": "oft", "network_dropout": 0.0, "network_alpha": 0.05},
+    "oftv2-bf16": {"adapter_type": "oftv2", "network_dropout": 0.0, "full_bf16": True},
+    "tlora": {"adapter_type": "tlora", "network_args": ("tlora_min_rank=2",)},
     "max-norm-nadam": {"scale_weight_norms": 0.02, "optimizer_type": "NAdam"},
     "fp16": {"mixed_precision": "fp16"},  # the loss scale and its counter are part of the state
 }
@@ -275,9 +278,17 @@ def test_network_weights_start_a_new_run_from_an_adapter(inputs):
     [
         ("full", {}, "changed by a full change of a form that is not trained"),
         ("dora over loha", {"dim_from_weights": True}, "changed by a DoRA of a form that is not trained"),
-        ("lokr", {"dim_from_weights": True, "scale_weight_norms": 1.0}, "is for LoRA and DoRA alone, not for LoKr"),
+        (
+            "lokr",
+            {"dim_from_weights": True, "scale_weight_norms": 1.0},
+            "LoRA and DoRA alone, not for LoKr",
+        ),
         ("loha", {"dim_from_weights": True, "network_args": ("loraplus_lr_ratio=4",)}, "alone, not for LoHa"),
-        ("loha", {"dim_from_weights": True, "network_dropout": 0.1}, "network_dropout is for LoRA and DoRA alone"),
+        (
+            "loha",
+            {"dim_from_weights": True, "network_dropout": 0.1},
+            "network_dropout LoRA and DoRA alone",
+        ),
     ],
 )
 def test_weights_that_cannot_be_trained_with_these_options_are_refused(inputs, tmp_path, kind, options, message):

@@ -228,6 +228,39 @@ def test_every_base_trains_streamed_as_it_does_resident(tmp_path, base):
     assert equal(streamed.adapter(2), resident.adapter(2))
 
 
+ELSEWHERE = {
+    "recomputed": {"gradient_checkpointing": "on", "blocks_to_swap": 0},
+    "streamed": {"blocks_to_swap": 5, "gradient_checkpointing": "off"},
+    "streamed and recomputed": {"blocks_to_swap": 5, "gradient_checkpointing": "on"},
+    "modulation resident": {"blocks_to_swap": 5, "gradient_checkpointing": "on", "modulation": "resident"},
+    "modulation ahead": {"blocks_to_swap": 5, "gradient_checkpointing": "on", "modulation": "ahead"},
+    "layer by layer": {"blocks_to_swap": 5, "gradient_checkpointing": "on", "layer_major": True},
+    "layer by layer, kept": {"blocks_to_swap": 5, "gradient_checkpointing": "off", "layer_major": True},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base_dtype", [None, "int8"])
+@pytest.mark.parametrize("kind", ["oft", "oftv2", "tlora"])
+def test_a_kind_trains_alike_wherever_its_base_is(tmp_path, kind, base_dtype):
+    options = {"adapter_type": kind, "network_dim": 8, "train_layers": "attention+modulation", "base_dtype": base_dtype}
+    inputs = make_inputs(
+        tmp_path, pictures(4), depth=5, max_train_steps=2, output_name="kind", gradient_accumulation_steps=2, **options
+    )
+    plain = inputs.train("plain", blocks_to_swap=0, gradient_checkpointing="off")
+    trained = read_adapter(plain.checkpoint(2) / "adapter.safetensors").adapter
+    assert {delta.algorithm for delta in trained.values()} == {kind} and not any("mlp" in path for path in trained)
+    assert min(delta.norm() for delta in trained.values()) > 0
+    for name, elsewhere in ELSEWHERE.items():
+        if (kind, name) == ("oftv2", "modulation ahead"):
+            with pytest.raises(ParameterError, match="before an adapter has turned its input"):
+                inputs.train(name, **elsewhere)
+            continue
+        run = inputs.train(name, **elsewhere)
+        assert run.losses() == plain.losses(), name
+        assert equal(run.adapter(2), plain.adapter(2)), name
+
+
 def test_blocks_that_the_host_may_not_hold_are_read_from_the_file(tmp_path):
     inputs = make_inputs(tmp_path, pictures(2), depth=6, max_train_steps=2, output_name="base")
     held = inputs.train("held", blocks_to_swap=6)
