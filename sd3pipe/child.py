@@ -14,6 +14,8 @@ from sd3pipe.errors import ExitCode, Sd3pipeError, Stopped
 from sd3pipe.files import appending
 from sd3pipe.living import living_pid, process_mark
 
+_ON_A_CONSOLE = hasattr(signal, "CTRL_BREAK_EVENT")  # Windows
+_WISH = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)
 _PROGRAM = Path(__file__).with_name("__main__.py")  # by path: no other folder named sd3pipe is taken for it
 
 
@@ -62,6 +64,7 @@ def start_apart(arguments: Sequence[str], *, folder: Path, log: Path) -> Apart:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
     return Apart(process=process, mark=process_mark(process.pid))
 
@@ -69,12 +72,13 @@ def start_apart(arguments: Sequence[str], *, folder: Path, log: Path) -> Apart:
 def ask_to_stop(mark: str) -> bool:
     """Asks the process of a mark to stop, as Ctrl-C does; returns whether it lives here.
 
-    By SIGTERM: what a shell starts in the background is started to ignore Ctrl-C, and so is what that starts.
+    By SIGTERM: what a shell starts in the background is started to ignore Ctrl-C, and so is what that starts. On
+    Windows by Ctrl-Break, the only wish that can be told to one process and not to all of its console.
     """
     pid = living_pid(mark)
     if pid is not None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, _WISH)
     return pid is not None
 
 
@@ -97,11 +101,15 @@ def _command(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-P", str(_PROGRAM), *arguments]
 
 
+def _heard_by_all(number: int) -> None:
+    """Hands nothing on: a console tells each of its processes, and on Windows nobody else tells."""
+
+
 def _exit_code(command: Sequence[str], folder: Path | None) -> int:
     with contextlib.ExitStack() as handed_on:
         with _held_back():
             child = subprocess.Popen(command, cwd=folder)
-            handed_on.enter_context(stopping.handing_on(child.send_signal))
+            handed_on.enter_context(stopping.handing_on(_heard_by_all if _ON_A_CONSOLE else child.send_signal))
         return child.wait()
 
 

@@ -1,5 +1,6 @@
 """The device to compute on. Imports torch, so commands import it when they have something to compute."""
 
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -9,15 +10,17 @@ import torch
 from sd3pipe.cores import thread_count
 from sd3pipe.errors import ParameterError
 
+_KINDS = ("cpu", "cuda", "mps")
+
 log = logging.getLogger(__name__)
 
 
 def choose_device(name: str, threads: int | None = None) -> torch.device:
     """Returns the device that `--device` names and sets the number of CPU threads.
 
-    `auto` is CUDA where torch can use it, else the CPU; an NVIDIA card that this torch build cannot use is named in
-    a warning. A CUDA device has its number and becomes the current one. `threads` = None leaves the number to
-    OMP_NUM_THREADS, or else takes all cores that this process may use.
+    `auto` is CUDA where torch can use it, else the CPU; a Mac's GPU is taken when it is named, mps. An NVIDIA card that
+    this torch build cannot use is named in a warning. A CUDA device has its number and becomes the current one.
+    `threads` = None leaves the number to OMP_NUM_THREADS, or else takes all cores that this process may use.
     Raises ParameterError for an unknown or absent device.
     """
     torch.set_num_threads(thread_count(threads))
@@ -27,10 +30,9 @@ def choose_device(name: str, threads: int | None = None) -> torch.device:
             return _current(rank % torch.cuda.device_count())
         _tell_about_unusable_card()
         return torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ParameterError(f"--device {name}: unknown device: use auto, cpu, cuda or cuda:N") from error
+    device = _named(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ParameterError(f"--device {name}: torch {torch.__version__} finds no GPU of a Mac here: use auto or cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ParameterError(f"--device {name}: {_why_no_cuda()}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -38,6 +40,11 @@ def choose_device(name: str, threads: int | None = None) -> torch.device:
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s), from cuda:0"
         )
     return _current(device.index or 0) if device.type == "cuda" else device
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Returns in what sums over a run are taken: float64, which a Mac's GPU has not."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def has_bfloat16() -> bool:
@@ -48,6 +55,14 @@ def has_bfloat16() -> bool:
 def has_nvidia_card() -> bool:
     """Returns whether the machine's driver shows an NVIDIA card (Linux, WSL2), whatever torch can do."""
     return any(Path(path).exists() for path in ("/proc/driver/nvidia/gpus", "/dev/nvidia0", "/dev/dxg"))
+
+
+def _named(name: str) -> torch.device:
+    with contextlib.suppress(RuntimeError):
+        device = torch.device(name)
+        if device.type in _KINDS:
+            return device
+    raise ParameterError(f"--device {name}: unknown device: use auto, cpu, cuda, cuda:N or mps")
 
 
 def _current(index: int) -> torch.device:

@@ -1,4 +1,4 @@
-"""Files that are never half there. The only module that relies on link(2), flock or fsync of a folder."""
+"""Files that are never half there. The only module that relies on link(2), flock, preadv or fsync of a folder."""
 
 import contextlib
 import difflib
@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -20,11 +21,13 @@ try:
 except ImportError:  # no Unix
     fcntl = None
 
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.EACCES}
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.EACCES, errno.EINVAL}
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _ANY_WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 _NO_WAIT, _NO_FOLLOW = (getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW"))  # absent on Windows
+_AS_IT_IS = getattr(os, "O_BINARY", 0)  # Windows alone has it, and turns line ends in what is opened without
+_PIECE_BYTES = 1 << 26
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
@@ -286,6 +289,28 @@ def open_regular(path: Path) -> BinaryIO:
         return file
     file.close()
     raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
+def open_handle(path: Path) -> int:
+    """Opens a file for `read_at`, a pipe without waiting for it, and returns its handle. Raises OSError."""
+    return os.open(path, os.O_RDONLY | _NO_WAIT | _AS_IT_IS)
+
+
+def read_at(handle: int, buffer: memoryview, offset: int) -> int:
+    """Fills a buffer of bytes from an offset of a file and returns how many came: 0 at its end. Raises OSError.
+
+    Threads may share the handle: preadv moves no position, and where there is none, reading takes turns.
+    """
+    if hasattr(os, "preadv"):
+        return os.preadv(handle, [buffer], offset)
+    with _turn:
+        os.lseek(handle, offset, os.SEEK_SET)
+        data = os.read(handle, min(len(buffer), _PIECE_BYTES))
+    buffer[: len(data)] = data
+    return len(data)
+
+
+_turn = threading.Lock()
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

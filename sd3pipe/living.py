@@ -7,6 +7,7 @@ import uuid
 from functools import cache
 from pathlib import Path
 
+_PROC = Path("/proc")  # of Linux
 MARK = r"\d+-\d*-[0-9a-f]{16}-[0-9a-f]{16}"  # process number, its start, machine, what makes the mark unique
 
 
@@ -46,19 +47,33 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> str:
-    """Returns when a living process started, in the kernel's ticks since boot; empty if it is dead or nothing tells."""
+    """Returns when a living process started, in the kernel's ticks since boot; empty if it is dead."""
+    if not _PROC.exists():
+        return _start_elsewhere(pid)
     with contextlib.suppress(OSError, IndexError, ValueError):
-        state, *numbers = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+        state, *numbers = Path(_PROC, str(pid), "stat").read_text("utf-8", "replace").rpartition(")")[2].split()
         return numbers[18] if state not in "ZX" else ""
     return ""
 
 
+def _start_elsewhere(pid: int) -> str:
+    """Returns when a living process started, in milliseconds, on Windows and on Macs; empty if it is dead."""
+    import psutil  # accelerate brings it; slow to import, and Linux needs it not
+
+    with contextlib.suppress(psutil.Error, OverflowError):
+        process = psutil.Process(pid)
+        return str(int(process.create_time() * 1000)) if process.status() != psutil.STATUS_ZOMBIE else ""
+    return ""
+
+
 def _is_hidden(pid: int) -> bool:
-    """Whether a process lives that this user may not look at."""
+    """Whether a process lives that this user may not look at. Asked only on Linux: Windows knows no signal 0."""
+    if not _PROC.exists():
+        return False
     try:
         os.kill(pid, 0)
     except PermissionError:
-        return not Path(f"/proc/{pid}").exists()
+        return not (_PROC / str(pid)).exists()
     except (OSError, OverflowError):
         return False
     return False

@@ -9,6 +9,7 @@ the signal end the waiting. A second signal, a moment later, ends the process th
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -17,7 +18,10 @@ from types import FrameType
 
 from sd3pipe.errors import Stopped
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Ctrl-C and SIGTERM; on Windows, where nobody else can send those two, Ctrl-Break as well.
+SIGNALS = tuple(
+    signal.Signals(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)
+)
 _SAME_WISH_SECONDS = 1.0  # a process and its group are often told both
 
 
@@ -30,14 +34,13 @@ class _Ears:
         self.hand_on: Callable[[int], None] | None = None
         self._heard_at = 0.0
         self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
-        self._pipe = os.pipe()
+        self._told, self._teller = socket.socketpair()  # Windows makes no pipe that does not block
 
     def open(self) -> None:
         before = {number: signal.getsignal(number) for number in SIGNALS}
         self._before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
-        for end in self._pipe:
-            os.set_blocking(end, end == self._pipe[0])
-        signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        self._teller.setblocking(False)
+        signal.set_wakeup_fd(self._teller.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
         self.take_signals()
 
@@ -51,7 +54,7 @@ class _Ears:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
-        os.close(self._pipe[1])  # which ends the watching
+        self._teller.close()  # which ends the watching
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name
@@ -59,11 +62,11 @@ class _Ears:
             raise Stopped(_message(self.reason))
 
     def _watch(self) -> None:
-        while numbers := os.read(self._pipe[0], 64):
+        while numbers := self._told.recv(64):
             for number in numbers:
                 if number in self._before:
                     self._hear(number)
-        os.close(self._pipe[0])
+        self._told.close()
 
     def _hear(self, number: int) -> None:
         now, first = time.monotonic(), not self._heard_at

@@ -10,6 +10,7 @@ import numpy as np
 from sd3pipe.cache.folder import SUFFIX, CacheFolder
 from sd3pipe.cache.segment import read_exactly
 from sd3pipe.errors import InputError, NetworkError
+from sd3pipe.files import open_handle
 
 _MOST_OPEN = 128  # segments a process keeps open; systems allow 1024 files and up
 
@@ -59,7 +60,7 @@ class FolderFiles:
             path = self._folder.find_segment(plan_id)
             if path is None:
                 raise FileNotFoundError(f"segment {plan_id}{SUFFIX} is neither in the cache nor among its unused rows")
-            handle = self._handles[plan_id] = os.open(path, os.O_RDONLY)
+            handle = self._handles[plan_id] = open_handle(path)
             if len(self._handles) > _MOST_OPEN:
                 os.close(self._handles.popitem(last=False)[1])
         else:

@@ -19,7 +19,7 @@ from sd3pipe.cache.plan import plan_id
 from sd3pipe.cache.rows import Layout, Size, layout_bytes, layout_to_json
 from sd3pipe.documents import DocumentError, checked, parse_json
 from sd3pipe.errors import InputError
-from sd3pipe.files import open_regular, publish_once, storage_errors, sync_file
+from sd3pipe.files import open_regular, publish_once, read_at, storage_errors, sync_file
 from sd3pipe.fingerprint import canonical_json, digest_bytes, hash_json
 from sd3pipe.temporaries import temporary_name
 from sd3pipe.tensors.header import header_bytes, header_text, placed
@@ -169,7 +169,7 @@ def read_exactly(handle: int, count: int, offset: int, what: str = "the file") -
     """
     data, done = np.empty(count, np.uint8).data, 0
     while done < count:
-        read = os.preadv(handle, [data[done:]], offset + done)
+        read = read_at(handle, data[done:], offset + done)
         if not read:
             raise EOFError(f"{what} ends {count - done} bytes early")
         done += read

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import StaleError
-from sd3pipe.files import make_folder, storage_errors, write_json
+from sd3pipe.files import make_folder, open_handle, storage_errors, write_json
 from sd3pipe.living import is_alive, process_mark
 from sd3pipe.temporaries import remove_tree
 
@@ -136,9 +136,7 @@ def _beat_time(scratch: Path) -> float:
     """Returns when a writer last showed life, by the clock of the file system."""
     for path in (scratch / _BEAT, scratch):
         with contextlib.suppress(OSError):
-            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # NFS asks its server when a file is opened
-            try:
-                return os.fstat(handle).st_mtime
-            finally:
-                os.close(handle)
+            with contextlib.suppress(PermissionError):  # Windows opens no folder
+                os.close(open_handle(path))  # NFS asks its server when a file is opened
+            return path.stat().st_mtime
     return 0.0

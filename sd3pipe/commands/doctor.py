@@ -68,6 +68,9 @@ def _device() -> Finding:
     if has_nvidia_card():
         text = "an NVIDIA card that this torch cannot use: install a CUDA build as pytorch.org/get-started says"
         return Finding(what="device", verdict="problem", text=text)
+    if torch.backends.mps.is_available():
+        text = "a Mac's GPU: `--device mps` takes it, which nobody has tried; auto takes the CPU"
+        return Finding(what="device", verdict="note", text=text)
     text = f"CPU only, {usable_cores()} cores: good for the encode stages and the demo, slow for training"
     return Finding(what="device", verdict="note", text=text)
 

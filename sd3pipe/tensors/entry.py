@@ -11,6 +11,7 @@ from typing import Self
 
 from sd3pipe import stopping
 from sd3pipe.errors import InputError
+from sd3pipe.files import open_handle, read_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class RangeReader:
         handle, done = self._open(part.path), 0
         while done < len(buffer):
             try:
-                count = os.preadv(handle, [buffer[done:]], part.offset + done)
+                count = read_at(handle, buffer[done:], part.offset + done)
             except OSError as error:
                 raise InputError(f"{part.path}: reading failed ({error.strerror or error})") from error
             if not count:
@@ -81,7 +82,7 @@ class RangeReader:
         with self._opening:
             if path not in self._handles:
                 try:
-                    handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                    handle = open_handle(path)
                 except OSError as error:
                     raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
                 self._closing.callback(os.close, handle)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sd3pipe.device import sum_dtype
 from sd3pipe.memory.layer_major import run_layer_major
 from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.training.feed import Batch
@@ -80,7 +81,7 @@ class StepRunner:
             self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([tensor.grad for tensor in optimized if tensor.grad is not None])
         shared = self.processes.sum(torch.cat([sums.flatten(), samples.flatten()]))
-        numbers = torch.cat([shared, norm.double().view(1)]).tolist()  # the only host sync
+        numbers = torch.cat([shared, norm.to(sums.dtype).view(1)]).tolist()  # the only host sync
         result = self._result(number, numbers, loss_mean)
         if result.bad:
             self._give_up()
@@ -96,18 +97,18 @@ class StepRunner:
         Beside them stand the samples of all processes [places, 3]: picture, counted from 1, sigma and loss.
         """
         device, objective = self.processes.device, self.objective
-        sums = torch.zeros(len(self._subset_names) + 2, 2, dtype=torch.float64, device=device)
+        sums = torch.zeros(len(self._subset_names) + 2, 2, dtype=sum_dtype(device), device=device)
         samples: list[Tensor] = []
         forward_passes = (objective.prepare(batch.to(device)) for batch in batches)
 
         def weighed(forward_pass: ForwardPass, velocity_BChw: Tensor) -> Tensor:
             losses_B = objective.losses(forward_pass, velocity_BChw)
             loss = (losses_B * forward_pass.batch.weights).mean() / len(batches)
-            sums[:, 0].index_add_(0, forward_pass.batch.subsets, losses_B.detach().double())
-            sums[:, 1].index_add_(0, forward_pass.batch.subsets, torch.ones_like(losses_B, dtype=torch.float64))
-            sums[-2, 0] += loss.detach().double()
+            sums[:, 0].index_add_(0, forward_pass.batch.subsets, losses_B.detach().to(sums.dtype))
+            sums[:, 1].index_add_(0, forward_pass.batch.subsets, torch.ones_like(losses_B, dtype=sums.dtype))
+            sums[-2, 0] += loss.detach().to(sums.dtype)
             numbers = (forward_pass.batch.pictures + 1, forward_pass.batch.sigmas, losses_B.detach())
-            samples.append(torch.stack([number.double() for number in numbers], dim=1))
+            samples.append(torch.stack([number.to(sums.dtype) for number in numbers], dim=1))
             return loss if self.scaler is None else self.scaler.scale(loss)
 
         if self._layer_major is not None:

@@ -54,8 +54,11 @@ def test_train_shows_about_25_options_at_first():
     assert 20 <= len(shown) <= 32
 
 
-def test_the_page_for_sd_scripts_users_is_in_step():
-    page = runpy.run_path(str(ROOT / "scripts" / "write_from_sd_scripts.py"))["page"]()
-    message = "docs/from-sd-scripts.md is not what the code says: run scripts/write_from_sd_scripts.py"
-    assert (ROOT / "docs" / "from-sd-scripts.md").read_text(encoding="utf-8") == page, message
+@pytest.mark.parametrize(
+    ("page", "script"), [("from-sd-scripts.md", "write_from_sd_scripts.py"), ("python.md", "write_python_page.py")]
+)
+def test_a_page_that_the_code_writes_is_in_step(page, script):
+    written = runpy.run_path(str(ROOT / "scripts" / script))["page"]()
+    message = f"docs/{page} is not what the code says: run scripts/{script}"
+    assert (ROOT / "docs" / page).read_text(encoding="utf-8") == written, message
     assert "no such option" not in page

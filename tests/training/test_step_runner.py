@@ -6,12 +6,16 @@ import pytest
 import torch
 from support.tiny_mmdit import tiny_mmdit
 from support.tiny_training import Inputs, Run, make_feed, make_inputs, pictures, plans
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sd3pipe.adapters.network import attach
 from sd3pipe.adapters.targets import AdapterSpec
+from sd3pipe.device import sum_dtype
 from sd3pipe.rules.flow import LossRules
-from sd3pipe.training import flow
+from sd3pipe.training import flow, step_runner
 from sd3pipe.training.objective import Objective
+from sd3pipe.training.step_runner import StepRunner
 
 # plain gradient descent: unlike Adam's, its steps tell how large the gradients were
 DESCENT = {"optimizer_type": "SGD", "learning_rate": 1.0, "max_grad_norm": 0.0, "max_train_steps": 1}
@@ -42,6 +46,31 @@ def test_gradients_are_scaled_down_to_the_largest_norm(inputs):
     torch.testing.assert_close(ups(clipped) * 4, ups(free), rtol=1e-4, atol=1e-9)
     # the down factors see no gradient in the first step, for the up factors are zero
     assert float(ups(free).norm()) == pytest.approx(norm, rel=1e-5)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Stands in for a device that has no float64, as a Mac's GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        assert all(tensor.dtype != torch.float64 for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor))
+        return result
+
+
+def test_a_step_takes_no_float64_on_a_device_that_has_none(inputs, monkeypatch):
+    exact = inputs.train("exact", train_batch_size=2, gradient_accumulation_steps=2, **DESCENT)
+    take = StepRunner.step
+
+    def step_on_a_mac(self, *args, **options):
+        with NoFloat64():
+            return take(self, *args, **options)
+
+    monkeypatch.setattr(StepRunner, "step", step_on_a_mac)
+    with pytest.raises(AssertionError):
+        inputs.train("refused", train_batch_size=2, gradient_accumulation_steps=2, **DESCENT)
+    monkeypatch.setattr(step_runner, "sum_dtype", lambda device: sum_dtype(torch.device("mps")))
+    on_a_mac = inputs.train("mac", train_batch_size=2, gradient_accumulation_steps=2, **DESCENT)
+    assert torch.equal(ups(on_a_mac), ups(exact)) and on_a_mac.losses() == pytest.approx(exact.losses(), rel=1e-6)
 
 
 def test_preserved_samples_aim_at_the_base_model_itself(inputs):
