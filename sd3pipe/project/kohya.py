@@ -30,6 +30,11 @@ _NOT_THE_SAME = {  # other kinds -> what is nearest here
     "networks.boft": _OFT_HERE,
 }
 _LYCORIS_ARGS = {"factor": "lokr_factor"}
+_SHORT_NAMES = {  # paths by which sd-scripts takes optimizers that have a name here
+    "came_pytorch.CAME": "CAME",
+    "prodigyplus.ProdigyPlusScheduleFree": "ProdigyPlusScheduleFree",
+    "prodigyplus.prodigy_plus_schedulefree.ProdigyPlusScheduleFree": "ProdigyPlusScheduleFree",
+}
 _ENDS_ABOVE_ZERO = ("cosine_with_min_lr", "warmup_stable_decay")
 
 
@@ -217,6 +222,8 @@ def _locate(key: str, train: dict[str, Any], result: Translation) -> None:
 
 def _fix_optimizer(asked: Given, result: Translation) -> None:
     train = result.values["train"]
+    if train.get("optimizer_type") in _SHORT_NAMES:
+        train["optimizer_type"] = _SHORT_NAMES[train["optimizer_type"]]
     if is_foreign_code(train.get("optimizer_type")):
         result.changed.append(
             f"optimizer_type = {train['optimizer_type']}: is imported and run, which a file may not ask for by itself: "

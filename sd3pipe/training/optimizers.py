@@ -35,6 +35,7 @@ class OptimizerClass:
 _NAMES = {
     "adamw": OptimizerClass(path="torch.optim.AdamW"),
     "adam": OptimizerClass(path="torch.optim.Adam"),
+    "muon": OptimizerClass(path="torch.optim.Muon", args={"adjust_lr_fn": "match_rms_adamw"}),  # AdamW's rates hold
     "adafactor": OptimizerClass(path="sd3pipe.training.adafactor.Adafactor"),
     "sgdnesterov": OptimizerClass(path="torch.optim.SGD", args={"momentum": 0.9, "nesterov": True}),
     "adamw8bit": OptimizerClass(path="bitsandbytes.optim.AdamW8bit"),
@@ -46,7 +47,12 @@ _NAMES = {
     "pagedlion8bit": OptimizerClass(path="bitsandbytes.optim.PagedLion8bit"),
     "ademamix8bit": OptimizerClass(path="bitsandbytes.optim.AdEMAMix8bit"),
     "sgdnesterov8bit": OptimizerClass(path="bitsandbytes.optim.SGD8bit", args={"momentum": 0.9, "nesterov": True}),
+    "came": OptimizerClass(path="came_pytorch.CAME"),
     "prodigy": OptimizerClass(path="prodigyopt.Prodigy"),
+    "prodigyplusschedulefree": OptimizerClass(
+        path="prodigyplus.ProdigyPlusScheduleFree",
+        args={"split_groups": False},  # one step is estimated for all
+    ),
     "adamwschedulefree": OptimizerClass(path="schedulefree.AdamWScheduleFree"),
     "radamschedulefree": OptimizerClass(path="schedulefree.RAdamScheduleFree"),
     "sgdschedulefree": OptimizerClass(path="schedulefree.SGDScheduleFree"),
@@ -59,7 +65,7 @@ _NAMES = {
     "dadaptlion": OptimizerClass(path="dadaptation.DAdaptLion"),
     "dadaptsgd": OptimizerClass(path="dadaptation.DAdaptSGD"),
 }
-_IN_EXTRA = ("prodigyopt", "schedulefree")  # pip install sd3pipe[optimizers]
+_IN_EXTRA = ("came_pytorch", "prodigyopt", "prodigyplus", "schedulefree")  # pip install sd3pipe[optimizers]
 _NEAR_ONE = 0.1
 _ESTIMATE_THEIR_RATE = ("prodigy", "dadapt")  # their learning_rate multiplies an estimate, and belongs near 1
 
@@ -101,7 +107,7 @@ def check_optimizer(name: str) -> None:
 
 def check_optimizer_args(name: str, args: Args) -> None:
     """Raises ParameterError for arguments that the optimizer does not take."""
-    _construct(name, [{"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0}], args)
+    _construct(name, [{"params": [nn.Parameter(torch.zeros(1, 1))], "lr": 1.0}], args)
 
 
 def _construct(name: str, groups: ParameterGroups, args: Args) -> Optimizer:
@@ -233,7 +239,7 @@ def import_state(
         owner, key = rest.rsplit("/", 1)
         if kind == "group":
             if key != "lr":
-                optimizer.param_groups[int(owner)][key] = tuple(value) if isinstance(value, list) else value
+                optimizer.param_groups[int(owner)][key] = _from_json(value)
             continue
         parameter = parameters[owner]
         if isinstance(value, Tensor):
@@ -254,11 +260,12 @@ def _check_state(optimizer: Optimizer, parameters: Mapping[str, Tensor], found: 
             raise InputError(f"the checkpoint's optimizer state has {owner or path}, which this adapter does not")
         else:
             by_owner.setdefault(owner, {})[key] = value
+    group = _first_group(optimizer, found)
     expected: dict[tuple[int, ...], list[Mapping[str, object]]] = {}
     for owner, state in by_owner.items():
         shape = tuple(parameters[owner].shape)
         if shape not in expected:
-            expected[shape] = _first_states(optimizer, parameters[owner])
+            expected[shape] = _first_states(optimizer, group, parameters[owner])
         forms = {key: _form(value) for key, value in state.items()}
         known = expected[shape]
         if forms.keys() != known[0].keys() or any(
@@ -276,14 +283,26 @@ def _check_group_value(optimizer: Optimizer, number: str, key: str, value: objec
         raise InputError(f"the checkpoint's optimizer has {key} = {value!r}, where this run's has {own!r}")
 
 
-def _first_states(optimizer: Optimizer, like: Tensor) -> list[Mapping[str, object]]:
+def _first_group(optimizer: Optimizer, found: Mapping[str, object]) -> dict[str, Any]:
+    """Returns the first group as the checkpoint has it: what Prodigy Plus keeps of a parameter depends on the step."""
+    start = "group/0/"
+    saved = {path.removeprefix(start): value for path, value in found.items() if path.startswith(start)}
+    own = {key: _from_json(value) for key, value in saved.items() if key != "lr" and not isinstance(value, Tensor)}
+    return {**optimizer.param_groups[0], **own}
+
+
+def _from_json(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _first_states(optimizer: Optimizer, group: Mapping[str, Any], like: Tensor) -> list[Mapping[str, object]]:
     """Returns the forms of what an optimizer keeps for a parameter of one shape: Prodigy keeps less of one of zeros."""
     forms = []
     for fill in (torch.zeros_like, torch.ones_like):
         parameter = nn.Parameter(fill(like))
         parameter.grad = torch.ones_like(parameter)
         trial = object.__new__(type(optimizer))  # a constructor wants what it was given, and not all keep that
-        groups = [{**optimizer.param_groups[0], "params": [parameter]}]
+        groups = [{**group, "params": [parameter]}]
         trial.__dict__ = {**optimizer.__dict__, "state": defaultdict(dict), "param_groups": groups}
         trial.step()
         forms.append({key: _form(value) for key, value in trial.state[parameter].items()})

@@ -102,6 +102,13 @@ def test_a_list_where_one_value_is_meant_is_named(tmp_path, name, value):
         read_source([str(tmp_path / "gui.json")])
 
 
+def test_an_optimizer_with_a_name_of_its_own_here_needs_no_leave():
+    for path in ("came_pytorch.CAME", "prodigyplus.ProdigyPlusScheduleFree"):
+        found = translate(read_command(f"sd3_train_network.py --optimizer_type {path}"))
+        assert found.values["train"]["optimizer_type"] == path.rpartition(".")[2]
+        assert not any("--allow-code" in line for line in found.changed)
+
+
 def test_lycoris_oft_becomes_ours_and_says_what_differs():
     given = read_command(
         "sd3_train_network.py --network_module lycoris.kohya --network_dim 16 --network_alpha 8 "

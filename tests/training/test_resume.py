@@ -67,6 +67,9 @@ FAMILIES = {
     "adamw8bit": {"optimizer_type": "AdamW8bit"},
     "adafactor": {"optimizer_type": "Adafactor"},
     "prodigy": {"optimizer_type": "Prodigy", "learning_rate": 1.0},
+    "came": {"optimizer_type": "CAME"},
+    "prodigy-plus": {"optimizer_type": "ProdigyPlusScheduleFree", "learning_rate": 1.0},
+    "muon": {"optimizer_type": "Muon"},
     "schedule-free": {"optimizer_type": "AdamWScheduleFree"},
     "sgd-with-ema": {"optimizer_type": "SGDNesterov", "ema_decay": 0.9},
     "lion-bf16": {"optimizer_type": "Lion", "full_bf16": True},
@@ -103,6 +106,9 @@ def test_a_schedule_goes_on_where_it_was(inputs, monkeypatch, scheduler):
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(inputs, monkeypatch, family):
     options = FAMILIES[family] | {"max_train_steps": STEPS, "save_every_n_steps": None}
+    package = {"came": "came_pytorch", "prodigy-plus": "prodigyplus"}.get(family)
+    if package is not None:
+        pytest.importorskip(package, reason=f"{package} is not installed: sd3pipe[optimizers]")
     whole = inputs.train(f"{family}-whole", **options)
     with monkeypatch.context() as patch:
         stop_after(patch, 3)

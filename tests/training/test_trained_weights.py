@@ -1,5 +1,7 @@
 """EMA, bfloat16 with stochastic rounding, schedule-free averages, and optimizer state as plain tensors."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import nn
@@ -31,15 +33,23 @@ def train(network: Network, weights: TrainedWeights, optimizer, steps: range) ->
 def build(dtype: torch.dtype = torch.float32, name: str = "AdamW", ema: float | None = None, **args):
     network = Network(dtype)
     weights = TrainedWeights(network, seed=1, ema_decay=ema)
-    rates = (1.0, 1.0) if name == "Prodigy" else (0.1, 0.01)
+    rates = (1.0, 1.0) if name.startswith("Prodigy") else (0.1, 0.01)
     groups = [{"params": [p], "lr": rate} for p, rate in zip((network.up, network.down), rates, strict=True)]
+    if name == "ProdigyPlusScheduleFree":
+        args = {"d0": 1e-2, **args}  # its first steps are as small as that, and bfloat16 would not show them
     return network, weights, make_optimizer(name, weights.optimizer_groups(groups), args)
+
+
+def needs(package):
+    return pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not installed: sd3pipe[optimizers]")
 
 
 NAMES = [
     "AdamW", "Adam", "RAdam", "NAdam", "Adafactor", "SGDNesterov", "Lion", "AdamW8bit", "Lion8bit", "PagedAdamW8bit",
     "PagedAdamW", "AdEMAMix8bit", "SGDNesterov8bit", "Prodigy", "AdamWScheduleFree", "RAdamScheduleFree",
-    "SGDScheduleFree", "torch.optim.Adagrad", "schedulefree.AdamWScheduleFreeReference",
+    "SGDScheduleFree", "torch.optim.Adagrad", "schedulefree.AdamWScheduleFreeReference", "Muon",
+    pytest.param("CAME", marks=needs("came_pytorch")),
+    pytest.param("ProdigyPlusScheduleFree", marks=needs("prodigyplus")),
 ]  # fmt: skip
 
 
@@ -75,6 +85,34 @@ def test_state_survives_to_the_bit(name, dtype):
     assert torch.equal(fresh.up, network.up)
     assert torch.equal(fresh.down, network.down)
     assert not torch.equal(network.up, Network(dtype).up)
+
+
+@needs("prodigyplus")
+def test_state_that_an_optimizer_drops_on_its_way_is_not_asked_for():
+    """Prodigy Plus forgets the start of a parameter once its step is settled."""
+    settled = {"name": "ProdigyPlusScheduleFree", "prodigy_steps": 3}
+    network, weights, optimizer = build(**settled)
+    train(network, weights, optimizer, range(5))
+    tensors, values, saved = saved_state(weights, optimizer)
+    assert not any(path.endswith("/p0") for path in tensors)
+    train(network, weights, optimizer, range(5, 8))
+    fresh, fresh_weights, fresh_optimizer = build(**settled)
+    fresh_weights.restore(saved)
+    import_state(fresh_optimizer, fresh_weights.optimized, tensors, values)
+    train(fresh, fresh_weights, fresh_optimizer, range(5, 8))
+    assert torch.equal(fresh.up, network.up)
+
+
+def test_muon_moves_as_far_as_adamw_and_takes_matrices_alone():
+    moved = {}
+    for name in ("Muon", "AdamW"):
+        network, weights, optimizer = build(name=name, weight_decay=0.0)
+        before = network.up.detach().clone()
+        train(network, weights, optimizer, range(1))
+        moved[name] = (network.up.detach() - before).square().mean().sqrt().item()
+    assert moved["Muon"] == pytest.approx(0.2 * moved["AdamW"], rel=0.5)  # its step is matched to AdamW's usual size
+    with pytest.raises(ParameterError, match="only supports 2D parameters"):
+        make_optimizer("Muon", [{"params": [nn.Parameter(torch.zeros(3))], "lr": 1.0}], {})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
