@@ -5,8 +5,9 @@
 Forward and backward of joint blocks at SD3.5-medium's real width (--width 2432: large's) with random weights, float32,
 a rank-16 LoRA on every layer, 154 text tokens. All recomputed, attention's output kept, half kept whole, all kept take
 turns in each round, in one process, so that what else the machine does falls on all alike. Printed per level: the
-median of the seconds, the peak of the process's memory above what it held before the step, and the operations and kept
-bytes of the cost model. Linux only: the kernel counts the peak anew for each step.
+median of the CPU seconds, which a busy machine does not stretch as it does the clock's, the peak of the process's
+memory above what it held before the step, and the operations and kept bytes of the cost model. Linux only: the kernel
+counts the peak anew for each step.
 """
 
 import argparse
@@ -69,7 +70,7 @@ def main() -> None:
                 measured[name].append(result)
     size = model_size(architecture.shapes())
     size = replace(size, blocks=size.blocks[:count])
-    print(f"{'level':<16} {'s/step':>8} {'peak':>9} {'predicted':>10} {'TFLOP':>7}")
+    print(f"{'level':<16} {'CPU s':>8} {'peak':>9} {'predicted':>10} {'TFLOP':>7}")
     for name, settings in levels.items():
         seconds, peaks = zip(*measured[name], strict=True)
         prediction = predict(size, Workload(image_tokens=tokens, text_tokens=TEXT_TOKENS, adapter_rank=RANK), settings)
@@ -83,18 +84,18 @@ def main() -> None:
 
 
 def _step(blocks: Blocks, settings: Settings, width: int, tokens: int) -> tuple[float, int]:
-    """Returns the seconds of one step, and the peak of memory above what the process held before."""
+    """Returns the CPU seconds of one step, and the peak of memory above what the process held before."""
     kept = settings.kept(len(blocks.joint_blocks))
     context_BLD, x_BLD = torch.randn(1, TEXT_TOKENS, width), torch.randn(1, tokens, width)
     condition_BD = torch.randn(1, width)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # begins the peak anew
-    before, start = _memory("VmRSS:"), time.perf_counter()
+    before, start = _memory("VmRSS:"), time.process_time()
     for block, of_block in zip(blocks.joint_blocks, kept, strict=True):
         block.kept = of_block
         context_BLD, x_BLD = block.run(context_BLD, x_BLD, *block.modulation(condition_BD))
     (context_BLD.square().mean() + x_BLD.square().mean()).backward()
-    seconds, peak = time.perf_counter() - start, _memory("VmHWM:") - before
+    seconds, peak = time.process_time() - start, _memory("VmHWM:") - before
     for linear in (linear for _, linear in blocks.linears()):
         linear.adapter.zero_grad(set_to_none=True)
     return seconds, peak
