@@ -107,7 +107,8 @@ def checked(folder: Path, *, exchange: bool, seed: int, count: int = 24, noise: 
             dataset=place / "dataset.toml", out=text, tokenizers=TOKENIZERS, t5xxl_max_token_length=T5_LENGTH, **common
         )
     )
-    encode_latents.main(EncodeLatentsParams(dataset=place / "dataset.toml", out=latents, **common))
+    decoding = {"max_data_loader_n_workers": 0}  # a process more takes longer to start than these take to decode
+    encode_latents.main(EncodeLatentsParams(dataset=place / "dataset.toml", out=latents, **decoding, **common))
     check_captions.main(CheckCaptionsParams(text=text, latents=latents, out=out, caption_batch_size=10, **common))
     return json.loads(out.read_text())
 

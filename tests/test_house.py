@@ -20,6 +20,7 @@ FLOORS = {
     "studio": 3.5,  # a view on what the rooms of floor 3 know, and a way to start what the commands do
     "diffusion": 2.5,  # stands on the rooms of floor 2, under those of floor 3: who trains, samples or judges draws
     "cache": 2, "data": 2, "models": 2, "memory": 2, "adapters": 2, "params": 1, "pages": 1, "tensors": 1,
+    "caption_findings": 0,
     "child": 0, "config": 0, "console": 0, "cores": 0, "device": 0, "device_memory": 0, "documents": 0, "errors": 0,
     "file_stamps": 0, "files": 0, "fingerprint": 0, "intervals": 0, "judgement": 0, "living": 0, "metrics": 0,
     "picture_losses": 0, "problems": 0, "prompt_settings": 0, "rules": 0, "safe_path": 0, "shell": 0, "stages": 0,

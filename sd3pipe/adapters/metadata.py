@@ -21,6 +21,7 @@ from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.rules.description import Description
 
 PROVENANCE_KEY = "sd3pipe"
+MULTIPLIER_KEY = "sd3pipe_multiplier"  # the strength that was written into a file, where it is not 1
 PROVENANCE_FORMAT = 1
 
 _ARCHITECTURES = {

@@ -4,13 +4,13 @@ import functools
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from sd3pipe.cache.folder import machine_folder
 from sd3pipe.cache.reader import CacheReader
+from sd3pipe.caption_findings import CaptionFindings
 from sd3pipe.console import StageReport, count, listed, progress, readable_seconds
 from sd3pipe.device import choose_device
 from sd3pipe.device_memory import memory_errors
@@ -21,8 +21,9 @@ from sd3pipe.diffusion.precision import BASE_DTYPES, resolve_precision
 from sd3pipe.diffusion.sampler import PIXELS_PER_LATENT
 from sd3pipe.diffusion.sheet import Column, choose_columns
 from sd3pipe.file_stamps import FileStamps
-from sd3pipe.files import make_folder, write_json
-from sd3pipe.judging.caption_answers import CaptionCheck, read_pictures
+from sd3pipe.files import make_folder, write_text
+from sd3pipe.judging.caption_answers import CaptionCheck, read_pictures, with_training
+from sd3pipe.judging.caption_page import render_findings
 from sd3pipe.judging.rows import ResultRows
 from sd3pipe.judging.velocity_errors import Answerer, Asked, Noise, Question
 from sd3pipe.memory.plan import Settings
@@ -31,11 +32,10 @@ from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.params.check_captions import CheckCaptionsParams
 from sd3pipe.params.sharing import shard_of_process
+from sd3pipe.picture_losses import read_picture_losses
 from sd3pipe.words import Precision
 
 log = logging.getLogger(__name__)
-
-FORMAT = 1
 
 
 def main(params: CheckCaptionsParams) -> None:
@@ -148,21 +148,24 @@ def _tokens(check: CaptionCheck, question: Question) -> int:
 
 
 def _write(params: CheckCaptionsParams, check: CaptionCheck, rows: ResultRows, report: StageReport) -> str:
-    """Writes the JSON file and returns the summary."""
+    """Writes the JSON file and the page beside it, and returns the summary."""
     pictures = check.checked(rows)
     for column in check.adapters:
         pictures = check.learnt(rows, column, pictures)  # of several checkpoints, the last one's stands at the picture
-    suspects = [f"{item.subset}/{item.name}" for item in pictures if item.suspect]
-    nothing = [f"{item.subset}/{item.name}" for item in pictures if item.changes_nothing]
-    content = {
-        "format": FORMAT,
-        "pictures": [asdict(item) for item in pictures],
-        "suspects": suspects,
-        "change_nothing": nothing,
-        "checkpoints": [check.summary(rows, column) for column in check.adapters],
-    }
+    if params.adapter is not None:
+        pictures = with_training(pictures, read_picture_losses(params.adapter))
+    suspects = [item.full_name for item in pictures if item.suspect]
+    nothing = [item.full_name for item in pictures if item.changes_nothing]
+    findings = CaptionFindings(
+        pictures=tuple(pictures),
+        suspects=tuple(suspects),
+        change_nothing=tuple(nothing),
+        checkpoints=tuple(check.summary(rows, column) for column in check.adapters),
+    )
     make_folder(params.out.absolute().parent)
-    write_json(params.out, content)
+    findings.save(params.out)
+    page = params.out.with_suffix(".html")
+    write_text(page, render_findings(findings))
     report.update(pictures=len(pictures), suspects=suspects, change_nothing=nothing)
     said = [count(len(pictures), "picture"), _named("do not fit their captions", suspects)]
     if nothing:
@@ -170,7 +173,7 @@ def _write(params: CheckCaptionsParams, check: CaptionCheck, rows: ResultRows, r
     if check.adapters:
         words = [item.learnt for item in pictures if item.learnt]
         said.append(", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(sorted(words))))
-    return "; ".join([*said, f"see {params.out}"])
+    return "; ".join([*said, f"see {page}"])
 
 
 def _named(what: str, names: Sequence[str]) -> str:

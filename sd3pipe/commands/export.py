@@ -10,7 +10,7 @@ from sd3pipe import stopping
 from sd3pipe.adapters.files import AdapterFile, SavedAdapter, read_adapter, save_adapter
 from sd3pipe.adapters.find import checkpoint_adapters, find_adapter
 from sd3pipe.adapters.keymap import is_text_encoder
-from sd3pipe.adapters.kind import plain_adapter
+from sd3pipe.adapters.kind import Adapter, plain_adapter
 from sd3pipe.console import StageReport, count, readable_bytes, say
 from sd3pipe.device import choose_device
 from sd3pipe.errors import InputError, ParameterError
@@ -49,7 +49,12 @@ def main(params: ExportParams) -> None:
             worst = max(file.largest_difference for file in saved)
             report.summary = f"{params.out}, {count(len(saved), 'file')}; read back, every change is within {worst:.1e}"
             return
-        adapter = suggested(params.adapter) if params.checkpoints == "best" else find_adapter(params.adapter)
+        if params.checkpoints == "best":
+            adapter, strength = suggested(params.adapter)
+            if params.multiplier == 1.0:  # else it is the user's
+                params = params.model_copy(update={"multiplier": strength})
+        else:
+            adapter = find_adapter(params.adapter)
         if params.format == "checkpoint":
             merged = _merge(_read(adapter), params, device)
             report.update(**_merged_report(merged))
@@ -75,12 +80,6 @@ def _refuse_what_would_be_ignored(params: ExportParams) -> None:
     """Raises ParameterError for options that have no meaning together."""
     if params.format == "checkpoint" and params.dtype != "auto":
         raise ParameterError(f"--dtype {params.dtype}: a checkpoint keeps the base's number formats: leave --dtype out")
-    if params.format != "checkpoint" and params.multiplier != 1.0:
-        raise ParameterError(
-            f"--multiplier {params.multiplier:g} is for --format checkpoint: `sd3pipe adapter merge FILE --weights "
-            f"{params.multiplier:g}` writes an adapter of another strength"
-        )
-
     if params.format == "hub" and (params.out.is_file() or params.out.suffix == ".safetensors"):
         raise ParameterError(f"--out {params.out}: --format hub writes a folder: name one, such as {params.out.stem}")
 
@@ -90,13 +89,24 @@ def _read(path: Path) -> AdapterFile:
     return read_adapter(path)
 
 
+def _at_strength(source: AdapterFile, multiplier: float) -> Adapter:
+    """Returns the adapter that acts at strength 1 as the file's does at another. Raises ParameterError for a DoRA."""
+    try:
+        return {path: delta.scaled(multiplier) for path, delta in source.adapter.items()}
+    except ParameterError as error:
+        raise ParameterError(
+            f"--multiplier {multiplier:g}: {error}: export it with --checkpoints or --adapter at 1 and load it at "
+            f"{multiplier:g}, or merge it with --format checkpoint"
+        ) from error
+
+
 def _export(source: AdapterFile, out: Path, params: ExportParams) -> SavedAdapter:
     assert params.format not in ("checkpoint", "hub")
     if out.is_dir():
         raise ParameterError(f"{out}: is a folder: name a file, such as {out / 'my_lora.safetensors'}")
-    adapter = for_form(source.adapter, params.format, params.model, params.mmdit)
+    adapter = for_form(_at_strength(source, params.multiplier), params.format, params.model, params.mmdit)
     refuse_to_replace(out, [source.path])
-    metadata = export_metadata(source.metadata, params, params.format, source.variants)
+    metadata = export_metadata(source.metadata, params, params.format, source.variants, multiplier=params.multiplier)
     return save_adapter(out, adapter, form=params.format, dtype=params.dtype, metadata=metadata)
 
 
@@ -106,8 +116,8 @@ def _export_to_hub(
     """Writes the folder, the card last, and returns what the report says of it."""
     out = params.out
     words = params.model_copy(update={"metadata": params.metadata or "public"})
-    metadata = export_metadata(source.metadata, words, "diffusers", source.variants)
-    adapter = for_form(source.adapter, "diffusers", params.model, params.mmdit)
+    metadata = export_metadata(source.metadata, words, "diffusers", source.variants, multiplier=params.multiplier)
+    adapter = for_form(_at_strength(source, params.multiplier), "diffusers", params.model, params.mmdit)
     unread = next((delta for delta in adapter.values() if not delta.in_pipelines), None)
     if unread is not None:
         raise ParameterError(f"--format hub is for what diffusers' pipelines load, and they load no {unread.title}")

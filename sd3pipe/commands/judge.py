@@ -10,7 +10,8 @@ from sd3pipe.cache.folder import machine_folder
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.console import StageReport, count, readable_seconds, say
 from sd3pipe.device import choose_device
-from sd3pipe.diffusion.drawing import Cell, draw_cells, made_from, make_cell
+from sd3pipe.diffusion.drawing import Cell, draw_cells, make_cell
+from sd3pipe.diffusion.picture_store import made_from
 from sd3pipe.diffusion.precision import BASE_DTYPES, resolve_precision
 from sd3pipe.diffusion.prompts import SamplePrompt, read_prompts
 from sd3pipe.diffusion.sampler import DEFAULTS, SamplingSettings

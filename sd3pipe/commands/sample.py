@@ -7,8 +7,8 @@ from pathlib import Path
 from sd3pipe.cache.folder import machine_folder
 from sd3pipe.console import StageReport, count
 from sd3pipe.device import choose_device
-from sd3pipe.diffusion.drawing import Cell, decode_cells, draw_cells, lay_out, made_from, make_cell, sheet_of
-from sd3pipe.diffusion.picture_store import PictureStore
+from sd3pipe.diffusion.drawing import Cell, decode_cells, draw_cells, lay_out, make_cell, sheet_of
+from sd3pipe.diffusion.picture_store import PictureStore, made_from
 from sd3pipe.diffusion.precision import BASE_DTYPES, resolve_precision
 from sd3pipe.diffusion.prompts import read_prompts
 from sd3pipe.diffusion.sampler import DEFAULTS, SamplingSettings, SkipLayerGuidance

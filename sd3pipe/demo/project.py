@@ -37,11 +37,15 @@ HELD_OUT = (  # never trained on: the validation loss is measured on them
     Subject(shape=NEW_WORD, colour="green", size="large", background="yellow"),
     Subject(shape=NEW_WORD, colour="black", size="small", background="white"),
 )
-PROMPTED = (  # none of these is among the pictures
+PROMPTED = (  # none of these is among the pictures; the first four are drawn while it trains
     Subject(shape=NEW_WORD, colour="red", size="large", background="blue"),
     Subject(shape=NEW_WORD, colour="green", size="small", background="white"),
     Subject(shape="circle", colour="yellow", size="large", background="purple"),
     Subject(shape="triangle", colour="blue", size="small", background="orange"),
+    Subject(shape=NEW_WORD, colour="purple", size="large", background="white"),
+    Subject(shape=NEW_WORD, colour="blue", size="small", background="yellow"),
+    Subject(shape="ring", colour="red", size="large", background="white"),
+    Subject(shape="diamond", colour="white", size="large", background="red"),
 )
 # rank, rate, shift and steps are enough for one shape on this base; a real model wants the defaults of a new project
 _TRAIN = """\
@@ -53,6 +57,7 @@ max_train_steps = {steps}
 train_batch_size = 8
 save_every_n_steps = {save}
 sample_every_n_steps = {save}
+max_sample_prompts = 4
 gradient_checkpointing = false
 
 # The empty caption is what guidance moves away from: it must not learn the new shape.

@@ -24,19 +24,16 @@ from sd3pipe.device_memory import decode_way_out, memory_errors
 from sd3pipe.diffusion.base_model import blocks_to_sample, load_base
 from sd3pipe.diffusion.kept_latents import keep_latents, read_latents, read_parameters
 from sd3pipe.diffusion.picture_grid import Grid, read_picture_file, save_grid, save_picture
-from sd3pipe.diffusion.picture_store import picture_key
+from sd3pipe.diffusion.picture_store import adapter_words, picture_key
 from sd3pipe.diffusion.prompts import SamplePrompt
 from sd3pipe.diffusion.sampler import SamplingSettings, decode_pictures
 from sd3pipe.diffusion.sheet import Column, Places, PromptCells, Sheet, cell_name
 from sd3pipe.memory.plan import Settings
 from sd3pipe.memory.sizes import image_tokens
-from sd3pipe.models.architecture import MMDiTArchitecture, mmdit_architecture
+from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.checkpoint import load_vae
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.sources import ComponentSource
-from sd3pipe.words import Precision
-
-_ADAPTER_DIGITS = 16  # of its hash, in what a picture says of itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,23 +45,6 @@ class Cell:
     column: Column
     prompt: SamplePrompt
     seed: int
-
-
-def made_from(
-    prompt: SamplePrompt, settings: SamplingSettings, architecture: MMDiTArchitecture, base: str, precision: Precision
-) -> dict[str, JsonValue]:
-    """Returns what a picture is made from beside adapter and seed; `base` is the MMDiT's fingerprint."""
-    skip = settings.skip_layers
-    return {
-        "format": 2,
-        "mmdit": base,
-        "texts": [prompt.key, prompt.negative_key],
-        "size": list(prompt.size(architecture)),
-        "steps": settings.steps,
-        "scale": settings.scale,
-        "skip_layers": None if skip is None else [skip.scale, *skip.blocks],
-        "precision": precision,
-    }
 
 
 def make_cell(prompt: SamplePrompt, column: Column, seed: int, made_from: Mapping[str, JsonValue]) -> Cell:
@@ -130,7 +110,10 @@ def draw_cells(
                             latents,
                             prompt=cell.prompt.prompt,
                             parameters=cell.prompt.parameters(
-                                settings, architecture, seed=cell.seed, more=_adapter_words(column)
+                                settings,
+                                architecture,
+                                seed=cell.seed,
+                                more=adapter_words(column.adapter_hash, column.multiplier),
                             ),
                         )
                         drawn(cell)
@@ -175,13 +158,6 @@ def lay_out(sheet: Sheet, places: Places) -> int:
             save_grid(places.out / f"{prompt.name}.png", grid)
             grids += 1
     return grids
-
-
-def _adapter_words(column: Column) -> dict[str, object]:
-    """Names the adapter by content: whoever draws the same again calls its file as they like."""
-    if column.adapter is None:
-        return {}
-    return {"Adapter": column.adapter_hash[:_ADAPTER_DIGITS], "Adapter strength": f"{column.multiplier:g}"}
 
 
 def _seconds_per_step(

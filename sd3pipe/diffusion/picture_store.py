@@ -10,12 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import JsonValue
+
 from sd3pipe.cache.folder import machine_folder
+from sd3pipe.diffusion.prompts import SamplePrompt
+from sd3pipe.diffusion.sampler import SamplingSettings
 from sd3pipe.documents import DocumentError, read_data
 from sd3pipe.files import write_bytes
 from sd3pipe.fingerprint import hash_json
+from sd3pipe.models.architecture import MMDiTArchitecture
+from sd3pipe.words import Precision
 
 _NAME = "pictures"
+_ADAPTER_DIGITS = 16  # of its hash, in what a picture says of itself
 
 
 class PictureStore:
@@ -60,7 +67,29 @@ def shared_folder(cache: Path, name: str) -> Path | None:
     return machine_folder(parent / name) if os.access(parent, os.W_OK) else None
 
 
+def made_from(
+    prompt: SamplePrompt, settings: SamplingSettings, architecture: MMDiTArchitecture, base: str, precision: Precision
+) -> dict[str, JsonValue]:
+    """Returns what a picture is made from beside adapter and seed; `base` is the MMDiT's fingerprint."""
+    skip = settings.skip_layers
+    return {
+        "format": 2,
+        "mmdit": base,
+        "texts": [prompt.key, prompt.negative_key],
+        "size": list(prompt.size(architecture)),
+        "steps": settings.steps,
+        "scale": settings.scale,
+        "skip_layers": None if skip is None else [skip.scale, *skip.blocks],
+        "precision": precision,
+    }
+
+
 def picture_key(*, adapter_hash: str, multiplier: float, seed: int, made_from: Mapping[str, Any]) -> str:
     """Returns the hash of all that a picture is made from; the strength of no adapter counts as none."""
     multiplier = multiplier if adapter_hash else 0.0
     return hash_json({"adapter": adapter_hash, "multiplier": multiplier, "seed": seed, **made_from})
+
+
+def adapter_words(adapter_hash: str, multiplier: float) -> dict[str, object]:
+    """Names an adapter by content in what a picture says of itself: who draws the same again calls its file at will."""
+    return {"Adapter": adapter_hash[:_ADAPTER_DIGITS], "Adapter strength": f"{multiplier:g}"} if adapter_hash else {}

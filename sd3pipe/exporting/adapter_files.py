@@ -6,7 +6,7 @@ from pathlib import Path
 from sd3pipe.adapters.files import AdapterFile, SavedAdapter
 from sd3pipe.adapters.keymap import Form
 from sd3pipe.adapters.kinds import KINDS
-from sd3pipe.adapters.metadata import PROVENANCE_KEY, model_keys, modelspec, thumbnail_url
+from sd3pipe.adapters.metadata import MULTIPLIER_KEY, PROVENANCE_KEY, model_keys, modelspec, thumbnail_url
 from sd3pipe.adapters.peft_config import PEFT_CONFIG_KEY
 from sd3pipe.console import count, readable_bytes
 from sd3pipe.errors import ParameterError
@@ -22,17 +22,24 @@ _OF_THE_SOURCE_FILE = {"format", PEFT_CONFIG_KEY, "sshs_legacy_hash"}.union(
 
 
 def export_metadata(
-    source: Mapping[str, str], words: DescriptionParams, form: Form, variants: tuple[str, ...]
+    source: Mapping[str, str],
+    words: DescriptionParams,
+    form: Form,
+    variants: tuple[str, ...],
+    *,
+    multiplier: float = 1.0,
 ) -> dict[str, str] | None:
     """Returns the metadata of an exported file: the source's, what follows from the model, the user's words.
 
-    None for a file that says nothing.
+    None for a file that says nothing. `multiplier` is the strength that the source's change is written at.
     """
     if words.metadata == "none":
         return None
     kept = {key: value for key, value in source.items() if key not in _OF_THE_SOURCE_FILE}
     known = modelspec(variants[0], None) if len(variants) == 1 else {}
     keys = known | kept | _description(words)
+    if multiplier != 1.0:
+        keys[MULTIPLIER_KEY] = repr(multiplier)
     if words.metadata == "public":
         keys = published(keys) | _description(words)
     if form == "diffusers" and "modelspec.implementation" in keys:

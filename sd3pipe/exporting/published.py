@@ -11,7 +11,13 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from sd3pipe.adapters.metadata import KOHYA_OPTIONS, PROVENANCE_KEY, described_variant, read_provenance
+from sd3pipe.adapters.metadata import (
+    KOHYA_OPTIONS,
+    MULTIPLIER_KEY,
+    PROVENANCE_KEY,
+    described_variant,
+    read_provenance,
+)
 from sd3pipe.errors import InputError
 from sd3pipe.exporting.reproduction import LATER_STEPS_KEY, OPTION_SETS, later_steps
 from sd3pipe.params.fields import option_extra
@@ -35,6 +41,7 @@ _KEPT = {
     *(f"ss_{name}" for name in {*KOHYA_OPTIONS, *_NUMBERS} - _FREE_TEXT),
     "sd3pipe_extracted_from",  # fingerprints
     "sd3pipe_merged_multiplier",
+    MULTIPLIER_KEY,
 }
 # A path begins at the root, at home, at a drive or at a share, or goes up; an address of the web begins otherwise
 _PATH = re.compile(r"(?<![\w.:/])(?:~[\w.-]*)?/[\w.~-]|(?<![A-Za-z])[A-Za-z]:[\\/]|\\\\[\w.-]+\\|(?<![\w.])\.\.?[\\/]")

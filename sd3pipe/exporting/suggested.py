@@ -10,11 +10,8 @@ from sd3pipe.judgement import JUDGE_FOLDER, read_judgement
 log = logging.getLogger(__name__)
 
 
-def suggested(run: Path) -> Path:
-    """Returns the adapter of a run that its judge.json suggests. Raises InputError where there is none to take.
-
-    A strength other than 1 is told, not applied: whoever loads the file chooses it there.
-    """
+def suggested(run: Path) -> tuple[Path, float]:
+    """Returns the adapter of a run that its judge.json suggests, and at which strength. Raises InputError for none."""
     run = run.parent if run.name == "final" and not (run / JUDGE_FOLDER).exists() else run
     folder = run / JUDGE_FOLDER
     suggestion = read_judgement(folder).suggestion
@@ -27,8 +24,7 @@ def suggested(run: Path) -> Path:
             f"{folder}: suggests {suggestion.checkpoint}, and {run} has the steps {steps}: run `sd3pipe judge` again"
         )
     log.info("%s", suggestion.text)
-    if suggestion.multiplier != 1:
-        log.warning(
-            "judge suggests step %d at strength %g: load the file at that", suggestion.checkpoint, suggestion.multiplier
-        )
-    return found[suggestion.checkpoint]
+    strength = 1.0 if suggestion.multiplier is None else suggestion.multiplier
+    if strength != 1.0:
+        log.info("strength %g is written into the file: load it at 1", strength)
+    return found[suggestion.checkpoint], strength

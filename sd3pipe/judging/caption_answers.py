@@ -3,18 +3,18 @@
 # P pictures, O other captions, N noises, S noise levels
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sd3pipe.cache.join import join_pictures
+from sd3pipe.caption_findings import CheckedPicture, LearntBy
 from sd3pipe.diffusion.sheet import Column
 from sd3pipe.errors import InputError
 from sd3pipe.judging.bootstrap import Array, Resampled
 from sd3pipe.judging.caption_check import (
     LOW_NOISE,
-    CheckedPicture,
     advantages,
     change_nothing,
     gains,
@@ -27,6 +27,7 @@ from sd3pipe.judging.caption_check import (
 from sd3pipe.judging.rows import ResultRows
 from sd3pipe.judging.velocity_errors import Asked, Noise, Question
 from sd3pipe.models.architecture import MMDiTArchitecture
+from sd3pipe.picture_losses import PictureLosses
 
 _ERROR, _MOVED = 0, 1  # of an answer
 
@@ -92,16 +93,16 @@ class CaptionCheck:
             for number, (item, word) in enumerate(zip(checked, words, strict=True))
         ]
 
-    def summary(self, rows: ResultRows, column: Column) -> dict[str, object]:
+    def summary(self, rows: ResultRows, column: Column) -> LearntBy:
         """Returns what an adapter gained by subset, and the gap of trained to held-out pictures at low noise."""
         gained, low_noise, held_out_P = self._gains(rows, column)
         subsets = sorted({picture.subset for picture in self.pictures})
         members = {name: np.array([picture.subset == name for picture in self.pictures]) for name in subsets}
-        return {
-            "checkpoint": column.label if column.step is None else column.step,
-            "gained_by_subset": {name: asdict(means(gained, members_P)) for name, members_P in members.items()},
-            "memorised_gap": None if (found := gap(low_noise, held_out_P)) is None else asdict(found),
-        }
+        return LearntBy(
+            checkpoint=column.label if column.step is None else column.step,
+            gained_by_subset={name: means(gained, members_P) for name, members_P in members.items()},
+            memorised_gap=gap(low_noise, held_out_P),
+        )
 
     def _gains(self, rows: ResultRows, column: Column) -> tuple[Resampled, Resampled, NDArray[np.bool_]]:
         """Returns what was gained at all noise levels and at low ones, and which pictures are held out."""
@@ -171,6 +172,12 @@ def read_pictures(asked: Asked, architecture: MMDiTArchitecture, *, most_others:
     ]
     fewest = min(len(picture.others) for picture in pictures)  # tables want as many of each
     return [replace(picture, others=picture.others[:fewest]) for picture in pictures], empty
+
+
+def with_training(pictures: Sequence[CheckedPicture], losses: Sequence[PictureLosses]) -> list[CheckedPicture]:
+    """Returns the pictures with what a run's own losses say of them."""
+    by_name = {(item.subset, item.name): item for item in losses}
+    return [replace(picture, in_training=by_name.get((picture.subset, picture.name))) for picture in pictures]
 
 
 def _unsaid(picture: Picture) -> CheckedPicture:

@@ -7,7 +7,6 @@ of the error without any caption. Where the picture and its caption belong toget
 # P pictures, O other captions, N noises, S noise levels, K quantities
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,20 +19,6 @@ SUSPECT_SHARE = 0.25  # of the median advantage: at most so much is "no better t
 NOTHING_SHARE = 0.05  # of the median by which captions move the prediction: at most so much is "changes nothing"
 LOW_NOISE = 0.3  # up to here an error falls by what is remembered of a picture, not by what is understood
 _FEW_HELD_OUT = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckedPicture:
-    """One picture with what its caption does; scores as in judge.json, None where they cannot be said."""
-
-    name: str
-    subset: str
-    held_out: bool
-    advantage: Score | None
-    suspect: bool
-    changes_nothing: bool
-    gained: Score | None = None
-    learnt: str | None = None  # "not learnt", "learnt" or "memorised"
 
 
 def other_captions(picture: str, own: int, texts: Sequence[int], most: int) -> list[int]:

@@ -70,7 +70,13 @@ class _ExportOptions(Params):
         "A checkpoint keeps the base's.", role="recipe", panel=_FILE,
     )  # fmt: skip
     multiplier: float = option(
-        1.0, "Strength at which --format checkpoint adds the adapter.", role="recipe", panel=_FILE, advanced=True
+        1.0,
+        "Strength that is written into the file: loaded at 1 it acts as the adapter does at this. Not for a DoRA, "
+        "but with --format checkpoint.",
+        role="recipe",
+        panel=_FILE,
+        aliases=("strength",),
+        advanced=True,
     )
     checkpoints: Literal["all", "best"] | None = option(
         None, "all: export every checkpoint of the run into the folder --out, under names that sort; best: the one "

@@ -136,15 +136,18 @@ _NEUTRAL = (
 
 
 def prompts_txt(trigger: str | None, resolution: int) -> str:
-    """Returns sample prompts in sd-scripts' form: eight with what is learnt, eight that should stay as they were.
+    """Returns sample prompts in sd-scripts' form: eight with what is learnt, eight that should stay, in turns.
 
     `judge` measures likeness on the former and drift on the latter, and one prompt alone would tell little of either.
     """
     subject = trigger or "a photograph of what the pictures show"
-    prompts = [*(prompt.format(subject) for prompt in _ASKED), *_NEUTRAL]
+    prompts = [
+        text for asked, neutral in zip(_ASKED, _NEUTRAL, strict=True) for text in (asked.format(subject), neutral)
+    ]
     size = f"--w {resolution} --h {resolution}"
     return (
         "# One prompt a line; --w --h size, --d seed, --n negative prompt, --s steps, --l guidance scale.\n"
-        "# Eight with what is learnt, then eight that training should leave as they are; fewer take less time.\n"
+        "# In turns one with what is learnt and one that training should leave as it is. Training draws the first\n"
+        "# max_sample_prompts of stages/train.toml, `sd3pipe judge` draws all.\n"
         + "".join(f"{prompt} {size} --d {seed}\n" for seed, prompt in enumerate(prompts, 1))
     )

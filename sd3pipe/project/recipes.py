@@ -33,6 +33,11 @@ _COMMON: Recipe = {
         "nobody has measured it.",
     ),
     "lr_scheduler": Advice(value="constant_with_warmup", source="SD3.5 breaks on large early steps."),
+    "max_sample_prompts": Advice(
+        value=4,
+        source="Two with what is learnt, two without. All sixteen would be 1,280 passes of SD3.5-medium, each time; "
+        "judge draws them once.",
+    ),
 }
 _HARD_CLIPPING = Advice(
     value=0.1, source="SimpleTuner's SD3 guide: 3.5-large needs hard clipping, and larger batches help it much."

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sd3pipe.caption_findings import read_findings
 from sd3pipe.config import Project
 from sd3pipe.console import one_line
 from sd3pipe.data.caption_cache import CachedCaptions, read_captions
@@ -26,6 +27,8 @@ from sd3pipe.studio.places import path_of, studio_folder
 
 log = logging.getLogger(__name__)
 
+CAPTION_CHECK = "check-captions"
+_CHECK_PATH, _CHECK_FILE = "caption_check", "caption-check.json"  # in [paths], and where it is not said there
 _KEY_DIGITS = 16
 _MOST_COUNTED = 50_000  # captions whose tokens are remembered
 _tokens: dict[tuple[str, int], dict[str, CaptionTokens]] = {}
@@ -39,6 +42,7 @@ class Entry:
 
     key: str
     item: PictureItem
+    findings: tuple[str, ...] = ()  # of check-captions
 
     @property
     def name(self) -> str:
@@ -65,7 +69,7 @@ class Entry:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        there = self.item.warnings
+        there = (*self.item.warnings, *self.findings)
         return there if self.caption or "no caption" in there else (*there, "no caption of its own")
 
     @property
@@ -143,10 +147,11 @@ def read_gallery(project: Project, *, may_write: bool = True) -> Gallery:
         count_tokens=lambda captions: _counted(project, captions, text["t5xxl_max_token_length"]),
         suggested=_suggested(path_of(project, "caches")),
     )
+    findings = _findings(project)
     _latest[str(project.folder)] = gallery = Gallery(
         dataset=dataset,
         found=found,
-        entries=[Entry(key=_key(item), item=item) for item in known.items],
+        entries=[Entry(key=_key(item), item=item, findings=findings.of(item)) for item in known.items],
         unreadable=known.unreadable,
         warnings=known.warnings,
     )
@@ -182,6 +187,43 @@ def _captions(cache: Path, _: Stamp) -> CachedCaptions:
     except InputError as error:
         log.warning("%s", error)
         return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Findings:
+    """What check-captions named, and when; captions that were edited since are not what it looked at."""
+
+    written_ns: int
+    words: Mapping[tuple[str, str], tuple[str, ...]]
+
+    def of(self, item: PictureItem) -> tuple[str, ...]:
+        picture = item.picture
+        words = self.words.get((picture.subset.name, picture.name), ())
+        try:
+            return words if words and picture.caption_file.stat().st_mtime_ns <= self.written_ns else ()
+        except OSError:  # a caption that was deleted
+            return ()
+
+
+def _findings(project: Project) -> _Findings:
+    """Returns what the caption check of the project says, nothing where it has not run or cannot be read."""
+    file = Path(project.paths.get(_CHECK_PATH, project.folder / _CHECK_FILE))
+    try:
+        pictures, written_ns = read_findings(file).pictures, file.stat().st_mtime_ns
+    except (InputError, OSError):
+        return _Findings(written_ns=0, words={})
+    said = {
+        (picture.subset, picture.name): tuple(
+            f"{CAPTION_CHECK}: {words}"
+            for words, holds in (
+                ("the caption explains the picture no better than others' captions do", picture.suspect),
+                ("the caption changes nothing", picture.changes_nothing),
+            )
+            if holds
+        )
+        for picture in pictures
+    }
+    return _Findings(written_ns=written_ns, words=said)
 
 
 def _key(item: PictureItem) -> str:

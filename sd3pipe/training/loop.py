@@ -22,6 +22,7 @@ from sd3pipe.training.records import Records
 from sd3pipe.training.saving import Saver
 from sd3pipe.training.spilling import SpillWatch
 from sd3pipe.training.step_runner import StepResult, StepRunner
+from sd3pipe.training.step_samples import Sampler
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Loop:
     records: Records | None
     picture_ids: Sequence[str]
     validate: Callback | None
-    sample: Callback | None
+    sample: Sampler | None
     processes: Processes
     streamer: BlockStreamer
     spilling: SpillWatch
@@ -92,6 +93,7 @@ class Loop:
         self._work_off()
         if owed:
             self.saver.note(self.progressed)
+            self._share_samples()
 
     def _after_step(self, step: Step, result: StepResult, bar: Progress, seconds: float) -> None:
         state, epochs_before = self.progressed, self.progressed.epochs_done
@@ -125,6 +127,13 @@ class Loop:
         if self.params.saving.every.due(*now) or last or state.best_step == state.step:
             with self._phase("saving"):
                 self.saver.save(state)
+            self._share_samples()
+
+    def _share_samples(self) -> None:
+        """Shares what was drawn at the step of the newest checkpoint, which has just been saved or gone on from."""
+        adapter = self.saver.newest_adapter
+        if self.sample is not None and adapter is not None:
+            self.sample.saved(self.progressed.step, adapter)
 
     def _due(self, *, validate: bool, sample: bool) -> list[str]:
         return [name for name, due in (("validation", validate), ("samples", sample)) if due]

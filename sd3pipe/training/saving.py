@@ -69,6 +69,11 @@ class Saver:
     def can_roll_back(self) -> bool:
         return self._newest is not None
 
+    @property
+    def newest_adapter(self) -> Path | None:
+        """The adapter file of the newest checkpoint, None before the first."""
+        return self._newest / ADAPTER_FILE if self._newest is not None else None
+
     def picture_names(self, step: Step) -> list[str]:
         """Returns the names of this process's pictures in a step."""
         numbers = [int(number) for batch in step.batches for number in batch.plan.pictures]

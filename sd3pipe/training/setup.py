@@ -168,7 +168,11 @@ def build_loop(run: Run, memory: MemoryPlan) -> Loop:
         records=records,
         picture_ids=picture_ids(run.data.train),
         validate=_validator(run, model, records),
-        sample=make_sampler(params, folder, model, processes.device, run.inputs.precision) if records else None,
+        sample=make_sampler(
+            params, folder, model, processes.device, base=run.inputs.base, precision=run.inputs.precision
+        )
+        if records
+        else None,
         processes=processes,
         streamer=model.streamer,
         spilling=SpillWatch(functools.partial(device_is_full, processes.device)),

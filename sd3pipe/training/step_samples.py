@@ -1,13 +1,16 @@
 """Sample pictures while a run trains: one per prompt now and then, and a grid over the steps for each prompt."""
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from sd3pipe.adapters.network import AdapterNetwork
 from sd3pipe.console import Progress, progress
 from sd3pipe.diffusion.kept_latents import keep_latents
+from sd3pipe.diffusion.picture_store import PictureStore
 from sd3pipe.diffusion.precision import BASE_DTYPES
 from sd3pipe.diffusion.prompts import SamplePrompt, read_prompts
 from sd3pipe.diffusion.sampler import DEFAULTS, SamplingSettings, decode_pictures
@@ -22,6 +25,7 @@ from sd3pipe.params.train import TrainParams
 from sd3pipe.training.checkpoints import named_step, step_name
 from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.run_folder import RunFolder
+from sd3pipe.training.shared_samples import SharedSamples, draws_as_sample
 from sd3pipe.training.trained_model import TrainedModel
 from sd3pipe.training.training_data import check_widths
 from sd3pipe.words import Precision
@@ -34,7 +38,8 @@ class StepSamples:
 
     RUN/samples/step-00000250/000.png is prompt 000 after 250 steps; RUN/samples/000.png shows all its steps side by
     side. Without a VAE the latents are kept as 000.safetensors instead, to be decoded elsewhere. Pictures that exist
-    are not drawn again, so a resumed run continues its grids. Random numbers come from the prompts' seeds alone.
+    are not drawn again, so a resumed run continues its grids. Random numbers come from the prompts' seeds alone. With
+    `shared` nothing is drawn that `sample` or `judge` has drawn already, nor the other way round.
     """
 
     def __init__(
@@ -47,8 +52,11 @@ class StepSamples:
         defaults: SamplingSettings,
         device: torch.device,
         dtype: torch.dtype,
+        network: AdapterNetwork | None = None,
+        shared: SharedSamples | None = None,
     ) -> None:
-        self._run = run
+        """`network` is the adapter that is trained; with it, what step 0 shows is the base alone."""
+        self._run, self._network, self.shared = run, network, shared
         self.prompts, self.mmdit, self.vae = prompts, mmdit, vae
         self.defaults, self.device, self.dtype = defaults, device, dtype
 
@@ -75,8 +83,21 @@ class StepSamples:
             self._update_grids()
         return files
 
+    def _latents(self, prompt: SamplePrompt, step: int, bar: Progress) -> torch.Tensor:
+        """Returns the latents of a picture, drawn unless it is the base's and there already."""
+        shared, base = self.shared, self._network if step == 0 else None
+        if shared is not None and base is not None and (found := shared.of_base(prompt)) is not None:
+            return found
+        with base.detached() if base is not None else contextlib.nullcontext():
+            latents = prompt.drawn(self.mmdit, self.defaults, self.device, self.dtype, on_step=bar.advance)
+        if shared is not None and base is not None:
+            shared.keep_base(prompt, latents)
+        elif shared is not None:
+            shared.remember(step, prompt, latents)
+        return latents
+
     def _draw(self, prompt: SamplePrompt, file: Path, step: int, bar: Progress) -> None:
-        latents = prompt.drawn(self.mmdit, self.defaults, self.device, self.dtype, on_step=bar.advance)
+        latents = self._latents(prompt, step, bar)
         parameters = prompt.parameters(self.defaults, self.mmdit.architecture, more={"Training step": step})
         if self.vae is None:
             keep_latents(file, latents, prompt=prompt.prompt, parameters=parameters)
@@ -109,10 +130,33 @@ def check_prompts(params: TrainParams, architecture: MMDiTArchitecture) -> None:
             check_widths(params.prompts, text.context.shape[-1], text.pooled.shape[-1], architecture)
 
 
+class Sampler:
+    """Draws what is due with the weights as they would be saved; the VAE visits the device for it."""
+
+    def __init__(self, samples: StepSamples, model: TrainedModel) -> None:
+        self._samples, self._model = samples, model
+
+    def __call__(self, progressed: Progressed) -> None:
+        samples, network = self._samples, self._model.objective.network
+        network.eval()
+        if samples.vae is not None:
+            samples.vae.to(samples.device)
+        with self._model.weights.delivered(self._model.optimizer):
+            samples.draw(progressed.step)
+        if samples.vae is not None:
+            samples.vae.to("cpu")  # its memory belongs to training in between
+        network.train()
+
+    def saved(self, step: int, adapter: Path) -> None:
+        """Shares what was drawn at a step, once its adapter is saved."""
+        if self._samples.shared is not None:
+            self._samples.shared.saved(step, adapter)
+
+
 def make_sampler(
-    params: TrainParams, run: RunFolder, model: TrainedModel, device: torch.device, precision: Precision
-) -> Callable[[Progressed], None] | None:
-    """Returns what draws with the weights as they would be saved, or None without prompts or where it is never due."""
+    params: TrainParams, run: RunFolder, model: TrainedModel, device: torch.device, *, base: str, precision: Precision
+) -> Sampler | None:
+    """Returns what draws samples, or None without prompts or where it is never due; `base` is its fingerprint."""
     if params.prompts is None or not params.samples.every:
         return None
     if not params.prompts.exists():
@@ -121,28 +165,27 @@ def make_sampler(
             params.prompts,
         )
         return None
-    mmdit, network = model.objective.mmdit, model.objective.network
+    mmdit = model.objective.mmdit
+    defaults = DEFAULTS[params.samples.variant or mmdit.architecture.variant]
+    shared = SharedSamples(
+        store=PictureStore.beside(params.prompts),
+        base=base,
+        architecture=mmdit.architecture,
+        defaults=defaults,
+        precision=precision,
+    )
     samples = StepSamples(
         run,
-        read_prompts(params.prompts),
+        read_prompts(params.prompts)[: params.samples.max_sample_prompts],
         mmdit=mmdit,
         vae=_find_vae(params),
-        defaults=DEFAULTS[params.samples.variant or mmdit.architecture.variant],
+        defaults=defaults,
         device=device,
         dtype=BASE_DTYPES[precision],
+        network=None if params.network_weights else model.objective.network,
+        shared=shared if draws_as_sample(params) else None,
     )
-
-    def sample(progressed: Progressed) -> None:
-        network.eval()
-        if samples.vae is not None:
-            samples.vae.to(device)
-        with model.weights.delivered(model.optimizer):
-            samples.draw(progressed.step)
-        if samples.vae is not None:
-            samples.vae.to("cpu")  # its memory belongs to training in between
-        network.train()
-
-    return sample
+    return Sampler(samples, model)
 
 
 def _find_vae(params: TrainParams) -> VAE | None:

@@ -30,7 +30,7 @@ def demo(folder: Path, *options: object) -> dict:
 def test_demo_runs_all_stages_and_leaves_a_lora_and_a_picture(tmp_path):
     folder = tmp_path / "demo"
     report = demo(folder, "--steps", 2, "--seeds", 1)
-    assert report["new_pictures"] == report["old_pictures"] == 2
+    assert report["new_pictures"] == report["old_pictures"] == 4
     assert len(load_file(folder / f"exports/{NEW_WORD}.safetensors")) > 0
     assert Image.open(folder / PICTURE).width > 64
     buckets = json.loads((folder / "caches/latents.report.json").read_text(encoding="utf-8"))["buckets"]

@@ -229,9 +229,15 @@ def test_large_or_foreign_thumbnails_are_refused(run, tmp_path):
         export(run, tmp_path / "out.safetensors", thumbnail=tmp_path / "a.png")
 
 
+def test_a_strength_is_written_into_the_file(run, tmp_path):
+    export(run, tmp_path / "half.safetensors", multiplier=0.5, dtype="fp32")
+    half, whole = read_adapter(tmp_path / "half.safetensors"), read_adapter(run / "final" / "adapter.safetensors")
+    assert half.adapter.keys() == whole.adapter.keys() and half.metadata["sd3pipe_multiplier"] == "0.5"
+    for path, delta in whole.adapter.items():
+        torch.testing.assert_close(half.adapter[path].dense(), 0.5 * delta.dense())
+
+
 def test_options_that_would_be_ignored_are_refused(run, tmp_path):
-    with pytest.raises(ParameterError, match=r"adapter merge FILE --weights 0\.5"):
-        export(run, tmp_path / "a.safetensors", multiplier=0.5)
     with pytest.raises(ValidationError, match="--metadata none leaves no place for --metadata-title"):
         export(run, tmp_path / "a.safetensors", metadata="none", metadata_title="Cat")
 

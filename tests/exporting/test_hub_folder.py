@@ -210,7 +210,6 @@ def test_a_file_alone_has_a_card_without_pictures(tmp_path, caplog):
 @pytest.mark.parametrize(("options", "message"), [
     ({"out": "x.safetensors"}, "writes a folder"),
     ({"checkpoints": "all"}, "makes one at a time"),
-    ({"multiplier": 0.5}, "is for --format checkpoint"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_refused(run, tmp_path, options, message):
     out = tmp_path / options.pop("out", "hub")

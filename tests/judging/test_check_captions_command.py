@@ -53,6 +53,14 @@ def test_every_picture_has_an_advantage_with_its_interval(checked):
     assert sum(item["held_out"] for item in content["pictures"]) == 1
 
 
+def test_a_page_beside_it_shows_every_picture_with_its_interval(checked):
+    out, content = checked
+    page = out.with_suffix(".html").read_text()
+    for item in content["pictures"]:
+        assert f"{item['subset']}/{item['name']}" in page
+        assert f"({item['advantage']['low']:+.1%} to {item['advantage']['high']:+.1%})" in page
+
+
 def test_a_second_call_asks_nothing(inputs, checked, monkeypatch):
     monkeypatch.setattr(check_captions, "load_base", lambda *_, **__: pytest.fail("nothing is missing"))
     out = inputs.folder / "again.json"
@@ -91,3 +99,12 @@ def test_an_adapter_adds_what_it_gained_and_asks_its_own_alone(inputs, checked, 
     assert all(item["learnt"] in ("not learnt", "learnt", "memorised") for item in content["pictures"])
     assert content["checkpoints"][0]["gained_by_subset"]["photos"]["low"] is not None
     assert content["checkpoints"][0]["memorised_gap"] is not None
+
+
+def test_what_a_runs_own_losses_say_stands_beside_it(inputs, checked, tmp_path):
+    run = inputs.train(tmp_path / "r", max_train_steps=8, train_batch_size=2)
+    content = check(inputs, tmp_path / "out.json", adapter=run.folder)
+    trained = [item for item in content["pictures"] if not item["held_out"]]
+    assert all(item["in_training"]["seen"] >= 3 for item in trained)
+    assert [item["in_training"] for item in content["pictures"] if item["held_out"]] == [None]
+    assert "quantile of its losses in training" in (tmp_path / "out.html").read_text()

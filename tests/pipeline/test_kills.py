@@ -21,8 +21,10 @@ from support.comparing import folder_bytes
 from support.fake_cache import captions, fill, wanted_texts
 from support.photographs import write_dataset_file, write_photographs
 from support.random_adapters import random_adapter
+from support.random_runs import write_base_and_prompts, write_random_checkpoints
 from support.tiny_base import write_tiny_base
 from support.tiny_captioners import blip
+from support.tiny_clip import write_tiny_clip
 from support.tiny_mmdit import tiny_architecture
 from support.tiny_training import make_inputs, pictures
 
@@ -36,12 +38,15 @@ PRELOADED = (
     "transformers.models.blip.processing_blip",
     "transformers.models.clip.modeling_clip",
     "transformers.models.t5.modeling_t5",
+    "transformers.models.clip.image_processing_clip",
     "sd3pipe.captioning.image_text",
     "sd3pipe.commands.caption",
+    "sd3pipe.commands.check_captions",
     "sd3pipe.commands.encode_latents",
     "sd3pipe.commands.encode_text",
     "sd3pipe.commands.export",
     "sd3pipe.commands.init",
+    "sd3pipe.commands.judge",
     "sd3pipe.commands.train",
     "sd3pipe.encoding.latent_rows",
     "sd3pipe.encoding.text_encoding",
@@ -50,6 +55,7 @@ LONGEST_SECONDS = 60.0  # a process that was told to end has ended by then
 STEPS = 4
 CAPTIONS = 40
 _STEP = f"step-{STEPS:08d}"
+_RESULT_ROWS = ("/.sd3pipe/embeddings/", "/.sd3pipe/errors/")  # segments of as many as were made at a time
 _ATTIC = "/attic/"  # has what was encoded before a SIGTERM, in a segment that the whole plan does not have
 _OF_A_TIME = (
     ".report.json",
@@ -89,6 +95,13 @@ def commands(tmp_path_factory) -> dict[str, Command]:
         fill(folder / machine / "text", wanted_texts(captions(CAPTIONS, start)))
     fill(folder / "used" / "text", wanted_texts(captions(CAPTIONS)))
     fill(folder / "used" / "text", wanted_texts(captions(CAPTIONS, start=CAPTIONS - 5)))
+    judged = folder / "judged"
+    drawing = write_base_and_prompts(
+        judged, "a wubble --w 32 --h 32 --s 2\na cat --w 32 --h 32 --s 2\n", cache="caches/prompts"
+    )
+    make_inputs(judged, pictures(4))
+    write_random_checkpoints(judged / "runs/r", drawing, (10, 20))
+    write_tiny_clip(folder / "clip")
     one_thread = ("--threads", 1, "--device", "cpu")
     return {
         "train": Command(
@@ -128,6 +141,23 @@ def commands(tmp_path_factory) -> dict[str, Command]:
         "merge": Command(words=("cache", "merge", folder / "a" / "text", folder / "b" / "text", "--out", "all/text")),
         "gc": Command(
             words=("cache", "gc", "used/text"), prepare=lambda out: shutil.copytree(folder / "used", out / "used")
+        ),
+        "judge": Command(
+            words=(
+                "judge", "--model", drawing, "--adapter", "runs/r", "--prompts", "caches/prompts",
+                "--latents", "caches/latents", "--judge-model", folder / "clip", "--trigger", "wubble",
+                "--seeds", "1,2", "--out", "runs/r/judge", *one_thread,
+            ),
+            prepare=lambda out: shutil.copytree(judged, out, dirs_exist_ok=True),
+            extra=lambda name: any(rows in name for rows in _RESULT_ROWS),
+        ),
+        "check-captions": Command(
+            words=(
+                "check-captions", "--model", drawing, "--text", "caches/text", "--latents", "caches/latents",
+                "--adapter", "runs/r", "--checkpoints", "all", "--draws", 2, "--out", "check.json", *one_thread,
+            ),
+            prepare=lambda out: shutil.copytree(judged, out, dirs_exist_ok=True),
+            extra=lambda name: any(rows in name for rows in _RESULT_ROWS),
         ),
         "init": Command(
             words=(
@@ -182,7 +212,18 @@ def finish(process: int) -> int:
     return code
 
 
-NAMES = ("train", "caption", "encode-text", "encode-latents", "export", "merge", "gc", "init")
+NAMES = (
+    "train",
+    "caption",
+    "encode-text",
+    "encode-latents",
+    "export",
+    "merge",
+    "gc",
+    "judge",
+    "check-captions",
+    "init",
+)
 ENDS = {
     signal.SIGKILL: (-signal.SIGKILL, ExitCode.DONE),
     # ended by the signal before anything began, or done before anything looked at it

@@ -9,7 +9,9 @@ pytest.importorskip("starlette", reason="the studio's extra is not installed")
 
 from support.studios import asked, studio_of, write_project
 
+from sd3pipe.caption_findings import CaptionFindings, CheckedPicture
 from sd3pipe.config import read_project
+from sd3pipe.judgement import Score
 from sd3pipe.studio.gallery import read_gallery
 
 CAPTIONS = {"a": "cat, sofa", "b": "cat, window", "c": "", "d": "<script>alert(1)</script> & dog"}
@@ -45,6 +47,20 @@ def test_a_page_shows_each_picture_with_its_facts_escaped(studio):
     assert "96 x 96, reduced to 67%" in page and "no caption" in page
     assert "&lt;script&gt;alert(1)" in page and "<script>alert" not in page
     assert "photo of cat, sofa" in page  # what is encoded stands apart from the file's text
+
+
+def test_pictures_that_check_captions_named_are_found_until_their_captions_change(studio, project):
+    said = {"subset": "pictures", "held_out": False, "advantage": Score(value=0.0)}
+    pictures = tuple(
+        CheckedPicture(name=f"{name}.png", suspect=name == "b", changes_nothing=False, **said) for name in CAPTIONS
+    )
+    findings = CaptionFindings(pictures=pictures, suspects=("pictures/b.png",), change_nothing=(), checkpoints=())
+    findings.save(project / "caption-check.json")
+    filtered = f"{base(studio)}?warning=check-captions"
+    page = asked(studio, "GET", filtered).text
+    assert page.count('<figure class="card"') == 1 and "no better than others" in page
+    save(studio, entries(project)["b"], "cat, door")
+    assert '<figure class="card"' not in asked(studio, "GET", filtered).text
 
 
 def test_a_hostile_name_is_text(tmp_path):

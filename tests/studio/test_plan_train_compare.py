@@ -184,9 +184,11 @@ def test_a_failed_export_shows_the_commands_own_line(studio, project, monkeypatc
     answer = asked(studio, "POST", path(studio, "compare", "use"), json=body)
     assert answer.status_code == 422 and answer.json()["error"] == ["torn"]
     assert told[0][-1] == str(project / "exports" / "cat-step00000010-diffusers.safetensors")
-    for wrong in ({"checkpoint": "../x"}, {"checkpoint": "final"}, {"format": "exe"}):
+    for wrong in ({"checkpoint": "../x"}, {"checkpoint": "final"}, {"format": "exe"}, {"strength": "0.6; x"}):
         assert asked(studio, "POST", path(studio, "compare", "use"), json={**body, **wrong}).status_code == 422
     assert len(told) == 1
+    asked(studio, "POST", path(studio, "compare", "use"), json={**body, "strength": "0.6"})
+    assert "--multiplier=0.6" in told[1] and told[1][-1].endswith("cat-step00000010-x0.6-diffusers.safetensors")
 
 
 def test_begin_makes_a_project_from_a_command_of_sd_scripts(tmp_path, project):

@@ -113,6 +113,7 @@ SHOWN_ELSEWHERE = {
         "save_every_n_epochs", "save_last_n_steps", "save_last_n_steps_state", "save_last_n_epochs",
         "save_last_n_epochs_state", "save_precision",
     ],
+    "test_shared_samples.py": ["max_sample_prompts"],
     "../support/tiny_training.py": ["model", "text", "latents", "out", "threads", "device"],  # every run
     "test_train_command.py": ["host_memory", "mmdit", "loras_dir", "torch_compile", "tf32"],
     "test_adapter_options.py": ["base_weights", "base_weights_multiplier"],

@@ -16,6 +16,7 @@ from sd3pipe.studio.places import path_of
 from sd3pipe.studio.runs import RunView, run_place
 
 _REFERENCES = 8
+_STRENGTH = re.compile(r"-?\d+(\.\d+)?")
 _FORMATS = get_args(ExportParams.model_fields["format"].annotation)
 
 
@@ -53,7 +54,7 @@ def draw(ask: Ask) -> dict[str, Any]:
 
 
 def use(ask: Ask) -> dict[str, Any]:
-    """Exports a checkpoint, or the finished adapter, in the form that was named, and says where the file is."""
+    """Exports a checkpoint, or the finished adapter, in a form and at a strength, and says where the file is."""
     run, chosen, form = RunView(run_place(ask.project)), ask.text("checkpoint"), ask.text("format")
     if form not in _FORMATS:
         raise ParameterError(f"format: one of {', '.join(_FORMATS)}")
@@ -61,16 +62,20 @@ def use(ask: Ask) -> dict[str, Any]:
     adapters["final"] = run.place / "final" / "adapter.safetensors"
     if chosen not in adapters or not adapters[chosen].is_file():
         raise ParameterError(f"checkpoint = {chosen}: the run has {', '.join(adapters)}")
+    strength = ask.text("strength") or "1"
+    if not _STRENGTH.fullmatch(strength):
+        raise ParameterError(f"strength = {strength}: write a number, such as 0.8")
     export = path_of(ask.project, "export").absolute()
     step = "" if chosen == "final" else f"-step{int(chosen):08d}"
-    marked = "" if form == "comfyui" else f"-{form}"
-    out = export.with_name(f"{export.stem}{step}{marked}.safetensors")
-    _export(ask, adapters[chosen].absolute(), form, out)
+    marked = ("" if float(strength) == 1 else f"-x{float(strength):g}") + ("" if form == "comfyui" else f"-{form}")
+    ending = "" if form == "hub" else ".safetensors"  # a hub takes a folder
+    out = export.with_name(f"{export.stem}{step}{marked}{ending}")
+    _export(ask, adapters[chosen].absolute(), form, strength, out)
     return {"html": ask.page("exported", file=str(out)), "message": f"written: {out.name}"}
 
 
-def _export(ask: Ask, adapter: Path, form: str, out: Path) -> None:
-    words = ["export", "--adapter", str(adapter), "--format", form, "--out", str(out)]
+def _export(ask: Ask, adapter: Path, form: str, strength: str, out: Path) -> None:
+    words = ["export", "--adapter", str(adapter), "--format", form, f"--multiplier={strength}", "--out", str(out)]
     code, printed = run_captured(words, folder=ask.project.folder)
     if code:
         errors = [line.removeprefix("error: ") for line in printed.splitlines() if line.startswith("error: ")]

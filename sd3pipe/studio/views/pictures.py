@@ -11,7 +11,7 @@ from sd3pipe.errors import InputError, ParameterError, Sd3pipeError
 from sd3pipe.studio.app import Ask
 from sd3pipe.studio.captions import last_change, save_captions
 from sd3pipe.studio.captions import undo as undo_last
-from sd3pipe.studio.gallery import Entry, Gallery, read_gallery, recent_entry
+from sd3pipe.studio.gallery import CAPTION_CHECK, Entry, Gallery, read_gallery, recent_entry
 from sd3pipe.studio.rows import rows_to_encode
 from sd3pipe.studio.tags import OPERATIONS, edited
 from sd3pipe.studio.thumbnails import thumbnail, thumbnail_file
@@ -22,6 +22,7 @@ _FILTERS = ("bucket", "subset", "words", "warning", "sort")
 _WARNINGS = {
     "any": "any warning", "enlarged": "too small, enlarged", "cut off": "cut off", "same file": "duplicate",
     "no caption": "no caption", "caption cut off": "caption cut off",
+    CAPTION_CHECK: "named by check-captions",
 }  # fmt: skip
 
 
