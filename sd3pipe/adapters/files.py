@@ -21,10 +21,11 @@ from sd3pipe.adapters.sizes import depth_of, fitting_variants
 from sd3pipe.console import listed
 from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_file
+from sd3pipe.fingerprint import hash_chunks, hash_file
 from sd3pipe.tensors.formats import FORMAT_NAMES
-from sd3pipe.tensors.header import read_header_and_metadata
+from sd3pipe.tensors.header import StoredTensor, read_header_and_metadata
 from sd3pipe.tensors.reader import read_stored
-from sd3pipe.tensors.writer import data_sha256, in_file_order, write_tensors
+from sd3pipe.tensors.writer import data_sha256, file_pieces, in_file_order, write_tensors
 from sd3pipe.words import StoredFormat
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,12 @@ def read_adapter(path: Path, *, ignore_unknown: bool = False) -> AdapterFile:
     Raises InputError for a damaged or foreign file, saying what it seems to be, and for keys that stand for nothing in
     an SD3 model unless `ignore_unknown`, which lists them in a warning; most of a file is never left out.
     """
-    tensors, metadata = _read_tensors(path)
+    return _parsed(path, *_read_tensors(path), ignore_unknown=ignore_unknown)
+
+
+def _parsed(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], *, ignore_unknown: bool = False
+) -> AdapterFile:
     strength = read_strengths(path, metadata)
     try:
         parsed = parse(tensors, strength=strength, metadata={**metadata, **strength.notes})
@@ -132,7 +138,7 @@ def save_adapter(
         write_tensors(handle, tensors, header)
         handle.flush()
         nbytes = handle.tell()
-        error, where = compare(adapter, read_adapter(Path(handle.name)).adapter, rounded)
+        error, where = compare(adapter, _read_back(Path(handle.name), tensors, header).adapter, rounded)
         check_error(where, error, dtype)
     return SavedAdapter(
         path=path,
@@ -143,6 +149,17 @@ def save_adapter(
         largest_difference=error,
         largest_at=where,
     )
+
+
+def _read_back(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> AdapterFile:
+    """Returns what a file holds that was written from these tensors.
+
+    Its bytes are compared with theirs, so that they need not be in memory twice. Raises InputError where they differ.
+    """
+    stored, metadata = _checked_header(path)
+    if hash_file(path) != hash_chunks(file_pieces(tensors, header)):
+        raise InputError(f"{path}: the bytes on the disk are not those that were written: check the disk")
+    return _parsed(path, {name: _kept(tensors[name]) for name in stored}, metadata)
 
 
 def compare(source: Adapter, written: Adapter, rounded: Mapping[str, Rounded] | None = None) -> tuple[float, str]:
@@ -177,7 +194,12 @@ def _tell_unknown(path: Path, parsed: Parsed, ignore_unknown: bool) -> None:
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the tensors and the metadata of a file, once its names and shapes say that it may be an adapter."""
+    stored, metadata = _checked_header(path)
+    return {name: _kept(tensor) for name, tensor in read_stored(stored).items()}, metadata
+
+
+def _checked_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Returns the header and the metadata of a file, once its names and shapes say that it may be an adapter."""
     stored, metadata = read_header_and_metadata(path)
     kind = foreign_kind({name: tensor.shape for name, tensor in stored.items()})
     if kind:
@@ -185,7 +207,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     check_bytes(path, metadata)
     for name, tensor in stored.items():
         _check_number_format(path, name, tensor.dtype, tensor.shape)
-    return {name: _kept(tensor) for name, tensor in read_stored(stored).items()}, metadata
+    return stored, metadata
 
 
 def _check_number_format(path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> None:

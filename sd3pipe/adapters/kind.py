@@ -95,7 +95,7 @@ class AdapterLayer(nn.Module, ABC):
 
     @abstractmethod
     def delta(self) -> "Delta":
-        """Returns the change of the weight as its factors: detached copies on the CPU."""
+        """Returns the change of the weight as its factors on the CPU, detached; they may be the layer's own memory."""
 
     @torch.no_grad()
     def take(self, delta: "Delta") -> None:
@@ -370,8 +370,8 @@ def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tenso
 
 
 def on_cpu(tensor: Tensor) -> Tensor:
-    """Returns a detached copy on the CPU in fp32, which holds every trained dtype exactly."""
-    return tensor.detach().to("cpu", torch.float32, copy=True)
+    """Returns the values on the CPU in fp32, which holds every trained dtype exactly: a copy unless they are that."""
+    return tensor.detach().to("cpu", torch.float32)
 
 
 def _described(delta: Delta) -> str:

@@ -116,7 +116,7 @@ class AdapterNetwork(nn.Module):
         return [{"params": parameters, "lr": rate} for rate, parameters in groups.items() if rate > 0.0]
 
     def deltas(self) -> dict[str, Delta]:
-        """Returns the adapter as factors on the CPU, by module path: what file formats write."""
+        """Returns the adapter as factors on the CPU, by module path: what file formats write before the next step."""
         return {path: layer.delta() for path, layer in self.layers.items()}
 
     def load(self, adapter: Adapter) -> None:

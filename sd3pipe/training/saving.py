@@ -1,5 +1,6 @@
 """Writes checkpoints, copies adapters to the folder where programs look for them, goes back to a checkpoint."""
 
+import functools
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -125,8 +126,6 @@ class Saver:
 
     def _write(self, progressed: Progressed) -> Path:
         """Writes a checkpoint, with the first of which a new run takes the place of an older one."""
-        with self._weights.delivered(self._optimizer):
-            deltas = self._network.deltas()
         tensors, values = export_state(self._optimizer, self._weights.optimized)
         numbers: dict[str, object] = {**progressed.to_state(), "optimizer": values}
         if self._scaler is not None:
@@ -134,9 +133,7 @@ class Saver:
         checkpoint = write_checkpoint(
             self._run.path,
             step=progressed.step,
-            write_adapter=lambda path: save_adapter(
-                path, deltas, dtype=_STORED_FORMATS[self._rules.save_precision], metadata=self._metadata(progressed)
-            ),
+            write_adapter=functools.partial(self._write_adapter, progressed),
             tensors={**self._weights.export(), **tensors},
             state={**self._state, **numbers},
         )
@@ -149,6 +146,11 @@ class Saver:
         best = [progressed.best_step] if progressed.best_step is not None else []
         prune(self._run.path, checkpoint, self._rules, keep_steps=best)
         return checkpoint.path
+
+    def _write_adapter(self, progressed: Progressed, path: Path) -> None:
+        dtype, metadata = _STORED_FORMATS[self._rules.save_precision], self._metadata(progressed)
+        with self._weights.delivered(self._optimizer):
+            save_adapter(path, self._network.deltas(), dtype=dtype, metadata=metadata)
 
 
 def loras_file(output_name: str, step: int) -> str:

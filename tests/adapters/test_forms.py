@@ -27,6 +27,7 @@ from sd3pipe.adapters.keymap import (
 )  # fmt: skip
 from sd3pipe.adapters.lora import LoRADelta
 from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.tensors.writer import write_tensors
 
 VARIANTS = ("sd3-medium", "sd35-medium", "sd35-large")
 KINDS = (
@@ -438,6 +439,35 @@ def test_a_file_that_differs_from_its_source_never_gets_its_name(tmp_path, monke
     with pytest.raises(ParameterError, match="would change by 1"):
         save_adapter(tmp_path / "a.safetensors", adapter)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_with_other_bytes_than_were_written_never_gets_its_name(tmp_path, monkeypatch):
+    from sd3pipe.adapters import files
+
+    def write_badly(handle, tensors, metadata):
+        write_tensors(handle, {name: tensor.roll(1) for name, tensor in tensors.items()}, metadata)
+
+    monkeypatch.setattr(files, "write_tensors", write_badly)
+    for metadata in ({}, None):
+        with pytest.raises(InputError, match="not those that"):
+            save_adapter(tmp_path / "a.safetensors", random_adapter(tiny_architecture("sd35-large")), metadata=metadata)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["comfyui", "comfyui-generic", "diffusers"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_what_was_written_is_compared_without_a_second_copy_in_memory(form, dtype, tmp_path, monkeypatch):
+    from sd3pipe.adapters import files
+
+    def read_whole(stored):
+        raise AssertionError("the file was read into memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "read_stored", read_whole)
+        path = tmp_path / "a.safetensors"
+        saved = save_adapter(path, random_adapter(tiny_architecture("sd35-large"), every=5), form=form, dtype=dtype)
+    assert files.compare(read_adapter(path).adapter, random_adapter(tiny_architecture("sd35-large"), every=5))[0] < 1e-3
+    assert saved.nbytes == path.stat().st_size
 
 
 def test_tensor_hash_is_that_of_sd_scripts(tmp_path):

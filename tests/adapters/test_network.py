@@ -279,3 +279,10 @@ def test_norm_limits_count_and_average():
 def test_spec_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         AdapterSpec().rank = 3
+
+
+def test_factors_on_the_cpu_are_the_layers_own_memory():
+    network = attach(tiny_mmdit("sd35-medium"), AdapterSpec(rank=2))
+    own = {parameter.data_ptr() for parameter in network.parameters()}
+    given = {tensor.data_ptr() for delta in network.deltas().values() for tensor in delta.tensors().values()}
+    assert given == own
