@@ -166,6 +166,7 @@ class Delta(ABC):
     algorithm: ClassVar[str]
     title: ClassVar[str]
     options: ClassVar[frozenset[str]] = frozenset()
+    default_alpha: ClassVar[float | None] = None  # without one given; None: the rank
     network_module: ClassVar[str] = "lycoris.kohya"
     network_args: ClassVar[Mapping[str, str]] = {}
     part_names: ClassVar[Mapping[str, tuple[str, ...]]]  # part -> ends of the keys that stand for it in files
@@ -330,6 +331,12 @@ class Delta(ABC):
         return self
 
     # --- layers
+
+    @classmethod
+    def alpha_of(cls, spec: AdapterSpec, rank: int) -> float:
+        """Returns the alpha that a fresh layer of a rank has, by what the user said of it or did not."""
+        default = rank if cls.default_alpha is None else cls.default_alpha
+        return default if spec.alpha is None else spec.alpha
 
     @property
     def trainable(self) -> bool:

@@ -66,7 +66,7 @@ def training_metadata(
     kohya |= {
         "network_module": KINDS[spec.algorithm].network_module,
         "network_dim": spec.rank,
-        "network_alpha": spec.rank if spec.alpha is None else spec.alpha,
+        "network_alpha": KINDS[spec.algorithm].alpha_of(spec, spec.rank),
         "network_args": json.dumps(network_args(spec), sort_keys=True),
         "base_model_version": _KOHYA_VERSIONS.get(variant, variant),
         "unet_lr": options.get("learning_rate"),

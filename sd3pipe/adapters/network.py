@@ -236,7 +236,7 @@ def _as_trained(delta: Delta, slot: LinearSlot) -> Delta:
 
 def _alpha(spec: AdapterSpec, rank: int) -> float:
     """Returns the alpha that files carry: it gives the right strength as alpha / rank, and is rounded as files do."""
-    alpha = float(rank if spec.alpha is None else spec.alpha)
+    alpha = float(KINDS[spec.algorithm].alpha_of(spec, rank))
     if spec.rs_lora:
         alpha *= math.sqrt(rank)  # rsLoRA (arXiv:2312.03732) divides by sqrt(rank)
     return float(torch.tensor(alpha, dtype=torch.float32))

@@ -91,6 +91,7 @@ class OFTDelta(Rotation):
     title: ClassVar[str] = "rotation of outputs (OFT)"
     network_args: ClassVar[Mapping[str, str]] = {"algo": "diag-oft"}
     options: ClassVar[frozenset[str]] = frozenset({"network_alpha"})
+    default_alpha: ClassVar[float | None] = 0.0
     part_names: ClassVar[Mapping[str, tuple[str, ...]]] = {"oft_blocks": (".oft_blocks",)}
     file_prefix: ClassVar[str] = "oft_"
     layer_class: ClassVar[type[AdapterLayer]] = OFT
@@ -155,7 +156,7 @@ class OFTDelta(Rotation):
     @classmethod
     def fresh_layer(cls, path: str, setup: LayerSetup, spec: AdapterSpec) -> AdapterLayer:
         rows = setup.out_features // QKV_PARTS if path.endswith(".qkv") else setup.out_features
-        return OFT(replace(setup, rank=block_width(rows, setup.rank), alpha=setup.alpha if spec.alpha else 0.0))
+        return OFT(replace(setup, rank=block_width(rows, setup.rank)))
 
 
 def block_width(features: int, largest: int) -> int:

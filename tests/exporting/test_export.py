@@ -122,6 +122,12 @@ def test_kinds_that_sd_scripts_has_not_are_called_as_lycoris_calls_them(shape, a
     assert json.loads(found["ss_network_args"]) == {"x_mlp_dim": "8", **arguments}
 
 
+def test_an_oft_says_the_constraint_that_it_has():
+    assert trained_metadata(algorithm="oft", alpha=None)["ss_network_alpha"] == "0.0"
+    assert trained_metadata(algorithm="oft", alpha=0.5)["ss_network_alpha"] == "0.5"
+    assert trained_metadata(algorithm="lora", alpha=None, rank=8)["ss_network_alpha"] == "8"
+
+
 def test_date_comes_from_the_environment_alone(monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     assert modelspec("sd35-large", None)["modelspec.date"] == "2023-11-14T22:13:20Z"

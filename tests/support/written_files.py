@@ -33,7 +33,7 @@ def trained_metadata(step=20, **shape):
     )  # fmt: skip
     return training_metadata(
         variant="sd35-medium",
-        spec=AdapterSpec(rank=4, alpha=2.0, part_ranks={"x_mlp": 8}, **shape),
+        spec=AdapterSpec(**{"rank": 4, "alpha": 2.0, "part_ranks": {"x_mlp": 8}} | shape),
         options={"seed": 42, "apply_t5_attn_mask": False, "t5xxl_max_token_length": 154},
         step=step,
         epoch=2,
