@@ -50,7 +50,7 @@ from sd3pipe.models.checkpoint import load_vae  # noqa: E402
 POSERS, TRIALS, SEEDS_EACH = 9, 200, 4
 SEEDS, TOLERANCE = 2, 0.5
 PROMPTS = 8  # with the new shape, and as many of old ones
-STEPS, EVERY = 900, 100
+STEPS, EVERY = 450, 50  # half of the demo's: the new shape is learnt on the way
 Booleans = NDArray[np.bool_]
 
 
@@ -58,11 +58,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--draws", type=int, default=400)
+    parser.add_argument("--run", type=Path, help="a run on the demo's pictures instead of one of nine checkpoints")
     parser.add_argument("--only", nargs="+", choices=("order", "null"), default=("order", "null"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = (options.folder or Path(tempfile.mkdtemp(prefix="judging-"))).resolve()
-    adapters = list(nine_checkpoints(folder).items())
+    adapters = list((checkpoint_adapters(options.run) if options.run else nine_checkpoints(folder)).items())
     if "order" in options.only:
         order(folder, adapters, options.draws)
     if "null" in options.only:

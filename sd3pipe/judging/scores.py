@@ -40,6 +40,7 @@ class Measured:
     drift: Resampled | None
     variety: Resampled | None
     scales: dict[str, float]  # how much of prompt, drift and variety there is in the base to be lost
+    chaos: float  # of the base's variety, what it has only where it does not understand the trigger: no loss
 
 
 def measure(embedded: Embedded) -> Measured:
@@ -58,8 +59,9 @@ def measure(embedded: Embedded) -> Measured:
         margin=None if margins_CPS is None else resample(margins_CPS[1:]),
         prompt=None if prompts_CPS is None else _from_base(prompts_CPS),
         drift=resample(1 - _cosine(neutral_CPSD[1:], neutral_CPSD[:1])) if has_neutral else None,
-        variety=_from_base(variety(drawn_CPSD)) if drawn_CPSD.shape[2] > 1 else None,
+        variety=_from_base(variety(_varied(embedded))) if drawn_CPSD.shape[2] > 1 else None,
         scales=_scales(embedded),
+        chaos=_chaos(embedded),
     )
 
 
@@ -101,14 +103,20 @@ def variety(drawn_CPSD: Array) -> Array:
 
 
 def losses(measured: Measured, tolerance: float) -> dict[str, Loss]:
-    """Returns what each checkpoint loses, and the limit: the tolerated share of what the base has."""
+    """Returns what each checkpoint loses, and the limit: the tolerated share of what the base has.
+
+    A word that the base does not know it draws as anything, and learning it ends that: only of the variety that the
+    base has where it understands a share is a loss.
+    """
     lost = {
         "prompt": _negative(measured.prompt),
         "drift": measured.drift,
         "variety": _negative(measured.variety),
     }
     return {
-        name: Loss(lost=resampled, limit=tolerance * measured.scales[name])
+        name: Loss(
+            lost=resampled, limit=tolerance * measured.scales[name] + (measured.chaos if name == "variety" else 0.0)
+        )
         for name, resampled in lost.items()
         if resampled is not None and name in measured.scales
     }
@@ -170,8 +178,22 @@ def _scales(embedded: Embedded) -> dict[str, float]:
             others_PS = (similarity_PSM.sum(axis=-1) - own_PS) / (prompts - 1)
             scales["prompt"] = max(0.0, float((own_PS - others_PS).mean()))
     if base_PSD.shape[1] > 1:
-        scales["variety"] = float(variety(embedded.drawn_CPSD[:1]).mean())
+        scales["variety"] = float(variety(_varied(embedded)[:1]).mean()) - _chaos(embedded)
     return scales
+
+
+def _varied(embedded: Embedded) -> Array:
+    """Returns the pictures whose variety counts: of prompts with the trigger, where there are any."""
+    trigger_P = embedded.with_trigger_P
+    return embedded.drawn_CPSD[:, trigger_P] if trigger_P.any() else embedded.drawn_CPSD
+
+
+def _chaos(embedded: Embedded) -> float:
+    """Returns by how much more the base varies with the trigger than without, 0 for less."""
+    base_1PSD, trigger_P = embedded.drawn_CPSD[:1], embedded.with_trigger_P
+    if trigger_P.all() or not trigger_P.any() or base_1PSD.shape[2] < 2:
+        return 0.0
+    return max(0.0, float(variety(base_1PSD[:, trigger_P]).mean() - variety(base_1PSD[:, ~trigger_P]).mean()))
 
 
 def _between_prompts(base_PSD: Array) -> float:

@@ -81,6 +81,20 @@ def test_pictures_as_far_apart_as_the_training_pictures_are_no_copies(scene):
     assert nearness(np.tile(trained[:1], (1, 1, 1, 1)), trained).min() > 0.1
 
 
+def test_drawing_an_unknown_word_as_anything_is_no_variety_to_be_lost(scene):
+    """The base scatters where the trigger stands; the checkpoint varies there as the base does elsewhere."""
+    generator, concept, trained, texts, base = scene
+    scattered, drawn = base.copy(), base.copy()
+    scattered[TRIGGER] = unit(generator.standard_normal((3, SEEDS, WIDTH)))
+    drawn[TRIGGER] = around(np.tile(concept, (3, SEEDS, 1)), 0.4, generator)
+    scores, lost = judged((generator, concept, trained, texts, scattered), drawn)
+    assert scores.variety.value < -0.5 * variety(scattered[None, TRIGGER]).mean()
+    assert lost["variety"].lost.values_K[0] <= lost["variety"].limit
+    drawn[TRIGGER] = np.tile(trained[2], (3, SEEDS, 1))
+    _, lost = judged((generator, concept, trained, texts, scattered), drawn)
+    assert lost["variety"].lost.values_K[0] > lost["variety"].limit
+
+
 def test_variety_is_the_mean_distance_of_pairs(scene):
     base = scene[-1]
     pairs = [1 - base[:, i] @ base[:, j].T for i in range(SEEDS) for j in range(SEEDS) if i != j]
