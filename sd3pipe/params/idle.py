@@ -28,8 +28,8 @@ _ACTS_UNDER: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "rank_rules": ("dim_from_weights", (False,)),
     "activation_offload": ("gradient_checkpointing", ("auto", "on", int)),
     "matmul_rotation": ("matmul_dtype", ("int8", "fp8")),
-    "logging_dir": ("log_with", ("tensorboard", "wandb", "all")),
-    "log_tracker_name": ("log_with", ("tensorboard", "wandb", "all")),
+    "logging_dir": ("log_with", ("tensorboard", "wandb", "trackio", "all")),
+    "log_tracker_name": ("log_with", ("tensorboard", "wandb", "trackio", "all")),
     "wandb_run_name": ("log_with", ("wandb", "all")),
 }
 

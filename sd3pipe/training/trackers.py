@@ -1,8 +1,9 @@
-"""TensorBoard and Weights & Biases, through accelerate."""
+"""TensorBoard, Weights & Biases and Trackio, through accelerate."""
 
 import importlib.util
+import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from sd3pipe.errors import ParameterError
 from sd3pipe.files import make_folder
@@ -12,6 +13,8 @@ from sd3pipe.words import Tracker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_ALL: tuple[Tracker, ...] = ("tensorboard", "wandb")  # what sd-scripts means by it
 
 
 def check_trackers(params: TrainParams) -> None:
@@ -24,10 +27,14 @@ def check_trackers(params: TrainParams) -> None:
 
 
 def start_trackers(params: TrainParams, config: Mapping[str, object], processes: Processes) -> "Accelerator":
-    """Returns an accelerate Accelerator whose trackers are running; W&B is offline where WANDB_MODE=offline says so."""
+    """Returns an accelerate Accelerator whose trackers are running.
+
+    W&B is offline where WANDB_MODE=offline says so; Trackio keeps its files with the run unless TRACKIO_DIR says where.
+    """
     from accelerate import Accelerator  # takes its time, and a run without trackers needs none of it
 
     folder = make_folder(params.logging_dir or params.out / "logs")
+    os.environ.setdefault("TRACKIO_DIR", str((folder / "trackio").absolute()))  # read when trackio is imported
     on_cpu = processes.count == 1 or processes.device.type == "cpu"  # several processes have their state already
     accelerator = Accelerator(cpu=on_cpu, log_with=[*_wanted(params)], project_dir=folder)
     accelerator.init_trackers(
@@ -39,4 +46,4 @@ def start_trackers(params: TrainParams, config: Mapping[str, object], processes:
 
 
 def _wanted(params: TrainParams) -> list[Tracker]:
-    return list(get_args(Tracker)) if params.log_with == "all" else [params.log_with] if params.log_with else []
+    return list(_ALL) if params.log_with == "all" else [params.log_with] if params.log_with else []

@@ -2,13 +2,16 @@
 
 import json
 import math
+import os
 import signal
 import sys
-from types import SimpleNamespace
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from safetensors.torch import load_file
 from support.tiny_parts import TINY_VAE, random_tensors, save_single_file
 from support.tiny_training import Inputs, equal, fill_prompts, make_inputs, pictures
@@ -250,6 +253,31 @@ def test_wandb_is_asked_for_by_name(inputs, monkeypatch):
     expected = {"log_with": ["wandb"], "name": "weighed-and-biased", "run": "tuesday", "seed": 42, "ended": True}
     assert {name: started[name] for name in expected} == expected
     assert {1, 2} <= set(started["steps"])
+
+
+def test_trackio_keeps_the_steps_with_the_run(inputs, monkeypatch):
+    """A stand-in for the package, beside accelerate's own tracker: 0.43 cannot be installed with the tests' pillow."""
+    kept = SimpleNamespace(steps=[], ended=False)
+    run = SimpleNamespace(
+        log=lambda values, step: kept.steps.append((step, values["step/loss"]) if "step/loss" in values else None),
+        finish=lambda: setattr(kept, "ended", True),
+    )
+
+    def init(project: str) -> SimpleNamespace:
+        kept.project, kept.folder = project, os.environ["TRACKIO_DIR"]
+        return run
+
+    stand_in = ModuleType("trackio")
+    stand_in.init, stand_in.config = init, SimpleNamespace(update=lambda *_, **__: None)
+    stand_in.__spec__ = ModuleSpec("trackio", None)
+    monkeypatch.setitem(sys.modules, "trackio", stand_in)
+    monkeypatch.setattr("accelerate.tracking.is_trackio_available", lambda: True)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TRACKIO])
+    monkeypatch.setenv("TRACKIO_DIR", "")
+    monkeypatch.delenv("TRACKIO_DIR")
+    trained = inputs.train("kept", log_with="trackio", max_train_steps=2)
+    assert kept.project == "kept" and kept.folder == str(trained.folder / "logs" / "trackio") and kept.ended
+    assert [loss for step, loss in filter(None, kept.steps)] == pytest.approx(trained.losses())
 
 
 # bad losses
