@@ -11,6 +11,7 @@ counts the peak anew for each step.
 """
 
 import argparse
+import ctypes
 import gc
 import statistics
 import time
@@ -89,6 +90,7 @@ def _step(blocks: Blocks, settings: Settings, width: int, tokens: int) -> tuple[
     context_BLD, x_BLD = torch.randn(1, TEXT_TOKENS, width), torch.randn(1, tokens, width)
     condition_BD = torch.randn(1, width)
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else what the step before has freed still counts as held
     Path("/proc/self/clear_refs").write_text("5")  # begins the peak anew
     before, start = _memory("VmRSS:"), time.process_time()
     for block, of_block in zip(blocks.joint_blocks, kept, strict=True):

@@ -114,6 +114,24 @@ MUTATIONS = {
         new="alpha=self.setup.alpha)",
         tests=("tests/adapters/test_layers.py::test_split_layer_as_one_lora_has_three_times_rank_and_alpha",),
     ),
+    "OFT turns the other way": Mutation(
+        file="adapters/oft.py",
+        old="return blocks_KNN - blocks_KNN.mT",
+        new="return blocks_KNN.mT - blocks_KNN",
+        tests=("tests/adapters/test_rotations.py::test_blocks_turn_outputs_as_comfyui_does",),
+    ),
+    "peft's exact rotation turns as its series does": Mutation(
+        file="adapters/oftv2.py",
+        old="return cayley(-skew_KNN)",
+        new="return cayley(skew_KNN)",
+        tests=("tests/adapters/test_rotations.py::test_a_layer_that_turns_inputs_equals_pefts",),
+    ),
+    "T-LoRA rounds its ranks": Mutation(
+        file="adapters/tlora.py",
+        old="more_B.floor()",
+        new="more_B.round()",
+        tests=("tests/adapters/test_tlora.py::test_mask_is_the_papers_at_every_timestep",),
+    ),
     "dropout alive outside training": Mutation(
         file="adapters/kind.py",
         old="if self.training and dropout.neuron:",
