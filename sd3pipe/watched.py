@@ -19,16 +19,32 @@ class Watched:
     recursive: bool
 
 
-def state_of(file: Path, folders: Iterable[Watched]) -> str | None:
+class Look:
+    """One look at folders, for all who ask about them: each is listed, and each file in it asked for its stat, once."""
+
+    def __init__(self) -> None:
+        self.began_ns = time.time_ns()
+        self._listed: dict[str, tuple[os.stat_result, list[os.DirEntry[str]]]] = {}
+
+    def at(self, folder: str) -> tuple[os.stat_result, list[os.DirEntry[str]]]:
+        """Returns a folder's stat and its entries, which remember their own. Raises OSError."""
+        if folder not in self._listed:
+            stat = os.stat(folder)  # noqa: PTH116, as below: a Path for each of 100,000 files takes longer than its stat
+            with os.scandir(folder) as entries:
+                self._listed[folder] = stat, list(entries)
+        return self._listed[folder]
+
+
+def state_of(file: Path, folders: Iterable[Watched], look: Look | None = None) -> str | None:
     """Returns a hash that changes with the bytes of one file, and with anything that matters in some folders.
 
     None where stat cannot tell: a file was changed so lately that a further change might leave its stat alone, or it
     cannot be looked at.
     """
-    latest = time.time_ns() - COARSE_CLOCK_NS
+    look = look or Look()
     try:
         parts = [os.fsencode(file.resolve()), hash_file(file).encode("ascii")]
-        return hash_chunks(parts + [part for watched in folders for part in _states(watched, latest)])
+        return hash_chunks(parts + [part for watched in folders for part in _states(watched, look)])
     except (OSError, _TooYoungError):
         return None
 
@@ -37,32 +53,31 @@ class _TooYoungError(Exception):
     """A file's next change might not change its stat."""
 
 
-def _states(watched: Watched, latest: int) -> Iterator[bytes]:
+def _states(watched: Watched, look: Look) -> Iterator[bytes]:
     """Yields a digest for each folder, over its inode and the names, times, sizes and inodes of files that matter.
 
     Of other files the names count, and the times of other folders, for what lies there unused is told, too.
 
-    Raises OSError, and _TooYoungError for a change after `latest`.
+    Raises OSError, and _TooYoungError for a change that was too late for the look.
     """
     endings = tuple(ending.lower() for ending in watched.endings)
     waiting, visited = [watched.folder], set[tuple[int, int]]()
     while waiting:
         here = waiting.pop()
-        stat = os.stat(here)  # noqa: PTH116, as below: a Path for each of 100,000 files takes longer than its stat
+        stat, entries = look.at(here)
         if (stat.st_dev, stat.st_ino) in visited:
             continue
         visited.add((stat.st_dev, stat.st_ino))
         newest, lines = 0, [f"{here}\0{stat.st_dev} {stat.st_ino}"]
-        with os.scandir(here) as entries:
-            for entry in entries:
-                if watched.recursive and entry.is_dir():
-                    waiting.append(entry.path)
-                elif entry.name.lower().endswith(endings):
-                    stat = entry.stat()
-                    newest = max(newest, stat.st_ctime_ns)
-                    lines.append(f"{entry.name}\0{stat.st_mode} {stamp_of(stat)}")
-                elif not entry.name.startswith("."):
-                    lines.append(f"{entry.name}\0{entry.stat().st_mtime_ns if entry.is_dir() else ''}")
-        if newest > latest:
+        for entry in entries:
+            if watched.recursive and entry.is_dir():
+                waiting.append(entry.path)
+            elif entry.name.lower().endswith(endings):
+                stat = entry.stat()
+                newest = max(newest, stat.st_ctime_ns)
+                lines.append(f"{entry.name}\0{stat.st_mode} {stamp_of(stat)}")
+            elif not entry.name.startswith("."):
+                lines.append(f"{entry.name}\0{entry.stat().st_mtime_ns if entry.is_dir() else ''}")
+        if newest > look.began_ns - COARSE_CLOCK_NS:
             raise _TooYoungError
         yield digest_bytes("\n".join(sorted(lines)).encode("utf-8", "surrogateescape"))

@@ -17,7 +17,7 @@ from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, holds, read_json
 from sd3pipe.file_stamps import FileStamps, Stamp, stamp_of, tick_ns
 from sd3pipe.files import write_bytes
 from sd3pipe.fingerprint import hash_bytes, hash_file, hash_json
-from sd3pipe.watched import state_of
+from sd3pipe.watched import Look, state_of
 
 _FORMAT = 1
 _FILE = "sources.json"
@@ -88,10 +88,13 @@ def remember_sources(
         write_bytes(file, data)
 
 
-def check_sources(cache: Path) -> SourceCheck:
-    """Compares the files that a cache was encoded from with what they are now. A touched file alone is fresh."""
+def check_sources(cache: Path, look: Look | None = None) -> SourceCheck:
+    """Compares the files that a cache was encoded from with what they are now. A touched file alone is fresh.
+
+    Caches of one dataset share a `look` at its folders.
+    """
     last = last_run(cache)
-    if last and last.published == _published(cache) and last.state == state_of(Path(last.dataset), last.watched):
+    if last and last.published == _published(cache) and last.state == state_of(Path(last.dataset), last.watched, look):
         return SourceCheck("fresh")
     return Sources(cache).check()
 
@@ -121,7 +124,8 @@ class Sources:
         # a folder that is not listed holds masks
         about |= {str(p): files[str(p)] for p in alike if p.parent in places or str(p.parent) not in folders}
         for place in places & {Path(folder) for folder in folders}:
-            siblings = (path for path in place.iterdir() if path.stem == stem and str(path) not in files)
+            names = (name for name in os.listdir(place) if name.startswith(stem))  # noqa: PTH208, a Path for each is slow
+            siblings = (path for name in names if (path := place / name).stem == stem and str(path) not in files)
             about |= {str(p): (None, "") for p in siblings if p.suffix.lower() in folders[str(place)][0]}
         return _compared(_changes(about, {}))
 

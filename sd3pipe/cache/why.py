@@ -92,13 +92,15 @@ def explain(cache: Path, subject: str) -> list[Explanation]:
     """
     evidence = _Evidence(cache)
     digest = hash_file(Path(subject)) if Path(subject).is_file() else None
-    chosen = [sample for sample in _samples(evidence) if _is_about(sample, subject, digest)]
+    caption = text_source(subject)
+    chosen = [sample for sample in _samples(evidence) if _is_about(sample, subject, digest, caption)]
     if not chosen:
         raise InputError(
             f"{cache} and its last encode know no picture, caption or key {subject!r}: "
             "run the encode stage with --dry-run if it is new, then ask again"
         )
-    published = {_place(sample): sample for sample in evidence.live_samples}
+    names = {sample["name"] for sample in chosen}
+    published = {_place(sample): sample for sample in evidence.live_samples if sample["name"] in names}
     sources = Sources(cache)
     return [
         _explain(_as_it_is(sample, published.get(_place(sample), sample), sources), digest, evidence, sources)
@@ -181,7 +183,9 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _samples(evidence: _Evidence) -> list[dict[str, Any]]:
     """Returns what was last wanted, and what else the cache has."""
-    wanted = [] if evidence.last is None else list(_lines(evidence.last.samples))
+    if evidence.last is None:
+        return evidence.live_samples
+    wanted = list(_lines(evidence.last.samples))
     places = {_place(sample) for sample in wanted}
     return wanted + [sample for sample in evidence.live_samples if _place(sample) not in places]
 
@@ -191,14 +195,15 @@ def _lines(columns: Mapping[str, Iterable[Any]]) -> Iterator[dict[str, Any]]:
         yield dict(zip(columns, values, strict=True))
 
 
-def _is_about(sample: Mapping[str, Any], subject: str, digest: str | None) -> bool:
+def _is_about(sample: Mapping[str, Any], subject: str, digest: str | None, caption: str) -> bool:
+    """Whether a sample is meant by a subject, whose hash as a file is `digest`, and as a caption `caption`."""
     name = sample["name"]
     if digest is not None:
         as_path = Path(subject).as_posix()
         return sample.get("image_hash") == digest or as_path == name or as_path.endswith(f"/{name}")
     exact = (name, sample.get("prompt"), sample.get("image_hash"), f"{sample.get('subset')}/{name}")
     starts_key = len(subject) >= 8 and sample["key"].startswith(subject)
-    return subject in exact or sample.get("caption_hash") == text_source(subject) or starts_key
+    return subject in exact or sample.get("caption_hash") == caption or starts_key
 
 
 def _place(sample: Mapping[str, Any]) -> tuple[Any, ...]:

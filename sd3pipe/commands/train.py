@@ -39,6 +39,7 @@ from sd3pipe.training.setup import Run, build_loop, check_options
 from sd3pipe.training.trackers import check_trackers
 from sd3pipe.training.training_data import TrainingData, open_data
 from sd3pipe.training.validation import verdict
+from sd3pipe.watched import Look
 
 log = logging.getLogger(__name__)
 
@@ -173,9 +174,9 @@ def _begin_at(state: Progressed, params: TrainParams, folder: RunFolder) -> None
 
 def _check_freshness(params: TrainParams) -> str:
     """Returns what the check of the encoded files said. Raises StaleError if they changed, unless that is fine."""
-    states = []
+    states, look = [], Look()
     for cache in (params.text, params.latents):
-        check = check_sources(cache)
+        check = check_sources(cache, look)
         states.append(check.state)
         if check.state == "changed":
             message = f"{cache} is older than what it was encoded from: {listed(check.changes, separator='; ')}"

@@ -178,3 +178,25 @@ def test_a_file_that_was_changed_a_moment_ago_is_looked_into_again(base, tmp_pat
     for _ in range(2):
         assert cli.run(latents_command(base, dataset)) == 0
     assert len(scans) == 2
+
+
+def test_caches_of_one_dataset_share_one_look_at_its_files(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    for name in ("a.png", "a.txt", "sub/b.png"):
+        (tmp_path / name).write_text(name)
+        os.utime(tmp_path / name, ns=(10**18, 10**18))
+    dataset = tmp_path / "dataset.toml"
+    dataset.write_text("")
+    folders = [
+        [watched.Watched(folder=str(tmp_path), endings=endings, recursive=True)]
+        for endings in ((".png",), (".png", ".txt"))
+    ]
+    time.sleep(watched.COARSE_CLOCK_NS / 1e9 + 0.05)
+    apart = [watched.state_of(dataset, those) for those in folders]
+    listed = []
+    monkeypatch.setattr(os, "scandir", lambda folder, scan=os.scandir: listed.append(folder) or scan(folder))
+    look = watched.Look()
+    assert [watched.state_of(dataset, those, look) for those in folders] == apart and None not in apart
+    assert sorted(listed) == [str(tmp_path), str(tmp_path / "sub")]
+    (tmp_path / "a.txt").write_text("other")
+    assert watched.state_of(dataset, folders[1]) is None  # too young to be told by its stat
