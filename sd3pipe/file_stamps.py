@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, read_json
 from sd3pipe.errors import StorageError
 from sd3pipe.files import write_bytes
+from sd3pipe.remote import Remote, is_address
 
 log = logging.getLogger(__name__)
 
@@ -45,30 +46,34 @@ class FileStamps:
         self._entries = _read_entries(file)
         self._looked: dict[str, Stamp | None] = {}  # None: any change might go unseen
         self._new: dict[str, dict[str, Any]] = {}
+        self._listed: dict[str, Stamp] = {}  # of files behind addresses
         self._real: dict[str, str] = {}  # real path by the path that was asked for
         self._real_folders: dict[str, str] = {}
 
-    def recall(self, path: Path, what: str) -> Any | None:
+    def note_listed(self, address: str, stamp: Stamp) -> None:
+        """Takes the stamp of a file that is no file here from who listed it: it is looked at no more."""
+        self._listed[address] = stamp
+
+    def recall(self, path: Path | Remote, what: str) -> Any | None:
         """Returns the value remembered about an unchanged file, else None; None for a missing file, too."""
         try:
-            real, stat = self._look(path)
-            stamp = stamp_of(stat)
+            real, stamp = self._look(path)
             if stamp == self._looked.get(real) and what in self._new.get(real, {}):
                 return self._new[real][what]
             known_stamp, values = self._entries.get(real, (None, {}))
             if self._trust and stamp == known_stamp and what in values:
                 self._note(real, stamp)
                 return values[what]
-            self._note(real, _settled_stamp(Path(real)))
+            self._note(real, self._settled(real))
         except OSError:
             pass
         return None
 
-    def remember(self, path: Path, what: str, value: Any) -> None:
+    def remember(self, path: Path | Remote, what: str, value: Any) -> None:
         """Ties a JSON value to the file as it was when last recalled. Raises OSError for a missing file."""
         real, _ = self._look(path)
         if real not in self._looked:
-            self._note(real, _settled_stamp(Path(real)))
+            self._note(real, self._settled(real))
         self._new.setdefault(real, {})[what] = value
 
     def looked(self, path: Path) -> Stamp | None:
@@ -79,7 +84,7 @@ class FileStamps:
         """Merges what is new into the file, dropping files that are gone. A failure costs only a warning."""
         if not self._new:
             return
-        entries = {real: entry for real, entry in _read_entries(self._file).items() if os.path.lexists(real)}
+        entries = {real: entry for real, entry in _read_entries(self._file).items() if self._may_be_there(real)}
         for real, values in self._new.items():
             stamp = self._looked[real]
             if stamp is None:
@@ -93,15 +98,23 @@ class FileStamps:
             return
         self._entries, self._new = entries, {}
 
+    def _may_be_there(self, real: str) -> bool:
+        return is_address(real) or os.path.lexists(real)
+
+    def _settled(self, real: str) -> Stamp | None:
+        return self._listed[real] if real in self._listed else _settled_stamp(Path(real))
+
     def _note(self, real: str, stamp: Stamp | None) -> None:
         """Notes the stamp that further findings belong to, and drops those that belong to another one."""
         if self._looked.get(real, stamp) != stamp:
             self._new.pop(real, None)
         self._looked[real] = stamp
 
-    def _look(self, path: Path) -> tuple[str, os.stat_result]:
-        """Returns resolved path and stat; folders are resolved once, which is what makes 100,000 files cheap."""
+    def _look(self, path: Path | Remote) -> tuple[str, Stamp]:
+        """Returns resolved path and stamp; folders are resolved once, which is what makes 100,000 files cheap."""
         text = str(path)
+        if text in self._listed:
+            return text, self._listed[text]
         folder, name = os.path.split(text)
         if folder not in self._real_folders:
             self._real_folders[folder] = str(Path(folder).resolve())
@@ -111,7 +124,7 @@ class FileStamps:
             target = Path(real).resolve()
             real, stat = str(target), target.stat()
         self._real[text] = real
-        return real, stat
+        return real, stamp_of(stat)
 
 
 def stamp_of(stat: os.stat_result) -> Stamp:

@@ -9,8 +9,9 @@ import numpy as np
 
 from sd3pipe.cache.folder import SUFFIX, CacheFolder
 from sd3pipe.cache.segment import read_exactly
-from sd3pipe.errors import InputError, NetworkError
+from sd3pipe.errors import NetworkError
 from sd3pipe.files import open_handle
+from sd3pipe.remote import connect, is_address
 
 _MOST_OPEN = 128  # segments a process keeps open; systems allow 1024 files and up
 
@@ -94,7 +95,7 @@ class UrlFiles:
 
     def _ask(self, method: str, path: str, **arguments: Any) -> Any:
         if self._process != os.getpid():
-            self._files, self._process = _connect(self._url, self._options), os.getpid()
+            self._files, self._process = connect(self._url, self._options), os.getpid()
         try:
             return getattr(self._files, method)(path, **arguments)
         except (FileNotFoundError, EOFError):
@@ -106,16 +107,4 @@ class UrlFiles:
 def cache_files(where: str | Path) -> CacheFiles:
     """Returns the place of a folder or URL. Raises InputError where a URL's file system is not installed."""
     text = str(where)
-    return UrlFiles(text) if "://" in text else FolderFiles(Path(where))
-
-
-def _connect(url: str, options: dict[str, Any]) -> Any:
-    """Returns a fresh file system object: the cached ones of a parent process hang in a forked one."""
-    try:
-        import fsspec  # only for URLs
-    except ImportError as error:
-        raise InputError(f"{url} needs fsspec: pip install 'sd3pipe[s3]'") from error
-    try:
-        return fsspec.filesystem(url.partition("://")[0], skip_instance_cache=True, **options)
-    except (ImportError, ValueError) as error:
-        raise InputError(f"{url} cannot be opened ({error}): pip install 'sd3pipe[s3]'") from error
+    return UrlFiles(text) if is_address(text) else FolderFiles(Path(where))

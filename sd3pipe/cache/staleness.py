@@ -24,7 +24,7 @@ _FILE = "sources.json"
 _OF_THE_DATASET = {".toml", ".json", ".jsonl"}  # the dataset file and the metadata files that it names
 
 
-_Files: TypeAlias = dict[str, tuple[Any, str]]
+_Files: TypeAlias = dict[str, tuple[Any, str | None]]
 _Folders: TypeAlias = dict[str, tuple[list[str], str]]
 
 
@@ -52,26 +52,28 @@ def remember_sources(
     cache: Path,
     *,
     dataset_file: Path,
-    files: Mapping[Path, str],
+    files: Mapping[Path, str | None],
     folders: Mapping[Path, Collection[str]],
+    remote: Collection[str] = (),
     scan_started: float,
     stamps: FileStamps | None = None,
 ) -> None:
     """Notes beside a cache what it was encoded from, unless that is noted already. Raises StorageError.
 
-    `files` maps every picture, mask and caption file that was read to `hash_file` of its bytes. `folders` maps each
-    folder that was listed to the suffixes (".png", ".txt") of the files that mattered in it. `scan_started` is
+    `files` maps every picture, mask and caption file that was read to `hash_file` of its bytes, or to None where any
+    change of its stat is to count: to hash a tar takes as long as to encode it. `folders` maps each folder that was
+    listed to the suffixes (".png", ".txt") of the files that mattered in it, `remote` are addresses. `scan_started` is
     time.time() before the first file was read: the stat of a file that changed since then says nothing. `stamps` knows
     those that it looked at itself, before they were read.
     """
     resolve = _resolver()
     started_ns = int(scan_started * 1e9)
 
-    def entry(path: Path, digest: str) -> tuple[Stamp | None, str]:
+    def entry(path: Path, digest: str | None) -> tuple[Stamp | None, str | None]:
         stamp = stamps.looked(path) if stamps else None
         return stamp or _settled_stamp(str(path), started_ns), digest
 
-    digests = {dataset_file: hash_file(dataset_file), **files}
+    digests: dict[Path, str | None] = {dataset_file: hash_file(dataset_file), **files}
     note = {
         "format": _FORMAT,
         "cache": _published(cache),
@@ -80,7 +82,8 @@ def remember_sources(
         "folders": {
             str(folder.resolve()): [sorted(suffixes), _listing(folder, suffixes)]
             for folder, suffixes in folders.items()
-        },
+        }
+        | {address: [[], ""] for address in remote},
     }
     data = json.dumps(note).encode("utf-8", "surrogatepass")
     file = CacheFolder(cache).machine / _FILE
@@ -121,6 +124,7 @@ class Sources:
         alike = [Path(path) for path in files if stem in path and Path(path).stem == stem]
         places = {path.parent for path in alike if files[str(path)][1] == image_hash and _ends_with(path, name)}
         about = dict(self._of_dataset)
+        about |= {path: known for path, known in files.items() if known[1] is None}  # the picture may lie in it
         # a folder that is not listed holds masks
         about |= {str(p): files[str(p)] for p in alike if p.parent in places or str(p.parent) not in folders}
         for place in places & {Path(folder) for folder in folders}:
@@ -159,8 +163,8 @@ def _ends_with(path: Path, name: str) -> bool:
 def _changes(files: _Files, folders: _Folders) -> Iterator[str]:
     for name, (stamp, digest) in files.items():
         try:
-            if list(_stamp(name)) != stamp and hash_file(Path(name)) != digest:
-                yield f"{name} was changed" if digest else f"{name} is new"
+            if list(_stamp(name)) != stamp and (digest is None or hash_file(Path(name)) != digest):
+                yield f"{name} is new" if digest == "" else f"{name} was changed"
         except (OSError, ValueError):  # ValueError: no path of a file
             yield f"{name} is gone"
     for name, (suffixes, listing) in folders.items():

@@ -75,7 +75,7 @@ def slots_of(pictures: Sequence[Picture]) -> list[Slot]:
             entry, digest = picture.name, _digest_of_words(metadata[file].get(picture.name, {}))
         slot = Slot(picture=picture, file=file, entry=entry, digest=digest)
         if slots.setdefault((slot.file, slot.entry), slot) is not slot:
-            shared.append(str(picture.path))
+            shared.append(str(picture.place))
     if shared:
         log.warning("left out, as another picture has their caption file: %s", ", ".join(shared[:5]))
     return list(slots.values())

@@ -19,10 +19,11 @@ from sd3pipe.params.stage_file import render_stage_file
 from sd3pipe.project.fitting import fitting_advice
 from sd3pipe.project.ignored import DVCIGNORE, gitignore
 from sd3pipe.project.inputs import ENCODERS, missing_weights
-from sd3pipe.project.pictures import PictureFolder, dataset_toml, look_into, prompts_txt
+from sd3pipe.project.pictures import PictureFolder, dataset_toml, look_into, prompts_txt, source_of
 from sd3pipe.project.pipeline import dvc_yaml
 from sd3pipe.project.recipes import Advice, Recipe, length_advice, recipe
 from sd3pipe.project.writer import project_toml, write_project
+from sd3pipe.remote import is_address
 from sd3pipe.rules.memory import size_bytes
 from sd3pipe.shell import no_option, shell_word
 from sd3pipe.stages import Paths, stages_of
@@ -40,10 +41,10 @@ _MISREAD = re.compile(r"~|[\w+.-]+:")  # a home, or what DVC takes for the addre
 def main(params: InitParams) -> None:
     """Writes the project; asks on a terminal for what is missing; overwrites nothing."""
     model = params.model or _ask("Checkpoint file, diffusers folder or hub id", "--model")
-    images = params.images or Path(_ask("Folder with the pictures", "--images"))
+    images = params.images or _ask("Folder with the pictures", "--images")
     found = look_into(images)
     pictures = {_as_seen_from(params.folder, folder.path): folder for folder in found}
-    sources = [_as_seen_from(params.folder, images)]
+    sources = [] if is_address(images) else [_as_seen_from(params.folder, source_of(Path(images)))]
     shapes = _shapes(model) if params.variant is None or params.vram else {}
     variant = params.variant or detect_mmdit(shapes).variant
     paths = _paths(params, model)

@@ -3,6 +3,7 @@
 A value is looked up in the subset, then its dataset, then [general], then the default. Nothing here looks at pictures.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +16,9 @@ from sd3pipe.data.dataset_keys import PRESERVATION, DatasetKeys, Keys, SubsetKey
 from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import ParameterError
 from sd3pipe.problems import check_table, shown_key
+from sd3pipe.remote import Remote, is_address
 
+CONTAINER_ENDINGS = (".tar", ".parquet", ".arrow")  # of files that hold several pictures
 MODEL_STEP_PX = 16  # the VAE divides a side by 8, the MMDiT's patches by 2 more
 
 
@@ -53,7 +56,7 @@ class Subset:
 
     name: str
     dataset: int
-    image_dir: Path | None
+    image_dir: Path | Remote | None
     metadata_file: Path | None
     conditioning_data_dir: Path | None
     recursive: bool
@@ -106,10 +109,13 @@ def load_dataset(path: Path) -> Dataset:
     return _Reader(path).read(_parse(path))
 
 
-def folder_dataset(folder: Path) -> Dataset:
-    """Returns a dataset of all pictures in a folder and in the folders in it, with every other value's default."""
-    subset = {"image_dir": str(folder.absolute()), "recursive": True}
-    return _Reader(folder).read({"datasets": [{"resolution": 1024, "subsets": [subset]}]})
+def folder_dataset(folder: str) -> Dataset:
+    """Returns a dataset of all pictures in a folder and in the folders in it, with every other value's default.
+
+    It may be whatever an image_dir may name.
+    """
+    subset = {"image_dir": folder if is_address(folder) else str(Path(folder).absolute()), "recursive": True}
+    return _Reader(Path(folder)).read({"datasets": [{"resolution": 1024, "subsets": [subset]}]})
 
 
 class _Reader:
@@ -243,7 +249,7 @@ class _Reader:
         own = {
             "name": name,
             "dataset": draft.dataset,
-            "image_dir": self._path(keys.image_dir),
+            "image_dir": self._place(draft),
             "metadata_file": self._path(keys.metadata_file),
             "conditioning_data_dir": self._path(keys.conditioning_data_dir),
             "caption_extensions": keys.caption_extension,
@@ -254,6 +260,22 @@ class _Reader:
             "diff_output_preservation": keys.custom_attributes.get(PRESERVATION, False),
         }
         return Subset(**_picked(Subset, keys) | own)
+
+    def _place(self, draft: "_Draft") -> Path | Remote | None:
+        """Returns where the pictures lie, which may be in a bucket."""
+        value = draft.keys.image_dir
+        if value is None or not is_address(value):
+            return self._path(value)
+        if not value.startswith("s3://") or not value.removeprefix("s3://").strip("/"):
+            self.problems.append(
+                f"{self.path}: {draft.where}: image_dir = {value!r}: of addresses, s3://BUCKET/... is read"
+            )
+        if draft.keys.metadata_file is not None:
+            self.problems.append(
+                f"{self.path}: {draft.where}: metadata_file: lists files of a folder: captions of pictures in a bucket "
+                "lie beside them"
+            )
+        return Remote(value.rstrip("/"))
 
     def _path(self, value: str | None) -> Path | None:
         """Returns a path of the file: from the file's folder, or from the current one if it exists only there."""
@@ -300,7 +322,10 @@ def _subset_names(drafts: Sequence[_Draft], problems: list[str], path: Path) -> 
 def _folder_name(draft: _Draft) -> str:
     folder, listed = draft.keys.image_dir, draft.keys.metadata_file
     path = Path(folder) if folder is not None else Path(listed or "").with_suffix("")
-    return path.name or path.resolve().name or "pictures"
+    name = path.name or path.resolve().name or "pictures"
+    if name.lower().endswith(CONTAINER_ENDINGS):  # of a pattern, what stands before its first sign
+        name = re.split(r"[*?\[{]", Path(name).stem)[0].strip("-_.") or path.parent.name
+    return name or "pictures"
 
 
 def _unused(stem: str, taken: set[str]) -> str:

@@ -3,13 +3,13 @@
 # H W pixels, C channels
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from sd3pipe.data.geometry import Cut
-from sd3pipe.data.headers import MAX_PIXELS, read_picture
+from sd3pipe.data.headers import MAX_PIXELS
 from sd3pipe.data.images import composited, decode
+from sd3pipe.data.places import Place, read_picture
 from sd3pipe.data.resize import area_mean, resize
 from sd3pipe.data.scan import Picture
 from sd3pipe.errors import UnreadablePicture
@@ -20,9 +20,9 @@ from sd3pipe.fingerprint import hash_bytes
 class Job:
     """One row to decode. The hashes are those of the scan: a file that changed since is refused."""
 
-    path: Path
+    place: Place
     image_hash: str
-    mask_path: Path | None
+    mask_place: Place | None
     mask_hash: str | None
     cut: Cut
     latent_px: int = 8
@@ -39,9 +39,9 @@ class Pixels:
 def row_job(picture: Picture, cut: Cut, latent_px: int) -> Job:
     """Returns what a worker has to decode for one cut of a picture."""
     return Job(
-        path=picture.path,
+        place=picture.place,
         image_hash=picture.image_hash,
-        mask_path=picture.mask_path,
+        mask_place=picture.mask_place,
         mask_hash=picture.mask_hash,
         cut=cut,
         latent_px=latent_px,
@@ -52,7 +52,7 @@ def decode_row(job: Job, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Returns the pixels of one row. Raises UnreadablePicture."""
     cut = job.cut
     keep_alpha = cut.mask == "alpha" or cut.background is not None
-    pixels = decode(_bytes(job.path, job.image_hash), job.path.suffix, keep_alpha=keep_alpha, max_pixels=max_pixels)
+    pixels = decode(_bytes(job.place, job.image_hash), job.place.suffix, keep_alpha=keep_alpha, max_pixels=max_pixels)
     pixels = _cut_out(pixels, cut)
     mask = None
     if cut.mask == "alpha":
@@ -74,10 +74,10 @@ def _latent_mask(levels_HW: np.ndarray, latent_px: int) -> np.ndarray:
 
 def _mask_levels(job: Job, max_pixels: int) -> np.ndarray:
     """Returns the red channel of the mask picture, cut like the picture itself."""
-    assert job.mask_path is not None and job.mask_hash is not None
+    assert job.mask_place is not None and job.mask_hash is not None
     try:
-        data = _bytes(job.mask_path, job.mask_hash)
-        levels = decode(data, job.mask_path.suffix, keep_alpha=False, max_pixels=max_pixels)
+        data = _bytes(job.mask_place, job.mask_hash)
+        levels = decode(data, job.mask_place.suffix, keep_alpha=False, max_pixels=max_pixels)
     except UnreadablePicture as error:
         raise UnreadablePicture(f"its mask cannot be used: {error}") from error
     return _cut_out(levels, job.cut)[..., 0]
@@ -93,8 +93,8 @@ def _cut_out(pixels_HWC: np.ndarray, cut: Cut) -> np.ndarray:
     return pixels_HWC[:, ::-1] if cut.flip else pixels_HWC
 
 
-def _bytes(path: Path, expected_hash: str) -> bytes:
-    data = read_picture(path)
+def _bytes(place: Place, expected_hash: str) -> bytes:
+    data = read_picture(place)
     if hash_bytes(data) != expected_hash:
         raise UnreadablePicture("it changed while it was being encoded: run again")
     return data

@@ -2,17 +2,20 @@
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from sd3pipe.console import one_line
 from sd3pipe.data.dataset_file import Subset
+from sd3pipe.data.findings import Finding
+from sd3pipe.data.places import Place
 from sd3pipe.documents import read_data
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import nearest_path
 from sd3pipe.fingerprint import hash_bytes, is_hash
+from sd3pipe.remote import Remote
 
 PICTURE_ENDINGS = (
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl", ".heic", ".heif",
@@ -22,13 +25,14 @@ _FACE_PARTS = 4  # NAME_centrex_centrey_width_height, as face cutting tools name
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundFile:
-    """A picture file of a subset before anybody looked into it; `problem` says why that is useless."""
+    """A picture of a subset; `problem` says why it is useless to look into it."""
 
-    path: Path
+    place: Place
     name: str
     caption: str | None
-    caption_path: Path | None = None
-    caption_hash: str | None = None
+    caption_path: Path | Remote | None = None  # the file in which the caption stands
+    caption_hash: str | None = None  # of a file that holds nothing else
+    known: Finding | None = None  # where the file was looked into already
     problem: str | None = None
 
 
@@ -49,13 +53,11 @@ class CaptionError(InputError):
         self.problems = problems
 
 
-def read_folder(subset: Subset, captions: FileStamps | None) -> FolderRead:
-    """Returns what lies in a subset's image_dir. Raises CaptionError.
+def read_folder(folder: Path, subset: Subset, captions: FileStamps | None) -> FolderRead:
+    """Returns what lies in a folder of pictures of a subset. Raises CaptionError.
 
     `captions` remembers caption files, and reads those that it does not know; without it none is read.
     """
-    folder = subset.image_dir
-    assert folder is not None, "a subset without metadata_file has an image_dir"
     entries: list[FoundFile] = []
     others: list[str] = []
     folders: list[str] = []
@@ -68,15 +70,15 @@ def read_folder(subset: Subset, captions: FileStamps | None) -> FolderRead:
                 others.append(prefix + name)
                 continue
             text = digest = caption_path = None
-            if captions and (caption_name := _caption_name(name, names, subset.caption_extensions)):
-                caption_path = here / caption_name
+            if captions and (found := caption_name(name, subset.caption_extensions, names.__contains__)):
+                caption_path = here / found
                 try:
                     text, digest = _caption(caption_path, captions)
                 except InputError as error:
                     problems.append(str(error))
             entries.append(
                 FoundFile(
-                    path=here / name,
+                    place=Place(here / name),
                     name=prefix + name,
                     caption=text,
                     caption_path=caption_path,
@@ -100,10 +102,10 @@ def pictures_below(folder: Path, most_folders: int = 1000) -> int:
     return sum(is_picture_name(name) for _, _, files, _ in found for name in files)
 
 
-def mask_files(folder: Path) -> dict[str, Path]:
+def mask_files(folder: Path) -> dict[str, Place]:
     """Returns the pictures of a conditioning_data_dir by their name without ending."""
     for _, here, files, _ in walked(folder, recursive=False):
-        return {Path(name).stem: here / name for name in sorted(files) if is_picture_name(name)}
+        return {Path(name).stem: Place(here / name) for name in sorted(files) if is_picture_name(name)}
     return {}
 
 
@@ -118,13 +120,18 @@ def _caption(path: Path, stamps: FileStamps) -> tuple[str, str]:
     if isinstance(known, dict) and isinstance(known.get("text"), str) and is_hash(known.get("hash")):
         return known["text"], known["hash"]
     data = read_data(path)
-    try:
-        text = normalised(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: the caption is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    text = text_of(data, str(path))
     digest = hash_bytes(data)
     stamps.remember(path, "caption", {"text": text, "hash": digest})
     return text, digest
+
+
+def text_of(data: bytes, where: str) -> str:
+    """Returns the caption in the bytes that lie at `where`. Raises InputError unless they are UTF-8."""
+    try:
+        return normalised(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: the caption is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
 
 
 def normalised(text: str) -> str:
@@ -185,13 +192,13 @@ def _file_problem(entry: os.DirEntry[str]) -> str | None:
         return f"it cannot be read ({error.strerror})"
 
 
-def _caption_name(name: str, names: set[str], endings: tuple[str, ...]) -> str | None:
-    """Returns the caption file of a picture among the names of its folder."""
+def caption_name(name: str, endings: tuple[str, ...], is_there: Callable[[str], bool]) -> str | None:
+    """Returns the caption file of a picture among those that are there beside it."""
     stem = name[: name.rindex(".")]
     parts = stem.rsplit("_", _FACE_PARTS)
     stems = (stem, parts[0]) if len(parts) > _FACE_PARTS else (stem,)
     for candidate in stems:
         for ending in endings:
-            if candidate + ending in names:
+            if is_there(candidate + ending):
                 return candidate + ending
     return None

@@ -96,7 +96,7 @@ def views_of_all(found: Scan, *, crop_variants: int, seed: int) -> tuple[list[li
         except UnreadablePicture as error:
             unreadable.append(
                 UnreadableFile(
-                    path=picture.path,
+                    place=picture.place,
                     name=picture.name,
                     subset=picture.subset.name,
                     image_hash=picture.image_hash,

@@ -1,22 +1,18 @@
 """What a picture's header says, without decoding it. The only part of a scan that needs Pillow."""
 
 import io
-import os
 import struct
 import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from sd3pipe.data.png import without_texts
 from sd3pipe.errors import UnreadablePicture
-from sd3pipe.files import open_regular
 
 MAX_PIXELS = 200_000_000  # larger than the largest cameras' 150 MP; 600 MB as RGB
-MAX_FILE_BYTES = 1_000_000_000  # so many pixels in four bytes each, and room for what a camera adds
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JXL", "MPO", "PNG", "TIFF", "WEBP")  # none runs programs
 PLUGINS = {  # Pillow's name of the format: the module to import, the package to install
     "JXL": ("pillow_jxl", "pillow-jxl-plugin"),
@@ -43,18 +39,6 @@ class Header:
     height: int
     has_alpha: bool
     animated: bool
-
-
-def read_picture(path: Path, most_bytes: int | None = None) -> bytes:
-    """Returns the bytes of a picture file, which is a regular one of bounded size. Raises UnreadablePicture."""
-    most_bytes = most_bytes or MAX_FILE_BYTES
-    try:
-        with open_regular(path) as file:
-            if os.fstat(file.fileno()).st_size > most_bytes:
-                raise UnreadablePicture(f"the file is larger than {most_bytes:,} bytes")
-            return file.read(most_bytes)
-    except OSError as error:
-        raise UnreadablePicture(f"it cannot be read ({error.strerror})") from error
 
 
 def open_picture(data: bytes, suffix: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -31,30 +31,30 @@ def left_out_of_folder(subset: Subset, read: FolderRead, dataset: Dataset, *, wi
 
     A subset without a picture has one line, which says what lies there instead.
     """
-    folder = Path(str(subset.image_dir))
+    folder = str(subset.image_dir)
     names = [name for name in read.others if not _base(name).startswith("._")]  # macOS' shadows of other files
     unread = [
         *_unread_files(names, subset),
-        *_unread_folders(folder, read.folders, dataset),
-        *_metadata(folder, names, dataset),
+        *_unread_folders(Path(folder), read.folders, dataset),
+        *_metadata(Path(folder), names, dataset),
     ]
     if not read.entries:
         lies = "; ".join(unread) or (_names(names, "other file") if names else "the folder is empty")
-        yield f"{one_line(str(folder))}: subset {one_line(subset.name)} has no picture that is read: {lies}"
+        yield f"{one_line(folder)}: subset {one_line(subset.name)} has no picture that is read: {lies}"
         return
     if with_captions:
         unread += _captions_next_door(read.entries, names)
         unread += _captions_of_nothing(read.entries, names, subset)
-    yield from (f"{one_line(str(folder))}: not read: {what}" for what in unread)
+    yield from (f"{one_line(folder)}: not read: {what}" for what in unread)
     for remark in (*_lost_repeats(read.entries, subset), *_same_stems(read.entries), *_masks(read.entries)):
-        yield f"{one_line(str(folder))}: {remark}"
+        yield f"{one_line(folder)}: {remark}"
 
 
 def left_out_of_metadata(subset: Subset, entries: Sequence[FoundFile]) -> Iterator[str]:
     """Yields a line if pictures lie in the image_dir of a metadata file that does not list them."""
-    if subset.image_dir is None or subset.metadata_file is None:
+    if not isinstance(subset.image_dir, Path) or subset.metadata_file is None:
         return
-    known = {os.path.normpath(entry.path) for entry in entries}
+    known = {os.path.normpath(str(entry.place)) for entry in entries}
     try:
         there = sorted(path.name for path in subset.image_dir.iterdir() if is_picture_name(path.name))
     except OSError:  # the file may name pictures that lie elsewhere
@@ -90,7 +90,7 @@ def _unread_folders(folder: Path, names: Iterable[str], dataset: Dataset) -> Ite
         path.resolve()
         for subset in dataset.subsets
         for path in (subset.image_dir, subset.conditioning_data_dir)
-        if path is not None
+        if isinstance(path, Path)
     }
     closed = [name for name in names if name.endswith("/")]
     if closed:

@@ -14,8 +14,10 @@ from pydantic import TypeAdapter
 
 from sd3pipe.data.dataset_file import Subset
 from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, FoundFile, normalised
+from sd3pipe.data.places import Place
 from sd3pipe.documents import MOST_LIST_BYTES, DocumentError, parse_json, read_text
 from sd3pipe.files import nearest_path
+from sd3pipe.remote import Remote
 
 _PATH_FIELDS = ("image_path", "file_name")
 _TEXT_FIELDS = ("caption", "text")
@@ -27,6 +29,7 @@ def metadata_entries(subset: Subset) -> list[FoundFile]:
     """Returns the pictures that a metadata file lists, in the order of their names. Raises CaptionError."""
     file = subset.metadata_file
     assert file is not None
+    assert not isinstance(subset.image_dir, Remote), "a dataset file with both is refused"
     if subset.image_dir is not None and not subset.image_dir.is_dir():
         raise CaptionError([f"{subset.image_dir}: there is no such folder{nearest_path(subset.image_dir)}"])
     problems: list[str] = []
@@ -40,7 +43,7 @@ def metadata_entries(subset: Subset) -> list[FoundFile]:
             problems.append(f"{where}: {name!r} has neither caption nor tags")
             continue
         path, problem = _locate(name, subset, file)
-        entries[name] = FoundFile(path=path, name=name, caption=caption or None, problem=problem)
+        entries[name] = FoundFile(place=Place(path), name=name, caption=caption or None, problem=problem)
     if problems:
         raise CaptionError(problems[:20])
     return [entries[name] for name in sorted(entries)]
@@ -157,7 +160,7 @@ def _caption(record: Mapping[str, Any], subset: Subset) -> str | None:
 
 def _locate(name: str, subset: Subset, file: Path) -> tuple[Path, str | None]:
     """Returns the file of a listed picture: as named, or below image_dir or the metadata file, or with an ending."""
-    folders = [folder for folder in (subset.image_dir, file.parent) if folder is not None]
+    folders = [folder for folder in (subset.image_dir, file.parent) if isinstance(folder, Path)]
     candidates = [folder / name for folder in folders]
     if subset.image_dir is None:
         candidates.append(Path(name))

@@ -4,8 +4,6 @@ What a picture file's header says, a caption's text and their hashes are remembe
 scan reads nothing and imports no Pillow.
 """
 
-import functools
-import importlib.metadata
 import logging
 import os
 from collections import Counter
@@ -14,17 +12,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sd3pipe import stopping
 from sd3pipe.console import count, listed
 from sd3pipe.data.caption_cache import CachedCaptions, read_captions
-from sd3pipe.data.dataset_file import Dataset, Subset
-from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, FoundFile, mask_files, read_folder
+from sd3pipe.data.dataset_file import CONTAINER_ENDINGS, Dataset, Subset
+from sd3pipe.data.findings import find_out
+from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, FoundFile, mask_files
 from sd3pipe.data.holding_out import held_out
+from sd3pipe.data.image_dirs import listed_folder, read_image_dir
 from sd3pipe.data.left_out import left_out_of_folder, left_out_of_metadata
 from sd3pipe.data.metadata import metadata_entries
-from sd3pipe.errors import InputError, UnreadablePicture
+from sd3pipe.data.places import Place
+from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
-from sd3pipe.fingerprint import hash_bytes, hash_file, is_hash
+from sd3pipe.fingerprint import hash_file
+from sd3pipe.remote import Remote
 from sd3pipe.stages import CAPTIONS
 from sd3pipe.watched import Watched
 
@@ -41,34 +42,51 @@ class Picture:
     `caption` is the raw text, or class_tokens, or empty.
     """
 
-    path: Path
+    place: Place
     name: str
     subset: Subset
     occurrence: int
     image_hash: str
-    mask_path: Path | None
+    mask_place: Place | None
     mask_hash: str | None
     width: int
     height: int
     has_alpha: bool
     animated: bool
     caption: str
-    caption_path: Path | None
-    caption_hash: str | None
+    caption_path: Path | Remote | None  # the file in which the caption stands
+    caption_hash: str | None  # of a file that holds nothing else
     split: Split
 
     @property
     def caption_file(self) -> Path:
-        """The file that the caption came from, or in which a first one would be looked for."""
-        listed = self.subset.metadata_file or self.caption_path
-        return listed or self.path.with_suffix(self.subset.caption_extensions[0])
+        """The file that the caption came from, or in which a first one would be looked for.
+
+        Raises InputError for a picture beside which none can be written.
+        """
+        if self.subset.metadata_file is not None:
+            return self.subset.metadata_file
+        if self.place.own_file is None:
+            raise InputError(
+                f"{self.place}: captions are written beside pictures in a folder, not into {self.captions_lie_in}: "
+                "captions of `sd3pipe caption --write none` count where the subset names their caption_cache"
+            )
+        if isinstance(self.caption_path, Path):
+            return self.caption_path
+        return self.place.own_file.with_suffix(self.subset.caption_extensions[0])
+
+    @property
+    def captions_lie_in(self) -> str:
+        """The name of the file in which this picture's caption stands, or would."""
+        own = self.subset.metadata_file or self.place.own_file
+        return self.place.file.name if own is None else self.caption_file.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnreadableFile:
     """An unreadable picture with the reason; its place in the join of text and latents is as for Picture."""
 
-    path: Path
+    place: Place
     name: str
     subset: str
     image_hash: str  # empty where the file could not be read at all
@@ -105,7 +123,7 @@ def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True, wi
     captions = stamps if with_captions else None
     for subset in dataset.subsets:
         try:
-            entries, remarks = _entries(subset, dataset, captions)
+            entries, remarks = _entries(subset, dataset, stamps, captions)
         except CaptionError as error:
             problems += error.problems
             continue
@@ -129,12 +147,14 @@ def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True, wi
     return Scan(pictures=_split(pictures), unreadable=unreadable, left_out=left_out)
 
 
-def _entries(subset: Subset, dataset: Dataset, captions: FileStamps | None) -> tuple[list[FoundFile], list[str]]:
+def _entries(
+    subset: Subset, dataset: Dataset, stamps: FileStamps, captions: FileStamps | None
+) -> tuple[list[FoundFile], list[str]]:
     """Returns the files of a subset, and lines about what is not used. Raises CaptionError."""
     if subset.metadata_file is not None:
         entries = metadata_entries(subset)
         return entries, list(left_out_of_metadata(subset, entries))
-    read = read_folder(subset, captions)
+    read = read_image_dir(subset, captions, pictures=stamps)
     return read.entries, list(left_out_of_folder(subset, read, dataset, with_captions=captions is not None))
 
 
@@ -149,20 +169,27 @@ def _split(pictures: Sequence[Picture]) -> list[Picture]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceFiles:
-    """The files that a scan went by with their hashes, and the folders it listed with the endings that mattered."""
+    """The files that a scan went by with their hashes, and the folders it listed with the endings that mattered.
 
-    files: dict[Path, str]
+    A file that holds several pictures has no hash: its stat alone counts. `remote` are addresses.
+    """
+
+    files: dict[Path, str | None]
     folders: dict[Path, tuple[str, ...]]
+    remote: tuple[str, ...]
 
 
 def source_files(found: Scan, dataset: Dataset, *, captions: bool) -> SourceFiles:
     """Returns what a cache of the scanned pictures depends on, with caption files or without."""
-    files: dict[Path, str] = {item.path: item.image_hash for item in found.unreadable if item.image_hash}
+    files: dict[Path, str | None] = {}
+    remote: list[str] = []
+    for item in (*found.unreadable, *found.pictures):
+        if isinstance(item.place.file, Path) and (item.image_hash or item.place.part):
+            files[item.place.file] = None if item.place.part else item.image_hash
     for picture in found.pictures:
-        files[picture.path] = picture.image_hash
-        if picture.mask_path is not None and picture.mask_hash is not None:
-            files[picture.mask_path] = picture.mask_hash
-        if captions and picture.caption_path is not None and picture.caption_hash is not None:
+        if picture.mask_place is not None and picture.mask_hash is not None and picture.mask_place.own_file:
+            files[picture.mask_place.own_file] = picture.mask_hash
+        if captions and isinstance(picture.caption_path, Path) and picture.caption_hash is not None:
             files[picture.caption_path] = picture.caption_hash
     folders: dict[Path, tuple[str, ...]] = {}
     for subset in dataset.subsets:
@@ -170,21 +197,31 @@ def source_files(found: Scan, dataset: Dataset, *, captions: bool) -> SourceFile
             files[subset.caption_cache / CAPTIONS] = hash_file(subset.caption_cache / CAPTIONS)
         if subset.metadata_file is not None:
             files[subset.metadata_file] = hash_file(subset.metadata_file)
-        elif subset.image_dir is not None:
-            endings = PICTURE_ENDINGS + (subset.caption_extensions if captions else ())
-            for folder in {subset.image_dir, *_folders_of(found, subset)}:
+        elif isinstance(subset.image_dir, Path):
+            top, endings = listed_folder(subset.image_dir), _endings(subset, captions=captions)
+            for folder in {top, *_folders_of(found, subset)} if top else ():
                 folders[folder] = tuple(dict.fromkeys((*folders.get(folder, ()), *endings)))
-    return SourceFiles(files=files, folders=folders)
+        elif subset.image_dir is not None:
+            remote.append(str(subset.image_dir))
+    return SourceFiles(files=files, folders=folders, remote=tuple(remote))
+
+
+def _endings(subset: Subset, *, captions: bool) -> tuple[str, ...]:
+    """Returns how the files end that matter in a subset's folders."""
+    return PICTURE_ENDINGS + CONTAINER_ENDINGS + (subset.caption_extensions if captions else ())
 
 
 def watched_folders(dataset: Dataset, *, captions: bool) -> list[Watched] | None:
-    """Returns where a scan looks, for the files that matter to it; None where a metadata file names them."""
+    """Returns where a scan looks, for the files that matter to it; None where a metadata file or a bucket has them."""
     watched = []
     for subset in dataset.subsets:
-        if subset.image_dir is None or subset.metadata_file is not None:
+        if not isinstance(subset.image_dir, Path) or subset.metadata_file is not None:
             return None
-        endings = PICTURE_ENDINGS + (subset.caption_extensions if captions else ())
-        watched.append(Watched(folder=str(subset.image_dir.absolute()), endings=endings, recursive=subset.recursive))
+        folder = listed_folder(subset.image_dir)
+        endings = _endings(subset, captions=captions) if folder else (subset.image_dir.name.lower(),)
+        recursive = subset.recursive and folder == subset.image_dir
+        folder = (folder or subset.image_dir.parent).absolute()
+        watched.append(Watched(folder=str(folder), endings=endings, recursive=recursive))
         if captions and (made := subset.caption_cache):
             watched.append(Watched(folder=str(made.absolute()), endings=(CAPTIONS,), recursive=False))
         if masks := subset.conditioning_data_dir:
@@ -193,7 +230,8 @@ def watched_folders(dataset: Dataset, *, captions: bool) -> list[Watched] | None
 
 
 def _folders_of(found: Scan, subset: Subset) -> set[Path]:
-    return {Path(folder) for folder in {os.path.split(p.path)[0] for p in found.pictures if p.subset is subset}}
+    files = (picture.place.file for picture in found.pictures if picture.subset is subset)
+    return {Path(folder) for folder in {os.path.split(str(file))[0] for file in files}}
 
 
 def tell_about_captions(found: Scan) -> None:
@@ -213,40 +251,42 @@ def tell_about_pictures(found: Scan) -> None:
     animated = [picture for picture in found.pictures if picture.animated]
     _tell(animated, "animated picture", "of which only the first frame is used")
     for file in found.unreadable:
-        log.warning("%s: left out: %s", file.path, file.reason)
+        log.warning("%s: left out: %s", file.place, file.reason)
 
 
 def _tell(pictures: Sequence[Picture], noun: str, what: str) -> None:
     if pictures:
-        log.warning("%s %s: %s", count(len(pictures), noun), what, listed([str(item.path) for item in pictures]))
+        log.warning("%s %s: %s", count(len(pictures), noun), what, listed([str(item.place) for item in pictures]))
 
 
 def _examine(
-    entry: FoundFile, subset: Subset, masks: dict[str, Path] | None, seen: Counter[str], stamps: FileStamps
+    entry: FoundFile, subset: Subset, masks: Mapping[str, Place] | None, seen: Counter[str], stamps: FileStamps
 ) -> Picture | UnreadableFile:
     """Returns the picture behind a file, or why it cannot be used."""
-    known: Mapping[str, Any] = {"unreadable": entry.problem} if entry.problem else _known(entry.path, stamps)
-    mask_path = masks.get(Path(entry.name).stem) if masks is not None else None
+    known: Mapping[str, Any] = (
+        {"unreadable": entry.problem} if entry.problem else entry.known or find_out(entry.place, stamps)
+    )
+    mask_place = masks.get(Path(entry.name).stem) if masks is not None else None
     mask_hash, problem = None, known.get("unreadable")
     if problem is None and masks is not None:
-        if mask_path is None:
+        if mask_place is None:
             problem = f"there is no mask for it in {subset.conditioning_data_dir}"
         else:
-            known_mask = _known(mask_path, stamps)
+            known_mask = find_out(mask_place, stamps)
             mask_hash, problem = known_mask.get("hash"), _mask_problem(known, known_mask)
     if problem is not None:
         return UnreadableFile(
-            path=entry.path, name=entry.name, subset=subset.name, image_hash=known.get("hash", ""), reason=problem
+            place=entry.place, name=entry.name, subset=subset.name, image_hash=known.get("hash", ""), reason=problem
         )
     image_hash = known["hash"]
     seen[image_hash] += 1
     return Picture(
-        path=entry.path,
+        place=entry.place,
         name=entry.name,
         subset=subset,
         occurrence=seen[image_hash] - 1,
         image_hash=image_hash,
-        mask_path=mask_path,
+        mask_place=mask_place,
         mask_hash=mask_hash,
         width=known["width"],
         height=known["height"],
@@ -274,60 +314,3 @@ def _mask_problem(picture: Mapping[str, Any], mask: Mapping[str, Any]) -> str | 
             f"{picture['width']} x {picture['height']}"
         )
     return None
-
-
-def _known(path: Path, stamps: FileStamps) -> Mapping[str, Any]:
-    """Returns hash and header of a picture file, or its hash and why it is unreadable; as remembered where possible."""
-    known = _remembered(stamps.recall(path, "picture"))
-    if known is not None and known.get("decoder", _decoder()) == _decoder():
-        return known
-    known = _look_into(path)
-    if known.get("hash"):
-        stamps.remember(path, "picture", known)
-    return known
-
-
-def _remembered(known: object) -> Mapping[str, Any] | None:
-    """Returns what was remembered about a picture if it is what `_look_into` returns."""
-    if not isinstance(known, dict) or not is_hash(known.get("hash")):
-        return None
-    if isinstance(known.get("unreadable"), str):
-        return known
-    sides, flags = (known.get("width"), known.get("height")), (known.get("has_alpha"), known.get("animated"))
-    fits = all(type(side) is int and side > 0 for side in sides) and all(type(flag) is bool for flag in flags)
-    return known if fits else None
-
-
-def _look_into(path: Path) -> dict[str, Any]:
-    from sd3pipe.data.headers import read_header, read_picture  # import Pillow, which a second scan does not need
-
-    stopping.check()
-    try:
-        data = read_picture(path)
-    except UnreadablePicture as error:
-        return {"unreadable": str(error)}
-    try:
-        header = read_header(data, path.suffix)
-    except UnreadablePicture as error:
-        return {"hash": hash_bytes(data), "unreadable": str(error), "decoder": _decoder()}
-    return {
-        "hash": hash_bytes(data),
-        "width": header.width,
-        "height": header.height,
-        "has_alpha": header.has_alpha,
-        "animated": header.animated,
-    }
-
-
-@functools.cache
-def _decoder() -> str:
-    """Returns the versions of Pillow and its plugins: others may read what these do not."""
-    versions = [_version(package) for package in ("pillow", "pillow-heif", "pillow-jxl-plugin")]
-    return " ".join(filter(None, versions))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

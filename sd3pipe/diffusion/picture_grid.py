@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from sd3pipe.data.headers import DECODER_ERRORS, open_picture, read_picture, reason
+from sd3pipe.data.headers import DECODER_ERRORS, open_picture, reason
+from sd3pipe.data.places import read_picture
 from sd3pipe.diffusion.kept_latents import PARAMETERS
 from sd3pipe.errors import InputError, UnreadablePicture
 from sd3pipe.files import write_bytes

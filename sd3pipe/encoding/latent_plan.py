@@ -22,7 +22,7 @@ def usable_views(read: DatasetRead, params: EncodeLatentsParams) -> tuple[list[V
     """Returns every row of a dataset's pictures, and the files that give none. Raises InputError if none gives any."""
     views, unreadable = views_of_all(read.found, crop_variants=params.crop_variants, seed=params.seed)
     if not views:
-        reasons = listed([f"{one_line(str(file.path))}: {file.reason}" for file in unreadable], separator="; ")
+        reasons = listed([f"{one_line(str(file.place))}: {file.reason}" for file in unreadable], separator="; ")
         raise InputError(f"{read.dataset.path}: none of {count(len(unreadable), 'picture')} can be used: {reasons}")
     return [view for of_picture in views for view in of_picture], unreadable
 

@@ -88,7 +88,7 @@ def _batches(views: Sequence[View], decoded: Iterable[Decoded], batch_size: int)
             yield batch
             batch, readable = [], 0
         size = view.cut.size
-        batch.append((one_line(str(view.picture.path)), item))
+        batch.append((one_line(str(view.picture.place)), item))
         readable += isinstance(item, Pixels)
     if batch:
         yield batch

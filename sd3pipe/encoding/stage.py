@@ -54,6 +54,7 @@ class DatasetRead:
             dataset_file=self.dataset.path,
             files=seen.files,
             folders=seen.folders,
+            remote=seen.remote,
             scan_started=self.started,
             stamps=self.stamps,
         )

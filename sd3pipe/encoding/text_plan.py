@@ -68,7 +68,7 @@ def caption_texts(found: Scan, dataset: Dataset, *, variants: int, seed: int) ->
         for variant, caption in enumerate(captions):
             digest = text_source(caption)
             texts.setdefault(digest, caption)
-            users.setdefault(digest, str(picture.path))
+            users.setdefault(digest, str(picture.place))
             number = numbers.setdefault(digest, len(numbers))
             values = (picture.name, picture.subset.name, picture.image_hash, digest, variant, number)
             for column, value in zip(samples.values(), values, strict=True):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sd3pipe.data.captions import process_caption
 from sd3pipe.data.dataset_file import Subset, load_dataset
-from sd3pipe.data.folders import read_folder
+from sd3pipe.data.image_dirs import read_image_dir
 from sd3pipe.data.metadata import metadata_entries
 from sd3pipe.file_stamps import FileStamps
 
@@ -62,7 +62,7 @@ def without(prompt: str, trigger: str) -> str:
 
 
 def _captions(subset: Subset, stamps: FileStamps) -> list[str]:
-    entries = metadata_entries(subset) if subset.metadata_file else read_folder(subset, captions=stamps).entries
+    entries = metadata_entries(subset) if subset.metadata_file else read_image_dir(subset, captions=stamps).entries
     return [
         process_caption(raw, subset.captions, random.Random(0))
         for entry in entries

@@ -21,8 +21,9 @@ _PATHS, _MODEL, _WORDING, _FILES, _RUN = "Paths", "Captioner", "Wording", "Capti
 
 class CaptionParams(StageParams):
     # fmt: off
-    images: OptionPath | None = option(
-        None, "Folder of pictures, with the folders in it; instead of --dataset.", role="path", panel=_PATHS
+    images: str | None = option(
+        None, "Folder of pictures, with the folders in it, or what else an image_dir may name; instead of --dataset.",
+        role="path", panel=_PATHS,
     )
     dataset: OptionPath | None = option(
         None, "Dataset file (TOML or JSON) whose pictures are captioned; in a project the default is its own.",

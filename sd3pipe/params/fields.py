@@ -1,6 +1,7 @@
 """How an option is declared: one pydantic field that carries type, default, range, help and what depends on it."""
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -12,7 +13,20 @@ from pydantic.fields import FieldInfo
 
 from sd3pipe.files import followed
 
-OptionPath = Annotated[Path, Field(strict=False)]  # TOML has no paths, only strings
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters and more: one is a drive's
+
+
+def _no_address(value: Any) -> Any:
+    """Refuses what a path would make s3:/... of, which is nowhere."""
+    if isinstance(value, str) and _ADDRESS.match(value):
+        raise ValueError(
+            "is an address, and a path on this machine is wanted: copy it here first (`aws s3 sync`, `rclone copy`, "
+            "`dvc pull`); an image_dir in a dataset file may be an address"
+        )
+    return value
+
+
+OptionPath = Annotated[Path, Field(strict=False), BeforeValidator(_no_address)]  # TOML has no paths, only strings
 NewFilePath = Annotated[OptionPath, AfterValidator(followed)]  # refused before any work where no file can come to lie
 
 R = TypeVar("R")

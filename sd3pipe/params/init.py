@@ -17,7 +17,9 @@ class InitParams(Params):
     variant: Variant | None = option(
         None, "Model variant; read from the file unless it is a hub id or large-turbo.", aliases=("for",), panel="Model"
     )
-    images: OptionPath | None = option(None, "Folder with pictures and captions.", role="path", panel="Pictures")
+    images: str | None = option(
+        None, "Folder, tar, Parquet file or s3:// address with pictures and captions.", role="path", panel="Pictures"
+    )
     trigger: str | None = option(None, "Word that stands for what is learnt.", panel="Pictures")
     caption: str | None = option(
         None,

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from sd3pipe.data.captions import is_random, process_caption
 from sd3pipe.data.dataset_file import Subset, load_dataset
-from sd3pipe.data.folders import FoundFile, read_folder
+from sd3pipe.data.folders import FoundFile
 from sd3pipe.data.geometry import cut_counts
+from sd3pipe.data.image_dirs import read_image_dir
 from sd3pipe.data.metadata import metadata_entries
 from sd3pipe.data.prompts import load_prompts
 from sd3pipe.file_stamps import FileStamps
@@ -66,7 +67,7 @@ def count_texts(dataset: Path, *, caption_variants: int, stamps: FileStamps) -> 
 
 
 def _entries(subset: Subset, captions: FileStamps | None) -> list[FoundFile]:
-    return metadata_entries(subset) if subset.metadata_file else read_folder(subset, captions).entries
+    return metadata_entries(subset) if subset.metadata_file else read_image_dir(subset, captions).entries
 
 
 read_prompts = functools.cache(load_prompts)

@@ -4,10 +4,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sd3pipe.data.dataset_file import folder_dataset
 from sd3pipe.data.folders import is_picture_name, walked
+from sd3pipe.data.image_dirs import listed_folder, read_image_dir
 from sd3pipe.data.left_out import repeats_of
 from sd3pipe.errors import InputError
 from sd3pipe.params.stage_file import toml_value
+from sd3pipe.remote import is_address
 
 _CAPTION_ENDINGS = (".txt", ".caption")
 
@@ -19,7 +22,7 @@ class PictureFolder:
     `repeats` and `class_tokens` stand in the name of a folder as sd-scripts' train_data_dir has them: 10_mycat.
     """
 
-    path: Path
+    path: Path | str  # an address is text
     pictures: int
     captions: int
     recursive: bool
@@ -27,17 +30,21 @@ class PictureFolder:
     class_tokens: str | None = None
 
 
-def look_into(folder: Path) -> list[PictureFolder]:
+def look_into(images: str) -> list[PictureFolder]:
     """Counts pictures and their caption files: of the folder as one, or, if some are there, of each `10_name` below.
 
-    Beside those each folder with pictures counts by itself. Raises InputError if there is no picture.
+    Beside those each folder with pictures counts by itself. Whatever else an image_dir may name counts as one.
+    Raises InputError if there is no picture.
     """
+    folder = Path(images)
+    if is_address(images) or listed_folder(folder) != folder:
+        return _held(images if is_address(images) else folder, images)
     if not folder.is_dir():
         raise InputError(f"{folder}: is not a folder: pass --images DIR with the pictures to learn from")
     names: dict[Path, Collection[str]] = {here: files for _, here, files, _ in walked(folder, recursive=True)}
     holding = [here for here in names if any(map(is_picture_name, names[here]))]
     if not holding:
-        raise InputError(f"{folder}: holds no picture: pass --images DIR with the pictures to learn from")
+        return _held(folder, images)
     roots = {here: _repeated(here, folder) or here for here in holding}
     if not any(_repeated(here, folder) for here in holding):
         roots = dict.fromkeys(holding, folder)
@@ -45,6 +52,21 @@ def look_into(folder: Path) -> list[PictureFolder]:
         _counted(root, folder, {here: names[here] for here in holding if roots[here] == root})
         for root in sorted({*roots.values()})
     ]
+
+
+def source_of(images: Path) -> Path:
+    """Returns the file or folder that pictures come from: of a pattern, the folder that its files lie in."""
+    return listed_folder(images) or images
+
+
+def _held(path: Path | str, images: str) -> list[PictureFolder]:
+    """Returns the counts of pictures that share files, or lie in a bucket. Raises InputError where there are none."""
+    entries = read_image_dir(folder_dataset(images).subsets[0], None).entries
+    if not entries:
+        raise InputError(f"{images}: holds no picture: pass --images DIR with the pictures to learn from")
+    captions = sum(entry.caption is not None for entry in entries)
+    below = any(Path(str(entry.place.file)).parent not in (path, Path(path).parent) for entry in entries)
+    return [PictureFolder(path=path, pictures=len(entries), captions=captions, recursive=below)]
 
 
 def _repeated(here: Path, top: Path) -> Path | None:

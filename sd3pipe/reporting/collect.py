@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import JsonValue, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
-from sd3pipe.data.headers import DECODER_ERRORS, open_picture, read_picture, reason
+from sd3pipe.data.headers import DECODER_ERRORS, open_picture, reason
+from sd3pipe.data.places import read_picture
 from sd3pipe.data.png import text_of
 from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import InputError, UnreadablePicture

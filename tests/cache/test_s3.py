@@ -1,9 +1,8 @@
 """A cache is read in place from s3://, here from a local server that speaks S3."""
 
 import pytest
-import s3fs
-from moto.server import ThreadedMotoServer
 from support import forked
+from support.buckets import local_s3, put
 from support.fake_cache import captions, fake_row, fill, wanted_texts
 
 from sd3pipe.cache.reader import CacheReader
@@ -14,18 +13,9 @@ COUNT = 12
 @pytest.fixture
 def url(tmp_path, monkeypatch):
     """The address of a cache in a bucket; where the bucket is, the environment says, as for any S3 program."""
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}
-    for name, value in (settings | {"DEFAULT_REGION": "us-east-1"}).items():
-        monkeypatch.setenv(f"AWS_{name}", value)
     fill(tmp_path / "text", wanted_texts(captions(COUNT)))
-    bucket = s3fs.S3FileSystem(skip_instance_cache=True)
-    bucket.mkdir("bucket")
-    bucket.put(str(tmp_path / "text"), "bucket/caches/text", recursive=True)
-    yield "s3://bucket/caches/text"
-    server.stop()
+    with local_s3(monkeypatch) as files:
+        yield put(files, tmp_path / "text", "caches/text")
 
 
 def assert_reads_everything(reader):

@@ -97,19 +97,19 @@ class Captions(RuleBasedStateMachine):
 
     @rule(words=st.sampled_from(["one", "two"]), write=st.sampled_from(["own", "missing"]))
     def caption(self, words: str, write: WrittenCaptions) -> None:
-        captioned(folder_dataset(self.folder), self.notes, words, write)
+        captioned(folder_dataset(str(self.folder)), self.notes, words, write)
         assert all(self.text(name).exists() for name in NAMES if self.picture(name).exists())
 
     @rule(words=st.sampled_from(["one", "two"]))
     def caption_all(self, words: str) -> None:
-        captioned(folder_dataset(self.folder), self.notes, words, "all")
+        captioned(folder_dataset(str(self.folder)), self.notes, words, "all")
         self.replaced |= self.by_hand
         self.by_hand = {}
 
     @rule()
     def undo(self) -> None:
         notes = WrittenNotes(self.notes)
-        take_back(slots_of(scan(folder_dataset(self.folder), FileStamps(self.root / "s.json")).pictures), notes)
+        take_back(slots_of(scan(folder_dataset(str(self.folder)), FileStamps(self.root / "s.json")).pictures), notes)
         self.by_hand |= self.replaced
         self.replaced = {}
         left = {name for name in NAMES if self.text(name).exists() and self.picture(name).exists()}
@@ -184,7 +184,7 @@ def test_captions_go_into_a_table_of_columns(listed):
 def test_a_caption_that_changes_meanwhile_is_kept(tmp_path, caplog):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     notes = WrittenNotes(tmp_path / "n.json")
-    slots = slots_of(scan(folder_dataset(tmp_path), FileStamps(tmp_path / "s.json")).pictures)
+    slots = slots_of(scan(folder_dataset(str(tmp_path)), FileStamps(tmp_path / "s.json")).pictures)
     (tmp_path / "a.txt").write_text("a person's")
     assert write_captions([(slots[0], "words")], notes) == []
     assert (tmp_path / "a.txt").read_text() == "a person's"
@@ -194,7 +194,7 @@ def test_a_caption_that_changes_meanwhile_is_kept(tmp_path, caplog):
 def test_pictures_that_share_a_caption_file_have_one_caption(tmp_path, caplog):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.webp")
-    assert len(captioned(folder_dataset(tmp_path), tmp_path / "n.json", "words", "own")) == 1
+    assert len(captioned(folder_dataset(str(tmp_path)), tmp_path / "n.json", "words", "own")) == 1
     assert "a.webp" in caplog.text
 
 
@@ -202,8 +202,8 @@ def test_no_caption_of_a_person_has_its_bytes_changed_by_undo(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     odd = b"\xef\xbb\xbfa cat\r\nand more\r\n\r\n"
     (tmp_path / "a.txt").write_bytes(odd)
-    captioned(folder_dataset(tmp_path), tmp_path / "n.json", "words", "all")
+    captioned(folder_dataset(str(tmp_path)), tmp_path / "n.json", "words", "all")
     assert (tmp_path / "a.txt").read_bytes() != odd
     notes = WrittenNotes(tmp_path / "n.json")
-    take_back(slots_of(scan(folder_dataset(tmp_path), FileStamps(tmp_path / "s.json")).pictures), notes)
+    take_back(slots_of(scan(folder_dataset(str(tmp_path)), FileStamps(tmp_path / "s.json")).pictures), notes)
     assert (tmp_path / "a.txt").read_bytes() == odd

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sd3pipe.data.captions import process_caption, processed_captions, tag_frequency
 from sd3pipe.data.dataset_file import CaptionRules, load_dataset
+from sd3pipe.data.places import Place
 from sd3pipe.data.scan import Picture
 
 PLAIN = CaptionRules(
@@ -141,7 +142,7 @@ def picture(tmp_path, caption, extra=""):
     file.write_text(f"[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = 'x'\n{extra}", encoding="utf-8")
     subset = load_dataset(file).subsets[0]
     return Picture(
-        path=Path("x/a.png"), name="a.png", subset=subset, occurrence=0, image_hash="5" * 64, mask_path=None,
+        place=Place(Path("x/a.png")), name="a.png", subset=subset, occurrence=0, image_hash="5" * 64, mask_place=None,
         mask_hash=None, width=8, height=8, has_alpha=False, animated=False, caption=caption,
         caption_path=None, caption_hash=None, split="train",
     )  # fmt: skip

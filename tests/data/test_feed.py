@@ -8,6 +8,7 @@ from support.deadly_job import DeadlyJob
 from sd3pipe.data.decoding import Job, Pixels
 from sd3pipe.data.feed import decoded_rows
 from sd3pipe.data.geometry import Cut
+from sd3pipe.data.places import Place
 from sd3pipe.errors import UnreadablePicture
 from sd3pipe.fingerprint import hash_file
 
@@ -21,8 +22,9 @@ def jobs(tmp_path_factory):
     for number in range(12):
         path = folder / f"{number}.png"
         Image.new("RGB", (16, 8), (number, 0, 0)).save(path)
-        made.append(Job(path=path, image_hash=hash_file(path), mask_path=None, mask_hash=None, cut=CUT))
-    made[5].path.write_bytes(made[5].path.read_bytes()[:40])
+        made.append(Job(place=Place(path), image_hash=hash_file(path), mask_place=None, mask_hash=None, cut=CUT))
+    path = folder / "5.png"
+    path.write_bytes(path.read_bytes()[:40])
     return made
 
 
@@ -62,18 +64,18 @@ def test_jobs_are_taken_only_as_far_ahead_as_memory_allows(jobs):
 def test_pixels_are_what_the_file_holds(jobs):
     (row,) = decoded_rows(jobs[:1], workers=1)
     assert row == Pixels(rgb=row.rgb, mask=None)
-    assert np.array_equal(row.rgb, np.asarray(Image.open(jobs[0].path)))
+    assert np.array_equal(row.rgb, np.asarray(Image.open(jobs[0].place.file)))
 
 
 def test_a_missing_file_is_a_broken_row(jobs, tmp_path):
-    gone = Job(path=tmp_path / "gone.png", image_hash="0" * 64, mask_path=None, mask_hash=None, cut=CUT)
+    gone = Job(place=Place(tmp_path / "gone.png"), image_hash="0" * 64, mask_place=None, mask_hash=None, cut=CUT)
     (row,) = decoded_rows([gone], workers=0)
     assert isinstance(row, UnreadablePicture) and "cannot be read" in str(row)
 
 
 def test_pixels_come_through_a_pipe_where_shared_memory_is_short(jobs, monkeypatch):
     through_memory = colours(decoded_rows(jobs, workers=2))
-    monkeypatch.setattr("sd3pipe.data.feed._SHARED_FOLDER", jobs[0].path.parent)
+    monkeypatch.setattr("sd3pipe.data.feed._SHARED_FOLDER", jobs[0].place.file.parent)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     assert colours(decoded_rows(jobs, workers=2)) == through_memory
 

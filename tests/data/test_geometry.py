@@ -11,6 +11,7 @@ from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.decoding import Job, decode_row
 from sd3pipe.data.faces import face_in_name
 from sd3pipe.data.geometry import RECIPE_VERSION, views
+from sd3pipe.data.places import Place
 from sd3pipe.data.scan import Picture
 from sd3pipe.data.weighting import sample_repeats
 from sd3pipe.errors import UnreadablePicture
@@ -24,8 +25,8 @@ def picture(tmp_path, width, height, extra="", dataset="enable_bucket = true", r
         encoding="utf-8",
     )
     fields = {
-        "path": tmp_path / name, "name": name, "subset": load_dataset(file).subsets[0], "occurrence": 0,
-        "image_hash": "5" * 64, "mask_path": None, "mask_hash": None, "width": width, "height": height,
+        "place": Place(tmp_path / name), "name": name, "subset": load_dataset(file).subsets[0], "occurrence": 0,
+        "image_hash": "5" * 64, "mask_place": None, "mask_hash": None, "width": width, "height": height,
         "has_alpha": False, "animated": False, "caption": "", "caption_path": None,
         "caption_hash": None, "split": "train",
     }  # fmt: skip
@@ -94,17 +95,18 @@ def test_a_face_crop_keeps_the_face_in_the_cut(tmp_path):
 def decoded(tmp_path, rgba, extra="", resolution=64, mask=None, **more):
     path = tmp_path / "a.png"
     Image.fromarray(rgba).save(path)
-    mask_path = None
+    mask_place = None
     if mask is not None:
         mask_path = tmp_path / "mask.png"
         Image.fromarray(mask).save(mask_path)
-        more |= {"mask_path": mask_path, "mask_hash": hash_file(mask_path)}
+        mask_place = Place(mask_path)
+        more |= {"mask_place": mask_place, "mask_hash": hash_file(mask_path)}
     found = picture(
         tmp_path, rgba.shape[1], rgba.shape[0], extra, dataset="", resolution=resolution,
         image_hash=hash_file(path), has_alpha=rgba.shape[2] == 4, **more,
     )  # fmt: skip
     jobs = [
-        Job(path=path, image_hash=found.image_hash, mask_path=mask_path, mask_hash=found.mask_hash, cut=cut)
+        Job(place=Place(path), image_hash=found.image_hash, mask_place=mask_place, mask_hash=found.mask_hash, cut=cut)
         for cut in cuts(found)
     ]
     return [decode_row(job) for job in jobs]
@@ -158,7 +160,7 @@ def test_a_file_that_changed_since_the_scan_is_refused(tmp_path):
     Image.fromarray(rgba_picture()).save(path)
     cut = cuts(picture(tmp_path, 64, 64, dataset="", resolution=64))[0]
     with pytest.raises(UnreadablePicture, match="changed while"):
-        decode_row(Job(path=path, image_hash="0" * 64, mask_path=None, mask_hash=None, cut=cut))
+        decode_row(Job(place=Place(path), image_hash="0" * 64, mask_place=None, mask_hash=None, cut=cut))
 
 
 def test_numbers_move_only_with_the_recipe_version(tmp_path):
@@ -212,4 +214,4 @@ def test_no_regularisation_without_other_pictures():
 
 def test_pictures_keep_their_place_whatever_the_path(tmp_path):
     found = picture(tmp_path, 1000, 640, "random_crop = true")
-    assert cuts(found) == cuts(replace(found, path=Path("/elsewhere/b.png"), name="b.png"))
+    assert cuts(found) == cuts(replace(found, place=Place(Path("/elsewhere/b.png")), name="b.png"))

@@ -9,7 +9,7 @@ from PIL import Image
 from sd3pipe.adapters.metadata import thumbnail_url
 from sd3pipe.cli import run
 from sd3pipe.config import read_toml
-from sd3pipe.data import headers
+from sd3pipe.data import places
 from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.prompts import load_prompts
 from sd3pipe.data.scan import scan
@@ -78,7 +78,7 @@ def test_an_input_that_is_no_bounded_file_is_refused(tmp_path, name, kind):
 
 
 def test_pictures_that_are_no_bounded_file_are_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(headers, "MAX_FILE_BYTES", 5000)
+    monkeypatch.setattr(places, "MAX_FILE_BYTES", 5000)
     folder = tmp_path / "pictures"
     folder.mkdir()
     os.mkfifo(folder / "pipe.png")
@@ -86,7 +86,7 @@ def test_pictures_that_are_no_bounded_file_are_left_out(tmp_path, monkeypatch):
     (folder / "huge.png").write_bytes(bytes(5001))
     found = scan_with(tmp_path / "d", "")
     assert [picture.name for picture in found.pictures] == ["a.png"]
-    assert {broken.path.name: broken.reason for broken in found.unreadable} == {
+    assert {broken.place.file.name: broken.reason for broken in found.unreadable} == {
         "pipe.png": "it is no regular file",
         "zeros.png": "it is no regular file",
         "huge.png": "the file is larger than 5,000 bytes",

@@ -8,7 +8,7 @@ import time
 import pytest
 from PIL import Image
 
-from sd3pipe.data import scan as scan_module
+from sd3pipe.data import findings
 from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.scan import scan, source_files
 from sd3pipe.errors import InputError
@@ -237,17 +237,17 @@ def test_a_new_plugin_has_another_look_at_what_could_not_be_read(folder, monkeyp
     add(folder, "a.png").write_bytes(b"none")
     versions = {"pillow": "1"}
     looked = []
-    look = scan_module._look_into
-    monkeypatch.setattr(scan_module, "_version", versions.get)
-    monkeypatch.setattr(scan_module, "_look_into", lambda path: looked.append(path.name) or look(path))
+    look = findings.look_into
+    monkeypatch.setattr(findings, "_version", versions.get)
+    monkeypatch.setattr(findings, "look_into", lambda place: looked.append(place.file.name) or look(place))
     stamps = FileStamps(folder / "stat.json")
     (folder / "d.toml").write_text("[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'pics'\n")
 
     def scan_again():
-        scan_module._decoder.cache_clear()
+        findings.decoder.cache_clear()
         return scan(load_dataset(folder / "d.toml"), stamps)
 
     assert scan_again().unreadable and scan_again().unreadable and looked == ["a.png"]
     versions["pillow-heif"] = "2"
     assert scan_again().unreadable and looked == ["a.png"] * 2
-    scan_module._decoder.cache_clear()
+    findings.decoder.cache_clear()

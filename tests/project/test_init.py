@@ -10,7 +10,7 @@ from support.tiny_base import write_tiny_base
 
 from sd3pipe.config import read_project
 from sd3pipe.data.dataset_file import load_dataset
-from sd3pipe.data.folders import read_folder
+from sd3pipe.data.image_dirs import read_image_dir
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.params.command_line import load_stage_models
 from sd3pipe.params.resolve import resolve
@@ -250,7 +250,7 @@ def test_folders_named_as_sd_scripts_has_them_become_subsets_with_their_repeats(
         "photos/sea": (1, False, None),
     }
     assert "photos/2_dog: 2 pictures, 0 with a caption, 2 without, each 2 times" in said
-    scanned = [entry.name for subset in subsets.values() for entry in read_folder(subset, None).entries]
+    scanned = [entry.name for subset in subsets.values() for entry in read_image_dir(subset, None).entries]
     assert sorted(scanned) == ["a.png", "b.png", "d.png", "e.png", "f.png", "g.png", "more/c.png"]
 
 

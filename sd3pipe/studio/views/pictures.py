@@ -41,7 +41,7 @@ def page(ask: Ask) -> str:
         warning_kinds=_WARNINGS,
         operations=tuple(OPERATIONS),
         last_change=last_change(ask.project),
-        file_of=lambda entry: entry.item.picture.caption_file.name,
+        file_of=lambda entry: entry.item.picture.captions_lie_in,
     )
 
 
@@ -121,7 +121,7 @@ def _gallery(ask: Ask) -> Gallery:
 
 
 def _cards(ask: Ask, entries: list[Entry], more: str = "") -> str:
-    return ask.page("cards", entries=entries, more=more, file_of=lambda entry: entry.item.picture.caption_file.name)
+    return ask.page("cards", entries=entries, more=more, file_of=lambda entry: entry.item.picture.captions_lie_in)
 
 
 def _more(ask: Ask, chosen: list[Entry], start: int) -> str:

@@ -1,0 +1,75 @@
+"""Where a picture's bytes lie: in a file of their own, or in a part of one; on a disk, or behind an address."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from sd3pipe.data.parquet_cells import Cell, read_cell
+from sd3pipe.errors import InputError, NetworkError, UnreadablePicture
+from sd3pipe.files import open_regular
+from sd3pipe.remote import Remote, read_range
+
+MAX_FILE_BYTES = 1_000_000_000  # 200 megapixels in four bytes each, and room for what a camera adds
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes in a row in a file: a member of a tar, a value of an Arrow table."""
+
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The place of one picture. `label` is what its part of the file is called: a member's name, or the row."""
+
+    file: Path | Remote
+    label: str = ""
+    part: Span | Cell | None = None
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.label}" if self.part else str(self.file)
+
+    @property
+    def suffix(self) -> str:
+        """The ending of the picture's own name."""
+        return Path(self.label).suffix if self.part else self.file.suffix
+
+    @property
+    def own_file(self) -> Path | None:
+        """The file on this machine that holds this picture alone; None where there is none."""
+        return self.file if isinstance(self.file, Path) and self.part is None else None
+
+
+def read_picture(place: Path | Place, most_bytes: int | None = None) -> bytes:
+    """Returns the bytes of a picture, of bounded size, from a regular file. Raises UnreadablePicture."""
+    place = Place(place) if isinstance(place, Path) else place
+    most_bytes = most_bytes or MAX_FILE_BYTES
+    try:
+        data = _read(place, most_bytes)
+    except (OSError, InputError, NetworkError) as error:
+        raise UnreadablePicture(f"it cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if len(data) > most_bytes:
+        raise UnreadablePicture(too_large(most_bytes))
+    return data
+
+
+def too_large(most_bytes: int) -> str:
+    """Returns why a picture of more bytes is not read."""
+    return f"the file is larger than {most_bytes:,} bytes"
+
+
+def _read(place: Place, most_bytes: int) -> bytes:
+    """Returns a picture's bytes, or the first of them where they are too many. Raises OSError."""
+    if isinstance(place.part, Cell):
+        return read_cell(place.file, place.part)
+    start, size = (place.part.start, place.part.size) if place.part else (0, most_bytes + 1)
+    size = min(size, most_bytes + 1)
+    if isinstance(place.file, Remote):
+        return read_range(place.file, start, size)
+    with open_regular(place.file) as file:
+        if place.part is None and os.fstat(file.fileno()).st_size > most_bytes:
+            raise UnreadablePicture(too_large(most_bytes))
+        file.seek(start)
+        return file.read(size)

@@ -1,0 +1,195 @@
+"""Lists the pictures and captions of Parquet files, and of the Arrow files of a `datasets` folder saved to disk.
+
+A picture is a column of bytes, or a record {bytes, path} as the `datasets` library has it; a caption a column of
+text. A value of an Arrow file lies in a row in the file; one of a Parquet file is packed with its neighbours.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sd3pipe import stopping
+from sd3pipe.data.findings import finding_of
+from sd3pipe.data.folders import normalised
+from sd3pipe.data.parquet_cells import Cell, open_parquet, pyarrow_for
+from sd3pipe.data.places import Span
+from sd3pipe.data.samples import CAPTION_KEYS, Contents, Sample, clean_name
+from sd3pipe.errors import InputError
+from sd3pipe.files import open_regular
+from sd3pipe.remote import Remote, open_file
+
+_PICTURES = ("image", "picture", "jpg", "jpeg", "png", "webp", "bytes")  # names of columns, those looked for first
+_ROWS_AT_ONCE = 16
+_ARROW_FILE = b"ARROW1\0\0"  # what the file form of Arrow has before the stream form
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Columns:
+    picture: str  # of the bytes
+    path: str | None
+    text: str | None
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in (self.picture, self.path, self.text) if name]
+
+
+def read_parquet(file: Path | Remote, *, look: bool) -> Contents:
+    """Returns the pictures of a Parquet file, a row each. Without `look` no column is read, and captions are empty.
+
+    Raises InputError.
+    """
+    pyarrow = pyarrow_for(file)
+    parquet = open_parquet(file)
+    columns = _columns(parquet.schema_arrow, file)
+    samples: list[Sample] = []
+    paths: list[str] = []
+    try:
+        for group in range(parquet.num_row_groups):
+            if not look:
+                rows: Any = ((None, None, "" if columns.text else None),) * parquet.metadata.row_group(group).num_rows
+            else:
+                rows = _parquet_rows(parquet, group, columns)
+            for row, (data, path, text) in enumerate(rows):
+                samples.append(_sample(Cell(group, row, columns.picture), data, path, text, look=look))
+                paths.append(path or "")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(file, "Parquet", len(samples), error) from error
+    return Contents(samples=_named(samples, paths))
+
+
+def read_arrow(file: Path | Remote, *, look: bool) -> Contents:
+    """Returns the pictures of an Arrow file, a row each. Without `look` no header is read. Raises InputError."""
+    pyarrow = pyarrow_for(file)
+    samples: list[Sample] = []
+    paths: list[str] = []
+    try:
+        with open_file(file) if isinstance(file, Remote) else open_regular(file) as handle:
+            source = pyarrow.PythonFile(handle)
+            if source.read(len(_ARROW_FILE)) != _ARROW_FILE:
+                source.seek(0)
+            schema = pyarrow.ipc.read_schema(pyarrow.ipc.read_message(source))
+            columns = _columns(schema, file)
+            for part, data, path, text in _arrow_rows(source, schema, columns, file):
+                samples.append(_sample(part, data, path, text, look=look))
+                paths.append(path or "")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(file, "Arrow", len(samples), error) from error
+    return Contents(samples=_named(samples, paths))
+
+
+def _damaged(file: Path | Remote, form: str, rows: int, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError(f"{file}: cannot be read as {form} after row {rows} ({reason}): copy or write it again")
+
+
+def _sample(part: Span | Cell, data: Any, path: str | None, text: str | None, *, look: bool) -> Sample:
+    """Returns one row; its name comes later."""
+    stopping.check()
+    known: dict[str, Any] = {}
+    if look and data is None:
+        where = f": it names the file {path} instead" if path else ""
+        known = {"unreadable": f"the row holds no bytes of a picture{where}"}
+    elif look:
+        known = dict(finding_of(bytes(data), Path(path or "").suffix))
+    return Sample(name="", part=part, known=known, caption=None if text is None else normalised(text))
+
+
+def _named(samples: Sequence[Sample], paths: Sequence[str]) -> list[Sample]:
+    """Returns the rows under the names of their files where all have one of their own, else under their numbers."""
+    names = [clean_name(path.replace("\\", "/").rpartition("/")[2]) for path in paths]
+    if "" in names or len({*names}) < len(names):
+        names = [f"{number:08d}" for number in range(len(samples))]
+    named = [replace(sample, name=name) for sample, name in zip(samples, names, strict=True)]
+    return sorted(named, key=lambda sample: sample.name)
+
+
+def _columns(schema: Any, file: Path | Remote) -> _Columns:
+    """Returns the columns that count. Raises InputError where none holds pictures."""
+    from pyarrow import types
+
+    def is_bytes(kind: Any) -> bool:
+        return types.is_binary(kind) or types.is_large_binary(kind)
+
+    def is_text(kind: Any) -> bool:
+        return types.is_string(kind) or types.is_large_string(kind)
+
+    def place(name: str) -> int:
+        return _PICTURES.index(name.lower()) if name.lower() in _PICTURES else len(_PICTURES)
+
+    fields = sorted(schema, key=lambda field: place(field.name))
+    text = next((key for key in CAPTION_KEYS if key in schema.names and is_text(schema.field(key).type)), None)
+    for field in fields:
+        if is_bytes(field.type):
+            return _Columns(picture=field.name, path=None, text=text)
+        if types.is_struct(field.type):
+            parts = {part.name: part.type for part in field.type}
+            if "bytes" in parts and is_bytes(parts["bytes"]):
+                path = f"{field.name}.path" if "path" in parts and is_text(parts["path"]) else None
+                return _Columns(picture=f"{field.name}.bytes", path=path, text=text)
+    there = ", ".join(f"{field.name} ({field.type})" for field in schema) or "none"
+    raise InputError(
+        f"{file}: has no column of pictures: an `image` of bytes, or of {{bytes, path}}, is looked for; it has {there}"
+    )
+
+
+def _parquet_rows(parquet: Any, group: int, columns: _Columns) -> Iterator[tuple[Any, str | None, str | None]]:
+    """Yields bytes, path and text of each row of a row group."""
+    for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns.names):
+        arrays = [_array(batch, name) for name in (columns.picture, columns.path, columns.text)]
+        for row in range(batch.num_rows):
+            data, path, text = (None if array is None else array[row].as_py() for array in arrays)
+            yield data, path, text
+
+
+def _arrow_rows(
+    source: Any, schema: Any, columns: _Columns, file: Path | Remote
+) -> Iterator[tuple[Span, Any, str | None, str | None]]:
+    """Yields place, bytes, path and text of each row of a stream of record batches."""
+    import pyarrow
+
+    while True:
+        try:
+            message = pyarrow.ipc.read_message(source)
+        except EOFError:
+            return
+        if message.type != "record batch":
+            raise InputError(
+                f"{file}: holds a {message.type}, which is not read: save it as the `datasets` library does"
+            )
+        batch = pyarrow.ipc.read_record_batch(message, schema)
+        first = source.tell() - message.body.size
+        values, *texts = (_array(batch, name) for name in (columns.picture, columns.path, columns.text))
+        for row, (start, value) in enumerate(_values(values, message.body, file)):
+            path, text = (None if array is None else array[row].as_py() for array in texts)
+            yield Span(first + start, len(value or b"")), value, path, text
+
+
+def _values(array: Any, body: Any, file: Path | Remote) -> Iterator[tuple[int, memoryview | None]]:
+    """Yields where each value of a column of bytes starts in the body of its record batch, and its bytes."""
+    from pyarrow import types
+
+    _, ends, data = array.buffers()
+    if len(array) == array.null_count:
+        yield from [(0, None)] * len(array)
+        return
+    start = data.address - body.address
+    if not 0 <= start <= start + data.size <= body.size:
+        raise InputError(f"{file}: its record batches are compressed, so that no row can be read alone: save it plain")
+    kind = np.int64 if types.is_large_binary(array.type) else np.int32
+    bounds = np.frombuffer(ends, kind)[array.offset : array.offset + len(array) + 1].tolist()
+    for row, (first, last) in enumerate(itertools.pairwise(bounds)):
+        yield start + first, memoryview(data)[first:last] if array[row].is_valid else None
+
+
+def _array(batch: Any, name: str | None) -> Any:
+    """Returns a column, or a part of one of records; None without a name."""
+    if name is None or name in batch.schema.names:
+        return None if name is None else batch.column(name)
+    column, _, part = name.rpartition(".")
+    found = batch.column(column)
+    return found.flatten()[found.type.get_field_index(part)]

@@ -1,0 +1,123 @@
+"""Lists the pictures and captions of a tar, as WebDataset has them: 0001.jpg with 0001.txt or 0001.json beside it.
+
+A member's bytes lie in a row in the file, so that they are read from there later, in any order.
+"""
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pydantic import TypeAdapter
+
+from sd3pipe import stopping
+from sd3pipe.data.findings import finding_of
+from sd3pipe.data.folders import caption_name, is_picture_name, normalised, text_of
+from sd3pipe.data.places import MAX_FILE_BYTES, Span, too_large
+from sd3pipe.data.samples import CAPTION_KEYS, Contents, Sample, clean_name
+from sd3pipe.documents import MOST_BYTES, DocumentError, parse_json
+from sd3pipe.errors import InputError
+from sd3pipe.files import open_regular
+from sd3pipe.remote import Remote, open_file
+
+_RECORD = TypeAdapter(dict[str, Any])
+_JSON = ".json"
+
+
+def read_tar(file: Path | Remote, endings: tuple[str, ...], *, look: bool) -> Contents:
+    """Returns the pictures of a tar, those of equal names once: the last, as tar itself has it.
+
+    Captions end in one of `endings`, else in .json. Without `look` no member is read, and a caption that is there is
+    an empty one. Raises InputError for a file that is no whole tar.
+    """
+    pictures: dict[str, Sample] = {}
+    texts: dict[str, bytes] = {}
+    others: list[str] = []
+    with _opened(file) as handle:
+        for member in _members(handle, file):
+            name = clean_name(member.name)
+            span = Span(member.offset_data, member.size)
+            if is_picture_name(name.rpartition("/")[2]) and member.isreg() and not member.issparse():
+                known = dict(_finding(handle, span, Path(name).suffix, f"{file}: {name}")) if look else {}
+                pictures[name] = Sample(name=name, part=span, known=known)
+            elif member.isreg() and name.endswith((*endings, _JSON)):
+                texts[name] = _part(handle, span, f"{file}: {name}", MOST_BYTES) if look else b""
+            elif not member.isdir():
+                others.append(name)
+    problems: list[str] = []
+    samples = [_captioned(pictures[name], texts, endings, problems, file, look=look) for name in sorted(pictures)]
+    return Contents(samples=samples, others=sorted(others), problems=problems)
+
+
+def _opened(file: Path | Remote) -> BinaryIO:
+    return open_file(file) if isinstance(file, Remote) else open_regular(file)
+
+
+def _members(handle: BinaryIO, file: Path | Remote) -> Iterator[tarfile.TarInfo]:
+    """Yields the members of a tar as it stores them. Raises InputError."""
+    last = "its start"
+    try:
+        with tarfile.open(fileobj=handle, mode="r:") as tar:
+            while member := tar.next():
+                stopping.check()
+                yield member
+                last = f"member {clean_name(member.name)}"
+            handle.seek(tar.offset)
+            if any(handle.read(tarfile.BLOCKSIZE)):
+                raise tarfile.ReadError("what follows is no member")
+    except tarfile.TarError as error:
+        packed = " (a compressed tar has no places to read from: unpack the compression)" if last == "its start" else ""
+        raise InputError(f"{file}: is no whole tar: after {last}: {error}{packed}: copy or write it again") from error
+
+
+def _part(handle: BinaryIO, span: Span, where: str, most_bytes: int) -> bytes:
+    """Returns the bytes of a member. Raises InputError where the file ends before them, or they are too many."""
+    if span.size > most_bytes:
+        raise InputError(f"{where}: {too_large(most_bytes)}")
+    handle.seek(span.start)
+    data = handle.read(span.size)
+    if len(data) < span.size:
+        raise InputError(f"{where}: the tar ends within this member: copy or write it again")
+    return data
+
+
+def _finding(handle: BinaryIO, span: Span, suffix: str, where: str) -> Any:
+    if span.size > MAX_FILE_BYTES:
+        return {"unreadable": too_large(MAX_FILE_BYTES)}
+    return finding_of(_part(handle, span, where, MAX_FILE_BYTES), suffix)
+
+
+def _captioned(
+    sample: Sample,
+    texts: dict[str, bytes],
+    endings: tuple[str, ...],
+    problems: list[str],
+    file: Path | Remote,
+    *,
+    look: bool,
+) -> Sample:
+    """Returns a picture with the caption that lies beside it."""
+    folder, slash, base = sample.name.rpartition("/")
+    found = caption_name(base, (*endings, _JSON), lambda name: f"{folder}{slash}{name}" in texts)
+    if found is None:
+        return sample
+    name = f"{folder}{slash}{found}"
+    try:
+        caption = _caption(texts[name], name, f"{file}: {name}", endings) if look else ""
+    except InputError as error:
+        problems.append(str(error))
+        return sample
+    return replace(sample, caption=caption)
+
+
+def _caption(data: bytes, name: str, where: str, endings: tuple[str, ...]) -> str | None:
+    """Returns the caption in a text, or in a record of JSON, which may have none. Raises InputError."""
+    if name.endswith(endings):
+        return text_of(data, where)
+    try:
+        record = parse_json(data, _RECORD, where)
+    except DocumentError as error:
+        raise InputError(str(error)) from error
+    said = next((record[key] for key in CAPTION_KEYS if isinstance(record.get(key), str)), None)
+    return None if said is None else normalised(said)
