@@ -34,7 +34,7 @@ def export_zarr(cache: Path, out: Path) -> int:
 def _write(reader: CacheReader, folder: Path) -> None:
     import zarr  # takes half a second to import, and only this needs it
 
-    root = zarr.create_group(folder, attributes=_attributes(reader))
+    root = zarr.create_group(folder, attributes=described(reader))
     layouts = reader.index.arrays["row_layout"]
     positions = np.zeros(len(reader), np.uint32)
     for number, layout in enumerate(reader.index.layouts):
@@ -84,7 +84,8 @@ def _create_texts(group: Any, name: str, values: list[str]) -> None:
     array[:] = np.array(clean, dtype=object)
 
 
-def _attributes(reader: CacheReader) -> dict[str, Any]:
+def described(reader: CacheReader) -> dict[str, Any]:
+    """Returns what the rows of a cache are, and what they were made from."""
     manifest = reader.manifest
     return {
         "kind": manifest.kind,

@@ -7,6 +7,7 @@ from typing import Any
 from sd3pipe.cache.listing import describe, find_caches
 from sd3pipe.cache.merge import merge_caches
 from sd3pipe.cache.plain_zarr import export_zarr
+from sd3pipe.cache.sample_export import export_samples
 from sd3pipe.cache.unused import delete_unused
 from sd3pipe.cache.verify import repair, verify_cache
 from sd3pipe.cache.why import Explanation, explain
@@ -82,9 +83,13 @@ def merge(params: CacheMergeParams) -> None:
 
 
 def export(params: CacheExportParams) -> None:
-    """Writes a cache as plain zarr arrays."""
-    rows = export_zarr(params.cache, params.out)
-    say(f"cache export: {count(rows, 'row')} in {params.out}")
+    """Writes a cache as plain zarr arrays, or samples for other training engines."""
+    if params.format == "zarr":
+        written = count(export_zarr(params.cache, params.out), "row")
+    else:
+        samples = export_samples(params.cache, params.out, form=params.format, text=params.text)
+        written = count(samples, "sample")
+    say(f"cache export: {written} in {params.out}")
 
 
 def _ls_lines(item: dict[str, Any]) -> list[str]:

@@ -1,6 +1,9 @@
 """Options of `sd3pipe cache ls | verify | why | gc | merge | export`."""
 
+from pydantic import model_validator
+
 from sd3pipe.params.fields import OptionPath, Params, option
+from sd3pipe.words import CacheForm
 
 _CACHE = "Folder of the cache, as caches/latents."
 
@@ -39,3 +42,15 @@ class CacheMergeParams(Params):
 class CacheExportParams(Params):
     cache: OptionPath = option(..., _CACHE, role="path", positional=True)
     out: OptionPath = option(..., "Folder to write, as latents.zarr; it must not exist.", role="path")
+    format: CacheForm = option(
+        "zarr", "Arrays for any program, or shards of samples for WebDataset or Streaming (MDS)."
+    )
+    text: OptionPath | None = option(
+        None, "Text cache of the same pictures, whose tensors go into the samples of latents.", role="path"
+    )
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> "CacheExportParams":
+        if self.text is not None and self.format == "zarr":
+            raise ValueError("--text joins samples: pass --format webdataset or mds, or export each cache as zarr")
+        return self

@@ -1,0 +1,227 @@
+"""A cache, or two joined ones, sample by sample in the formats of other training engines: WebDataset and MDS."""
+
+import abc
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from sd3pipe import stopping
+from sd3pipe.cache.join import join_pictures
+from sd3pipe.cache.plain_zarr import described
+from sd3pipe.cache.reader import CacheReader
+from sd3pipe.cache.rows import Row, latents_name
+from sd3pipe.cache.samples import COLUMNS
+from sd3pipe.errors import InputError
+from sd3pipe.files import atomic_folder
+from sd3pipe.words import SampleForm
+
+_SHARD_BYTES = 256_000_000  # of a file; MDS counts in 32 bits
+_NUMPY = {"F32": "float32", "F16": "float16", "BF16": "float32", "U8": "uint8"}
+_JOINED = ("name", "subset", "split")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sample:
+    """What a sample is called and belongs to, and its tensors."""
+
+    fields: Mapping[str, str | int]
+    tensors: Mapping[str, np.ndarray]
+
+
+def export_samples(cache: Path, out: Path, *, form: SampleForm, text: Path | None = None) -> int:
+    """Writes a new folder of shards and returns the number of samples.
+
+    A sample is one of the cache's; with `text`, the cache of the same pictures' texts, it has those tensors, too: the
+    picture's first caption variant. bfloat16 is widened to float32. Where only some rows have a mask, the others get
+    one of ones. Beside the shards lie sd3pipe.json, which says how the rows were made, and empty_caption.npz, the
+    text's row for dropped captions.
+
+    Raises InputError for a damaged cache or an `out` that exists, StaleError for caches that do not belong together,
+    StorageError.
+    """
+    if os.path.lexists(out):
+        raise InputError(f"{out} exists: remove it or choose another --out")
+    readers = [CacheReader(where, verify_reads="always") for where in (cache, text) if where is not None]
+    kinds = _kinds(readers)
+    samples = _alone(readers[0], kinds) if text is None else _joined(readers[0], readers[1], kinds)
+    with atomic_folder(out) as folder:
+        shards = (_Tars if form == "webdataset" else _MDS)(folder, kinds)
+        for sample in samples:
+            stopping.check()
+            shards.add(sample)
+        shards.finish()
+        (folder / "sd3pipe.json").write_text(json.dumps([described(reader) for reader in readers], indent=2))
+        key = readers[-1].manifest.extra.get("empty_caption")
+        if isinstance(key, str):
+            np.savez(folder / "empty_caption.npz", allow_pickle=False, **_arrays(readers[-1].row(key)))
+    return shards.count
+
+
+def _kinds(readers: list[CacheReader]) -> dict[str, str]:
+    """Returns the numpy type of each tensor. Raises InputError where rows differ."""
+    kinds: dict[str, str] = {}
+    for reader in readers:
+        for name, dtype, _ in (tensor for layout in reader.index.layouts for tensor in layout):
+            if kinds.setdefault(name, _NUMPY[dtype]) != _NUMPY[dtype]:
+                raise InputError(f"{reader.where} holds {name} in several types: export it as zarr")
+    return dict(sorted(kinds.items()))
+
+
+def _alone(reader: CacheReader, kinds: Mapping[str, str]) -> Iterator[_Sample]:
+    samples = reader.samples
+    columns = {
+        name: samples.strings(name).to_list() if column == "text" else samples.numbers(name).tolist()
+        for name, column in COLUMNS[samples.kind].items()
+        if column in ("text", "number")
+    }
+    for place, row in enumerate(samples.numbers("row").tolist()):
+        fields = {name: _clean(values[place]) for name, values in columns.items()}
+        yield _Sample(fields=fields, tensors=_arrays(reader.row(row), kinds))
+
+
+def _joined(latents: CacheReader, text: CacheReader, kinds: Mapping[str, str]) -> Iterator[_Sample]:
+    """Yields each of the latents' rows, picture by picture."""
+    joined = join_pictures(latents, text)
+    for picture, named in enumerate(zip(joined.names, joined.subsets, joined.splits, strict=True)):
+        fields = {name: _clean(value) for name, value in zip(_JOINED, named, strict=True)}
+        words = text.row(int(joined.captions.rows[joined.captions.starts[picture]]))
+        for row in joined.latents.rows[slice(*joined.latents.starts[picture : picture + 2])].tolist():
+            yield _Sample(fields=fields, tensors=_arrays({**latents.row(row), **words}, kinds))
+
+
+def _arrays(row: Row, kinds: Mapping[str, str] | None = None) -> dict[str, np.ndarray]:
+    """Returns a row's tensors; where others have a mask, with one that leaves the loss as it is."""
+    arrays = {name: tensor.numpy() for name, tensor in row.items()}
+    if kinds and "mask" in kinds and "mask" not in arrays:
+        arrays["mask"] = np.ones(arrays[latents_name(arrays)].shape[-2:], kinds["mask"])
+    return arrays
+
+
+def _clean(value: Any) -> Any:
+    """Returns a name as UTF-8 has it."""
+    return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if isinstance(value, str) else value
+
+
+class _Shards(abc.ABC):
+    """Files that are filled one after the other."""
+
+    def __init__(self, folder: Path, kinds: Mapping[str, str]) -> None:
+        self.folder, self.kinds, self.count = folder, kinds, 0
+
+    @abc.abstractmethod
+    def add(self, sample: _Sample) -> None:
+        """Writes a sample."""
+
+    @abc.abstractmethod
+    def finish(self) -> None:
+        """Writes what is left."""
+
+
+class _Tars(_Shards):
+    """Tars with KEY.json and a KEY.NAME.npy for each tensor, as WebDataset groups them by what stands before a dot."""
+
+    tar: tarfile.TarFile | None = None
+
+    def add(self, sample: _Sample) -> None:
+        if self.tar is None or self.tar.offset > _SHARD_BYTES:
+            self.finish()
+            self.tar = tarfile.open(self.folder / f"{self.count:08d}.tar", "w")  # noqa: SIM115, closed by finish
+        key = f"{self.count:08d}"
+        _add(self.tar, f"{key}.json", json.dumps(sample.fields, sort_keys=True, ensure_ascii=False).encode())
+        for name in sorted(sample.tensors):
+            file = io.BytesIO()
+            np.save(file, sample.tensors[name], allow_pickle=False)
+            _add(self.tar, f"{key}.{name}.npy", file.getvalue())
+        self.count += 1
+
+    def finish(self) -> None:
+        if self.tar is not None:
+            self.tar.close()
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Adds a member that says nothing of this machine or moment."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+class _MDS(_Shards):
+    """Shards of mosaicml-streaming, version 2, and the index.json over them.
+
+    A shard: the number of samples and where each starts and the last ends, in 32 bits; the columns, in JSON; then the
+    samples, each the sizes in bytes of its columns without a fixed one, in 32 bits, and its columns by name.
+    """
+
+    def __init__(self, folder: Path, kinds: Mapping[str, str]) -> None:
+        super().__init__(folder, kinds)
+        self.encodings: dict[str, str] = {}
+        self.waiting: list[bytes] = []
+        self.nbytes = 0
+        self.shards: list[dict[str, Any]] = []
+
+    def add(self, sample: _Sample) -> None:
+        values = {**sample.fields, **sample.tensors}
+        if not self.encodings:
+            self.encodings = {name: self._encoding(name, values[name]) for name in sorted(values)}
+        parts = [_encoded(values[name]) for name in self.encodings]
+        sizes = [len(part) for part, kind in zip(parts, self.encodings.values(), strict=True) if kind != "int"]
+        data = b"".join([np.array(sizes, "<u4").tobytes(), *parts])
+        if self.waiting and self.nbytes + len(data) > _SHARD_BYTES:
+            self._write()
+        self.waiting.append(data)
+        self.nbytes += len(data)
+        self.count += 1
+
+    def finish(self) -> None:
+        if self.waiting:
+            self._write()
+        (self.folder / "index.json").write_text(json.dumps({"version": 2, "shards": self.shards}, sort_keys=True))
+
+    def _encoding(self, name: str, value: object) -> str:
+        if isinstance(value, np.ndarray):
+            return f"ndarray:{self.kinds[name]}"
+        return "str" if isinstance(value, str) else "int"
+
+    def _write(self) -> None:
+        described = {
+            "column_encodings": list(self.encodings.values()),
+            "column_names": list(self.encodings),
+            "column_sizes": [8 if kind == "int" else None for kind in self.encodings.values()],
+            "compression": None,
+            "format": "mds",
+            "hashes": [],
+            "size_limit": _SHARD_BYTES,
+            "version": 2,
+        }
+        columns = json.dumps(described, sort_keys=True).encode()
+        bounds = np.cumsum([0, *map(len, self.waiting)]) + 4 * (len(self.waiting) + 2) + len(columns)
+        name = f"shard.{len(self.shards):05d}.mds"
+        with open(self.folder / name, "wb") as file:
+            _write_all(file, [np.array([len(self.waiting), *bounds], "<u4").tobytes(), columns, *self.waiting])
+        whole = {"basename": name, "bytes": int(bounds[-1]), "hashes": {}}
+        self.shards.append({**described, "raw_data": whole, "samples": len(self.waiting), "zip_data": None})
+        self.waiting, self.nbytes = [], 0
+
+
+def _write_all(file: BinaryIO, parts: list[bytes]) -> None:
+    for part in parts:
+        file.write(part)
+
+
+def _encoded(value: str | int | np.ndarray) -> bytes:
+    """Returns a value as MDS has it: text in UTF-8, 64 bits of a number, an array behind its axes."""
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, int):
+        return np.array(value, "<i8").tobytes()
+    wide = int(np.searchsorted([1 << 8, 1 << 16, 1 << 32], max(value.shape), "right"))
+    axes = np.array(value.shape, f"<u{1 << wide}").tobytes()
+    return bytes([value.ndim << 2 | wide]) + axes + value.tobytes()
