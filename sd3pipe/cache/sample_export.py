@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.rows import Row, latents_name
 from sd3pipe.cache.samples import COLUMNS
 from sd3pipe.errors import InputError
-from sd3pipe.files import atomic_folder
+from sd3pipe.files import atomic_folder, write_bytes, write_json
 from sd3pipe.words import SampleForm
 
 _SHARD_BYTES = 256_000_000  # of a file; MDS counts in 32 bits
@@ -57,7 +57,7 @@ def export_samples(cache: Path, out: Path, *, form: SampleForm, text: Path | Non
             stopping.check()
             shards.add(sample)
         shards.finish()
-        (folder / "sd3pipe.json").write_text(json.dumps([described(reader) for reader in readers], indent=2))
+        write_json(folder / "sd3pipe.json", [described(reader) for reader in readers])
         key = readers[-1].manifest.extra.get("empty_caption")
         if isinstance(key, str):
             np.savez(folder / "empty_caption.npz", allow_pickle=False, **_arrays(readers[-1].row(key)))
@@ -183,7 +183,7 @@ class _MDS(_Shards):
     def finish(self) -> None:
         if self.waiting:
             self._write()
-        (self.folder / "index.json").write_text(json.dumps({"version": 2, "shards": self.shards}, sort_keys=True))
+        write_json(self.folder / "index.json", {"version": 2, "shards": self.shards})
 
     def _encoding(self, name: str, value: object) -> str:
         if isinstance(value, np.ndarray):
@@ -204,16 +204,11 @@ class _MDS(_Shards):
         columns = json.dumps(described, sort_keys=True).encode()
         bounds = np.cumsum([0, *map(len, self.waiting)]) + 4 * (len(self.waiting) + 2) + len(columns)
         name = f"shard.{len(self.shards):05d}.mds"
-        with open(self.folder / name, "wb") as file:
-            _write_all(file, [np.array([len(self.waiting), *bounds], "<u4").tobytes(), columns, *self.waiting])
+        numbers = np.array([len(self.waiting), *bounds], "<u4").tobytes()
+        write_bytes(self.folder / name, b"".join([numbers, columns, *self.waiting]))
         whole = {"basename": name, "bytes": int(bounds[-1]), "hashes": {}}
         self.shards.append({**described, "raw_data": whole, "samples": len(self.waiting), "zip_data": None})
         self.waiting, self.nbytes = [], 0
-
-
-def _write_all(file: BinaryIO, parts: list[bytes]) -> None:
-    for part in parts:
-        file.write(part)
 
 
 def _encoded(value: str | int | np.ndarray) -> bytes:
