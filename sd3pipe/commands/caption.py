@@ -23,6 +23,7 @@ from sd3pipe.config import find_project
 from sd3pipe.console import count, listed, one_line, progress, say
 from sd3pipe.data.caption_cache import CachedCaptions, read_captions
 from sd3pipe.data.dataset_file import Dataset, folder_dataset, load_dataset
+from sd3pipe.data.looks import Looks, look_warnings
 from sd3pipe.data.scan import Picture, Scan, scan, tell_about_pictures
 from sd3pipe.encoding.stage import Encoding, run
 from sd3pipe.errors import ParameterError, UnreadablePicture
@@ -88,6 +89,7 @@ class _Captions(Encoding):
         return {"pictures": len(self.found.pictures), "kept_by_hand": len(self.kept)}
 
     def show(self) -> None:
+        self._tell_looks()
         counter = _counter(self.params)
         for picture, row in self.trial.rows:
             if isinstance(row, UnreadablePicture):
@@ -97,6 +99,7 @@ class _Captions(Encoding):
                 say(f"  {name}: {text}")
 
     def ending(self, counts: FillCounts) -> tuple[dict[str, Any], str]:
+        self._tell_looks()
         written = self.write() if counts.published else []
         _tell_kept(self.kept)
         return {"captioned": counts.encoded, "written": len(written)}, f", {count(len(written), 'caption')} written"
@@ -142,6 +145,13 @@ class _Captions(Encoding):
             return []
         slots = {id(slot.picture): slot for slot in self.choice.written}
         return write_captions([(slots[id(picture)], caption) for picture, caption in captions], self.notes)
+
+    def _tell_looks(self) -> None:
+        """Says which pictures are nearly the same, or blurred, before somebody trains on them."""
+        looks = Looks(machine_folder(self.out) / "looks.npz")
+        looks.look_at(self.found.pictures, keep=not self.params.dry_run)
+        for warning in look_warnings(self.found.pictures, looks.seen()):
+            log.warning("%s", warning)
 
     @functools.cached_property
     def _picture_by_key(self) -> Mapping[str, Picture]:

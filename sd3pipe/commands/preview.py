@@ -11,6 +11,7 @@ from sd3pipe.console import say
 from sd3pipe.data.caption_cache import CachedCaptions, read_captions
 from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.feed import default_workers
+from sd3pipe.data.looks import Looks
 from sd3pipe.data.scan import scan
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.file_stamps import FileStamps
@@ -53,6 +54,8 @@ def _of_dataset(params: PreviewParams) -> Preview:
     stamps = FileStamps(machine / "stat.json")
     found = scan(dataset, stamps)
     stamps.save()
+    looks = Looks(machine / "looks.npz")
+    looks.look_at(found.pictures)
     workers = default_workers() if params.max_data_loader_n_workers is None else params.max_data_loader_n_workers
     return dataset_preview(
         found,
@@ -63,6 +66,7 @@ def _of_dataset(params: PreviewParams) -> Preview:
         seed=params.seed,
         count_tokens=lambda captions: _token_counts(captions, params),
         suggested=_suggested(params.captions),
+        seen=looks.seen(),
         thumbnails=Thumbnails(machine / "thumbnails"),
         workers=workers,
     )

@@ -38,18 +38,27 @@ _SRGB_NAMES = ("sRGB", "c2")  # c2 is the name of a much used small sRGB profile
 _ICC_SPACES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}  # bytes 16 to 19 of a profile
 
 
-def decode(data: bytes, suffix: str = "", *, keep_alpha: bool, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode(
+    data: bytes,
+    suffix: str = "",
+    *,
+    keep_alpha: bool,
+    max_pixels: int = MAX_PIXELS,
+    at_least_px: int | None = None,
+) -> np.ndarray:
     """Returns the picture as uint8 [height, width, 3], or 4 with `keep_alpha`. Raises UnreadablePicture.
 
-    Of an animation the first frame counts. Colours are converted to sRGB by the embedded profile. Transparency that is
-    not kept is dropped as sd-scripts drops it: the colours below it stay as they are.
+    With `at_least_px` a JPEG may come at a half, a quarter or an eighth of its size, if its sides are that long then:
+    in a fraction of the time. Of an animation the first frame counts. Colours are converted to sRGB by the embedded
+    profile. Transparency that is not kept is dropped as sd-scripts drops it: the colours below it stay as they are.
     """
     image = open_picture(data, suffix, max_pixels)
     turn, profile = _TURNS.get(orientation(image)), image.info.get("icc_profile")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pixels_HWC = None if keep_alpha else _photograph(image, data, profile)
+            reduced = at_least_px is not None and image.draft(None, (at_least_px, at_least_px)) is not None
+            pixels_HWC = None if keep_alpha or reduced else _photograph(image, data, profile)
             if pixels_HWC is None:
                 image.load()
                 pixels_HWC = _pixels(image, profile, keep_alpha)

@@ -15,6 +15,7 @@ from sd3pipe.data.decoding import Job, Pixels, row_job
 from sd3pipe.data.feed import Decoded, decoded_rows
 from sd3pipe.data.filters import filter_name
 from sd3pipe.data.geometry import Cut, View, views_of_all
+from sd3pipe.data.looks import Seen, look_warnings
 from sd3pipe.data.scan import Picture, Scan, UnreadableFile
 from sd3pipe.previewing.cards import CARD_PX, Box, CaptionTokens, Card, Preview, Section, spread
 from sd3pipe.previewing.thumbnails import Thumbnails
@@ -36,6 +37,8 @@ class PictureItem:
     copies: list[str]  # names of all pictures of equal content, itself among them
     tokens: Mapping[str, CaptionTokens]
     suggested: Mapping[str, str]  # what captioners said, by the name of their cache
+    seen: Seen | None
+    like: str  # name of the picture that looks most like it, "" where none does
 
     @property
     def picture(self) -> Picture:
@@ -101,12 +104,17 @@ def dataset_items(
     seed: int,
     count_tokens: CountTokens,
     suggested: Mapping[str, CachedCaptions],
+    seen: Mapping[str, Seen],
 ) -> DatasetItems:
-    """Returns what is known of scanned pictures before one is decoded; `suggested` are captions by their cache."""
+    """Returns what is known of scanned pictures before one is decoded.
+
+    `suggested` are captions by their cache, `seen` is what pictures look like by their hash.
+    """
     pictures, unreadable = views_of_all(found, crop_variants=crop_variants, seed=seed)
     processed = [processed_captions(of[0].picture, variants=caption_variants, seed=seed) for of in pictures]
     tokens = count_tokens(sorted({caption for texts in processed for caption in texts}))
     names: dict[tuple[int, str], list[str]] = defaultdict(list)
+    named = {picture.image_hash: _full_name(picture) for picture in reversed(found.pictures)}
     items: list[PictureItem] = []
     for views, texts in zip(pictures, processed, strict=True):
         picture = views[0].picture
@@ -114,9 +122,21 @@ def dataset_items(
         copies.append(_full_name(picture))
         there = (picture.subset.name, picture.image_hash)
         said = {name: captions[there] for name, captions in suggested.items() if there in captions}
-        items.append(PictureItem(views=views, captions=texts, copies=copies, tokens=tokens, suggested=said))
+        looks = seen.get(picture.image_hash)
+        items.append(
+            PictureItem(
+                views=views,
+                captions=texts,
+                copies=copies,
+                tokens=tokens,
+                suggested=said,
+                seen=looks,
+                like=named.get(looks.like, "") if looks and looks.like else "",
+            )
+        )
     copied = [same for same in names.values() if len(same) > 1]
-    warnings = (*found.left_out, *_warnings(_by_bucket(items), items, copied))
+    looks = look_warnings(found.pictures, seen)
+    warnings = (*found.left_out, *_warnings(_by_bucket(items), items, copied), *looks)
     return DatasetItems(items=items, unreadable=unreadable, warnings=warnings)
 
 
@@ -135,6 +155,7 @@ def dataset_preview(
     seed: int,
     count_tokens: CountTokens,
     suggested: Mapping[str, CachedCaptions],
+    seen: Mapping[str, Seen],
     thumbnails: Thumbnails,
     workers: int,
 ) -> Preview:
@@ -146,6 +167,7 @@ def dataset_preview(
         seed=seed,
         count_tokens=count_tokens,
         suggested=suggested,
+        seen=seen,
     )
     buckets = known.buckets
     shown = {size: spread(items, per_bucket) for size, items in buckets.items()}
@@ -264,6 +286,10 @@ def _card_warnings(item: PictureItem) -> Iterator[str]:
     if len(item.copies) > 1:
         others = [one_line(name) for name in item.copies if name != _full_name(item.picture)]
         yield f"same file as {', '.join(others[:2])}"
+    if item.seen and item.like:
+        yield f"nearly the same as {one_line(item.like)}{', mirrored' if item.seen.mirrored else ''}"
+    if item.seen and item.seen.blurred:
+        yield "blurred everywhere"
     if not any(item.captions):
         yield "no caption"
     if item.long_caption:

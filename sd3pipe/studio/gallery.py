@@ -3,14 +3,14 @@
 import functools
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sd3pipe.caption_findings import read_findings
 from sd3pipe.config import Project
-from sd3pipe.console import one_line
+from sd3pipe.console import count, one_line
 from sd3pipe.data.caption_cache import CachedCaptions, read_captions
 from sd3pipe.data.dataset_file import Dataset, load_dataset
 from sd3pipe.data.scan import Scan, UnreadableFile, scan
@@ -23,6 +23,7 @@ from sd3pipe.previewing.dataset_cards import PictureItem, dataset_items
 from sd3pipe.previewing.token_counts import token_counts
 from sd3pipe.project.inputs import stage_options
 from sd3pipe.stages import CAPTIONS, STAGES_BY_NAME
+from sd3pipe.studio.looking import seen_so_far
 from sd3pipe.studio.places import path_of, studio_folder
 
 log = logging.getLogger(__name__)
@@ -139,6 +140,7 @@ def read_gallery(project: Project, *, may_write: bool = True) -> Gallery:
     if may_write:
         stamps.save()
     text, latents = option_values(project, "encode-text"), option_values(project, "encode-latents")
+    seen, missing = seen_so_far(project, found.pictures, may_write=may_write)
     known = dataset_items(
         found,
         caption_variants=text["caption_variants"],
@@ -146,6 +148,7 @@ def read_gallery(project: Project, *, may_write: bool = True) -> Gallery:
         seed=text["seed"],
         count_tokens=lambda captions: _counted(project, captions, text["t5xxl_max_token_length"]),
         suggested=_suggested(path_of(project, "caches")),
+        seen=seen,
     )
     findings = _findings(project)
     _latest[str(project.folder)] = gallery = Gallery(
@@ -153,7 +156,7 @@ def read_gallery(project: Project, *, may_write: bool = True) -> Gallery:
         found=found,
         entries=[Entry(key=_key(item), item=item, findings=findings.of(item)) for item in known.items],
         unreadable=known.unreadable,
-        warnings=known.warnings,
+        warnings=(*known.warnings, *_unseen(missing)),
     )
     return gallery
 
@@ -172,6 +175,11 @@ def option_values(project: Project, stage: str) -> dict[str, Any]:
     except (ParameterError, InputError):
         fields = load_stage_models()[STAGES_BY_NAME[stage].module].model_fields
         return {name: field.default for name, field in fields.items()}
+
+
+def _unseen(number: int) -> Iterator[str]:
+    if number:
+        yield f"{count(number, 'picture')} not yet looked at for near-duplicates and blur: load the page again"
 
 
 def _suggested(caches: Path) -> dict[str, CachedCaptions]:

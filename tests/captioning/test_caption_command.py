@@ -124,6 +124,15 @@ def test_a_dry_run_shows_words_rule_by_rule_and_writes_nothing(folder, caption):
     assert set(texts(folder)) == {"0"} and not (folder / "caches" / "captions").exists()
 
 
+def test_near_duplicates_are_told(folder, caption):
+    Image.open(folder / "pictures" / "2.png").save(folder / "pictures" / "again.jpg")
+    _, printed = caption("--dry-run")
+    assert "2 pictures nearly the same as another: 2.png = again.jpg" in printed.err
+    assert not (folder / "caches" / ".sd3pipe" / "captions" / "looks.npz").exists()
+    _, printed = caption()
+    assert "2.png = again.jpg" in printed.err
+
+
 def test_an_unreadable_picture_is_left_out(folder, caption):
     (folder / "pictures" / "bad.png").write_bytes((folder / "pictures" / "1.png").read_bytes()[:200])
     report, _ = caption()

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_demo_captioner.
 DRAWINGS, RIGHT = 200, 0.9
 
 
-@pytest.mark.slow  # trains it: three minutes
+@pytest.mark.slow  # trains it: 70 CPU seconds
 def test_it_says_shape_colour_size_and_background_of_drawings_it_never_saw(tmp_path):
     subprocess.run([sys.executable, SCRIPT, "--out", tmp_path / "captioner"], check=True, capture_output=True)
     size = sum(file.stat().st_size for file in (tmp_path / "captioner").iterdir())

@@ -4,10 +4,12 @@ import io
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import skimage
+from PIL import Image, ImageFilter
 
 from sd3pipe.commands.encode_latents import main as encode_latents
 from sd3pipe.commands.preview import main
@@ -77,6 +79,19 @@ def test_there_is_a_png_per_bucket_and_a_page_that_needs_nothing_else(project, c
     assert "8 pictures in" in capsys.readouterr().out
     for file in files[:-1]:
         assert Image.open(project / "out" / file).format == "PNG"
+
+
+def test_near_duplicates_and_blur_are_told_of_the_picture_and_of_all(tmp_path, caplog):
+    (tmp_path / "pics").mkdir()
+    photograph = Image.open(Path(skimage.__file__).parent / "data" / "coffee.png")
+    photograph.save(tmp_path / "pics" / "coffee.png")
+    photograph.transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((300, 200)).save(tmp_path / "pics" / "mirror.jpg")
+    photograph.rotate(90, expand=True).filter(ImageFilter.GaussianBlur(9)).save(tmp_path / "pics" / "soft.png")
+    (tmp_path / "d.toml").write_text("[[datasets]]\nresolution = 128\n[[datasets.subsets]]\nimage_dir = 'pics'\n")
+    page = preview(tmp_path)
+    assert "nearly the same as pics/mirror.jpg, mirrored" in page and page.count("blurred everywhere") == 2
+    said = caplog.text
+    assert "2 pictures nearly the same as another: coffee.png = mirror.jpg mirrored" in said and "soft.png" in said
 
 
 def test_captions_of_caches_stand_in_columns(project, tmp_path):

@@ -2,11 +2,13 @@
 
 import json
 import re
+import time
 
 import pytest
 
 pytest.importorskip("starlette", reason="the studio's extra is not installed")
 
+from PIL import Image, ImageFilter
 from support.studios import asked, studio_of, write_project
 
 from sd3pipe.caption_findings import CaptionFindings, CheckedPicture
@@ -33,7 +35,7 @@ def base(studio) -> str:
 
 
 def entries(project):
-    return {entry.name[:-4]: entry for entry in read_gallery(read_project(project)).entries}
+    return {entry.name[:-4]: entry for entry in read_gallery(read_project(project), may_write=False).entries}
 
 
 def save(studio, entry, text, was=None):
@@ -113,6 +115,24 @@ def test_a_lone_caption_that_is_the_pictures_own_is_not_shown_twice(studio, proj
     assert not found["a"].suggested and found["b"].suggested and not found["c"].suggested
     (project / "caches" / "captions" / "captions.jsonl").write_text("no list")
     assert asked(studio, "GET", base(studio)).text.count("suggested") == 0
+
+
+def test_near_duplicates_and_blur_are_looked_for_beside_the_page(tmp_path, studio, project):
+    noise = Image.effect_noise((128, 128), 90).convert("RGB")
+    noise.save(project / "pictures" / "e.png")
+    noise.save(project / "pictures" / "f.jpg", quality=80)
+    noise.filter(ImageFilter.GaussianBlur(9)).save(project / "pictures" / "g.png")
+    page = asked(studio, "GET", base(studio)).text
+    assert "7 pictures not yet looked at for near-duplicates and blur" in page
+    until = time.monotonic() + 60
+    while "not yet looked at" in page and time.monotonic() < until:
+        time.sleep(0.2)
+        page = asked(studio, "GET", base(studio)).text
+    assert "nearly the same as another" in page and "not yet looked at" not in page
+    shown = asked(studio, "GET", f"{base(studio)}?warning=nearly+the+same").text
+    assert shown.count('<figure class="card"') == 2 and "nearly the same as pictures/e.png" in shown
+    shown = asked(studio, "GET", f"{base(studio)}?warning=blurred").text
+    assert "blurred everywhere" in shown and 'alt="g.png"' in shown and 'alt="e.png"' not in shown
 
 
 def test_an_edit_from_elsewhere_is_noticed_and_kept(studio, project):

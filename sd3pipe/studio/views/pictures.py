@@ -21,6 +21,7 @@ _SHOWN_CHANGES = 200
 _FILTERS = ("bucket", "subset", "words", "warning", "sort")
 _WARNINGS = {
     "any": "any warning", "enlarged": "too small, enlarged", "cut off": "cut off", "same file": "duplicate",
+    "nearly the same": "near-duplicate", "blurred": "blurred",
     "no caption": "no caption", "caption cut off": "caption cut off",
     CAPTION_CHECK: "named by check-captions",
 }  # fmt: skip
