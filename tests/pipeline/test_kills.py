@@ -102,6 +102,8 @@ def commands(tmp_path_factory) -> dict[str, Command]:
     make_inputs(judged, pictures(4))
     write_random_checkpoints(judged / "runs/r", drawing, (10, 20))
     write_tiny_clip(folder / "clip")
+    asked = make_inputs(folder / "asked", pictures(4))
+    write_random_checkpoints(folder / "asked" / "runs/r", asked.model, (10, 20))
     one_thread = ("--threads", 1, "--device", "cpu")
     return {
         "train": Command(
@@ -153,10 +155,10 @@ def commands(tmp_path_factory) -> dict[str, Command]:
         ),
         "check-captions": Command(
             words=(
-                "check-captions", "--model", drawing, "--text", "caches/text", "--latents", "caches/latents",
+                "check-captions", "--model", asked.model, "--text", "caches/text", "--latents", "caches/latents",
                 "--adapter", "runs/r", "--checkpoints", "all", "--draws", 2, "--out", "check.json", *one_thread,
             ),
-            prepare=lambda out: shutil.copytree(judged, out, dirs_exist_ok=True),
+            prepare=lambda out: shutil.copytree(folder / "asked", out, dirs_exist_ok=True),
             extra=lambda name: any(rows in name for rows in _RESULT_ROWS),
         ),
         "init": Command(
