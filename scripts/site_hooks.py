@@ -7,7 +7,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = ("*.md", "docs/*.md", "docs/*.svg", "docs/*.png", "docs/pictures/*")
+SHOWN = ("*.md", "docs/*.md", "docs/*.svg", "docs/pictures/*")
 LISTED = ("docs/decisions", "benchmarks/results")  # folders that a link may lead to: each gets a page with its files
 LINKED = ("notebooks/*.ipynb", "examples/slurm/*")
 

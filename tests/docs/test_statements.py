@@ -78,6 +78,15 @@ def test_commands_options_and_keys_exist(page):
             assert key[1] in keys, span
 
 
+def test_each_picture_is_shown_small_and_drawn_by_the_script():
+    pictures = set((ROOT / "docs" / "pictures").iterdir())
+    shown = {(page.parent / link).resolve() for page in PAGES for link in links(page) if "pictures/" in link}
+    assert pictures == shown
+    script = (ROOT / "scripts" / "draw_documentation.py").read_text(encoding="utf-8")
+    for picture in pictures:
+        assert f'"{picture.stem}"' in script and picture.suffix == ".webp" and picture.stat().st_size <= 200_000
+
+
 def test_commands_that_messages_propose_exist():
     wrong = {
         span: words
