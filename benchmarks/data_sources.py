@@ -111,10 +111,11 @@ def main() -> None:
     parser.add_argument("--px", type=int, default=256)
     parser.add_argument("--decode", type=int, default=5000)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--forms", nargs="+", default=["folder", "tars", "parquet"])
     given = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as folder:
-        for form in ("folder", "tars", "parquet"):
+        for form in given.forms:
             image_dir = write(Path(folder), form, given.pictures, given.files, given.px)
             size = sum(path.stat().st_size for path in image_dir.iterdir())
             found = measure(image_dir, given.decode, given.workers)

@@ -22,7 +22,7 @@ from sd3pipe.data.folders import (
     text_of,
 )
 from sd3pipe.data.places import Place
-from sd3pipe.data.samples import Contents
+from sd3pipe.data.samples import Contents, Look
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import nearest_path
@@ -40,8 +40,8 @@ def read_image_dir(subset: Subset, captions: FileStamps | None, pictures: FileSt
     """Returns what lies in a subset's image_dir. Raises CaptionError, and InputError or NetworkError for a bucket.
 
     `captions` remembers captions, and has those read that it does not know; without it none is read. `pictures` does
-    the same for pictures that share a file, or lie in a bucket; without any of the two, these are only counted: nothing
-    is known of them, and a caption that is there is an empty one.
+    the same for pictures that share a file, or lie in a bucket; without it nothing is known of these. Without any of
+    the two they are counted: a caption that is there is an empty one.
     """
     where = subset.image_dir
     assert where is not None, "a subset without metadata_file has an image_dir"
@@ -126,9 +126,10 @@ def _read_containers(
     others: list[str] = []
     problems: list[str] = []
     wordless = pictures is not None and captions is None
+    look: Look = "all" if pictures else "texts" if captions else "names"
     for file, prefix in files:
         try:
-            contents = _contents(file, subset.caption_extensions, pictures or captions)
+            contents = _contents(file, subset.caption_extensions, pictures or captions, look)
         except InputError as error:
             problems.append(one_line(str(error)))
             continue
@@ -152,14 +153,15 @@ def _read_containers(
     return FolderRead(entries=sorted(entries, key=lambda entry: entry.name), others=sorted(others), folders=[])
 
 
-def _contents(file: Path | Remote, endings: tuple[str, ...], stamps: FileStamps | None) -> Contents:
+def _contents(file: Path | Remote, endings: tuple[str, ...], stamps: FileStamps | None, look: Look) -> Contents:
     """Returns what a file holds, as remembered where possible. Raises InputError, OSError."""
-    what = " ".join(("samples", *endings))
-    if stamps is not None and (known := _recalled(stamps.recall(file, what))) is not None:
-        return known
-    contents = _read(file, endings, look=stamps is not None)
-    if stamps is not None:
-        stamps.remember(file, what, _CONTENTS.dump_python(contents, mode="json"))
+    if stamps is None:
+        return _read(file, endings, look=look)
+    for kind in ("all", look):
+        if (known := _recalled(stamps.recall(file, " ".join((kind, *endings))))) is not None:
+            return known
+    contents = _read(file, endings, look=look)
+    stamps.remember(file, " ".join((look, *endings)), _CONTENTS.dump_python(contents, mode="json"))
     return contents
 
 
@@ -172,7 +174,7 @@ def _recalled(known: object) -> Contents | None:
     return contents if usable else None
 
 
-def _read(file: Path | Remote, endings: tuple[str, ...], *, look: bool) -> Contents:
+def _read(file: Path | Remote, endings: tuple[str, ...], *, look: Look) -> Contents:
     from sd3pipe.data.tables import read_arrow, read_parquet  # what a second scan does not need
     from sd3pipe.data.tars import read_tar
 
@@ -200,7 +202,7 @@ def _read_remote(where: Remote, subset: Subset, captions: FileStamps | None, pic
             stamps.note_listed(str(file.file), file.stamp)
     alone = [file for file in files if is_picture_name(file.name.rpartition("/")[2])]
     if alone and not wild:
-        return _remote_pictures(alone, files, subset, captions, stamps)
+        return _remote_pictures(alone, files, subset, captions, pictures)
     held = [(file.file, inside[file.name]) for file in files if file.name in inside]
     return _read_containers(held, subset, captions, pictures)
 

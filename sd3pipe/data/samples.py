@@ -1,11 +1,12 @@
 """What the readers of tars and tables tell of the pictures in a file, and what is remembered of it."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from sd3pipe.data.parquet_cells import Cell
 from sd3pipe.data.places import Span
 
+Look = Literal["names", "texts", "all"]  # what is read of a file: nothing but names, captions, pictures, too
 CAPTION_KEYS = ("caption", "prompt", "text")  # of a record, the first that is there
 
 

@@ -17,7 +17,7 @@ from sd3pipe.data.findings import finding_of
 from sd3pipe.data.folders import normalised
 from sd3pipe.data.parquet_cells import Cell, open_parquet, pyarrow_for
 from sd3pipe.data.places import Span
-from sd3pipe.data.samples import CAPTION_KEYS, Contents, Sample, clean_name
+from sd3pipe.data.samples import CAPTION_KEYS, Contents, Look, Sample, clean_name
 from sd3pipe.errors import InputError
 from sd3pipe.files import open_regular
 from sd3pipe.remote import Remote, open_file
@@ -33,16 +33,9 @@ class _Columns:
     path: str | None
     text: str | None
 
-    @property
-    def names(self) -> list[str]:
-        return [name for name in (self.picture, self.path, self.text) if name]
 
-
-def read_parquet(file: Path | Remote, *, look: bool) -> Contents:
-    """Returns the pictures of a Parquet file, a row each. Without `look` no column is read, and captions are empty.
-
-    Raises InputError.
-    """
+def read_parquet(file: Path | Remote, *, look: Look) -> Contents:
+    """Returns the pictures of a Parquet file, a row each; of mere names captions are empty. Raises InputError."""
     pyarrow = pyarrow_for(file)
     parquet = open_parquet(file)
     columns = _columns(parquet.schema_arrow, file)
@@ -50,10 +43,10 @@ def read_parquet(file: Path | Remote, *, look: bool) -> Contents:
     paths: list[str] = []
     try:
         for group in range(parquet.num_row_groups):
-            if not look:
+            if look == "names":
                 rows: Any = ((None, None, "" if columns.text else None),) * parquet.metadata.row_group(group).num_rows
             else:
-                rows = _parquet_rows(parquet, group, columns)
+                rows = _parquet_rows(parquet, group, columns, look)
             for row, (data, path, text) in enumerate(rows):
                 samples.append(_sample(Cell(group, row, columns.picture), data, path, text, look=look))
                 paths.append(path or "")
@@ -62,8 +55,8 @@ def read_parquet(file: Path | Remote, *, look: bool) -> Contents:
     return Contents(samples=_named(samples, paths))
 
 
-def read_arrow(file: Path | Remote, *, look: bool) -> Contents:
-    """Returns the pictures of an Arrow file, a row each. Without `look` no header is read. Raises InputError."""
+def read_arrow(file: Path | Remote, *, look: Look) -> Contents:
+    """Returns the pictures of an Arrow file, a row each. Raises InputError."""
     pyarrow = pyarrow_for(file)
     samples: list[Sample] = []
     paths: list[str] = []
@@ -87,14 +80,14 @@ def _damaged(file: Path | Remote, form: str, rows: int, error: Exception) -> Inp
     return InputError(f"{file}: cannot be read as {form} after row {rows} ({reason}): copy or write it again")
 
 
-def _sample(part: Span | Cell, data: Any, path: str | None, text: str | None, *, look: bool) -> Sample:
+def _sample(part: Span | Cell, data: Any, path: str | None, text: str | None, *, look: Look) -> Sample:
     """Returns one row; its name comes later."""
     stopping.check()
     known: dict[str, Any] = {}
-    if look and data is None:
+    if look == "all" and data is None:
         where = f": it names the file {path} instead" if path else ""
         known = {"unreadable": f"the row holds no bytes of a picture{where}"}
-    elif look:
+    elif look == "all":
         known = dict(finding_of(bytes(data), Path(path or "").suffix))
     return Sample(name="", part=part, known=known, caption=None if text is None else normalised(text))
 
@@ -137,10 +130,17 @@ def _columns(schema: Any, file: Path | Remote) -> _Columns:
     )
 
 
-def _parquet_rows(parquet: Any, group: int, columns: _Columns) -> Iterator[tuple[Any, str | None, str | None]]:
-    """Yields bytes, path and text of each row of a row group."""
-    for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns.names):
-        arrays = [_array(batch, name) for name in (columns.picture, columns.path, columns.text)]
+def _parquet_rows(
+    parquet: Any, group: int, columns: _Columns, look: Look
+) -> Iterator[tuple[Any, str | None, str | None]]:
+    """Yields bytes, path and text of each row of a row group; None for what is not asked for."""
+    names = (columns.picture if look == "all" else None, columns.path, columns.text)
+    wanted = [name for name in names if name]
+    if not wanted:
+        yield from [(None, None, None)] * parquet.metadata.row_group(group).num_rows
+        return
+    for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=wanted):
+        arrays = [_array(batch, name) for name in names]
         for row in range(batch.num_rows):
             data, path, text = (None if array is None else array[row].as_py() for array in arrays)
             yield data, path, text

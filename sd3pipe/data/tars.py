@@ -15,7 +15,7 @@ from sd3pipe import stopping
 from sd3pipe.data.findings import finding_of
 from sd3pipe.data.folders import caption_name, is_picture_name, normalised, text_of
 from sd3pipe.data.places import MAX_FILE_BYTES, Span, too_large
-from sd3pipe.data.samples import CAPTION_KEYS, Contents, Sample, clean_name
+from sd3pipe.data.samples import CAPTION_KEYS, Contents, Look, Sample, clean_name
 from sd3pipe.documents import MOST_BYTES, DocumentError, parse_json
 from sd3pipe.errors import InputError
 from sd3pipe.files import open_regular
@@ -25,11 +25,11 @@ _RECORD = TypeAdapter(dict[str, Any])
 _JSON = ".json"
 
 
-def read_tar(file: Path | Remote, endings: tuple[str, ...], *, look: bool) -> Contents:
+def read_tar(file: Path | Remote, endings: tuple[str, ...], *, look: Look) -> Contents:
     """Returns the pictures of a tar, those of equal names once: the last, as tar itself has it.
 
-    Captions end in one of `endings`, else in .json. Without `look` no member is read, and a caption that is there is
-    an empty one. Raises InputError for a file that is no whole tar.
+    Captions end in one of `endings`, else in .json; of mere names they are empty. Raises InputError for a file that is
+    no whole tar.
     """
     pictures: dict[str, Sample] = {}
     texts: dict[str, bytes] = {}
@@ -39,10 +39,10 @@ def read_tar(file: Path | Remote, endings: tuple[str, ...], *, look: bool) -> Co
             name = clean_name(member.name)
             span = Span(member.offset_data, member.size)
             if is_picture_name(name.rpartition("/")[2]) and member.isreg() and not member.issparse():
-                known = dict(_finding(handle, span, Path(name).suffix, f"{file}: {name}")) if look else {}
+                known = dict(_finding(handle, span, Path(name).suffix, f"{file}: {name}")) if look == "all" else {}
                 pictures[name] = Sample(name=name, part=span, known=known)
             elif member.isreg() and name.endswith((*endings, _JSON)):
-                texts[name] = _part(handle, span, f"{file}: {name}", MOST_BYTES) if look else b""
+                texts[name] = _part(handle, span, f"{file}: {name}", MOST_BYTES) if look != "names" else b""
             elif not member.isdir():
                 others.append(name)
     problems: list[str] = []
@@ -95,7 +95,7 @@ def _captioned(
     problems: list[str],
     file: Path | Remote,
     *,
-    look: bool,
+    look: Look,
 ) -> Sample:
     """Returns a picture with the caption that lies beside it."""
     folder, slash, base = sample.name.rpartition("/")
@@ -104,7 +104,7 @@ def _captioned(
         return sample
     name = f"{folder}{slash}{found}"
     try:
-        caption = _caption(texts[name], name, f"{file}: {name}", endings) if look else ""
+        caption = _caption(texts[name], name, f"{file}: {name}", endings) if look != "names" else ""
     except InputError as error:
         problems.append(str(error))
         return sample

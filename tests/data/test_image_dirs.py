@@ -306,6 +306,19 @@ def test_counting_reads_no_picture(tmp_path, pictures, monkeypatch):
         assert len(entries) == COUNT and sum(entry.caption is not None for entry in entries) >= COUNT - 1
 
 
+def test_captions_alone_are_read_without_a_picture_or_taken_from_what_a_scan_remembers(tmp_path, pictures, monkeypatch):
+    forms = list(every_form(tmp_path, pictures))
+    known = FileStamps(tmp_path / "known.json")
+    expected = [picture.caption for picture in scan(dataset(tmp_path, forms[0]), known).pictures]
+    monkeypatch.setattr("sd3pipe.data.tars.finding_of", None)
+    monkeypatch.setattr("sd3pipe.data.tables.finding_of", None)
+    for image_dir in forms:
+        entries = read_image_dir(dataset(tmp_path, image_dir).subsets[0], FileStamps(tmp_path / "n.json")).entries
+        assert [entry.caption or "" for entry in entries] == expected
+    monkeypatch.setattr("sd3pipe.data.image_dirs._read", None)
+    assert len(read_image_dir(dataset(tmp_path, forms[0]).subsets[0], known).entries) == COUNT
+
+
 def test_a_second_scan_reads_nothing_and_a_changed_tar_is_read_again(tmp_path, pictures, monkeypatch):
     content = folder_content(pictures)
     file = write_tar(tmp_path / "t.tar", content)
