@@ -1,6 +1,6 @@
 """What a training step costs beside its bare forward and backward pass, and beside the same step in diffusers + peft.
 
-    python benchmarks/train_step.py [--depth 8] [--steps 12] [--threads 1]
+    python benchmarks/train_step.py [--depth 8] [--steps 12] [--threads 1] [--recompute]
 
 Makes a random SD3.5-medium of the given depth (width 64 x depth) and caches of random rows in a temporary folder. One
 process measures, in turns whose order rotates so that a busy machine hurts all alike, the median seconds of
@@ -8,7 +8,7 @@ process measures, in turns whose order rotates so that a busy machine hurts all 
   step     what train does per step: rows read, noise drawn, forward, backward, clipping, AdamW, records
   peft     forward, backward, clipping and AdamW on diffusers' transformer with peft's LoRA on the same layers
 and the share of each part of `step` that `bare` has not, measured by itself: it is small, and the difference of two
-large numbers is not a good way to see it.
+large numbers is not a good way to see it. With --recompute, all three compute each block anew in the backward pass.
 Then a fresh process trains one step from cached inputs: seconds from its start to the first step's end, and peak RSS.
 """
 
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=32, help="latent pixels")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--recompute", action="store_true", help="gradient checkpointing in every block")
     options = parser.parse_args()
     choose_device("cpu", options.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +75,8 @@ def make_inputs(folder: Path, options: argparse.Namespace) -> tiny_training.Inpu
     size = (options.side, options.side)
     dataset = tiny_training.pictures(8, size=size, tokens=TOKENS)
     return tiny_training.make_inputs(
-        folder, dataset, depth=options.depth, network_dim=RANK, threads=options.threads, gradient_checkpointing=False,
+        folder, dataset, depth=options.depth, network_dim=RANK, threads=options.threads,
+        gradient_checkpointing=options.recompute,
         save_every_n_steps=None, max_train_steps=10_000, learning_rate=1e-4,
     )  # fmt: skip
 
@@ -110,7 +112,11 @@ def compare(inputs: tiny_training.Inputs, options: argparse.Namespace) -> None:
     loop = open_loop(inputs)
     clock = time.process_time if options.threads == 1 else time.perf_counter
     parts: dict[str, list[float]] = {}
-    ways = {"bare": bare_step(loop), "step": whole_step(loop, parts, clock), "peft": peft_step(loop)}
+    ways = {
+        "bare": bare_step(loop),
+        "step": whole_step(loop, parts, clock),
+        "peft": peft_step(loop, recompute=options.recompute),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
     for turn in range(options.steps + 2):
@@ -173,11 +179,14 @@ def whole_step(loop: Loop, parts: dict[str, list[float]], clock: Callable[[], fl
     return step
 
 
-def peft_step(loop: Loop) -> Callable[[], None]:
+def peft_step(loop: Loop, *, recompute: bool) -> Callable[[], None]:
     """The same step as one would write it with diffusers and peft."""
     paths = list(loop.runner.network.layers)
     targets = [name for path in paths for name in their_names(path)]
     oracle = diffusers_mmdit("sd35-medium", torch.float32)
+    if recompute:
+        oracle.enable_gradient_checkpointing()
+        oracle.train()
     model = get_peft_model(oracle, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
