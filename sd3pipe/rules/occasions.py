@@ -72,7 +72,8 @@ class SampleRules:
     sample_every_n_epochs: int | None = rule(None, "Epochs between sample pictures.", advanced=True, ge=1)
     sample_at_first: bool = rule(True, "Draw samples before the first step, too.", advanced=True)
     max_sample_prompts: int | None = rule(
-        None, "Draw only the first so many prompts while training; `judge` draws all. Default: all.", ge=1
+        None, "Draw only the first so many prompts while training; `judge` draws all. Default: all.",
+        advanced=True, ge=1,
     )
     variant: ToldVariant | None = rule(
         None, "Sample with the turbo model's steps and scale; nothing else tells it from large.", advanced=True
