@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from support.random_adapters import random_adapter
 from support.tiny_training import Inputs, Run, equal, make_inputs, pictures, with_other_vae
 
-from sd3pipe.adapters.files import save_adapter
+from sd3pipe.adapters.files import read_adapter, save_adapter
 from sd3pipe.errors import InputError, ParameterError, StaleError, Stopped
 from sd3pipe.fingerprint import hash_file
 from sd3pipe.models.architecture import mmdit_architecture
@@ -266,6 +266,21 @@ def test_tensors_that_the_optimizer_does_not_expect_are_refused(inputs, tmp_path
     broken_optimizer(run, change)
     with pytest.raises(InputError, match="checkpoint"):
         inputs.train(tmp_path / "run", max_train_steps=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["oft", "oftv2", "tlora"])
+def test_a_new_run_takes_up_the_kind_of_the_weights_that_it_is_given(inputs, kind):
+    plain = {"network_dropout": 0.0, "max_train_steps": 1}
+    first = inputs.train(f"{kind}-first", adapter_type=kind, **plain)
+    same = inputs.train(f"{kind}-same", adapter_type=kind, network_weights=first.folder, **plain)
+    found = inputs.train(f"{kind}-found", dim_from_weights=True, network_weights=first.folder, **plain)
+    assert found.losses() == same.losses() and equal(found.adapter(1), same.adapter(1))
+    taken = read_adapter(found.checkpoint(1) / "adapter.safetensors").adapter
+    assert {delta.algorithm for delta in taken.values()} == {kind}
+    merged = inputs.train(f"{kind}-merged", base_weights=(first.folder,), **plain)
+    if kind != "tlora":  # whose ranks all act in the base
+        assert merged.losses()[0] == pytest.approx(found.losses()[0], rel=1e-3)
 
 
 def test_network_weights_start_a_new_run_from_an_adapter(inputs):
