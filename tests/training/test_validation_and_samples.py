@@ -75,6 +75,21 @@ def test_validation_changes_nothing_and_drops_nothing(inputs):
     assert often.records("validation")[0]["by_picture"] == seldom.records("validation")[0]["by_picture"]
 
 
+@pytest.mark.slow
+def test_validation_and_samples_mask_a_tloras_ranks_and_change_nothing(inputs, prompts, vae):
+    """A held-out loss depends on how many ranks act: with rank 2 and at least 2 all of them do at every level."""
+    masked = {"adapter_type": "tlora", "learning_rate": 0.1, "output_name": "tlora"}
+    watched = inputs.train(
+        "tlora-watched", validate_every_n_steps=1, prompts=prompts, vae=vae, sample_every_n_steps=2, **masked
+    )
+    alone = inputs.train("tlora-alone", validate_every_n_steps=None, **masked)
+    assert watched.losses() == alone.losses() and equal(watched.adapter(), alone.adapter())
+    all_ranks = inputs.train("tlora-all", validate_every_n_steps=1, network_args=("tlora_min_rank=2",), **masked)
+    first = [run.records("validation")[0]["loss"] for run in (watched, all_ranks)]
+    last = [run.records("validation")[-1]["loss"] for run in (watched, all_ranks)]
+    assert first[0] == first[1] and last[0] != last[1]
+
+
 def test_the_best_checkpoint_is_marked_and_kept(inputs):
     run = inputs.train(
         "best", validate_every_n_steps=1, save_every_n_steps=1, save_last_n_steps=0, max_train_steps=6,
