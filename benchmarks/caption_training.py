@@ -1,6 +1,6 @@
 """Does the demo's LoRA learn the new shape as well from a model's captions as from the true ones?
 
-    python benchmarks/caption_training.py [--captioner DIR] [--draws 400] [--folder DIR]
+    python benchmarks/caption_training.py [--captioner DIR] [--draws 400] [--steps N] [--folder DIR]
 
 Trains the demo twice: with the captions that its drawings have, and with those that the tiny captioner of
 scripts/make_demo_captioner.py writes beside them, whose words for known shapes `--replace` turns into the new word.
@@ -33,12 +33,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captioner", type=Path, help="folder of a trained one; without it one is trained")
     parser.add_argument("--draws", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=DemoParams.model_fields["steps"].default, help="of both trainings")
     parser.add_argument("--folder", type=Path, help="where all is kept; default: a temporary folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).resolve()
         captioner = (options.captioner or trained_captioner(folder / "captioner")).resolve()
-        true, made = project(folder / "true"), project(folder / "captioned")
+        true, made = (project(folder / name, options.steps) for name in ("true", "captioned"))
         tell_captions(made, caption(made, captioner))
         right = [shapes_drawn(folder, here, options.draws) for here in (true, made)]
     pairs = list(zip(*right, strict=True))
@@ -52,9 +53,9 @@ def trained_captioner(folder: Path) -> Path:
     return folder
 
 
-def project(folder: Path) -> Path:
+def project(folder: Path, steps: int) -> Path:
     """Writes the demo's project, unless it is there."""
-    for path, content in write_files(folder, steps=DemoParams.model_fields["steps"].default).items():
+    for path, content in write_files(folder, steps=steps).items():
         if not path.exists():
             write_bytes(make_folder(path.parent) / path.name, content)
     return folder
