@@ -308,7 +308,7 @@ def test_network_weights_start_a_new_run_from_an_adapter(inputs):
         (
             "loha",
             {"dim_from_weights": True, "network_dropout": 0.1},
-            "network_dropout LoRA and DoRA alone",
+            "network_dropout is for .*LoRA and DoRA alone",
         ),
     ],
 )
