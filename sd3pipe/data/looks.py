@@ -24,6 +24,7 @@ import numpy as np
 from sd3pipe import stopping
 from sd3pipe.console import count, listed, one_line, progress
 from sd3pipe.cores import usable_cores
+from sd3pipe.data.places import read_picture
 from sd3pipe.data.scan import Picture
 from sd3pipe.documents import DocumentError, read_data
 from sd3pipe.errors import StorageError, UnreadablePicture
@@ -138,15 +139,14 @@ _EMPTY: _Table = {
 
 def _row(picture: Picture) -> _Table:
     """Returns a table of one picture. One that cannot be decoded looks like no other; whoever encodes it says why."""
-    from sd3pipe.data.headers import read_picture  # import Pillow, which a second look does not need
-    from sd3pipe.data.images import composited, decode
+    from sd3pipe.data.images import composited, decode  # imports Pillow, which a second look does not need
 
     digest = np.frombuffer(bytes.fromhex(picture.image_hash), np.uint8)
     try:
-        data = read_picture(picture.path)
+        data = read_picture(picture.place)
         if hash_bytes(data) != picture.image_hash:
             raise UnreadablePicture("it changed")
-        pixels_HWC = decode(data, picture.path.suffix, keep_alpha=picture.has_alpha, at_least_px=_LOOKED_PX)
+        pixels_HWC = decode(data, picture.place.suffix, keep_alpha=picture.has_alpha, at_least_px=_LOOKED_PX)
         look = look_of(composited(pixels_HWC, _WHITE) if picture.has_alpha else pixels_HWC)
     except UnreadablePicture:
         bits = digest.view(np.uint64)  # as good as random
