@@ -16,7 +16,7 @@ from sd3pipe import child, files, living, stopping
 from sd3pipe.config import read_toml
 from sd3pipe.device import choose_device
 from sd3pipe.errors import ParameterError, Stopped
-from sd3pipe.files import lock_file, open_handle, publish_once, read_at
+from sd3pipe.files import lock_file, nearest_path, open_handle, publish_once, read_at
 from sd3pipe.living import is_alive, living_pid, process_mark
 from sd3pipe.models.hub import is_hub_id
 
@@ -132,6 +132,11 @@ def test_the_gpu_of_a_mac_is_refused_elsewhere():
 )
 def test_a_path_of_windows_is_no_repository_of_the_hub(path):
     assert not is_hub_id(path)
+
+
+def test_a_path_that_another_system_finds_in_any_case_is_proposed_as_it_is_written(tmp_path):
+    (tmp_path / "Photos").mkdir()
+    assert nearest_path(tmp_path / "PHOTOS") == f" (did you mean {tmp_path / 'Photos'}?)"
 
 
 def test_a_path_of_windows_stays_as_it_is_between_single_quotes_and_is_explained_between_double_ones(tmp_path):
