@@ -119,8 +119,8 @@ def counts(folder: Path, adapter: Path | None, draws: int) -> tuple[Booleans, Bo
     if not file.is_file():
         old = held_out_subjects()
         parts = {
-            "new": _right(folder, "new", _repeated(unseen(), draws), adapter) if adapter else np.zeros(0, bool),
-            "old": _right(folder, "old", _repeated(old, draws // 4), adapter),
+            "new": _right(_repeated(unseen(), draws), adapter) if adapter else np.zeros(0, bool),
+            "old": _right(_repeated(old, draws // 4), adapter),
         }
         file.parent.mkdir(exist_ok=True)
         np.savez(file, **parts)
@@ -133,9 +133,9 @@ def unseen() -> list[Subject]:
     return [subject for subject in all_subjects((NEW_WORD,)) if subject not in {*LEARNT, *HELD_OUT, *PROMPTED}]
 
 
-def _right(folder: Path, name: str, subjects: Sequence[Subject], adapter: Path | None) -> Booleans:
-    place = folder / f"prompts-{name}-{len(subjects)}"
-    prompts = encode_subjects(place, subjects, 10_000)
+def _right(subjects: Sequence[Subject], adapter: Path | None) -> Booleans:
+    with tempfile.TemporaryDirectory() as place:
+        prompts = encode_subjects(Path(place) / "a", subjects, 10_000)
     readings = read_latents(draw_latents(prompts, adapter))
     return np.array([reading.shape == subject.shape for reading, subject in zip(readings, subjects, strict=True)])
 
@@ -173,7 +173,8 @@ def embeddings(
     name = hash_json([adapter.read_bytes().hex() if adapter else "", [subject.caption() for subject in repeated]])[:16]
     file = folder / "seen" / f"{name}.npy"
     if not file.is_file():
-        prompts = encode_subjects(folder / "prompts-judged" / name, repeated, 1)
+        with tempfile.TemporaryDirectory() as place:
+            prompts = encode_subjects(Path(place) / "a", repeated, 1)
         vae = load_vae(MODEL)
         pictures = [
             picture for part in draw_latents(prompts, adapter).split(16) for picture in decode_pictures(vae, part)
