@@ -174,7 +174,7 @@ def folder(tmp_path, photographs):
 
 
 def pictures_of(folder):
-    return scan(folder_dataset(folder), FileStamps(folder / "stat.json")).pictures
+    return scan(folder_dataset(str(folder)), FileStamps(folder / "stat.json")).pictures
 
 
 def warnings_of(folder, monkeypatch=None):
