@@ -66,9 +66,10 @@ class Looks:
         self._table = _read(file)
 
     def missing(self, pictures: Iterable[Picture]) -> list[Picture]:
-        """Returns one picture of each content that was not looked at."""
+        """Returns one picture of each content that was not looked at; those behind an address are left alone."""
         known = set(_hashes(self._table))
-        return list({picture.image_hash: picture for picture in pictures if picture.image_hash not in known}.values())
+        near = (picture for picture in pictures if isinstance(picture.place.file, Path))
+        return list({picture.image_hash: picture for picture in near if picture.image_hash not in known}.values())
 
     def look_at(self, pictures: Sequence[Picture], *, keep: bool = True, quiet: bool = False) -> None:
         """Looks at those that are new; knows these pictures and no others then, and with `keep` the next run, too."""
