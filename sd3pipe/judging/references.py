@@ -26,7 +26,7 @@ class Reference:
 
 
 def read_references(latents: CacheReader) -> list[Reference]:
-    """Returns training and held-out pictures, at most MOST of each, without regularisation pictures.
+    """Returns training and held-out pictures, at most MOST of each, each once, without regularisation pictures.
 
     Raises InputError for a cache of another kind, and where there is no training picture.
     """
@@ -42,7 +42,8 @@ def read_references(latents: CacheReader) -> list[Reference]:
         chosen[subset, name] = Reference(
             name=name, row=rows[place], key=columns["key"][place], held_out=columns["split"][place] == "validation"
         )
-    trained, held_out = ([item for item in chosen.values() if item.held_out is wanted] for wanted in (False, True))
+    different = {item.key: item for item in chosen.values()}  # beside its own copy a picture could not be copied
+    trained, held_out = ([item for item in different.values() if item.held_out is wanted] for wanted in (False, True))
     if not trained:
         raise InputError(f"{latents.where} holds no picture that is trained on: there is nothing to be alike")
     return [*_spread(trained), *_spread(held_out)]
