@@ -5,7 +5,7 @@
 Trains the demo twice: with the captions that its drawings have, and with those that the tiny captioner of
 scripts/make_demo_captioner.py writes beside them, whose words for known shapes `--replace` turns into the new word.
 Both adapters then draw the same prompts from the same noise, and the demo's measure reads the shapes. The test is
-McNemar's, exact and one-sided, on the pairs of which one is right. About ten CPU minutes.
+McNemar's, exact and one-sided, on the pairs of which one is right.
 """
 
 import argparse

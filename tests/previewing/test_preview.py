@@ -122,7 +122,7 @@ def test_a_second_preview_decodes_what_is_new(project, tmp_path, monkeypatch):
     decoded.clear()
     Image.new("RGB", (70, 72)).save(folder / "pics" / "small.png")
     preview(folder)
-    assert [job.path.name for job in decoded] == ["small.png"]
+    assert [job.place.file.name for job in decoded] == ["small.png"]
     now = sorted((folder / ".sd3pipe" / "out" / "thumbnails").iterdir())
     assert len(now) == len(kept) and now != kept
 
