@@ -14,7 +14,7 @@ _MOST_BYTES = 1_000_000_000  # 200 for each picture
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PictureLosses:
-    """One picture. `quantile` says where its losses stand among those of all pictures at equal noise: 1 is the dearest.
+    """One picture. `quantile` says where its losses stand among those of all pictures at equal noise: 1 is the hardest.
 
     `gained` is the share by which they fell from the first third of its views to the last, `learnt` whether that is
     above 0 for all pictures looked at together; None of one that was seen too seldom to tell.

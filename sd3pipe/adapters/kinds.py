@@ -12,6 +12,7 @@ from sd3pipe.adapters.oft import OFTDelta
 from sd3pipe.adapters.oftv2 import OFTv2Delta
 from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.adapters.tlora import TLoRADelta
+from sd3pipe.console import listed
 from sd3pipe.errors import ParameterError
 
 # In the order in which a file's tensors are tried: a T-LoRA's are a LoRA's.
@@ -40,5 +41,5 @@ def check_spec(spec: AdapterSpec, algorithm: str | None = None) -> None:
 def check_option(algorithm: str, option: str) -> None:
     """Raises ParameterError where an option is for other kinds of adapters, saying for which."""
     if option not in KINDS[algorithm].options:
-        others = " and ".join(kind.title for kind in KINDS.values() if option in kind.options)
+        others = listed([kind.title for kind in KINDS.values() if option in kind.options])
         raise ParameterError(f"{option} is for {others} alone, not for {KINDS[algorithm].title}")

@@ -52,7 +52,7 @@ def facts(run: RunRecord) -> dict[str, Any]:
         "verdict": report.get("validation"),
         "judgement": judgement_facts(run.judgement, run.folder / JUDGE_FOLDER),
         "learnt": _learnt(run.pictures),
-        "dearest": _dearest(run.pictures),
+        "hardest": _hardest(run.pictures),
         "counts": _named(data, _COUNTS),
         "subsets": _subsets(data.get("subsets") or {}, report.get("subsets") or {}),
         "buckets": _bars(data.get("buckets"), lambda rows: count(rows, "row")),
@@ -136,12 +136,12 @@ def _learnt(pictures: Sequence[PictureLosses]) -> str:
     )
 
 
-def _dearest(pictures: Sequence[PictureLosses]) -> Rows:
+def _hardest(pictures: Sequence[PictureLosses]) -> Rows:
     """Returns the pictures whose losses stand highest among those of equal noise, with what was gained of each."""
-    dearest = sorted(pictures, key=lambda picture: -picture.quantile)[:_MOST_PICTURES]
+    hardest = sorted(pictures, key=lambda picture: -picture.quantile)[:_MOST_PICTURES]
     return [
         [f"{item.subset}/{item.name}", f"{item.quantile:.2f}", _share(item.gained), "" if item.learnt else "not learnt"]
-        for item in dearest
+        for item in hardest
         if item.learnt is not None
     ]
 

@@ -1,4 +1,4 @@
-"""What the losses of training say of each picture, without a pass more: how dear it is, and what was learnt of it.
+"""What the losses of training say of each picture, without a pass more: how hard it is, and what was learnt of it.
 
 A loss depends on its noise level more than on anything else, so it counts as a quantile: where it stands among the
 losses of all pictures at about that level. Regularisation pictures whose target is the base's own output stand apart.

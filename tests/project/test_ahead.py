@@ -10,7 +10,6 @@ from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.train import TrainParams
 from sd3pipe.project import ahead as module
 from sd3pipe.project.ahead import ahead
-from sd3pipe.project.amounts import Amounts
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = Project(folder=ROOT, paths={"dataset": str(ROOT / "examples" / "demo" / "dataset.toml")})
@@ -65,8 +64,7 @@ PUBLISHED = "stabilityai/stable-diffusion-3.5-large"  # asked for nothing: the p
     ],
 )
 def test_much_text_is_told_with_how_it_would_be_less(monkeypatch, tmp_path, options, advice):
-    amounts = Amounts(pictures=200_000, texts=200_000, rows_by_size={})
-    monkeypatch.setattr(module, "read_amounts", lambda *_, **__: amounts)
+    monkeypatch.setattr(module, "count_texts", lambda *_, **__: 200_000)
     params = EncodeTextParams(model=PUBLISHED, dataset=tmp_path / "dataset.toml", out=tmp_path / "text", **options)
     found = ahead(params, PROJECT)
     assert (found.advice or "").removesuffix(" (docs/memory.md)") == (advice or "")

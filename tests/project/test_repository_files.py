@@ -20,10 +20,7 @@ def expected_texts() -> dict[str, str]:
     return runpy.run_path(str(ROOT / "scripts" / "write_stage_files.py"))["texts"]()
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["stages/encode_text.toml", "stages/encode_latents.toml", "stages/train.toml", "stages/export.toml", "dvc.yaml"],
-)
+@pytest.mark.parametrize("name", [*(f"stages/{name}.toml" for name in load_stage_models()), "dvc.yaml"])
 def test_file_is_in_step_with_the_options(name):
     message = f"{name} is not what the option sets say: run scripts/write_stage_files.py"
     assert (ROOT / name).read_text(encoding="utf-8") == expected_texts()[name], message

@@ -72,7 +72,7 @@ def test_page_shows_losses_options_and_provenance_escaped(page):
     assert "abc&lt;def&gt;" in text and "abc<def>" not in text
 
 
-def test_page_says_which_pictures_were_learnt_the_dearest_first(page):
+def test_page_says_which_pictures_were_learnt_the_hardest_first(page):
     text = page.read_text(encoding="utf-8")
     assert "Of 3 of 4 pictures the loss fell measurably" in text
     (rows,) = re.findall(r"loss fell by.*?</table>", text, re.DOTALL)
