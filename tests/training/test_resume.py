@@ -302,13 +302,13 @@ def test_network_weights_start_a_new_run_from_an_adapter(inputs):
         (
             "lokr",
             {"dim_from_weights": True, "scale_weight_norms": 1.0},
-            "LoRA and DoRA alone, not for LoKr",
+            "DoRA alone, not for LoKr",
         ),
         ("loha", {"dim_from_weights": True, "network_args": ("loraplus_lr_ratio=4",)}, "alone, not for LoHa"),
         (
             "loha",
             {"dim_from_weights": True, "network_dropout": 0.1},
-            "network_dropout is for .*LoRA and DoRA alone",
+            "network_dropout is for .*DoRA alone",
         ),
     ],
 )
