@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import JsonValue, TypeAdapter, with_config
+from pydantic import FiniteFloat, JsonValue, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
 
 from sd3pipe.data.headers import DECODER_ERRORS, open_picture, reason
@@ -62,7 +62,7 @@ class RunRecord:
         return (self.report.get("encoded") or {}).get(cache) or {}
 
 
-_Numbers = dict[str, float]
+_Numbers = dict[str, FiniteFloat]
 
 
 @with_config(extra="allow")
@@ -73,8 +73,8 @@ class _Data(TypedDict, total=False):
 
 @with_config(extra="allow")
 class _Prediction(TypedDict, total=False):
-    predicted: float | None
-    measured: float | None
+    predicted: FiniteFloat | None
+    measured: FiniteFloat | None
 
 
 @with_config(extra="allow")
@@ -92,7 +92,7 @@ class _Captions(TypedDict, total=False):
 class _Encoded(TypedDict, total=False):
     captions: _Captions | None
     cut: int | None
-    seconds: float
+    seconds: FiniteFloat
 
 
 @with_config(extra="allow")
@@ -105,9 +105,9 @@ class _About(TypedDict, total=False):
     encoded: dict[str, _Encoded | None] | None
     subsets: dict[str, dict[str, JsonValue]] | None
     phases: _Numbers | None
-    peak_rss_bytes: float | None
-    peak_device_bytes: float | None
-    streamed_bytes: float | None
+    peak_rss_bytes: FiniteFloat | None
+    peak_device_bytes: FiniteFloat | None
+    streamed_bytes: FiniteFloat | None
 
 
 _ABOUT = TypeAdapter(_About)

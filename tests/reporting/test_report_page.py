@@ -265,3 +265,10 @@ def test_damaged_lines_and_reports_are_left_out(tmp_path, caplog):
     record = read_run(folder)
     assert len(record.steps) == 30 and record.report == {}
     assert "report.json: phases.steps" in caplog.text and "left out of the report" in caplog.text
+
+
+def test_a_duration_that_is_no_number_leaves_its_report_out(tmp_path, caplog):
+    folder = write_run(tmp_path / "run")
+    (folder / "report.json").write_text('{"phases": {"steps": NaN}}')
+    assert read_run(folder).report == {}
+    assert "report.json: phases.steps" in caplog.text
