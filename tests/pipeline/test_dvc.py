@@ -131,7 +131,7 @@ def test_each_change_runs_what_it_must_and_nothing_else(tmp_path):
     assert "train" not in project.repro()
     assert project.encoded("prompts") == 1
 
-    project.edit("stages/train.toml", "# Rank of the adapter.", "# Rank.")
+    project.edit("stages/train.toml", "# Commented lines", "# These lines")
     assert project.repro() == set()
 
     project.edit("stages/train.toml", "learning_rate = 0.0001", "learning_rate = 0.001")
