@@ -165,11 +165,6 @@ assert written.forms == ("native",) and compare(read_adapter(Path("a.safetensors
                 'ToldVariant = Literal["sd35-large-turbo", "sd35-medium-turbo"]',
             ),
             (
-                "words.py",
-                '"sd35-large", "sd35-large-turbo"]\n',
-                '"sd35-large", "sd35-large-turbo", "sd35-medium-turbo"]\n',
-            ),
-            (
                 "diffusion/sampler.py",
                 '    "sd35-large": SamplingSettings',
                 '    "sd35-medium-turbo": SamplingSettings(steps=6, scale=1.0),\n    "sd35-large": SamplingSettings',
