@@ -15,15 +15,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+
+from support.demo_pictures import draw_latents, encode_subjects, read_latents
+
+from sd3pipe.demo.drawings import NEW_WORD, OUTLINES, all_subjects
+from sd3pipe.demo.project import LEARNT, write_files
+from sd3pipe.files import make_folder, write_bytes
+from sd3pipe.params.demo import DemoParams
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tests"))
-
-from support.demo_pictures import draw_latents, encode_subjects, read_latents  # noqa: E402
-
-from sd3pipe.demo.drawings import NEW_WORD, OUTLINES, all_subjects  # noqa: E402
-from sd3pipe.demo.project import LEARNT, write_files  # noqa: E402
-from sd3pipe.files import make_folder, write_bytes  # noqa: E402
-from sd3pipe.params.demo import DemoParams  # noqa: E402
 
 _FIRST_SEED = 5000
 

@@ -24,26 +24,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
-from support.demo_pictures import draw_latents, encode_subjects, held_out_subjects, read_latents  # noqa: E402
+from support.demo_pictures import draw_latents, encode_subjects, held_out_subjects, read_latents
 
-from sd3pipe.adapters.find import checkpoint_adapters  # noqa: E402
-from sd3pipe.cache.reader import CacheReader  # noqa: E402
-from sd3pipe.demo.base_files import JUDGE, MODEL  # noqa: E402
-from sd3pipe.demo.drawings import NEW_WORD, Subject, all_subjects  # noqa: E402
-from sd3pipe.demo.project import HELD_OUT, LEARNT, PROMPTED  # noqa: E402
-from sd3pipe.diffusion.sampler import decode_pictures  # noqa: E402
-from sd3pipe.fingerprint import hash_json  # noqa: E402
-from sd3pipe.judgement import Suggestion  # noqa: E402
-from sd3pipe.judging.bootstrap import Resampled, differences, resample  # noqa: E402
-from sd3pipe.judging.judge_model import JudgeModel  # noqa: E402
-from sd3pipe.judging.references import mean_latents, read_references  # noqa: E402
-from sd3pipe.judging.scores import Embedded, Measured, alikeness, losses, measure  # noqa: E402
-from sd3pipe.judging.suggestion import Candidate, suggest  # noqa: E402
-from sd3pipe.judging.trigger import without  # noqa: E402
-from sd3pipe.models.checkpoint import load_vae  # noqa: E402
+from sd3pipe.adapters.find import checkpoint_adapters
+from sd3pipe.cache.reader import CacheReader
+from sd3pipe.demo.base_files import JUDGE, MODEL
+from sd3pipe.demo.drawings import NEW_WORD, Subject, all_subjects
+from sd3pipe.demo.project import HELD_OUT, LEARNT, PROMPTED
+from sd3pipe.diffusion.sampler import decode_pictures
+from sd3pipe.fingerprint import hash_json
+from sd3pipe.judgement import Suggestion
+from sd3pipe.judging.bootstrap import Resampled, differences, resample
+from sd3pipe.judging.judge_model import JudgeModel
+from sd3pipe.judging.references import mean_latents, read_references
+from sd3pipe.judging.scores import Embedded, Measured, alikeness, losses, measure
+from sd3pipe.judging.suggestion import Candidate, suggest
+from sd3pipe.judging.trigger import without
+from sd3pipe.models.checkpoint import load_vae
 
 # C columns, P prompts, S seeds, D embedding width, N draws
 

@@ -122,7 +122,7 @@ def real_batch(
     found = tokenize_for_encoders(
         TEXTS,
         find_tokenizers(folder=tokenizers, model=str(model), files=[t5xxl]),
-        vocabularies,  # pyright: ignore[reportArgumentType]
+        vocabularies,
         clip_length=77,
         recipe=TextRecipe(t5xxl_max_token_length=tokens, t5_pad_to=tokens),
     )

@@ -206,8 +206,8 @@ def make_project(project: Path, count: int) -> None:
     from PIL import Image
 
     sys.path.append(str(ROOT / "tests"))
-    from support.tiny_base import write_tiny_base  # pyright: ignore[reportMissingImports]
-    from support.tiny_captioners import blip  # pyright: ignore[reportMissingImports]
+    from support.tiny_base import write_tiny_base
+    from support.tiny_captioners import blip
 
     if not (project.parent / "base").exists():
         write_tiny_base(project.parent / "base")
@@ -253,7 +253,7 @@ def fill(kind: Path, checkout: Path, project: Path) -> None:
         return {"hash": digest, **bits, "colours": np.zeros((1, 4, 4, 3), np.uint8), "blur": np.zeros(1, np.float32)}
 
     words = {"caption": Tensor("U8", (9,), b"a harbour")}
-    caption_rows.load_captioner = lambda *_: None  # pyright: ignore[reportAttributeAccessIssue]
+    caption_rows.load_captioner = lambda *_: None
     caption_rows.captioned_rows = lambda pictures, *_: (words for _ in pictures)
     looks._row = look
 

@@ -1,7 +1,6 @@
 """Lists the pictures of an image_dir: a folder of pictures, or of tars and tables, one of these, or the same in S3."""
 
 import fnmatch
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -98,7 +97,7 @@ def _containers(names: Iterable[str]) -> list[str]:
 def _matching(pattern: Path) -> list[str]:
     """Returns the names in a folder that a pattern means. Raises CaptionError where a part of it means none."""
     try:
-        there = [name for name in os.listdir(pattern.parent) if _is_container(name)]  # noqa: PTH208, names are wanted
+        there = [path.name for path in pattern.parent.iterdir() if _is_container(path.name)]
     except OSError as error:
         raise CaptionError([f"{pattern.parent}: the folder cannot be read ({error.strerror})"]) from error
     return _chosen(pattern.name, there, str(pattern.parent))
