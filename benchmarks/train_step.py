@@ -27,8 +27,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from peft import LoraConfig, get_peft_model
 from support import tiny_mmdit, tiny_training

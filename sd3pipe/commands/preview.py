@@ -19,7 +19,7 @@ from sd3pipe.files import make_folder, write_bytes, write_text
 from sd3pipe.models.sources import find_component
 from sd3pipe.params.preview import PreviewParams
 from sd3pipe.previewing.cards import CaptionTokens, Preview
-from sd3pipe.previewing.dataset_cards import dataset_preview
+from sd3pipe.previewing.dataset_cards import dataset_items, dataset_preview
 from sd3pipe.previewing.page import render
 from sd3pipe.previewing.sheet import draw_sheet
 from sd3pipe.previewing.thumbnails import Thumbnails
@@ -57,16 +57,19 @@ def _of_dataset(params: PreviewParams) -> Preview:
     looks = Looks(machine / "looks.npz")
     looks.look_at(found.pictures)
     workers = default_workers() if params.max_data_loader_n_workers is None else params.max_data_loader_n_workers
-    return dataset_preview(
+    known = dataset_items(
         found,
-        title=f"Preview of {params.dataset.name}",
-        per_bucket=params.pictures_per_bucket,
         caption_variants=params.caption_variants,
         crop_variants=params.crop_variants,
         seed=params.seed,
         count_tokens=lambda captions: _token_counts(captions, params),
         suggested=_suggested(params.captions),
         seen=looks.seen(),
+    )
+    return dataset_preview(
+        known,
+        title=f"Preview of {params.dataset.name}",
+        per_bucket=params.pictures_per_bucket,
         thumbnails=Thumbnails(machine / "thumbnails"),
         workers=workers,
     )

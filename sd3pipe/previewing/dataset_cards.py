@@ -146,29 +146,9 @@ def drawn_card(item: PictureItem) -> Card:
 
 
 def dataset_preview(
-    found: Scan,
-    *,
-    title: str,
-    per_bucket: int,
-    caption_variants: int,
-    crop_variants: int,
-    seed: int,
-    count_tokens: CountTokens,
-    suggested: Mapping[str, CachedCaptions],
-    seen: Mapping[str, Seen],
-    thumbnails: Thumbnails,
-    workers: int,
+    known: DatasetItems, *, title: str, per_bucket: int, thumbnails: Thumbnails, workers: int
 ) -> Preview:
-    """Returns the preview of scanned pictures."""
-    known = dataset_items(
-        found,
-        caption_variants=caption_variants,
-        crop_variants=crop_variants,
-        seed=seed,
-        count_tokens=count_tokens,
-        suggested=suggested,
-        seen=seen,
-    )
+    """Returns the preview of scanned pictures, of which it draws a few of each bucket."""
     buckets = known.buckets
     shown = {size: spread(items, per_bucket) for size, items in buckets.items()}
     flat = [item for items in shown.values() for item in items]
