@@ -1,6 +1,6 @@
 """What a row is: a few named tensors as raw bytes. numpy has no bfloat16, so bytes carry their type's name."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -40,6 +40,14 @@ Row = Mapping[str, Tensor]
 
 # What the latents of a picture are: mean and log-variance, the mean alone, or one draw that somebody else made
 LATENTS = ("moments", "mean", "sample")
+
+
+SCALE = "_scale"  # ends the name of the tensor with another one's scales
+
+
+def packed_names(names: Collection[str]) -> list[str]:
+    """Returns which tensors of a row are whole numbers with scales beside them."""
+    return [name for name in names if f"{name}{SCALE}" in names]
 
 
 def from_numpy(array: np.ndarray) -> Tensor:

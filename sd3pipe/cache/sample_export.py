@@ -1,4 +1,6 @@
-"""A cache, or two joined ones, sample by sample in the formats of other training engines: WebDataset and MDS."""
+"""A cache, or two joined ones, sample by sample in the formats of other engines: WebDataset, MDS and LitData."""
+
+# L tokens, S scales of a token, G numbers that share one
 
 import abc
 import io
@@ -11,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
 from sd3pipe import stopping
 from sd3pipe.cache.join import join_pictures
 from sd3pipe.cache.plain_zarr import described
 from sd3pipe.cache.reader import CacheReader
-from sd3pipe.cache.rows import Row, latents_name
+from sd3pipe.cache.rows import SCALE, Row, latents_name, packed_names
 from sd3pipe.cache.samples import COLUMNS
 from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_folder, write_bytes, write_json
 from sd3pipe.words import SampleForm
 
-_SHARD_BYTES = 256_000_000  # of a file; MDS counts in 32 bits
-_NUMPY = {"F32": "float32", "F16": "float16", "BF16": "float32", "U8": "uint8"}
+_SHARD_BYTES = 256_000_000  # of a file; MDS and LitData count in 32 bits
+_NUMPY = {"F32": "float32", "F16": "float16", "BF16": "float32", "U8": "uint8", "I8": "float32"}
 _JOINED = ("name", "subset", "split")
 
 
@@ -39,9 +42,9 @@ def export_samples(cache: Path, out: Path, *, form: SampleForm, text: Path | Non
     """Writes a new folder of shards and returns the number of samples.
 
     A sample is one of the cache's; with `text`, the cache of the same pictures' texts, it has those tensors, too: the
-    picture's first caption variant. bfloat16 is widened to float32. Where only some rows have a mask, the others get
-    one of ones. Beside the shards lie sd3pipe.json, which says how the rows were made, and empty_caption.npz, the
-    text's row for dropped captions.
+    picture's first caption variant. bfloat16 and packed states are widened to float32. Where only some rows have a
+    mask, the others get one of ones. Beside the shards lie sd3pipe.json, which says how the rows were made, and
+    empty_caption.npz, the text's row for dropped captions.
 
     Raises InputError for a damaged cache or an `out` that exists, StaleError for caches that do not belong together,
     StorageError.
@@ -52,7 +55,7 @@ def export_samples(cache: Path, out: Path, *, form: SampleForm, text: Path | Non
     kinds = _kinds(readers)
     samples = _alone(readers[0], kinds) if text is None else _joined(readers[0], readers[1], kinds)
     with atomic_folder(out) as folder:
-        shards = (_Tars if form == "webdataset" else _MDS)(folder, kinds)
+        shards = _FORMS[form](folder, kinds)
         for sample in samples:
             stopping.check()
             shards.add(sample)
@@ -68,9 +71,11 @@ def _kinds(readers: list[CacheReader]) -> dict[str, str]:
     """Returns the numpy type of each tensor. Raises InputError where rows differ."""
     kinds: dict[str, str] = {}
     for reader in readers:
-        for name, dtype, _ in (tensor for layout in reader.index.layouts for tensor in layout):
-            if kinds.setdefault(name, _NUMPY[dtype]) != _NUMPY[dtype]:
-                raise InputError(f"{reader.where} holds {name} in several types: export it as zarr")
+        for layout in reader.index.layouts:
+            dtypes = {name: dtype for name, dtype, _ in layout}
+            for name in dtypes.keys() - {f"{packed}{SCALE}" for packed in packed_names(dtypes)}:
+                if kinds.setdefault(name, _NUMPY[dtypes[name]]) != _NUMPY[dtypes[name]]:
+                    raise InputError(f"{reader.where} holds {name} in several types: export it as zarr")
     return dict(sorted(kinds.items()))
 
 
@@ -97,8 +102,12 @@ def _joined(latents: CacheReader, text: CacheReader, kinds: Mapping[str, str]) -
 
 
 def _arrays(row: Row, kinds: Mapping[str, str] | None = None) -> dict[str, np.ndarray]:
-    """Returns a row's tensors; where others have a mask, with one that leaves the loss as it is."""
+    """Returns a row's tensors, dense; where others have a mask, with one that leaves the loss as it is."""
     arrays = {name: tensor.numpy() for name, tensor in row.items()}
+    for name in packed_names(row):
+        scales_LS = arrays.pop(f"{name}{SCALE}")
+        values_LSG = arrays[name].reshape(*scales_LS.shape, -1).astype(np.float32)
+        arrays[name] = (values_LSG * scales_LS[..., None]).reshape(arrays[name].shape)
     if kinds and "mask" in kinds and "mask" not in arrays:
         arrays["mask"] = np.ones(arrays[latents_name(arrays)].shape[-2:], kinds["mask"])
     return arrays
@@ -153,11 +162,11 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-class _MDS(_Shards):
-    """Shards of mosaicml-streaming, version 2, and the index.json over them.
+class _Packed(_Shards):
+    """Shards as MDS and LitData have them.
 
-    A shard: the number of samples and where each starts and the last ends, in 32 bits; the columns, in JSON; then the
-    samples, each the sizes in bytes of its columns without a fixed one, in 32 bits, and its columns by name.
+    The number of samples and where each starts and the last ends, in 32 bits; for MDS the columns; then the samples,
+    each the sizes in bytes of its columns, in 32 bits, and the columns.
     """
 
     def __init__(self, folder: Path, kinds: Mapping[str, str]) -> None:
@@ -170,53 +179,127 @@ class _MDS(_Shards):
     def add(self, sample: _Sample) -> None:
         values = {**sample.fields, **sample.tensors}
         if not self.encodings:
-            self.encodings = {name: self._encoding(name, values[name]) for name in sorted(values)}
-        parts = [_encoded(values[name]) for name in self.encodings]
-        sizes = [len(part) for part, kind in zip(parts, self.encodings.values(), strict=True) if kind != "int"]
-        data = b"".join([np.array(sizes, "<u4").tobytes(), *parts])
+            self.encodings = {name: self.encoding(name, values[name]) for name in sorted(values)}
+        parts = {name: self.encoded(values[name]) for name in self.encodings}
+        sizes = [len(part) for name, part in parts.items() if not self.is_fixed(self.encodings[name])]
+        data = b"".join([np.array(sizes, "<u4").tobytes(), *parts.values()])
         if self.waiting and self.nbytes + len(data) > _SHARD_BYTES:
-            self._write()
+            self.write()
         self.waiting.append(data)
         self.nbytes += len(data)
         self.count += 1
 
+    def write_shard(self, name: str, columns: bytes = b"") -> int:
+        """Writes what waits into a file and returns its bytes."""
+        starts = np.cumsum([0, *map(len, self.waiting)]) + 4 * (len(self.waiting) + 2) + len(columns)
+        numbers = np.array([len(self.waiting), *starts], "<u4").tobytes()
+        write_bytes(self.folder / name, b"".join([numbers, columns, *self.waiting]))
+        self.waiting, self.nbytes = [], 0
+        return int(starts[-1])
+
+    def is_fixed(self, encoding: str) -> bool:
+        """Whether values of an encoding are all of a size that no sample repeats."""
+        return False
+
+    @abc.abstractmethod
+    def encoding(self, name: str, value: str | int | np.ndarray) -> str:
+        """Returns the format's name for values such as this."""
+
+    @abc.abstractmethod
+    def encoded(self, value: str | int | np.ndarray) -> bytes:
+        """Returns a value's bytes."""
+
+    @abc.abstractmethod
+    def write(self) -> None:
+        """Writes the samples that wait as a shard."""
+
+
+class _MDS(_Packed):
+    """Shards of mosaicml-streaming, version 2, and the index.json over them."""
+
     def finish(self) -> None:
         if self.waiting:
-            self._write()
+            self.write()
         write_json(self.folder / "index.json", {"version": 2, "shards": self.shards})
 
-    def _encoding(self, name: str, value: object) -> str:
-        if isinstance(value, np.ndarray):
-            return f"ndarray:{self.kinds[name]}"
-        return "str" if isinstance(value, str) else "int"
+    def is_fixed(self, encoding: str) -> bool:
+        return encoding == "int"
 
-    def _write(self) -> None:
+    def encoding(self, name: str, value: str | int | np.ndarray) -> str:
+        return f"ndarray:{self.kinds[name]}" if isinstance(value, np.ndarray) else type(value).__name__
+
+    def encoded(self, value: str | int | np.ndarray) -> bytes:
+        if not isinstance(value, np.ndarray):
+            return _plain(value)
+        wide = int(np.searchsorted([1 << 8, 1 << 16, 1 << 32], max(value.shape), "right"))
+        axes = np.array(value.shape, f"<u{1 << wide}").tobytes()
+        return bytes([value.ndim << 2 | wide]) + axes + value.tobytes()
+
+    def write(self) -> None:
         described = {
             "column_encodings": list(self.encodings.values()),
             "column_names": list(self.encodings),
-            "column_sizes": [8 if kind == "int" else None for kind in self.encodings.values()],
+            "column_sizes": [8 if self.is_fixed(encoding) else None for encoding in self.encodings.values()],
             "compression": None,
             "format": "mds",
             "hashes": [],
             "size_limit": _SHARD_BYTES,
             "version": 2,
         }
-        columns = json.dumps(described, sort_keys=True).encode()
-        bounds = np.cumsum([0, *map(len, self.waiting)]) + 4 * (len(self.waiting) + 2) + len(columns)
-        name = f"shard.{len(self.shards):05d}.mds"
-        numbers = np.array([len(self.waiting), *bounds], "<u4").tobytes()
-        write_bytes(self.folder / name, b"".join([numbers, columns, *self.waiting]))
-        whole = {"basename": name, "bytes": int(bounds[-1]), "hashes": {}}
-        self.shards.append({**described, "raw_data": whole, "samples": len(self.waiting), "zip_data": None})
-        self.waiting, self.nbytes = [], 0
+        name, samples = f"shard.{len(self.shards):05d}.mds", len(self.waiting)
+        nbytes = self.write_shard(name, json.dumps(described, sort_keys=True).encode())
+        whole = {"basename": name, "bytes": nbytes, "hashes": {}}
+        self.shards.append({**described, "raw_data": whole, "samples": samples, "zip_data": None})
 
 
-def _encoded(value: str | int | np.ndarray) -> bytes:
-    """Returns a value as MDS has it: text in UTF-8, 64 bits of a number, an array behind its axes."""
-    if isinstance(value, str):
-        return value.encode()
-    if isinstance(value, int):
-        return np.array(value, "<i8").tobytes()
-    wide = int(np.searchsorted([1 << 8, 1 << 16, 1 << 32], max(value.shape), "right"))
-    axes = np.array(value.shape, f"<u{1 << wide}").tobytes()
-    return bytes([value.ndim << 2 | wide]) + axes + value.tobytes()
+class _LitData(_Packed):
+    """Chunks of LitData's tree loader, and the index.json over them."""
+
+    def __init__(self, folder: Path, kinds: Mapping[str, str]) -> None:
+        super().__init__(folder, kinds)
+        self.digest = blake3()
+
+    def finish(self) -> None:
+        if self.waiting:
+            self.write()
+        leaf = {"type": None, "context": None, "children_spec": []}
+        names = json.dumps(list(self.encodings))
+        tree = {"type": "builtins.dict", "context": names, "children_spec": [leaf] * len(self.encodings)}
+        config = {
+            "chunk_bytes": _SHARD_BYTES,
+            "chunk_size": None,
+            "compression": None,
+            "data_format": list(self.encodings.values()),
+            "data_spec": json.dumps([1, tree]),  # as torch.utils._pytree writes the structure of a sample
+            "encryption": None,
+            "item_loader": "PyTreeLoader",
+        }
+        # LitData keeps copies of what lies elsewhere by this text: it changes where the samples do
+        index = {"chunks": self.shards, "config": config, "updated_at": self.digest.hexdigest()}
+        write_json(self.folder / "index.json", index)
+
+    def encoding(self, name: str, value: str | int | np.ndarray) -> str:
+        if isinstance(value, np.ndarray):
+            return "numpy" if value.ndim > 1 else f"no_header_numpy:{_LITDATA_TYPES[self.kinds[name]]}"
+        return type(value).__name__
+
+    def encoded(self, value: str | int | np.ndarray) -> bytes:
+        if not isinstance(value, np.ndarray):
+            return _plain(value)
+        header = [_LITDATA_TYPES[str(value.dtype)], value.ndim, *value.shape] if value.ndim > 1 else []
+        return np.array(header, "<u4").tobytes() + value.tobytes()
+
+    def write(self) -> None:
+        self.digest.update(b"".join(self.waiting))
+        name, samples = f"chunk-0-{len(self.shards)}.bin", len(self.waiting)
+        nbytes = self.write_shard(name)
+        self.shards.append({"chunk_bytes": nbytes, "chunk_size": samples, "dim": None, "filename": name})
+
+
+_LITDATA_TYPES = {"uint8": 4, "float16": 8, "float32": 9}  # numbers of numpy's types in its table
+_FORMS: dict[SampleForm, type[_Shards]] = {"webdataset": _Tars, "mds": _MDS, "litdata": _LitData}
+
+
+def _plain(value: str | int) -> bytes:
+    """Returns text in UTF-8, or a number in 64 bits."""
+    return value.encode() if isinstance(value, str) else np.array(value, "<i8").tobytes()

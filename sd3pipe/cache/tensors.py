@@ -8,18 +8,17 @@ from typing import cast, get_args
 
 import torch
 
-from sd3pipe.cache.rows import DType, Row, Tensor
+from sd3pipe.cache.rows import SCALE, DType, Row, Tensor, packed_names
 from sd3pipe.tensors.formats import FORMAT_NAMES, TORCH_FORMATS, bytes_of
 from sd3pipe.words import SCALED_NEIGHBOURS
 
-_SCALE = "_scale"  # ends the name of the tensor with another one's scales
 _LARGEST = 127
 
 
 def row_to_torch(row: Row) -> dict[str, torch.Tensor]:
     """Returns a row's tensors on the CPU; packed ones as float32, without their scales."""
     tensors = {name: to_torch(tensor) for name, tensor in row.items()}
-    scales = {name: tensors.pop(f"{name}{_SCALE}") for name in row if f"{name}{_SCALE}" in row}
+    scales = {name: tensors.pop(f"{name}{SCALE}") for name in packed_names(row)}
     return tensors | {name: _unpacked(tensors[name], scales_LS) for name, scales_LS in scales.items()}
 
 
@@ -40,7 +39,7 @@ def _packed(name: str, states_LD: torch.Tensor) -> dict[str, torch.Tensor]:
     scales_LS = (states_LSG.abs().amax(-1) / _LARGEST).bfloat16()
     divisors_LS = scales_LS.float().masked_fill(scales_LS == 0, 1.0)
     values_LSG = (states_LSG / divisors_LS[..., None]).round().clamp(-_LARGEST, _LARGEST)
-    return {name: values_LSG.flatten(-2).to(torch.int8), f"{name}{_SCALE}": scales_LS}
+    return {name: values_LSG.flatten(-2).to(torch.int8), f"{name}{SCALE}": scales_LS}
 
 
 def _unpacked(values_LD: torch.Tensor, scales_LS: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,7 @@ class CacheExportParams(Params):
     cache: OptionPath = option(..., _CACHE, role="path", positional=True)
     out: OptionPath = option(..., "Folder to write, as latents.zarr; it must not exist.", role="path")
     format: CacheForm = option(
-        "zarr", "Arrays for any program, or shards of samples for WebDataset or Streaming (MDS)."
+        "zarr", "Arrays for any program, or shards of samples for WebDataset, Streaming (MDS) or LitData."
     )
     text: OptionPath | None = option(
         None, "Text cache of the same pictures, whose tensors go into the samples of latents.", role="path"
@@ -52,5 +52,5 @@ class CacheExportParams(Params):
     @model_validator(mode="after")
     def _options_agree(self) -> "CacheExportParams":
         if self.text is not None and self.format == "zarr":
-            raise ValueError("--text joins samples: pass --format webdataset or mds, or export each cache as zarr")
+            raise ValueError("--text joins samples: pass --format webdataset, mds or litdata, or export each as zarr")
         return self

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support import tiny_training
 from support.comparing import folder_bytes
+from support.fake_cache import wanted_texts
 
 from sd3pipe import cli
 from sd3pipe.cache import sample_export
 from sd3pipe.cache.join import join_pictures
 from sd3pipe.cache.reader import CacheReader
+from sd3pipe.cache.store import fill_cache
+from sd3pipe.cache.tensors import row_from_torch, row_to_torch
 
 COUNT = 6
 
@@ -78,6 +82,13 @@ def documented(section):
     return names
 
 
+READERS = {
+    "webdataset": read_tars,
+    "mds": lambda folder: documented("MDS")["samples"](folder),
+    "litdata": lambda folder: documented("LitData")["samples"](folder),
+}
+
+
 def test_tars_hold_every_sample(inputs, tmp_path):
     assert export(inputs.latents, "--text", inputs.text, "--format", "webdataset", "--out", tmp_path / "out") == 0
     assert len(list((tmp_path / "out").glob("*.tar"))) > 1
@@ -103,13 +114,36 @@ def test_the_pages_reader_of_mds_reads_every_sample(inputs, tmp_path):
     assert_are_expected(list(documented("MDS")["samples"](str(tmp_path / "out"))), inputs)
 
 
-@pytest.mark.parametrize("form", ["webdataset", "mds"])
+def test_the_pages_reader_of_litdata_reads_every_sample(inputs, tmp_path):
+    assert export(inputs.latents, "--text", inputs.text, "--format", "litdata", "--out", tmp_path / "out") == 0
+    assert len(list((tmp_path / "out").glob("*.bin"))) > 1
+    assert_are_expected(list(documented("LitData")["samples"](str(tmp_path / "out"))), inputs)
+
+
+def test_litdata_reads_the_chunks(inputs, tmp_path):
+    litdata = pytest.importorskip("litdata", reason="litdata is not installed: it asks for torchvision")
+    assert export(inputs.latents, "--text", inputs.text, "--format", "litdata", "--out", tmp_path / "out") == 0
+    assert_are_expected(list(litdata.StreamingDataset(str(tmp_path / "out"))), inputs)
+
+
+@pytest.mark.parametrize("form", ["webdataset", "mds", "litdata"])
+def test_packed_states_are_written_dense(tmp_path, form):
+    states_LD = torch.randn(4, 96, generator=torch.Generator().manual_seed(1))
+    row = row_from_torch({"t5xxl": states_LD, "mask_t5": torch.ones(4, dtype=torch.uint8)}, packed=["t5xxl"])
+    wanted = wanted_texts(["one"])
+    fill_cache(tmp_path / "cache", wanted, lambda keys: ((key, row) for key in keys), made_with="packed 1")
+    assert export(tmp_path / "cache", "--format", form, "--out", tmp_path / "out") == 0
+    (sample,) = READERS[form](tmp_path / "out")
+    assert {"t5xxl", "mask_t5"} < set(sample) and "t5xxl_scale" not in sample
+    assert np.array_equal(sample["t5xxl"], row_to_torch(row)["t5xxl"].numpy())
+
+
+@pytest.mark.parametrize("form", ["webdataset", "mds", "litdata"])
 def test_one_cache_alone_has_its_own_columns_and_the_same_bytes_each_time(inputs, tmp_path, form):
     for out in ("a", "b"):
         assert export(inputs.latents, "--format", form, "--out", tmp_path / out) == 0
     assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
-    read = read_tars if form == "webdataset" else documented("MDS")["samples"]
-    samples = list(read(tmp_path / "a"))
+    samples = list(READERS[form](tmp_path / "a"))
     assert [sample["flip"] for sample in samples[:2]] == [0, 1]
     assert set(samples[0]) == {
         "bucket_h", "bucket_w", "crop", "flip", "mask", "moments", "name", "original_h", "original_w", "split", "subset"
