@@ -11,7 +11,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,67 +22,43 @@ from sd3pipe.console import say, say_aside, say_error, setup_logging, version
 from sd3pipe.cores import bound_spinning
 from sd3pipe.errors import ExitCode, InputError, Sd3pipeError, Stopped
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """One row of the command table; `name` has two words for a command of a group."""
-
-    name: str
-    params: str  # "module:Class" below sd3pipe.params
-    program: str  # "module:function" below sd3pipe.commands
-    help: str
-
-
-def _stage(name: str, help: str) -> Command:
-    module = name.replace("-", "_")
-    class_name = "".join(word.title() for word in name.split("-")) + "Params"
-    return Command(name=name, params=f"{module}:{class_name}", program=f"{module}:main", help=help)
-
-
-def _part(group: str, name: str, help: str) -> Command:
-    class_name = f"{group.title()}{name.title()}Params"
-    return Command(name=f"{group} {name}", params=f"{group}:{class_name}", program=f"{group}:{name}", help=help)
-
-
-COMMANDS = (
-    _stage("init", "Write a project for your own pictures and model."),
-    _stage("doctor", "Show on one screen what is here: torch, device, memory, disk, tokenizers."),
-    _stage("demo", "Run the whole pipeline on the embedded demo."),
-    _stage("preview", "Draw what training will see, before anything is encoded."),
-    _stage("plan", "Tell memory, time and disk beforehand, and which settings fit."),
-    _stage("run", "Do every stage that is not up to date, each in its own process."),
-    _stage("caption", "Let a model caption the pictures that nobody has captioned."),
-    _stage("encode-text", "Encode captions or sample prompts into a cache."),
-    _stage("encode-latents", "Encode pictures into a cache."),
-    _stage("train", "Train an adapter from the caches."),
-    _stage("export", "Write an adapter for ComfyUI, sd-scripts or diffusers."),
-    _stage("check-captions", "Find captions and pictures that do not belong together."),
-    _stage("judge", "Compare checkpoints on equal noise, and say how sure that is."),
-    _stage("sample", "Draw pictures with a model and an adapter."),
-    _stage("report", "Write one HTML page about one run or two."),
-    _stage("studio", "See pictures, captions and runs in a browser; edit, start, compare."),
-    _part("cache", "ls", "List a cache: recipe, rows, sizes."),
-    _part("cache", "verify", "Check every checksum and key."),
-    _part("cache", "why", "Say why a picture's or caption's row is a hit or a miss."),
-    _part("cache", "gc", "Delete unused rows."),
-    _part("cache", "merge", "Unite caches from several machines."),
-    _part("cache", "export", "Write a cache as plain zarr arrays."),
-    _part("adapter", "inspect", "Show rank, norms, metadata and what base an adapter fits."),
-    _part("adapter", "convert", "Convert an adapter between formats, losslessly."),
-    _part("adapter", "resize", "Change an adapter's rank."),
-    _part("adapter", "merge", "Merge several adapters into one."),
-    _part("adapter", "extract", "Extract an adapter from the difference of two checkpoints."),
-    _stage("tokenizers", "Fetch the three tokenizers into a folder."),
-    _stage("pack", "List what another machine needs, with sizes and minutes."),
-    _stage("from-kohya", "Turn an sd-scripts command or config into a project."),
-)
+COMMANDS = {  # name, of two words in a group, and what it does
+    "init": "Write a project for your own pictures and model.",
+    "doctor": "Show on one screen what is here: torch, device, memory, disk, tokenizers.",
+    "demo": "Run the whole pipeline on the embedded demo.",
+    "preview": "Draw what training will see, before anything is encoded.",
+    "plan": "Tell memory, time and disk beforehand, and which settings fit.",
+    "run": "Do every stage that is not up to date, each in its own process.",
+    "caption": "Let a model caption the pictures that nobody has captioned.",
+    "encode-text": "Encode captions or sample prompts into a cache.",
+    "encode-latents": "Encode pictures into a cache.",
+    "train": "Train an adapter from the caches.",
+    "export": "Write an adapter for ComfyUI, sd-scripts or diffusers.",
+    "check-captions": "Find captions and pictures that do not belong together.",
+    "judge": "Compare checkpoints on equal noise, and say how sure that is.",
+    "sample": "Draw pictures with a model and an adapter.",
+    "report": "Write one HTML page about one run or two.",
+    "studio": "See pictures, captions and runs in a browser; edit, start, compare.",
+    "cache ls": "List a cache: recipe, rows, sizes.",
+    "cache verify": "Check every checksum and key.",
+    "cache why": "Say why a picture's or caption's row is a hit or a miss.",
+    "cache gc": "Delete unused rows.",
+    "cache merge": "Unite caches from several machines.",
+    "cache export": "Write a cache as plain zarr arrays.",
+    "adapter inspect": "Show rank, norms, metadata and what base an adapter fits.",
+    "adapter convert": "Convert an adapter between formats, losslessly.",
+    "adapter resize": "Change an adapter's rank.",
+    "adapter merge": "Merge several adapters into one.",
+    "adapter extract": "Extract an adapter from the difference of two checkpoints.",
+    "tokenizers": "Fetch the three tokenizers into a folder.",
+    "pack": "List what another machine needs, with sizes and minutes.",
+    "from-kohya": "Turn an sd-scripts command or config into a project.",
+}
 _CONTEXT = {"token_normalize_func": lambda token: token.replace("_", "-"), "help_option_names": ["--help", "-h"]}
-_GROUP_HELP = {
+_GROUPS = {
     "cache": "Look into caches, check them, unite them.",
     "adapter": "Inspect, convert, resize and merge adapters.",
 }
-
-
 _YOUNG_OBJECTS = 100_000  # before Python seeks cycles among them: after its own 700, the records of a large dataset,
 # which have none, are gone through again and again, which takes a third of a run that has nothing to do
 
@@ -136,21 +111,16 @@ def build_app(arguments: list[str]) -> typer.Typer:
         context_settings=_CONTEXT,
     )
     app.callback()(_root)
-    groups: dict[str, typer.Typer] = {}
-    for command in COMMANDS:
-        *group, word = command.name.split()
-        parent = _group(app, groups, group[0]) if group else app
-        chosen = [word for word in arguments if not word.startswith("-")][: len(group) + 1] == [*group, word]
-        body = _command_body(command, arguments) if chosen else _do_nothing
-        parent.command(word, help=command.help, context_settings=_CONTEXT)(body)
+    groups = {name: typer.Typer(help=help, no_args_is_help=True) for name, help in _GROUPS.items()}
+    for name, group in groups.items():
+        app.add_typer(group, name=name)
+    typed = [word for word in arguments if not word.startswith("-")]
+    for name, help in COMMANDS.items():
+        *group, word = name.split()
+        parent = groups[group[0]] if group else app
+        body = _command_body(name, arguments) if typed[: len(group) + 1] == [*group, word] else _do_nothing
+        parent.command(word, help=help, context_settings=_CONTEXT)(body)
     return app
-
-
-def _group(app: typer.Typer, groups: dict[str, typer.Typer], name: str) -> typer.Typer:
-    if name not in groups:
-        groups[name] = typer.Typer(help=_GROUP_HELP[name], no_args_is_help=True)
-        app.add_typer(groups[name], name=name)
-    return groups[name]
 
 
 def _do_nothing() -> None:
@@ -170,18 +140,18 @@ def _root(show: _Version = False) -> None:
     """Takes what stands before a command."""
 
 
-def _command_body(command: Command, arguments: list[str]) -> Callable[..., None]:
+def _command_body(name: str, arguments: list[str]) -> Callable[..., None]:
     """Returns the function that Typer makes a command of: its signature is the option set's."""
     from sd3pipe.params import command_line  # pydantic takes 100 ms; plain `sd3pipe --help` does without
 
-    model = command_line.load_model(command.params)
+    model = command_line.load_model(name)
     show_all = "--help-all" in arguments
-    normal = command_line.answer_others(command.name, model, command_line.normalise(model, arguments))
+    normal = command_line.answer_others(name, model, command_line.normalise(model, arguments))
     arguments[:] = ["--help" if word == "--help-all" else word for word in normal]
 
     def body(**given: Any) -> None:
         _check_current_folder()
-        _run_program(command, command_line.options_given(command.name, model, given))
+        _run_program(name, command_line.options_given(name, model, given))
 
     body.__signature__ = command_line.signature(model, show_all=show_all)  # pyright: ignore[reportFunctionMemberAccess]
     return body
@@ -195,19 +165,15 @@ def _check_current_folder() -> None:
         raise InputError(f"the current folder is not there any more ({error.strerror}): change to another") from error
 
 
-def _run_program(command: Command, params: Any) -> None:
-    module_name, function_name = command.program.split(":")
+def _run_program(name: str, params: Any) -> None:
+    """Runs `main` of a command's module, or the function that the second word of its name says."""
+    module_name, *function = name.replace("-", "_").split()
     module = importlib.import_module(f"sd3pipe.commands.{module_name}")
-    _collect_garbage_again()
-    stopping.check()
-    getattr(module, function_name)(params)
-
-
-def _collect_garbage_again() -> None:
-    """Lets Python seek cycles from here on, but not in what is imported: it stays, and costs a start half a second."""
     if not gc.isenabled():  # where this package's own main began
-        gc.freeze()
+        gc.freeze()  # cycles are sought from here on, but not in what is imported: that costs a start half a second
         gc.enable()
+    stopping.check()
+    getattr(module, function[0] if function else "main")(params)
 
 
 def _fail(message: str, code: int) -> int:

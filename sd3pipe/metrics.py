@@ -12,6 +12,8 @@ from sd3pipe.documents import DocumentError, checked, parse_json
 from sd3pipe.files import open_regular
 
 METRICS_FILE = "metrics.jsonl"
+SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of a validation: the middles of five bands of equal width
+BAND_NAMES = tuple(f"sigma_{sigma}" for sigma in SIGMAS)
 
 if TYPE_CHECKING:
     Number = float

@@ -31,7 +31,7 @@ from sd3pipe.memory.sizes import image_tokens
 from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.params.check_captions import CheckCaptionsParams
-from sd3pipe.params.sharing import shard_of_process
+from sd3pipe.params.stage import shard_of_process
 from sd3pipe.picture_losses import read_picture_losses
 from sd3pipe.words import Precision
 

@@ -20,8 +20,7 @@ from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import lock_file
 from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import ComponentSource, find_component
-from sd3pipe.params.idle import idle_options
-from sd3pipe.params.train import TrainParams, duration_seconds
+from sd3pipe.params.train import TrainParams, duration_seconds, idle_options
 from sd3pipe.rules.memory import NumericsRules
 from sd3pipe.training.belonging import misfits
 from sd3pipe.training.checkpoints import set_aside_later

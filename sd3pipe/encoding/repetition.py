@@ -19,7 +19,7 @@ from sd3pipe.console import StageReport, version
 from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.scan import watched_folders
 from sd3pipe.fingerprint import hash_json
-from sd3pipe.params.sharing import shard_of_process
+from sd3pipe.params.stage import shard_of_process
 from sd3pipe.watched import state_of
 
 log = logging.getLogger("sd3pipe")  # that of all, whose lines are told again

@@ -29,7 +29,7 @@ from sd3pipe.file_stamps import FileStamps
 from sd3pipe.params.caption import CaptionParams
 from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.params.encode_text import EncodeTextParams
-from sd3pipe.params.sharing import shard_of_process
+from sd3pipe.params.stage import shard_of_process
 
 log = logging.getLogger(__name__)
 

@@ -3,18 +3,9 @@
 from pydantic import model_validator
 
 from sd3pipe.params.fields import OptionPath, group, option
-from sd3pipe.params.sharing import (
-    ENGINE_HELP,
-    SHARD_HELP,
-    SHARD_PATTERN,
-    WORKERS_HELP,
-    Engine,
-    Shard,
-    check_engine,
-)
-from sd3pipe.params.stage import StageParams
+from sd3pipe.params.stage import ENGINE, RAY_WORKERS, SHARD, Shard, StageParams, check_engine
 from sd3pipe.rules.captioning import GenerationRules, WordingRules
-from sd3pipe.words import AutoCaptionerKind, WrittenCaptions
+from sd3pipe.words import AutoCaptionerKind, Engine, WrittenCaptions
 
 _PATHS, _MODEL, _WORDING, _FILES, _RUN = "Paths", "Captioner", "Wording", "Caption files", "This run"
 
@@ -68,9 +59,9 @@ class CaptionParams(StageParams):
     dry_run: bool = option(
         False, "Write nothing: tell what would be captioned, and show five pictures' words rule by rule.", panel=_RUN
     )
-    shard: Shard | None = option(None, SHARD_HELP, panel=_RUN, advanced=True, pattern=SHARD_PATTERN)
-    engine: Engine = option("local", ENGINE_HELP, panel=_RUN, advanced=True)
-    ray_workers: int | None = option(None, WORKERS_HELP, panel=_RUN, advanced=True, ge=1)
+    shard: Shard | None = SHARD
+    engine: Engine = ENGINE
+    ray_workers: int | None = RAY_WORKERS
     rehash: bool = option(
         False, "Read every picture and model file anew instead of trusting times and sizes.",
         panel=_RUN, advanced=True, aliases=("verify_weights",),

@@ -2,17 +2,14 @@
 
 from pydantic import field_validator
 
+from sd3pipe.params import stage
 from sd3pipe.params.fields import NewFilePath, OptionPath, option
-from sd3pipe.params.memory import BlocksToSwap
-from sd3pipe.params.sample import CHECKPOINTS, no_value_twice
-from sd3pipe.params.sharing import SHARD_HELP, SHARD_PATTERN, Shard
-from sd3pipe.params.stage import ModelParams
 from sd3pipe.words import WantedPrecision
 
 _PATHS, _ASKED, _RUN = "Paths", "What is asked", "This run"
 
 
-class CheckCaptionsParams(ModelParams):
+class CheckCaptionsParams(stage.ModelParams):
     # fmt: off
     text: OptionPath = option(
         ..., "Cache of encoded captions.", role="path", panel=_PATHS, paths_key="caches/text"
@@ -27,7 +24,7 @@ class CheckCaptionsParams(ModelParams):
 
     checkpoints: str | None = option(
         None, "Checkpoints of the run: all, every:N (each N-th), or steps such as 250,500; default: the finished one.",
-        panel=_ASKED, pattern=CHECKPOINTS,
+        panel=_ASKED, pattern=stage.CHECKPOINTS,
     )
     sigmas: str = option(
         "0.3,0.5,0.7,0.9", "Noise levels between 0 and 1.", panel=_ASKED, pattern=r"^0?\.\d+(,0?\.\d+)*$"
@@ -36,19 +33,13 @@ class CheckCaptionsParams(ModelParams):
     other_captions: int = option(
         8, "Captions of other pictures that each picture's own is compared with.", panel=_ASKED, ge=2, le=1000
     )
-    mixed_precision: WantedPrecision = option(
-        "auto", "Number format of the model; auto: bf16 or, on older cards, fp16 on CUDA; float32 on the CPU.",
-        panel=_RUN,
-    )
+    mixed_precision: WantedPrecision = stage.mixed_precision(_RUN)
     caption_batch_size: int = option(5, "Captions that go through the model at once.", panel=_RUN, ge=1, le=256)
-    blocks_to_swap: BlocksToSwap = option(
-        "auto", "Blocks that stay in host memory and visit the device; auto: as few as fit, on CUDA; none on the CPU.",
-        panel=_RUN, advanced=True,
-    )
-    shard: Shard | None = option(None, SHARD_HELP, panel=_RUN, advanced=True, pattern=SHARD_PATTERN)
+    blocks_to_swap: stage.BlocksToSwap = stage.blocks_to_swap(_RUN)
+    shard: stage.Shard | None = stage.SHARD
     # fmt: on
 
-    _no_value_twice = field_validator("sigmas")(no_value_twice)
+    _no_value_twice = field_validator("sigmas")(stage.no_value_twice)
 
     def noise_levels(self) -> tuple[float, ...]:
         return tuple(float(number) for number in self.sigmas.split(","))

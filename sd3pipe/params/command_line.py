@@ -4,6 +4,7 @@ import importlib
 import inspect
 import itertools
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -14,48 +15,48 @@ from pydantic.fields import FieldInfo
 from sd3pipe.config import find_project
 from sd3pipe.errors import ParameterError
 from sd3pipe.params.fields import Params, alternatives, option_extra, takes_several
-from sd3pipe.params.resolve import explain, option_name, resolve
+from sd3pipe.params.resolve import explain, option_name, resolve, spellings
 from sd3pipe.params.sd_scripts import OPTIONS
+from sd3pipe.stages import STAGES
 
 log = logging.getLogger(__name__)
 
 CONFIG_OPTION = "config"
 MACHINE_PANEL = "Machine"
+STAGE_MODULES = tuple(dict.fromkeys(stage.module for stage in STAGES))
 _MAX_SHOWN_CHOICES = 4
-STAGE_MODELS = {
-    "caption": "caption:CaptionParams",
-    "encode_text": "encode_text:EncodeTextParams",
-    "encode_latents": "encode_latents:EncodeLatentsParams",
-    "check_captions": "check_captions:CheckCaptionsParams",
-    "train": "train:TrainParams",
-    "judge": "judge:JudgeParams",
-    "export": "export:ExportParams",
-}
 
 
-def load_model(reference: str) -> type[Params]:
-    """Returns the option set that 'module:Class' names below sd3pipe.params."""
-    module, name = reference.split(":")
-    return getattr(importlib.import_module(f"sd3pipe.params.{module}"), name)
+def load_model(command_name: str) -> type[Params]:
+    """Returns the option set of a command: CacheLsParams in cache.py for 'cache ls'."""
+    module = importlib.import_module(f"sd3pipe.params.{command_name.split()[0].replace('-', '_')}")
+    return getattr(module, f"{re.sub('[ _-]', '', command_name.title())}Params")
 
 
 def load_stage_models() -> dict[str, type[Params]]:
     """Returns the option sets of all stages by their module names."""
-    return {stage: load_model(reference) for stage, reference in STAGE_MODELS.items()}
+    return {module: load_model(module) for module in STAGE_MODULES}
 
 
 def signature(model: type[Params], *, show_all: bool) -> inspect.Signature:
     """Returns the Typer signature of an option set; advanced options are hidden unless `show_all`."""
-    fields = model.model_fields.items()
-    ordered = sorted(fields, key=lambda item: _place(option_extra(item[1])))
-    parameters = [_parameter(name, field, show_all=show_all) for name, field in ordered]
-    hidden = sum(option_extra(field)["advanced"] for field in model.model_fields.values())
-    return inspect.Signature([*parameters, _config_parameter(), *([_help_all_parameter(hidden)] if hidden else [])])
+
+    def place(item: tuple[str, FieldInfo]) -> tuple[bool, bool]:  # arguments first, what concerns the machine last
+        extra = option_extra(item[1])
+        return not extra["positional"], extra["panel"] == MACHINE_PANEL
+
+    fields = sorted(model.model_fields.items(), key=place)
+    parameters = [_parameter(name, field, show_all=show_all) for name, field in fields]
+    config = typer.Option("--config", help="Parameter file to use instead of the project's own.", metavar="FILE")
+    parameters.append(_keyword(CONFIG_OPTION, str | None, config))
+    if hidden := sum(option_extra(field)["advanced"] for _, field in fields):
+        show = typer.Option("--help-all", help=f"Show the other {hidden} options, too.")
+        parameters.append(_keyword("help_all", bool, show, default=False))
+    return inspect.Signature(parameters)
 
 
-def _place(extra: Mapping[str, Any]) -> int:
-    """Returns the order in the help: positional arguments first, what concerns the machine last."""
-    return 0 if extra["positional"] else 2 if extra["panel"] == MACHINE_PANEL else 1
+def _keyword(name: str, kind: Any, info: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
 def options_given(command_name: str, model: type[Params], given: Mapping[str, Any]) -> Params:
@@ -78,7 +79,7 @@ def normalise(model: type[Params], arguments: list[str]) -> list[str]:
     '--output_dir X' becomes '--out X' where that is an alias, and '--network-args a b' becomes
     '--network-args a --network-args b', and '--gradient-checkpointing' alone '--gradient-checkpointing=on'.
     """
-    aliases = _aliases(model)
+    aliases = {option_name(alias): option_name(name) for alias, name in spellings(model).items() if alias != name}
     several = {option_name(name) for name, field in model.model_fields.items() if takes_several(field)}
     spread: list[str] = []
     current: str | None = None
@@ -109,7 +110,7 @@ def answer_others(command_name: str, model: type[Params], arguments: list[str]) 
 
     Raises ParameterError with one line for each option that the stage does not have, as for a key of its file.
     """
-    if command_name.replace("-", "_") not in STAGE_MODELS:
+    if command_name.replace("-", "_") not in STAGE_MODULES:
         return arguments
     names = {CONFIG_OPTION, "help", "help_all", *model.model_fields}
     known = {option_name(name) for name in names} | {f"--no-{option_name(name)[2:]}" for name in names}
@@ -135,14 +136,6 @@ def answer_others(command_name: str, model: type[Params], arguments: list[str]) 
     return kept
 
 
-def _aliases(model: type[Params]) -> dict[str, str]:
-    return {
-        option_name(alias): option_name(name)
-        for name, field in model.model_fields.items()
-        for alias in option_extra(field)["aliases"]
-    }
-
-
 def _parameter(name: str, field: FieldInfo, *, show_all: bool) -> inspect.Parameter:
     extra = option_extra(field)
     kind: Any = list[str] if takes_several(field) else bool if field.annotation in (bool, bool | None) else str
@@ -158,36 +151,17 @@ def _parameter(name: str, field: FieldInfo, *, show_all: bool) -> inspect.Parame
             rich_help_panel=extra["panel"],
             hidden=extra["advanced"] and not show_all,
         )
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
-    )
-
-
-def _config_parameter() -> inspect.Parameter:
-    info = typer.Option("--config", help="Parameter file to use instead of the project's own.", metavar="FILE")
-    return inspect.Parameter(
-        CONFIG_OPTION, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, info]
-    )
-
-
-def _help_all_parameter(hidden: int) -> inspect.Parameter:
-    info = typer.Option("--help-all", help=f"Show the other {hidden} options, too.")
-    return inspect.Parameter(
-        "help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, info]
-    )
+    return _keyword(name, kind | None, info)
 
 
 def _help(field: FieldInfo) -> str:
     """Returns the description with choices and default; Typer reads brackets as rich markup, so they are escaped."""
     notes = [f"one of {', '.join(choices(field))}"] if len(choices(field)) > _MAX_SHOWN_CHOICES else []
     if not field.is_required() and field.default not in (None, "", (), {}):
-        notes.append(f"default: {_shown(field.default)}")
+        switched = {True: "on", False: "off"}
+        notes.append(f"default: {switched[field.default] if isinstance(field.default, bool) else field.default}")
     shown = f"{field.description} [{'; '.join(notes)}]" if notes else field.description or ""
     return shown.replace("[", "\\[")
-
-
-def _shown(default: Any) -> str:
-    return ("on" if default else "off") if isinstance(default, bool) else str(default)
 
 
 def _metavar(field: FieldInfo) -> str:

@@ -3,8 +3,7 @@
 from pydantic import model_validator
 
 from sd3pipe.params.fields import OptionPath, option
-from sd3pipe.params.sharing import ENGINE_HELP, SHARD_HELP, SHARD_PATTERN, WORKERS_HELP, Shard, check_engine
-from sd3pipe.params.stage import StageParams
+from sd3pipe.params.stage import ENGINE, RAY_WORKERS, SHARD, Shard, StageParams, check_engine
 from sd3pipe.words import AutoOnOff, Engine, Format, PackedFormat, Padding, RowFormat
 
 _PATHS, _TEXT, _RUN = "Paths", "Text", "This run"
@@ -83,9 +82,9 @@ class EncodeTextParams(StageParams):
         panel=_RUN,
     )
     dry_run: bool = option(False, "Only tell what would be encoded and how big it is.", panel=_RUN)
-    shard: Shard | None = option(None, SHARD_HELP, panel=_RUN, advanced=True, pattern=SHARD_PATTERN)
-    engine: Engine = option("local", ENGINE_HELP, panel=_RUN, advanced=True)
-    ray_workers: int | None = option(None, WORKERS_HELP, panel=_RUN, advanced=True, ge=1)
+    shard: Shard | None = SHARD
+    engine: Engine = ENGINE
+    ray_workers: int | None = RAY_WORKERS
     rehash: bool = option(
         False, "Read every picture anew instead of trusting times and sizes.", panel=_RUN, advanced=True
     )

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, model_validator
 
 from sd3pipe.params.fields import NewFilePath, OptionPath, Params, group, option
-from sd3pipe.params.stage import StageParams
+from sd3pipe.params.stage import MMDIT, StageParams
 from sd3pipe.rules.description import Description
 from sd3pipe.words import AdapterForm, MetadataAmount, StoredFormat
 
@@ -40,48 +40,37 @@ class DescriptionParams(Params):
 
 
 class _ExportOptions(Params):
+    # fmt: off
     adapter: OptionPath = option(
         ..., "Run folder, checkpoint or adapter file.", role="path", panel=_PATHS, paths_key="run"
     )
     out: NewFilePath = option(
         ..., "File to write; a folder with --checkpoints, for --format hub, and for a base in a folder.",
         role="path", panel=_PATHS, paths_key="export", varies_with="format",
-    )  # fmt: skip
+    )
     model: str | None = option(
-        None,
-        "Base model on the disk: for --format checkpoint, and for a DoRA to ComfyUI.",
-        role="path",
-        panel=_PATHS,
-        aliases=("pretrained_model_name_or_path",),
-        paths_key="model",
+        None, "Base model on the disk: for --format checkpoint, and for a DoRA to ComfyUI.",
+        role="path", panel=_PATHS, aliases=("pretrained_model_name_or_path",), paths_key="model",
     )
-    mmdit: OptionPath | None = option(
-        None, "MMDiT in a file of its own; beats the one in --model.", role="path", panel=_PATHS, advanced=True
-    )
+    mmdit: OptionPath | None = MMDIT
     format: Literal[AdapterForm, "hub", "checkpoint"] = option(
-        "comfyui",
-        "comfyui: native keys, which sd-scripts reads too; comfyui-generic; diffusers: peft keys; hub: a folder for a "
-        "model hub, with a model card and the run's samples; checkpoint: the base model with the adapter in it.",
-        role="recipe",
-        panel=_FILE,
+        "comfyui", "comfyui: native keys, which sd-scripts reads too; comfyui-generic; diffusers: peft keys; hub: a "
+        "folder for a model hub, with a model card and the run's samples; checkpoint: the base model with the adapter "
+        "in it.", role="recipe", panel=_FILE,
     )
     dtype: StoredFormat = option(
         "auto", "Number format; auto: fp16 where each module's change keeps within 0.1 %, else fp32; same: as it is. "
         "A checkpoint keeps the base's.", role="recipe", panel=_FILE,
-    )  # fmt: skip
+    )
     multiplier: float = option(
-        1.0,
-        "Strength that is written into the file: loaded at 1 it acts as the adapter does at this. Not for a DoRA, "
-        "but with --format checkpoint.",
-        role="recipe",
-        panel=_FILE,
-        aliases=("strength",),
-        advanced=True,
+        1.0, "Strength that is written into the file: loaded at 1 it acts as the adapter does at this. Not for a DoRA, "
+        "but with --format checkpoint.", role="recipe", panel=_FILE, aliases=("strength",), advanced=True,
     )
     checkpoints: Literal["all", "best"] | None = option(
         None, "all: export every checkpoint of the run into the folder --out, under names that sort; best: the one "
         "that `sd3pipe judge` suggests.", role="recipe", panel=_FILE,
-    )  # fmt: skip
+    )
+    # fmt: on
 
 
 class ExportParams(StageParams, DescriptionParams, _ExportOptions):

@@ -1,8 +1,7 @@
 """Options of `sd3pipe init`."""
 
 from sd3pipe.params.fields import OptionPath, Params, option
-from sd3pipe.params.goal import AnyGoal
-from sd3pipe.params.memory import Size
+from sd3pipe.params.stage import AnyGoal, Size
 from sd3pipe.words import Variant
 
 
@@ -22,11 +21,9 @@ class InitParams(Params):
     )
     trigger: str | None = option(None, "Word that stands for what is learnt.", panel="Pictures")
     caption: str | None = option(
-        None,
-        "Model that captions the pictures nobody has captioned: a folder or a hub id.",
-        role="path",
-        panel="Pictures",
-    )
+        None, "Model that captions the pictures nobody has captioned: a folder or a hub id.",
+        role="path", panel="Pictures",
+    )  # fmt: skip
     resolution: int = option(1024, "Side of the square whose area pictures are scaled to.", ge=64, panel="Pictures")
     goal: AnyGoal = option(
         "object", "What the adapter is to learn; subject is another word for object.", panel="Training"

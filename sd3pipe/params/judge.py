@@ -2,17 +2,14 @@
 
 from pydantic import field_validator
 
+from sd3pipe.params import stage
 from sd3pipe.params.fields import OptionPath, option
-from sd3pipe.params.goal import AnyGoal
-from sd3pipe.params.memory import BlocksToSwap
-from sd3pipe.params.sample import CHECKPOINTS, NUMBERS, SEEDS, no_value_twice
-from sd3pipe.params.stage import ModelParams
 from sd3pipe.words import ToldVariant, WantedPrecision
 
 _PATHS, _COMPARED, _DRAWING = "Paths", "What is compared", "Drawing"
 
 
-class JudgeParams(ModelParams):
+class JudgeParams(stage.ModelParams):
     # fmt: off
     vae: OptionPath | None = option(
         None, "VAE in a file of its own; beats the one in --model.", role="path", panel=_PATHS, paths_key="vae"
@@ -40,41 +37,34 @@ class JudgeParams(ModelParams):
 
     checkpoints: str | None = option(
         None, "Checkpoints of the run: all, every:N (each N-th), or steps such as 250,500; default: all that it has.",
-        panel=_COMPARED, pattern=CHECKPOINTS,
+        panel=_COMPARED, pattern=stage.CHECKPOINTS,
     )
     multiplier: str = option(
-        "1", "Strengths of the adapter, such as 0.6,0.8,1.0.", panel=_COMPARED, aliases=("strength",), pattern=NUMBERS
+        "1", "Strengths of the adapter, such as 0.6,0.8,1.0.",
+        panel=_COMPARED, aliases=("strength",), pattern=stage.NUMBERS,
     )
     trigger: str = option(
         "auto", "Words that prompts bear which ask for what is learnt; auto: found in the dataset's captions.",
         panel=_COMPARED, min_length=1,
     )
-    seeds: str = option("1,2,3,4", "Seeds, a picture of each prompt for each.", panel=_COMPARED, pattern=SEEDS)
+    seeds: str = option("1,2,3,4", "Seeds, a picture of each prompt for each.", panel=_COMPARED, pattern=stage.INTEGERS)
     tolerance: float = option(
         0.5, "Share of the base's prompt fidelity, other subjects and variety that a suggested checkpoint may lose.",
         panel=_COMPARED, ge=0, le=1,
     )
-    goal: AnyGoal = option(
+    goal: stage.AnyGoal = option(
         "object", "What is learnt; of a style, likeness is measured but nothing is suggested: few models see styles.",
         panel=_COMPARED,
     )
     judge_sees_style: bool = option(
         False, "The judge model was made to see styles, so suggest for a style, too.", panel=_COMPARED, advanced=True
     )
-    variant: ToldVariant | None = option(
-        None, "Draw with the turbo model's steps and scale; nothing else tells it from large.", panel=_DRAWING
-    )
-    mixed_precision: WantedPrecision = option(
-        "auto", "Number format of the model; auto: bf16 or, on older cards, fp16 on CUDA; float32 on the CPU.",
-        panel=_DRAWING,
-    )
-    blocks_to_swap: BlocksToSwap = option(
-        "auto", "Blocks that stay in host memory and visit the device; auto: as few as fit, on CUDA; none on the CPU.",
-        panel=_DRAWING, advanced=True,
-    )
+    variant: ToldVariant | None = stage.TOLD_VARIANT
+    mixed_precision: WantedPrecision = stage.mixed_precision(_DRAWING)
+    blocks_to_swap: stage.BlocksToSwap = stage.blocks_to_swap(_DRAWING)
     # fmt: on
 
-    _no_value_twice = field_validator("multiplier", "seeds")(no_value_twice)
+    _no_value_twice = field_validator("multiplier", "seeds")(stage.no_value_twice)
 
     def multipliers(self) -> tuple[float, ...]:
         return tuple(float(number) for number in self.multiplier.split(","))

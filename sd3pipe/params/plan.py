@@ -3,7 +3,7 @@
 import re
 
 from sd3pipe.params.fields import OptionPath, Params, option
-from sd3pipe.params.memory import BlocksToRecompute, BlocksToSwap, Size
+from sd3pipe.params.stage import BlocksToRecompute, BlocksToSwap, Size
 from sd3pipe.rules.memory import size_bytes
 from sd3pipe.words import MatmulFormat, ModulationMode, PackedFormat, Precision
 

@@ -18,7 +18,7 @@ from sd3pipe.errors import ParameterError
 from sd3pipe.params.fields import Params, is_foreign_code, option_extra, takes_several
 from sd3pipe.params.sd_scripts import DATASET_KEYS, OPTIONS, Answer, answer
 from sd3pipe.problems import reason
-from sd3pipe.stages import HUB_KEYS
+from sd3pipe.stages import HUB_KEYS, place
 
 log = logging.getLogger(__name__)
 
@@ -55,18 +55,16 @@ def resolve(
     `given` holds the command line's values: strings (a list of them for options that take several) or bools.
     `stage_models` gives the option sets of all stages, to say where a misplaced key belongs.
     """
-    source = _ConfigSource(model, stage_models)
     if config is None and project is not None and project.stage_file(command).is_file():
         config = project.stage_file(command)
-    values, problems = source.read(config, project.folder if project else None) if config else ({}, [])
+    values, problems = _read_config(config, model, project, stage_models) if config else ({}, [])
     origins = {name: f"{config}: {name}" for name in values}
     problems += _not_trusted(model, values, origins, given)
-    for name, value in _project_paths(model, project).items():
-        if name not in values:
-            values[name], origins[name] = (
-                _varied(model, name, value, given, values),
-                f"project.toml: paths.{option_extra(model.model_fields[name])['paths_key']}",
-            )
+    for name, field in model.model_fields.items():
+        key = option_extra(field)["paths_key"] or ""
+        if project is not None and key.partition("/")[0] in project.paths and name not in values:
+            values[name] = _varied(model, name, place(project.paths, key), given, values)
+            origins[name] = f"project.toml: paths.{key}"
     for name, value in given.items():
         values[name], origins[name] = value, _shown_name(name, model.model_fields[name])
     checked: dict[str, Any] = {}
@@ -75,7 +73,10 @@ def resolve(
             checked[name] = check_value(model.model_fields[name], value, from_text=name in given)
         except ValidationError as error:
             problems.append(_problem(origins[name], value, error))
-    problems += _gone_paths(command, project) + _missing(model, command, {*checked, *values})
+    if project is not None and command.startswith("encode-"):  # train goes on from the caches that are there
+        gone = [key for key in project.paths if key in _GONE]
+        problems += [f"{project.file}: paths.{key}: not supported: {_GONE[key]}" for key in gone]
+    problems += _missing(model, command, values)
     if problems:
         raise ParameterError("\n".join(problems))
     return _build(model, command, checked, origins)
@@ -98,43 +99,30 @@ def _not_trusted(
     return problems
 
 
-class _ConfigSource:
-    """Reads a parameter file and explains keys that do not belong in it."""
-
-    def __init__(self, model: type[Params], stage_models: StageModels) -> None:
-        self.model, self.stage_models = model, stage_models
-        self.names = spellings(model)
-
-    def read(self, path: Path, project_folder: Path | None) -> tuple[dict[str, Any], list[str]]:
-        values: dict[str, Any] = {}
-        problems: list[str] = []
-        for key, value in flatten(read_toml(path)):
-            name = self.names.get(key)
-            if name is None:
-                problem = self._explain(path, key, value)
-                problems += [problem] if problem else []
-            elif name in values:
-                problems.append(f"{path}: {key}: {name} is set twice")
-            else:
-                values[name] = self._located(name, value, project_folder)
-        return values, problems
-
-    def _located(self, name: str, value: Any, project_folder: Path | None) -> Any:
-        field = self.model.model_fields[name]
-        if option_extra(field)["role"] != "path" or project_folder is None or not isinstance(value, str):
-            return value
-        return relative_to(project_folder, value, may_be_hub_id=option_extra(field)["paths_key"] in HUB_KEYS)
-
-    def _explain(self, path: Path, key: str, value: Any) -> str | None:
-        """Returns the problem with a key that is not an option here; None if its wish is met anyway."""
-        if key in _GONE:
-            return f"{path}: {key}: not supported: {_GONE[key]}"
-        found = explain(key, value, self.names, self.stage_models)
-        if found.accepted:
+def _read_config(
+    path: Path, model: type[Params], project: Project | None, stage_models: StageModels
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns what a parameter file says by option, and a line for each key that does not belong in it."""
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    names = spellings(model)
+    for key, value in flatten(read_toml(path)):
+        name = names.get(key)
+        if name in values:
+            problems.append(f"{path}: {key}: {name} is set twice")
+        elif name is not None:
+            extra = option_extra(model.model_fields[name])
+            if extra["role"] == "path" and project is not None and isinstance(value, str):
+                value = relative_to(project.folder, value, may_be_hub_id=extra["paths_key"] in HUB_KEYS)
+            values[name] = value
+        elif key in _GONE:
+            problems.append(f"{path}: {key}: not supported: {_GONE[key]}")
+        elif (found := explain(key, value, names, stage_models)).accepted:
             log.info("%s: %s: %s", path, key, found.text)
-            return None
-        shown = f"{key} = {value!r}" if key in OPTIONS and OPTIONS[key].fate == "met" else key
-        return f"{path}: {shown}: {found.text}"
+        else:
+            shown = f"{key} = {value!r}" if key in OPTIONS and OPTIONS[key].fate == "met" else key
+            problems.append(f"{path}: {shown}: {found.text}")
+    return values, problems
 
 
 def explain(
@@ -164,28 +152,11 @@ def explain(
 
 def spellings(model: type[Params]) -> dict[str, str]:
     """Returns every accepted spelling of every option with the field it stands for."""
-    names: dict[str, str] = {}
-    for name, field in model.model_fields.items():
-        for spelling in (name, *option_extra(field)["aliases"]):
-            names[spelling.replace("-", "_")] = name
-    return names
-
-
-def _project_paths(model: type[Params], project: Project | None) -> dict[str, str]:
-    """Returns what project.toml gives for the options of `model`; the key 'caches/text' is text/ below `caches`."""
-    found: dict[str, str] = {}
-    for name, field in model.model_fields.items():
-        key, _, below = (option_extra(field)["paths_key"] or "").partition("/")
-        if project is not None and key in project.paths:
-            found[name] = str(Path(project.paths[key], below)) if below else project.paths[key]
-    return found
-
-
-def _gone_paths(command: str, project: Project | None) -> list[str]:
-    """Returns what project.toml asks in vain. Only encode stages look: train goes on from the caches that are there."""
-    if project is None or not command.startswith("encode-"):
-        return []
-    return [f"{project.file}: paths.{key}: not supported: {_GONE[key]}" for key in project.paths if key in _GONE]
+    return {
+        spelling.replace("-", "_"): name
+        for name, field in model.model_fields.items()
+        for spelling in (name, *option_extra(field)["aliases"])
+    }
 
 
 def _varied(model: type[Params], name: str, value: str, given: Mapping[str, Any], in_file: Mapping[str, Any]) -> str:
@@ -212,16 +183,13 @@ def _problem(origin: str, value: Any, error: ValidationError) -> str:
     return f"{origin}{joined}{shown}: {'; '.join(sorted(reasons))}"
 
 
-def _missing(model: type[Params], command: str, present: set[str]) -> list[str]:
+def _missing(model: type[Params], command: str, present: Mapping[str, Any]) -> list[str]:
     problems = []
     for name, field in model.model_fields.items():
         if field.is_required() and name not in present:
             key = option_extra(field)["paths_key"]
-            where = f", or paths.{key} in project.toml" if key else ""
-            shown = _shown_name(name, field)
-            problems.append(
-                f"{command}: {shown} is missing: {field.description}{' Give it' + where[1:] if where else ''}"
-            )
+            where = f" Give it or paths.{key} in project.toml" if key else ""
+            problems.append(f"{command}: {_shown_name(name, field)} is missing: {field.description}{where}")
     return problems
 
 
@@ -230,8 +198,6 @@ def _build(model: type[P], command: str, checked: dict[str, Any], origins: Mappi
     try:
         return model.model_validate(checked)
     except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            where = ".".join(str(part) for part in item["loc"])
-            lines.append(f"{origins.get(where, where) or command}: {reason(item)}")
+        places = [(".".join(map(str, item["loc"])), reason(item)) for item in error.errors()]
+        lines = [f"{origins.get(where, where) or command}: {words}" for where, words in places]
         raise ParameterError("\n".join(lines)) from error

@@ -2,33 +2,17 @@
 
 from pydantic import field_validator, model_validator
 
+from sd3pipe.params import stage
 from sd3pipe.params.fields import OptionPath, option
-from sd3pipe.params.memory import BlocksToSwap
-from sd3pipe.params.stage import StageParams
 from sd3pipe.words import ToldVariant, WantedPrecision
 
 _PATHS, _GRID, _DRAWING = "Paths", "Columns and rows", "Drawing"
-CHECKPOINTS = r"^(all|every:[1-9]\d*|\d+(,\d+)*)$"
-NUMBERS, SEEDS = r"^-?\d+(\.\d+)?(,-?\d+(\.\d+)?)*$", r"^\d+(,\d+)*$"
 
 
-def no_value_twice(value: str | None) -> str | None:
-    """Returns numbers separated by commas as they are. Raises ValueError for one that stands there twice."""
-    numbers = [float(number) for number in value.split(",")] if value else []
-    if len(set(numbers)) < len(numbers):
-        raise ValueError(f"{value} names a value twice")
-    return value
-
-
-class SampleParams(StageParams):
+class SampleParams(stage.StageParams):
     # fmt: off
-    model: str | None = option(
-        None, "Base model: a .safetensors file, a diffusers folder or a hub id.",
-        role="path", panel=_PATHS, paths_key="model", aliases=("pretrained_model_name_or_path",),
-    )
-    mmdit: OptionPath | None = option(
-        None, "MMDiT in a file of its own; beats the one in --model.", role="path", panel=_PATHS, advanced=True
-    )
+    model: str | None = stage.base_model(None)
+    mmdit: OptionPath | None = stage.MMDIT
     vae: OptionPath | None = option(
         None, "VAE in a file of its own; beats the one in --model. Without any, latents are kept.",
         role="path", panel=_PATHS, paths_key="vae",
@@ -44,40 +28,32 @@ class SampleParams(StageParams):
 
     checkpoints: str | None = option(
         None, "Checkpoints of the run to draw, a column each: all, every:N (each N-th), or steps such as 250,500.",
-        panel=_GRID, pattern=CHECKPOINTS,
+        panel=_GRID, pattern=stage.CHECKPOINTS,
     )
     multiplier: str = option(
         "1", "Strengths of the adapter, a column each, such as 0.6,0.8,1.0.",
-        panel=_GRID, aliases=("strength",), pattern=NUMBERS,
+        panel=_GRID, aliases=("strength",), pattern=stage.NUMBERS,
     )
     seeds: str | None = option(
         None, "Seeds, a row each, such as 1,2; default: each prompt's own (else 42).",
-        panel=_GRID, pattern=SEEDS,
+        panel=_GRID, pattern=stage.INTEGERS,
     )
     decode: bool = option(
         False, "Only decode latents that an earlier run kept in --out, with the VAE at hand here.", panel=_DRAWING
     )
-    variant: ToldVariant | None = option(
-        None, "Draw with the turbo model's steps and scale; nothing else tells it from large.", panel=_DRAWING
-    )
+    variant: ToldVariant | None = stage.TOLD_VARIANT
     skip_layer_guidance: float | None = option(
         None, "Strength of skip-layer guidance for SD3.5-medium, such as 2.5; default: none.", panel=_DRAWING, ge=0
     )
     skip_layers: str = option(
         "7,8,9", "Blocks that skip-layer guidance leaves out.",
-        panel=_DRAWING, advanced=True, pattern=r"^\d+(,\d+)*$",
+        panel=_DRAWING, advanced=True, pattern=stage.INTEGERS,
     )
-    mixed_precision: WantedPrecision = option(
-        "auto", "Number format of the model; auto: bf16 or, on older cards, fp16 on CUDA; float32 on the CPU.",
-        panel=_DRAWING,
-    )
-    blocks_to_swap: BlocksToSwap = option(
-        "auto", "Blocks that stay in host memory and visit the device; auto: as few as fit, on CUDA; none on the CPU.",
-        panel=_DRAWING, advanced=True,
-    )
+    mixed_precision: WantedPrecision = stage.mixed_precision(_DRAWING)
+    blocks_to_swap: stage.BlocksToSwap = stage.blocks_to_swap(_DRAWING)
     # fmt: on
 
-    _no_value_twice = field_validator("multiplier", "seeds", "skip_layers")(no_value_twice)
+    _no_value_twice = field_validator("multiplier", "seeds", "skip_layers")(stage.no_value_twice)
 
     @model_validator(mode="after")
     def _options_agree(self) -> "SampleParams":

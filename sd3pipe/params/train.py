@@ -1,12 +1,13 @@
 """Options of `sd3pipe train`: named as in sd-scripts where it has them, with the defaults of a new project."""
 
 import re
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
 from sd3pipe.params.fields import OptionPath, Params, group, option
-from sd3pipe.params.stage import StageParams
+from sd3pipe.params.stage import MMDIT, StageParams, base_model
 from sd3pipe.rules.adapter import AdapterRules
 from sd3pipe.rules.description import Description
 from sd3pipe.rules.feeding import EncoderDropout, PositionRules, ReadingRules
@@ -19,8 +20,6 @@ from sd3pipe.words import Trackers, WantedPrecision
 _PATHS, _ADAPTER, _OPTIMISATION, _LOSS = "Paths", "Adapter", "Optimisation", "Noise and loss"
 _TEXT, _SAVING, _SAMPLES, _VALIDATION = "Text and position", "Saving and resuming", "Sample pictures", "Validation"
 _RECORDS, _MEMORY = "Records", "Memory and speed"
-
-
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -51,10 +50,7 @@ class SubsetOverride(Params):
 
 class TrainParams(StageParams):
     # fmt: off
-    model: str = option(
-        ..., "Base model: a .safetensors file, a diffusers folder or a hub id.",
-        role="path", panel=_PATHS, paths_key="model", aliases=("pretrained_model_name_or_path",),
-    )
+    model: str = base_model(...)
     text: OptionPath = option(..., "Cache of encoded captions.", role="path", panel=_PATHS, paths_key="caches/text")
     latents: OptionPath = option(
         ..., "Cache of encoded pictures.", role="path", panel=_PATHS, paths_key="caches/latents"
@@ -66,9 +62,7 @@ class TrainParams(StageParams):
     out: OptionPath = option(
         ..., "Folder of the run.", role="path", panel=_PATHS, paths_key="run", aliases=("output_dir",)
     )
-    mmdit: OptionPath | None = option(
-        None, "MMDiT in a file of its own; beats the one in --model.", role="path", panel=_PATHS, advanced=True
-    )
+    mmdit: OptionPath | None = MMDIT
     vae: OptionPath | None = option(
         None, "VAE in a file of its own, for sample pictures.",
         role="path", panel=_PATHS, paths_key="vae", advanced=True,
@@ -184,3 +178,43 @@ class TrainParams(StageParams):
                 "lr_scheduler = constant has no warm-up: choose constant_with_warmup, or lr_warmup_steps = 0"
             )
         return self
+
+
+# option -> (the option that it depends on, the values, or the type of values, under which it acts)
+_ACTS_UNDER: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+    "lr_decay_steps": ("lr_scheduler", ("warmup_stable_decay",)),
+    "lr_scheduler_num_cycles": ("lr_scheduler", ("cosine_with_restarts",)),
+    "lr_scheduler_power": ("lr_scheduler", ("polynomial",)),
+    "lr_scheduler_timescale": ("lr_scheduler", ("inverse_sqrt",)),
+    "lr_scheduler_min_lr_ratio": (
+        "lr_scheduler",
+        ("linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "warmup_stable_decay"),
+    ),
+    "logit_mean": ("weighting_scheme", ("logit_normal",)),
+    "logit_std": ("weighting_scheme", ("logit_normal",)),
+    "mode_scale": ("weighting_scheme", ("mode",)),
+    "huber_schedule": ("loss_type", ("huber", "smooth_l1")),
+    "huber_c": ("loss_type", ("huber", "smooth_l1")),
+    "huber_scale": ("loss_type", ("huber", "smooth_l1")),
+    "network_dim": ("dim_from_weights", (False,)),
+    "network_alpha": ("dim_from_weights", (False,)),
+    "adapter_type": ("dim_from_weights", (False,)),
+    "train_layers": ("dim_from_weights", (False,)),
+    "rank_rules": ("dim_from_weights", (False,)),
+    "activation_offload": ("gradient_checkpointing", ("auto", "on", int)),
+    "matmul_rotation": ("matmul_dtype", ("int8", "fp8")),
+    "logging_dir": ("log_with", get_args(Trackers)),
+    "log_tracker_name": ("log_with", get_args(Trackers)),
+    "wandb_run_name": ("log_with", ("wandb", "all")),
+}
+
+
+def idle_options(params: TrainParams) -> list[str]:
+    """Returns one line for each option that differs from its default and cannot act."""
+    lines = []
+    for name, (other, values) in _ACTS_UNDER.items():
+        value, state = getattr(params, name), getattr(params, other)
+        if state not in values and type(state) not in values and value != TrainParams.model_fields[name].get_default():
+            wanted = " or ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in values if v is not int)
+            lines.append(f"{name} has no effect here: it acts under {other} = {wanted}")
+    return lines

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from sd3pipe.params.bands import BAND_NAMES
+from sd3pipe.metrics import BAND_NAMES
 from sd3pipe.shell import no_option, quotation_mark, shell_word
 from sd3pipe.stages import Paths, Stage, StagePath, paths_of, place, stages_of
 

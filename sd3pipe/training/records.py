@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sd3pipe.files import append_text, make_folder, write_json, write_text
-from sd3pipe.metrics import METRICS_FILE, read_records
-from sd3pipe.params.bands import BAND_NAMES
+from sd3pipe.metrics import BAND_NAMES, METRICS_FILE, read_records
 from sd3pipe.training.items import Items
 from sd3pipe.training.picture_losses import summarise_pictures
 from sd3pipe.training.run_folder import RunFolder

@@ -14,8 +14,7 @@ from sd3pipe.console import count, progress
 from sd3pipe.errors import Stopped
 from sd3pipe.files import write_json
 from sd3pipe.intervals import mean_and_half_width
-from sd3pipe.metrics import ValidationRecord, read_records
-from sd3pipe.params.bands import BAND_NAMES, SIGMAS
+from sd3pipe.metrics import BAND_NAMES, SIGMAS, ValidationRecord, read_records
 from sd3pipe.training.batches import fixed_batches
 from sd3pipe.training.checkpoints import CHECKPOINTS_FOLDER
 from sd3pipe.training.feed import Feed

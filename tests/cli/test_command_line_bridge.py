@@ -42,7 +42,7 @@ def test_help_shows_defaults_and_escapes_brackets():
     assert "one of a, b, c, d, e" in infos["scheme"].help
 
 
-@pytest.mark.parametrize("command", [command.name for command in cli.COMMANDS])
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_shows_its_help(command, capsys):
     assert cli.run([*command.split(), "--help"]) == 0
     shown = capsys.readouterr().out

@@ -14,9 +14,9 @@ LIST = Path(__file__).with_name("options.txt")
 def current_names() -> list[str]:
     """Returns 'command --option' for every command."""
     return [
-        f"{command.name} {name.upper() if option_extra(field)['positional'] else option_name(name)}"
+        f"{command} {name.upper() if option_extra(field)['positional'] else option_name(name)}"
         for command in COMMANDS
-        for name, field in load_model(command.params).model_fields.items()
+        for name, field in load_model(command).model_fields.items()
     ]
 
 
@@ -29,8 +29,8 @@ def test_option_names_are_the_frozen_ones():
 
 def test_every_option_has_help_that_ends_a_sentence():
     for command in COMMANDS:
-        for name, field in load_model(command.params).model_fields.items():
-            assert field.description and field.description.endswith("."), f"{command.name} {name}"
+        for name, field in load_model(command).model_fields.items():
+            assert field.description and field.description.endswith("."), f"{command} {name}"
 
 
 def test_no_option_is_both_taken_and_refused():
@@ -43,7 +43,7 @@ def test_no_option_is_both_taken_and_refused():
 
 def test_aliases_are_unique_within_a_command():
     for command in COMMANDS:
-        model = load_model(command.params)
+        model = load_model(command)
         spellings = [*model.model_fields]
         spellings += [alias for field in model.model_fields.values() for alias in option_extra(field)["aliases"]]
-        assert len(spellings) == len(set(spellings)), command.name
+        assert len(spellings) == len(set(spellings)), command

@@ -5,7 +5,7 @@ import pytest
 from sd3pipe.errors import ParameterError
 from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.params.resolve import resolve
-from sd3pipe.params.sharing import shard_of_process
+from sd3pipe.params.stage import shard_of_process
 
 GIVEN = {"model": "m", "dataset": "d.toml", "out": "o"}
 

@@ -57,10 +57,10 @@ def test_what_commands_leave_is_ignored(tmp_path, name):
 def test_every_default_folder_is_known_here():
     known = {file.partition("/")[0] for files in LEFT.values() for file in files} | {"."}
     for command in COMMANDS:
-        for field in load_model(command.params).model_fields.values():
+        for field in load_model(command).model_fields.values():
             extra = option_extra(field)
-            if extra["role"] == "path" and isinstance(field.default, str) and command.name != "demo":
-                assert field.default in known, command.name
+            if extra["role"] == "path" and isinstance(field.default, str) and command != "demo":
+                assert field.default in known, command
 
 
 def test_the_repository_ignores_what_its_commands_leave(tmp_path):

@@ -18,7 +18,7 @@ from support.tiny_training import Inputs, equal, fill_prompts, make_inputs, pict
 
 from sd3pipe import stopping
 from sd3pipe.errors import InputError, Stopped
-from sd3pipe.params.bands import BAND_NAMES, SIGMAS
+from sd3pipe.metrics import BAND_NAMES, SIGMAS
 from sd3pipe.training.objective import Objective
 from sd3pipe.training.step_samples import StepSamples
 from sd3pipe.training.validation import mean_and_half_width, verdict

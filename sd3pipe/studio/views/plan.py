@@ -6,7 +6,7 @@ from sd3pipe.console import readable_bytes, readable_seconds
 from sd3pipe.encoding.cache_sizes import cache_sizes
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.memory.plan import option_text
-from sd3pipe.params.command_line import STAGE_MODELS
+from sd3pipe.params.command_line import STAGE_MODULES
 from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.plan import PlanParams
@@ -29,7 +29,7 @@ _FROM_TRAIN = (
 
 def page(ask: Ask) -> str:
     module = ask.query.get("stage", "train")
-    if module not in STAGE_MODELS:
+    if module not in STAGE_MODULES:
         module = "train"
     card = card_bytes()
     return ask.page(
@@ -37,7 +37,7 @@ def page(ask: Ask) -> str:
         title="Plan",
         paths=list(ask.project.paths.items()),
         card={name: (label, f"{card / 1e9:.0f}GB" if name == "vram" and card else "") for name, label in _CARD.items()},
-        stages=list(STAGE_MODELS),
+        stages=list(STAGE_MODULES),
         module=module,
         panels=stage_form(ask.project, module),
         file=ask.project.stage_file(module),
@@ -92,8 +92,8 @@ def _disk(ask: Ask) -> tuple[dict[str, int], str | None]:
 def save(ask: Ask) -> dict[str, Any]:
     """Writes a stage's file, or says at each field what is wrong."""
     module = ask.text("stage")
-    if module not in STAGE_MODELS:
-        raise ParameterError(f"stage: one of {', '.join(STAGE_MODELS)}")
+    if module not in STAGE_MODULES:
+        raise ParameterError(f"stage: one of {', '.join(STAGE_MODULES)}")
     wrong = save_stage(ask.project, module, {name: value for name, value in ask.values.items() if name != "stage"})
     if wrong:
         return {"fields": wrong, "message": "nothing was saved: see the marked fields"}
