@@ -55,8 +55,14 @@ def process_caption(text: str, rules: CaptionRules, rng: random.Random, *, line:
     caption = f"{caption} {rules.caption_suffix}" if rules.caption_suffix else caption
     if rules.enable_wildcard:
         caption = _wildcards(caption, rng)
-    if _works_on_tags(caption, rules):
-        caption = _tags(caption, rules, rng)
+    marked = bool(rules.keep_tokens_separator) and rules.keep_tokens_separator in caption
+    if marked or rules.shuffle_caption or rules.caption_tag_dropout_rate > 0:
+        head, free, tail = _split(caption, rules)
+        if rules.shuffle_caption:
+            free = _shuffled(free, rng)
+        if rules.caption_tag_dropout_rate > 0:
+            free = [tag for tag in free if rng.random() >= rules.caption_tag_dropout_rate]
+        caption = _joiner(rules).join([*head, *free, *tail])
     if rules.secondary_separator:
         caption = caption.replace(rules.secondary_separator, rules.caption_separator)
     return caption.strip()
@@ -96,32 +102,16 @@ def _number(*about: object) -> int:
     return int(hash_json(list(about))[:16], 16)
 
 
-def _choice(options: list[str], rng: random.Random) -> str:
-    return options[int(rng.random() * len(options))]
-
-
 def _wildcards(caption: str, rng: random.Random) -> str:
     """Replaces each {a|b|c} by one of its options; {{ and }} stand for braces, options do not nest."""
 
     def replacement(match: re.Match[str]) -> str:
-        options = match.group(1)
-        return _choice(options.split("|"), rng) if options is not None else match.group()[0]
+        if match[1] is None:
+            return match[0][0]
+        options = match[1].split("|")
+        return options[int(rng.random() * len(options))]
 
     return _WILDCARD.sub(replacement, caption)
-
-
-def _works_on_tags(caption: str, rules: CaptionRules) -> bool:
-    marked = bool(rules.keep_tokens_separator) and rules.keep_tokens_separator in caption
-    return rules.shuffle_caption or rules.caption_tag_dropout_rate > 0 or marked
-
-
-def _tags(caption: str, rules: CaptionRules, rng: random.Random) -> str:
-    head, free, tail = _split(caption, rules)
-    if rules.shuffle_caption:
-        free = _shuffled(free, rng)
-    if rules.caption_tag_dropout_rate > 0:
-        free = [tag for tag in free if rng.random() >= rules.caption_tag_dropout_rate]
-    return _joiner(rules).join([*head, *free, *tail])
 
 
 def _split(caption: str, rules: CaptionRules) -> tuple[list[str], list[str], list[str]]:

@@ -16,10 +16,14 @@ from sd3pipe.data.dataset_keys import PRESERVATION, DatasetKeys, Keys, SubsetKey
 from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import ParameterError
 from sd3pipe.problems import check_table, shown_key
+from sd3pipe.prompt_settings import SIDE_STEP_PX
 from sd3pipe.remote import Remote, is_address
 
 CONTAINER_ENDINGS = (".tar", ".parquet", ".arrow")  # of files that hold several pictures
-MODEL_STEP_PX = 16  # the VAE divides a side by 8, the MMDiT's patches by 2 more
+_WEIGHTING = (
+    "dataset", "num_repeats", "is_reg", "prior_loss_weight", "loss_weight", "caption_dropout_rate",
+    "caption_dropout_every_n_epochs", "diff_output_preservation",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,16 +87,7 @@ class Subset:
 
     def weighting(self) -> dict[str, Any]:
         """Returns what only weights or orders samples: it goes to the manifest, per subset, and into no key."""
-        return {
-            "dataset": self.dataset,
-            "num_repeats": self.num_repeats,
-            "is_reg": self.is_reg,
-            "prior_loss_weight": self.prior_loss_weight,
-            "loss_weight": self.loss_weight,
-            "caption_dropout_rate": self.caption_dropout_rate,
-            "caption_dropout_every_n_epochs": self.caption_dropout_every_n_epochs,
-            "diff_output_preservation": self.diff_output_preservation,
-        }
+        return {name: getattr(self, name) for name in _WEIGHTING}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +101,13 @@ class Dataset:
 
 def load_dataset(path: Path) -> Dataset:
     """Returns the dataset that a file describes. Raises ParameterError with one line per problem."""
-    return _Reader(path).read(_parse(path))
+    try:
+        content = read_json(path, TypeAdapter(Any)) if path.suffix.lower() == ".json" else read_toml(path)
+    except DocumentError as error:
+        raise ParameterError(str(error)) from error
+    if not isinstance(content, dict):
+        raise ParameterError(f"{path}: must hold a table with general and datasets")
+    return _Reader(path).read(content)
 
 
 def folder_dataset(folder: str) -> Dataset:
@@ -130,12 +131,15 @@ class _Reader:
         for key in content:
             if key not in ("general", "datasets"):
                 hint = place_of(key) or "unknown table or key: only general and datasets stand here"
-                self.problems.append(f"{self.path}: {shown_key(key)}: {hint}")
+                self._wrong(shown_key(key), hint)
         general = self._table(content.get("general") or {}, DatasetKeys, "[general]")
         subsets = self._datasets(content.get("datasets"), general)
         if self.problems:
             raise ParameterError("\n".join(self.problems))
         return Dataset(path=self.path, subsets=tuple(subsets), remarks=tuple(dict.fromkeys(self.remarks)))
+
+    def _wrong(self, where: str, what: str) -> None:
+        self.problems.append(f"{self.path}: {where}: {what}")
 
     def _datasets(self, tables: Any, general: Mapping[str, Any]) -> list[Subset]:
         drafts: list[_Draft] = []
@@ -143,7 +147,7 @@ class _Reader:
             inherited = {**general, **self._table(table, DatasetKeys, where, skip="subsets")}
             bucketing = self._bucketing(inherited, where)
             drafts += self._subsets(table.get("subsets"), inherited, bucketing, number, where)
-        names = _subset_names(drafts, self.problems, self.path)
+        names = self._subset_names(drafts)
         return [] if self.problems else [self._subset(draft, name) for draft, name in zip(drafts, names, strict=True)]
 
     def _subsets(
@@ -154,7 +158,7 @@ class _Reader:
             values = {**inherited, **self._table(table, SubsetKeys, here)}
             source = values.get("metadata_file") or values.get("image_dir")
             if source is None:
-                self.problems.append(f"{self.path}: {here}: image_dir: is missing: name the folder of the pictures")
+                self._wrong(here, "image_dir: is missing: name the folder of the pictures")
                 continue
             if source in seen and "name" not in values:
                 self.remarks.append(
@@ -168,25 +172,26 @@ class _Reader:
     def _list(self, tables: Any, what: str, prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yields each table of an array of tables with the words that name it; a missing array is a problem."""
         if not isinstance(tables, list) or not tables:
-            self.problems.append(f"{self.path}: {prefix}[[{what}]]: there must be at least one such table")
+            self._wrong(f"{prefix}[[{what}]]", "there must be at least one such table")
             return
         for number, table in enumerate(tables, start=1):
             where = f"{prefix}[[{what}]] {number}"
             if isinstance(table, Mapping):
                 yield where, table
             else:
-                self.problems.append(f"{self.path}: {where}: must be a table, not {type(table).__name__}")
+                self._wrong(where, f"must be a table, not {type(table).__name__}")
 
     def _table(self, table: Any, kind: type[BaseModel], where: str, skip: str = "") -> dict[str, Any]:
         """Returns the checked values of one table; what cannot be used becomes a problem."""
         if not isinstance(table, Mapping):
-            self.problems.append(f"{self.path}: {where}: must be a table, not {type(table).__name__}")
+            self._wrong(where, f"must be a table, not {type(table).__name__}")
             return {}
         given = {key: value for key, value in table.items() if key != skip and value is not None}
         keys, wrong = check_table(kind, given, explain=place_of)
         if keys is None:
             keys, _ = check_table(kind, {key: given[key] for key in given if key not in wrong}, explain=place_of)
-        self.problems += [f"{self.path}: {where}: {problem}" for problem in wrong.values()]
+        for problem in wrong.values():
+            self._wrong(where, problem)
         values = {key: getattr(keys, key) for key in given if key not in wrong}
         told = {key: remark(key, value) for key, value in values.items()}
         self.remarks += [f"{where}: {key}: {words}" for key, words in told.items() if words]
@@ -197,49 +202,45 @@ class _Reader:
         size = values.get("resolution")
         if size is None:
             if not any("resolution" in problem for problem in self.problems):
-                self.problems.append(f"{self.path}: {where}: resolution: is missing: write resolution = 1024, say")
+                self._wrong(where, "resolution: is missing: write resolution = 1024, say")
             return None
         bucketing = Bucketing(width=size[0], height=size[1], **_picked(Bucketing, Keys.model_construct(**values)))
-        if not bucketing.enable_bucket:
-            self._check_fixed_size(bucketing, where)
-            return bucketing
-        return self._adjusted(bucketing, where)
-
-    def _check_fixed_size(self, bucketing: Bucketing, where: str) -> None:
-        size = (bucketing.width, bucketing.height)
-        if any(side % MODEL_STEP_PX for side in size):
-            near = [max(1, round(side / MODEL_STEP_PX)) * MODEL_STEP_PX for side in size]
-            self.problems.append(
-                f"{self.path}: {where}: resolution = {list(size)}: without enable_bucket both sides must be multiples "
-                f"of {MODEL_STEP_PX}: write {near}, or enable_bucket = true"
+        if bucketing.enable_bucket:
+            return self._adjusted(bucketing, where)
+        if any(side % SIDE_STEP_PX for side in size):
+            near = [max(1, round(side / SIDE_STEP_PX)) * SIDE_STEP_PX for side in size]
+            self._wrong(
+                where,
+                f"resolution = {list(size)}: without enable_bucket both sides must be multiples of {SIDE_STEP_PX}: "
+                f"write {near}, or enable_bucket = true",
             )
+        return bucketing
 
     def _adjusted(self, bucketing: Bucketing, where: str) -> Bucketing:
         steps = bucketing.bucket_reso_steps
-        if steps % MODEL_STEP_PX:
-            self.problems.append(
-                f"{self.path}: {where}: bucket_reso_steps = {steps}: must be a multiple of {MODEL_STEP_PX}, as the "
-                "model works on 8 x 8 pixels per latent and 2 x 2 latents per token"
+        if steps % SIDE_STEP_PX:
+            self._wrong(
+                where,
+                f"bucket_reso_steps = {steps}: must be a multiple of {SIDE_STEP_PX}, as the model works on 8 x 8 "
+                "pixels per latent and 2 x 2 latents per token",
             )
             return bucketing
         low = bucketing.min_bucket_reso // steps * steps
         high = -(-bucketing.max_bucket_reso // steps) * steps
-        for name, given, used in (
-            ("min_bucket_reso", bucketing.min_bucket_reso, low),
-            ("max_bucket_reso", bucketing.max_bucket_reso, high),
-        ):
-            if given != used:
+        for name, used in (("min_bucket_reso", low), ("max_bucket_reso", high)):
+            if (given := getattr(bucketing, name)) != used:
                 self.remarks.append(f"{where}: {name} = {given} is taken as {used}, a multiple of the step {steps}")
         shortest, longest = sorted((bucketing.width, bucketing.height))
         if low > shortest or low == 0:
-            self.problems.append(
-                f"{self.path}: {where}: min_bucket_reso = {bucketing.min_bucket_reso}: must be at least the step "
-                f"{steps} and at most the shorter side of the resolution, {shortest}"
+            self._wrong(
+                where,
+                f"min_bucket_reso = {bucketing.min_bucket_reso}: must be at least the step {steps} and at most the "
+                f"shorter side of the resolution, {shortest}",
             )
         if high < longest:
-            self.problems.append(
-                f"{self.path}: {where}: max_bucket_reso = {bucketing.max_bucket_reso}: must be at least the longer "
-                f"side of the resolution, {longest}"
+            given = bucketing.max_bucket_reso
+            self._wrong(
+                where, f"max_bucket_reso = {given}: must be at least the longer side of the resolution, {longest}"
             )
         return replace(bucketing, min_bucket_reso=low, max_bucket_reso=high)
 
@@ -267,13 +268,11 @@ class _Reader:
         if value is None or not is_address(value):
             return self._path(value)
         if not value.startswith("s3://") or not value.removeprefix("s3://").strip("/"):
-            self.problems.append(
-                f"{self.path}: {draft.where}: image_dir = {value!r}: of addresses, s3://BUCKET/... is read"
-            )
+            self._wrong(draft.where, f"image_dir = {value!r}: of addresses, s3://BUCKET/... is read")
         if draft.keys.metadata_file is not None:
-            self.problems.append(
-                f"{self.path}: {draft.where}: metadata_file: lists files of a folder: captions of pictures in a bucket "
-                "lie beside them"
+            self._wrong(
+                draft.where,
+                "metadata_file: lists files of a folder: captions of pictures in a bucket lie beside them",
             )
         return Remote(value.rstrip("/"))
 
@@ -284,6 +283,26 @@ class _Reader:
         path = Path(value).expanduser()
         beside = self.path.parent / path
         return path if not beside.exists() and path.exists() else beside
+
+    def _subset_names(self, drafts: Sequence["_Draft"]) -> list[str]:
+        """Returns a name for every subset: its own, else its folder's, with -2, -3 and so on where that is taken."""
+        taken: set[str] = set()
+        for draft in drafts:
+            if (name := draft.keys.name) is not None:
+                if name in taken:
+                    self._wrong(draft.where, f"name = {name!r}: another subset has this name")
+                taken.add(name)
+        names = []
+        for draft in drafts:
+            name = draft.keys.name
+            if name is None:
+                stem, number = _folder_name(draft), 2
+                name = stem
+                while name in taken:
+                    name, number = f"{stem}-{number}", number + 1
+                taken.add(name)
+            names.append(name)
+        return names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,24 +320,6 @@ def _picked(kind: type, keys: Keys) -> dict[str, Any]:
     return {field.name: getattr(keys, field.name) for field in fields(kind) if field.name in Keys.model_fields}
 
 
-def _subset_names(drafts: Sequence[_Draft], problems: list[str], path: Path) -> list[str]:
-    """Returns a name for every subset: its own, else its folder's, with -2, -3 and so on where that is taken."""
-    taken: set[str] = set()
-    for draft in drafts:
-        if (name := draft.keys.name) is not None:
-            if name in taken:
-                problems.append(f"{path}: {draft.where}: name = {name!r}: another subset has this name")
-            taken.add(name)
-    names = []
-    for draft in drafts:
-        name = draft.keys.name
-        if name is None:
-            name = _unused(_folder_name(draft), taken)
-            taken.add(name)
-        names.append(name)
-    return names
-
-
 def _folder_name(draft: _Draft) -> str:
     folder, listed = draft.keys.image_dir, draft.keys.metadata_file
     path = Path(folder) if folder is not None else Path(listed or "").with_suffix("")
@@ -326,21 +327,3 @@ def _folder_name(draft: _Draft) -> str:
     if name.lower().endswith(CONTAINER_ENDINGS):  # of a pattern, what stands before its first sign
         name = re.split(r"[*?\[{]", Path(name).stem)[0].strip("-_.") or path.parent.name
     return name or "pictures"
-
-
-def _unused(stem: str, taken: set[str]) -> str:
-    name, number = stem, 2
-    while name in taken:
-        name, number = f"{stem}-{number}", number + 1
-    return name
-
-
-def _parse(path: Path) -> dict[str, Any]:
-    """Returns the file's tables. Raises ParameterError."""
-    try:
-        content = read_json(path, TypeAdapter(Any)) if path.suffix.lower() == ".json" else read_toml(path)
-    except DocumentError as error:
-        raise ParameterError(str(error)) from error
-    if not isinstance(content, dict):
-        raise ParameterError(f"{path}: must hold a table with general and datasets")
-    return content

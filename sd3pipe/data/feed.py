@@ -5,6 +5,7 @@ crash in a codec) costs the one picture that kills it, not the run. Pixels come 
 about a tenth of the CPU time per picture; where there is too little of it (containers often have 64 MB), through pipes.
 """
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -12,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
@@ -47,11 +48,8 @@ def decoded_rows(jobs: Iterable[Job], *, workers: int, max_pixels: int = MAX_PIX
         for job in jobs:
             yield _attempt(job, max_pixels)
         return
-    feed = _Feed(workers, max_pixels)
-    try:
+    with contextlib.closing(_Feed(workers, max_pixels)) as feed:
         yield from feed.run(iter(jobs))
-    finally:
-        feed.close()
 
 
 def default_workers() -> int:
@@ -119,15 +117,11 @@ class _Feed:
         finally:
             lone.shutdown()
         self.pool = self._new_pool(self.workers)
-        self.waiting = deque(self._again(other) for other in self.waiting)
+        for number, other in enumerate(self.waiting):
+            future = other.future
+            if not future.done() or future.cancelled() or future.exception() is not None:
+                self.waiting[number] = replace(other, future=self._submit(self.pool, other.job, other.slot))
         return result
-
-    def _again(self, waiting: "_Waiting") -> "_Waiting":
-        """Keeps a finished result; submits the job once more otherwise."""
-        future = waiting.future
-        if future.done() and not future.cancelled() and future.exception() is None:
-            return waiting
-        return _Waiting(waiting.job, waiting.slot, self._submit(self.pool, waiting.job, waiting.slot))
 
     def _submit(self, pool: ProcessPoolExecutor, job: Job, slot: int | None) -> "Future[_Result]":
         return pool.submit(_attempt_in_worker, job, self.max_pixels, slot)

@@ -1,8 +1,10 @@
 """What is found out about a picture without decoding it: its hash and what its header says, or why it is useless."""
 
+import contextlib
 import functools
 import importlib.metadata
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from sd3pipe import stopping
@@ -40,16 +42,9 @@ def finding_of(data: bytes, suffix: str) -> Finding:
     from sd3pipe.data.headers import read_header  # imports Pillow, which a second scan does not need
 
     try:
-        header = read_header(data, suffix)
+        return {"hash": hash_bytes(data), **asdict(read_header(data, suffix))}
     except UnreadablePicture as error:
         return {"hash": hash_bytes(data), "unreadable": str(error), "decoder": decoder()}
-    return {
-        "hash": hash_bytes(data),
-        "width": header.width,
-        "height": header.height,
-        "has_alpha": header.has_alpha,
-        "animated": header.animated,
-    }
 
 
 def remembered(known: object) -> Finding | None:
@@ -71,7 +66,6 @@ def decoder() -> str:
 
 
 def _version(package: str) -> str | None:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None

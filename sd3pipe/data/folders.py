@@ -3,13 +3,14 @@
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from sd3pipe.console import one_line
 from sd3pipe.data.dataset_file import Subset
 from sd3pipe.data.findings import Finding
-from sd3pipe.data.places import Place
+from sd3pipe.data.places import Cell, Place, Span
 from sd3pipe.documents import read_data
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
@@ -20,7 +21,10 @@ from sd3pipe.remote import Remote
 PICTURE_ENDINGS = (
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl", ".heic", ".heif",
 )  # fmt: skip
-_FACE_PARTS = 4  # NAME_centrex_centrey_width_height, as face cutting tools name pictures
+CAPTION_KEYS = ("caption", "prompt", "text")  # of a record, the first that is there
+FACE_PARTS = 4  # NAME_centrex_centrey_width_height, in pixels, as face cutting tools name pictures
+
+Look = Literal["names", "texts", "all"]  # what is read of a file: nothing but names, captions, pictures, too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +47,28 @@ class FolderRead:
     entries: list[FoundFile]
     others: list[str]
     folders: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A picture in a file that holds several: its name there, its part of the file, what was found out, its caption.
+
+    `known` is empty where nothing was looked into, `caption` None where there is none.
+    """
+
+    name: str
+    part: Span | Cell
+    known: dict[str, Any] = field(default_factory=dict)
+    caption: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """The pictures of one file, what else lies in it by name, and captions that cannot be used, a line each."""
+
+    samples: list[Sample]
+    others: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
 class CaptionError(InputError):
@@ -139,6 +165,11 @@ def normalised(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
+def clean_name(name: str) -> str:
+    """Returns a name as text: bytes that are no UTF-8 are spelled out. It is a name only, and no path."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").removeprefix("./")
+
+
 def walked(folder: Path, recursive: bool) -> Iterator[tuple[str, Path, Mapping[str, str | None], list[str]]]:
     """Yields (prefix of names, folder, {file name: why it cannot be opened or None}, folders that are left alone).
 
@@ -165,15 +196,12 @@ def walked(folder: Path, recursive: bool) -> Iterator[tuple[str, Path, Mapping[s
                         left_alone.append(entry.name)
         except OSError as error:
             if not prefix:
-                raise CaptionError([_unreadable_folder(folder, error)]) from error
+                why = f"the folder cannot be read ({error.strerror})"
+                if isinstance(error, FileNotFoundError):
+                    why = f"there is no such folder{nearest_path(folder)}"
+                raise CaptionError([f"{one_line(str(folder))}: {why}"]) from error
             files, left_alone = {}, [""]
         yield prefix, here, files, left_alone
-
-
-def _unreadable_folder(folder: Path, error: OSError) -> str:
-    if isinstance(error, FileNotFoundError):
-        return f"{one_line(str(folder))}: there is no such folder{nearest_path(folder)}"
-    return f"{one_line(str(folder))}: the folder cannot be read ({error.strerror})"
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -195,8 +223,8 @@ def _file_problem(entry: os.DirEntry[str]) -> str | None:
 def caption_name(name: str, endings: tuple[str, ...], is_there: Callable[[str], bool]) -> str | None:
     """Returns the caption file of a picture among those that are there beside it."""
     stem = name[: name.rindex(".")]
-    parts = stem.rsplit("_", _FACE_PARTS)
-    stems = (stem, parts[0]) if len(parts) > _FACE_PARTS else (stem,)
+    parts = stem.rsplit("_", FACE_PARTS)
+    stems = (stem, parts[0]) if len(parts) > FACE_PARTS else (stem,)
     for candidate in stems:
         for ending in endings:
             if is_there(candidate + ending):

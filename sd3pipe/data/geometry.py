@@ -4,16 +4,13 @@ These are the fields that enter a row's key, so a changed option leaves all rows
 """
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from sd3pipe.data.buckets import Placement, Size, place
 from sd3pipe.data.dataset_file import Subset
-from sd3pipe.data.faces import face_placement
-from sd3pipe.data.filters import filter_name
+from sd3pipe.data.folders import FACE_PARTS
 from sd3pipe.data.scan import Picture, Scan, UnreadableFile
 from sd3pipe.errors import UnreadablePicture
 from sd3pipe.fingerprint import hash_json
@@ -22,6 +19,10 @@ RECIPE_VERSION = 1  # raised whenever this package makes other numbers from the 
 
 _MOST_PIXELS = 200_000_000  # of a resized picture, as of a file
 
+_SAME_FILTERS = {"linear": "bilinear", "cubic": "bicubic"}
+
+Face = tuple[int, int, int, int]  # centre x, centre y, width, height
+Position = tuple[Placement, int, int]  # and the cut's left and top in the resized picture
 MaskSource = Literal["alpha", "picture"]
 
 
@@ -68,7 +69,7 @@ def views(picture: Picture, *, crop_variants: int, seed: int) -> list[View]:
     found = []
     crops, flips = cut_counts(picture.subset, crop_variants=crop_variants)
     for crop in range(crops):
-        placement, left, top = _position(picture, partial(_random, picture, seed, crop))
+        placement, left, top = _position(picture, seed, crop)
         if placement.resized[0] * placement.resized[1] > _MOST_PIXELS:
             raise UnreadablePicture(
                 f"{picture.width} x {picture.height} pixels: to cover the bucket it would have to be enlarged to "
@@ -106,18 +107,39 @@ def views_of_all(found: Scan, *, crop_variants: int, seed: int) -> tuple[list[li
     return pictures, unreadable
 
 
-def _random(picture: Picture, seed: int, crop: int) -> random.Random:
+def filter_name(width: int, height: int, size: Size, interpolation: str | None) -> str:
+    """Returns the filter that brings a picture to `size`; it enters the key of a row.
+
+    Without an `interpolation`, a picture that shrinks or stays on both sides is averaged over areas, any other goes
+    through Lanczos. As soon as one side grows, OpenCV's area is another filter than its name says: area-blend.
+    """
+    grows = width < size[0] or height < size[1]
+    if interpolation is None:
+        return "lanczos" if grows else "area"
+    if interpolation == "area" and grows:
+        return "area-blend"
+    return _SAME_FILTERS.get(interpolation, interpolation)
+
+
+def face_in_name(stem: str) -> Face | None:
+    """Returns the face that a file name without ending tells of, or None."""
+    parts = stem.split("_")
+    if len(parts) <= FACE_PARTS or not all(part.isdecimal() and part.isascii() for part in parts[-FACE_PARTS:]):
+        return None
+    x, y, width, height = (int(part) for part in parts[-FACE_PARTS:])
+    return (x, y, width, height) if x and y and width and height else None
+
+
+def _generator(picture: Picture, seed: int, crop: int) -> random.Random:
     return random.Random(int(hash_json(["crop", seed, picture.image_hash, crop])[:16], 16))
 
 
-def _position(picture: Picture, draw: Callable[[], random.Random]) -> tuple[Placement, int, int]:
-    """Returns how a picture is resized and where its cut begins; `draw` is called, once, if that is drawn."""
-    bucketing, faces = picture.subset.bucketing, picture.subset.face_crop_aug_range
+def _position(picture: Picture, seed: int, crop: int) -> Position:
+    """Returns how a picture is resized and where its cut begins, drawn where the subset asks for it."""
+    bucketing = picture.subset.bucketing
     size = (picture.width, picture.height)
-    if faces is not None and not bucketing.enable_bucket:
-        placed = face_placement(
-            Path(picture.name).stem, size, bucketing, faces, random_crop=picture.subset.random_crop, rng=draw()
-        )
+    if picture.subset.face_crop_aug_range is not None and not bucketing.enable_bucket:
+        placed = _around_face(picture, picture.subset.face_crop_aug_range, _generator(picture, seed, crop))
         if placed is not None:
             return placed
     placement = place(*size, bucketing)
@@ -126,11 +148,48 @@ def _position(picture: Picture, draw: Callable[[], random.Random]) -> tuple[Plac
         placement = Placement(bucket=placement.bucket, resized=size)  # sd-scripts cuts from the full size then
     spare = [placement.resized[axis] - placement.bucket[axis] for axis in (0, 1)]
     if picture.subset.random_crop:
-        rng = draw()
+        rng = _generator(picture, seed, crop)
         left, top = (int(rng.random() * (rest + 1)) for rest in spare)
     else:
         left, top = (rest // 2 for rest in spare)
     return placement, left, top
+
+
+def _around_face(picture: Picture, face_range: tuple[float, float], rng: random.Random) -> Position | None:
+    """Returns the position for a picture with a face in its name and enough pixels, else None.
+
+    The picture shrinks so that the face fills between 1/high and 1/low of the shorter side of the target, as far as the
+    picture still covers the target, and is cut with the face near the middle: sd-scripts' face crop at 48d368fa.
+    """
+    face = face_in_name(Path(picture.name).stem)
+    size, target = (picture.width, picture.height), (picture.subset.bucketing.width, picture.subset.bucketing.height)
+    if face is None or size[0] < target[0] or size[1] < target[1]:
+        return None
+    if size == target:
+        return Placement(bucket=target, resized=target), 0, 0
+    face_px, shorter = max(face[2:]), min(target)
+    covering = max(target[0] / size[0], target[1] / size[1])
+    scale = min(1.0, max(covering, shorter / (face_px * face_range[1])))
+    largest = min(1.0, max(scale, shorter / (face_px * face_range[0])))
+    if scale < largest:
+        scale += rng.random() * (largest - scale)
+    resized = (int(size[0] * scale + 0.5), int(size[1] * scale + 0.5))
+    moves = face_range[0] != face_range[1] and face_px > shorter // 10 and face_px >= 40
+    offsets = []
+    for axis in (1, 0):  # sd-scripts draws for the height first
+        centre = int(face[axis] * scale + 0.5)
+        shift = 0  # from the face's centre: far with random_crop, else a twentieth of the face
+        if picture.subset.random_crop:
+            reach = max(resized[axis] - centre, centre)
+            shift = _whole(0, reach, rng) + _whole(0, reach, rng) - reach
+        elif moves:
+            shift = _whole(-face_px // 20, face_px // 20, rng)
+        offsets.append(max(0, min(centre - target[axis] // 2 + shift, resized[axis] - target[axis])))
+    return Placement(bucket=target, resized=resized), offsets[1], offsets[0]
+
+
+def _whole(low: int, high: int, rng: random.Random) -> int:
+    return low + int(rng.random() * (high - low + 1))
 
 
 def _cut(picture: Picture, placement: Placement, left: int, top: int, flip: bool) -> Cut:

@@ -72,10 +72,12 @@ def open_picture(data: bytes, suffix: str = "", max_pixels: int = MAX_PIXELS) ->
 def read_header(data: bytes, suffix: str = "") -> Header:
     """Returns what the header of a picture file says. Raises UnreadablePicture."""
     image = open_picture(data, suffix)
-    width, height = image.size
-    if orientation(image) in _TURNED:
-        width, height = height, width
-    return Header(width=width, height=height, has_alpha=has_alpha(image), animated=_is_animated(image))
+    width, height = image.size[::-1] if orientation(image) in _TURNED else image.size
+    try:
+        animated = image.format != "MPO" and getattr(image, "n_frames", 1) > 1  # a camera's MPO holds previews
+    except DECODER_ERRORS:
+        animated = False
+    return Header(width=width, height=height, has_alpha=has_alpha(image), animated=animated)
 
 
 def orientation(image: Image.Image) -> int:
@@ -94,14 +96,6 @@ def orientation(image: Image.Image) -> int:
 def has_alpha(image: Image.Image) -> bool:
     """Returns whether the picture carries transparency in any form."""
     return "A" in image.getbands() or "transparency" in image.info
-
-
-def _is_animated(image: Image.Image) -> bool:
-    """Returns whether frames after the first are left out; a camera's MPO holds previews, no animation."""
-    try:
-        return image.format != "MPO" and getattr(image, "n_frames", 1) > 1
-    except DECODER_ERRORS:
-        return False
 
 
 def reason(error: BaseException) -> str:

@@ -21,7 +21,8 @@ def held_out(pictures: Iterable[tuple[Subset, str]]) -> set[tuple[str, str]]:
         everything.add(image_hash)
         if subset.validation_split > 0 and not subset.is_reg:
             shares[subset.name] = subset.validation_split
-            places[subset.name][image_hash] = _place(image_hash, subset.validation_seed)
+            number = int(hash_json(["validation", subset.validation_seed, image_hash])[:13], 16)
+            places[subset.name][image_hash] = number / 16**13  # from 0 to 1, by the content
     if len(everything) < 2:
         return set()
     chosen: set[tuple[str, str]] = set()
@@ -45,8 +46,3 @@ def _first(places: dict[str, dict[str, float]], shares: dict[str, float]) -> set
         return set()
     _, first = min(of_several)
     return {(name, first) for name, place_of in places.items() if first in place_of}
-
-
-def _place(image_hash: str, seed: int) -> float:
-    """Returns a number from 0 to 1 that stands for a picture's content."""
-    return int(hash_json(["validation", seed, image_hash])[:13], 16) / 16**13

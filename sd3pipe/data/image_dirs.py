@@ -1,5 +1,6 @@
 """Lists the pictures of an image_dir: a folder of pictures, or of tars and tables, one of these, or the same in S3."""
 
+import contextlib
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator
@@ -13,15 +14,16 @@ from sd3pipe.data.dataset_file import CONTAINER_ENDINGS, Subset
 from sd3pipe.data.findings import Finding, finding_of, remembered
 from sd3pipe.data.folders import (
     CaptionError,
+    Contents,
     FolderRead,
     FoundFile,
+    Look,
     caption_name,
     is_picture_name,
     read_folder,
     text_of,
 )
 from sd3pipe.data.places import Place
-from sd3pipe.data.samples import Contents, Look
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import nearest_path
@@ -49,7 +51,11 @@ def read_image_dir(subset: Subset, captions: FileStamps | None, pictures: FileSt
     if listed_folder(where) is None:
         return _read_containers([(where, "")], subset, captions, pictures)
     if listed_folder(where) != where:
-        shards = [(where.parent / name, f"{name}/") for name in _matching(where)]
+        try:
+            there = [path.name for path in where.parent.iterdir() if _is_container(path.name)]
+        except OSError as error:
+            raise CaptionError([f"{where.parent}: the folder cannot be read ({error.strerror})"]) from error
+        shards = [(where.parent / name, f"{name}/") for name in _chosen(where.name, there, str(where.parent))]
         return _read_containers(shards, subset, captions, pictures)
     read = read_folder(where, subset, captions)
     inside = [] if read.entries else _containers(read.others)
@@ -94,16 +100,8 @@ def _containers(names: Iterable[str]) -> list[str]:
     return [name for name in names if _is_container(name.rpartition("/")[2])]
 
 
-def _matching(pattern: Path) -> list[str]:
-    """Returns the names in a folder that a pattern means. Raises CaptionError where a part of it means none."""
-    try:
-        there = [path.name for path in pattern.parent.iterdir() if _is_container(path.name)]
-    except OSError as error:
-        raise CaptionError([f"{pattern.parent}: the folder cannot be read ({error.strerror})"]) from error
-    return _chosen(pattern.name, there, str(pattern.parent))
-
-
 def _chosen(pattern: str, there: list[str], where: str) -> list[str]:
+    """Returns the names in a folder that a pattern means. Raises CaptionError where a part of it means none."""
     chosen: set[str] = set()
     names = {*there}
     for one in expanded(pattern):
@@ -157,20 +155,13 @@ def _contents(file: Path | Remote, endings: tuple[str, ...], stamps: FileStamps 
     if stamps is None:
         return _read(file, endings, look=look)
     for kind in ("all", look):
-        if (known := _recalled(stamps.recall(file, " ".join((kind, *endings))))) is not None:
-            return known
+        with contextlib.suppress(ValidationError):
+            known = _CONTENTS.validate_python(stamps.recall(file, " ".join((kind, *endings))))
+            if all("hash" not in sample.known or remembered(sample.known) for sample in known.samples):
+                return known
     contents = _read(file, endings, look=look)
     stamps.remember(file, " ".join((look, *endings)), _CONTENTS.dump_python(contents, mode="json"))
     return contents
-
-
-def _recalled(known: object) -> Contents | None:
-    try:
-        contents = _CONTENTS.validate_python(known)
-    except ValidationError:
-        return None
-    usable = all("hash" not in sample.known or remembered(sample.known) for sample in contents.samples)
-    return contents if usable else None
 
 
 def _read(file: Path | Remote, endings: tuple[str, ...], *, look: Look) -> Contents:

@@ -2,6 +2,7 @@
 
 # H W pixels, C channels
 
+import contextlib
 import io
 import warnings
 from collections.abc import Callable
@@ -9,14 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageCms
 
-from sd3pipe.data.headers import (
-    DECODER_ERRORS,
-    MAX_PIXELS,
-    has_alpha,
-    open_picture,
-    orientation,
-    reason,
-)
+from sd3pipe.data.headers import DECODER_ERRORS, MAX_PIXELS, has_alpha, open_picture, orientation, reason
 from sd3pipe.errors import UnreadablePicture
 
 try:
@@ -34,7 +28,6 @@ _TURNS: dict[int, _Turn] = {
     7: lambda pixels_HWC: pixels_HWC[::-1, ::-1].swapaxes(0, 1),
     8: lambda pixels_HWC: pixels_HWC.swapaxes(0, 1)[::-1],
 }
-_SRGB_NAMES = ("sRGB", "c2")  # c2 is the name of a much used small sRGB profile
 _ICC_SPACES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}  # bytes 16 to 19 of a profile
 
 
@@ -100,10 +93,11 @@ def _pixels(image: Image.Image, profile: bytes | None, keep_alpha: bool) -> np.n
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Returns an RGB picture in sRGB."""
     plain = _eight_bits(image)
-    if profile:
-        converted = _by_profile(plain, profile)
-        if converted is not None:
-            return converted
+    if profile and (source := _foreign(profile, plain.mode)):
+        with contextlib.suppress(ImageCms.PyCMSError, *DECODER_ERRORS):
+            converted = ImageCms.profileToProfile(plain, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            if converted is not None:
+                return converted
     return plain if plain.mode == "RGB" else plain.convert("RGB")
 
 
@@ -129,24 +123,12 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _by_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
-    """Returns the picture converted to sRGB; None where it is sRGB already or the profile does not fit the picture."""
-    source = _foreign(profile, image.mode)
-    try:
-        return source and ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, *DECODER_ERRORS):
-        return None
-
-
 def _foreign(profile: bytes, mode: str) -> ImageCms.ImageCmsProfile | None:
     """Returns a profile that fits pictures of a mode and is another than sRGB's."""
     try:
         source = ImageCms.getOpenProfile(io.BytesIO(profile))
-        return None if _ICC_SPACES.get(profile[16:20]) != mode or _is_srgb(source) else source
+        name = ImageCms.getProfileDescription(source).strip()
+        is_srgb = name.startswith("sRGB") or name == "c2"  # the name of a much used small sRGB profile
+        return None if is_srgb or _ICC_SPACES.get(profile[16:20]) != mode else source
     except (ImageCms.PyCMSError, *DECODER_ERRORS):
         return None
-
-
-def _is_srgb(profile: ImageCms.ImageCmsProfile) -> bool:
-    name = ImageCms.getProfileDescription(profile).strip()
-    return name.startswith(_SRGB_NAMES[0]) or name == _SRGB_NAMES[1]

@@ -4,7 +4,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sd3pipe.console import count, listed, one_line
@@ -163,7 +163,10 @@ def _captions_next_door(entries: Sequence[FoundFile], names: Collection[str]) ->
     wordless = [entry.name for entry in entries if entry.caption_path is None]
     if not wordless:
         return
-    beside = _captions_by_stem(names)
+    beside: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(names, key=lambda name: name.lower().endswith(".json")):
+        if name.lower().endswith(_CAPTIONS):
+            beside[_folded(_stem(name))].append(name)
     by_remedy: dict[str, list[str]] = defaultdict(list)
     for picture in wordless:
         stem = _stem(picture)
@@ -173,14 +176,6 @@ def _captions_next_door(entries: Sequence[FoundFile], names: Collection[str]) ->
             by_remedy[remedy].append(candidates[0])
     for remedy, those in by_remedy.items():
         yield f"{_names(those, 'file')} beside pictures without a caption: {remedy}"
-
-
-def _captions_by_stem(names: Iterable[str]) -> Mapping[str, list[str]]:
-    found: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        if name.lower().endswith(_CAPTIONS):
-            found[_folded(_stem(name))].append(name)
-    return {stem: sorted(those, key=lambda name: name.lower().endswith(".json")) for stem, those in found.items()}
 
 
 def _remedy(stem: str, name: str, *, rename: bool) -> str:

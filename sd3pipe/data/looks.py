@@ -91,8 +91,10 @@ class Looks:
             self._save()
 
     def _save(self) -> None:
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, version=np.int64(_VERSION), **self._table)
         try:
-            write_bytes(self._file, _packed(self._table))
+            write_bytes(self._file, buffer.getvalue())
         except StorageError as error:
             log.warning("what pictures look like is not remembered for the next run: %s", error)
 
@@ -201,19 +203,13 @@ def blur_of(pixels_HWC: np.ndarray) -> float:
         return 0.0
     richest = pixels_HWC[::4, ::4].std(axis=(0, 1)).argmax()  # red on green may be even in grey
     levels_HW = pixels_HWC[..., richest].astype(np.float32)
-    parts = [
-        part_HW
-        for rows_HW in np.array_split(levels_HW, _TILES_SIDE)
-        for part_HW in np.array_split(rows_HW, _TILES_SIDE, axis=1)
-    ]
-    return min((value for value in map(_blur_of_part, parts) if value is not None), default=1.0)
-
-
-def _blur_of_part(levels_HW: np.ndarray) -> float | None:
-    """Returns the share of edges that a blur leaves, along rows and columns together; None where there are few."""
-    (across, left_across), (down, left_down) = edges_left(levels_HW), edges_left(levels_HW.T)
-    few = across + down < _LEAST_EDGE * levels_HW.size
-    return None if few else (left_across + left_down) / (across + down)
+    shares = []  # of each part's edges that a blur leaves, along rows and columns together
+    for rows_HW in np.array_split(levels_HW, _TILES_SIDE):
+        for part_HW in np.array_split(rows_HW, _TILES_SIDE, axis=1):
+            (across, left_across), (down, left_down) = edges_left(part_HW), edges_left(part_HW.T)
+            if across + down >= _LEAST_EDGE * part_HW.size:
+                shares.append((left_across + left_down) / (across + down))
+    return min(shares, default=1.0)
 
 
 def edges_left(levels_HW: np.ndarray) -> tuple[float, float]:
@@ -291,12 +287,6 @@ def _keep_better(table: _Table, rows: np.ndarray, nearest: np.ndarray, distances
 
 def _hashes(table: _Table) -> list[str]:
     return [row.tobytes().hex() for row in table["hash"]]
-
-
-def _packed(table: _Table) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, version=np.int64(_VERSION), **table)
-    return buffer.getvalue()
 
 
 def _read(file: Path) -> _Table:

@@ -67,7 +67,12 @@ def with_words(content: str, file: Path, words: Mapping[str, Mapping[str, Any]])
         changed = {name: _other_words(name, record, words) for name, record in table.items()}
         return json.dumps(changed, ensure_ascii=False, indent=2) + "\n"
     if ending == ".csv":
-        return _table_with_words(content, words)
+        table, out = csv.DictReader(io.StringIO(content)), io.StringIO()
+        records = [_other_words(_first(record, _PATH_FIELDS), record, words) for record in table]
+        writer = csv.DictWriter(out, table.fieldnames or (), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+        return out.getvalue()
     lines = content.split("\n")
     for number, line in enumerate(lines):
         record = parse_json(line, _ANYTHING, f"{file}: line {number + 1}") if line.strip() else {}
@@ -80,15 +85,6 @@ def with_words(content: str, file: Path, words: Mapping[str, Mapping[str, Any]])
 def caption_field(words: Mapping[str, Any]) -> str:
     """Returns the field in which a picture's caption belongs that has none; `words` are the fields that it has."""
     return next((field for field in WORDS if field in words), "text")
-
-
-def _table_with_words(content: str, words: Mapping[str, Mapping[str, Any]]) -> str:
-    table, out = csv.DictReader(io.StringIO(content)), io.StringIO()
-    records = [_other_words(_first(record, _PATH_FIELDS), record, words) for record in table]
-    writer = csv.DictWriter(out, table.fieldnames or (), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return out.getvalue()
 
 
 def _other_words(name: Any, record: Any, words: Mapping[str, Mapping[str, Any]]) -> Any:

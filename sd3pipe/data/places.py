@@ -1,13 +1,18 @@
 """Where a picture's bytes lie: in a file of their own, or in a part of one; on a disk, or behind an address."""
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from sd3pipe.data.parquet_cells import Cell, read_cell
 from sd3pipe.errors import InputError, NetworkError, UnreadablePicture
+from sd3pipe.file_stamps import Stamp, stamp_of
 from sd3pipe.files import open_regular
-from sd3pipe.remote import Remote, read_range
+from sd3pipe.remote import Remote, open_file, read_range, stamp_of_file
+
+if TYPE_CHECKING:
+    from pyarrow import ChunkedArray
 
 MAX_FILE_BYTES = 1_000_000_000  # 200 megapixels in four bytes each, and room for what a camera adds
 
@@ -18,6 +23,15 @@ class Span:
 
     start: int
     size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A value of a column of a Parquet file, such as image.bytes, in a row of a row group."""
+
+    group: int
+    row: int
+    column: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +77,7 @@ def too_large(most_bytes: int) -> str:
 def _read(place: Place, most_bytes: int) -> bytes:
     """Returns a picture's bytes, or the first of them where they are too many. Raises OSError."""
     if isinstance(place.part, Cell):
-        return read_cell(place.file, place.part)
+        return _read_cell(place.file, place.part)
     start, size = (place.part.start, place.part.size) if place.part else (0, most_bytes + 1)
     size = min(size, most_bytes + 1)
     if isinstance(place.file, Remote):
@@ -73,3 +87,47 @@ def _read(place: Place, most_bytes: int) -> bytes:
             raise UnreadablePicture(too_large(most_bytes))
         file.seek(start)
         return file.read(size)
+
+
+def open_container(file: Path | Remote) -> BinaryIO:
+    """Returns a file that holds several pictures, open for reading. Raises OSError."""
+    return open_file(file) if isinstance(file, Remote) else open_regular(file)
+
+
+def pyarrow_for(file: Path | Remote) -> Any:
+    """Returns pyarrow. Raises InputError where it is not installed."""
+    try:
+        import pyarrow  # an extra's
+    except ImportError as error:
+        raise InputError(f"{file}: needs pyarrow: pip install 'sd3pipe[parquet]'") from error
+    return pyarrow
+
+
+def open_parquet(file: Path | Remote) -> Any:
+    """Returns a pyarrow.parquet.ParquetFile. Raises InputError, OSError."""
+    pyarrow = pyarrow_for(file)
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        return ParquetFile(open_container(file))
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{file}: cannot be read as Parquet ({' '.join(str(error).split())})") from error
+
+
+def _read_cell(file: Path | Remote, cell: Cell) -> bytes:
+    """Returns a value's bytes. Raises InputError, OSError."""
+    stamp = stamp_of_file(file) if isinstance(file, Remote) else stamp_of(file.stat())
+    try:
+        value = _column(file, stamp, cell.group, cell.column)[cell.row].as_py()
+    except (IndexError, ValueError, KeyError) as error:
+        raise InputError(f"{file}: has no row {cell.row} in its row group {cell.group} any more") from error
+    return (next(iter(value.values())) if isinstance(value, dict) else value) or b""
+
+
+@functools.lru_cache(maxsize=1)  # rows in their order come from one row group after the other
+def _column(file: Path | Remote, stamp: Stamp, group: int, column: str) -> "ChunkedArray":
+    """Returns the column of a row group of the file that has this stamp; of image.bytes, {bytes} records.
+
+    Pages are packed: to read one value, its row group's column is read.
+    """
+    return open_parquet(file).read_row_group(group, columns=[column]).column(0)

@@ -23,9 +23,14 @@ def without_texts(data: bytes) -> bytes:
     if not data.startswith(_SIGNATURE):
         return data
     kept, begin = [], 0
-    for start, end in _needless(data):
-        kept.append(data[begin:start])
-        begin = end
+    for kind, start, end in _chunks(data):
+        if (
+            kind in (b"tEXt", b"zTXt")
+            or (kind == b"iTXt" and (end - start - _AROUND > _MOST_XMP or not data.startswith(_XMP, start + 8)))
+            or (kind == b"iCCP" and _unpacks_beyond(data[start + 8 : end - 4], _MOST_PROFILE))
+        ):
+            kept.append(data[begin:start])
+            begin = end
     return b"".join([*kept, data[begin:]]) if begin else data
 
 
@@ -37,17 +42,6 @@ def text_of(data: bytes, keyword: str) -> str:
             _, _, text = data[start + 8 + len(head) + 1 : end - 4].partition(b"\0")[2].partition(b"\0")
             return text.decode("utf-8", "replace")
     return ""
-
-
-def _needless(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yields where chunks that do not count begin and end."""
-    for kind, start, end in _chunks(data):
-        if (
-            kind in (b"tEXt", b"zTXt")
-            or (kind == b"iTXt" and (end - start - _AROUND > _MOST_XMP or not data.startswith(_XMP, start + 8)))
-            or (kind == b"iCCP" and _unpacks_beyond(data[start + 8 : end - 4], _MOST_PROFILE))
-        ):
-            yield start, end
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

@@ -27,7 +27,9 @@ def resize(pixels_HWC: np.ndarray, size: tuple[int, int], name: str) -> np.ndarr
     if name == "nearest":
         return pixels_HWC[_nearest(height, size[1])[:, None], _nearest(width, size[0])]
     half_up = name == "area" and width == 2 * size[0] and height == 2 * size[1]  # OpenCV's 2 x 2 case, in integers
-    return _rounded(_apply(pixels_HWC, size, name), half_up)
+    values = _apply(pixels_HWC, size, name)
+    whole = np.floor(values + np.float32(0.5)) if half_up else np.rint(values)
+    return np.clip(whole, 0, 255).astype(np.uint8)
 
 
 def area_mean(values_HW: np.ndarray, factor: int) -> np.ndarray:
@@ -62,11 +64,6 @@ def _apply(pixels_HWC: np.ndarray, size: tuple[int, int], name: str) -> np.ndarr
         part = tall[:, block.first * channels : block.last * channels]
         np.matmul(part, weights, out=done[:, block.start * channels : block.stop * channels])
     return done.reshape(size[1], size[0], *pixels_HWC.shape[2:])
-
-
-def _rounded(values: np.ndarray, half_up: bool) -> np.ndarray:
-    whole = np.floor(values + np.float32(0.5)) if half_up else np.rint(values)
-    return np.clip(whole, 0, 255).astype(np.uint8)
 
 
 @functools.lru_cache(maxsize=64)

@@ -123,11 +123,16 @@ def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True, wi
     captions = stamps if with_captions else None
     for subset in dataset.subsets:
         try:
-            entries, remarks = _entries(subset, dataset, stamps, captions)
+            if subset.metadata_file is not None:
+                entries = metadata_entries(subset)
+                left_out += left_out_of_metadata(subset, entries)
+            else:
+                read = read_image_dir(subset, captions, pictures=stamps)
+                entries = read.entries
+                left_out += left_out_of_folder(subset, read, dataset, with_captions=with_captions)
         except CaptionError as error:
             problems += error.problems
             continue
-        left_out += remarks
         cached: CachedCaptions = {}
         if subset.caption_cache is not None and with_captions and with_cached:
             cached = read_captions(subset.caption_cache)
@@ -135,36 +140,22 @@ def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True, wi
         seen: Counter[str] = Counter()
         for entry in entries:
             found = _examine(entry, subset, masks, seen, stamps)
-            if isinstance(found, Picture):
-                pictures.append(_with_cached(found, entry, cached))
-            else:
+            if isinstance(found, UnreadableFile):
                 unreadable.append(found)
+                continue
+            made = cached.get((subset.name, found.image_hash)) if entry.caption is None else None
+            pictures.append(found if made is None else replace(found, caption=made))
     if problems:
         raise InputError("\n".join(problems))
     if not pictures and not unreadable:
         why = "; ".join(left_out) or "no metadata_file lists a picture"
         raise InputError(f"{dataset.path}: the dataset is empty: {why}")
-    return Scan(pictures=_split(pictures), unreadable=unreadable, left_out=left_out)
-
-
-def _entries(
-    subset: Subset, dataset: Dataset, stamps: FileStamps, captions: FileStamps | None
-) -> tuple[list[FoundFile], list[str]]:
-    """Returns the files of a subset, and lines about what is not used. Raises CaptionError."""
-    if subset.metadata_file is not None:
-        entries = metadata_entries(subset)
-        return entries, list(left_out_of_metadata(subset, entries))
-    read = read_image_dir(subset, captions, pictures=stamps)
-    return read.entries, list(left_out_of_folder(subset, read, dataset, with_captions=captions is not None))
-
-
-def _split(pictures: Sequence[Picture]) -> list[Picture]:
-    """Returns the pictures with those that validation holds out marked."""
     chosen = held_out((picture.subset, picture.image_hash) for picture in pictures)
-    return [
+    marked = [
         replace(picture, split="validation") if (picture.subset.name, picture.image_hash) in chosen else picture
         for picture in pictures
     ]
+    return Scan(pictures=marked, unreadable=unreadable, left_out=left_out)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +190,9 @@ def source_files(found: Scan, dataset: Dataset, *, captions: bool) -> SourceFile
             files[subset.metadata_file] = hash_file(subset.metadata_file)
         elif isinstance(subset.image_dir, Path):
             top, endings = listed_folder(subset.image_dir), _endings(subset, captions=captions)
-            for folder in {top, *_folders_of(found, subset)} if top else ():
+            own = (picture.place.file for picture in found.pictures if picture.subset is subset)
+            below = {os.path.split(str(file))[0] for file in own} if top else ()
+            for folder in {top, *map(Path, below)} if top else ():
                 folders[folder] = tuple(dict.fromkeys((*folders.get(folder, ()), *endings)))
         elif subset.image_dir is not None:
             remote.append(str(subset.image_dir))
@@ -227,11 +220,6 @@ def watched_folders(dataset: Dataset, *, captions: bool) -> list[Watched] | None
         if masks := subset.conditioning_data_dir:
             watched.append(Watched(folder=str(masks.absolute()), endings=PICTURE_ENDINGS, recursive=False))
     return watched
-
-
-def _folders_of(found: Scan, subset: Subset) -> set[Path]:
-    files = (picture.place.file for picture in found.pictures if picture.subset is subset)
-    return {Path(folder) for folder in {os.path.split(str(file))[0] for file in files}}
 
 
 def tell_about_captions(found: Scan) -> None:
@@ -297,12 +285,6 @@ def _examine(
         caption_hash=entry.caption_hash,
         split="train",
     )
-
-
-def _with_cached(picture: Picture, entry: FoundFile, cached: CachedCaptions) -> Picture:
-    """Returns a picture with the caption that a model made, where nobody wrote one."""
-    text = cached.get((picture.subset.name, picture.image_hash))
-    return picture if text is None or entry.caption is not None else replace(picture, caption=text)
 
 
 def _mask_problem(picture: Mapping[str, Any], mask: Mapping[str, Any]) -> str | None:

@@ -14,13 +14,10 @@ import numpy as np
 
 from sd3pipe import stopping
 from sd3pipe.data.findings import finding_of
-from sd3pipe.data.folders import normalised
-from sd3pipe.data.parquet_cells import Cell, open_parquet, pyarrow_for
-from sd3pipe.data.places import Span
-from sd3pipe.data.samples import CAPTION_KEYS, Contents, Look, Sample, clean_name
+from sd3pipe.data.folders import CAPTION_KEYS, Contents, Look, Sample, clean_name, normalised
+from sd3pipe.data.places import Cell, Span, open_container, open_parquet, pyarrow_for
 from sd3pipe.errors import InputError
-from sd3pipe.files import open_regular
-from sd3pipe.remote import Remote, open_file
+from sd3pipe.remote import Remote
 
 _PICTURES = ("image", "picture", "jpg", "jpeg", "png", "webp", "bytes")  # names of columns, those looked for first
 _ROWS_AT_ONCE = 16
@@ -34,50 +31,33 @@ class _Columns:
     text: str | None
 
 
+_Row = tuple[Span | Cell, Any, str | None, str | None]  # its place, the bytes of the picture, its path, its caption
+
+
 def read_parquet(file: Path | Remote, *, look: Look) -> Contents:
     """Returns the pictures of a Parquet file, a row each; of mere names captions are empty. Raises InputError."""
-    pyarrow = pyarrow_for(file)
-    parquet = open_parquet(file)
-    columns = _columns(parquet.schema_arrow, file)
-    samples: list[Sample] = []
-    paths: list[str] = []
-    try:
-        for group in range(parquet.num_row_groups):
-            if look == "names":
-                rows: Any = ((None, None, "" if columns.text else None),) * parquet.metadata.row_group(group).num_rows
-            else:
-                rows = _parquet_rows(parquet, group, columns, look)
-            for row, (data, path, text) in enumerate(rows):
-                samples.append(_sample(Cell(group, row, columns.picture), data, path, text, look=look))
-                paths.append(path or "")
-    except (pyarrow.ArrowException, OSError) as error:
-        raise _damaged(file, "Parquet", len(samples), error) from error
-    return Contents(samples=_named(samples, paths))
+    return _contents(file, "Parquet", _parquet_rows(open_parquet(file), file, look), look)
 
 
 def read_arrow(file: Path | Remote, *, look: Look) -> Contents:
     """Returns the pictures of an Arrow file, a row each. Raises InputError."""
+    return _contents(file, "Arrow", _arrow_rows(file), look)
+
+
+def _contents(file: Path | Remote, form: str, rows: Iterator[_Row], look: Look) -> Contents:
     pyarrow = pyarrow_for(file)
     samples: list[Sample] = []
     paths: list[str] = []
     try:
-        with open_file(file) if isinstance(file, Remote) else open_regular(file) as handle:
-            source = pyarrow.PythonFile(handle)
-            if source.read(len(_ARROW_FILE)) != _ARROW_FILE:
-                source.seek(0)
-            schema = pyarrow.ipc.read_schema(pyarrow.ipc.read_message(source))
-            columns = _columns(schema, file)
-            for part, data, path, text in _arrow_rows(source, schema, columns, file):
-                samples.append(_sample(part, data, path, text, look=look))
-                paths.append(path or "")
+        for part, data, path, text in rows:
+            samples.append(_sample(part, data, path, text, look=look))
+            paths.append(path or "")
     except (pyarrow.ArrowException, OSError) as error:
-        raise _damaged(file, "Arrow", len(samples), error) from error
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{file}: cannot be read as {form} after row {len(samples)} ({reason}): copy or write it again"
+        ) from error
     return Contents(samples=_named(samples, paths))
-
-
-def _damaged(file: Path | Remote, form: str, rows: int, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200]
-    return InputError(f"{file}: cannot be read as {form} after row {rows} ({reason}): copy or write it again")
 
 
 def _sample(part: Span | Cell, data: Any, path: str | None, text: str | None, *, look: Look) -> Sample:
@@ -130,43 +110,49 @@ def _columns(schema: Any, file: Path | Remote) -> _Columns:
     )
 
 
-def _parquet_rows(
-    parquet: Any, group: int, columns: _Columns, look: Look
-) -> Iterator[tuple[Any, str | None, str | None]]:
-    """Yields bytes, path and text of each row of a row group; None for what is not asked for."""
+def _parquet_rows(parquet: Any, file: Path | Remote, look: Look) -> Iterator[_Row]:
+    """Yields the rows of all row groups, with None for what is not asked for."""
+    columns = _columns(parquet.schema_arrow, file)
     names = (columns.picture if look == "all" else None, columns.path, columns.text)
-    wanted = [name for name in names if name]
-    if not wanted:
-        yield from [(None, None, None)] * parquet.metadata.row_group(group).num_rows
-        return
-    for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=wanted):
-        arrays = [_array(batch, name) for name in names]
-        for row in range(batch.num_rows):
-            data, path, text = (None if array is None else array[row].as_py() for array in arrays)
-            yield data, path, text
+    wanted = [name for name in names if name] if look != "names" else []
+    for group in range(parquet.num_row_groups):
+        if not wanted:
+            text = "" if columns.text else None
+            for row in range(parquet.metadata.row_group(group).num_rows):
+                yield Cell(group, row, columns.picture), None, None, text
+            continue
+        row = itertools.count()
+        for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=wanted):
+            arrays = [_array(batch, name) for name in names]
+            for place in range(batch.num_rows):
+                data, path, text = (None if array is None else array[place].as_py() for array in arrays)
+                yield Cell(group, next(row), columns.picture), data, path, text
 
 
-def _arrow_rows(
-    source: Any, schema: Any, columns: _Columns, file: Path | Remote
-) -> Iterator[tuple[Span, Any, str | None, str | None]]:
-    """Yields place, bytes, path and text of each row of a stream of record batches."""
-    import pyarrow
-
-    while True:
-        try:
-            message = pyarrow.ipc.read_message(source)
-        except EOFError:
-            return
-        if message.type != "record batch":
-            raise InputError(
-                f"{file}: holds a {message.type}, which is not read: save it as the `datasets` library does"
-            )
-        batch = pyarrow.ipc.read_record_batch(message, schema)
-        first = source.tell() - message.body.size
-        values, *texts = (_array(batch, name) for name in (columns.picture, columns.path, columns.text))
-        for row, (start, value) in enumerate(_values(values, message.body, file)):
-            path, text = (None if array is None else array[row].as_py() for array in texts)
-            yield Span(first + start, len(value or b"")), value, path, text
+def _arrow_rows(file: Path | Remote) -> Iterator[_Row]:
+    """Yields the rows of a stream of record batches."""
+    pyarrow = pyarrow_for(file)
+    with open_container(file) as handle:
+        source = pyarrow.PythonFile(handle)
+        if source.read(len(_ARROW_FILE)) != _ARROW_FILE:
+            source.seek(0)
+        schema = pyarrow.ipc.read_schema(pyarrow.ipc.read_message(source))
+        columns = _columns(schema, file)
+        while True:
+            try:
+                message = pyarrow.ipc.read_message(source)
+            except EOFError:
+                return
+            if message.type != "record batch":
+                raise InputError(
+                    f"{file}: holds a {message.type}, which is not read: save it as the `datasets` library does"
+                )
+            batch = pyarrow.ipc.read_record_batch(message, schema)
+            first = source.tell() - message.body.size
+            values, *texts = (_array(batch, name) for name in (columns.picture, columns.path, columns.text))
+            for row, (start, value) in enumerate(_values(values, message.body, file)):
+                path, text = (None if array is None else array[row].as_py() for array in texts)
+                yield Span(first + start, len(value or b"")), value, path, text
 
 
 def _values(array: Any, body: Any, file: Path | Remote) -> Iterator[tuple[int, memoryview | None]]:

@@ -13,13 +13,21 @@ from pydantic import TypeAdapter
 
 from sd3pipe import stopping
 from sd3pipe.data.findings import finding_of
-from sd3pipe.data.folders import caption_name, is_picture_name, normalised, text_of
-from sd3pipe.data.places import MAX_FILE_BYTES, Span, too_large
-from sd3pipe.data.samples import CAPTION_KEYS, Contents, Look, Sample, clean_name
+from sd3pipe.data.folders import (
+    CAPTION_KEYS,
+    Contents,
+    Look,
+    Sample,
+    caption_name,
+    clean_name,
+    is_picture_name,
+    normalised,
+    text_of,
+)
+from sd3pipe.data.places import MAX_FILE_BYTES, Span, open_container, too_large
 from sd3pipe.documents import MOST_BYTES, DocumentError, parse_json
 from sd3pipe.errors import InputError
-from sd3pipe.files import open_regular
-from sd3pipe.remote import Remote, open_file
+from sd3pipe.remote import Remote
 
 _RECORD = TypeAdapter(dict[str, Any])
 _JSON = ".json"
@@ -34,7 +42,7 @@ def read_tar(file: Path | Remote, endings: tuple[str, ...], *, look: Look) -> Co
     pictures: dict[str, Sample] = {}
     texts: dict[str, bytes] = {}
     others: list[str] = []
-    with _opened(file) as handle:
+    with open_container(file) as handle:
         for member in _members(handle, file):
             name = clean_name(member.name)
             span = Span(member.offset_data, member.size)
@@ -48,10 +56,6 @@ def read_tar(file: Path | Remote, endings: tuple[str, ...], *, look: Look) -> Co
     problems: list[str] = []
     samples = [_captioned(pictures[name], texts, endings, problems, file, look=look) for name in sorted(pictures)]
     return Contents(samples=samples, others=sorted(others), problems=problems)
-
-
-def _opened(file: Path | Remote) -> BinaryIO:
-    return open_file(file) if isinstance(file, Remote) else open_regular(file)
 
 
 def _members(handle: BinaryIO, file: Path | Remote) -> Iterator[tarfile.TarInfo]:

@@ -13,8 +13,7 @@ from sd3pipe.data.caption_cache import CachedCaptions
 from sd3pipe.data.captions import processed_captions, tag_frequency
 from sd3pipe.data.decoding import Job, Pixels, row_job
 from sd3pipe.data.feed import Decoded, decoded_rows
-from sd3pipe.data.filters import filter_name
-from sd3pipe.data.geometry import Cut, View, views_of_all
+from sd3pipe.data.geometry import Cut, View, filter_name, views_of_all
 from sd3pipe.data.looks import Seen, look_warnings
 from sd3pipe.data.scan import Picture, Scan, UnreadableFile
 from sd3pipe.previewing.cards import CARD_PX, Box, CaptionTokens, Card, Preview, Section, spread

@@ -9,8 +9,7 @@ from PIL import Image
 
 from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.decoding import Job, decode_row
-from sd3pipe.data.faces import face_in_name
-from sd3pipe.data.geometry import RECIPE_VERSION, views
+from sd3pipe.data.geometry import RECIPE_VERSION, face_in_name, views
 from sd3pipe.data.places import Place
 from sd3pipe.data.scan import Picture
 from sd3pipe.data.weighting import sample_repeats

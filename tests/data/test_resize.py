@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sd3pipe.data.filters import filter_name
+from sd3pipe.data.geometry import filter_name
 from sd3pipe.data.resize import area_mean, resize
 
 Y, X = np.mgrid[0:9, 0:12]
