@@ -50,8 +50,8 @@ class LoRAFADelta(LoRADelta):
     title: ClassVar[str] = "LoRA-FA"
     layer_class: ClassVar[type[AdapterLayer]] = LoRAFA
 """
-_GENERIC = '            return ("diffusion_model." + path,)\n'
-_PREFIXED = '        case "prefixed":\n            return ("model.diffusion_model." + path,)\n'
+_GENERIC = '        yield "diffusion_model." + path, Place("comfyui-generic", path)\n'
+_PREFIXED = '        yield "model.diffusion_model." + path, Place("prefixed", path)\n'
 ADDITIONS = {
     "an option": Addition(
         edits=(
@@ -154,7 +154,8 @@ lora = LoRADelta(down=torch.randn(2, 64), up=torch.randn(64, 2), alpha=1.0)
 save_adapter(Path("a.safetensors"), {"joint_blocks.0.x_block.attn.proj": lora})
 main(ExportParams(adapter=Path("a.safetensors"), out=Path("b.safetensors"), format="prefixed", dtype="fp32"))
 written = read_adapter(Path("b.safetensors"))
-assert written.forms == ("native",) and compare(read_adapter(Path("a.safetensors")).adapter, written.adapter)[0] == 0.0
+assert written.forms == ("prefixed",)
+assert compare(read_adapter(Path("a.safetensors")).adapter, written.adapter)[0] == 0.0
 """,
     ),
     "a model variant": Addition(

@@ -8,7 +8,7 @@ the forward pass runs a second time for gradient checkpointing, and a resumed ru
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,8 +46,8 @@ class BatchState:
     `keys` are those of dropout, int64 [B]; `timesteps` are 1000 sigma [B], as the model is given them.
     """
 
-    keys: Tensor | None = field(default=None)
-    timesteps: Tensor | None = field(default=None)
+    keys: Tensor | None = None
+    timesteps: Tensor | None = None
 
 
 def uniform(keys_B: Tensor, stream: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -1,6 +1,5 @@
 """Adapter files: read from any known form, written in three, read back and compared before they get their name."""
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -14,12 +13,11 @@ from sd3pipe.adapters.forms import Parsed, parse, prepared, tensors_of
 from sd3pipe.adapters.integrity import TENSOR_HASH_KEY, check_bytes, with_digest
 from sd3pipe.adapters.keymap import Form, is_text_encoder
 from sd3pipe.adapters.kind import Adapter, Delta
-from sd3pipe.adapters.peft_config import PEFT_CONFIG_KEY, needed_config, read_strengths
-from sd3pipe.adapters.precision import Rounded, check_error, rounded_adapter
+from sd3pipe.adapters.peft_config import needed_config, read_strengths
 from sd3pipe.adapters.recognise import describe, foreign_kind
 from sd3pipe.adapters.sizes import depth_of, fitting_variants
 from sd3pipe.console import listed
-from sd3pipe.errors import InputError
+from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.files import atomic_file
 from sd3pipe.fingerprint import hash_chunks, hash_file
 from sd3pipe.tensors.formats import FORMAT_NAMES
@@ -34,6 +32,10 @@ _KEPT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FLOATS = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
 _WHOLE_NUMBERS = ("BOOL", "I8", "U8", "I16", "I32", "I64")
 _SHOWN_KEYS = 6
+
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FP16_TOLERANCE = 1e-3  # relative error of a module's change up to which `auto` stores fp16
+_TOLERANCES: Mapping[str, float] = {"auto": FP16_TOLERANCE, "same": 1e-6, "fp32": 1e-6, "fp16": 1e-2, "bf16": 2e-2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +90,9 @@ def read_adapter(path: Path, *, ignore_unknown: bool = False) -> AdapterFile:
     Raises InputError for a damaged or foreign file, saying what it seems to be, and for keys that stand for nothing in
     an SD3 model unless `ignore_unknown`, which lists them in a warning; most of a file is never left out.
     """
-    return _parsed(path, *_read_tensors(path), ignore_unknown=ignore_unknown)
+    stored, metadata = _checked_header(path)
+    tensors = {name: _kept(tensor) for name, tensor in read_stored(stored).items()}
+    return _parsed(path, tensors, metadata, ignore_unknown=ignore_unknown)
 
 
 def _parsed(
@@ -113,6 +117,38 @@ def _parsed(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """A delta as it will be stored, and how far its change then is from the source's, relative to it."""
+
+    delta: Delta
+    error: float
+
+
+def rounded_adapter(source: Adapter, held: Adapter, dtype: StoredFormat) -> dict[str, Rounded]:
+    """Returns each delta of `held`, which changes the model as `source` does, as it will be stored.
+
+    `auto` is fp16 where every module keeps within FP16_TOLERANCE, else fp32. Raises ParameterError where a number
+    format cannot hold a module.
+    """
+    result: dict[str, Rounded] = {}
+    for path, delta in held.items():
+        result[path] = _rounded(source[path], delta, dtype)
+        if dtype == "auto" and not result[path].error < FP16_TOLERANCE:
+            return rounded_adapter(source, held, "fp32")
+        check_error(path, result[path].error, dtype)
+    return result
+
+
+def check_error(path: str, error: float, dtype: StoredFormat) -> None:
+    """Raises ParameterError where a module's change differs by more than its number format explains."""
+    if not error <= _TOLERANCES[dtype]:
+        raise ParameterError(
+            f"{path} would change by {error:.1e} of itself when stored as {dtype}, and at most "
+            f"{_TOLERANCES[dtype]:.0e} is accepted: use --dtype fp32"
+        )
+
+
 def save_adapter(
     path: Path,
     adapter: Adapter,
@@ -129,7 +165,8 @@ def save_adapter(
     rounded = rounded_adapter(adapter, prepared(adapter, form), dtype)
     stored = {place: found.delta for place, found in rounded.items()}
     tensors = in_file_order(tensors_of(stored, form))
-    header = {"format": "pt"} | _needed_metadata(stored, tensors, form)
+    header = {"format": "pt"} | {key: note for delta in stored.values() for key, note in delta.notes().items()}
+    header |= needed_config(tensors) if form == "diffusers" else {}
     if metadata is not None:
         digest = data_sha256(tensors)
         header = {**metadata, TENSOR_HASH_KEY: digest, "modelspec.hash_sha256": "0x" + digest} | header
@@ -193,39 +230,40 @@ def _tell_unknown(path: Path, parsed: Parsed, ignore_unknown: bool) -> None:
     log.warning("%s: left out, %d of %d modules", message, unknown, modules)
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    stored, metadata = _checked_header(path)
-    return {name: _kept(tensor) for name, tensor in read_stored(stored).items()}, metadata
-
-
 def _checked_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Returns the header and the metadata of a file, once its names and shapes say that it may be an adapter."""
+    """Returns the header and the metadata of a file, once its names and shapes say that it may be an adapter.
+
+    Factors are plain floats; a single number, such as alpha, may be whole.
+    """
     stored, metadata = read_header_and_metadata(path)
     kind = foreign_kind({name: tensor.shape for name, tensor in stored.items()})
     if kind:
         raise InputError(f"{path}: is no SD3 adapter: it seems to be {kind}")
     check_bytes(path, metadata)
     for name, tensor in stored.items():
-        _check_number_format(path, name, tensor.dtype, tensor.shape)
+        if tensor.dtype not in _FLOATS and (math.prod(tensor.shape) > 1 or tensor.dtype not in _WHOLE_NUMBERS):
+            raise InputError(
+                f"{path}: {ascii(name)[1:101]} is stored as {tensor.dtype}, and adapters are read in "
+                f"{', '.join(_FLOATS)}"
+            )
     return stored, metadata
-
-
-def _check_number_format(path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> None:
-    """Raises InputError for factors that are no plain floats; a single number, such as alpha, may be whole."""
-    if dtype not in _FLOATS and (math.prod(shape) > 1 or dtype not in _WHOLE_NUMBERS):
-        raise InputError(
-            f"{path}: {ascii(name)[1:101]} is stored as {dtype}, and adapters are read in {', '.join(_FLOATS)}"
-        )
 
 
 def _kept(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in _KEPT_DTYPES else tensor.float()
 
 
-def _needed_metadata(adapter: Adapter, tensors: Mapping[str, Tensor], form: Form) -> dict[str, str]:
-    """Returns the metadata without which the file would be loaded wrongly."""
-    needed = {key: note for delta in adapter.values() for key, note in delta.notes().items()}
-    config = needed_config(tensors) if form == "diffusers" else None
-    if config is not None:
-        needed[PEFT_CONFIG_KEY] = json.dumps(config, sort_keys=True)
-    return needed
+def _rounded(source: Delta, held: Delta, dtype: StoredFormat) -> Rounded:
+    """Returns a delta in a number format; factors of fp16 are balanced where that helps."""
+    if dtype == "same":
+        return Rounded(held, source.difference(held))
+    plain = held.cast(DTYPES.get(dtype, torch.float16))
+    found = Rounded(plain, source.difference(plain))
+    if dtype not in ("auto", "fp16") or found.error < FP16_TOLERANCE / 2:
+        return found
+    balanced = held.balanced()
+    if balanced is held:
+        return found
+    balanced = balanced.cast(torch.float16)
+    other = Rounded(balanced, source.difference(balanced))
+    return other if other.error < found.error or math.isnan(found.error) else found

@@ -32,17 +32,12 @@ def find_adapter(path: Path) -> Path:
         log.warning("%s is not finished: its newest checkpoint is taken, %s", path, found[newest].parent.name)
         return found[newest]
     if path.is_dir():
+        names = sorted(file.name for file in path.glob("*.safetensors"))
+        meant = f"; name one of its files, such as {path / names[0]}" if names else ""
         raise InputError(
-            f"{path}: holds no adapter: no {ADAPTER_NAME}, no final/{ADAPTER_NAME}, no checkpoint of a run"
-            f"{_files_in(path)}"
+            f"{path}: holds no adapter: no {ADAPTER_NAME}, no final/{ADAPTER_NAME}, no checkpoint of a run{meant}"
         )
     raise InputError(f"{path}: there is no such run, checkpoint or file{nearest_path(path)}")
-
-
-def _files_in(folder: Path) -> str:
-    """Returns the end of a refusal that names files which may have been meant."""
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
-    return f"; name one of its files, such as {folder / names[0]}" if names else ""
 
 
 def run_of(adapter: Path) -> Path | None:

@@ -8,9 +8,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 
@@ -34,16 +32,6 @@ _BLANK = "0" * 64  # what stands in the digest's own place while it is computed
 _PIECE_BYTES = 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class _Witness:
-    """A digest that is recorded somewhere, and how it comes from the file."""
-
-    where: str
-    recorded: str
-    of_file: Callable[[Path], str]
-    ours: bool  # written by sd3pipe for these very bytes; another program may leave a stale one behind
-
-
 class _StoredFile(BaseModel):
     blake3: str
 
@@ -59,36 +47,30 @@ def with_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> d
 
 
 def check_bytes(path: Path, metadata: Mapping[str, str]) -> None:
-    """Compares a file that can be parsed with what is recorded of its bytes; nothing recorded is nothing to compare.
+    """Compares a file that can be parsed with what is recorded of its bytes, by the best witness; there may be none.
 
     Raises InputError where sd3pipe wrote it otherwise; a hash of another program that does not match is a warning.
     """
-    witness = _witness(path, metadata)
-    if witness is None or witness.of_file(path) == witness.recorded:
+    if DIGEST_KEY in metadata:
+        where, intact = DIGEST_KEY, _digest_without(path, metadata[DIGEST_KEY]) == metadata[DIGEST_KEY]
+    elif (in_state := _digest_in_state(path)) is not None:
+        where, intact = f"{STATE_NAME} beside it", hash_file(path) == in_state
+    elif TENSOR_HASH_KEY in metadata:
+        where, intact = TENSOR_HASH_KEY, _tensor_hash(path) == metadata[TENSOR_HASH_KEY]
+    else:
         return
-    if witness.ours:
+    if not intact and where == TENSOR_HASH_KEY and PROVENANCE_KEY not in metadata:
+        log.warning(
+            "%s: its tensors do not match the hash in its metadata (%s): it is damaged, or a program changed it and "
+            "left the old hash",
+            path,
+            where,
+        )
+    elif not intact:
         raise InputError(
-            f"{path}: is damaged: its bytes are not those that sd3pipe wrote ({witness.where}): copy it again, make it "
+            f"{path}: is damaged: its bytes are not those that sd3pipe wrote ({where}): copy it again, make it "
             "again from its run, or take another checkpoint; after a change on purpose, save it without that metadata"
         )
-    log.warning(
-        "%s: its tensors do not match the hash in its metadata (%s): it is damaged, or a program changed it and left "
-        "the old hash",
-        path,
-        witness.where,
-    )
-
-
-def _witness(path: Path, metadata: Mapping[str, str]) -> _Witness | None:
-    if DIGEST_KEY in metadata:
-        recorded = metadata[DIGEST_KEY]
-        return _Witness(DIGEST_KEY, recorded, partial(_digest_without, recorded), ours=True)
-    in_state = _digest_in_state(path)
-    if in_state is not None:
-        return _Witness(f"{STATE_NAME} beside it", in_state, hash_file, ours=True)
-    if TENSOR_HASH_KEY in metadata:
-        return _Witness(TENSOR_HASH_KEY, metadata[TENSOR_HASH_KEY], _tensor_hash, ours=PROVENANCE_KEY in metadata)
-    return None
 
 
 def _digest_in_state(path: Path) -> str | None:
@@ -101,7 +83,7 @@ def _digest_in_state(path: Path) -> str | None:
         return None
 
 
-def _digest_without(recorded: str, path: Path) -> str:
+def _digest_without(path: Path, recorded: str) -> str:
     """Returns the digest of a file with a blank in the place of the recorded one."""
     with open(path, "rb") as file:
         text = header_text(file, os.fstat(file.fileno()).st_size)

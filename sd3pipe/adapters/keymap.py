@@ -6,8 +6,8 @@ Sources: sd-scripts networks/lora_sd3.py, ComfyUI comfy/lora.py, diffusers' SD3T
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from sd3pipe.words import AdapterForm
@@ -40,19 +40,23 @@ OTHER_MODULES: Mapping[str, str] = {
     "final_layer.adaLN_modulation.1": "norm_out.linear",
     "final_layer.linear": "proj_out",
 }
-TEXT_ENCODERS = ("clip_l", "clip_g", "t5xxl")
-
-_BLOCK_UNDERSCORED = {native.replace(".", "_"): native for native in BLOCK_MODULES}
-_OTHER_UNDERSCORED = {native.replace(".", "_"): native for native in OTHER_MODULES}
-_CLIP_MODULES = (*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
-_T5_MODULES = (
-    *(f"layer.0.SelfAttention.{name}" for name in "qkvo"),
-    *(f"layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")),
+_CLIP_MODULES = (
+    *(f"text_model.encoder.layers.{{}}.self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
+    *(f"text_model.encoder.layers.{{}}.mlp.{name}" for name in ("fc1", "fc2")),
+    "text_projection",
 )
-_DIFFUSERS_PREFIXES = ("transformer.", "base_model.model.", "")
+_T5_MODULES = (
+    *(f"encoder.block.{{}}.layer.0.SelfAttention.{name}" for name in "qkvo"),
+    *(f"encoder.block.{{}}.layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")),
+)
+_TEXT_ENCODERS = (  # with ComfyUI's and diffusers' starts of a name, the one that is written first
+    ("clip_l", ("lora_te1_", "lora_te_"), "text_encoder.", _CLIP_MODULES),
+    ("clip_g", ("lora_te2_",), "text_encoder_2.", _CLIP_MODULES),
+    ("t5xxl", ("lora_te3_",), "text_encoder_3.", _T5_MODULES),
+)
+_DIFFUSERS_PREFIXES = ("transformer.", "base_model.model.", "")  # the first is written
 _NATIVE_PREFIXES = ("transformer.", "model.diffusion_model.", "base_model.model.", "")
-_UNDERSCORED_DIFFUSERS: Mapping[str, Form] = {"lora_transformer_": "onetrainer", "lycoris_": "lycoris"}
-_DIFFUSERS_TEXT = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
+_BLOCK_NUMBER = re.compile(r"(?<=blocks[._]|.block[._]|layers[._])(0|[1-9][0-9]{0,2})(?=[._])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,161 +85,61 @@ def halves_swapped(path: str, depth: int) -> bool:
 
 def find_place(name: str) -> Place | None:
     """Returns what the module name of any known form stands for, or None."""
-    return (
-        _kohya_place(name)
-        or _generic_place(name)
-        or _diffusers_place(name)
-        or _underscored_place(name)
-        or _native_place(name)
-    )
+    start, number, end = _split(name)
+    place = _PLACES.get((start, end))
+    return place and replace(place, path=place.path.replace("{}", number))
 
 
 def module_names(path: str, form: Form) -> tuple[str, ...]:
-    """Returns the name of a native module in a form that is written; three names where diffusers splits q, k and v.
+    """Returns the name of a native module in a form; three names where diffusers splits q, k and v.
 
     Raises KeyError for a module that the form has no name for.
     """
-    if is_text_encoder(path):
-        return (_text_encoder_name(path, form),)
-    match form:
-        case "comfyui":
-            return ("lora_unet_" + path.replace(".", "_"),)
-        case "comfyui-generic":
-            return ("diffusion_model." + path,)
-        case "diffusers":
-            return tuple("transformer." + name for name in _diffusers_names(path))
-        case _:
-            raise KeyError(f"{form} is not written")
+    start, number, end = _split(path)
+    parts = (0, 1, 2) if form == "diffusers" and end.endswith(".qkv") else (None,)
+    return tuple(_NAMES[form, start, end, part].replace("{}", number) for part in parts)
 
 
-def _diffusers_names(path: str) -> tuple[str, ...]:
-    block = native_block(path)
-    if block is None:
-        return (OTHER_MODULES[path],)
-    return tuple(f"transformer_blocks.{block[0]}.{name}" for name in BLOCK_MODULES[block[1]])
+def _split(name: str) -> tuple[str, str, str]:
+    """Returns what stands before the number of a block, the number, and what stands behind it."""
+    match = _BLOCK_NUMBER.search(name)
+    return (name, "", "") if match is None else (name[: match.start()], match[0], name[match.end() :])
 
 
-def _kohya_place(name: str) -> Place | None:
-    if name.startswith("lora_unet_"):
-        path = _native_from_underscores(name.removeprefix("lora_unet_"))
-        return Place("comfyui", path) if path else None
-    match = re.fullmatch(r"lora_te([123]?)_(.+)", name)
-    if match is None:
-        return None
-    encoder = TEXT_ENCODERS[int(match[1] or 1) - 1]
-    path = _text_encoder_path(match[2], encoder)
-    return Place("comfyui", f"text_encoders.{encoder}.transformer.{path}") if path else None
+def _model_names() -> Iterator[tuple[str, Place]]:
+    """Yields every name of the model's modules, {} for the number of a block, and what it stands for."""
+    modules = {f"joint_blocks.{{}}.{path}": names for path, names in BLOCK_MODULES.items()}
+    modules |= {path: (name,) for path, name in OTHER_MODULES.items()}
+    for path, names in modules.items():
+        yield "lora_unet_" + path.replace(".", "_"), Place("comfyui", path)
+        yield "diffusion_model." + path, Place("comfyui-generic", path)
+        for index, name in enumerate(names):
+            part = index if len(names) > 1 else None
+            dotted = f"transformer_blocks.{{}}.{name}" if path not in OTHER_MODULES else name
+            yield from ((prefix + dotted, Place("diffusers", path, part)) for prefix in _DIFFUSERS_PREFIXES)
+            yield "lora_transformer_" + dotted.replace(".", "_"), Place("onetrainer", path, part)
+            yield "lycoris_" + dotted.replace(".", "_"), Place("lycoris", path, part)
+        for prefix in _NATIVE_PREFIXES:
+            yield prefix + path, Place("native", path)
+            if len(names) > 1:  # OneTrainer writes q, k and v as qkv.0, qkv.1 and qkv.2
+                yield from ((f"{prefix}{path}.{part}", Place("native", path, part)) for part in range(len(names)))
 
 
-def _generic_place(name: str) -> Place | None:
-    path = name.removeprefix("diffusion_model.")
-    if path != name and _is_native(path):
-        return Place("comfyui-generic", path)
-    match = re.fullmatch(r"text_encoders\.(clip_l|clip_g|t5xxl)\.transformer\.(.+)", name)
-    if match and _text_encoder_path(match[2].replace(".", "_"), match[1]) == match[2]:
-        return Place("comfyui-generic", name)
-    return None
+def _text_names() -> Iterator[tuple[str, Place]]:
+    """Yields every name of the text encoders' modules likewise."""
+    for encoder, kohya_prefixes, diffusers_prefix, modules in _TEXT_ENCODERS:
+        for module in modules:
+            path = f"text_encoders.{encoder}.transformer.{module}"
+            yield from ((prefix + module.replace(".", "_"), Place("comfyui", path)) for prefix in kohya_prefixes)
+            yield path, Place("comfyui-generic", path)
+            yield diffusers_prefix + module, Place("diffusers", path)
 
 
-def _diffusers_place(name: str) -> Place | None:
-    for encoder, prefix in _DIFFUSERS_TEXT.items():
-        path = name.removeprefix(prefix + ".")
-        if path != name and _text_encoder_path(path.replace(".", "_"), encoder) == path:
-            return Place("diffusers", f"text_encoders.{encoder}.transformer.{path}")
-    prefix = next(prefix for prefix in _DIFFUSERS_PREFIXES if name.startswith(prefix))
-    return _from_diffusers("diffusers", name.removeprefix(prefix), _DOTTED)
+def _around_number(name: str) -> tuple[str, str]:
+    start, _, end = name.partition("{}")
+    return start, end
 
 
-def _underscored_place(name: str) -> Place | None:
-    for prefix, form in _UNDERSCORED_DIFFUSERS.items():
-        if name.startswith(prefix):
-            return _from_diffusers(form, name.removeprefix(prefix), _UNDERSCORED)
-    return None
-
-
-def _native_place(name: str) -> Place | None:
-    """Finds the checkpoint's own names, as OneTrainer writes them: with q, k and v as qkv.0, qkv.1 and qkv.2."""
-    prefix = next(prefix for prefix in _NATIVE_PREFIXES if name.startswith(prefix))
-    path = name.removeprefix(prefix)
-    if _is_native(path):
-        return Place("native", path)
-    fused, _, part = path.rpartition(".")
-    if fused.endswith(".qkv") and part in ("0", "1", "2") and _is_native(fused):
-        return Place("native", fused, int(part))
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class _DiffusersTable:
-    """diffusers module names, dotted or underscored, with the native name and part each stands for."""
-
-    block: re.Pattern[str]
-    in_block: Mapping[str, tuple[str, int | None]]
-    outside: Mapping[str, str]
-
-
-def _table(separator: str) -> _DiffusersTable:
-    in_block = {
-        name.replace(".", separator): (native, part if len(names) > 1 else None)
-        for native, names in BLOCK_MODULES.items()
-        for part, name in enumerate(names)
-    }
-    outside = {name.replace(".", separator): native for native, name in OTHER_MODULES.items()}
-    dot = re.escape(separator)
-    return _DiffusersTable(re.compile(rf"transformer_blocks{dot}(0|[1-9]\d{{0,2}}){dot}(.+)"), in_block, outside)
-
-
-_DOTTED, _UNDERSCORED = _table("."), _table("_")
-
-
-def _from_diffusers(form: Form, name: str, table: _DiffusersTable) -> Place | None:
-    if name in table.outside:
-        return Place(form, table.outside[name])
-    match = table.block.fullmatch(name)
-    if match is None or match[2] not in table.in_block:
-        return None
-    native, part = table.in_block[match[2]]
-    return Place(form, f"joint_blocks.{int(match[1])}.{native}", part)
-
-
-def _is_native(path: str) -> bool:
-    block = native_block(path)
-    return path in OTHER_MODULES if block is None else block[1] in BLOCK_MODULES
-
-
-def _native_from_underscores(name: str) -> str | None:
-    match = re.fullmatch(r"joint_blocks_(0|[1-9]\d{0,2})_(.+)", name)
-    if match is None:
-        return _OTHER_UNDERSCORED.get(name)
-    native = _BLOCK_UNDERSCORED.get(match[2])
-    return native and f"joint_blocks.{int(match[1])}.{native}"
-
-
-def _text_encoder_name(path: str, form: Form) -> str:
-    _, encoder, _, module = path.split(".", 3)
-    match form:
-        case "comfyui":
-            return f"lora_te{TEXT_ENCODERS.index(encoder) + 1}_{module.replace('.', '_')}"
-        case "comfyui-generic":
-            return path
-        case "diffusers":
-            return f"{_DIFFUSERS_TEXT[encoder]}.{module}"
-        case _:
-            raise KeyError(f"{form} is not written")
-
-
-def _text_encoder_path(underscored: str, encoder: str) -> str | None:
-    """Returns the dotted module path inside a text encoder for its underscored name."""
-    if encoder == "t5xxl":
-        layers, modules = r"encoder_block_(0|[1-9]\d{0,2})_(.+)", _T5_MODULES
-        start = "encoder.block"
-    else:
-        layers, modules = r"text_model_encoder_layers_(0|[1-9]\d{0,2})_(.+)", _CLIP_MODULES
-        start = "text_model.encoder.layers"
-        if underscored == "text_projection":
-            return underscored
-    match = re.fullmatch(layers, underscored)
-    known = {module.replace(".", "_"): module for module in modules}
-    if match is None or match[2] not in known:
-        return None
-    return f"{start}.{int(match[1])}.{known[match[2]]}"
+_KNOWN = [*_model_names(), *_text_names()][::-1]  # so that the first of equal names, and of a module's names, counts
+_PLACES = {_around_number(name): place for name, place in _KNOWN}
+_NAMES = {(place.form, *_around_number(place.path), place.part): name for name, place in _KNOWN}

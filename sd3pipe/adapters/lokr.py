@@ -153,11 +153,8 @@ class LoKr(AdapterLayer):
         columns_M = self.w1[-1].shape[1]
         inner = _applied(x.unflatten(-1, (columns_M, -1)), self.w2)  # [..., M, K]
         outer = _applied(inner.mT, self.w1)  # [..., K, L]
-        return outer.mT.flatten(-2) * self._scale
-
-    @property
-    def _scale(self) -> float:
-        return self.setup.scale if len(self.w1) + len(self.w2) > 2 else 1.0
+        scale = self.setup.scale if len(self.w1) + len(self.w2) > 2 else 1.0  # whole factors have no rank
+        return outer.mT.flatten(-2) * scale
 
     def delta(self) -> LoKrDelta:
         return LoKrDelta(w1=_factor(self.w1), w2=_factor(self.w2), alpha=self.setup.alpha)

@@ -22,7 +22,6 @@ from sd3pipe.rules.description import Description
 
 PROVENANCE_KEY = "sd3pipe"
 MULTIPLIER_KEY = "sd3pipe_multiplier"  # the strength that was written into a file, where it is not 1
-PROVENANCE_FORMAT = 1
 
 _ARCHITECTURES = {
     "sd3-medium": "stable-diffusion-3-medium",
@@ -44,6 +43,22 @@ KOHYA_OPTIONS = (
 )  # fmt: skip
 
 
+class Provenance(BaseModel):
+    """What an adapter was made from, enough to make it again; as it is found in a file, it may come from anybody.
+
+    `fingerprints` names base, encoders, tokenizers and caches by content; `parameters` are the options of each command
+    ("train", "encode-text", "encode-latents") without paths; `versions` the libraries.
+    """
+
+    format: Literal[1]
+    version: str = ""
+    step: int | None = None
+    seed: int | None = None
+    fingerprints: dict[str, str] = {}
+    parameters: dict[str, dict[str, JsonValue]] = {}
+    versions: dict[str, str] = {}
+
+
 def training_metadata(
     *,
     variant: str,
@@ -53,14 +68,14 @@ def training_metadata(
     epoch: int,
     output_name: str,
     resolution: tuple[int, int] | None,
-    provenance: Mapping[str, object],
+    provenance: Provenance,
     description: Description,
     dataset: Mapping[str, object],
 ) -> dict[str, str]:
     """Returns the metadata of an adapter in training.
 
     `options` are the options of train, and of the encoding of text, by name, `resolution` is (width, height) of the
-    largest bucket, `provenance` what `provenance` returns, `dataset` what sd-scripts says of pictures, by its names.
+    largest bucket, `dataset` what sd-scripts says of pictures, by its names.
     """
     kohya: dict[str, object] = {name: options[name] for name in KOHYA_OPTIONS if options.get(name) is not None}
     kohya |= {
@@ -81,7 +96,7 @@ def training_metadata(
     if resolution is not None:
         keys["ss_resolution"] = f"({resolution[0]}, {resolution[1]})"
     keys |= modelspec(variant, resolution) | {"modelspec.title": output_name} | description.keys()
-    return keys | {PROVENANCE_KEY: json.dumps(provenance, sort_keys=True, ensure_ascii=False)}
+    return keys | {PROVENANCE_KEY: json.dumps(provenance.model_dump(), sort_keys=True, ensure_ascii=False)}
 
 
 def modelspec(variant: str, resolution: tuple[int, int] | None) -> dict[str, str]:
@@ -112,43 +127,6 @@ def described_variant(metadata: Mapping[str, str]) -> str | None:
     """Returns the model that a file says it is made for, None where it does not say."""
     said = metadata.get("modelspec.architecture", "").partition("/")[0]
     return next((variant for variant, name in _ARCHITECTURES.items() if name == said), None)
-
-
-def provenance(
-    *,
-    version: str,
-    step: int,
-    seed: int,
-    fingerprints: Mapping[str, str],
-    parameters: Mapping[str, Mapping[str, object]],
-    versions: Mapping[str, str],
-) -> dict[str, object]:
-    """Returns what an adapter was made from, enough to make it again.
-
-    `fingerprints` names base, encoders, tokenizers and caches by content; `parameters` are the options of each command
-    ("train", "encode-text", "encode-latents") without paths; `versions` the libraries.
-    """
-    return {
-        "format": PROVENANCE_FORMAT,
-        "version": version,
-        "step": step,
-        "seed": seed,
-        "fingerprints": dict(fingerprints),
-        "parameters": {command: dict(options) for command, options in parameters.items()},
-        "versions": dict(versions),
-    }
-
-
-class Provenance(BaseModel):
-    """What `provenance` returned, as it is found in a file, which may come from anybody."""
-
-    format: Literal[1]
-    version: str = ""
-    step: int | None = None
-    seed: int | None = None
-    fingerprints: dict[str, str] = {}
-    parameters: dict[str, dict[str, JsonValue]] = {}
-    versions: dict[str, str] = {}
 
 
 def read_provenance(metadata: Mapping[str, str], path: Path) -> Provenance:

@@ -123,7 +123,9 @@ class AdapterNetwork(nn.Module):
         """Takes over the factors of an adapter of exactly this shape. Raises InputError."""
         missing, excess = self.layers.keys() - adapter.keys(), adapter.keys() - self.layers.keys()
         if missing or excess:
-            raise InputError(f"the adapter does not fit the network: {_listed('lacks', missing, excess)}")
+            words = (("lacks", missing), ("has more", excess))
+            told = "; ".join(f"{word} {listed(sorted(paths))}" for word, paths in words if paths)
+            raise InputError(f"the adapter does not fit the network: {told}")
         for path, layer in self.layers.items():
             try:
                 layer.load(_as_trained(adapter[path], self._slots[path]))
@@ -220,7 +222,7 @@ def check_fit(slots: Mapping[str, LinearSlot], adapter: Adapter) -> None:
         raise InputError("the adapter changes text encoders alone, and nothing in the MMDiT")
     foreign = adapter.keys() - slots.keys()
     if foreign:
-        raise InputError(f"the adapter does not fit the model, which has no {_listed('', foreign, set())}")
+        raise InputError(f"the adapter does not fit the model, which has no {listed(sorted(foreign))}")
     for path, delta in adapter.items():
         size = (slots[path].out_features, slots[path].in_features)
         if not same_size(delta.shape, size):
@@ -245,11 +247,3 @@ def _alpha(spec: AdapterSpec, rank: int) -> float:
 def _number(text: str) -> int:
     """Returns 63 bits that depend on `text` alone."""
     return int.from_bytes(digest_bytes(text.encode())[:8], "little") >> 1
-
-
-def _listed(verb: str, missing: set[str], excess: set[str]) -> str:
-    parts = []
-    for word, paths in ((verb, missing), ("has more", excess)):
-        if paths:
-            parts.append(f"{word} {listed(sorted(paths))}".strip())
-    return "; ".join(parts)

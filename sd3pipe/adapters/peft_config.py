@@ -4,18 +4,20 @@ peft keeps it in adapter_config.json beside its file, diffusers in the file's me
 every key. A scale is alpha / rank, for LoRA with `use_rslora` alpha / sqrt(rank); patterns give single modules others.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 from torch import Tensor
 
 from sd3pipe.documents import DocumentError, first_problem, parse_json, read_json
 from sd3pipe.errors import InputError
+
+T = TypeVar("T", int, float)
 
 PEFT_CONFIG_KEY = "lora_adapter_metadata"
 CAYLEY_KEY, EXACT_CAYLEY = "sd3pipe_oft_cayley", "exact"  # in a file's metadata: OFT without Neumann's series
@@ -24,26 +26,26 @@ _FILE_OF_PEFT, _CONFIG_BESIDE_IT = "adapter_model.safetensors", "adapter_config.
 _PREFIX_OF_PEFT = "base_model.model."
 _UP = ".lora_B.weight"
 _CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
-_KINDS_READ = ("LORA", "LOHA", "LOKR", "OFT")
 _NEUMANN_TERMS = 5
 _SERIES_OF_TODAY = (0, 18)  # the first peft with it
 _MOST_REPETITIONS = 3  # matching takes time in the power of their number
 
 
-def _plain_pattern(pattern: str) -> str:
-    """Returns a pattern that a name is matched with in no time. Raises ValueError, which re.error is not."""
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """Returns what a name is matched with in no time, as peft does. Raises ValueError, which re.error is not."""
     if len(re.findall(r"[*+{]", pattern)) > _MOST_REPETITIONS or re.search(r"\)[*+{]", pattern):
         raise ValueError(f"the pattern {pattern[:60]!r} repeats too much to be matched with every module")
     try:
         re.compile(pattern)
+        return re.compile(rf"(.*\.)?({pattern})$")  # peft's own: the first pattern that fits the end of a name
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{pattern[:60]!r} is no regular expression ({error})") from error
-    return pattern
 
 
 _Rank: TypeAlias = Annotated[int, Field(ge=1)]
 _Alpha: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
-_Pattern: TypeAlias = Annotated[str, AfterValidator(_plain_pattern)]
+_Pattern: TypeAlias = Annotated[re.Pattern[str], BeforeValidator(_compiled)]
+_Kind = Literal["LORA", "LOHA", "LOKR", "OFT"]
 
 
 class PeftConfig(BaseModel):
@@ -51,7 +53,7 @@ class PeftConfig(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
-    peft_type: Literal["LORA", "LOHA", "LOKR", "OFT"] = "LORA"
+    peft_type: _Kind = "LORA"
     r: _Rank = 8
     lora_alpha: _Alpha = 8.0
     alpha: _Alpha = 8.0  # what LoHa and LoKr call it
@@ -86,29 +88,18 @@ class PeftConfig(BaseModel):
 
         Raises ValueError where the configuration gives another rank.
         """
-        configured = _of_pattern(self._ranks, module, self.r)
+        configured = _of_pattern(self.rank_pattern, module, self.r)
         if rank is not None and rank != configured:
             raise ValueError(
                 f"its tensors have rank {rank}, and its configuration, which says {configured}, is another's"
             )
-        alpha = _of_pattern(self._alphas, module, self.lora_alpha if self.peft_type == "LORA" else self.alpha)
+        usual = self.lora_alpha if self.peft_type == "LORA" else self.alpha
+        alpha = _of_pattern(self.alpha_pattern, module, usual)
         return alpha / (configured**0.5 if self.use_rslora and self.peft_type == "LORA" else configured)
 
-    @cached_property
-    def _ranks(self) -> list[tuple[re.Pattern[str], int]]:
-        return [(_compiled(pattern), rank) for pattern, rank in (self.rank_pattern or {}).items()]
 
-    @cached_property
-    def _alphas(self) -> list[tuple[re.Pattern[str], float]]:
-        return [(_compiled(pattern), alpha) for pattern, alpha in (self.alpha_pattern or {}).items()]
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")  # peft's own: the first pattern that fits the end of a name
-
-
-def _of_pattern(patterns: Any, module: str, default: Any) -> Any:
-    return next((value for pattern, value in patterns if pattern.match(module)), default)
+def _of_pattern(patterns: Mapping[re.Pattern[str], T] | None, module: str, default: T) -> T:
+    return next((value for pattern, value in (patterns or {}).items() if pattern.match(module)), default)
 
 
 class Strengths:
@@ -156,8 +147,8 @@ def read_strengths(path: Path, metadata: Mapping[str, str]) -> Strengths:
 def _checked(values: Mapping[str, JsonValue], where: str) -> PeftConfig:
     """Returns a configuration that is understood. Raises InputError that names what is not."""
     kind = values.get("peft_type", "LORA")
-    if kind not in _KINDS_READ:
-        raise InputError(f"{where}: its peft_type is {str(kind)[:40]!r}, and {', '.join(_KINDS_READ)} are read")
+    if kind not in get_args(_Kind):
+        raise InputError(f"{where}: its peft_type is {str(kind)[:40]!r}, and {', '.join(get_args(_Kind))} are read")
     try:
         config = PeftConfig.model_validate(values)
     except ValidationError as error:
@@ -173,14 +164,14 @@ def _checked(values: Mapping[str, JsonValue], where: str) -> PeftConfig:
     return config
 
 
-def needed_config(tensors: Mapping[str, Tensor]) -> dict[str, object] | None:
-    """Returns diffusers' configuration for tensors of strength 1 in its form; None where it needs none.
+def needed_config(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Returns the metadata with diffusers' configuration for tensors of strength 1 in its form; none if not needed.
 
     Without it older diffusers takes the first module's rank for everybody's alpha. ComfyUI does not read it.
     """
     ranks = {name.removesuffix(_UP): tensor.shape[1] for name, tensor in tensors.items() if name.endswith(_UP)}
     if len(set(ranks.values())) < 2:
-        return None
+        return {}
     config: dict[str, object] = {}
     for prefix in sorted({name.partition(".")[0] for name in ranks}):
         modules = {name.partition(".")[2]: rank for name, rank in ranks.items() if name.startswith(prefix + ".")}
@@ -194,4 +185,4 @@ def needed_config(tensors: Mapping[str, Tensor]) -> dict[str, object] | None:
             f"{prefix}.target_modules": sorted(modules),
             f"{prefix}.use_dora": len(tensors) > 2 * len(ranks),
         }
-    return config
+    return {PEFT_CONFIG_KEY: json.dumps(config, sort_keys=True)}

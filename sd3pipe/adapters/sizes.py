@@ -49,7 +49,9 @@ def depth_of(sizes: Sizes) -> int:
         raise InputError(
             f"its layers belong to models of different width ({', '.join(map(str, sorted(set.union(*told))))})"
         )
-    misfits = {width: _first_misfit(of_model, width) for width in common}
+    misfits = {
+        width: next((path for path, size in of_model.items() if not _fits(path, size, width)), None) for width in common
+    }
     width = next((width for width, misfit in misfits.items() if misfit is None), common[0])
     depth, misfit = width // HEAD_WIDTH, misfits[width]
     if depth > _MOST_BLOCKS:
@@ -78,10 +80,6 @@ def _fits_variant(variant: str, sizes: Sizes, depth: int) -> bool:
     return True
 
 
-def _first_misfit(sizes: Sizes, width: int) -> str | None:
-    return next((path for path, size in sizes.items() if not _fits(path, size, width, width // HEAD_WIDTH)), None)
-
-
 def _rows_of(side: str, layer: str) -> tuple[int, ...]:
     """Returns how many times its width a block's module may have as rows; the last context has a third of the rest."""
     if not layer.startswith("adaLN"):
@@ -89,8 +87,8 @@ def _rows_of(side: str, layer: str) -> tuple[int, ...]:
     return (6, 9) if side == "x_block" else (6, 2)
 
 
-def _fits(path: str, size: tuple[int, int], width: int, depth: int) -> bool:
-    block = native_block(path)
+def _fits(path: str, size: tuple[int, int], width: int) -> bool:
+    block, depth = native_block(path), width // HEAD_WIDTH
     if block is None:
         return path != "final_layer.adaLN_modulation.1" or size[0] in (0, 2 * width)
     index, module = block

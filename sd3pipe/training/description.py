@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+from pydantic import JsonValue
 
-from sd3pipe.adapters.metadata import provenance, training_metadata
+from sd3pipe.adapters.metadata import Provenance, training_metadata
 from sd3pipe.adapters.network import AdapterNetwork
 from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.console import version
@@ -33,7 +34,7 @@ def adapter_metadata(
     spec: AdapterSpec,
 ) -> Mapping[str, str]:
     """Returns the metadata of an adapter at the step at hand; no path, time or machine is in it."""
-    options: dict[str, object] = {
+    options: dict[str, JsonValue] = {
         **params.with_role("identity"),
         "mixed_precision": run.precision,
         "max_train_steps": run.total_steps,
@@ -41,7 +42,8 @@ def adapter_metadata(
         "gradient_checkpointing": params.memory.gradient_checkpointing != "off",
         "training_comment": params.training_comment,
     }
-    made_from = provenance(
+    made_from = Provenance(
+        format=1,
         version=version(),
         step=progressed.step,
         seed=params.seed,

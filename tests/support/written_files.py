@@ -4,7 +4,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sd3pipe.adapters.metadata import provenance, training_metadata
+from sd3pipe.adapters.metadata import Provenance, training_metadata
 from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.rules.description import Description
 from support.tiny_mmdit import random_weights, tiny_architecture
@@ -27,8 +27,8 @@ def metadata_of(path):
 
 
 def trained_metadata(step=20, **shape):
-    made_from = provenance(
-        version="0.1.0", step=step, seed=42, fingerprints={"mmdit": "ab" * 32}, versions={"torch": "2.13.0"},
+    made_from = Provenance(
+        format=1, version="0.1.0", step=step, seed=42, fingerprints={"mmdit": "ab" * 32}, versions={"torch": "2.13.0"},
         parameters={"train": {"network_dim": 4, "learning_rate": 1e-4}},
     )  # fmt: skip
     return training_metadata(
