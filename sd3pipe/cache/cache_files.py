@@ -3,7 +3,7 @@
 import os
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -16,20 +16,11 @@ from sd3pipe.remote import connect, is_address
 _MOST_OPEN = 128  # segments a process keeps open; systems allow 1024 files and up
 
 
-class CacheFiles(Protocol):
-    """The files of one cache. Every method may be called in any process and raises FileNotFoundError or EOFError."""
-
-    def read(self, name: str) -> Any:
-        """Returns a whole file's bytes."""
-        ...
-
-    def read_segment(self, plan_id: str, start: int, size: int) -> memoryview:
-        """Returns part of a segment as memory that the caller owns."""
-        ...
-
-
 class FolderFiles:
-    """A cache folder. Segments stay open per process; one that is missing is looked for among the unused ones."""
+    """A cache folder. Segments stay open per process; one that is missing is looked for among the unused ones.
+
+    Every method may be called in any process and raises FileNotFoundError or EOFError.
+    """
 
     def __init__(self, path: Path) -> None:
         self._folder = CacheFolder(path)
@@ -47,13 +38,12 @@ class FolderFiles:
             os.close(handle)
 
     def read(self, name: str) -> Any:
+        """Returns a whole file's bytes."""
         path = self._folder.path / name
         return np.memmap(path, np.uint8, "r") if path.stat().st_size else b""
 
     def read_segment(self, plan_id: str, start: int, size: int) -> memoryview:
-        return read_exactly(self._handle(plan_id), size, start, f"segment {plan_id}")
-
-    def _handle(self, plan_id: str) -> int:
+        """Returns part of a segment as memory that the caller owns."""
         if self._process != os.getpid():  # after a fork: a parent's handles are shared, and closing is not ours
             self._handles, self._process = OrderedDict(), os.getpid()
         handle = self._handles.get(plan_id)
@@ -66,11 +56,11 @@ class FolderFiles:
                 os.close(self._handles.popitem(last=False)[1])
         else:
             self._handles.move_to_end(plan_id)
-        return handle
+        return read_exactly(handle, size, start, f"segment {plan_id}")
 
 
 class UrlFiles:
-    """A cache behind an fsspec URL such as s3://bucket/caches/latents. Each process makes its own connection."""
+    """The same behind an fsspec URL such as s3://bucket/caches/latents. Each process makes its own connection."""
 
     def __init__(self, url: str, options: dict[str, Any] | None = None) -> None:
         self._url, self._options = url.rstrip("/"), options or {}
@@ -84,27 +74,26 @@ class UrlFiles:
         self.__init__(*state)
 
     def read(self, name: str) -> Any:
-        return self._ask("cat_file", f"{self._url}/{name}")
+        return self._ask(f"{self._url}/{name}")
 
     def read_segment(self, plan_id: str, start: int, size: int) -> memoryview:
         name = f"{self._url}/segments/{plan_id}{SUFFIX}"
-        data = self._ask("cat_file", name, start=start, end=start + size)
+        data = self._ask(name, start=start, end=start + size)
         if len(data) != size:
             raise EOFError(f"{name} ends {size - len(data)} bytes early")
         return memoryview(bytearray(data))
 
-    def _ask(self, method: str, path: str, **arguments: Any) -> Any:
+    def _ask(self, path: str, **part: int) -> Any:
         if self._process != os.getpid():
             self._files, self._process = connect(self._url, self._options), os.getpid()
         try:
-            return getattr(self._files, method)(path, **arguments)
+            return self._files.cat_file(path, **part)
         except (FileNotFoundError, EOFError):
             raise
         except OSError as error:
             raise NetworkError(f"{path} cannot be read: {error}") from error
 
 
-def cache_files(where: str | Path) -> CacheFiles:
+def cache_files(where: str | Path) -> FolderFiles | UrlFiles:
     """Returns the place of a folder or URL. Raises InputError where a URL's file system is not installed."""
-    text = str(where)
-    return UrlFiles(text) if is_address(text) else FolderFiles(Path(where))
+    return UrlFiles(str(where)) if is_address(str(where)) else FolderFiles(Path(where))

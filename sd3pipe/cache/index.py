@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from sd3pipe.cache.keys import Kind
 from sd3pipe.cache.rows import Layout, layout_bytes, layout_to_json
 from sd3pipe.cache.samples import Samples, array_shapes, as_text, check_samples, hash_array
 from sd3pipe.cache.segment import SegmentHeader
-from sd3pipe.cache.zarr_group import ReadFile, arrays_hash, read_array, write_group
+from sd3pipe.cache.zarr_group import ReadFile, arrays_hash, read_array
 from sd3pipe.documents import parse_json
 from sd3pipe.errors import InputError
 from sd3pipe.fingerprint import canonical_json
@@ -50,17 +49,16 @@ class Index:
         self.arrays = arrays
         self.samples = Samples(kind, arrays)
         self.layouts: list[Layout] = parse_json(arrays["layouts"].tobytes(), _LAYOUTS, "layouts")
-        _check_formats(kind, arrays)
+        for name, (dtype, axes) in _formats(kind).items():  # all arrays of two axes hold hashes
+            array = arrays[name]
+            if array.dtype != dtype or array.ndim != axes or (axes == 2 and array.shape[1] != 32):
+                raise ValueError(f"{name} is {array.dtype} {list(array.shape)}")
         self._sorted_keys = as_text(arrays["row_key"])
         _check_rows(arrays, self._sorted_keys, self.layouts)
         check_samples(kind, arrays, len(self._sorted_keys))
 
     def __len__(self) -> int:
         return len(self.arrays["row_key"])
-
-    def digest(self) -> str:
-        """Returns the hash that names the index."""
-        return arrays_hash(self.arrays)
 
     def number(self, key: str) -> int | None:
         """Returns the row number of a key, None if the cache has no such row."""
@@ -92,10 +90,6 @@ class Index:
             layout_of=texts[self.arrays["row_layout"][kept]] if len(texts) else [],
             segments={plan_id: sizes[plan_id] for plan_id in plan_ids if plan_id in sizes},
         )
-
-    def write(self, folder: Path) -> None:
-        """Writes the index as a new zarr group. Raises OSError."""
-        write_group(folder, self.arrays)
 
 
 def header_table(headers: Mapping[str, SegmentHeader]) -> RowTable:
@@ -150,14 +144,6 @@ def read_index(kind: Kind, digest: str, read: ReadFile, where: str, *, check: bo
 
 def _formats(kind: Kind) -> dict[str, tuple[str, int]]:
     return {**_ROW_ARRAYS, **_OTHER_ARRAYS, **array_shapes(kind)}
-
-
-def _check_formats(kind: Kind, arrays: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError for an array of another number format or shape; all of two axes hold hashes."""
-    for name, (dtype, axes) in _formats(kind).items():
-        array = arrays[name]
-        if array.dtype != dtype or array.ndim != axes or (axes == 2 and array.shape[1] != 32):
-            raise ValueError(f"{name} is {array.dtype} {list(array.shape)}")
 
 
 def _check_rows(arrays: Mapping[str, np.ndarray], keys: np.ndarray, layouts: Sequence[Layout]) -> None:

@@ -13,8 +13,6 @@ from sd3pipe.errors import InputError, StaleError
 
 Numbers = NDArray[np.int64]
 
-Readers = tuple[CacheReader, CacheReader]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowLists:
@@ -72,7 +70,9 @@ def join_pictures(latents: CacheReader, text: CacheReader) -> JoinedPictures:
     Raises InputError for caches of the wrong kinds, StaleError for a picture that only one of them has, unless the
     other lists it as unreadable.
     """
-    _check_kinds(latents, text)
+    for reader, kind in ((latents, "latents"), (text, "text")):
+        if reader.manifest.kind != kind:
+            raise InputError(f"{reader.where} is a cache of {reader.manifest.kind}, not of {kind}")
     subsets = {name: code for code, name in enumerate(sorted({*_subset_names(latents), *_subset_names(text)}))}
     ours, theirs = _Table(latents.samples, subsets), _Table(text.samples, subsets)
     _, of_ours, of_theirs = np.intersect1d(ours.ids, theirs.ids, assume_unique=True, return_indices=True)
@@ -87,6 +87,10 @@ def join_pictures(latents: CacheReader, text: CacheReader) -> JoinedPictures:
     latent_rows = ours.row_lists(flips, geometry).of_pictures(of_ours)
     used = _chosen(of_ours, len(ours.first))[ours.picture_of]
     splits = ours.samples.strings("split").to_list()
+    reasons = {
+        f"{entry.get('subset', '')}/{entry.get('name', '')}": entry["reason"]
+        for entry in (*latents.manifest.quarantined, *text.manifest.quarantined)
+    }
     return JoinedPictures(
         names=[ours.names[place] for place in first.tolist()],
         subsets=[ours.subsets[place] for place in first.tolist()],
@@ -96,14 +100,8 @@ def join_pictures(latents: CacheReader, text: CacheReader) -> JoinedPictures:
         latents=latent_rows,
         captions=theirs.row_lists(theirs.samples.numbers("variant")).of_pictures(of_theirs),
         sizes=tuple(sorted(set(zip(widths[used].tolist(), heights[used].tolist(), strict=True)))),
-        unreadable=_unreadable_messages((latents, text)),
+        unreadable=tuple(f"{name}: {reason}" for name, reason in sorted(reasons.items())),
     )
-
-
-def _check_kinds(latents: CacheReader, text: CacheReader) -> None:
-    for reader, kind in ((latents, "latents"), (text, "text")):
-        if reader.manifest.kind != kind:
-            raise InputError(f"{reader.where} is a cache of {reader.manifest.kind}, not of {kind}")
 
 
 def _subset_names(reader: CacheReader) -> set[str]:
@@ -182,13 +180,3 @@ def _refuse_unexplained(table: _Table, one_sided: Numbers, other: CacheReader) -
             f"{other.where} lacks {count(len(names), 'picture')} ({listed(sorted(names))}), which the other cache has: "
             "the two were encoded from different datasets; run both encode stages"
         )
-
-
-def _unreadable_messages(readers: Readers) -> tuple[str, ...]:
-    """Returns one message for each picture that either cache lists as unreadable."""
-    reasons = {
-        f"{entry.get('subset', '')}/{entry.get('name', '')}": entry["reason"]
-        for reader in readers
-        for entry in reader.manifest.quarantined
-    }
-    return tuple(f"{name}: {reason}" for name, reason in sorted(reasons.items()))

@@ -43,6 +43,10 @@ def united(readers: Sequence[CacheReader], caches: Sequence[Path]) -> Wanted:
     numbers = {key: number for number, key in enumerate(rows)}
     samples = _united_samples(first.kind, readers)
     named = set(zip(samples.get("subset", samples["name"]), samples["name"], strict=True))
+    unreadable: list[Mapping[str, Any]] = []
+    for entry in (entry for reader in readers for entry in reader.manifest.quarantined):
+        if entry not in unreadable and (entry.get("subset", entry["name"]), entry["name"]) not in named:
+            unreadable.append(entry)
     for name in row_columns(first.kind):
         samples[name] = [numbers[key] for key in samples[name]]
     return Wanted(
@@ -53,9 +57,7 @@ def united(readers: Sequence[CacheReader], caches: Sequence[Path]) -> Wanted:
         rows=list(rows.values()),
         samples=samples,
         subsets=_united_subsets(readers),
-        unreadable=[
-            entry for entry in _unreadable(readers) if (entry.get("subset", entry["name"]), entry["name"]) not in named
-        ],
+        unreadable=unreadable,
         named_rows={name: numbers[str(key)] for name, key in first.extra.items() if key in numbers},
         tags=_united_tags(readers),
     )
@@ -160,13 +162,6 @@ def _united_tags(readers: Sequence[CacheReader]) -> dict[str, Mapping[str, int]]
 def _picture_names(reader: CacheReader, subset: str) -> set[str]:
     names, subsets = (reader.samples.strings(column).to_list() for column in ("name", "subset"))
     return {name for name, its in zip(names, subsets, strict=True) if its == subset}
-
-
-def _unreadable(readers: Sequence[CacheReader]) -> list[Mapping[str, Any]]:
-    entries: list[Mapping[str, Any]] = []
-    for manifest in (reader.manifest for reader in readers):
-        entries += [entry for entry in manifest.quarantined if entry not in entries]
-    return entries
 
 
 def _cannot_encode(keys: Sequence[str]) -> NoReturn:

@@ -56,7 +56,8 @@ def _write(reader: CacheReader, folder: Path) -> None:
     samples = root.create_group("samples")
     for name, values in reader.samples.to_columns(reader.keys).items():
         if values and isinstance(values[0], str):
-            _create_texts(samples, name, values)
+            array = samples.create_array(name, shape=(len(values),), dtype=str, compressors=None)
+            array[:] = np.array([as_utf8(value) for value in values], dtype=object)
         else:
             _create(samples, name, np.array(values, np.int32))
     numbers = reader.samples.numbers("row")
@@ -78,10 +79,9 @@ def _create(group: Any, name: str, values: np.ndarray) -> None:
     group.create_array(name, data=values, compressors=None)
 
 
-def _create_texts(group: Any, name: str, values: list[str]) -> None:
-    array = group.create_array(name, shape=(len(values),), dtype=str, compressors=None)
-    clean = [value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for value in values]
-    array[:] = np.array(clean, dtype=object)
+def as_utf8(name: str) -> str:
+    """Returns a name as UTF-8 has it."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def described(reader: CacheReader) -> dict[str, Any]:

@@ -70,16 +70,11 @@ def plan_leaves(kind: Kind, groups: Iterable[tuple[str, str, int]]) -> list[Leaf
 
 
 def _split(keys: list[str], most: int, bit: int = 0) -> Iterator[list[str]]:
-    """Yields the trie's leaves for sorted keys that agree in all bits before `bit`."""
+    """Yields the trie's leaves for sorted keys that agree in all bits before `bit`, the most significant first."""
     if len(keys) <= most:
         if keys:
             yield keys
         return
-    middle = bisect_left(keys, 1, key=lambda key: _bit(key, bit))
+    middle = bisect_left(keys, 1, key=lambda key: int(key[bit // 4], 16) >> (3 - bit % 4) & 1)
     yield from _split(keys[:middle], most, bit + 1)
     yield from _split(keys[middle:], most, bit + 1)
-
-
-def _bit(key: str, bit: int) -> int:
-    """Returns one bit of a hexadecimal key, the most significant first."""
-    return int(key[bit // 4], 16) >> (3 - bit % 4) & 1

@@ -12,7 +12,7 @@ from sd3pipe.cache.keys import Kind
 from sd3pipe.cache.manifest import Manifest, read_manifest
 from sd3pipe.cache.samples import hex_list, sample_arrays
 from sd3pipe.cache.wanted import Readable, Wanted
-from sd3pipe.cache.zarr_group import ReadFile
+from sd3pipe.cache.zarr_group import ReadFile, arrays_hash, write_group
 from sd3pipe.documents import MOST_LIST_BYTES, holds, read_data
 from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_file, storage_errors, sync_folder
@@ -84,7 +84,7 @@ def publish(
     arrays = build_row_arrays(tables)
     assert hex_list(arrays["row_key"]) == sorted(readable.keys), "the plan's segments hold other rows than planned"
     index = Index(wanted.kind, arrays | sample_arrays(wanted.kind, readable.samples, arrays["row_key"]))
-    digest = index.digest()
+    digest = arrays_hash(index.arrays)
     manifest = Manifest(
         kind=wanted.kind,
         recipe=wanted.recipe,
@@ -135,7 +135,7 @@ def _write_index(folder: CacheFolder, index: Index, digest: str, scratch: Path, 
         return
     with storage_errors(final):
         temporary = scratch / final.name
-        index.write(temporary)
+        write_group(temporary, index.arrays)
         with contextlib.suppress(FileExistsError):
             try:
                 temporary.rename(final)

@@ -13,7 +13,7 @@ from sd3pipe.cache.index import Index, read_index
 from sd3pipe.cache.manifest import Manifest, contradiction, parse_manifest
 from sd3pipe.cache.rows import Tensor, row_from_bytes
 from sd3pipe.cache.samples import Samples
-from sd3pipe.cache.segment import SegmentHeader, key_is_true, parse_header
+from sd3pipe.cache.segment import key_is_true, parse_header
 from sd3pipe.errors import InputError, StaleError
 from sd3pipe.fingerprint import digest_bytes
 from sd3pipe.words import VerifyReads
@@ -41,26 +41,21 @@ class CacheReader:
             raise InputError(f"{self.where} was encoded again while it was being read: start again")
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.index)
 
     @property
     def samples(self) -> Samples:
         """The samples table."""
-        return self._index.samples
+        return self.index.samples
 
     @property
     def keys(self) -> np.ndarray:
         """The keys of all rows, ascending: uint8 [rows, 32]."""
-        return self._index.arrays["row_key"]
-
-    @property
-    def index(self) -> Index:
-        """The index itself, for those who check it."""
-        return self._index
+        return self.index.arrays["row_key"]
 
     def number(self, key: str) -> int:
         """Returns the number of the row with a key of 64 hex digits. Raises InputError if there is none."""
-        number = self._index.number(key)
+        number = self.index.number(key)
         if number is None:
             raise InputError(f"{self.where} has no row {key}")
         return number
@@ -68,7 +63,7 @@ class CacheReader:
     def shapes(self, row: int | str) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of a row's tensors without reading it."""
         number = self.number(row) if isinstance(row, str) else row
-        return {name: shape for name, _, shape in self._index.layouts[self._index.arrays["row_layout"][number]]}
+        return {name: shape for name, _, shape in self.index.layouts[self.index.arrays["row_layout"][number]]}
 
     def row(self, row: int | str) -> dict[str, Tensor]:
         """Returns a row by number or key, in memory that belongs to the caller.
@@ -76,7 +71,7 @@ class CacheReader:
         Raises InputError if its segment is missing or cut short, or if its bytes are not what was encoded.
         """
         number = self.number(row) if isinstance(row, str) else int(row)
-        arrays = self._index.arrays
+        arrays = self.index.arrays
         plan_id = self._plan_ids[arrays["row_segment"][number]]
         try:
             data = self._files.read_segment(
@@ -88,15 +83,22 @@ class CacheReader:
             if digest_bytes(data) != arrays["row_digest"][number].tobytes():
                 raise InputError(f"{self.where}: row {number} in segment {plan_id} is damaged: {_CURE}")
             self._verified[number] = True
-        return row_from_bytes(self._index.layouts[arrays["row_layout"][number]], data)
+        return row_from_bytes(self.index.layouts[arrays["row_layout"][number]], data)
 
     def _load(self, where: str | Path, verify_reads: VerifyReads) -> None:
         self.where = str(where)
         self._verify: VerifyReads = verify_reads
         self._files = cache_files(where)
-        self.manifest, self._index = self._open()
-        self._plan_ids = self._index.plan_ids()
-        self._verified = np.zeros(len(self._index), bool)
+        self.manifest = self._read_manifest()
+        try:
+            self.index = self._read_index()
+        except InputError:  # once more if a writer swapped them in between
+            older, self.manifest = self.manifest, self._read_manifest()
+            if self.manifest.index == older.index:
+                raise
+            self.index = self._read_index()
+        self._plan_ids = self.index.plan_ids()
+        self._verified = np.zeros(len(self.index), bool)
 
     def _check_manifest(self) -> None:
         """Raises StaleError where the manifest contradicts what the rows of the first segment were made from.
@@ -104,7 +106,11 @@ class CacheReader:
         All rows are made from equal weights by one recipe, and their keys, which the index has, prove from which. A
         segment that is missing or damaged is told when its rows are read.
         """
-        header = self._first_header()
+        arrays, header = self.index.arrays, None
+        offsets = arrays["row_offset"][arrays["row_segment"] == 0]
+        if len(offsets):
+            with contextlib.suppress(OSError, EOFError, InputError):
+                header = parse_header(self._files.read_segment(self._plan_ids[0], 0, int(offsets.min())), self.where)
         if header is None or not header.rows:
             return
         if not key_is_true(header.kind, header.rows[0]):
@@ -116,27 +122,6 @@ class CacheReader:
                 "anew and keeps the rows"
             )
 
-    def _first_header(self) -> SegmentHeader | None:
-        arrays = self._index.arrays
-        offsets = arrays["row_offset"][arrays["row_segment"] == 0]
-        if not len(offsets):
-            return None
-        with contextlib.suppress(OSError, EOFError, InputError):
-            start = self._files.read_segment(self._plan_ids[0], 0, int(offsets.min()))
-            return parse_header(start, self.where)
-        return None
-
-    def _open(self) -> tuple[Manifest, Index]:
-        """Reads manifest and index; once more if a writer swapped them in between."""
-        manifest = self._read_manifest()
-        try:
-            return manifest, self._read_index(manifest)
-        except InputError:
-            newer = self._read_manifest()
-            if newer.index == manifest.index:
-                raise
-            return newer, self._read_index(newer)
-
     def _read_manifest(self) -> Manifest:
         try:
             data = bytes(self._files.read(MANIFEST))
@@ -146,11 +131,10 @@ class CacheReader:
             raise InputError(f"{self.where} cannot be read ({error.strerror})") from error
         return parse_manifest(data, f"{self.where}/{MANIFEST}")
 
-    def _read_index(self, manifest: Manifest) -> Index:
-        folder = f"{INDEX}/{manifest.index}{INDEX_SUFFIX}"
-        return read_index(
-            manifest.kind, manifest.index, lambda name: self._files.read(f"{folder}/{name}"), f"{self.where}/{folder}"
-        )
+    def _read_index(self) -> Index:
+        kind, digest = self.manifest.kind, self.manifest.index
+        folder = f"{INDEX}/{digest}{INDEX_SUFFIX}"
+        return read_index(kind, digest, lambda name: self._files.read(f"{folder}/{name}"), f"{self.where}/{folder}")
 
 
 _CURE = "run `sd3pipe cache verify --repair`, then encode again"

@@ -15,9 +15,7 @@ DType = Literal["F32", "F16", "BF16", "U8", "I8"]
 _NUMPY_DTYPES: dict[str, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "|u1", "I8": "|i1"}
 
 Size = Annotated[int, Field(strict=True, ge=0, lt=2**40)]
-Layout = tuple[
-    tuple[str, DType, tuple[Size, ...]], ...
-]  # name, dtype and shape of each tensor, in the order of the bytes
+Layout = tuple[tuple[str, DType, tuple[Size, ...]], ...]  # name, dtype, shape of each tensor, in the order of the bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from sd3pipe import stopping
 from sd3pipe.cache.join import join_pictures
-from sd3pipe.cache.plain_zarr import described
+from sd3pipe.cache.plain_zarr import as_utf8, described
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.rows import SCALE, Row, latents_name, packed_names
 from sd3pipe.cache.samples import COLUMNS
@@ -87,7 +87,8 @@ def _alone(reader: CacheReader, kinds: Mapping[str, str]) -> Iterator[_Sample]:
         if column in ("text", "number")
     }
     for place, row in enumerate(samples.numbers("row").tolist()):
-        fields = {name: _clean(values[place]) for name, values in columns.items()}
+        named = {name: values[place] for name, values in columns.items()}
+        fields = {name: as_utf8(value) if isinstance(value, str) else value for name, value in named.items()}
         yield _Sample(fields=fields, tensors=_arrays(reader.row(row), kinds))
 
 
@@ -95,7 +96,7 @@ def _joined(latents: CacheReader, text: CacheReader, kinds: Mapping[str, str]) -
     """Yields each of the latents' rows, picture by picture."""
     joined = join_pictures(latents, text)
     for picture, named in enumerate(zip(joined.names, joined.subsets, joined.splits, strict=True)):
-        fields = {name: _clean(value) for name, value in zip(_JOINED, named, strict=True)}
+        fields = {name: as_utf8(value) for name, value in zip(_JOINED, named, strict=True)}
         words = text.row(int(joined.captions.rows[joined.captions.starts[picture]]))
         for row in joined.latents.rows[slice(*joined.latents.starts[picture : picture + 2])].tolist():
             yield _Sample(fields=fields, tensors=_arrays({**latents.row(row), **words}, kinds))
@@ -111,11 +112,6 @@ def _arrays(row: Row, kinds: Mapping[str, str] | None = None) -> dict[str, np.nd
     if kinds and "mask" in kinds and "mask" not in arrays:
         arrays["mask"] = np.ones(arrays[latents_name(arrays)].shape[-2:], kinds["mask"])
     return arrays
-
-
-def _clean(value: Any) -> Any:
-    """Returns a name as UTF-8 has it."""
-    return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if isinstance(value, str) else value
 
 
 class _Shards(abc.ABC):

@@ -24,7 +24,7 @@ from sd3pipe.fingerprint import canonical_json, digest_bytes, hash_json
 from sd3pipe.temporaries import temporary_name
 from sd3pipe.tensors.header import header_bytes, header_text, placed
 
-METADATA_KEY = "sd3pipe"
+_METADATA_KEY = "sd3pipe"
 _HEADER_UNIT = 4096  # data starts on a page, and texts of nearly equal length do not move it
 _DAMAGE = (ValueError, IndexError, RecursionError, DocumentError)
 
@@ -94,12 +94,14 @@ def write_segment(path: Path, *, kind: Kind, group: str, nbytes: int, rows: Sequ
     """
     ordered = sorted(rows, key=lambda row: row.info.key)
     header = _header_bytes(kind, group, nbytes, [row.info for row in ordered])
+    pieces = [memoryview(data).cast("B") for data in (header, *(data for row in ordered for data in row.buffers))]
     with storage_errors(path):
         temporary = temporary_name(scratch)
         try:
             with open(temporary, "xb", buffering=0) as handle:
-                for data in _pieces(header, ordered):
-                    _write_all(handle.fileno(), memoryview(data).cast("B"))
+                for data in pieces:
+                    while data:
+                        data = data[os.write(handle.fileno(), data) :]
                 sync_file(handle)
             return publish_once(temporary, path)
         finally:
@@ -135,7 +137,7 @@ def _parse(data: bytes) -> SegmentHeader:
     """Returns the header in the JSON of a safetensors file. Raises what _DAMAGE lists."""
     tensors = parse_json(data, _OBJECT, "its header")
     metadata = tensors.pop("__metadata__", None)
-    text = metadata.get(METADATA_KEY) if isinstance(metadata, dict) else None
+    text = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
     if not isinstance(text, str):
         raise ValueError("its header is not that of a segment")
     raw = parse_json(text, _OBJECT, "its header")
@@ -190,15 +192,10 @@ def key_is_true(kind: Kind, info: RowInfo) -> bool:
 
 
 def _header_bytes(kind: Kind, group: str, nbytes: int, infos: Sequence[RowInfo]) -> bytes:
-    """Returns length and JSON of a safetensors header, padded with blanks to whole pages."""
-    tensors = placed((f"{info.key}.{name}", dtype, shape) for info in infos for name, dtype, shape in info.layout)
-    facts = _facts(kind, group, nbytes, infos)
-    facts["check"] = hash_json([facts, tensors])
-    return header_bytes(tensors, {METADATA_KEY: canonical_json(facts).decode()}, unit=_HEADER_UNIT)
+    """Returns length and JSON of a safetensors header, padded with blanks to whole pages.
 
-
-def _facts(kind: Kind, group: str, nbytes: int, infos: Sequence[RowInfo]) -> dict[str, Any]:
-    """Returns the rows' facts as JSON; what rows share is listed once and numbered."""
+    What rows share is listed once and numbered.
+    """
     layouts = _numbered(canonical_json(layout_to_json(info.layout)) for info in infos)
     ingredients = _numbered(canonical_json(info.ingredients.to_json()) for info in infos)
     versions = _numbered(canonical_json(info.made_with) for info in infos)
@@ -206,7 +203,7 @@ def _facts(kind: Kind, group: str, nbytes: int, infos: Sequence[RowInfo]) -> dic
         [info.key, layout, info.digest.hex(), info.source, ingredient, version]
         for info, layout, ingredient, version in zip(infos, layouts[1], ingredients[1], versions[1], strict=True)
     ]
-    return {
+    facts = {
         "format": FORMAT_VERSION,
         "group": group,
         "ingredients": ingredients[0],
@@ -216,6 +213,9 @@ def _facts(kind: Kind, group: str, nbytes: int, infos: Sequence[RowInfo]) -> dic
         "rows": rows,
         "versions": versions[0],
     }
+    tensors = placed((f"{info.key}.{name}", dtype, shape) for info in infos for name, dtype, shape in info.layout)
+    facts["check"] = hash_json([facts, tensors])
+    return header_bytes(tensors, {_METADATA_KEY: canonical_json(facts).decode()}, unit=_HEADER_UNIT)
 
 
 def _numbered(texts: Iterator[bytes]) -> tuple[list[Any], list[int]]:
@@ -224,17 +224,6 @@ def _numbered(texts: Iterator[bytes]) -> tuple[list[Any], list[int]]:
     distinct = sorted(set(all_texts))
     numbers = {text: number for number, text in enumerate(distinct)}
     return [json.loads(text) for text in distinct], [numbers[text] for text in all_texts]
-
-
-def _pieces(header: bytes, rows: Sequence[StoredRow]) -> Iterator[Any]:
-    yield header
-    for row in rows:
-        yield from row.buffers
-
-
-def _write_all(handle: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(handle, data) :]
 
 
 _FACTS = TypeAdapter(_Facts)

@@ -69,16 +69,19 @@ def remember_sources(
     resolve = _resolver()
     started_ns = int(scan_started * 1e9)
 
-    def entry(path: Path, digest: str | None) -> tuple[Stamp | None, str | None]:
-        stamp = stamps.looked(path) if stamps else None
-        return stamp or _settled_stamp(str(path), started_ns), digest
+    def settled(path: Path) -> Stamp | None:
+        """None if it changed so late that its hash may be that of an earlier content."""
+        if stamps and (looked := stamps.looked(path)):
+            return looked
+        stamp = _stamp(str(path))
+        return stamp if stamp[2] + tick_ns(stamp) < started_ns else None
 
     digests: dict[Path, str | None] = {dataset_file: hash_file(dataset_file), **files}
     note = {
         "format": _FORMAT,
         "cache": _published(cache),
         "dataset": str(dataset_file.resolve()),
-        "files": {resolve(path): entry(path, digest) for path, digest in digests.items()},
+        "files": {resolve(path): (settled(path), digest) for path, digest in digests.items()},
         "folders": {
             str(folder.resolve()): [sorted(suffixes), _listing(folder, suffixes)]
             for folder, suffixes in folders.items()
@@ -106,7 +109,10 @@ class Sources:
     """What a cache was encoded from, by the note beside it, for comparison with what there is now."""
 
     def __init__(self, cache: Path) -> None:
-        self._note = _read_note(CacheFolder(cache).machine / _FILE)
+        try:
+            self._note = read_json(CacheFolder(cache).machine / _FILE, TypeAdapter(_Note), most_bytes=MOST_LIST_BYTES)
+        except DocumentError:
+            self._note = _Note(format=1, cache=None, dataset="", files={}, folders={})
         self._unknown = _why_unknown(cache, self._note)
 
     def check(self) -> SourceCheck:
@@ -122,7 +128,9 @@ class Sources:
             return self._unknown
         files, folders, stem = self._note.files, self._note.folders, Path(name).stem
         alike = [Path(path) for path in files if stem in path and Path(path).stem == stem]
-        places = {path.parent for path in alike if files[str(path)][1] == image_hash and _ends_with(path, name)}
+        places = {
+            path.parent for path in alike if files[str(path)][1] == image_hash and path.as_posix().endswith(f"/{name}")
+        }
         about = dict(self._of_dataset)
         about |= {path: known for path, known in files.items() if known[1] is None}  # the picture may lie in it
         # a folder that is not listed holds masks
@@ -156,10 +164,6 @@ def _compared(changes: Iterable[str]) -> SourceCheck:
     return SourceCheck("changed", found) if found else SourceCheck("fresh")
 
 
-def _ends_with(path: Path, name: str) -> bool:
-    return path.as_posix().endswith(f"/{name}")
-
-
 def _changes(files: _Files, folders: _Folders) -> Iterator[str]:
     for name, (stamp, digest) in files.items():
         try:
@@ -185,12 +189,6 @@ def _stamp(path: str) -> Stamp:
     return stamp_of(os.stat(path))  # noqa: PTH116, a Path for each of 100,000 files takes longer than its stat
 
 
-def _settled_stamp(path: str, started_ns: int) -> Stamp | None:
-    """Returns a file's stamp; None if it changed so late that its hash may be that of an earlier content."""
-    stamp = _stamp(path)
-    return stamp if stamp[2] + tick_ns(stamp) < started_ns else None
-
-
 def _resolver() -> Callable[[Path], str]:
     """Returns what makes paths absolute; each folder is resolved once, which is what makes 20,000 files cheap."""
     resolved = functools.cache(lambda folder: str(Path(folder).resolve()))
@@ -214,11 +212,3 @@ def _suffix(name: str) -> str:
     """Returns what Path(name).suffix does, in a tenth of the time."""
     stem, dot, ending = name.rpartition(".")
     return dot + ending if stem and ending else ""
-
-
-def _read_note(file: Path) -> _Note:
-    """Returns the note in a file; one without a dataset where there is none that can be read."""
-    try:
-        return read_json(file, TypeAdapter(_Note), most_bytes=MOST_LIST_BYTES)
-    except DocumentError:
-        return _Note(format=1, cache=None, dataset="", files={}, folders={})

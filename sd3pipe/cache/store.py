@@ -5,13 +5,13 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from sd3pipe import stopping
 from sd3pipe.cache.folder import CacheFolder
-from sd3pipe.cache.last_wanted import note_wanted
+from sd3pipe.cache.last_run import note_wanted
 from sd3pipe.cache.plan import Leaf, plan_id
 from sd3pipe.cache.publish import forget_unreadable, publish, published_manifest
 from sd3pipe.cache.reusable import ReusableRows
@@ -27,7 +27,8 @@ from sd3pipe.fingerprint import hash_chunks
 
 log = logging.getLogger(__name__)
 
-Encode = Callable[[Sequence[str]], Iterator[tuple[str, Row | UnreadablePicture]]]
+EncodedRows = Iterator[tuple[str, Row | UnreadablePicture]]  # by key
+Encode = Callable[[Sequence[str]], EncodedRows]
 NO_PART = (sys.maxsize, sys.maxsize)  # as `shard`: encodes nothing
 Outcome = Literal["in_place", "copied", "unused", "encoded", "failed"]
 
@@ -126,22 +127,18 @@ def missing_rows(out: Path, wanted: Wanted) -> Missing:
     )
 
 
+@dataclass(slots=True)
 class _Fill:
     """One writer at work."""
 
-    def __init__(
-        self,
-        folder: CacheFolder,
-        wanted: Wanted,
-        plan: SegmentPlan,
-        scratch: Path,
-        made_with: str,
-        others: Sequence[Path],
-    ) -> None:
-        self._folder, self._wanted, self._plan, self._scratch = folder, wanted, plan, scratch
-        self._made_with, self._others = made_with, others
-        self._outcomes: dict[str, Outcome] = {}
-        self._spoiled: set[str] = set()  # rows of which a copy at hand is damaged
+    _folder: CacheFolder
+    _wanted: Wanted
+    _plan: SegmentPlan
+    _scratch: Path
+    _made_with: str
+    _others: Sequence[Path]
+    _outcomes: dict[str, Outcome] = field(default_factory=dict)
+    _spoiled: set[str] = field(default_factory=set)  # rows of which a copy at hand is damaged
 
     def run(self, encode: Encode, shard: tuple[int, int]) -> FillCounts:
         """Makes this process's share, completes what rows at hand are enough for, and publishes a complete cache."""
@@ -178,7 +175,12 @@ class _Fill:
             mine = [key for key in missing if key in share]
             if mine or (not missing and (settle or leaf.keys[0] in share)):
                 jobs.append((leaf, mine))
-        self._check_space(leaf for leaf, _ in jobs)
+        needed, free = sum(leaf.nbytes * len(leaf.keys) for leaf, _ in jobs), free_bytes(self._folder.path)
+        if needed > free:
+            raise StorageError(
+                f"{self._folder.path}: {readable_bytes(needed)} to be written, {readable_bytes(free)} free: "
+                "free space (`sd3pipe cache gc` empties unused rows), or choose another --out"
+            )
         keys = [key for _, mine in jobs for key in mine]
         rows = iter(encode(keys)) if keys else iter(())
         try:
@@ -189,9 +191,7 @@ class _Fill:
             getattr(rows, "close", lambda: None)()
         return bool(jobs)
 
-    def _make(
-        self, leaf: Leaf, mine: list[str], rows: Iterator[tuple[str, Row | UnreadablePicture]], reusable: ReusableRows
-    ) -> None:
+    def _make(self, leaf: Leaf, mine: list[str], rows: EncodedRows, reusable: ReusableRows) -> None:
         """Writes one segment; an incomplete one, under its own id, if others must make some of its rows.
 
         Asked to stop, it keeps in the same way what is encoded by then.
@@ -220,7 +220,7 @@ class _Fill:
         for row, origin in copies if complete else ():
             self._count([row.info.key], origin)
 
-    def _encoded(self, key: str, rows: Iterator[tuple[str, Row | UnreadablePicture]]) -> StoredRow | None:
+    def _encoded(self, key: str, rows: EncodedRows) -> StoredRow | None:
         """Returns the encoder's next row, which must be `key`; None, noted for all writers, if it is unreadable."""
         yielded, row = next(rows, (None, UnreadablePicture("")))
         if yielded != key:
@@ -263,16 +263,6 @@ class _Fill:
             log.warning("%s: moved to %s", error, self._folder.set_aside(path))
             return False
         return True
-
-    def _check_space(self, leaves: Iterator[Leaf]) -> None:
-        """Raises StorageError before anything is encoded if the disk cannot take it."""
-        needed = sum(leaf.nbytes * len(leaf.keys) for leaf in leaves)
-        free = free_bytes(self._folder.path)
-        if needed > free:
-            raise StorageError(
-                f"{self._folder.path}: {readable_bytes(needed)} to be written, {readable_bytes(free)} free: "
-                "free space (`sd3pipe cache gc` empties unused rows), or choose another --out"
-            )
 
     def _count(self, keys: Sequence[str], outcome: Outcome) -> None:
         for key in keys:

@@ -41,8 +41,8 @@ def verify_cache(cache: Path, *, threads: int | None = None) -> Verification:
     folder.check_exists()
     problems: list[Problem] = []
     manifest, index = _open(folder, problems)
-    live = dict.fromkeys(index.plan_ids()) if index is not None else {}
-    problems += _missing(folder, live)
+    live = dict.fromkeys(folder.segment(plan_id) for plan_id in index.plan_ids()) if index is not None else {}
+    problems += [Problem(what=f"{path} is missing: encode again", path=None) for path in live if not path.exists()]
     paths = [*folder.segment_ids().values(), *folder.unused_segments()]
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         checked = list(pool.map(lambda path: _check_segment(path, manifest, folder, index), paths))
@@ -80,12 +80,6 @@ def _open(folder: CacheFolder, problems: list[Problem]) -> tuple[Manifest | None
         return manifest, None
 
 
-def _missing(folder: CacheFolder, live: dict[str, None]) -> Iterator[Problem]:
-    for plan_id in live:
-        if not folder.segment(plan_id).exists():
-            yield Problem(what=f"{folder.segment(plan_id)} is missing: encode again", path=None)
-
-
 def _check_segment(
     path: Path, manifest: Manifest | None, folder: CacheFolder, index: Index | None
 ) -> tuple[int, Problem | None]:
@@ -119,10 +113,10 @@ def _check_segment(
 def _agrees(index: Index, plan_id: str, path: Path) -> bool:
     """Whether the index has a segment's rows as its header has them."""
     ours, theirs = index.row_table([plan_id]), header_table({plan_id: read_header(path)})
-    arrays = ("keys", "digests", "offsets", "sizes")
-    return all(np.array_equal(getattr(ours, name), getattr(theirs, name)) for name in arrays) and list(
-        ours.layout_of
-    ) == list(theirs.layout_of)
+    same = (
+        np.array_equal(getattr(ours, name), getattr(theirs, name)) for name in ("keys", "digests", "offsets", "sizes")
+    )
+    return all(same) and list(ours.layout_of) == list(theirs.layout_of)
 
 
 def _check_references(folder: CacheFolder, manifest: Manifest, index: Index) -> Iterator[Problem]:

@@ -1,5 +1,6 @@
 """Why a row is there or not: field by field against the nearest row."""
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,8 +9,7 @@ from typing import Any, Literal
 
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.keys import Ingredients, text_source
-from sd3pipe.cache.last_run import last_run
-from sd3pipe.cache.last_wanted import is_noted, last_wanted
+from sd3pipe.cache.last_run import is_noted, last_run, last_wanted
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.segment import RowInfo, read_header
 from sd3pipe.cache.staleness import SourceCheck, Sources
@@ -47,7 +47,6 @@ class Explanation:
 class _Known:
     info: RowInfo
     path: Path
-    live: bool
 
 
 class _Evidence:
@@ -57,7 +56,9 @@ class _Evidence:
         self._folder = CacheFolder(cache)
         self._folder.check_exists()
         self._reader = CacheReader(cache) if self._folder.manifest.exists() else None
-        self.last = last_wanted(cache) if not self._published_what_was_wanted() else None
+        run = last_run(cache)  # without another wish since, and without a failure, the samples say it all
+        as_published = run is not None and not run.failed and is_noted(self._folder, run.wanted)
+        self.last = None if as_published else last_wanted(cache)
         reader = self._reader
         self.live_samples = [] if reader is None else list(_lines(reader.samples.to_columns(reader.keys)))
         self.quarantine = {} if reader is None else reader.manifest.unreadable_rows()  # reason by key
@@ -74,14 +75,13 @@ class _Evidence:
     @cached_property
     def rows(self) -> Mapping[str, _Known]:
         """All rows by their keys, unused ones too, of which live ones count first."""
-        live = set() if self._reader is None else set(self._reader.index.plan_ids())
-        rows = sorted(_known_rows(self._folder, live), key=lambda item: item.live)
-        return {row.info.key: row for row in rows}
-
-    def _published_what_was_wanted(self) -> bool:
-        """Whether nothing else was wanted since the last run, and that could be made: then the samples say it all."""
-        last = last_run(self._folder.path)
-        return last is not None and not last.failed and is_noted(self._folder, last.wanted)
+        ids = () if self._reader is None else self._reader.index.plan_ids()
+        live, rest = {self._folder.segment(plan_id) for plan_id in ids}, self._folder.segment_ids().values()
+        rows: dict[str, _Known] = {}
+        for path in [*(path for path in rest if path not in live), *self._folder.unused_segments(), *live]:
+            with contextlib.suppress(InputError, FileNotFoundError):
+                rows |= {info.key: _Known(info, path) for info in read_header(path).rows}
+        return rows
 
 
 def explain(cache: Path, subject: str) -> list[Explanation]:
@@ -129,7 +129,8 @@ def _explain(sample: Mapping[str, Any], digest: str | None, evidence: _Evidence,
     elif key in evidence.quarantine:
         state, where = "quarantined", evidence.quarantine[key]
     elif evidence.last is not None and key in evidence.last.rows:
-        same = [entry["key"] for entry in evidence.live_samples if _same_picture(entry, sample)]
+        picture = (sample.get("subset"), sample["name"])
+        same = [entry["key"] for entry in evidence.live_samples if (entry.get("subset"), entry["name"]) == picture]
         nearest, differences = _nearest(evidence.last.rows[key], evidence.rows, same)
     return Explanation(
         sample=sample,
@@ -208,18 +209,3 @@ def _is_about(sample: Mapping[str, Any], subject: str, digest: str | None, capti
 
 def _place(sample: Mapping[str, Any]) -> tuple[Any, ...]:
     return (sample.get("subset"), sample["name"], *(sample.get(name) for name in _GEOMETRY))
-
-
-def _same_picture(mine: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return (mine.get("subset"), mine["name"]) == (other.get("subset"), other["name"])
-
-
-def _known_rows(folder: CacheFolder, live: set[str]) -> Iterator[_Known]:
-    """Yields every row that lies in the cache or among its unused rows."""
-    for path in [*folder.segment_ids().values(), *folder.unused_segments()]:
-        try:
-            header = read_header(path)
-        except (InputError, FileNotFoundError):
-            continue
-        for info in header.rows:
-            yield _Known(info, path, path.parent == folder.segments and path.name.split(".")[0] in live)

@@ -75,8 +75,11 @@ def _bury_the_dead_and_refuse(folder: CacheFolder, me: Writer, scratch: Path) ->
         if other not in living:
             remove_tree(other)
             continue
-        writer = _read_card(other)
-        if writer is not None and writer.identity != me.identity:
+        try:
+            writer = read_json(other / _CARD, TypeAdapter(Writer))
+        except DocumentError:  # it is not written yet, or damaged
+            continue
+        if writer.identity != me.identity:
             raise StaleError(
                 f"{folder.path} is being filled from another dataset or recipe by process {writer.pid} on "
                 f"{writer.host}: wait for it, stop it, or choose another --out"
@@ -116,14 +119,6 @@ def _scratch_folders(folder: CacheFolder) -> list[Path]:
         return [path for path in folder.writers.iterdir() if path.is_dir()]
     except FileNotFoundError:
         return []
-
-
-def _read_card(scratch: Path) -> Writer | None:
-    """Returns a writer's description; None while it is not written yet, or if it is damaged."""
-    try:
-        return read_json(scratch / _CARD, TypeAdapter(Writer))
-    except DocumentError:
-        return None
 
 
 def _beat(file: Path, stop: threading.Event) -> None:

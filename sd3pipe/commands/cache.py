@@ -4,11 +4,10 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from sd3pipe.cache.listing import describe, find_caches
+from sd3pipe.cache.listing import delete_unused, describe, find_caches
 from sd3pipe.cache.merge import merge_caches
 from sd3pipe.cache.plain_zarr import export_zarr
 from sd3pipe.cache.sample_export import export_samples
-from sd3pipe.cache.unused import delete_unused
 from sd3pipe.cache.verify import repair, verify_cache
 from sd3pipe.cache.why import Explanation, explain
 from sd3pipe.console import count, readable_bytes, say, say_json

@@ -16,9 +16,9 @@ from support.fake_cache import fake_row, fill, wanted_texts
 
 from sd3pipe.cache import publish, segment, store
 from sd3pipe.cache.folder import CacheFolder
+from sd3pipe.cache.listing import delete_unused
 from sd3pipe.cache.merge import merge_caches
 from sd3pipe.cache.reader import CacheReader
-from sd3pipe.cache.unused import delete_unused
 
 NAMES = [f"{number:02}.png" for number in range(40)]
 TEXTS = [f"caption {number}" for number in range(12)]
