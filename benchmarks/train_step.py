@@ -36,12 +36,12 @@ from support.diffusers_mmdit import diffusers_mmdit, their_names
 from sd3pipe.device import choose_device
 from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import find_component
-from sd3pipe.training.identity import resolve_inputs, run_identity
 from sd3pipe.training.loop import Loop
 from sd3pipe.training.memory_plan import run_memory
 from sd3pipe.training.processes import join_processes
+from sd3pipe.training.run import Run, resolve_inputs, run_identity
 from sd3pipe.training.run_folder import RunFolder, Start
-from sd3pipe.training.setup import Run, build_loop
+from sd3pipe.training.setup import build_loop
 from sd3pipe.training.training_data import open_data
 
 RANK = 16

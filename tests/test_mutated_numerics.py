@@ -187,7 +187,7 @@ MUTATIONS = {
         tests=("tests/training/test_step_runner.py::test_preserved_samples_aim_at_the_base_model_itself",),
     ),
     "resume forgets where the epoch stood": Mutation(
-        file="training/progressed.py",
+        file="training/state_file.py",
         old="Position(epoch=epoch, index=index)",
         new="Position(epoch=epoch, index=0)",
         tests=(f"{RESUME}[adamw]",),
@@ -200,7 +200,7 @@ MUTATIONS = {
     ),
     "resume forgets the loss scale": Mutation(
         file="training/saving.py",
-        old='self._scaler.load_state_dict(dict(checkpoint.state["loss_scale"]))',
+        old='scaler.load_state_dict(dict(checkpoint.state["loss_scale"]))',
         new="pass",
         tests=(f"{RESUME}[fp16]",),
     ),

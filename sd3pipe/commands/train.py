@@ -20,23 +20,22 @@ from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import lock_file
 from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import ComponentSource, find_component
-from sd3pipe.params.train import TrainParams, duration_seconds, idle_options
+from sd3pipe.params.train import TrainParams, idle_options
 from sd3pipe.rules.memory import NumericsRules
 from sd3pipe.training.belonging import misfits
 from sd3pipe.training.checkpoints import set_aside_later
 from sd3pipe.training.compiling import compilations
-from sd3pipe.training.data_summary import data_summary, encode_summary
-from sd3pipe.training.identity import RunInputs, resolve_inputs, run_identity
 from sd3pipe.training.loop import Loop
 from sd3pipe.training.memory_plan import CLIP_TOKENS, MemoryPlan, run_memory
 from sd3pipe.training.optimizers import check_optimizer
 from sd3pipe.training.processes import Processes, join_processes
-from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.records import forget_after, subset_figures
+from sd3pipe.training.run import Run, RunInputs, resolve_inputs, run_identity
 from sd3pipe.training.run_folder import RunFolder, Start, choose_start, is_finished
-from sd3pipe.training.setup import Run, build_loop, check_options
+from sd3pipe.training.setup import build_loop, check_options
+from sd3pipe.training.state_file import Progressed
 from sd3pipe.training.trackers import check_trackers
-from sd3pipe.training.training_data import TrainingData, open_data
+from sd3pipe.training.training_data import TrainingData, data_summary, encode_summary, open_data
 from sd3pipe.training.validation import verdict
 from sd3pipe.watched import Look
 
@@ -117,7 +116,7 @@ def _train(params: TrainParams, processes: Processes, report: StageReport, folde
         report.summary = f"nothing to do, all {count(resolved.total_steps, 'step')} are done"
         return
     architecture = mmdit_architecture(source)
-    check_options(params, architecture, data, resolved)
+    check_options(run, architecture)
     if processes.is_main:
         _tell_misfits(params, data)
     memory = run_memory(
@@ -141,7 +140,7 @@ def _train(params: TrainParams, processes: Processes, report: StageReport, folde
                 _begin_at(loop.progressed, params, folder)
                 if steps_before:
                     log.info("going on from step %s of %s", f"{steps_before:,}", f"{resolved.total_steps:,}")
-            loop.run(duration_seconds(params.time_limit) if params.time_limit else None)
+            loop.train()
         finally:
             loop.close()
             report.update(**_figures(loop, memory, processes, steps_before), subsets=subset_figures(folder.path))
@@ -151,7 +150,7 @@ def _train(params: TrainParams, processes: Processes, report: StageReport, folde
             elif processes.is_main:
                 folder.forget()
         # last: nothing is missing once it is there
-        loop.saver.finish({"identity": identity, "steps": resolved.total_steps})
+        loop.saver.finish()
     says = verdict(params.out)
     if says:
         log.info("%s", says)

@@ -6,13 +6,52 @@ accumulation x processes micro-batches, which its processes share out.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import overload
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
+from sd3pipe.cache.join import Numbers, RowLists
 from sd3pipe.diffusion.draws import Ids, hashes, mix, uniforms
-from sd3pipe.training.items import Items, Numbers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubsetRules:
+    """How one subset is weighed and sampled; in no cache key, so it may change without encoding."""
+
+    name: str
+    loss_weight: float = 1.0  # with the prior loss weight of regularisation pictures in it
+    caption_dropout_rate: float = 0.0
+    caption_dropout_every_n_epochs: int = 0
+    diff_output_preservation: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Items:
+    """All pictures of a training run, or its held-out ones.
+
+    `ids` identify a picture by content and subset, whatever else is in the dataset; `repeats` says how often it comes
+    in an epoch. `latents` lists its crops and flips, `captions` its caption variants. `latent_shapes` (h, w of each
+    latent row) and `text_lengths` (T5 tokens of each text row) decide what fits into one batch.
+    """
+
+    names: Sequence[str]
+    ids: Ids
+    subsets: Numbers
+    repeats: Numbers
+    rules: tuple[SubsetRules, ...]
+    latents: RowLists
+    captions: RowLists
+    empty_caption: int
+    latent_shapes: NDArray[np.int64]
+    text_lengths: Numbers
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rule(self, name: str) -> NDArray[np.float64]:
+        """Returns a number of each picture's subset."""
+        return np.array([getattr(rules, name) for rules in self.rules], dtype=np.float64)[self.subsets]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,46 +88,43 @@ class Position:
     index: int = 0
 
 
-class EpochBatches(Sequence[MicroBatch]):
-    """The micro-batches of one epoch, each made when it is asked for: a run takes them one at a time."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batches:
+    """Samples in micro-batches, each made when it is asked for: batch i has samples order[starts[i]:ends[i]]."""
 
-    def __init__(self, epoch: int, occurrences: MicroBatch, batches: "_Cuts", order: Numbers) -> None:
-        self._epoch, self._all, self._batches, self._order = epoch, occurrences, batches, order
+    samples: MicroBatch
+    order: Numbers
+    starts: Numbers
+    ends: Numbers
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self.starts)
 
-    @overload
-    def __getitem__(self, index: int) -> MicroBatch: ...
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return map(self.__getitem__, range(len(self)))
 
-    @overload
-    def __getitem__(self, index: slice) -> list[MicroBatch]: ...
-
-    def __getitem__(self, index: int | slice) -> MicroBatch | list[MicroBatch]:
-        places = range(len(self))[index]
-        return [self._batch(place) for place in places] if isinstance(places, range) else self._batch(places)
-
-    def _batch(self, place: int) -> MicroBatch:
-        return self._all.part(self._batches[int(self._order[place])], place)
+    def __getitem__(self, index: int) -> MicroBatch:
+        return self.samples.part(self.order[self.starts[index] : self.ends[index]], index)
 
 
-def epoch_batches(items: Items, *, seed: int, epoch: int, batch_size: int) -> EpochBatches:
+def epoch_batches(items: Items, *, seed: int, epoch: int, batch_size: int) -> Batches:
     """Returns the micro-batches of one epoch in their order. The last batch of a shape may be smaller."""
     pictures = np.repeat(np.arange(len(items)), items.repeats)
     repeats = _count_up(items.repeats)
     ids = mix(items.ids[pictures] ^ mix(repeats.astype(np.uint64)))
+    which = (uniforms(ids, seed, "latent row", epoch) * items.latents.counts(pictures)).astype(np.int64)
     occurrences = MicroBatch(
         epoch=epoch,
         index=0,
         pictures=pictures,
         ids=ids,
-        latent_rows=_latent_rows(items, pictures, ids, seed, epoch),
+        latent_rows=items.latents.pick(pictures, which),
         text_rows=_text_rows(items, pictures, repeats, ids, seed, epoch),
     )
     batches = _cut(items, occurrences, hashes(ids, seed, "order", epoch), batch_size)
     firsts = ids[batches.order[batches.starts]]
     order = np.argsort(hashes(firsts, seed, "batch order", epoch), kind="stable")
-    return EpochBatches(epoch, occurrences, batches, order)
+    return replace(batches, starts=batches.starts[order], ends=batches.ends[order])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,13 +144,13 @@ def plan_steps(
     pending: list[MicroBatch] = []
     while True:
         batches = epoch_batches(items, seed=seed, epoch=epoch, batch_size=batch_size)
-        for batch in map(batches.__getitem__, range(index, len(batches))):
-            pending.append(batch)
+        for end in range(index + 1, len(batches) + 1):
+            pending.append(batches[end - 1])
             if len(pending) == accumulation * num_ranks:
                 yield StepPlan(
                     micro_batches=tuple(pending[rank::num_ranks]),
-                    end=Position(epoch=epoch, index=batch.index + 1),
-                    epochs_done=epoch + (batch.index + 1 == len(batches)),
+                    end=Position(epoch=epoch, index=end),
+                    epochs_done=epoch + (end == len(batches)),
                 )
                 pending = []
         epoch, index = epoch + 1, 0
@@ -138,20 +174,13 @@ def fixed_batches(items: Items, *, batch_size: int) -> list[MicroBatch]:
         latent_rows=items.latents.pick(pictures, first),
         text_rows=items.captions.pick(pictures, first),
     )
-    batches = _cut(items, everything, items.ids, batch_size)
-    return [everything.part(batches[index], index) for index in range(len(batches))]
+    return list(_cut(items, everything, items.ids, batch_size))
 
 
 def _count_up(counts: Numbers) -> Numbers:
     """Returns 0 .. n - 1 for each n, end to end."""
     starts = np.cumsum(counts) - counts
     return np.arange(int(counts.sum())) - np.repeat(starts, counts)
-
-
-def _latent_rows(items: Items, pictures: Numbers, ids: Ids, seed: int, epoch: int) -> Numbers:
-    """Returns one of the picture's crops and flips, drawn anew for each occurrence."""
-    which = (uniforms(ids, seed, "latent row", epoch) * items.latents.counts(pictures)).astype(np.int64)
-    return items.latents.pick(pictures, which)
 
 
 def _text_rows(items: Items, pictures: Numbers, repeats: Numbers, ids: Ids, seed: int, epoch: int) -> Numbers:
@@ -166,23 +195,8 @@ def _text_rows(items: Items, pictures: Numbers, repeats: Numbers, ids: Ids, seed
     return np.where(dropped, items.empty_caption, rows)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Cuts:
-    """Batch i is order[starts[i]:ends[i]]."""
-
-    order: Numbers
-    starts: Numbers
-    ends: Numbers
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, index: int) -> Numbers:
-        return self.order[self.starts[index] : self.ends[index]]
-
-
-def _cut(items: Items, samples: MicroBatch, keys: Ids, batch_size: int) -> _Cuts:
-    """Returns which samples make each batch: equal shapes (h, w, T5 tokens) together, by keys inside a shape."""
+def _cut(items: Items, samples: MicroBatch, keys: Ids, batch_size: int) -> Batches:
+    """Returns the samples in batches: equal shapes (h, w, T5 tokens) together, by keys inside a shape."""
     shapes = np.column_stack([items.latent_shapes[samples.latent_rows], items.text_lengths[samples.text_rows]])
     order = np.lexsort((keys, *shapes.T[::-1]))
     is_new = np.any(shapes[order][1:] != shapes[order][:-1], axis=1)
@@ -190,4 +204,5 @@ def _cut(items: Items, samples: MicroBatch, keys: Ids, batch_size: int) -> _Cuts
     sizes = np.diff(np.concatenate([groups, [len(order)]]))
     of_group = -(-sizes // batch_size)
     starts = np.repeat(groups, of_group) + _count_up(of_group) * batch_size
-    return _Cuts(order=order, starts=starts, ends=np.minimum(starts + batch_size, np.repeat(groups + sizes, of_group)))
+    ends = np.minimum(starts + batch_size, np.repeat(groups + sizes, of_group))
+    return Batches(samples=samples, order=order, starts=starts, ends=ends)

@@ -5,29 +5,30 @@ It runs in worker processes or in the main one; a batch is a pure function of it
 
 # B batch, L tokens, D context width, P pooled width, E the three encoders, C latent channels, h w latent pixels
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from sd3pipe import stopping
 from sd3pipe.cache.reader import CacheReader
-from sd3pipe.cache.rows import Row, latents_name
+from sd3pipe.cache.rows import latents_name
 from sd3pipe.cache.tensors import row_to_torch, to_torch
 from sd3pipe.diffusion.draws import hashes, normals, uniforms
 from sd3pipe.diffusion.sampler import PIXELS_PER_LATENT
 from sd3pipe.memory.ahead import PendingModulation
 from sd3pipe.models.conditioning import assemble_conditioning
 from sd3pipe.models.vae import draw_latents, to_model_space
+from sd3pipe.params.train import TrainParams
 from sd3pipe.rules.feeding import EncoderDropout
 from sd3pipe.rules.flow import NUM_TIMESTEPS, SigmaSampling
-from sd3pipe.training.batches import MicroBatch, StepPlan
+from sd3pipe.training.batches import Items, MicroBatch, StepPlan
 from sd3pipe.training.flow import sample_sigmas
-from sd3pipe.training.items import Items
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,15 +53,15 @@ class Batch:
     def __len__(self) -> int:
         return len(self.plan)
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> Self:
         """Returns the batch on a device; the copy does not wait."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> Self:
         """Returns the batch in pinned memory; torch's DataLoader calls this."""
         return self._mapped(Tensor.pin_memory)
 
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
 
@@ -86,6 +87,17 @@ class FeedRules:
     encoder_dropout: EncoderDropout = EncoderDropout()
     context_dtype: torch.dtype = torch.float32
 
+    @classmethod
+    def of(cls, params: TrainParams, context_dtype: torch.dtype) -> Self:
+        """Returns the rules that options ask for."""
+        return cls(
+            seed=params.seed,
+            sampling=params.noise,
+            use_masks=params.loss.masked_loss != "off",
+            encoder_dropout=params.encoder_dropout,
+            context_dtype=context_dtype,
+        )
+
 
 class Feed(Dataset[Step]):
     """Makes tensors from plans."""
@@ -100,12 +112,16 @@ class Feed(Dataset[Step]):
         """Returns the training batch of a plan."""
         seed, epoch = self.rules.seed, plan.epoch
         latents, mask = self._latents(plan)
+        noise = [normals(tuple(latents.shape[1:]), seed, "noise", epoch, int(number)) for number in plan.ids]
+        draws = torch.from_numpy(uniforms(plan.ids, seed, "sigma", epoch))
+        sides = self.items.latent_shapes[plan.latent_rows] * PIXELS_PER_LATENT
+        preserve = self.items.rule("diff_output_preservation")[plan.pictures] > 0
         context, pooled = self._conditioning(plan)
         return Batch(
             plan=plan,
             latents=latents,
-            noise=self.noise(plan, seed, latents.shape[1:]),
-            sigmas=self._sigmas(plan),
+            noise=torch.from_numpy(np.stack(noise)),
+            sigmas=sample_sigmas(draws, _floats(sides.prod(axis=1)), self.rules.sampling),
             context=context,
             pooled=pooled,
             weights=_floats(self.items.rule("loss_weight")[plan.pictures]),
@@ -114,39 +130,27 @@ class Feed(Dataset[Step]):
             dropout_keys=torch.from_numpy(hashes(plan.ids, seed, "adapter dropout", epoch).view(np.int64)),
             crop_draws=tuple(uniforms(plan.ids[:1] + np.arange(3, dtype=np.uint64), seed, "position crop", epoch)),
             mask=mask,
-            preserve=self._preserve(plan),
+            preserve=torch.from_numpy(preserve) if preserve.any() else None,
         )
-
-    def noise(self, plan: MicroBatch, seed: int, shape: Sequence[int]) -> Tensor:
-        """Returns the noise of each sample."""
-        parts = [normals(tuple(shape), seed, "noise", plan.epoch, int(number)) for number in plan.ids]
-        return torch.from_numpy(np.stack(parts))
-
-    def _sigmas(self, plan: MicroBatch) -> Tensor:
-        draws = uniforms(plan.ids, self.rules.seed, "sigma", plan.epoch)
-        sides = self.items.latent_shapes[plan.latent_rows] * PIXELS_PER_LATENT
-        return sample_sigmas(torch.from_numpy(draws), _floats(sides.prod(axis=1)), self.rules.sampling)
 
     def _latents(self, plan: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """Returns a sample of each row's distribution, or what was encoded instead of one; and the loss masks."""
         latents, masks = [], []
         for number, row_number in zip(plan.ids, plan.latent_rows, strict=True):
             row = self.latents.row(int(row_number))
-            latents.append(self._draw(row, plan.epoch, int(number)))
+            name = latents_name(row)
+            values = to_torch(row[name]).float()
+            if name == "moments":
+                mean, logvar = values.chunk(2)
+                noise = normals(tuple(mean.shape), self.rules.seed, "latent", plan.epoch, int(number))
+                values = draw_latents(mean, logvar, torch.from_numpy(noise))
+            latents.append(values)
             masks.append(to_torch(row["mask"]).float() if "mask" in row else None)
         latents_BChw = to_model_space(torch.stack(latents))
         if not self.rules.use_masks or all(mask is None for mask in masks):
             return latents_BChw, None
         ones = torch.ones(latents_BChw.shape[-2:])
         return latents_BChw, torch.stack([ones if mask is None else mask for mask in masks])
-
-    def _draw(self, row: Row, epoch: int, number: int) -> Tensor:
-        name = latents_name(row)
-        if name != "moments":
-            return to_torch(row[name]).float()
-        mean, logvar = to_torch(row["moments"]).float().chunk(2)
-        noise = torch.from_numpy(normals(tuple(mean.shape), self.rules.seed, "latent", epoch, number))
-        return draw_latents(mean, logvar, noise)
 
     def _conditioning(self, plan: MicroBatch) -> tuple[Tensor, Tensor]:
         """Returns context and pooled text, with whole encoders replaced by zeros where they are dropped."""
@@ -165,18 +169,13 @@ class Feed(Dataset[Step]):
             dtype=self.rules.context_dtype,
         )
 
-    def _preserve(self, plan: MicroBatch) -> Tensor | None:
-        flags = self.items.rule("diff_output_preservation")[plan.pictures] > 0
-        return torch.from_numpy(flags) if flags.any() else None
-
 
 def load_steps(feed: Feed, plans: Iterator[StepPlan], *, workers: int, pin_memory: bool) -> Iterator[Step]:
     """Yields the tensors of each step, in order, read ahead by worker processes if there are any."""
     loader = DataLoader(
         feed,
-        sampler=_Plans(plans),
-        batch_size=None,
-        collate_fn=_as_it_is,
+        sampler=plans,
+        batch_size=None,  # what the feed returns is passed on as it is
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=_begin_worker,
@@ -205,20 +204,6 @@ def with_modulation(steps: Iterator[Step], prepare: Callable[[Tensor, Tensor], P
 def _prepared(step: Step, prepare: Callable[[Tensor, Tensor], PendingModulation]) -> Step:
     batches = [replace(batch, modulation=prepare(batch.sigmas * NUM_TIMESTEPS, batch.pooled)) for batch in step.batches]
     return Step(plan=step.plan, batches=batches)
-
-
-class _Plans(Sampler[StepPlan]):
-    """Plans in the place where torch's loader expects indices."""
-
-    def __init__(self, plans: Iterator[StepPlan]) -> None:
-        self._plans = plans
-
-    def __iter__(self) -> Iterator[StepPlan]:
-        return self._plans
-
-
-def _as_it_is(step: object) -> object:
-    return step
 
 
 def _floats(values: NDArray[np.generic]) -> Tensor:

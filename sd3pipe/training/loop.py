@@ -13,55 +13,50 @@ from sd3pipe.console import Progress, progress, readable_bytes
 from sd3pipe.device_memory import peak_device_bytes, peak_rss_bytes
 from sd3pipe.errors import InputError, Stopped
 from sd3pipe.memory.streaming import BlockStreamer
-from sd3pipe.params.train import TrainParams
+from sd3pipe.params.train import duration_seconds
 from sd3pipe.training.batches import Position
 from sd3pipe.training.feed import Step
-from sd3pipe.training.processes import Processes
-from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.records import Records
+from sd3pipe.training.run import Run
 from sd3pipe.training.saving import Saver
 from sd3pipe.training.spilling import SpillWatch
+from sd3pipe.training.state_file import Progressed
 from sd3pipe.training.step_runner import StepResult, StepRunner
 from sd3pipe.training.step_samples import Sampler
+from sd3pipe.training.validation import Validator
 
 log = logging.getLogger(__name__)
 
 _MAX_ROLLBACKS = 3
 
 
-Callback = Callable[[Progressed], None]  # is done now and then with the adapter as it stands
-
-
 @dataclass(slots=True, kw_only=True)
 class Loop:
     """A run under way. `steps_from` yields the tensors of each step from a position on."""
 
-    params: TrainParams
-    total_steps: int
+    run: Run
     runner: StepRunner
     progressed: Progressed
     steps_from: Callable[[Position], Iterator[Step]]
     saver: Saver
     records: Records | None
     picture_ids: Sequence[str]
-    validate: Callback | None
+    validate: Validator | None
     sample: Sampler | None
-    processes: Processes
     streamer: BlockStreamer
     spilling: SpillWatch
     seconds_per_step: list[float] = field(default_factory=list)
     seconds_by_phase: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     copied_per_step: list[int] = field(default_factory=list)  # bytes of streamed blocks
 
-    def run(self, time_limit_seconds: float | None = None) -> None:
+    def train(self) -> None:
         """Trains to the last step and saves. Raises Stopped, after saving, when asked to stop on the way."""
-        state = self.progressed
-        total = self.total_steps
-        ends = math.inf if time_limit_seconds is None else time.monotonic() + time_limit_seconds
-        with progress("train", total, "steps", done=state.step) as bar:
+        total, limit = self.run.inputs.total_steps, self.run.params.time_limit
+        ends = time.monotonic() + duration_seconds(limit) if limit else math.inf
+        with progress("train", total, "steps", done=self.progressed.step) as bar:
             self._before_the_first_step()
-            steps = self.steps_from(state.position)
-            while state.step < total:
+            steps = self.steps_from(self.progressed.position)
+            while (state := self.progressed).step < total:
                 start, copied = time.monotonic(), self.streamer.copied_bytes
                 step = next(steps)
                 if state.step in state.skipped_steps:
@@ -77,7 +72,7 @@ class Loop:
                 if result.stop_wanted and state.step < total:
                     self._stop(reason)
         with self._phase("saving"):
-            self.saver.save(state)
+            self.saver.save(self.progressed)
 
     def close(self) -> None:
         """Writes the summaries of what was recorded, and gives streamed weights back."""
@@ -88,7 +83,7 @@ class Loop:
     def _before_the_first_step(self) -> None:
         """Does what an earlier run owes, or, before anything is learnt, what shows the base as it is."""
         if self.progressed.step == 0:
-            self.progressed.owed = self._due(validate=True, sample=self.params.samples.sample_at_first)
+            self.progressed.owed = _due(validate=True, sample=self.run.params.samples.sample_at_first)
         owed = self.progressed.owed
         self._work_off()
         if owed:
@@ -102,6 +97,9 @@ class Loop:
         self.spilling.see(seconds)
         self.seconds_by_phase["steps"] += seconds
         if self.records:
+            samples = [
+                [self.picture_ids[n], round(sigma, 4), float(f"{loss:.5g}")] for n, sigma, loss in result.samples
+            ]
             self.records.write(
                 "step",
                 state.step,
@@ -112,19 +110,18 @@ class Loop:
                 learning_rate=result.learning_rate,
                 subset_loss=result.subset_losses,
                 subset_samples=result.subset_samples,
-                samples=[
-                    [self.picture_ids[s.picture], round(s.sigma, 4), float(f"{s.loss:.5g}")] for s in result.samples
-                ],
+                samples=samples,
                 seconds=round(seconds, 4),
             )
-        bar.advance(1, loss=f"{state.loss_mean:.4f}", lr=f"{result.learning_rate:.3g}", memory=self._memory())
-        now = (state.step, epochs_before, state.epochs_done)
-        last = state.step == self.total_steps
-        state.owed = self._due(
-            validate=self.params.validation.every.due(*now) or last, sample=self.params.samples.every.due(*now) or last
+        used = readable_bytes(peak_device_bytes(self.run.processes.device) or peak_rss_bytes())
+        bar.advance(1, loss=f"{state.loss_mean:.4f}", lr=f"{result.learning_rate:.3g}", memory=used)
+        params, now = self.run.params, (state.step, epochs_before, state.epochs_done)
+        last = state.step == self.run.inputs.total_steps
+        state.owed = _due(
+            validate=params.validation.every.due(*now) or last, sample=params.samples.every.due(*now) or last
         )
         self._work_off()
-        if self.params.saving.every.due(*now) or last or state.best_step == state.step:
+        if params.saving.every.due(*now) or last or state.best_step == state.step:
             with self._phase("saving"):
                 self.saver.save(state)
             self._share_samples()
@@ -135,9 +132,6 @@ class Loop:
         if self.sample is not None and adapter is not None:
             self.sample.saved(self.progressed.step, adapter)
 
-    def _due(self, *, validate: bool, sample: bool) -> list[str]:
-        return [name for name, due in (("validation", validate), ("samples", sample)) if due]
-
     def _work_off(self) -> None:
         """Validates and draws what is owed; asked to stop, it leaves the rest to the run that goes on from here."""
         state, callbacks = self.progressed, {"validation": self.validate, "samples": self.sample}
@@ -146,7 +140,7 @@ class Loop:
             with self._phase(state.owed[0]), contextlib.suppress(Stopped):
                 if callback and not stopping.reason():
                     callback(state)
-            if self.processes.any(bool(stopping.reason())):
+            if self.run.processes.any(bool(stopping.reason())):
                 self._stop(stopping.reason())
             state.owed = state.owed[1:]
 
@@ -159,40 +153,40 @@ class Loop:
         finally:
             self.seconds_by_phase[name] += time.monotonic() - start
 
-    def _memory(self) -> str:
-        """Returns the most memory used so far: the device's, or the process's own where it computes on the CPU."""
-        return readable_bytes(peak_device_bytes(self.processes.device) or peak_rss_bytes())
-
     def _stop(self, reason: str) -> None:
         """Saves and raises Stopped, on all processes alike."""
         state = self.progressed
         if state.step:
             self.saver.save(state)
-        self.processes.wait()  # a launcher ends all once one has left, and the main process may still be writing
+        self.run.processes.wait()  # a launcher ends all once one has left, and the main process may still be writing
         raise Stopped(
-            f"stopped by {reason or 'another process'} at step {state.step} of {self.total_steps}, "
+            f"stopped by {reason or 'another process'} at step {state.step} of {self.run.inputs.total_steps}, "
             "everything is saved: the same command goes on"
         )
 
     def _after_bad_loss(self, result: StepResult, step: Step) -> Iterator[Step]:
         """Goes back to the last checkpoint, and from there on without the step at fault; or ends the run."""
-        number = self.progressed.step
-        pictures = [name for names in self.processes.all(self.saver.picture_names(step)) for name in names]
+        number, names = self.progressed.step, self.run.data.train.names
+        mine = [names[int(picture)] for batch in step.batches for picture in batch.plan.pictures]
+        pictures = [name for of_process in self.run.processes.all(mine) for name in of_process]
         message = f"step {number + 1}: {result.bad}; its pictures: {', '.join(pictures)}"
         skipped = [*self.progressed.skipped_steps, number]
-        event = {"bad_step": number + 1, "bad_loss": result.bad, "pictures": pictures}
-        if self.params.bad_loss.on_bad_loss == "stop" or len(skipped) > _MAX_ROLLBACKS or not self.saver.can_roll_back:
-            self._record_event(event)
+        wanted = self.run.params.bad_loss.on_bad_loss == "rollback"
+        goes_back = wanted and len(skipped) <= _MAX_ROLLBACKS and self.saver.can_roll_back
+        if goes_back:
+            self.progressed = self.saver.roll_back()
+            self.progressed.skipped_steps = skipped
+        if self.records:
+            event = {"bad_step": number + 1, "bad_loss": result.bad, "pictures": pictures}
+            self.records.write("event", self.progressed.step, **event)
+        if not goes_back:
             raise InputError(
                 f"{message}. Nothing was learnt from it. Look at these pictures, lower learning_rate or max_grad_norm, "
                 "or let the run go on without such steps: --on-bad-loss rollback"
             )
-        self.saver.roll_back(self.progressed)
-        self.progressed.skipped_steps = skipped
-        self._record_event(event)
         log.warning("%s. Going on from step %d without it", message, self.progressed.step)
         return self.steps_from(self.progressed.position)
 
-    def _record_event(self, values: dict[str, object]) -> None:
-        if self.records:
-            self.records.write("event", self.progressed.step, **values)
+
+def _due(*, validate: bool, sample: bool) -> list[str]:
+    return [name for name, due in (("validation", validate), ("samples", sample)) if due]

@@ -18,7 +18,7 @@ from sd3pipe.intervals import mean_and_half_width
 from sd3pipe.judgement import Score
 from sd3pipe.metrics import read_records
 from sd3pipe.picture_losses import PictureLosses, write_picture_losses
-from sd3pipe.training.items import Items, Numbers
+from sd3pipe.training.batches import Items, Numbers
 
 Array = NDArray[np.float64]
 

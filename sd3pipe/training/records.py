@@ -5,15 +5,15 @@ import io
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sd3pipe.files import append_text, make_folder, write_json, write_text
 from sd3pipe.metrics import BAND_NAMES, METRICS_FILE, read_records
-from sd3pipe.training.items import Items
 from sd3pipe.training.picture_losses import summarise_pictures
-from sd3pipe.training.run_folder import RunFolder
+from sd3pipe.training.run import Run
+from sd3pipe.training.trackers import start_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 class Records:
     """The lines of metrics.jsonl, and what trackers hear of them.
 
-    `start_trackers` returns an accelerate Accelerator. Trackers keep open what they write into, so they start when the
-    run has its final place, and are told then what was recorded before.
+    Trackers keep open what they write into, so they start when the run has its final place, and are told then what was
+    recorded before.
     """
 
-    def __init__(self, run: RunFolder, items: Items, start_trackers: Callable[[], "Accelerator"] | None = None) -> None:
-        self._run, self._items, self._start_trackers = run, items, start_trackers
+    def __init__(self, run: Run) -> None:
+        self._run = run
         self._trackers: Accelerator | None = None
         self._untold: list[tuple[int, dict[str, int | float]]] = []
         self._tell_trackers()
@@ -37,24 +37,25 @@ class Records:
     def write(self, kind: Literal["step", "validation", "event"], step: int, **values: object) -> None:
         """Adds a line: one training step, one validation, or what happens seldom, such as a rollback."""
         line = json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n"
-        append_text(make_folder(self._run.path) / METRICS_FILE, line)
-        if self._start_trackers is not None and kind != "event":
+        append_text(make_folder(self._run.folder.path) / METRICS_FILE, line)
+        if self._run.params.log_with and kind != "event":
             self._untold.append((step, dict(_flat(f"{kind}/", values))))
             self._tell_trackers()
 
     def close(self) -> None:
         """Writes the summaries for DVC, what the losses say of each picture, and ends the trackers."""
-        write_summaries(self._run.path)
-        summarise_pictures(self._run.path, self._items)
+        write_summaries(self._run.folder.path)
+        summarise_pictures(self._run.folder.path, self._run.data.train)
         self._tell_trackers()
         if self._trackers is not None:
             for tracker in self._trackers.trackers:  # its own end_training would end the group of processes, too
                 tracker.finish()
 
     def _tell_trackers(self) -> None:
-        if self._start_trackers is None or not self._run.is_in_place:
+        if not self._run.params.log_with or not self._run.folder.is_in_place:
             return
-        trackers = self._trackers = self._trackers or self._start_trackers()
+        trackers = self._trackers = self._trackers or start_trackers(self._run)
+
         for step, numbers in self._untold:
             trackers.log(numbers, step=step)
         self._untold.clear()

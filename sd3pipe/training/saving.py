@@ -1,16 +1,13 @@
 """Writes checkpoints, copies adapters to the folder where programs look for them, goes back to a checkpoint."""
 
-import functools
-import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from sd3pipe.adapters.files import save_adapter
 from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_file, followed, storage_errors, write_json
-from sd3pipe.rules.occasions import SavingRules
 from sd3pipe.training.checkpoints import (
     ADAPTER_FILE,
     CHECKPOINTS_FOLDER,
@@ -22,17 +19,12 @@ from sd3pipe.training.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from sd3pipe.training.feed import Step
+from sd3pipe.training.description import adapter_metadata
 from sd3pipe.training.optimizers import export_state, import_state
-from sd3pipe.training.processes import Processes
-from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.records import forget_after
-from sd3pipe.training.run_folder import RunFolder
-from sd3pipe.training.state_file import read_state, write_state
-from sd3pipe.training.trained_model import TrainedModel
+from sd3pipe.training.run import Run, TrainedModel
+from sd3pipe.training.state_file import Progressed, read_state, write_state
 from sd3pipe.words import SavePrecision, StoredFormat
-
-log = logging.getLogger(__name__)
 
 _STORED_FORMATS: Mapping[SavePrecision | None, StoredFormat] = {
     None: "fp32", "float": "fp32", "fp16": "fp16", "bf16": "bf16"
@@ -42,28 +34,13 @@ _STORED_FORMATS: Mapping[SavePrecision | None, StoredFormat] = {
 class Saver:
     """Keeps one run's checkpoints. All processes call it alike; the main one writes."""
 
-    def __init__(
-        self,
-        *,
-        run: RunFolder,
-        processes: Processes,
-        model: TrainedModel,
-        state: Mapping[str, object],
-        metadata: Callable[[Progressed], Mapping[str, str]],
-        rules: SavingRules,
-        names: Sequence[str],
-        output_name: str,
-        loras_dir: Path | None = None,
-        newest: Checkpoint | None = None,
-    ) -> None:
-        self._run, self._processes = run, processes
-        self._network, self._weights = model.objective.network, model.weights
-        self._optimizer, self._scaler = model.optimizer, model.scaler
-        self._state, self._metadata = state, metadata
-        self._rules, self._names = rules, names
-        self._loras_dir, self._output_name = loras_dir, output_name
+    def __init__(self, run: Run, model: TrainedModel, warmup_steps: int) -> None:
+        self._run, self._model, self._folder = run, model, run.folder
+        self._is_main, self._loras_dir = run.processes.is_main, run.params.loras_dir
+        self._state = run.start.state(run.identity, warmup_steps)
+        newest = run.start.checkpoint
         self._newest = newest.path if newest else None
-        is_ours = newest is not None and run.path.resolve() in newest.path.resolve().parents
+        is_ours = newest is not None and run.folder.path.resolve() in newest.path.resolve().parents
         self._newest_step = newest.step if newest and is_ours else None
 
     @property
@@ -75,82 +52,82 @@ class Saver:
         """The adapter file of the newest checkpoint, None before the first."""
         return self._newest / ADAPTER_FILE if self._newest is not None else None
 
-    def picture_names(self, step: Step) -> list[str]:
-        """Returns the names of this process's pictures in a step."""
-        numbers = [int(number) for batch in step.batches for number in batch.plan.pictures]
-        return [self._names[number] for number in numbers]
-
     def save(self, progressed: Progressed) -> None:
         """Writes a checkpoint of this step, unless there is one, and lets older ones go."""
         if self._newest_step == progressed.step:
             return
-        path = self._write(progressed) if self._processes.is_main else None
-        self._newest, self._newest_step = self._processes.same(path), progressed.step
+        path = self._write(progressed).path if self._is_main else None
+        self._newest, self._newest_step = self._run.processes.same(path), progressed.step
 
     def note(self, progressed: Progressed) -> None:
         """Writes how far the run is into the checkpoint of this very step, if there is one: its weights stay as is."""
-        if self._processes.is_main and self._newest is not None and self._newest_step == progressed.step:
+        if self._is_main and self._newest is not None and self._newest_step == progressed.step:
             state = self._newest / STATE_FILE
             write_state(state, {**read_state(state), **progressed.to_state()})
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Puts weights, optimizer and the fp16 loss scale back to what they were."""
+        weights, scaler = self._model.weights, self._model.scaler
         tensors = checkpoint.tensors()
-        self._weights.restore(tensors)
+        weights.restore(tensors)
         state = {name: tensor for name, tensor in tensors.items() if name.startswith(("state/", "group/"))}
-        import_state(self._optimizer, self._weights.optimized, state, checkpoint.state["optimizer"])
-        if self._scaler is not None:
+        import_state(self._model.optimizer, weights.optimized, state, checkpoint.state["optimizer"])
+        if scaler is not None:
             if "loss_scale" not in checkpoint.state:
                 raise InputError(f"{checkpoint.path} was not trained in fp16: it has no loss scale")
-            self._scaler.load_state_dict(dict(checkpoint.state["loss_scale"]))
+            scaler.load_state_dict(dict(checkpoint.state["loss_scale"]))
 
-    def roll_back(self, progressed: Progressed) -> None:
-        """Goes back to the newest checkpoint: weights, optimizer, progress, records."""
+    def roll_back(self) -> Progressed:
+        """Goes back to the newest checkpoint: weights, optimizer, records; returns how far the run was then."""
         assert self._newest is not None
         checkpoint = read_checkpoint(self._newest)
         self.restore(checkpoint)
-        progressed.become(Progressed.from_state(checkpoint.state))
-        if self._processes.is_main:
-            forget_after(self._run.path, checkpoint.step)
+        if self._is_main:
+            forget_after(self._folder.path, checkpoint.step)
+        return Progressed.from_state(checkpoint.state)
 
-    def finish(self, inputs: Mapping[str, object]) -> None:
+    def finish(self) -> None:
         """Makes final/ from the newest checkpoint: the adapter, and what it was made from."""
         assert self._newest is not None
-        if not self._processes.is_main:
+        if not self._is_main:
             return
         if self._loras_dir is not None:
-            copy_file(self._newest / ADAPTER_FILE, followed(self._loras_dir / f"{self._output_name}.safetensors"))
-        final = self._run.path / FINAL_FOLDER
+            copy_file(self._newest / ADAPTER_FILE, followed(self._loras_dir / f"{self._run.output_name}.safetensors"))
+        final = self._folder.path / FINAL_FOLDER
         copy_file(self._newest / ADAPTER_FILE, final / ADAPTER_FILE)
-        write_json(final / INPUTS_FILE, inputs)  # comes last: it says that the run is finished
+        made_from = {"identity": self._run.identity, "steps": self._run.inputs.total_steps}
+        write_json(final / INPUTS_FILE, made_from)  # comes last: it says that the run is finished
 
-    def _write(self, progressed: Progressed) -> Path:
+    def _write(self, progressed: Progressed) -> Checkpoint:
         """Writes a checkpoint, with the first of which a new run takes the place of an older one."""
-        tensors, values = export_state(self._optimizer, self._weights.optimized)
+        model, rules = self._model, self._run.params.saving
+
+        def write_adapter(path: Path) -> None:
+            metadata = adapter_metadata(self._run, model, progressed)
+            with model.weights.delivered(model.optimizer):
+                deltas = model.objective.network.deltas()
+                save_adapter(path, deltas, dtype=_STORED_FORMATS[rules.save_precision], metadata=metadata)
+
+        tensors, values = export_state(model.optimizer, model.weights.optimized)
         numbers: dict[str, object] = {**progressed.to_state(), "optimizer": values}
-        if self._scaler is not None:
-            numbers["loss_scale"] = self._scaler.state_dict()
+        if model.scaler is not None:
+            numbers["loss_scale"] = model.scaler.state_dict()
         checkpoint = write_checkpoint(
-            self._run.path,
+            self._folder.path,
             step=progressed.step,
-            write_adapter=functools.partial(self._write_adapter, progressed),
-            tensors={**self._weights.export(), **tensors},
+            write_adapter=write_adapter,
+            tensors={**model.weights.export(), **tensors},
             state={**self._state, **numbers},
         )
-        if not self._run.is_in_place:
-            self._run.settle()
-            checkpoint = replace(checkpoint, path=self._run.path / CHECKPOINTS_FOLDER / checkpoint.path.name)
+        if not self._folder.is_in_place:
+            self._folder.settle()
+            checkpoint = replace(checkpoint, path=self._folder.path / CHECKPOINTS_FOLDER / checkpoint.path.name)
         if self._loras_dir is not None:
-            name = loras_file(self._output_name, progressed.step)
+            name = loras_file(self._run.output_name, progressed.step)
             copy_file(checkpoint.adapter, followed(self._loras_dir / name))
         best = [progressed.best_step] if progressed.best_step is not None else []
-        prune(self._run.path, checkpoint, self._rules, keep_steps=best)
-        return checkpoint.path
-
-    def _write_adapter(self, progressed: Progressed, path: Path) -> None:
-        dtype, metadata = _STORED_FORMATS[self._rules.save_precision], self._metadata(progressed)
-        with self._weights.delivered(self._optimizer):
-            save_adapter(path, self._network.deltas(), dtype=dtype, metadata=metadata)
+        prune(self._folder.path, checkpoint, rules, keep_steps=best)
+        return checkpoint
 
 
 def loras_file(output_name: str, step: int) -> str:

@@ -5,8 +5,8 @@
 import functools
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,33 +23,26 @@ from sd3pipe.memory.plan import Settings
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.mmdit import MMDiT
 from sd3pipe.models.pos_embed import ScaledPositions
-from sd3pipe.models.sources import ComponentSource
 from sd3pipe.params.train import TrainParams
-from sd3pipe.rules.feeding import EncoderDropout
 from sd3pipe.training.adapter_options import adapter_spec, loraplus_ratio
 from sd3pipe.training.batches import Position, plan_steps
 from sd3pipe.training.compiling import compile_as_wanted
-from sd3pipe.training.description import adapter_metadata, described_spec
 from sd3pipe.training.feed import Feed, FeedRules, Step, load_steps, with_modulation
-from sd3pipe.training.identity import RunInputs
 from sd3pipe.training.loop import Loop
 from sd3pipe.training.memory_plan import MemoryPlan
 from sd3pipe.training.objective import Objective
 from sd3pipe.training.optimizers import check_optimizer_args, make_optimizer, parse_args
 from sd3pipe.training.picture_losses import picture_ids
-from sd3pipe.training.processes import Processes
-from sd3pipe.training.progressed import Progressed
 from sd3pipe.training.records import Records
-from sd3pipe.training.run_folder import RunFolder, Start
+from sd3pipe.training.run import Run, RunInputs, TrainedModel
 from sd3pipe.training.saving import Saver, loras_file
 from sd3pipe.training.schedules import make_schedule
 from sd3pipe.training.spilling import SpillWatch, device_is_full
+from sd3pipe.training.state_file import Progressed
 from sd3pipe.training.step_runner import StepRunner
 from sd3pipe.training.step_samples import check_prompts, make_sampler
-from sd3pipe.training.trackers import start_trackers
-from sd3pipe.training.trained_model import TrainedModel
 from sd3pipe.training.trained_weights import TrainedWeights
-from sd3pipe.training.training_data import TrainingData, check_captions
+from sd3pipe.training.training_data import check_captions
 from sd3pipe.training.validation import Validator
 
 log = logging.getLogger(__name__)
@@ -57,34 +50,25 @@ log = logging.getLogger(__name__)
 _LONGEST_NAME = 255  # bytes that a file system takes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """A training run before its base is loaded."""
-
-    params: TrainParams
-    processes: Processes
-    data: TrainingData
-    source: ComponentSource  # of the base
-    inputs: RunInputs
-    identity: Mapping[str, object]
-    start: Start
-    folder: RunFolder
-
-
-def check_options(params: TrainParams, architecture: MMDiTArchitecture, data: TrainingData, run: RunInputs) -> None:
+def check_options(run: Run, architecture: MMDiTArchitecture) -> None:
     """Refuses, before any weights of the base are read, options, adapters and texts that cannot be trained with."""
-    check_captions(params, data.text, architecture)
+    params, inputs = run.params, run.inputs
+    check_captions(params, run.data.text, architecture)
     check_prompts(params, architecture)
-    make_schedule(params.schedule, run.total_steps)
+    make_schedule(params.schedule, inputs.total_steps)
     spec = adapter_spec(params.adapter, seed=params.seed)
     linears = dict(MMDiT(architecture, device="meta").linears())
     learning_rates(target_ranks(linears, spec), spec, params.optimizer.learning_rate)
-    _check_kinds(params, spec, run)
+    _check_kinds(params, spec, inputs)
     check_optimizer_args(params.optimizer.optimizer_type, parse_args("optimizer_args", params.optimizer.optimizer_args))
-    for path in (*run.base_weights, *([run.network_weights] if run.network_weights else [])):
+    for path in (*inputs.base_weights, *([inputs.network_weights] if inputs.network_weights else [])):
         check_fit(linears, read_adapter(path).model_part)
     if params.loras_dir is not None:
-        _check_output_name(params.output_name or params.out.name)
+        name = run.output_name
+        if len(os.fsencode(loras_file(name, 0))) > _LONGEST_NAME:
+            raise ParameterError(
+                f"output_name = {name[:40]}...: is too long for the name of a file: choose a shorter one"
+            )
         make_folder(params.loras_dir)
 
 
@@ -109,73 +93,30 @@ def _check_kinds(params: TrainParams, spec: AdapterSpec, run: RunInputs) -> None
             check_option(kind, "scale_weight_norms")
 
 
-def _check_output_name(name: str) -> None:
-    if len(os.fsencode(loras_file(name, 0))) > _LONGEST_NAME:
-        raise ParameterError(f"output_name = {name[:40]}...: is too long for the name of a file: choose a shorter one")
-
-
 def build_loop(run: Run, memory: MemoryPlan) -> Loop:
     """Returns a loop that is ready to run, from the checkpoint of `run.start` if there is one."""
-    params, processes, folder, checkpoint = run.params, run.processes, run.folder, run.start.checkpoint
+    params, device, checkpoint = run.params, run.processes.device, run.start.checkpoint
     schedule = make_schedule(params.schedule, run.inputs.total_steps)
     if checkpoint is not None:  # the warm-up of a run that goes on keeps the length it began with
         schedule = replace(schedule, warmup_steps=checkpoint.state["warmup_steps"])
     model = _model(run, memory.settings)
-    saver = Saver(
-        run=folder,
-        processes=processes,
-        model=model,
-        state=run.start.state(run.identity, schedule.warmup_steps),
-        metadata=functools.partial(
-            adapter_metadata,
-            params,
-            run.data,
-            run.inputs,
-            variant=model.objective.mmdit.architecture.variant,
-            spec=described_spec(params, model.objective.network),
-        ),
-        rules=params.saving,
-        names=run.data.train.names,
-        output_name=params.output_name or params.out.name,
-        loras_dir=params.loras_dir,
-        newest=checkpoint,
-    )
-    progressed = Progressed()
+    saver, progressed = Saver(run, model, schedule.warmup_steps), Progressed()
     if checkpoint is not None:
         saver.restore(checkpoint)
         progressed = Progressed.from_state(checkpoint.state)
-    records = None
-    if processes.is_main:
-        trackers = functools.partial(start_trackers, params, run.identity, processes) if params.log_with else None
-        records = Records(folder, run.data.train, trackers)
+    records = Records(run) if run.processes.is_main else None
     return Loop(
-        params=params,
-        total_steps=run.inputs.total_steps,
-        runner=StepRunner(
-            model=model,
-            schedule=schedule,
-            processes=processes,
-            subset_names=[rules.name for rules in run.data.train.rules],
-            most_samples=params.batches.train_batch_size * params.batches.gradient_accumulation_steps,
-            max_grad_norm=params.max_grad_norm,
-            max_weight_norm=params.scale_weight_norms,
-            loss_spike_factor=params.bad_loss.loss_spike_factor,
-            layer_major=params.memory.layer_major,
-        ),
+        run=run,
+        runner=StepRunner(run, model, schedule),
         progressed=progressed,
         steps_from=functools.partial(_steps_from, run, model),
         saver=saver,
         records=records,
         picture_ids=picture_ids(run.data.train),
-        validate=_validator(run, model, records),
-        sample=make_sampler(
-            params, folder, model, processes.device, base=run.inputs.base, precision=run.inputs.precision
-        )
-        if records
-        else None,
-        processes=processes,
+        validate=Validator(run, model, records) if len(run.data.validation) else None,
+        sample=make_sampler(run, model) if records else None,
         streamer=model.streamer,
-        spilling=SpillWatch(functools.partial(device_is_full, processes.device)),
+        spilling=SpillWatch(functools.partial(device_is_full, device)),
     )
 
 
@@ -223,27 +164,6 @@ def _attach_adapter(
     return network
 
 
-def _validator(run: Run, model: TrainedModel, records: Records | None) -> Validator | None:
-    """Returns what measures the held-out pictures, or None where there are none.
-
-    Nothing of them is dropped, and the noise belongs to the picture.
-    """
-    if not len(run.data.validation):
-        return None
-    validation = run.params.validation
-    seed = run.params.seed if validation.validation_seed is None else validation.validation_seed
-    rules = replace(_feed_rules(run.params, model), seed=seed, encoder_dropout=EncoderDropout())
-    return Validator(
-        feed=Feed(run.data.validation, run.data.latents, run.data.text, rules),
-        batch_size=run.params.batches.train_batch_size,
-        max_batches=validation.max_validation_steps,
-        model=model,
-        processes=run.processes,
-        records=records,
-        run=run.folder,
-    )
-
-
 def _steps_from(run: Run, model: TrainedModel, position: Position) -> Iterator[Step]:
     """Returns the tensors of the steps from a position on, for this process."""
     params, data, processes = run.params, run.data, run.processes
@@ -258,17 +178,7 @@ def _steps_from(run: Run, model: TrainedModel, position: Position) -> Iterator[S
         rank=processes.rank,
         num_ranks=processes.count,
     )
-    feed = Feed(data.train, data.latents, data.text, _feed_rules(params, model))
+    rules = FeedRules.of(params, model.objective.mmdit.context_embedder.compute_dtype)
     workers = (2 if on_gpu else 0) if workers is None else workers
-    steps = load_steps(feed, plans, workers=workers, pin_memory=on_gpu)
+    steps = load_steps(Feed(data.train, data.latents, data.text, rules), plans, workers=workers, pin_memory=on_gpu)
     return with_modulation(steps, model.streamer.prepare) if model.streamer.prepares_modulation else steps
-
-
-def _feed_rules(params: TrainParams, model: TrainedModel) -> FeedRules:
-    return FeedRules(
-        seed=params.seed,
-        sampling=params.noise,
-        use_masks=params.loss.masked_loss != "off",
-        encoder_dropout=params.encoder_dropout,
-        context_dtype=model.objective.mmdit.context_embedder.compute_dtype,
-    )

@@ -11,21 +11,10 @@ from torch import Tensor
 
 from sd3pipe.device import sum_dtype
 from sd3pipe.memory.layer_major import run_layer_major
-from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.training.feed import Batch
 from sd3pipe.training.objective import ForwardPass
-from sd3pipe.training.processes import Processes
+from sd3pipe.training.run import Run, TrainedModel
 from sd3pipe.training.schedules import Schedule
-from sd3pipe.training.trained_model import TrainedModel
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleLoss:
-    """The loss of one sample before any weighting; `picture` is its number among the items."""
-
-    picture: int
-    sigma: float
-    loss: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +26,7 @@ class StepResult:
     learning_rate: float
     subset_losses: dict[str, float]
     subset_samples: dict[str, int]
-    samples: tuple[SampleLoss, ...]
+    samples: list[tuple[int, float, float]]  # number among the items, sigma, loss before any weighting
     stop_wanted: bool
     bad: str = ""  # why the step was not applied
 
@@ -45,32 +34,15 @@ class StepResult:
 class StepRunner:
     """Takes single training steps; with `layer_major`, block by block for all of its micro-batches."""
 
-    def __init__(
-        self,
-        *,
-        model: TrainedModel,
-        schedule: Schedule,
-        processes: Processes,
-        subset_names: Sequence[str],
-        most_samples: int,
-        max_grad_norm: float,
-        max_weight_norm: float | None = None,
-        loss_spike_factor: float | None = None,
-        layer_major: bool = False,
-    ) -> None:
+    def __init__(self, run: Run, model: TrainedModel, schedule: Schedule) -> None:
+        self.params, self.processes, self.schedule = run.params, run.processes, schedule
         self.objective, self.network, self.weights = model.objective, model.objective.network, model.weights
-        self.optimizer, self.schedule, self.processes = model.optimizer, schedule, processes
-        self._subset_names, self._most_samples = subset_names, most_samples
-        self._max_grad_norm, self._max_weight_norm = max_grad_norm, max_weight_norm
-        self._spike = loss_spike_factor
-        self.scaler, self._layer_major = model.scaler, model.streamer if layer_major else None
+        self.optimizer, self.scaler, self._streamer = model.optimizer, model.scaler, model.streamer
+        self._subset_names = [rules.name for rules in run.data.train.rules]
         self._rates = [group["lr"] for group in model.optimizer.param_groups]
 
     def step(self, number: int, batches: Sequence[Batch], *, loss_mean: float | None, stop: bool) -> StepResult:
-        """Runs forward and backward over the micro-batches and, if all is well, updates the adapter.
-
-        A step has at most `most_samples` samples on a process.
-        """
+        """Runs forward and backward over the micro-batches and, if all is well, updates the adapter."""
         if not self.network.training:
             self.network.train()
         sums, samples = self._accumulate(batches)
@@ -84,10 +56,13 @@ class StepRunner:
         numbers = torch.cat([shared, norm.to(sums.dtype).view(1)]).tolist()  # the only host sync
         result = self._result(number, numbers, loss_mean)
         if result.bad:
-            self._give_up()
+            if self.scaler is not None:
+                self.scaler.update()  # else it refuses to unscale the next step's gradients
+            self.weights.clear_gradients()
             return result
-        if self._max_grad_norm and result.grad_norm > self._max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(optimized, self._max_grad_norm, norm)
+        most = self.params.max_grad_norm
+        if most and result.grad_norm > most:
+            torch.nn.utils.clip_grads_with_norm_(optimized, most, norm)
         self._update(number)
         return result
 
@@ -111,8 +86,8 @@ class StepRunner:
             samples.append(torch.stack([number.to(sums.dtype) for number in numbers], dim=1))
             return loss if self.scaler is None else self.scaler.scale(loss)
 
-        if self._layer_major is not None:
-            self._take_layer_by_layer(list(forward_passes), weighed, self._layer_major)
+        if self.params.memory.layer_major:
+            self._take_layer_by_layer(list(forward_passes), weighed)
         else:
             for forward_pass in forward_passes:
                 weighed(forward_pass, objective.predict(forward_pass)).backward()
@@ -120,30 +95,28 @@ class StepRunner:
 
     def _in_own_places(self, samples: Tensor) -> Tensor:
         """Returns a process's samples where no other process has its own, so that the sum over all has each of them."""
-        before = self.processes.rank * self._most_samples
-        after = self.processes.count * self._most_samples - before - len(samples)
+        most = self.params.batches.train_batch_size * self.params.batches.gradient_accumulation_steps
+        before = self.processes.rank * most
+        after = self.processes.count * most - before - len(samples)
         return torch.nn.functional.pad(samples, (0, 0, before, after))
 
     def _take_layer_by_layer(
-        self,
-        forward_passes: list[ForwardPass],
-        weighed: Callable[[ForwardPass, Tensor], Tensor],
-        streamer: BlockStreamer,
+        self, forward_passes: list[ForwardPass], weighed: Callable[[ForwardPass, Tensor], Tensor]
     ) -> None:
         """Takes all micro-batches of the step through one block after the other."""
 
         def select(number: int) -> None:
             self.objective.select(forward_passes[number])
-            streamer.use(forward_passes[number].batch.modulation)
+            self._streamer.use(forward_passes[number].batch.modulation)
 
         run_layer_major(
             self.objective.mmdit,
-            streamer,
+            self._streamer,
             [forward_pass.inputs for forward_pass in forward_passes],
             loss=lambda number, velocity_BChw: weighed(forward_passes[number], velocity_BChw),
             select=select,
         )
-        streamer.use(None)
+        self._streamer.use(None)
 
     def _result(self, number: int, numbers: list[float], loss_mean: float | None) -> StepResult:
         end = 2 * (len(self._subset_names) + 2)
@@ -157,11 +130,11 @@ class StepRunner:
             learning_rate=self._rates[0] * self.schedule.factor(number),
             subset_losses={name: total / count for name, (total, count) in per_subset.items()},
             subset_samples={name: round(count) for name, (_, count) in per_subset.items()},
-            samples=tuple(
-                SampleLoss(picture=round(picture) - 1, sigma=sigma, loss=loss)
+            samples=[
+                (round(picture) - 1, sigma, loss)
                 for picture, sigma, loss in zip(samples[0::3], samples[1::3], samples[2::3], strict=True)
                 if picture
-            ),
+            ],
             stop_wanted=pairs[-1][0] > 0,
             bad=self._complaint(loss, norm, loss_mean),
         )
@@ -171,7 +144,8 @@ class StepRunner:
             return f"the loss is {loss}"
         if self.scaler is None and not math.isfinite(norm):
             return f"the norm of the gradients is {norm}"
-        if self._spike is not None and loss_mean is not None and loss > self._spike * loss_mean:
+        factor = self.params.bad_loss.loss_spike_factor
+        if factor is not None and loss_mean is not None and loss > factor * loss_mean:
             return f"the loss is {loss:.4g}, {loss / loss_mean:.3g} times its running mean"
         return ""
 
@@ -184,13 +158,7 @@ class StepRunner:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.weights.end_update(number)
-        if self._max_weight_norm is not None:
-            self.network.limit_norms(self._max_weight_norm)
+        if self.params.scale_weight_norms is not None:
+            self.network.limit_norms(self.params.scale_weight_norms)
         self.weights.move_average(number)
-        self.weights.clear_gradients()
-
-    def _give_up(self) -> None:
-        """Forgets the gradients of a bad step."""
-        if self.scaler is not None:
-            self.scaler.update()  # else it refuses to unscale the next step's gradients
         self.weights.clear_gradients()

@@ -2,13 +2,12 @@
 
 import importlib.util
 import os
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from sd3pipe.errors import ParameterError
 from sd3pipe.files import make_folder
 from sd3pipe.params.train import TrainParams
-from sd3pipe.training.processes import Processes
+from sd3pipe.training.run import Run
 from sd3pipe.words import Tracker
 
 if TYPE_CHECKING:
@@ -26,20 +25,21 @@ def check_trackers(params: TrainParams) -> None:
         )
 
 
-def start_trackers(params: TrainParams, config: Mapping[str, object], processes: Processes) -> "Accelerator":
+def start_trackers(run: Run) -> "Accelerator":
     """Returns an accelerate Accelerator whose trackers are running.
 
     W&B is offline where WANDB_MODE=offline says so; Trackio keeps its files with the run unless TRACKIO_DIR says where.
     """
     from accelerate import Accelerator  # takes its time, and a run without trackers needs none of it
 
+    params, processes = run.params, run.processes
     folder = make_folder(params.logging_dir or params.out / "logs")
     os.environ.setdefault("TRACKIO_DIR", str((folder / "trackio").absolute()))  # read when trackio is imported
     on_cpu = processes.count == 1 or processes.device.type == "cpu"  # several processes have their state already
     accelerator = Accelerator(cpu=on_cpu, log_with=[*_wanted(params)], project_dir=folder)
     accelerator.init_trackers(
-        params.log_tracker_name or params.output_name or params.out.name,
-        config={name: value for name, value in config.items() if isinstance(value, bool | int | float | str)},
+        params.log_tracker_name or run.output_name,
+        config={name: value for name, value in run.identity.items() if isinstance(value, bool | int | float | str)},
         init_kwargs={"wandb": {"name": params.wandb_run_name, "dir": str(folder)}},
     )
     return accelerator

@@ -1,24 +1,28 @@
-"""Opens the two caches and joins them into what can be trained on and what is held out."""
+"""Opens the two caches, joins them into what can be trained on and what is held out, and counts that for a report."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, JsonValue, TypeAdapter
 
 from sd3pipe.cache.join import JoinedPictures, Numbers, join_pictures
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.rows import latents_name
 from sd3pipe.data import geometry
 from sd3pipe.data.weighting import sample_repeats
+from sd3pipe.diffusion.sampler import PIXELS_PER_LATENT
+from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.fingerprint import digest_bytes, hash_bytes, hash_json
 from sd3pipe.models import text_recipe
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.params.train import TrainParams
-from sd3pipe.training.items import Items, SubsetRules
+from sd3pipe.training.batches import Items, SubsetRules
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +64,16 @@ def open_data(params: TrainParams) -> TrainingData:
     text = CacheReader(params.text, verify_reads=params.reading.verify_reads)
     joined = join_pictures(latents, text)
     for reader in (latents, text):
-        _tell_origin(reader)
-        _tell_version(reader)
+        _tell_about(reader)
     for message in joined.unreadable:
         log.warning("left out: %s", message)
     subsets = _subsets(latents, text, params)
-    _check_subsets(params.latents, subsets, set(joined.subsets))
+    for name in sorted(subsets.keys() | set(joined.subsets)):
+        if not {"num_repeats", "is_reg"} <= subsets.get(name, {}).keys():
+            raise InputError(
+                f"{params.latents}: its manifest does not say how often the pictures of {name} are seen: run the "
+                "encode stage, which writes it anew and keeps the rows"
+            )
     splits = np.array(joined.splits, dtype=object)
     train = np.flatnonzero(splits == "train")
     if not len(train):
@@ -104,13 +112,59 @@ def check_captions(params: TrainParams, text: CacheReader, architecture: MMDiTAr
         check_widths(params.text, widths["t5xxl"], widths["pooled_l"] + widths["pooled_g"], architecture)
 
 
-def _tell_origin(reader: CacheReader) -> None:
+class _EncodeReport(BaseModel):
+    """What an encode stage said of itself beside the cache that it filled."""
+
+    exit_code: Literal[0]
+    seconds: float
+    captions: dict[str, JsonValue] = {}
+    cut: list[JsonValue] = []
+
+
+def encode_summary(caches: Mapping[str, Path]) -> dict[str, object]:
+    """Returns, by cache, what its encode stage counted, as JSON types; nothing of a cache that came without a report.
+
+    It belongs into the run's own report, because the cache may hold other captions when somebody reads that.
+    """
+    summary: dict[str, object] = {}
+    for name, cache in caches.items():
+        try:
+            report = read_json(Path(f"{cache}.report.json"), TypeAdapter(_EncodeReport))
+        except DocumentError:
+            continue
+        summary[name] = {"seconds": report.seconds, "captions": report.captions, "cut": len(report.cut)}
+    return summary
+
+
+def data_summary(data: TrainingData) -> dict[str, object]:
+    """Returns counts of pictures, captions, sizes in pixels and subsets as JSON types."""
+    train, held_out = data.train, data.validation
+    sides = train.latent_shapes[train.latents.rows] * PIXELS_PER_LATENT
+    counts = Counter((int(width), int(height)) for height, width in sides)  # of rows: crops and mirrored ones apart
+    return {
+        "pictures": len(train),
+        "held_out": len(held_out),
+        "pictures_per_epoch": int(train.repeats.sum()),
+        "captions": len(np.unique(train.captions.rows)),
+        "buckets": {f"{width}x{height}": rows for (width, height), rows in sorted(counts.items())},
+        "subsets": {
+            rules.name: {
+                "pictures": int((train.subsets == number).sum()),
+                "held_out": int((held_out.subsets == number).sum()),
+                "per_epoch": int(train.repeats[train.subsets == number].sum()),
+                "loss_weight": rules.loss_weight,
+                "caption_dropout_rate": rules.caption_dropout_rate,
+            }
+            for number, rules in enumerate(train.rules)
+        },
+    }
+
+
+def _tell_about(reader: CacheReader) -> None:
+    """Tells of rows that another program encoded, or another version of this one."""
     origin = reader.manifest.recipe.get("imported_from")
     if origin:
         log.info("%s holds rows that %s encoded; `sd3pipe cache ls` shows how many of each shape", reader.where, origin)
-
-
-def _tell_version(reader: CacheReader) -> None:
     made, ours = reader.manifest.recipe_version, _RECIPE_VERSIONS[reader.manifest.kind]
     if made != ours:
         log.warning(
@@ -131,10 +185,15 @@ def _items(
     """Returns some of the joined pictures as what can be trained on."""
     names = sorted(subsets)
     codes = {name: code for code, name in enumerate(names)}
-    chosen = pictures.tolist()
+    chosen, occurrences = pictures.tolist(), joined.occurrences.tolist()
     of_subset = [joined.subsets[number] for number in chosen]
-    hashes, occurrences = joined.image_hashes, joined.occurrences.tolist()
-    ids = [_picture_id((joined.subsets[number], hashes[number], occurrences[number])) for number in chosen]
+    known_by = [f"{joined.subsets[n]}\0{joined.image_hashes[n]}\0{occurrences[n]}" for n in chosen]
+    digests = (digest_bytes(known.encode("utf-8", "surrogateescape")) for known in known_by)
+    ids = [int.from_bytes(digest[:8], "little") for digest in digests]  # which key all random numbers
+    empty_caption = text.manifest.extra.get(_EMPTY_CAPTION)
+    if not isinstance(empty_caption, str):
+        raise InputError(f"{text.where} does not say which row the empty caption is: encode the text again")
+    lengths = [next(shape[0] for name, _, shape in layout if name == "t5xxl") for layout in text.index.layouts]
     return Items(
         names=[joined.names[number] for number in chosen],
         ids=np.array(ids, dtype=np.uint64),
@@ -143,17 +202,10 @@ def _items(
         rules=tuple(_rules(name, subsets[name], params) for name in names),
         latents=joined.latents.of_pictures(pictures),
         captions=joined.captions.of_pictures(pictures),
-        empty_caption=_empty_caption(text),
+        empty_caption=text.number(empty_caption),
         latent_shapes=latent_shapes,
-        text_lengths=_text_lengths(text),
+        text_lengths=np.array(lengths, dtype=np.int64)[text.index.arrays["row_layout"]],
     )
-
-
-def _picture_id(picture: tuple[str, str, int]) -> int:
-    """Returns what stands for (subset, image hash, occurrence) in all random numbers."""
-    subset, image_hash, occurrence = picture
-    text = f"{subset}\0{image_hash}\0{occurrence}"
-    return int.from_bytes(digest_bytes(text.encode("utf-8", "surrogateescape"))[:8], "little")
 
 
 def _subsets(latents: CacheReader, text: CacheReader, params: TrainParams) -> dict[str, dict[str, Any]]:
@@ -173,16 +225,6 @@ def _subsets(latents: CacheReader, text: CacheReader, params: TrainParams) -> di
     return subsets
 
 
-def _check_subsets(where: Path, subsets: Mapping[str, Mapping[str, Any]], named: set[str]) -> None:
-    """Raises InputError for a subset that the manifest does not have, or not whole."""
-    for name in sorted(subsets.keys() | named):
-        if not {"num_repeats", "is_reg"} <= subsets.get(name, {}).keys():
-            raise InputError(
-                f"{where}: its manifest does not say how often the pictures of {name} are seen: run the encode stage, "
-                "which writes it anew and keeps the rows"
-            )
-
-
 def _rules(name: str, values: Mapping[str, Any], params: TrainParams) -> SubsetRules:
     weight, prior = values.get("loss_weight"), values.get("prior_loss_weight")
     prior = params.prior_loss_weight if prior is None else prior
@@ -195,13 +237,6 @@ def _rules(name: str, values: Mapping[str, Any], params: TrainParams) -> SubsetR
     )
 
 
-def _empty_caption(text: CacheReader) -> int:
-    key = text.manifest.extra.get(_EMPTY_CAPTION)
-    if not isinstance(key, str):
-        raise InputError(f"{text.where} does not say which row the empty caption is: encode the text again")
-    return text.number(key)
-
-
 def _latent_shapes(latents: CacheReader) -> np.ndarray:
     """Returns h, w of every latent row."""
     layouts = []
@@ -209,12 +244,6 @@ def _latent_shapes(latents: CacheReader) -> np.ndarray:
         shapes = {name: shape for name, _, shape in layout}
         layouts.append(shapes[latents_name(shapes)][-2:])
     return np.array(layouts, dtype=np.int64).reshape(-1, 2)[latents.index.arrays["row_layout"]]
-
-
-def _text_lengths(text: CacheReader) -> np.ndarray:
-    """Returns the number of T5 positions of every text row."""
-    lengths = [next(shape[0] for name, _, shape in layout if name == "t5xxl") for layout in text.index.layouts]
-    return np.array(lengths, dtype=np.int64)[text.index.arrays["row_layout"]]
 
 
 def _digest(items: Items, latents: CacheReader, text: CacheReader) -> str:

@@ -7,8 +7,15 @@ import pytest
 
 from sd3pipe.cache.join import RowLists
 from sd3pipe.diffusion.draws import hashes, normals, uniforms
-from sd3pipe.training.batches import Position, epoch_batches, fixed_batches, plan_steps, steps_of_epochs
-from sd3pipe.training.items import Items, SubsetRules
+from sd3pipe.training.batches import (
+    Items,
+    Position,
+    SubsetRules,
+    epoch_batches,
+    fixed_batches,
+    plan_steps,
+    steps_of_epochs,
+)
 
 
 def make_items(count: int = 11, *, repeats=None, captions=1, crops=1, rules=None, lengths=None) -> Items:

@@ -18,7 +18,7 @@ from sd3pipe.training.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from sd3pipe.training.progressed import Progressed
+from sd3pipe.training.state_file import Progressed
 
 TENSORS = {
     "down": torch.arange(6.0).view(2, 3).T,  # not contiguous

@@ -1,14 +1,23 @@
-"""What makes two runs the same: everything that the trained weights are a function of, by name."""
+"""One run: its options, inputs and model; and what makes two runs the same, by name."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
 from sd3pipe.adapters.find import find_adapter
 from sd3pipe.fingerprint import hash_file
+from sd3pipe.memory.streaming import BlockStreamer
+from sd3pipe.models.sources import ComponentSource
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.batches import steps_of_epochs
+from sd3pipe.training.objective import Objective
+from sd3pipe.training.processes import Processes
+from sd3pipe.training.run_folder import RunFolder, Start
 from sd3pipe.training.schedules import EXTENDABLE
+from sd3pipe.training.trained_weights import TrainedWeights
 from sd3pipe.training.training_data import TrainingData
 from sd3pipe.words import Precision
 
@@ -23,6 +32,35 @@ class RunInputs:
     total_steps: int
     network_weights: Path | None
     base_weights: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A training run, as far as it is known before its base is loaded."""
+
+    params: TrainParams
+    processes: Processes
+    data: TrainingData
+    source: ComponentSource  # of the base
+    inputs: RunInputs
+    identity: Mapping[str, object]
+    start: Start
+    folder: RunFolder
+
+    @property
+    def output_name(self) -> str:
+        return self.params.output_name or self.params.out.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedModel:
+    """The objective with base and adapter, what keeps the base's blocks, what is trained and what trains it."""
+
+    objective: Objective
+    streamer: BlockStreamer
+    weights: TrainedWeights
+    optimizer: Optimizer
+    scaler: GradScaler | None = None
 
 
 def resolve_inputs(
