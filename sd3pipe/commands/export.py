@@ -126,9 +126,7 @@ def _export_to_hub(
     report.begin()
     write_pictures(out, samples.files)
     hub_id = params.model.partition("@")[0] if params.model and is_hub_id(params.model) else None
-    text = card_text(
-        published(metadata or {}), hub_id=hub_id, weights=WEIGHTS, pictures=samples.shown, drawn_at=samples.step
-    )
+    text = card_text(published(metadata or {}), hub_id=hub_id, samples=samples)
     card = write_card(out, text, report.path)
     if not samples.files:
         log.warning("%s has no sample pictures: the card shows none", params.adapter)

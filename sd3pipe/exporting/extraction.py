@@ -1,10 +1,8 @@
 """The adapter between two models of one architecture, module by module, so that one weight of each is in memory."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from sd3pipe.adapters.algebra import Approximation, approximate
 from sd3pipe.adapters.keymap import native_block
@@ -27,12 +25,17 @@ def extract(
     tuned: ComponentSource, base: ComponentSource, *, rank: int, energy: float | None, embedders: bool
 ) -> Extracted:
     """Returns LoRAs near the difference of two models. Raises InputError where they differ in kind or not at all."""
-    _check_alike(tuned, base)
+    ours, theirs = tuned.shapes(), base.shapes()
+    odd = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if odd:
+        raise InputError(f"{tuned.where} was not tuned from {base.where}: {odd[0]} is only in one, or of another size")
     found: dict[str, Approximation] = {}
     squared_norms: dict[str, float] = {}
     left_out = 0.0
     with progress("extract", len(tuned.tensors), "tensors") as bar:
-        for key, change in _changes(tuned, base):
+        for key in tuned.tensors:
+            after = read_tensors(tuned.tensors, dtype=torch.float32, keys=[key])[key]
+            change = after - read_tensors(base.tensors, dtype=torch.float32, keys=[key])[key]
             squared = float(torch.linalg.vector_norm(change.double()).square())
             path = key.removesuffix(".weight")
             is_layer = change.ndim > 1 and path not in (key, "pos_embed")
@@ -45,16 +48,3 @@ def extract(
     if not found:
         raise InputError(f"{tuned.where} and {base.where} do not differ in any layer that an adapter changes")
     return Extracted(found=found, squared_norms=squared_norms, left_out=left_out)
-
-
-def _changes(tuned: ComponentSource, base: ComponentSource) -> Iterator[tuple[str, Tensor]]:
-    for key in tuned.tensors:
-        after = read_tensors(tuned.tensors, dtype=torch.float32, keys=[key])[key]
-        yield key, after - read_tensors(base.tensors, dtype=torch.float32, keys=[key])[key]
-
-
-def _check_alike(tuned: ComponentSource, base: ComponentSource) -> None:
-    ours, theirs = tuned.shapes(), base.shapes()
-    odd = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    if odd:
-        raise InputError(f"{tuned.where} was not tuned from {base.where}: {odd[0]} is only in one, or of another size")

@@ -4,8 +4,7 @@ What the YAML's keys mean: huggingface.co/docs/hub/model-cards. Everything comes
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from huggingface_hub import ModelCardData
 
 from sd3pipe.adapters.metadata import PROVENANCE_KEY, described_variant, read_provenance
 from sd3pipe.console import one_line
-from sd3pipe.exporting.published import MODEL_NAMES
+from sd3pipe.exporting.hub_folder import PICTURES, WEIGHTS, Samples, picture_name
+from sd3pipe.exporting.published import model_name
 from sd3pipe.exporting.reproduction import later_steps, reproduction
 
 BASES = {
@@ -39,46 +39,38 @@ _DETAILS = {  # what sd-scripts calls it -> what people do
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CardPicture:
-    """A picture beside the card: where it lies, seen from there, and its prompt."""
-
-    url: str
-    prompt: str
-
-
-def card_text(
-    keys: Mapping[str, str], *, hub_id: str | None, weights: str, pictures: Sequence[CardPicture], drawn_at: int | None
-) -> str:
+def card_text(keys: Mapping[str, str], *, hub_id: str | None, samples: Samples) -> str:
     """Returns the card of an adapter from metadata that may be published.
 
-    `hub_id` is the base's repository where the user named one, else that of the model's makers stands there; `weights`
-    is the adapter's file, `drawn_at` the step after which the pictures were drawn.
+    `hub_id` is the base's repository where the user named one, else that of the model's makers stands there.
     """
-    variant = described_variant(keys)
-    base = hub_id or BASES.get(variant or "")
+    base = hub_id or BASES.get(described_variant(keys) or "")
     words = {name.removeprefix("modelspec."): one_line(text) for name, text in keys.items()}
     title = words.get("title") or words.get("trigger_phrase") or "LoRA"
     parts = [
-        f"---\n{_data(words, base, pictures).to_yaml()}\n---",
+        f"---\n{_data(words, base, samples).to_yaml()}\n---",
         f"# {title}",
-        words.get("description") or f"A LoRA for {MODEL_NAMES.get(variant or '', 'Stable Diffusion 3')}.",
-        *(["<Gallery />", f"Drawn after {drawn_at} steps of training."] if pictures else []),
+        words.get("description") or f"A LoRA for {model_name(keys)}.",
+        *(["<Gallery />", f"Drawn after {samples.step} steps of training."] if samples.files else []),
         *([f"## Trigger\n\n`{words['trigger_phrase']}` in the prompt."] if words.get("trigger_phrase") else []),
         *([words["usage_hint"]] if words.get("usage_hint") else []),
-        *([_usage(base, weights, words)] if base else []),
+        *([_usage(base, words)] if base else []),
         *_training(keys),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _data(words: Mapping[str, str], base: str | None, pictures: Sequence[CardPicture]) -> ModelCardData:
+def _data(words: Mapping[str, str], base: str | None, samples: Samples) -> ModelCardData:
     own = [tag.strip() for tag in words.get("tags", "").split(",") if tag.strip()]
     more: dict[str, Any] = {
         **_license(words.get("license"), base),
         "base_model_relation": "adapter" if base else None,
         "instance_prompt": words.get("trigger_phrase"),
-        "widget": [{"text": picture.prompt, "output": {"url": picture.url}} for picture in pictures] or None,
+        "widget": [
+            {"text": prompt, "output": {"url": f"{PICTURES}/{picture_name(number)}"}}
+            for number, prompt in enumerate(samples.prompts)
+        ]
+        or None,
     }
     return ModelCardData(
         base_model=base,
@@ -101,7 +93,7 @@ def _license(given: str | None, base: str | None) -> dict[str, str]:
     return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", given.lower()).strip("-") or "other"}
 
 
-def _usage(base: str, weights: str, words: Mapping[str, str]) -> str:
+def _usage(base: str, words: Mapping[str, str]) -> str:
     return "\n".join(
         (
             "## Use it with diffusers",
@@ -111,7 +103,7 @@ def _usage(base: str, weights: str, words: Mapping[str, str]) -> str:
             "from diffusers import StableDiffusion3Pipeline",
             "",
             f'pipeline = StableDiffusion3Pipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16)',
-            f'pipeline.load_lora_weights(".", weight_name="{weights}")  # or this repository\'s name instead of "."',
+            f'pipeline.load_lora_weights(".", weight_name="{WEIGHTS}")  # or this repository\'s name instead of "."',
             f"picture = pipeline({words.get('trigger_phrase') or 'a photograph'!r}).images[0]",
             "```",
         )
@@ -120,13 +112,10 @@ def _usage(base: str, weights: str, words: Mapping[str, str]) -> str:
 
 def _training(keys: Mapping[str, str]) -> list[str]:
     said = {label: keys[f"ss_{name}"] for name, label in _DETAILS.items() if keys.get(f"ss_{name}", "{}") != "{}"}
-    rows = [f"| {label} | {_cell(value)} |" for label, value in said.items()]
+    cells = {label: one_line(value).replace("|", "\\|") for label, value in said.items()}
+    rows = [f"| {label} | {cell} |" for label, cell in cells.items()]
     parts = ["\n".join(["## Training", "", "| | |", "|---|---|", *rows])] if rows else []
     if PROVENANCE_KEY not in keys:
         return parts
     commands = reproduction(read_provenance(keys, Path()), later_steps(keys))
     return [*parts, "\n".join(["## Made with", "", "```sh", *map(one_line, commands), "```"])]
-
-
-def _cell(text: str) -> str:
-    return one_line(text).replace("|", "\\|")

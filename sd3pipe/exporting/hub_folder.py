@@ -11,7 +11,6 @@ from pydantic import TypeAdapter
 from sd3pipe.adapters.find import run_of, samples_of
 from sd3pipe.data.png import text_of
 from sd3pipe.documents import DocumentError, read_data, read_json
-from sd3pipe.exporting.hub_card import CardPicture
 from sd3pipe.files import storage_errors, write_bytes
 from sd3pipe.fingerprint import hash_bytes, hash_file, hash_json
 from sd3pipe.tensors.header import read_header_and_metadata
@@ -20,17 +19,17 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a repository
 CARD = "README.md"
-_PICTURES = "images"
+PICTURES = "images"
 _OURS = re.compile(r"picture-\d+\.png")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """A run's sample pictures of one step, and what the card says of them."""
+    """A run's sample pictures of one step, and their prompts."""
 
     step: int | None = None
     files: tuple[Path, ...] = ()
-    shown: tuple[CardPicture, ...] = ()
+    prompts: tuple[str, ...] = ()
 
 
 def samples_for(adapter: Path) -> Samples:
@@ -42,22 +41,19 @@ def samples_for(adapter: Path) -> Samples:
     if not steps:
         return Samples()
     files = tuple(drawn[max(steps)])
-    prompts = (text_of(read_data(file), "Description") for file in files)
-    shown = tuple(
-        CardPicture(url=f"{_PICTURES}/{_name(number)}", prompt=prompt) for number, prompt in enumerate(prompts)
-    )
-    return Samples(step=max(steps), files=files, shown=shown)
+    prompts = tuple(text_of(read_data(file), "Description") for file in files)
+    return Samples(step=max(steps), files=files, prompts=prompts)
 
 
 def write_pictures(out: Path, files: Sequence[Path]) -> None:
     """Copies the pictures into the folder, and removes those of an earlier export. Raises StorageError."""
-    wanted = {_name(number): file for number, file in enumerate(files)}
+    wanted = {picture_name(number): file for number, file in enumerate(files)}
     for old in _pictures_in(out):
         if old.name not in wanted:
             with storage_errors(old):
                 old.unlink()
     for name, file in wanted.items():
-        write_bytes(out / _PICTURES / name, read_data(file))
+        write_bytes(out / PICTURES / name, read_data(file))
 
 
 def write_card(out: Path, text: str, report: Path) -> str:
@@ -66,7 +62,10 @@ def write_card(out: Path, text: str, report: Path) -> str:
     Raises StorageError.
     """
     file = out / CARD
-    last = _card_of(report)
+    try:
+        last = str(read_json(report, TypeAdapter(dict[str, object])).get("card", ""))
+    except DocumentError:
+        last = ""
     if file.exists() and hash_file(file) != last:
         log.warning("%s is not what was written there last: it stays; delete it to have it made again", file)
         return last
@@ -81,16 +80,10 @@ def hash_folder(out: Path) -> str:
     return hash_json({file.relative_to(out).as_posix(): hash_file(file) for file in files})
 
 
-def _card_of(report: Path) -> str:
-    try:
-        return str(read_json(report, TypeAdapter(dict[str, object])).get("card", ""))
-    except DocumentError:
-        return ""
-
-
 def _pictures_in(out: Path) -> list[Path]:
-    return sorted(file for file in (out / _PICTURES).glob("*.png") if _OURS.fullmatch(file.name))
+    return sorted(file for file in (out / PICTURES).glob("*.png") if _OURS.fullmatch(file.name))
 
 
-def _name(number: int) -> str:
+def picture_name(number: int) -> str:
+    """Returns the name of a picture in its folder."""
     return f"picture-{number + 1}.png"

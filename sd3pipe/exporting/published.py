@@ -17,12 +17,12 @@ from sd3pipe.adapters.metadata import (
     PROVENANCE_KEY,
     described_variant,
     read_provenance,
-)
+)  # fmt: skip
 from sd3pipe.errors import InputError
 from sd3pipe.exporting.reproduction import LATER_STEPS_KEY, OPTION_SETS, later_steps
 from sd3pipe.params.fields import option_extra
 
-MODEL_NAMES = {
+_MODEL_NAMES = {
     "sd3-medium": "Stable Diffusion 3 Medium",
     "sd35-medium": "Stable Diffusion 3.5 Medium",
     "sd35-large": "Stable Diffusion 3.5 Large",
@@ -57,7 +57,7 @@ def published(metadata: Mapping[str, str]) -> dict[str, str]:
     keys = {key: value for key, value in metadata.items() if key in _KEPT}
     keys = {key: value for key, value in keys.items() if key in _MAY_HOLD_SLASHES or not names_a_place(value)}
     if "modelspec.title" in keys and keys["modelspec.title"] == metadata.get("ss_output_name"):
-        keys["modelspec.title"] = keys.get("modelspec.trigger_phrase") or _plain_title(metadata)
+        keys["modelspec.title"] = keys.get("modelspec.trigger_phrase") or f"LoRA for {model_name(metadata)}"
     steps = [step for step in later_steps(metadata) if not names_a_place(step)]
     return keys | _provenance(metadata) | ({LATER_STEPS_KEY: json.dumps(steps)} if steps else {})
 
@@ -67,8 +67,9 @@ def names_a_place(text: str) -> bool:
     return _PATH.search(text) is not None
 
 
-def _plain_title(metadata: Mapping[str, str]) -> str:
-    return f"LoRA for {MODEL_NAMES.get(described_variant(metadata) or '', 'Stable Diffusion 3')}"
+def model_name(metadata: Mapping[str, str]) -> str:
+    """Returns what people call the model that a file says it is made for."""
+    return _MODEL_NAMES.get(described_variant(metadata) or "", "Stable Diffusion 3")
 
 
 def _provenance(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -39,7 +39,11 @@ def reproduction(provenance: Provenance, later: Sequence[str] = ()) -> list[str]
         options = provenance.parameters.get(command, {})
         known = OPTION_SETS[command].model_fields
         given = {name: value for name, value in options.items() if name in known and not isinstance(value, Mapping)}
-        lines += [f"# {command}: {name} = {json.dumps(value)}" for name, value in _others(options, given)]
+        # what cannot stand on a command line: tables, and parts of a recipe that follow from the inputs
+        others = {
+            name: value for name, value in sorted(options.items()) if name not in given and value not in (None, {})
+        }
+        lines += [f"# {command}: {name} = {json.dumps(value)}" for name, value in others.items()]
         words = shell_line(["sd3pipe", *command_words(STAGES_BY_NAME[command], _PLACES)])
         lines.append(f"{words} {_options(given)}".rstrip())
     return [*lines, *later]
@@ -62,11 +66,6 @@ def later_steps(metadata: Mapping[str, str]) -> list[str]:
     except (DocumentError, ValueError):
         return []
     return [shell_line(step) for step in words if step[:2] == ["sd3pipe", "adapter"]]
-
-
-def _others(options: Mapping[str, Any], given: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Returns what cannot stand on a command line: tables, and parts of a recipe that follow from the inputs."""
-    return [(name, value) for name, value in sorted(options.items()) if name not in given and value not in (None, {})]
 
 
 def _options(options: Mapping[str, Any]) -> str:
