@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sd3pipe.encoding.t5_packing import t5_packer
-from sd3pipe.encoding.t5_streaming import t5_bytes
+from sd3pipe.encoding.t5_memory import t5_bytes, t5_packer
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.models.text_encoders import T5Encoder
 from sd3pipe.models.text_recipe import TextRecipe

@@ -38,11 +38,11 @@ class FillCounts:
     """What became of the wanted rows. Together the first six are all of them."""
 
     in_place: int  # in a segment that was kept unread
-    copied: int  # from segments of an earlier plan, or of another cache
-    unused: int  # from unused segments; "attic" in a report
-    encoded: int
+    copied: int = 0  # from segments of an earlier plan, or of another cache
+    unused: int = 0  # from unused segments; "attic" in a report
+    encoded: int = 0
     failed: int  # rows that cannot be made: their pictures are unreadable
-    left: int  # rows that other shards make, or made
+    left: int = 0  # rows that other shards make, or made
     quarantined: int  # pictures that the manifest lists as unreadable
     published: bool  # false while other shards have rows to make
 

@@ -58,11 +58,10 @@ def captioned_rows(
         readable = [item for item in batch if not isinstance(item, UnreadablePicture)]
         words = iter(model.words(readable) if readable else ())
         for item in batch:
-            yield item if isinstance(item, UnreadablePicture) else _row(next(words))
-
-
-def _row(words: str) -> Row:
-    return {WORDS: from_numpy(np.frombuffer(words.encode("utf-8", "replace"), np.uint8))}
+            if isinstance(item, UnreadablePicture):
+                yield item
+            else:
+                yield {WORDS: from_numpy(np.frombuffer(next(words).encode("utf-8", "replace"), np.uint8))}
 
 
 def _pixels(picture: Picture, longest: int) -> np.ndarray | UnreadablePicture:

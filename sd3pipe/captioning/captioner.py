@@ -48,11 +48,15 @@ class Captioner:
 
     def fingerprint(self, stamps: FileStamps) -> str:
         """Returns the hash of all files that its words depend on, as 64 hex digits; unchanged ones are not read."""
-        return hash_json({file.name: _hash(file, stamps) for file in self._files()})
-
-    def _files(self) -> list[Path]:
-        endings = _ENDINGS[self.kind]
-        return sorted(path for path in self.folder.iterdir() if path.suffix in endings and path.is_file())
+        hashes: dict[str, str] = {}
+        for file in self.folder.iterdir():
+            if file.suffix in _ENDINGS[self.kind] and file.is_file():
+                known = stamps.recall(file, "hash")
+                if not isinstance(known, str):
+                    known = hash_file(file)
+                    stamps.remember(file, "hash", known)
+                hashes[file.name] = known
+        return hash_json(hashes)
 
 
 def find_captioner(where: str, kind: CaptionerKind | None = None) -> Captioner:
@@ -62,7 +66,13 @@ def find_captioner(where: str, kind: CaptionerKind | None = None) -> Captioner:
     """
     folder = Path(where).expanduser()
     if not folder.exists() and is_hub_id(where):
-        return _of_hub(HubRepository(where), kind)
+        repository = HubRepository(where)
+        tags = repository.fetch(TAGGER_TAGS) if kind != "vlm" else None
+        if tags is not None and (model := repository.fetch(TAGGER_MODEL)) is not None:
+            return Captioner(folder=model.parent, kind="tagger", model_type="")
+        if kind == "tagger":
+            raise InputError(f"{repository.repo}: a tagger's repository has {TAGGER_MODEL} and {TAGGER_TAGS}")
+        return _image_text(repository.fetch_all([f"*{ending}" for ending in _ENDINGS["vlm"]]), repository.repo)
     if not folder.is_dir():
         raise InputError(f"{where}: there is no such folder: pass a captioner's folder or a hub id (OWNER/NAME)")
     has_tags = (folder / TAGGER_TAGS).is_file() and (folder / TAGGER_MODEL).is_file()
@@ -71,16 +81,6 @@ def find_captioner(where: str, kind: CaptionerKind | None = None) -> Captioner:
     if kind != "vlm" and has_tags:
         return Captioner(folder=folder, kind="tagger", model_type="")
     return _image_text(folder, where)
-
-
-def _of_hub(repository: HubRepository, kind: CaptionerKind | None) -> Captioner:
-    tags = repository.fetch(TAGGER_TAGS) if kind != "vlm" else None
-    if tags is not None and (model := repository.fetch(TAGGER_MODEL)) is not None:
-        return Captioner(folder=model.parent, kind="tagger", model_type="")
-    if kind == "tagger":
-        raise InputError(f"{repository.repo}: a tagger's repository has {TAGGER_MODEL} and {TAGGER_TAGS}")
-    folder = repository.fetch_all([f"*{ending}" for ending in _ENDINGS["vlm"]])
-    return _image_text(folder, repository.repo)
 
 
 def _image_text(folder: Path, where: str) -> Captioner:
@@ -96,11 +96,3 @@ def _image_text(folder: Path, where: str) -> Captioner:
     if not isinstance(model_type, str):
         raise InputError(f"{folder / _CONFIG}: names no model_type: this is no model in transformers' layout")
     return Captioner(folder=folder, kind="vlm", model_type=model_type)
-
-
-def _hash(file: Path, stamps: FileStamps) -> str:
-    known = stamps.recall(file, "hash")
-    if not isinstance(known, str):
-        known = hash_file(file)
-        stamps.remember(file, "hash", known)
-    return known

@@ -43,8 +43,10 @@ class ImageTextModel:
         """Returns what the model says of each picture, uint8 [H, W, 3]."""
         images = [Image.fromarray(pixels_HWC) for pixels_HWC in pictures]
         with memory_errors(lambda: "lower --captioner-batch-size or --captioner-px, or pass --captioner-dtype nf4"):
-            inputs = self._inputs(images).to(self._device)
-            inputs = {name: self._cast(value) for name, value in inputs.items()}
+            inputs = {
+                name: value.to(self._model.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+                for name, value in self._inputs(images).to(self._device).items()
+            }
             with torch.inference_mode():
                 tokens = self._model.generate(
                     **inputs,
@@ -66,9 +68,6 @@ class ImageTextModel:
             return self._processor(images=images, return_tensors="pt")
         texts = [self._prompt] * len(images)
         return self._processor(text=texts, images=images, return_tensors="pt", padding=True)
-
-    def _cast(self, value: Any) -> Any:
-        return value.to(self._model.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
 
     def _decoded(self, tokens: torch.Tensor, asked: torch.Tensor | None) -> list[str]:
         """Returns the words behind what was asked, where the model repeats that."""
@@ -123,17 +122,9 @@ def _processor(captioner: Captioner, trust_code: bool) -> Any:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(captioner.folder, local_files_only=True)
     pictures = transformers.AutoImageProcessor.from_pretrained(captioner.folder, **options)
-    return PicturesOnly(
-        image_processor=pictures,
-        tokenizer=tokenizer,
-        video_processor=None,
-        chat_template=_chat_template(captioner) or tokenizer.chat_template,
-    )
-
-
-def _chat_template(captioner: Captioner) -> str | None:
     file = captioner.folder / "chat_template.jinja"
-    return read_text(file) if file.is_file() else None
+    template = (read_text(file) if file.is_file() else None) or tokenizer.chat_template
+    return PicturesOnly(image_processor=pictures, tokenizer=tokenizer, video_processor=None, chat_template=template)
 
 
 @contextlib.contextmanager

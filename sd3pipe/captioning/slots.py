@@ -144,7 +144,7 @@ def write_captions(captions: Sequence[tuple[Slot, str]], notes: WrittenNotes) ->
     changes: list[tuple[Slot, str | None]] = []
     for slot, caption in captions:
         present = _present(slot)
-        text = f"{caption}\n" if slot.entry is None else json.dumps({_field(present): caption})
+        text = f"{caption}\n" if slot.entry is None else json.dumps({caption_field(_words(present)): caption})
         if slot.digest == _digest(slot, text):
             continue
         if _digest(slot, present) != slot.digest:
@@ -197,10 +197,6 @@ def _present(slot: Slot) -> str | None:
 def _words(text: str | None) -> dict[str, Any]:
     """Returns the fields with words that a record has, or had."""
     return parse_json(text or "{}", _RECORD, "a caption that was written before")
-
-
-def _field(words: str | None) -> str:
-    return caption_field(_words(words))
 
 
 def _digest(slot: Slot, text: str | None) -> str | None:

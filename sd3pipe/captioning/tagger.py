@@ -5,7 +5,6 @@
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -17,12 +16,6 @@ from sd3pipe.rules.captioning import GenerationRules
 
 _GENERAL, _CHARACTER = "0", "4"  # categories of the table; ratings and others are no words of a caption
 _WHITE = (255, 255, 255)
-
-
-@dataclass(frozen=True, slots=True)
-class _Tag:
-    name: str
-    category: str
 
 
 class Tagger:
@@ -83,15 +76,16 @@ class Tagger:
 
     def _text(self, probabilities: np.ndarray) -> str:
         chosen: dict[str, list[tuple[float, str]]] = {_CHARACTER: [], _GENERAL: []}
-        for probability, tag in zip(probabilities.tolist(), self._tags, strict=True):
-            if tag.category in chosen and probability >= self._least[tag.category]:
-                chosen[tag.category].append((-probability, tag.name))
+        for probability, (name, category) in zip(probabilities.tolist(), self._tags, strict=True):
+            if category in chosen and probability >= self._least[category]:
+                chosen[category].append((-probability, name))
         return ", ".join(name for found in chosen.values() for _, name in sorted(found))
 
 
-def _tags(captioner: Captioner) -> list[_Tag]:
+def _tags(captioner: Captioner) -> list[tuple[str, str]]:
+    """Returns name and category of each tag. Raises InputError."""
     table = captioner.folder / TAGGER_TAGS
     records = list(csv.DictReader(io.StringIO(read_text(table))))
     if not records or not {"name", "category"} <= set(records[0]):
         raise InputError(f"{table}: must have the columns name and category")
-    return [_Tag(str(record["name"]), str(record["category"])) for record in records]
+    return [(str(record["name"]), str(record["category"])) for record in records]

@@ -1,9 +1,15 @@
 """What becomes of a model's words: each rule a small function from text to text, in one fixed order."""
 
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
+from sd3pipe.data.caption_cache import CachedCaptions
+from sd3pipe.data.scan import Picture
+from sd3pipe.files import write_text
 from sd3pipe.rules.captioning import WordingRules
+from sd3pipe.stages import CAPTIONS
 
 CountTokens = Callable[[Sequence[str]], list[int]]  # takes texts, returns the number of T5 tokens of each
 
@@ -32,6 +38,46 @@ def steps(
         if changed != caption:
             caption = changed
             yield name, caption
+
+
+def finished_captions(
+    pictures: Iterable[Picture], words: Mapping[str, str], rules: WordingRules, count_tokens: CountTokens | None
+) -> list[tuple[Picture, str]]:
+    """Returns the caption of each picture that has words, by the hash of its bytes."""
+    return [
+        (picture, finished(words[picture.image_hash], rules, told=told(picture), count_tokens=count_tokens))
+        for picture in pictures
+        if picture.image_hash in words
+    ]
+
+
+def with_further_lines(
+    captions: Sequence[tuple[Picture, str]], others: Sequence[CachedCaptions]
+) -> list[tuple[Picture, str]]:
+    """Returns captions with those of other caches behind them, a line for each."""
+    found = []
+    for picture, caption in captions:
+        lines = [caption, *(its.get((picture.subset.name, picture.image_hash), "") for its in others)]
+        found.append((picture, "\n".join(" ".join(line.split()) for line in lines if line.strip())))
+    return found
+
+
+def told(picture: Picture) -> str:
+    """Returns what the dataset file puts around a picture's caption."""
+    return f"{picture.subset.captions.caption_prefix} {picture.subset.captions.caption_suffix}"
+
+
+def write_list(cache: Path, captions: Sequence[tuple[Picture, str]]) -> None:
+    """Writes finished captions into a published cache, for `encode-text` where a dataset file says caption_cache.
+
+    A line of JSON for each picture, by the hash of its bytes: a picture keeps its caption when it is renamed. Raises
+    StorageError.
+    """
+    lines = sorted({
+        json.dumps({"image": picture.image_hash, "subset": picture.subset.name, "caption": caption}, ensure_ascii=False)
+        for picture, caption in captions
+    })  # fmt: skip
+    write_text(cache / CAPTIONS, "".join(f"{line}\n" for line in lines))
 
 
 def _rules(

@@ -15,10 +15,9 @@ from sd3pipe.cache.rows import Row
 from sd3pipe.cache.samples import hex_list
 from sd3pipe.cache.store import FillCounts
 from sd3pipe.captioning.captioner import Captioner, find_captioner
-from sd3pipe.captioning.finished import finished_captions, told, with_further_lines, write_list
 from sd3pipe.captioning.plan import captions_wanted, words_of
 from sd3pipe.captioning.slots import Choice, Slot, WrittenNotes, choose, slots_of, take_back, write_captions
-from sd3pipe.captioning.wording import CountTokens, steps
+from sd3pipe.captioning.wording import CountTokens, finished_captions, steps, told, with_further_lines, write_list
 from sd3pipe.config import find_project
 from sd3pipe.console import count, listed, one_line, progress, say
 from sd3pipe.data.caption_cache import CachedCaptions, read_captions

@@ -20,8 +20,7 @@ from sd3pipe.models.sources import find_component
 from sd3pipe.params.preview import PreviewParams
 from sd3pipe.previewing.cards import CaptionTokens, Preview
 from sd3pipe.previewing.dataset_cards import dataset_items, dataset_preview
-from sd3pipe.previewing.page import render
-from sd3pipe.previewing.sheet import draw_sheet
+from sd3pipe.previewing.sheet import draw_page, draw_sheet
 from sd3pipe.previewing.thumbnails import Thumbnails
 from sd3pipe.previewing.token_counts import token_counts
 
@@ -38,7 +37,7 @@ def main(params: PreviewParams) -> None:
     for section in preview.sections:
         write_bytes(params.out / section.file_name, draw_sheet(section))
     page = params.out / "index.html"
-    write_text(page, render(preview))
+    write_text(page, draw_page(preview))
     for warning in preview.warnings:
         log.warning("%s", warning)
     say(f"preview: {preview.counts}: {page}")

@@ -48,7 +48,7 @@ class Repetition:
             return False
         for level, message in last.said:
             log.log(level, "%s", message)
-        counts = _nothing_to_do(last)
+        counts = FillCounts(in_place=last.rows, failed=last.failed, quarantined=last.quarantined, published=True)
         report.begin()
         report.update(**{**last.facts, **counts.as_report()})
         report.summary = counts.summary() + last.remark
@@ -99,16 +99,3 @@ class _Listener(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.said.append((record.levelno, record.getMessage()))
-
-
-def _nothing_to_do(last: LastRun) -> FillCounts:
-    return FillCounts(
-        in_place=last.rows,
-        copied=0,
-        unused=0,
-        encoded=0,
-        failed=last.failed,
-        left=0,
-        quarantined=last.quarantined,
-        published=True,
-    )

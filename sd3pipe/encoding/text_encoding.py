@@ -15,15 +15,14 @@ from sd3pipe.cache.rows import Row
 from sd3pipe.cache.tensors import row_from_torch
 from sd3pipe.device import choose_device
 from sd3pipe.device_memory import memory_errors
-from sd3pipe.encoding.t5_packing import t5_packer
-from sd3pipe.encoding.t5_streaming import streams_t5
+from sd3pipe.encoding.t5_memory import streams_t5, t5_packer
 from sd3pipe.models.text_architecture import ENCODERS
 from sd3pipe.models.text_encoder_files import TextEncoders
 from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.models.text_rows import EncodingMachine, compute_dtype, encode_rows
 from sd3pipe.models.tokenizers import TokenizedTexts, tokenize_for_encoders
 from sd3pipe.params.encode_text import EncodeTextParams
-from sd3pipe.words import EncoderName, PackedFormat
+from sd3pipe.words import EncoderName
 
 Tokens = Mapping[EncoderName, TokenizedTexts]
 
@@ -43,12 +42,14 @@ def tokenized(texts: Sequence[str], encoders: TextEncoders, recipe: TextRecipe) 
     tokens = tokenize_for_encoders(
         texts, encoders.tokenizers, encoders.sizes.vocabularies, clip_length=encoders.sizes.clip_length, recipe=recipe
     )
-    cut = [CutText(number=number, tokens=lost) for number in range(len(texts)) if (lost := _lost(tokens, number))]
+    cut = []
+    for number in range(len(texts)):
+        lost: dict[EncoderName, int] = {
+            name: tokens[name].counts[number] for name in ENCODERS if tokens[name].is_cut(number)
+        }
+        if lost:
+            cut.append(CutText(number=number, tokens=lost))
     return tokens, cut
-
-
-def _lost(tokens: Tokens, number: int) -> dict[EncoderName, int]:
-    return {name: tokens[name].counts[number] for name in ENCODERS if tokens[name].is_cut(number)}
 
 
 def encoded_texts(
@@ -89,19 +90,14 @@ def seconds_to_encode(
             if len(shape) == 2 and not key.startswith("shared") and "embed" not in key
         )
         rows = params.text_encoder_batch_size * length
-        x_BD = torch.ones(rows, encoders.sizes.widths[name], dtype=dtype, device=device)
-        rate = _products_per_second(x_BD, _layer(encoders.sizes.widths[name], dtype, device, packed))
+        width = encoders.sizes.widths[name]
+        x_BD = torch.ones(rows, width, dtype=dtype, device=device)
+        layer = nn.Sequential(nn.Linear(width, 4 * width, bias=False, device=device, dtype=dtype))  # as the widest ones
+        if (pack := t5_packer(packed)) is not None:
+            pack(layer)
+        rate = _products_per_second(x_BD, layer)
         seconds += texts * length * weights / rate
     return str(device), seconds
-
-
-def _layer(width: int, dtype: torch.dtype, device: torch.device, packed: PackedFormat | None) -> nn.Module:
-    """Returns a linear layer like an encoder's widest ones, packed as its are."""
-    layer = nn.Sequential(nn.Linear(width, 4 * width, bias=False, device=device, dtype=dtype))
-    pack = t5_packer(packed)
-    if pack is not None:
-        pack(layer)
-    return layer
 
 
 @torch.no_grad()

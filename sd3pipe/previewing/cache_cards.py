@@ -3,7 +3,6 @@
 # B batch, C channels, H W pixels
 
 from collections import defaultdict
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -47,7 +46,11 @@ def _card(cache: CacheReader, vae: VAE, number: int) -> Card:
     name = latents_name(row)
     latents = to_torch(row[name])[: vae.architecture.latent_channels]
     picture = _decoded(vae, latents)
-    mask = row["mask"].numpy().astype(np.float32) if "mask" in row else None
+    mask = None
+    if "mask" in row:  # at the size of the picture, each latent a square
+        mask_hw, (height, width) = row["mask"].numpy().astype(np.float32), picture.shape[:2]
+        rows, columns = np.arange(height) * mask_hw.shape[0] // height, np.arange(width) * mask_hw.shape[1] // width
+        mask = mask_hw[rows[:, None], columns]
     crop, flip = int(samples.numbers("crop")[number]), bool(samples.numbers("flip")[number])
     original = f"{samples.numbers('original_w')[number]} x {samples.numbers('original_h')[number]}"
     use = [f"subset {one_line(samples.strings('subset')[number])}", f"crop {crop}", *(["mirrored"] if flip else [])]
@@ -55,7 +58,7 @@ def _card(cache: CacheReader, vae: VAE, number: int) -> Card:
     return Card(
         name=one_line(samples.strings("name")[number]),
         picture=picture,
-        mask=None if mask is None else _enlarged(mask, picture.shape[:2]),
+        mask=mask,
         facts=(f"from {original}, {name} {' x '.join(map(str, row[name].shape))} {row[name].dtype}", ", ".join(use)),
     )
 
@@ -73,10 +76,3 @@ def _decoded(vae: VAE, latents_chw: torch.Tensor) -> np.ndarray:
     size = [max(1, round(side * shrink)) for side in pixels_BCHW.shape[-2:]]
     small = torch.nn.functional.interpolate(pixels_BCHW, size=size, mode="area")[0]
     return small.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-
-
-def _enlarged(mask_hw: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Returns the mask at the size of its picture, each latent a square."""
-    rows = np.arange(size[0]) * mask_hw.shape[0] // size[0]
-    columns = np.arange(size[1]) * mask_hw.shape[1] // size[1]
-    return mask_hw[rows[:, None], columns]

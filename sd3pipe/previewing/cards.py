@@ -1,4 +1,4 @@
-"""What a preview shows: a card per picture, a section per bucket. Plain data, drawn by sheet.py and page.py."""
+"""What a preview shows: a card per picture, a section per bucket. Plain data, drawn by sheet.py."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -74,8 +74,20 @@ class PictureItem:
 
     @property
     def facts(self) -> tuple[str, ...]:
-        token_facts = (self.tokens[self.captions[0]].shown,) if self.captions[0] in self.tokens else ()
-        return (*_facts(self), *token_facts)
+        picture, subset = self.picture, self.picture.subset
+        change = "as it is"
+        if self.scale != 1:
+            change = f"{'enlarged' if self.scale > 1 else 'reduced'} to {self.scale:.0%}"
+        cut_off = f", {self.cut_off:.0%} cut off" if self.cut_off >= 0.005 else ""
+        crops = len({view.cut for view in self.views if not view.flip})
+        use = [f"subset {one_line(subset.name)}"]
+        use += [f"{crops} random crops"] if crops > 1 else []
+        use += ["mirrored too"] if any(view.flip for view in self.views) else []
+        use += ["validation"] if picture.split == "validation" else []
+        use += [f"seen {subset.num_repeats} times"] if subset.num_repeats > 1 else []
+        use += ["regularisation"] if subset.is_reg else []
+        tokens = (self.tokens[self.captions[0]].shown,) if self.captions[0] in self.tokens else ()
+        return (f"{picture.width} x {picture.height}, {change}{cut_off}", ", ".join(use), *tokens)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -89,10 +101,6 @@ class DatasetItems:
     items: list[PictureItem]
     unreadable: list[UnreadableFile]
     warnings: tuple[str, ...]  # about the dataset as a whole
-
-    @property
-    def buckets(self) -> dict[Size, list[PictureItem]]:
-        return _by_bucket(self.items)
 
 
 def dataset_items(
@@ -148,7 +156,7 @@ def dataset_preview(
     known: DatasetItems, *, title: str, per_bucket: int, thumbnails: Thumbnails, workers: int
 ) -> Preview:
     """Returns the preview of scanned pictures, of which it draws a few of each bucket."""
-    buckets = known.buckets
+    buckets = _by_bucket(known.items)
     shown = {size: spread(items, per_bucket) for size, items in buckets.items()}
     flat = [item for items in shown.values() for item in items]
     drawn = thumbnails.drawn([_job(item) for item in flat], workers=workers)
@@ -239,20 +247,6 @@ def _card(item: PictureItem, drawn: Decoded) -> Card:
         suggested=item.suggested,
         warnings=(*unreadable, *item.warnings),
     )
-
-
-def _facts(item: PictureItem) -> Iterator[str]:
-    picture = item.picture
-    change = "as it is" if item.scale == 1 else f"{'enlarged' if item.scale > 1 else 'reduced'} to {item.scale:.0%}"
-    cut_off = f", {item.cut_off:.0%} cut off" if item.cut_off >= 0.005 else ""
-    yield f"{picture.width} x {picture.height}, {change}{cut_off}"
-    crops = len({view.cut for view in item.views if not view.flip})
-    more = [f"{crops} random crops"] if crops > 1 else []
-    more += ["mirrored too"] if any(view.flip for view in item.views) else []
-    more += ["validation"] if picture.split == "validation" else []
-    more += [f"seen {picture.subset.num_repeats} times"] if picture.subset.num_repeats > 1 else []
-    more += ["regularisation"] if picture.subset.is_reg else []
-    yield ", ".join([f"subset {one_line(picture.subset.name)}", *more])
 
 
 def _card_warnings(item: PictureItem) -> Iterator[str]:

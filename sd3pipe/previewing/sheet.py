@@ -1,4 +1,4 @@
-"""Draws a section as one PNG: a grid of cards with their cuts, masks, captions and warnings."""
+"""Draws a preview: each section as one PNG, a grid of cards with cuts, masks, captions and warnings; and the page."""
 
 # H W pixels, C channels
 
@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sd3pipe import stopping
-from sd3pipe.previewing.cards import Card, Section
+from sd3pipe.pages.render import data_url, render
+from sd3pipe.previewing.cards import Card, Preview, Section
 
 _INK, _GREY, _ORANGE, _PAPER = (28, 30, 34), (110, 114, 122), (190, 84, 0), (250, 250, 248)
 _CUT_COLOURS = ((0, 200, 120), (255, 196, 0), (0, 160, 255), (255, 92, 138))
@@ -68,6 +69,17 @@ def draw_sheet(section: Section) -> bytes:
             sheet.paste(cell, (_GAP + column * (width + _GAP), top))
         top += height
     return _encoded(sheet, "PNG", optimize=True)
+
+
+def draw_page(preview: Preview) -> str:
+    """Returns the preview as one HTML page that needs nothing else: pictures are inside it, there is no script."""
+    return render(
+        "previewing/page.html",
+        title=preview.title,
+        preview=preview,
+        buckets=[(section.title, section.pictures, f"{section.pictures:,}") for section in preview.sections],
+        draw=lambda card: data_url(card_jpeg(card), "jpeg"),
+    )
 
 
 def card_jpeg(card: Card) -> bytes:

@@ -25,7 +25,8 @@ class Thumbnails:
 
     def drawn(self, jobs: Sequence[Job], *, workers: int) -> Iterator[Decoded]:
         """Yields the pixels of each job in order. Raises StorageError."""
-        files = [self._folder / f"{_key(job)}.npz" for job in jobs]
+        made_of = ([RECIPE_VERSION, job.image_hash, job.mask_hash, job.cut.recipe(), job.latent_px] for job in jobs)
+        files = [self._folder / f"{hash_json(its)}.npz" for its in made_of]
         kept = {file: pixels for file, job in zip(files, jobs, strict=True) if (pixels := _read(file, job)) is not None}
         for other in set(self._folder.glob("*.npz")) - set(files):
             other.unlink(missing_ok=True)
@@ -37,21 +38,11 @@ class Thumbnails:
                 continue
             pixels = next(made)
             if isinstance(pixels, Pixels):
-                write_bytes(file, _packed(pixels))
+                buffer = io.BytesIO()
+                mask = {} if pixels.mask is None else {"mask": pixels.mask}
+                np.savez(buffer, allow_pickle=False, rgb=pixels.rgb, **mask)
+                write_bytes(file, buffer.getvalue())
             yield pixels
-
-
-def _key(job: Job) -> str:
-    return hash_json([RECIPE_VERSION, job.image_hash, job.mask_hash, job.cut.recipe(), job.latent_px])
-
-
-def _packed(pixels: Pixels) -> bytes:
-    buffer = io.BytesIO()
-    if pixels.mask is None:
-        np.savez(buffer, rgb=pixels.rgb)
-    else:
-        np.savez(buffer, rgb=pixels.rgb, mask=pixels.mask)
-    return buffer.getvalue()
 
 
 def _read(file: Path, job: Job) -> Pixels | None:

@@ -5,8 +5,7 @@ import torch
 from support.text_encoding import encode, equal_bits
 from torch import nn
 
-from sd3pipe.encoding.t5_packing import PackedLinear, t5_packer
-from sd3pipe.encoding.t5_streaming import streams_t5
+from sd3pipe.encoding.t5_memory import PackedLinear, streams_t5, t5_packer
 from sd3pipe.models.sources import find_component
 from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.models.text_rows import compute_dtype
@@ -50,7 +49,7 @@ def test_a_packed_t5_needs_less_room(base, monkeypatch):
     source = find_component("t5xxl", model=base.model, file=base.t5xxl)
     weights = sum(torch.Size(shape).numel() for shape in source.shapes().values())
     free = int(1.15 * 2 * weights) + (2 << 30) - 1
-    monkeypatch.setattr("sd3pipe.encoding.t5_streaming.available_memory", lambda: free)
+    monkeypatch.setattr("sd3pipe.encoding.t5_memory.available_memory", lambda: free)
     assert streams_t5("auto", source, torch.bfloat16, torch.device("cpu"))
     assert not streams_t5("auto", source, torch.bfloat16, torch.device("cpu"), "int8")
 

@@ -9,7 +9,7 @@ from support.browser import ask, needs_chromium
 
 import sd3pipe
 from sd3pipe.previewing.cards import Card, Preview, Section
-from sd3pipe.previewing.page import render
+from sd3pipe.previewing.sheet import draw_page
 
 PACKAGE = Path(sd3pipe.__file__).parent
 HOSTILE = "\"'><script>document.title='run'</script><img src=x onerror=\"document.title='run'\">\udcff"
@@ -19,7 +19,7 @@ def page_of(text: str) -> str:
     """Returns a preview that has `text` wherever a file can bring text in."""
     card = Card(name=text, picture=np.zeros((9, 9, 3), np.uint8), facts=(text,), captions=(text, "b"), warnings=(text,))
     section = Section(width=64, height=64, pictures=1, rows=1, cards=(card,))
-    return render(
+    return draw_page(
         Preview(title=text, sections=(section,), warnings=(text,), unreadable=((text, text),), tags={text: {text: 3}})
     )
 

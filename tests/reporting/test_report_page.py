@@ -16,7 +16,7 @@ from sd3pipe.diffusion.picture_grid import save_picture
 from sd3pipe.judgement import Score
 from sd3pipe.picture_losses import PictureLosses, write_picture_losses
 from sd3pipe.previewing.cards import Card, Preview, Section
-from sd3pipe.previewing.page import render as preview_page
+from sd3pipe.previewing.sheet import draw_page
 from sd3pipe.reporting.collect import read_run
 
 LONG = "unbroken_" * 30
@@ -232,7 +232,7 @@ def narrow_pages(folder: Path) -> list[str]:
     sd3pipe("report", runs[0])
     sd3pipe("report", *runs, "--out", folder / "both.html")
     paths = (runs[0] / "report.html", folder / "both.html")
-    return [preview_page(preview), *(path.read_text(encoding="utf-8") for path in paths)]
+    return [draw_page(preview), *(path.read_text(encoding="utf-8") for path in paths)]
 
 
 @needs_chromium

@@ -1,7 +1,8 @@
-"""T5 in fewer bits: the matrices of its blocks packed, unpacked for each product. What a base may be packed as, too."""
+"""How T5 fits the memory: read block by block, or its blocks' matrices packed, and unpacked for each product."""
 
 # O out features, I in features
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,42 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sd3pipe.memory.quantise import PACKINGS, Fp8Packing, Int8Packing, Nf4Packing
-from sd3pipe.words import PackedFormat
+from sd3pipe.device_memory import available_memory
+from sd3pipe.memory.quantise import PACKINGS, Fp8Packing, Int8Packing, Nf4Packing, bits_per_weight
+from sd3pipe.models.sources import ComponentSource
+from sd3pipe.words import AutoOnOff, PackedFormat
+
+_ROOM = 1.15  # of the weights' bytes
+_ACTIVATION_BYTES = 2 << 30  # what a batch of T5-XXL takes beside the weights
 
 Packing = Fp8Packing | Int8Packing | Nf4Packing
+
+
+def streams_t5(
+    wish: AutoOnOff,
+    source: ComponentSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    packed: PackedFormat | None = None,
+) -> bool:
+    """Returns whether T5 is to be read block by block: with "auto", where it would not fit with room to spare."""
+    if wish != "auto":
+        return wish == "on"
+    weights = t5_bytes(source, dtype, packed)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    return free is not None and _ROOM * weights + _ACTIVATION_BYTES > free
+
+
+def t5_bytes(source: ComponentSource, dtype: torch.dtype, packed: PackedFormat | None) -> int:
+    """Returns what all weights take while T5 is held whole."""
+    total = 0
+    for key, shape in source.shapes().items():
+        matrix = len(shape) == 2 and ".layer." in key and "relative_attention_bias" not in key  # of a block
+        if packed is None or not matrix:
+            total += math.prod(shape) * dtype.itemsize
+        else:
+            total += int(math.prod(shape) * bits_per_weight(packed, shape[1]) / 8)
+    return total
 
 
 @dataclass(slots=True, kw_only=True)
