@@ -3,7 +3,7 @@
 # O out features, I in features, R rank
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +20,10 @@ _POWER_ITERATIONS = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Approximation:
-    """A LoRA near a change, and the share of the change's squared norm that it holds."""
+    """A LoRA near a change, the change's squared norm, and the share of it that the LoRA holds."""
 
     delta: LoRADelta
+    squared_norm: float
     kept: float
 
 
@@ -79,6 +80,13 @@ def merge(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, De
     return merged
 
 
+def mean_kept(found: Iterable[Approximation]) -> float:
+    """Returns the share of all changes' squared norm that approximations of them hold together."""
+    found = list(found)
+    total = sum(part.squared_norm for part in found)
+    return sum(part.kept * part.squared_norm for part in found) / total if total else 1.0
+
+
 def _summand(path: str, delta: Delta, weight: float) -> Product:
     product = None if delta.needs_base else delta.scaled(weight).product()
     if product is None:
@@ -109,7 +117,7 @@ def _approximation(factors: _Factors, *, rank: int | None, energy: float | None)
         alpha=float(chosen),
     )
     kept = float(squared_R[:chosen].sum()) / factors.squared_norm if factors.squared_norm else 1.0
-    return Approximation(delta=delta, kept=min(1.0, kept))
+    return Approximation(delta=delta, squared_norm=factors.squared_norm, kept=min(1.0, kept))
 
 
 def _needed_rank(squared_R: Tensor, squared_norm: float, energy: float | None) -> int:
@@ -138,9 +146,3 @@ def _of_matrix(matrix_OI: Tensor, rank: int | None) -> _Factors:
         torch.manual_seed(0)  # the projection is random, the result reproducible
         u, values, v = torch.svd_lowrank(matrix_OI.float(), q=rank + _OVERSAMPLING, niter=_POWER_ITERATIONS)
     return _Factors(u, values, v.T, squared_norm)
-
-
-def mean_kept(found: Mapping[str, Approximation], squared_norms: Mapping[str, float]) -> float:
-    """Returns the share of all changes' squared norm that approximations of them hold together."""
-    total = sum(squared_norms.values())
-    return sum(found[path].kept * norm for path, norm in squared_norms.items()) / total if total else 1.0

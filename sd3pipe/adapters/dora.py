@@ -2,7 +2,6 @@
 
 # I in features, O out features, R rank, C input channels of the layer
 
-import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -14,7 +13,7 @@ from sd3pipe.adapters.apart import Apart, join_qkv
 from sd3pipe.adapters.full import in_full
 from sd3pipe.adapters.fusing import QKV_PARTS, Rows
 from sd3pipe.adapters.keymap import Form
-from sd3pipe.adapters.kind import AdaptedLinear, AdapterLayer, Delta, LayerSetup, on_cpu, ratio
+from sd3pipe.adapters.kind import AdaptedLinear, AdapterLayer, Delta, LayerSetup, on_cpu, relative_difference
 from sd3pipe.adapters.loha import LoHaDelta
 from sd3pipe.adapters.lokr import LoKrDelta
 from sd3pipe.adapters.lora import LoRA, LoRADelta
@@ -144,10 +143,7 @@ class DoRADelta(Delta):
 
     def _difference(self, other: Delta) -> float:
         assert isinstance(other, DoRADelta)
-        ours, theirs = self.magnitude.double(), other.magnitude.double()
-        if ours.shape != theirs.shape:
-            return math.inf
-        apart = ratio(float(torch.linalg.vector_norm(ours - theirs)), float(torch.linalg.vector_norm(ours)))
+        apart = relative_difference(self.magnitude.double(), other.magnitude.double())
         return max(self.direction.difference(other.direction), apart)
 
     def scaled(self, weight: float) -> Self:

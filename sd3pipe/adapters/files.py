@@ -20,7 +20,7 @@ from sd3pipe.console import listed
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.files import atomic_file
 from sd3pipe.fingerprint import hash_chunks, hash_file
-from sd3pipe.tensors.formats import FORMAT_NAMES
+from sd3pipe.tensors.formats import FORMAT_NAMES, TORCH_FORMATS
 from sd3pipe.tensors.header import StoredTensor, read_header_and_metadata
 from sd3pipe.tensors.reader import read_stored
 from sd3pipe.tensors.writer import data_sha256, file_pieces, in_file_order, write_tensors
@@ -28,9 +28,7 @@ from sd3pipe.words import StoredFormat
 
 log = logging.getLogger(__name__)
 
-_KEPT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FLOATS = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
-_WHOLE_NUMBERS = ("BOOL", "I8", "U8", "I16", "I32", "I64")
 _SHOWN_KEYS = 6
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -241,7 +239,7 @@ def _checked_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]
         raise InputError(f"{path}: is no SD3 adapter: it seems to be {kind}")
     check_bytes(path, metadata)
     for name, tensor in stored.items():
-        if tensor.dtype not in _FLOATS and (math.prod(tensor.shape) > 1 or tensor.dtype not in _WHOLE_NUMBERS):
+        if tensor.dtype not in _FLOATS and (math.prod(tensor.shape) > 1 or tensor.dtype not in TORCH_FORMATS):
             raise InputError(
                 f"{path}: {ascii(name)[1:101]} is stored as {tensor.dtype}, and adapters are read in "
                 f"{', '.join(_FLOATS)}"
@@ -250,7 +248,7 @@ def _checked_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]
 
 
 def _kept(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype in _KEPT_DTYPES else tensor.float()
+    return tensor if tensor.dtype in DTYPES.values() else tensor.float()
 
 
 def _rounded(source: Delta, held: Delta, dtype: StoredFormat) -> Rounded:

@@ -61,9 +61,9 @@ def samples_of(run: Path) -> dict[int, list[Path]]:
 
 def checkpoint_adapters(run: Path) -> dict[int, Path]:
     """Returns the adapters in a run's checkpoints by step, in order."""
-    found: dict[int, Path] = {}
-    for folder in run.glob("checkpoints/step-*"):
-        match = _STEP.fullmatch(folder.name)
-        if match and (folder / ADAPTER_NAME).is_file():
-            found[int(match[1])] = folder / ADAPTER_NAME
+    found = {
+        int(match[1]): folder / ADAPTER_NAME
+        for folder in run.glob("checkpoints/step-*")
+        if (match := _STEP.fullmatch(folder.name)) and (folder / ADAPTER_NAME).is_file()
+    }
     return dict(sorted(found.items()))

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from sd3pipe.adapters.fusing import PATCH_AXES, QKV_PARTS, Rows
 from sd3pipe.adapters.keymap import Form
-from sd3pipe.adapters.kind import AdapterLayer, Delta, LayerSetup, on_cpu, ratio
+from sd3pipe.adapters.kind import AdapterLayer, Delta, LayerSetup, on_cpu, relative_difference
 from sd3pipe.adapters.parts import LayerParts
 
 
@@ -79,8 +79,8 @@ class FullDelta(Delta):
     def _difference(self, other: Delta) -> float:
         """Compares the biases, too, where they change."""
         theirs = other.bias_change()
-        ours, apart = self.bias.double(), self.bias.double() - (0.0 if theirs is None else theirs.double())
-        of_bias = ratio(float(torch.linalg.vector_norm(apart)), float(torch.linalg.vector_norm(ours)))
+        theirs = torch.zeros_like(self.bias) if theirs is None else theirs
+        of_bias = relative_difference(self.bias.double(), theirs.double())
         return max(Delta._difference(self, other), of_bias)
 
     def scaled(self, weight: float) -> Self:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from sd3pipe.adapters.files import AdapterFile
-from sd3pipe.adapters.kind import Adapter
 from sd3pipe.adapters.targets import BLOCK_PARTS, block_of, part_of
 
 K = TypeVar("K", str, int, float)
@@ -91,11 +90,6 @@ def norm_picture(title: str, norms: Mapping[str, float], depth: int) -> str:
         for x in range(0, depth, 5)
     ]
     return "\n".join([*parts, "</svg>", ""])
-
-
-def squared_norms(adapter: Adapter) -> dict[str, float]:
-    """Returns the squared norm of each module's change."""
-    return {path: delta.norm() ** 2 for path, delta in adapter.items()}
 
 
 def _cell(x: int, y: int, place: str, norm: float | None, largest: float) -> str:

@@ -370,6 +370,13 @@ def ratio(apart: float, norm: float) -> float:
     return apart / norm if norm > 0.0 else math.inf
 
 
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Returns |ours - theirs| / |ours|; infinity where their shapes differ."""
+    if ours.shape != theirs.shape:
+        return math.inf
+    return ratio(float(torch.linalg.vector_norm(ours - theirs)), float(torch.linalg.vector_norm(ours)))
+
+
 def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Returns an fp32 matrix uniform in +-1/sqrt(columns): kaiming_uniform_ with a = sqrt(5)."""
     bound = 1.0 / math.sqrt(shape[-1])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sd3pipe.adapters.fusing import QKV_PARTS, Rows
 from sd3pipe.adapters.keymap import Form
-from sd3pipe.adapters.kind import AdaptedLinear, AdapterLayer, Delta, LayerSetup, on_cpu, ratio
+from sd3pipe.adapters.kind import AdaptedLinear, AdapterLayer, Delta, LayerSetup, on_cpu, relative_difference
 from sd3pipe.adapters.parts import LayerParts
 from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.errors import InputError, ParameterError
@@ -68,10 +68,7 @@ class Rotation(Delta, ABC):
 
     def _difference(self, other: Delta) -> float:
         assert isinstance(other, Rotation)
-        ours, theirs = self.turn(torch.float64), other.turn(torch.float64)
-        if ours.shape != theirs.shape:
-            return float("inf")
-        return ratio(float(torch.linalg.vector_norm(ours - theirs)), float(torch.linalg.vector_norm(ours)))
+        return relative_difference(self.turn(torch.float64), other.turn(torch.float64))
 
     def scaled(self, weight: float) -> Self:
         if weight != 1.0:

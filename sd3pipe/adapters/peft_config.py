@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias, TypeVar, get_args
 
@@ -102,21 +103,21 @@ def _of_pattern(patterns: Mapping[re.Pattern[str], T] | None, module: str, defau
     return next((value for pattern, value in (patterns or {}).items() if pattern.match(module)), default)
 
 
+@dataclass(frozen=True, slots=True)
 class Strengths:
     """The configurations of a file's parts by the prefix of their modules' names; without any, nothing is known."""
 
-    def __init__(self, configs: Mapping[str, PeftConfig]) -> None:
-        self._configs = configs
+    configs: Mapping[str, PeftConfig]
 
     @property
     def notes(self) -> dict[str, str]:
         """What the configurations say of a kind of adapter, as metadata of the file."""
-        exact = any(config.peft_type == "OFT" and not config.use_cayley_neumann for config in self._configs.values())
+        exact = any(config.peft_type == "OFT" and not config.use_cayley_neumann for config in self.configs.values())
         return {CAYLEY_KEY: EXACT_CAYLEY} if exact else {}
 
     def __call__(self, name: str, rank: int | None) -> float | None:
         """Returns a module's scale, None where no configuration speaks of it. Raises ValueError."""
-        for prefix, config in self._configs.items():
+        for prefix, config in self.configs.items():
             if name.startswith(prefix):
                 return config.scale(name.removeprefix(prefix), rank)
         return None

@@ -39,9 +39,8 @@ class TLoRA(LoRA):
         return super().drop_ranks(low * mask_BR.view(len(low), *(1,) * (low.ndim - 2), -1))
 
     def delta(self) -> "TLoRADelta":
-        return TLoRADelta(
-            down=on_cpu(self.down), up=on_cpu(self.up), alpha=self.setup.alpha, min_rank=self.min_rank
-        )  # fmt: skip
+        down, up = on_cpu(self.down), on_cpu(self.up)
+        return TLoRADelta(down=down, up=up, alpha=self.setup.alpha, min_rank=self.min_rank)
 
 
 def rank_mask(timesteps_B: Tensor, rank: int, min_rank: int) -> Tensor:

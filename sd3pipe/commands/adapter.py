@@ -10,7 +10,7 @@ from sd3pipe.adapters.algebra import merge as merged_adapter
 from sd3pipe.adapters.algebra import resize as resized
 from sd3pipe.adapters.files import AdapterFile, read_adapter, save_adapter
 from sd3pipe.adapters.find import find_adapter
-from sd3pipe.adapters.inspection import Inspection, norm_picture, norm_table, squared_norms
+from sd3pipe.adapters.inspection import Inspection, norm_picture, norm_table
 from sd3pipe.adapters.inspection import inspect as inspected
 from sd3pipe.adapters.kind import Adapter, plain_adapter
 from sd3pipe.adapters.metadata import read_provenance
@@ -70,7 +70,7 @@ def resize(params: AdapterResizeParams) -> None:
     file = read_adapter(find_adapter(params.adapter))
     plain = plain_adapter(file.adapter)
     found = {path: resized(delta, rank=params.rank, energy=params.energy) for path, delta in plain.items()}
-    kept = mean_kept(found, squared_norms(plain))
+    kept = mean_kept(found.values())
     adapter = {path: approximation.delta for path, approximation in found.items()}
     options = {"rank": params.rank, "energy": params.energy}
     metadata = with_step(_without_ranks(file.metadata), "adapter resize", options)
@@ -89,7 +89,7 @@ def merge(params: AdapterMergeParams) -> None:
     told = ""
     if params.rank is not None:
         found = {path: resized(delta, rank=params.rank, energy=None) for path, delta in adapter.items()}
-        told = f", {mean_kept(found, squared_norms(adapter)):.2%} of the sum's squared norm kept"
+        told = f", {mean_kept(found.values()):.2%} of the sum's squared norm kept"
         adapter = {path: approximation.delta for path, approximation in found.items()}
     _save(params, files, adapter, _merged_words(files, weights), variants)
     say(f"adapter merge: {count(len(files), 'adapter')}, {_ranks(adapter)}{told}")
@@ -101,8 +101,8 @@ def extract(params: AdapterExtractParams) -> None:
     base = find_component("mmdit", model=params.base)
     result = extracted_adapter(tuned, base, rank=params.rank, energy=params.energy, embedders=params.embedders)
     adapter = {path: approximation.delta for path, approximation in result.found.items()}
-    kept = mean_kept(result.found, result.squared_norms)
-    in_layers = sum(result.squared_norms.values())
+    kept = mean_kept(result.found.values())
+    in_layers = sum(approximation.squared_norm for approximation in result.found.values())
     metadata = {"sd3pipe_extracted_from": json.dumps({"tuned": tuned.fingerprint(), "base": base.fingerprint()})}
     _save(params, [], adapter, metadata, (mmdit_architecture(base).variant,))
     say(

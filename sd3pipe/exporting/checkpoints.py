@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -126,22 +126,22 @@ def _parts(base: ComponentSource, adapter: Adapter) -> list[_Part]:
 
 def _target(name: str, adapter: Adapter, depth: int) -> _Target | None:
     module, _, kind = name.rpartition(".")
-    target = _module_target(module, adapter, depth) if kind in ("weight", "bias") else None
-    if target is None or kind == "weight":
-        return target
-    return None if adapter[target.path].bias_change() is None else replace(target, bias=True)
-
-
-def _module_target(module: str, adapter: Adapter, depth: int) -> _Target | None:
-    for prefix in _PREFIXES:
-        if module.startswith(prefix) and module.removeprefix(prefix) in adapter:
-            return _Target(module.removeprefix(prefix))
-    place = find_place(module)
-    if place is None or place.form != "diffusers" or place.path not in adapter:
+    if kind not in ("weight", "bias"):
         return None
-    if place.part is not None:
-        return _Target(place.path, rows_of_part(place.part))
-    return _Target(place.path, swapped_halves if halves_swapped(place.path, depth) else None)
+    natives = (module.removeprefix(prefix) for prefix in _PREFIXES if module.startswith(prefix))
+    path, rows = next((native for native in natives if native in adapter), None), None
+    if path is None:
+        place = find_place(module)
+        if place is None or place.form != "diffusers" or place.path not in adapter:
+            return None
+        path = place.path
+        if place.part is not None:
+            rows = rows_of_part(place.part)
+        elif halves_swapped(path, depth):
+            rows = swapped_halves
+    if kind == "bias" and adapter[path].bias_change() is None:
+        return None
+    return _Target(path, rows, bias=kind == "bias")
 
 
 def _write_file(out: Path, part: _Part, merging: _Merging) -> None:

@@ -17,7 +17,6 @@ class Extracted:
     """`left_out` is the squared norm of what no module of the adapter holds: biases, norms, layers not asked for."""
 
     found: dict[str, Approximation]
-    squared_norms: dict[str, float]
     left_out: float
 
 
@@ -30,7 +29,6 @@ def extract(
     if odd:
         raise InputError(f"{tuned.where} was not tuned from {base.where}: {odd[0]} is only in one, or of another size")
     found: dict[str, Approximation] = {}
-    squared_norms: dict[str, float] = {}
     left_out = 0.0
     with progress("extract", len(tuned.tensors), "tensors") as bar:
         for key in tuned.tensors:
@@ -41,10 +39,9 @@ def extract(
             is_layer = change.ndim > 1 and path not in (key, "pos_embed")
             if squared and is_layer and (embedders or native_block(path) is not None):
                 found[path] = approximate(change.flatten(1), rank=rank, energy=energy)
-                squared_norms[path] = squared
             else:
                 left_out += squared
             bar.advance()
     if not found:
         raise InputError(f"{tuned.where} and {base.where} do not differ in any layer that an adapter changes")
-    return Extracted(found=found, squared_norms=squared_norms, left_out=left_out)
+    return Extracted(found=found, left_out=left_out)

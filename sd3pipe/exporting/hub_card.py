@@ -37,6 +37,16 @@ _DETAILS = {  # what sd-scripts calls it -> what people do
     "mixed_precision": "precision", "weighting_scheme": "weighting", "training_shift": "shift", "loss_type": "loss",
     "t5xxl_max_token_length": "T5 tokens", "seed": "seed",
 }  # fmt: skip
+_USAGE = """## Use it with diffusers
+
+```python
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+pipeline = StableDiffusion3Pipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16)
+pipeline.load_lora_weights(".", weight_name="{weights}")  # or this repository's name instead of "."
+picture = pipeline({prompt}).images[0]
+```"""
 
 
 def card_text(keys: Mapping[str, str], *, hub_id: str | None, samples: Samples) -> str:
@@ -47,6 +57,7 @@ def card_text(keys: Mapping[str, str], *, hub_id: str | None, samples: Samples) 
     base = hub_id or BASES.get(described_variant(keys) or "")
     words = {name.removeprefix("modelspec."): one_line(text) for name, text in keys.items()}
     title = words.get("title") or words.get("trigger_phrase") or "LoRA"
+    prompt = words.get("trigger_phrase") or "a photograph"
     parts = [
         f"---\n{_data(words, base, samples).to_yaml()}\n---",
         f"# {title}",
@@ -54,7 +65,7 @@ def card_text(keys: Mapping[str, str], *, hub_id: str | None, samples: Samples) 
         *(["<Gallery />", f"Drawn after {samples.step} steps of training."] if samples.files else []),
         *([f"## Trigger\n\n`{words['trigger_phrase']}` in the prompt."] if words.get("trigger_phrase") else []),
         *([words["usage_hint"]] if words.get("usage_hint") else []),
-        *([_usage(base, words)] if base else []),
+        *([_USAGE.format(base=base, weights=WEIGHTS, prompt=repr(prompt))] if base else []),
         *_training(keys),
     ]
     return "\n\n".join(parts) + "\n"
@@ -91,23 +102,6 @@ def _license(given: str | None, base: str | None) -> dict[str, str]:
     if given.lower() in _LICENSES:
         return {"license": given.lower()}
     return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", given.lower()).strip("-") or "other"}
-
-
-def _usage(base: str, words: Mapping[str, str]) -> str:
-    return "\n".join(
-        (
-            "## Use it with diffusers",
-            "",
-            "```python",
-            "import torch",
-            "from diffusers import StableDiffusion3Pipeline",
-            "",
-            f'pipeline = StableDiffusion3Pipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16)',
-            f'pipeline.load_lora_weights(".", weight_name="{WEIGHTS}")  # or this repository\'s name instead of "."',
-            f"picture = pipeline({words.get('trigger_phrase') or 'a photograph'!r}).images[0]",
-            "```",
-        )
-    )
 
 
 def _training(keys: Mapping[str, str]) -> list[str]:

@@ -32,7 +32,8 @@ def hash_tensors(tensors: Mapping[str, TensorEntry], stamps: FileStamps | None =
     With a stamps, a fingerprint of the same byte ranges of unchanged files is recalled instead of read; the caller
     saves the stamps. Raises InputError if a file cannot be read to its end.
     """
-    paths = sorted({path for entry in tensors.values() for path in _paths(entry)})
+    parts = [part for entry in tensors.values() for part in (entry, entry.scale) if part is not None]
+    paths = sorted({path for part in parts for path in part.paths})
     what = f"tensors {_plan_hash(tensors, paths)}"
     if stamps is not None:
         recalled = [stamps.recall(path, what) for path in paths]  # every file is asked: each look is also a stamp
@@ -82,7 +83,3 @@ def _plan_hash(tensors: Mapping[str, TensorEntry], paths: list[Path]) -> str:
         return [entry.dtype, list(entry.shape), ranges, plan(entry.scale) if entry.scale else None]
 
     return hash_json({"format": _FORMAT, "tensors": {key: plan(entry) for key, entry in tensors.items()}})[:32]
-
-
-def _paths(entry: TensorEntry) -> tuple[Path, ...]:
-    return entry.paths if entry.scale is None else entry.paths + entry.scale.paths

@@ -148,7 +148,9 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8, bad JSON and duplicate keys
-        raise InputError(f"{path}: not a safetensors file (its header is not valid JSON: {_short(error)})") from error
+        why = " ".join(str(error).split())
+        why = why if len(why) <= 80 else why[:77] + "..."
+        raise InputError(f"{path}: not a safetensors file (its header is not valid JSON: {why})") from error
     if not isinstance(header, dict):
         raise InputError(f"{path}: not a safetensors file (its header is no JSON object)")
     return header
@@ -159,11 +161,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a name stands in it twice")
     return result
-
-
-def _short(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _tensor(path: Path, name: str, entry: Any, start: int) -> StoredTensor:

@@ -78,15 +78,12 @@ class TensorReader(RangeReader):
             raise ValueError(f"destination {list(destination.shape)} is not a contiguous {list(entry.shape)}")
         stored = TORCH_FORMATS[entry.dtype]
         if destination.dtype == stored and destination.device.type == "cpu" and entry.scale is None:
-            self._read_as_is(entry, destination)
+            view, done = bytes_of(destination), 0
+            for part in entry.ranges:
+                self.read_bytes(view[done : done + part.nbytes], part)
+                done += part.nbytes
         else:
             self._read_converted(entry, stored, destination)
-
-    def _read_as_is(self, entry: TensorEntry, destination: Tensor) -> None:
-        view, done = bytes_of(destination), 0
-        for part in entry.ranges:
-            self.read_bytes(view[done : done + part.nbytes], part)
-            done += part.nbytes
 
     def _read_converted(self, entry: TensorEntry, stored: torch.dtype, destination: Tensor) -> None:
         flat, scale, done = destination.view(-1), self._scale(entry), 0
@@ -95,7 +92,8 @@ class TensorReader(RangeReader):
             for start in range(0, part.nbytes, _STAGING_BYTES):
                 values = self._staged(part, start, stored)
                 if scale is not None:
-                    values = _scaled(values, scale, done, row_length)
+                    rows = torch.arange(done, done + values.numel()) // row_length
+                    values = values.float() * (scale if scale.numel() == 1 else scale[rows])
                 flat[done : done + values.numel()].copy_(values)
                 done += values.numel()
 
@@ -117,11 +115,3 @@ class TensorReader(RangeReader):
         if not bool(torch.isfinite(scale).all()):
             raise InputError(f"{entry.scale.paths[0]}: an fp8 scale is not a finite number: the file is damaged")
         return scale.view(-1)
-
-
-def _scaled(values: Tensor, scale: Tensor, done: int, row_length: int) -> Tensor:
-    """Returns stored fp8 values times their scale in float32; `done` values of the tensor came before."""
-    if scale.numel() == 1:
-        return values.float() * scale
-    rows = torch.arange(done, done + values.numel()) // row_length
-    return values.float() * scale[rows]
