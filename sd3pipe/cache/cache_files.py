@@ -62,16 +62,16 @@ class FolderFiles:
 class UrlFiles:
     """The same behind an fsspec URL such as s3://bucket/caches/latents. Each process makes its own connection."""
 
-    def __init__(self, url: str, options: dict[str, Any] | None = None) -> None:
-        self._url, self._options = url.rstrip("/"), options or {}
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
         self._files: Any = None
         self._process = 0
 
-    def __getstate__(self) -> tuple[str, dict[str, Any]]:
-        return self._url, self._options
+    def __getstate__(self) -> str:
+        return self._url
 
-    def __setstate__(self, state: tuple[str, dict[str, Any]]) -> None:
-        self.__init__(*state)
+    def __setstate__(self, url: str) -> None:
+        self.__init__(url)
 
     def read(self, name: str) -> Any:
         return self._ask(f"{self._url}/{name}")
@@ -85,7 +85,7 @@ class UrlFiles:
 
     def _ask(self, path: str, **part: int) -> Any:
         if self._process != os.getpid():
-            self._files, self._process = connect(self._url, self._options), os.getpid()
+            self._files, self._process = connect(self._url), os.getpid()
         try:
             return self._files.cat_file(path, **part)
         except (FileNotFoundError, EOFError):

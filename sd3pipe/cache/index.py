@@ -127,10 +127,10 @@ def build_row_arrays(tables: Iterable[RowTable]) -> dict[str, np.ndarray]:
     }
 
 
-def read_index(kind: Kind, digest: str, read: ReadFile, where: str, *, check: bool = True) -> Index:
+def read_index(kind: Kind, digest: str, read: ReadFile, where: str) -> Index:
     """Returns an index, checked against the hash that names it. Raises InputError."""
     arrays = {name: read_array(read, name, where) for name in _formats(kind)}
-    if check and arrays_hash(arrays) != digest:
+    if arrays_hash(arrays) != digest:
         raise InputError(
             f"{where}: the index does not have the hash in its name: run `sd3pipe cache verify --repair`, then encode"
         )

@@ -1,5 +1,6 @@
 """Unites caches that were encoded on several machines into one, without encoding anything."""
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,14 @@ def merge_caches(caches: Sequence[Path], out: Path) -> FillCounts:
     subset, or that are damaged; also if `out` is a cache that holds anything else, unless it is one of them.
     """
     readers = [CacheReader(cache) for cache in caches]
-    _check_same(readers)
+    first = readers[0]
+    for other, name in itertools.product(readers[1:], _SAME):
+        mine, theirs = getattr(first.manifest, name), getattr(other.manifest, name)
+        if mine != theirs:
+            raise InputError(
+                f"{first.where} and {other.where} differ in {_first_difference(name, mine, theirs)}: "
+                "only caches of equal recipe and weights can be united"
+            )
     wanted = united(readers, caches)
     is_there = CacheFolder(out).manifest.exists() and out.resolve() not in {cache.resolve() for cache in caches}
     if is_there and not _content(CacheReader(out)) <= _content(*readers):
@@ -68,18 +76,6 @@ def _content(*readers: CacheReader) -> set[str]:
     made = {repr([getattr(reader.manifest, name) for name in _SAME]) for reader in readers}
     samples = (zip(*reader.samples.to_columns(reader.keys).values(), strict=True) for reader in readers)
     return made.union(*({repr(line) for line in lines} for lines in samples))
-
-
-def _check_same(readers: Sequence[CacheReader]) -> None:
-    first = readers[0]
-    for other in readers[1:]:
-        for name in _SAME:
-            mine, theirs = getattr(first.manifest, name), getattr(other.manifest, name)
-            if mine != theirs:
-                raise InputError(
-                    f"{first.where} and {other.where} differ in {_first_difference(name, mine, theirs)}: "
-                    "only caches of equal recipe and weights can be united"
-                )
 
 
 def _first_difference(name: str, mine: Any, theirs: Any) -> str:
@@ -148,7 +144,9 @@ def _united_tags(readers: Sequence[CacheReader]) -> dict[str, Mapping[str, int]]
     for name in sorted({name for reader in readers for name in reader.manifest.tags}):
         its = [reader for reader in readers if name in reader.manifest.subsets]
         counted = [tags[name] for reader in its if name in (tags := reader.manifest.tags)]
-        names = [_picture_names(reader, name) for reader in its]
+        samples = [reader.samples for reader in its]
+        lines = [zip(its.strings("name").to_list(), its.strings("subset").to_list(), strict=True) for its in samples]
+        names = [{picture for picture, subset in pairs if subset == name} for pairs in lines]
         if len(counted) < len(its):
             continue
         if all((tags, there) == (counted[0], names[0]) for tags, there in zip(counted, names, strict=True)):
@@ -157,11 +155,6 @@ def _united_tags(readers: Sequence[CacheReader]) -> dict[str, Mapping[str, int]]
             total = sum(map(Counter, counted), Counter())
             united[name] = dict(sorted(total.items(), key=lambda item: (-item[1], item[0]))[:MOST_TAGS])
     return united
-
-
-def _picture_names(reader: CacheReader, subset: str) -> set[str]:
-    names, subsets = (reader.samples.strings(column).to_list() for column in ("name", "subset"))
-    return {name for name, its in zip(names, subsets, strict=True) if its == subset}
 
 
 def _cannot_encode(keys: Sequence[str]) -> NoReturn:

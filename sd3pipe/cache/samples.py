@@ -41,12 +41,7 @@ COLUMNS: dict[Kind, dict[str, Column]] = {
         "key": "row",
         "negative_key": "row",
     },
-    "captions": {
-        "name": "text",
-        "subset": "text",
-        "image_hash": "hash",
-        "key": "row",
-    },
+    "captions": {"name": "text", "subset": "text", "image_hash": "hash", "key": "row"},
 }
 _ORDER = ("subset", "name", "crop", "flip", "variant", "bucket_h", "bucket_w", "image_hash")
 _FEW = {"subset", "split"}  # few distinct texts: stored once each, and a number per sample

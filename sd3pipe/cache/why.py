@@ -1,7 +1,7 @@
 """Why a row is there or not: field by field against the nearest row."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,7 +60,7 @@ class _Evidence:
         as_published = run is not None and not run.failed and is_noted(self._folder, run.wanted)
         self.last = None if as_published else last_wanted(cache)
         reader = self._reader
-        self.live_samples = [] if reader is None else list(_lines(reader.samples.to_columns(reader.keys)))
+        self.live_samples = [] if reader is None else _lines(reader.samples.to_columns(reader.keys))
         self.quarantine = {} if reader is None else reader.manifest.unreadable_rows()  # reason by key
 
     def segment_of(self, key: str) -> str | None:
@@ -93,7 +93,12 @@ def explain(cache: Path, subject: str) -> list[Explanation]:
     evidence = _Evidence(cache)
     digest = hash_file(Path(subject)) if Path(subject).is_file() else None
     caption = text_source(subject)
-    chosen = [sample for sample in _samples(evidence) if _is_about(sample, subject, digest, caption)]
+    known = evidence.live_samples
+    if evidence.last is not None:  # what was wanted, and what else the cache has
+        wanted = _lines(evidence.last.samples)
+        places = {_place(sample) for sample in wanted}
+        known = wanted + [sample for sample in known if _place(sample) not in places]
+    chosen = [sample for sample in known if _is_about(sample, subject, digest, caption)]
     if not chosen:
         raise InputError(
             f"{cache} and its last encode know no picture, caption or key {subject!r}: "
@@ -119,7 +124,9 @@ def _check(sample: Mapping[str, Any], sources: Sources) -> SourceCheck:
 
 
 def _explain(sample: Mapping[str, Any], digest: str | None, evidence: _Evidence, sources: Sources) -> Explanation:
-    key, changes = sample["key"], _changes(sample, digest, sources)
+    key, changes = sample["key"], _check(sample, sources).changes
+    if digest is not None and sample.get("image_hash") not in (None, digest):
+        changes = ("the file was changed since the last encode or --dry-run looked at it",)
     state: State = "miss"
     nearest, differences, where = None, (), ""
     if segment := evidence.segment_of(key):
@@ -141,13 +148,6 @@ def _explain(sample: Mapping[str, Any], digest: str | None, evidence: _Evidence,
         differences=differences,
         note="; ".join(changes),
     )
-
-
-def _changes(sample: Mapping[str, Any], digest: str | None, sources: Sources) -> tuple[str, ...]:
-    """Returns what has changed since rows were last made of a picture and its caption; `digest` is the picture's."""
-    if digest is not None and sample.get("image_hash") not in (None, digest):
-        return ("the file was changed since the last encode or --dry-run looked at it",)
-    return _check(sample, sources).changes
 
 
 def _nearest(
@@ -182,18 +182,8 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _samples(evidence: _Evidence) -> list[dict[str, Any]]:
-    """Returns what was last wanted, and what else the cache has."""
-    if evidence.last is None:
-        return evidence.live_samples
-    wanted = list(_lines(evidence.last.samples))
-    places = {_place(sample) for sample in wanted}
-    return wanted + [sample for sample in evidence.live_samples if _place(sample) not in places]
-
-
-def _lines(columns: Mapping[str, Iterable[Any]]) -> Iterator[dict[str, Any]]:
-    for values in zip(*columns.values(), strict=True):
-        yield dict(zip(columns, values, strict=True))
+def _lines(columns: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _is_about(sample: Mapping[str, Any], subject: str, digest: str | None, caption: str) -> bool:

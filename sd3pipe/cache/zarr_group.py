@@ -76,10 +76,7 @@ def read_array(read: ReadFile, name: str, where: str) -> np.ndarray:
 def _metadata(array: np.ndarray) -> dict[str, Any]:
     return {
         "attributes": {},
-        "chunk_grid": {
-            "configuration": {"chunk_shape": [max(1, size) for size in array.shape]},
-            "name": "regular",
-        },
+        "chunk_grid": {"configuration": {"chunk_shape": [max(1, size) for size in array.shape]}, "name": "regular"},
         "chunk_key_encoding": {"configuration": {"separator": "."}, "name": "default"},
         "codecs": [{"configuration": {"endian": "little"}, "name": "bytes"}],
         "data_type": _NAMES[array.dtype],

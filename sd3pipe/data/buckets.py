@@ -28,7 +28,9 @@ class Placement:
 def place(width: int, height: int, bucketing: Bucketing) -> Placement:
     """Returns where a picture of this size (after EXIF orientation) goes. Raises UnreadablePicture."""
     if bucketing.enable_bucket and bucketing.bucket_no_upscale:
-        placement = _shrunk_only(width, height, bucketing.width * bucketing.height, bucketing.bucket_reso_steps)
+        area, step = bucketing.width * bucketing.height, bucketing.bucket_reso_steps
+        resized = _shrunk(width / height, area, step) if width * height > area else (width, height)
+        placement = Placement(bucket=(resized[0] - resized[0] % step, resized[1] - resized[1] % step), resized=resized)
     else:
         placement = _nearest_listed(width, height, bucket_sizes(bucketing))
     if min(placement.bucket) < 1:
@@ -72,13 +74,8 @@ def _nearest_listed(width: int, height: int, sizes: tuple[Size, ...]) -> Placeme
     return Placement(bucket=bucket, resized=(int(width * scale + 0.5), int(height * scale + 0.5)))
 
 
-def _shrunk_only(width: int, height: int, area: int, step: int) -> Placement:
-    """Shrinks to the area if need be, one side to a multiple of the step, and cuts what stands over."""
-    resized = _shrunk(width / height, area, step) if width * height > area else (width, height)
-    return Placement(bucket=(resized[0] - resized[0] % step, resized[1] - resized[1] % step), resized=resized)
-
-
 def _shrunk(aspect: float, area: int, step: int) -> Size:
+    """Shrinks to the area, one side to a multiple of the step; what stands over on the other is cut."""
     ideal_width = math.sqrt(area * aspect)
     by_width = _floor_to_step(ideal_width, step)
     by_height = _floor_to_step(area / ideal_width, step)

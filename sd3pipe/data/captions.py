@@ -73,15 +73,15 @@ def caption_lines(text: str) -> list[str]:
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def tag_frequency(captions: Iterable[str], separator: str = ",") -> Mapping[str, int]:
+def tag_frequency(captions: Iterable[str]) -> Mapping[str, int]:
     """Returns how many captions hold each tag, most frequent first, ties in alphabetical order."""
     counts: Counter[str] = Counter()
     for caption in captions:
-        counts.update({tag.strip() for tag in caption.split(separator) if tag.strip()})
+        counts.update({tag.strip() for tag in caption.split(",") if tag.strip()})
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def caption_statistics(captions: Sequence[str], *, most_tags: int = 10) -> dict[str, Any]:
+def caption_statistics(captions: Sequence[str]) -> dict[str, Any]:
     """Returns what a report says about the captions of all pictures and variants, as JSON types."""
     words = sorted(len(caption.split()) for caption in captions)
     return {
@@ -90,7 +90,7 @@ def caption_statistics(captions: Sequence[str], *, most_tags: int = 10) -> dict[
         "empty": sum(not caption for caption in captions),
         "words_median": words[len(words) // 2] if words else 0,
         "words_most": words[-1] if words else 0,
-        "most_frequent": dict(list(tag_frequency(captions).items())[:most_tags]),
+        "most_frequent": dict(list(tag_frequency(captions).items())[:10]),
     }
 
 

@@ -133,22 +133,19 @@ class _Reader:
                 hint = place_of(key) or "unknown table or key: only general and datasets stand here"
                 self._wrong(shown_key(key), hint)
         general = self._table(content.get("general") or {}, DatasetKeys, "[general]")
-        subsets = self._datasets(content.get("datasets"), general)
-        if self.problems:
-            raise ParameterError("\n".join(self.problems))
-        return Dataset(path=self.path, subsets=tuple(subsets), remarks=tuple(dict.fromkeys(self.remarks)))
-
-    def _wrong(self, where: str, what: str) -> None:
-        self.problems.append(f"{self.path}: {where}: {what}")
-
-    def _datasets(self, tables: Any, general: Mapping[str, Any]) -> list[Subset]:
         drafts: list[_Draft] = []
-        for number, (where, table) in enumerate(self._list(tables, "datasets", "")):
+        for number, (where, table) in enumerate(self._list(content.get("datasets"), "datasets", "")):
             inherited = {**general, **self._table(table, DatasetKeys, where, skip="subsets")}
             bucketing = self._bucketing(inherited, where)
             drafts += self._subsets(table.get("subsets"), inherited, bucketing, number, where)
         names = self._subset_names(drafts)
-        return [] if self.problems else [self._subset(draft, name) for draft, name in zip(drafts, names, strict=True)]
+        subsets = () if self.problems else tuple(map(self._subset, drafts, names))
+        if self.problems:
+            raise ParameterError("\n".join(self.problems))
+        return Dataset(path=self.path, subsets=subsets, remarks=tuple(dict.fromkeys(self.remarks)))
+
+    def _wrong(self, where: str, what: str) -> None:
+        self.problems.append(f"{self.path}: {where}: {what}")
 
     def _subsets(
         self, tables: Any, inherited: Mapping[str, Any], bucketing: Bucketing | None, number: int, where: str

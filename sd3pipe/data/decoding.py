@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from sd3pipe.data.geometry import Cut
-from sd3pipe.data.headers import MAX_PIXELS
 from sd3pipe.data.images import composited, decode
 from sd3pipe.data.places import Place, read_picture
 from sd3pipe.data.resize import area_mean, resize
@@ -48,17 +47,17 @@ def row_job(picture: Picture, cut: Cut, latent_px: int) -> Job:
     )
 
 
-def decode_row(job: Job, max_pixels: int = MAX_PIXELS) -> Pixels:
+def decode_row(job: Job) -> Pixels:
     """Returns the pixels of one row. Raises UnreadablePicture."""
     cut = job.cut
     keep_alpha = cut.mask == "alpha" or cut.background is not None
-    pixels = decode(_bytes(job.place, job.image_hash), job.place.suffix, keep_alpha=keep_alpha, max_pixels=max_pixels)
+    pixels = decode(_bytes(job.place, job.image_hash), job.place.suffix, keep_alpha=keep_alpha)
     pixels = _cut_out(pixels, cut)
     mask = None
     if cut.mask == "alpha":
         mask = _latent_mask(pixels[..., 3], job.latent_px)
     elif cut.mask == "picture":
-        mask = _latent_mask(_mask_levels(job, max_pixels), job.latent_px)
+        mask = _latent_mask(_mask_levels(job), job.latent_px)
     if cut.background is not None:
         pixels = composited(pixels, cut.background)
     return Pixels(rgb=np.ascontiguousarray(pixels[..., :3]), mask=mask)
@@ -72,12 +71,12 @@ def _latent_mask(levels_HW: np.ndarray, latent_px: int) -> np.ndarray:
     return (area_mean(levels_HW, latent_px) / 255).astype(np.float16)
 
 
-def _mask_levels(job: Job, max_pixels: int) -> np.ndarray:
+def _mask_levels(job: Job) -> np.ndarray:
     """Returns the red channel of the mask picture, cut like the picture itself."""
     assert job.mask_place is not None and job.mask_hash is not None
     try:
         data = _bytes(job.mask_place, job.mask_hash)
-        levels = decode(data, job.mask_place.suffix, keep_alpha=False, max_pixels=max_pixels)
+        levels = decode(data, job.mask_place.suffix, keep_alpha=False)
     except UnreadablePicture as error:
         raise UnreadablePicture(f"its mask cannot be used: {error}") from error
     return _cut_out(levels, job.cut)[..., 0]

@@ -22,7 +22,7 @@ import numpy as np
 from sd3pipe import stopping
 from sd3pipe.cores import usable_cores
 from sd3pipe.data.decoding import Job, Pixels, decode_row
-from sd3pipe.data.headers import DECODER_ERRORS, MAX_PIXELS, reason
+from sd3pipe.data.headers import DECODER_ERRORS, reason
 from sd3pipe.errors import UnreadablePicture
 
 _AHEAD_BYTES = 512 << 20  # decoded pixels waiting for the encoder, at most
@@ -42,13 +42,12 @@ _ENVIRONMENT = {  # of the workers
 Decoded = Pixels | UnreadablePicture
 
 
-def decoded_rows(jobs: Iterable[Job], *, workers: int, max_pixels: int = MAX_PIXELS) -> Iterator[Decoded]:
+def decoded_rows(jobs: Iterable[Job], *, workers: int) -> Iterator[Decoded]:
     """Yields the pixels of each job in order; `workers` = 0 decodes in this process."""
     if workers == 0:
-        for job in jobs:
-            yield _attempt(job, max_pixels)
+        yield from map(_attempt, jobs)
         return
-    with contextlib.closing(_Feed(workers, max_pixels)) as feed:
+    with contextlib.closing(_Feed(workers)) as feed:
         yield from feed.run(iter(jobs))
 
 
@@ -60,8 +59,8 @@ def default_workers() -> int:
 class _Feed:
     """A pool that is made anew when a worker dies."""
 
-    def __init__(self, workers: int, max_pixels: int) -> None:
-        self.workers, self.max_pixels = workers, max_pixels
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
         self.environment_before = {name: os.environ.get(name) for name in _ENVIRONMENT}
         os.environ.update(_ENVIRONMENT)  # spawned workers inherit it
         self.most_waiting = workers * _AHEAD_PER_WORKER
@@ -124,7 +123,7 @@ class _Feed:
         return result
 
     def _submit(self, pool: ProcessPoolExecutor, job: Job, slot: int | None) -> "Future[_Result]":
-        return pool.submit(_attempt_in_worker, job, self.max_pixels, slot)
+        return pool.submit(_attempt_in_worker, job, slot)
 
     def _new_pool(self, workers: int) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")
@@ -162,17 +161,17 @@ def _start_worker(block_name: str | None) -> None:
         _block_of_worker.append(SharedMemory(name=block_name))
 
 
-def _attempt_in_worker(job: Job, max_pixels: int, slot: int | None) -> _Result:
-    result = _attempt(job, max_pixels)
+def _attempt_in_worker(job: Job, slot: int | None) -> _Result:
+    result = _attempt(job)
     if slot is None or isinstance(result, UnreadablePicture):
         return result
     _slot(_block_of_worker[0], slot, result.rgb.shape)[...] = result.rgb
     return _InSlot(result.rgb.shape, result.mask)
 
 
-def _attempt(job: Job, max_pixels: int) -> Decoded:
+def _attempt(job: Job) -> Decoded:
     try:
-        return decode_row(job, max_pixels)
+        return decode_row(job)
     except UnreadablePicture as error:
         return UnreadablePicture(str(error))  # without its traceback, which would hold the file's bytes
     except DECODER_ERRORS as error:

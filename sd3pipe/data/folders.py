@@ -22,6 +22,7 @@ PICTURE_ENDINGS = (
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl", ".heic", ".heif",
 )  # fmt: skip
 CAPTION_KEYS = ("caption", "prompt", "text")  # of a record, the first that is there
+_MOST_FOLDERS = 1000  # that pictures are counted in
 FACE_PARTS = 4  # NAME_centrex_centrey_width_height, in pixels, as face cutting tools name pictures
 
 Look = Literal["names", "texts", "all"]  # what is read of a file: nothing but names, captions, pictures, too
@@ -119,10 +120,10 @@ def read_folder(folder: Path, subset: Subset, captions: FileStamps | None) -> Fo
     )
 
 
-def pictures_below(folder: Path, most_folders: int = 1000) -> int:
+def pictures_below(folder: Path) -> int:
     """Returns how many pictures lie in a folder and in the first folders below it; none if it cannot be read."""
     try:
-        found = list(itertools.islice(walked(folder, recursive=True), most_folders))
+        found = list(itertools.islice(walked(folder, recursive=True), _MOST_FOLDERS))
     except CaptionError:
         return 0
     return sum(is_picture_name(name) for _, _, files, _ in found for name in files)

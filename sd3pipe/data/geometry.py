@@ -95,15 +95,7 @@ def views_of_all(found: Scan, *, crop_variants: int, seed: int) -> tuple[list[li
         try:
             pictures.append(views(picture, crop_variants=crop_variants, seed=seed))
         except UnreadablePicture as error:
-            unreadable.append(
-                UnreadableFile(
-                    place=picture.place,
-                    name=picture.name,
-                    subset=picture.subset.name,
-                    image_hash=picture.image_hash,
-                    reason=str(error),
-                )
-            )
+            unreadable.append(UnreadableFile.of(picture, str(error)))
     return pictures, unreadable
 
 

@@ -91,7 +91,6 @@ def _pixels(image: Image.Image, profile: bytes | None, keep_alpha: bool) -> np.n
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Returns an RGB picture in sRGB."""
     plain = _eight_bits(image)
     if profile and (source := _foreign(profile, plain.mode)):
         with contextlib.suppress(ImageCms.PyCMSError, *DECODER_ERRORS):

@@ -33,11 +33,11 @@ def left_out_of_folder(subset: Subset, read: FolderRead, dataset: Dataset, *, wi
     """
     folder = str(subset.image_dir)
     names = [name for name in read.others if not _base(name).startswith("._")]  # macOS' shadows of other files
-    unread = [
-        *_unread_files(names, subset),
-        *_unread_folders(Path(folder), read.folders, dataset),
-        *_metadata(Path(folder), names, dataset),
-    ]
+    unread = [*_unread_files(names, subset), *_unread_folders(Path(folder), read.folders, dataset)]
+    used = {its.metadata_file.resolve() for its in dataset.subsets if its.metadata_file is not None}
+    listing = [name for name in names if _METADATA.fullmatch(_base(name)) and Path(folder, name).resolve() not in used]
+    if listing:
+        unread.append(f"{_names(listing, 'metadata file')}: metadata_file = NAME takes captions from one")
     if not read.entries:
         lies = "; ".join(unread) or (_names(names, "other file") if names else "the folder is empty")
         yield f"{one_line(folder)}: subset {one_line(subset.name)} has no picture that is read: {lies}"
@@ -46,8 +46,7 @@ def left_out_of_folder(subset: Subset, read: FolderRead, dataset: Dataset, *, wi
         unread += _captions_next_door(read.entries, names)
         unread += _captions_of_nothing(read.entries, names, subset)
     yield from (f"{one_line(folder)}: not read: {what}" for what in unread)
-    for remark in (*_lost_repeats(read.entries, subset), *_same_stems(read.entries), *_masks(read.entries)):
-        yield f"{one_line(folder)}: {remark}"
+    yield from (f"{one_line(folder)}: {remark}" for remark in _surprises(read.entries, subset))
 
 
 def left_out_of_metadata(subset: Subset, entries: Sequence[FoundFile]) -> Iterator[str]:
@@ -114,15 +113,8 @@ def _unread_folders(folder: Path, names: Iterable[str], dataset: Dataset) -> Ite
             yield f"{lie} in {_names(those, 'folder')} below it: {way_out}"
 
 
-def _metadata(folder: Path, names: Iterable[str], dataset: Dataset) -> Iterator[str]:
-    used = {subset.metadata_file.resolve() for subset in dataset.subsets if subset.metadata_file is not None}
-    unread = [name for name in names if _METADATA.fullmatch(_base(name)) and (folder / name).resolve() not in used]
-    if unread:
-        yield f"{_names(unread, 'metadata file')}: metadata_file = NAME takes captions from one"
-
-
-def _lost_repeats(entries: Iterable[FoundFile], subset: Subset) -> Iterator[str]:
-    """Yields the folders below whose names say other repeats than the subset."""
+def _surprises(entries: Iterable[FoundFile], subset: Subset) -> Iterator[str]:
+    """Yields what is read otherwise than its name says: repeats, pictures of one caption file, masks of others."""
     first = {entry.name.split("/", 1)[0] for entry in entries if "/" in entry.name}
     said = {name: repeats for name in sorted(first) if (repeats := repeats_of(name))}
     other = [name for name, (repeats, _) in said.items() if repeats != subset.num_repeats]
@@ -131,25 +123,17 @@ def _lost_repeats(entries: Iterable[FoundFile], subset: Subset) -> Iterator[str]
             f"num_repeats = {subset.num_repeats} counts in {_names(other, 'folder')}, whatever the name says: give "
             "each a [[datasets.subsets]] of its own for other repeats"
         )
-
-
-def _same_stems(entries: Iterable[FoundFile]) -> Iterator[str]:
     by_stem: dict[str, list[str]] = defaultdict(list)
     for entry in entries:
         by_stem[_stem(entry.name)].append(entry.name)
     several = [" and ".join(names) for names in by_stem.values() if len(names) > 1]
     if several:
         yield f"pictures that differ in the ending alone are all used, with one caption file: {listed(several, most=3)}"
-
-
-def _masks(entries: Iterable[FoundFile]) -> Iterator[str]:
-    """Yields pictures that are called like masks of others, and would be learnt like them."""
-    stems = {_stem(entry.name) for entry in entries}
     masks = [
-        entry.name
-        for entry in entries
-        if (stem := _stem(entry.name)).endswith(_MASKS)
-        and any(stem.endswith(end) and stem.removesuffix(end) in stems for end in _MASKS)
+        name
+        for stem, names in by_stem.items()
+        if stem.endswith(_MASKS) and any(stem.endswith(end) and stem.removesuffix(end) in by_stem for end in _MASKS)
+        for name in names
     ]
     if masks:
         yield (

@@ -92,6 +92,12 @@ class UnreadableFile:
     image_hash: str  # empty where the file could not be read at all
     reason: str
 
+    @classmethod
+    def of(cls, picture: Picture, reason: str) -> "UnreadableFile":
+        """Returns what becomes of a picture that proves useless."""
+        place, name, image_hash = picture.place, picture.name, picture.image_hash
+        return cls(place=place, name=name, subset=picture.subset.name, image_hash=image_hash, reason=reason)
+
     def to_json(self) -> dict[str, str]:
         """Returns what a cache's manifest says of it."""
         return {"name": self.name, "subset": self.subset, "image_hash": self.image_hash, "reason": self.reason}

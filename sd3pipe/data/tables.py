@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sd3pipe import stopping
-from sd3pipe.data.findings import finding_of
+from sd3pipe.data.findings import Finding, finding_of
 from sd3pipe.data.folders import CAPTION_KEYS, Contents, Look, Sample, clean_name, normalised
 from sd3pipe.data.places import Cell, Span, open_container, open_parquet, pyarrow_for
 from sd3pipe.errors import InputError
@@ -50,7 +50,15 @@ def _contents(file: Path | Remote, form: str, rows: Iterator[_Row], look: Look) 
     paths: list[str] = []
     try:
         for part, data, path, text in rows:
-            samples.append(_sample(part, data, path, text, look=look))
+            stopping.check()
+            known: Finding = {}
+            if look == "all" and data is None:
+                where = f": it names the file {path} instead" if path else ""
+                known = {"unreadable": f"the row holds no bytes of a picture{where}"}
+            elif look == "all":
+                known = finding_of(bytes(data), Path(path or "").suffix)
+            caption = None if text is None else normalised(text)
+            samples.append(Sample(name="", part=part, known=dict(known), caption=caption))
             paths.append(path or "")
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -58,18 +66,6 @@ def _contents(file: Path | Remote, form: str, rows: Iterator[_Row], look: Look) 
             f"{file}: cannot be read as {form} after row {len(samples)} ({reason}): copy or write it again"
         ) from error
     return Contents(samples=_named(samples, paths))
-
-
-def _sample(part: Span | Cell, data: Any, path: str | None, text: str | None, *, look: Look) -> Sample:
-    """Returns one row; its name comes later."""
-    stopping.check()
-    known: dict[str, Any] = {}
-    if look == "all" and data is None:
-        where = f": it names the file {path} instead" if path else ""
-        known = {"unreadable": f"the row holds no bytes of a picture{where}"}
-    elif look == "all":
-        known = dict(finding_of(bytes(data), Path(path or "").suffix))
-    return Sample(name="", part=part, known=known, caption=None if text is None else normalised(text))
 
 
 def _named(samples: Sequence[Sample], paths: Sequence[str]) -> list[Sample]:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from pydantic import TypeAdapter
 
 from sd3pipe import stopping
-from sd3pipe.data.findings import finding_of
+from sd3pipe.data.findings import Finding, finding_of
 from sd3pipe.data.folders import (
     CAPTION_KEYS,
     Contents,
@@ -25,7 +25,7 @@ from sd3pipe.data.folders import (
     text_of,
 )
 from sd3pipe.data.places import MAX_FILE_BYTES, Span, open_container, too_large
-from sd3pipe.documents import MOST_BYTES, DocumentError, parse_json
+from sd3pipe.documents import MOST_BYTES, parse_json
 from sd3pipe.errors import InputError
 from sd3pipe.remote import Remote
 
@@ -47,8 +47,12 @@ def read_tar(file: Path | Remote, endings: tuple[str, ...], *, look: Look) -> Co
             name = clean_name(member.name)
             span = Span(member.offset_data, member.size)
             if is_picture_name(name.rpartition("/")[2]) and member.isreg() and not member.issparse():
-                known = dict(_finding(handle, span, Path(name).suffix, f"{file}: {name}")) if look == "all" else {}
-                pictures[name] = Sample(name=name, part=span, known=known)
+                known: Finding = {}
+                if look == "all" and span.size > MAX_FILE_BYTES:
+                    known = {"unreadable": too_large(MAX_FILE_BYTES)}
+                elif look == "all":
+                    known = finding_of(_part(handle, span, f"{file}: {name}", MAX_FILE_BYTES), Path(name).suffix)
+                pictures[name] = Sample(name=name, part=span, known=dict(known))
             elif member.isreg() and name.endswith((*endings, _JSON)):
                 texts[name] = _part(handle, span, f"{file}: {name}", MOST_BYTES) if look != "names" else b""
             elif not member.isdir():
@@ -86,12 +90,6 @@ def _part(handle: BinaryIO, span: Span, where: str, most_bytes: int) -> bytes:
     return data
 
 
-def _finding(handle: BinaryIO, span: Span, suffix: str, where: str) -> Any:
-    if span.size > MAX_FILE_BYTES:
-        return {"unreadable": too_large(MAX_FILE_BYTES)}
-    return finding_of(_part(handle, span, where, MAX_FILE_BYTES), suffix)
-
-
 def _captioned(
     sample: Sample,
     texts: dict[str, bytes],
@@ -101,27 +99,18 @@ def _captioned(
     *,
     look: Look,
 ) -> Sample:
-    """Returns a picture with the caption that lies beside it."""
+    """Returns a picture with the caption that lies beside it, as a text or in a record of JSON, which may have none."""
     folder, slash, base = sample.name.rpartition("/")
     found = caption_name(base, (*endings, _JSON), lambda name: f"{folder}{slash}{name}" in texts)
-    if found is None:
-        return sample
+    if found is None or look == "names":
+        return sample if found is None else replace(sample, caption="")
     name = f"{folder}{slash}{found}"
     try:
-        caption = _caption(texts[name], name, f"{file}: {name}", endings) if look != "names" else ""
+        if name.endswith(endings):
+            return replace(sample, caption=text_of(texts[name], f"{file}: {name}"))
+        record = parse_json(texts[name], _RECORD, f"{file}: {name}")
     except InputError as error:
         problems.append(str(error))
         return sample
-    return replace(sample, caption=caption)
-
-
-def _caption(data: bytes, name: str, where: str, endings: tuple[str, ...]) -> str | None:
-    """Returns the caption in a text, or in a record of JSON, which may have none. Raises InputError."""
-    if name.endswith(endings):
-        return text_of(data, where)
-    try:
-        record = parse_json(data, _RECORD, where)
-    except DocumentError as error:
-        raise InputError(str(error)) from error
     said = next((record[key] for key in CAPTION_KEYS if isinstance(record.get(key), str)), None)
-    return None if said is None else normalised(said)
+    return sample if said is None else replace(sample, caption=normalised(said))

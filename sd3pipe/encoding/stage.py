@@ -8,23 +8,21 @@ import functools
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from sd3pipe.cache.folder import MANIFEST
 from sd3pipe.cache.manifest import read_manifest
-from sd3pipe.cache.rows import Row
 from sd3pipe.cache.staleness import remember_sources
-from sd3pipe.cache.store import NO_PART, FillCounts, fill_cache, missing_rows
+from sd3pipe.cache.store import NO_PART, EncodedRows, FillCounts, fill_cache, missing_rows
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.console import StageReport, count, readable_bytes, readable_seconds, say, version
 from sd3pipe.data.dataset_file import Dataset, load_dataset
 from sd3pipe.data.scan import Scan, scan, source_files
 from sd3pipe.encoding.ray_engine import fill_parts
 from sd3pipe.encoding.repetition import Repetition, overheard
-from sd3pipe.errors import UnreadablePicture
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.params.caption import CaptionParams
 from sd3pipe.params.encode_latents import EncodeLatentsParams
@@ -113,7 +111,7 @@ class Encoding(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def encode(self, keys: Sequence[str]) -> Iterator[tuple[str, Row | UnreadablePicture]]:
+    def encode(self, keys: Sequence[str]) -> EncodedRows:
         """Yields rows in the order of their keys; the first call loads the encoders."""
 
     @abc.abstractmethod
@@ -149,28 +147,21 @@ def run(
             encoding = prepare(params)
         facts = encoding.facts()
         report.update(**facts)
-        counts = _fill(encoding, params, prepare, report)
+        _tell_version_change(encoding)
+        if params.engine == "ray":
+            counts = _fill_on_ray(encoding, params, prepare, report.begin)
+        else:
+            counts = _fill_part(encoding, shard_of_process(params.shard), report.begin, retry_unreadable=params.rehash)
+        report.begin()
+        report.update(**counts.as_report())
+        if encoding.read is not None:
+            encoding.read.remember(encoding.out)
         found, remark = encoding.ending(counts)
         report.update(**found)
         report.summary = counts.summary() + remark
         encoding.check(counts)
         if repeated:
             repeated.note(encoding.wanted, counts, {**facts, **found}, remark, said)
-
-
-def _fill(
-    encoding: Encoding, params: EncodeParams, prepare: Callable[[EncodeParams], Encoding], report: StageReport
-) -> FillCounts:
-    _tell_version_change(encoding)
-    if params.engine == "ray":
-        counts = _fill_on_ray(encoding, params, prepare, report.begin)
-    else:
-        counts = _fill_part(encoding, shard_of_process(params.shard), report.begin, retry_unreadable=params.rehash)
-    report.begin()
-    report.update(**counts.as_report())
-    if encoding.read is not None:
-        encoding.read.remember(encoding.out)
-    return counts
 
 
 def _fill_part(
@@ -182,7 +173,7 @@ def _fill_part(
 ) -> FillCounts:
     """Fills part i of n; `begin` is called when the first row is made."""
 
-    def encode(keys: Sequence[str]) -> Iterator[tuple[str, Row | UnreadablePicture]]:
+    def encode(keys: Sequence[str]) -> EncodedRows:
         for item in encoding.encode(keys):
             begin()
             yield item
