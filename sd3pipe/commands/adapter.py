@@ -17,30 +17,19 @@ from sd3pipe.adapters.metadata import read_provenance
 from sd3pipe.adapters.sizes import same_size
 from sd3pipe.console import count, one_line, say, say_json
 from sd3pipe.errors import InputError, ParameterError
-from sd3pipe.exporting.adapter_files import (
-    as_summary,
-    export_metadata,
-    refuse_to_replace,
-)
+from sd3pipe.exporting.adapter_files import as_summary, export_metadata, refuse_to_replace
 from sd3pipe.exporting.base_weights import for_form
 from sd3pipe.exporting.extraction import extract as extracted_adapter
 from sd3pipe.exporting.reproduction import later_steps, reproduction, with_step
 from sd3pipe.files import write_text
 from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import find_component
-from sd3pipe.params.adapter import (
-    AdapterConvertParams,
-    AdapterExtractParams,
-    AdapterInspectParams,
-    AdapterMergeParams,
-    AdapterResizeParams,
-    WrittenParams,
-)
+from sd3pipe.params import adapter as option_sets
 
 _LONGEST_VALUE = 200
 
 
-def inspect(params: AdapterInspectParams) -> None:
+def inspect(params: option_sets.AdapterInspectParams) -> None:
     """Prints what a file holds, what it says of itself, and what base it fits."""
     file = read_adapter(find_adapter(params.adapter), ignore_unknown=params.ignore_unknown)
     if params.reproduce:
@@ -59,13 +48,13 @@ def inspect(params: AdapterInspectParams) -> None:
         say(*_as_lines(file, found))
 
 
-def convert(params: AdapterConvertParams) -> None:
+def convert(params: option_sets.AdapterConvertParams) -> None:
     """Writes an adapter of any known form in another, without loss or not at all."""
     file = read_adapter(find_adapter(params.adapter), ignore_unknown=params.ignore_unknown)
     _save(params, [file], file.adapter, file.metadata, file.variants)
 
 
-def resize(params: AdapterResizeParams) -> None:
+def resize(params: option_sets.AdapterResizeParams) -> None:
     """Writes the nearest adapter of another rank, and says how much of the change it holds."""
     file = read_adapter(find_adapter(params.adapter))
     plain = plain_adapter(file.adapter)
@@ -73,12 +62,12 @@ def resize(params: AdapterResizeParams) -> None:
     kept = mean_kept(found.values())
     adapter = {path: approximation.delta for path, approximation in found.items()}
     options = {"rank": params.rank, "energy": params.energy}
-    metadata = with_step(_without_ranks(file.metadata), "adapter resize", options)
-    _save(params, [file], adapter, metadata, file.variants)
+    words = {key: value for key, value in file.metadata.items() if not key.startswith("ss_network_")}  # of other ranks
+    _save(params, [file], adapter, with_step(words, "adapter resize", options), file.variants)
     say(f"adapter resize: {kept:.2%} of the squared norm kept, {_ranks(adapter)}")
 
 
-def merge(params: AdapterMergeParams) -> None:
+def merge(params: option_sets.AdapterMergeParams) -> None:
     """Writes the weighted sum of several adapters: exact, with ranks that add up, unless a rank is asked for."""
     files = [read_adapter(find_adapter(path)) for path in params.adapters]
     weights = params.weights or (1.0,) * len(files)
@@ -91,11 +80,16 @@ def merge(params: AdapterMergeParams) -> None:
         found = {path: resized(delta, rank=params.rank, energy=None) for path, delta in adapter.items()}
         told = f", {mean_kept(found.values()):.2%} of the sum's squared norm kept"
         adapter = {path: approximation.delta for path, approximation in found.items()}
-    _save(params, files, adapter, _merged_words(files, weights), variants)
+    parts = [
+        {"title": file.metadata.get("modelspec.title", file.path.stem), "weight": weight,
+         "sha256": file.metadata.get("sshs_model_hash")}
+        for file, weight in zip(files, weights, strict=True)
+    ]  # fmt: skip
+    _save(params, files, adapter, {"sd3pipe_merged_from": json.dumps(parts)}, variants)
     say(f"adapter merge: {count(len(files), 'adapter')}, {_ranks(adapter)}{told}")
 
 
-def extract(params: AdapterExtractParams) -> None:
+def extract(params: option_sets.AdapterExtractParams) -> None:
     """Writes the LoRA nearest to what tuning did to a model."""
     tuned = find_component("mmdit", model=params.tuned)
     base = find_component("mmdit", model=params.base)
@@ -124,7 +118,7 @@ def _common_variants(files: Sequence[AdapterFile]) -> tuple[str, ...]:
 
 
 def _save(
-    params: WrittenParams,
+    params: option_sets.WrittenParams,
     sources: Sequence[AdapterFile],
     adapter: Adapter,
     metadata: Mapping[str, str],
@@ -132,29 +126,8 @@ def _save(
 ) -> None:
     refuse_to_replace(params.out, [file.path for file in sources])
     ready = for_form(adapter, params.format, params.model, None)
-    saved = save_adapter(
-        params.out,
-        ready,
-        form=params.format,
-        dtype=params.dtype,
-        metadata=export_metadata(metadata, params, params.format, variants),
-    )
-    say(as_summary(saved))
-
-
-def _without_ranks(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Returns the metadata without what a change of ranks makes untrue."""
-    return {key: value for key, value in metadata.items() if not key.startswith("ss_network_")}
-
-
-def _merged_words(files: Sequence[AdapterFile], weights: Sequence[float]) -> dict[str, str]:
-    """Returns what a merged adapter says of its parts, which may have been trained on anything."""
-    parts = [
-        {"title": file.metadata.get("modelspec.title", file.path.stem), "weight": weight,
-         "sha256": file.metadata.get("sshs_model_hash")}
-        for file, weight in zip(files, weights, strict=True)
-    ]  # fmt: skip
-    return {"sd3pipe_merged_from": json.dumps(parts)}
+    words = export_metadata(metadata, params, params.format, variants)
+    say(as_summary(save_adapter(params.out, ready, form=params.format, dtype=params.dtype, metadata=words)))
 
 
 def _ranks(adapter: Adapter) -> str:
@@ -164,13 +137,11 @@ def _ranks(adapter: Adapter) -> str:
 
 
 def _as_lines(file: AdapterFile, found: Inspection) -> list[str]:
-    fits = " or ".join(found.variants) or (
-        f"a model of {count(found.depth, 'block')}" if found.depth else "text encoders"
-    )
+    other = f"a model of {count(found.depth, 'block')}" if found.depth else "text encoders"
     lines = [
         f"{file.path}",
         f"  form        {', '.join(found.forms)}",
-        f"  fits        {fits}",
+        f"  fits        {' or '.join(found.variants) or other}",
         f"  modules     {_counts(found.algorithms)}, {found.parameters:,} parameters",
         f"  rank        {_counts(found.ranks)}",
         f"  alpha/rank  {_counts(found.strengths)}",

@@ -12,19 +12,12 @@ from sd3pipe.cache.verify import repair, verify_cache
 from sd3pipe.cache.why import Explanation, explain
 from sd3pipe.console import count, readable_bytes, say, say_json
 from sd3pipe.errors import InputError
-from sd3pipe.params.cache import (
-    CacheExportParams,
-    CacheGcParams,
-    CacheLsParams,
-    CacheMergeParams,
-    CacheVerifyParams,
-    CacheWhyParams,
-)
+from sd3pipe.params import cache as option_sets
 
 _SHOWN_QUARANTINED = 10
 
 
-def ls(params: CacheLsParams) -> None:
+def ls(params: option_sets.CacheLsParams) -> None:
     """Prints recipe, rows and sizes of one cache or of all caches in a folder."""
     described = [describe(cache) for cache in find_caches(params.cache)]
     if params.json_output:
@@ -34,7 +27,7 @@ def ls(params: CacheLsParams) -> None:
     say(*lines[1:])
 
 
-def verify(params: CacheVerifyParams) -> None:
+def verify(params: option_sets.CacheVerifyParams) -> None:
     """Checks every checksum and key. Raises InputError if anything is wrong, repaired or not."""
     verification = verify_cache(params.cache, threads=params.threads)
     for problem in verification.problems:
@@ -55,7 +48,7 @@ def verify(params: CacheVerifyParams) -> None:
     raise InputError(f"{found}: {count(len(moved), 'file')} moved aside; run the encode stage to fill the hole")
 
 
-def why(params: CacheWhyParams) -> None:
+def why(params: option_sets.CacheWhyParams) -> None:
     """Prints for each row of a picture or caption whether it is there, and what the nearest row has otherwise."""
     explanations = explain(params.cache, params.subject)
     if params.json_output:
@@ -64,7 +57,7 @@ def why(params: CacheWhyParams) -> None:
     say(*(line for item in explanations for line in _why_lines(item)))
 
 
-def gc(params: CacheGcParams) -> None:
+def gc(params: option_sets.CacheGcParams) -> None:
     """Deletes unused rows."""
     keep_bytes = None if params.keep_gb is None else int(params.keep_gb * 1e9)
     deleted = delete_unused(
@@ -75,13 +68,13 @@ def gc(params: CacheGcParams) -> None:
     say(f"cache gc: {verb} {count(len(deleted), 'unused file')}, {size}")
 
 
-def merge(params: CacheMergeParams) -> None:
+def merge(params: option_sets.CacheMergeParams) -> None:
     """Unites caches of equal recipe and weights."""
     counts = merge_caches(params.caches, params.out)
     say(f"cache merge: {count(counts.reused, 'row')} of {count(len(params.caches), 'cache')} in {params.out}")
 
 
-def export(params: CacheExportParams) -> None:
+def export(params: option_sets.CacheExportParams) -> None:
     """Writes a cache as plain zarr arrays, or samples for other training engines."""
     if params.format == "zarr":
         written = count(export_zarr(params.cache, params.out), "row")

@@ -54,12 +54,6 @@ def main(params: CaptionParams) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Trial:
-    rows: list[tuple[Picture, Row | UnreadablePicture]]
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Captions(Encoding):
     """The words for a dataset's pictures, made by a captioner."""
 
@@ -90,7 +84,7 @@ class _Captions(Encoding):
     def show(self) -> None:
         self._tell_looks()
         counter = _counter(self.params)
-        for picture, row in self.trial.rows:
+        for picture, row in self.trial[0]:
             if isinstance(row, UnreadablePicture):
                 continue
             say(f"{picture.name}:")
@@ -120,23 +114,25 @@ class _Captions(Encoding):
 
     def seconds(self, keys: Sequence[str]) -> tuple[str, float]:
         """Returns the device and the time by that of the first pictures: nobody knows before how much a model says."""
-        return self.params.device, len(keys) * self.trial.seconds / max(1, len(self.trial.rows))
+        rows, seconds = self.trial
+        return self.params.device, len(keys) * seconds / max(1, len(rows))
 
     @functools.cached_property
-    def trial(self) -> "_Trial":
+    def trial(self) -> tuple[list[tuple[Picture, Row | UnreadablePicture]], float]:
         """What the model says of the first pictures, and how long that took without loading it."""
         from sd3pipe.captioning.caption_rows import captioned_rows
 
         pictures, model = self.pictures[:_SHOWN], self.model
         started = time.monotonic()
         rows = list(captioned_rows(pictures, model, self.params))
-        return _Trial(rows=list(zip(pictures, rows, strict=True)), seconds=time.monotonic() - started)
+        return list(zip(pictures, rows, strict=True)), time.monotonic() - started
 
     def write(self) -> list[Slot]:
         """Writes the list of captions into the cache, and caption files where they belong; returns the latter."""
-        captions = finished_captions(
-            self.pictures, _words_by_picture(self.out), self.params.wording, _counter(self.params)
-        )
+        reader = CacheReader(self.out)
+        hashes, rows = hex_list(reader.samples.hashes("image_hash")), reader.samples.numbers("row").tolist()
+        words = {digest: words_of(reader.row(row)) for digest, row in dict(zip(hashes, rows, strict=True)).items()}
+        captions = finished_captions(self.pictures, words, self.params.wording, _counter(self.params))
         if self.others:
             captions = with_further_lines(captions, self.others)
         write_list(self.out, captions)
@@ -186,10 +182,7 @@ def _prepare(params: CaptionParams) -> _Captions:
         )
     pictures = found.pictures if params.write == "none" else [slot.picture for slot in choice.written]
     prompt = captioner.prompt(params.prompt)
-    recipe = {
-        "prompt": prompt,
-        **{name: value for name, value in params.with_role("recipe").items() if name != "prompt"},
-    }
+    recipe = {**params.with_role("recipe"), "prompt": prompt}
     wanted = captions_wanted(pictures, found.unreadable, captioner.fingerprint(stamps), recipe)
     if not params.dry_run:
         stamps.save()
@@ -220,13 +213,6 @@ def _dataset(params: CaptionParams) -> Dataset:
 
 def _notes(cache: Path) -> WrittenNotes:
     return WrittenNotes(machine_folder(cache) / "written.json")
-
-
-def _words_by_picture(out: Path) -> dict[str, str]:
-    """Returns the words in a cache by the hashes of the pictures."""
-    reader = CacheReader(out)
-    hashes, rows = hex_list(reader.samples.hashes("image_hash")), reader.samples.numbers("row").tolist()
-    return {digest: words_of(reader.row(row)) for digest, row in dict(zip(hashes, rows, strict=True)).items()}
 
 
 def _counter(params: CaptionParams) -> CountTokens | None:

@@ -40,10 +40,7 @@ log = logging.getLogger(__name__)
 
 def main(params: CheckCaptionsParams) -> None:
     """Asks the model what was not asked yet, and writes what the answers say."""
-    inputs = {
-        name: str(value) if (value := getattr(params, name)) else None
-        for name in ("model", "text", "latents", "adapter")
-    }
+    inputs = params.as_inputs("model", "text", "latents", "adapter")
     with StageReport("check-captions", path=Path(f"{params.out}.report.json"), inputs=inputs) as report:
         stamps = FileStamps(machine_folder(params.out) / "weights.json")
         source = find_component("mmdit", model=params.model, file=params.mmdit)

@@ -38,16 +38,12 @@ def main(params: DemoParams) -> None:
             f"({figures['new_before']} before), old prompts in {figures['old_after']} of {figures['old_pictures']} "
             f"({figures['old_before']} before): see {folder / PICTURE}"
         )
-        report.summary = _judged(folder, seeds)
-
-
-def _judged(folder: Path, seeds: Sequence[int]) -> str:
-    """Lets the tiny judge model compare the run's checkpoints, and returns the first sentence of what it suggests."""
-    _run(
-        folder, "judge", "--model", str(MODEL), "--judge-model", str(JUDGE), "--adapter", RUN,
-        "--out", f"{RUN}/{JUDGE_FOLDER}", "--seeds", ",".join(map(str, seeds)),
-    )  # fmt: skip
-    return read_judgement(folder / RUN / JUDGE_FOLDER).suggestion.text.split(". ")[0].removesuffix(".")
+        _run(
+            folder, "judge", "--model", str(MODEL), "--judge-model", str(JUDGE), "--adapter", RUN,
+            "--out", f"{RUN}/{JUDGE_FOLDER}", "--seeds", ",".join(map(str, seeds)),
+        )  # fmt: skip
+        suggestion = read_judgement(folder / RUN / JUDGE_FOLDER).suggestion.text
+        report.summary = suggestion.split(". ")[0].removesuffix(".")
 
 
 def _write(folder: Path, steps: int) -> None:

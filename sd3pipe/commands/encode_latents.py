@@ -34,7 +34,7 @@ def main(params: EncodeLatentsParams) -> None:
         _prepare,
         stage=_Latents.stage,
         out=params.out,
-        inputs={"dataset": str(params.dataset), "model": params.model, "vae": str(params.vae) if params.vae else None},
+        inputs=params.as_inputs("dataset", "model", "vae"),
         repetition=lambda: Repetition(
             params.out, params.dataset, lambda: _goes_by(params), captions=False, trust=not params.rehash
         ),

@@ -52,7 +52,10 @@ def main(params: EncodeTextParams) -> None:
             functools.partial(_prepare, target=target),
             stage=_TextRows.stage,
             out=target.out,
-            inputs=_inputs(params, target),
+            inputs={
+                _PROJECT_KEYS[target.kind]: str(target.source),
+                **params.as_inputs("model", "clip_l", "clip_g", "t5xxl", "tokenizers"),
+            },
             # of prompts there are few
             repetition=functools.partial(_repetition, params, target) if target.kind == "text" else None,
         )
@@ -94,12 +97,6 @@ def _targets(params: EncodeTextParams) -> list[_Target]:
         _Target(kind=kind, source=source, out=params.out or Path(paths["caches"], kind))
         for kind, source in sources.items()
     ]
-
-
-def _inputs(params: EncodeTextParams, target: _Target) -> dict[str, str | None]:
-    names = ("model", "clip_l", "clip_g", "t5xxl", "tokenizers")
-    inputs = {_PROJECT_KEYS[target.kind]: target.source} | {name: getattr(params, name) for name in names}
-    return {name: None if value is None else str(value) for name, value in inputs.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

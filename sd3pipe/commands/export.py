@@ -22,7 +22,7 @@ from sd3pipe.exporting.adapter_files import (
     refuse_to_replace,
 )
 from sd3pipe.exporting.base_weights import find_base, for_form
-from sd3pipe.exporting.checkpoints import MergedModel, write_checkpoint
+from sd3pipe.exporting.checkpoints import write_checkpoint
 from sd3pipe.exporting.hub_card import card_text
 from sd3pipe.exporting.hub_folder import CARD, WEIGHTS, Samples, samples_for, write_card, write_pictures
 from sd3pipe.exporting.published import published
@@ -39,7 +39,7 @@ _FAINT = 0.1  # share of a module's change that rounding may take before the use
 
 def main(params: ExportParams) -> None:
     """Writes what was asked for and a report beside it. Raises InputError, ParameterError, StorageError."""
-    inputs = {"adapter": str(params.adapter), "model": params.model, "format": params.format}
+    inputs = params.as_inputs("adapter", "model", "format")
     with StageReport("export", path=Path(f"{params.out}.report.json"), inputs=inputs) as report:
         device = choose_device(params.device, params.threads)
         _refuse_what_would_be_ignored(params)
@@ -56,9 +56,7 @@ def main(params: ExportParams) -> None:
         else:
             adapter = find_adapter(params.adapter)
         if params.format == "checkpoint":
-            merged = _merge(_read(adapter), params, device)
-            report.update(**_merged_report(merged))
-            report.summary = _merged_summary(merged)
+            _merge(_read(adapter), params, device, report)
             return
         samples = samples_for(adapter) if params.format == "hub" else Samples()
         identity = made_from(params, adapter, samples.files)
@@ -154,7 +152,7 @@ def _export_all(params: ExportParams, report: StageReport) -> list[SavedAdapter]
     return saved
 
 
-def _merge(source: AdapterFile, params: ExportParams, device: torch.device) -> MergedModel:
+def _merge(source: AdapterFile, params: ExportParams, device: torch.device, report: StageReport) -> None:
     text = [path for path in source.adapter if is_text_encoder(path)]
     if text:
         raise ParameterError(f"--format checkpoint merges into the MMDiT, and the adapter also changes {text[0]}")
@@ -176,21 +174,9 @@ def _merge(source: AdapterFile, params: ExportParams, device: torch.device) -> M
             100 * merged.largest_rounding,
             merged.largest_at,
         )
-    return merged
-
-
-def _merged_report(merged: MergedModel) -> dict[str, object]:
-    return {
-        "form": "checkpoint",
-        "modules": merged.changed,
-        "bytes": merged.nbytes,
-        "largest_difference": merged.largest_rounding,
-        "largest_difference_at": merged.largest_at,
-    }
-
-
-def _merged_summary(merged: MergedModel) -> str:
-    return (
+    report.update(form="checkpoint", modules=merged.changed, bytes=merged.nbytes)
+    report.update(largest_difference=merged.largest_rounding, largest_difference_at=merged.largest_at)
+    report.summary = (
         f"{merged.path}, {count(merged.changed, 'tensor')} changed, {readable_bytes(merged.nbytes)}; read back, "
         f"every bit as written; rounding takes at most {merged.largest_rounding:.1%} of a module's change"
     )

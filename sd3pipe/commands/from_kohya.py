@@ -207,7 +207,7 @@ def _left_out_of(file: str, translation: Translation) -> dict[str, list[tuple[An
 
 def _tell(params: FromKohyaParams, translation: Translation, blocks: Sequence[Block], names: list[str]) -> None:
     left_out = [
-        f"{_file_name(file)}: {key} = {value}: {reason}"
+        f"{PROJECT_FILE if file == 'project' else f'stages/{file}.toml'}: {key} = {value}: {reason}"
         for (file, key), items in translation.left_out.items()
         for value, reason in items
     ]
@@ -230,15 +230,7 @@ def _tell(params: FromKohyaParams, translation: Translation, blocks: Sequence[Bl
     say(f"{params.out}: {count(len(names), 'file')} {done}: {', '.join(names) or 'all were there'}")
     for key, reason in missing_weights((*ENCODERS, "vae"), translation.paths).items():
         say(f"not found, so fill in paths.{key} in {params.out / PROJECT_FILE}: {reason}")
-    _tell_what_comes_next(params.out)
-
-
-def _file_name(file: str) -> str:
-    return PROJECT_FILE if file == "project" else f"stages/{file}.toml"
-
-
-def _tell_what_comes_next(folder: Path) -> None:
-    go = "" if folder.resolve() == Path.cwd() else f"cd {shell_word(no_option(str(folder)))} && "
+    go = "" if params.out.resolve() == Path.cwd() else f"cd {shell_word(no_option(str(params.out)))} && "
     say(
         "next:",
         f"  {go}sd3pipe preview    # draws what training will see",

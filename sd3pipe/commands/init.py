@@ -93,7 +93,8 @@ def _shapes(model: str) -> Mapping[str, tuple[int, ...]]:
 
 
 def _paths(params: InitParams, model: str) -> dict[str, str]:
-    name = params.name or _file_name(params.trigger or params.folder.resolve().name)
+    called = params.trigger or params.folder.resolve().name
+    name = params.name or "".join(char if char.isalnum() or char in "-_." else "_" for char in called) or "lora"
     found = _encoders_near(model)
     given: dict[str, str | Path | None] = {
         "model": model,
@@ -114,10 +115,6 @@ def _paths(params: InitParams, model: str) -> dict[str, str]:
         "run": f"runs/{name}",
         "export": f"exports/{name}.safetensors",
     }
-
-
-def _file_name(text: str) -> str:
-    return "".join(char if char.isalnum() or char in "-_." else "_" for char in text) or "lora"
 
 
 def _encoders_near(model: str) -> dict[str, Path]:

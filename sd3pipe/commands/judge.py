@@ -36,8 +36,7 @@ log = logging.getLogger(__name__)
 
 def main(params: JudgeParams) -> None:
     """Draws, looks and compares what is missing, and writes judge.json and a page."""
-    names = ("model", "adapter", "prompts", "latents", "judge_model")
-    inputs = {name: str(value) if (value := getattr(params, name)) else None for name in names}
+    inputs = params.as_inputs("model", "adapter", "prompts", "latents", "judge_model")
     with StageReport("judge", path=Path(f"{params.out}.report.json"), inputs=inputs) as report:
         stamps = FileStamps(machine_folder(params.out) / "weights.json")
         mmdit = find_component("mmdit", model=params.model, file=params.mmdit)
@@ -50,11 +49,14 @@ def main(params: JudgeParams) -> None:
         device = choose_device(params.device, params.threads)
         precision = resolve_precision(params.mixed_precision, device)
         settings = DEFAULTS[params.variant or mmdit_architecture(mmdit).variant]
-        columns = _columns(params)
+        checkpoints = params.checkpoints or ("all" if checkpoint_adapters(params.adapter) else None)
+        columns = choose_columns(params.adapter, checkpoints, params.multipliers())  # the base and all at each strength
+        name = params.adapter.resolve().stem  # of an adapter that has no step
         comparison = Comparison(
             cells=_cells(params, prompts, columns, settings, mmdit, mmdit.fingerprint(stamps), precision),
             candidates=[
-                Candidate(checkpoint=_name(params, column), multiplier=column.multiplier) for column in columns[1:]
+                Candidate(checkpoint=name if column.step is None else column.step, multiplier=column.multiplier)
+                for column in columns[1:]
             ],
             references=read_references(latents),
             trigger=_trigger(params, prompts, stamps),
@@ -85,16 +87,6 @@ def main(params: JudgeParams) -> None:
         report.update(drawn=drawn, looked_at=looked, pictures=len(cells), suggestion=found.suggestion.text)
         report.summary = f"{drawn} drawn, {len(cells) - drawn} there, see {file.with_suffix('.html')}"
     say(found.suggestion.text)
-
-
-def _columns(params: JudgeParams) -> list[Column]:
-    """Returns the base and every adapter at every strength."""
-    checkpoints = params.checkpoints or ("all" if checkpoint_adapters(params.adapter) else None)
-    return choose_columns(params.adapter, checkpoints, params.multipliers())
-
-
-def _name(params: JudgeParams, column: Column) -> int | str:
-    return params.adapter.resolve().stem if column.step is None else column.step
 
 
 def _cells(

@@ -19,7 +19,8 @@ def main(params: PackParams) -> None:
     if project is None:
         raise ParameterError(f"there is no {PROJECT_FILE} here or above: pass --project DIR")
     files = list(_files(project, with_model=params.with_model))
-    names = [_name(file, project.folder) for file in files]
+    here, paths = project.folder.absolute(), [file.absolute() for file in files]
+    names = [str(path.relative_to(here) if path.is_relative_to(here) else path) for path in paths]
     if params.list_only:
         hand_over(names)
         return
@@ -30,8 +31,7 @@ def main(params: PackParams) -> None:
         shown = sorted(shown, key=lambda item: -item[0])[:_SHOWN]
     for size, name in shown:
         say(f"{readable_bytes(size):>9}  {name}")
-    seconds = sum(sizes) * 8 / (params.uplink * 1e6)
-    minutes = readable_seconds(seconds)
+    minutes = readable_seconds(sum(sizes) * 8 / (params.uplink * 1e6))
     say(f"{count(len(files), 'file')}, {readable_bytes(sum(sizes))}: {minutes} at {params.uplink:g} Mbit/s")
     say("send them from the project's folder: sd3pipe pack --list-only | rsync -a --files-from=- . HOST:FOLDER")
 
@@ -51,8 +51,3 @@ def _files(project: Project, *, with_model: bool) -> Iterator[Path]:
     if with_model and "model" in project.paths:
         model = Path(project.paths["model"])
         yield from [model] if model.is_file() else sorted(path for path in model.rglob("*.safetensors"))
-
-
-def _name(file: Path, folder: Path) -> str:
-    path = file.absolute()
-    return str(path.relative_to(folder.absolute())) if path.is_relative_to(folder.absolute()) else str(path)

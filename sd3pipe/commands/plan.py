@@ -23,7 +23,9 @@ def main(params: PlanParams) -> None:
     """Prints the plan. Raises InputError, and ParameterError for more blocks than there are."""
     project = find_project(Path.cwd())
     text = _stage_options(EncodeTextParams, "encode-text", params, project)
-    disk, advice = ({}, None) if params.dataset is None else _disk(params, text, project)
+    disk, advice = {}, None
+    if params.dataset is not None:
+        disk, advice = cache_sizes(_stage_options(EncodeLatentsParams, "encode-latents", params, project), text)
     plan = make_plan(params, t5_tokens=text.t5xxl_max_token_length, disk=disk)
     if params.json_output:
         say_json(plan.as_json())
@@ -33,12 +35,7 @@ def main(params: PlanParams) -> None:
         say("disk: " + ", ".join(f"{name} {readable_bytes(size)}" for name, size in plan.disk.items()))
     if advice:
         say(f"disk: {advice}")
-    say(*plan.table(), _verdict(params, plan), *_others(plan))
-
-
-def _disk(params: PlanParams, text: EncodeTextParams, project: Project | None) -> tuple[dict[str, int], str | None]:
-    """Returns the bytes of the caches by the encode stages' own plans, and how they would be fewer."""
-    return cache_sizes(_stage_options(EncodeLatentsParams, "encode-latents", params, project), text)
+    say(*plan.table(), _verdict(params, plan), *(f"or, with less: {_told(plan, row)}" for row in plan.others))
 
 
 def _stage_options(
@@ -72,10 +69,6 @@ def _verdict(params: PlanParams, plan: Plan) -> str:
     if plan.chosen is None:
         return f"nothing fits {where}: try --base-dtype int8 or nf4, a smaller picture or batch"
     return f"fits {where}: {_told(plan, plan.chosen)}"
-
-
-def _others(plan: Plan) -> list[str]:
-    return [f"or, with less: {_told(plan, row)}" for row in plan.others]
 
 
 def _told(plan: Plan, row: Row) -> str:

@@ -2,13 +2,13 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from sd3pipe.cache.folder import machine_folder
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.console import say
-from sd3pipe.data.caption_cache import CachedCaptions, read_captions
+from sd3pipe.data.caption_cache import read_captions
 from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.feed import default_workers
 from sd3pipe.data.looks import Looks
@@ -56,13 +56,16 @@ def _of_dataset(params: PreviewParams) -> Preview:
     looks = Looks(machine / "looks.npz")
     looks.look_at(found.pictures)
     workers = default_workers() if params.max_data_loader_n_workers is None else params.max_data_loader_n_workers
+    folders = Counter(cache.name for cache in params.captions)
     known = dataset_items(
         found,
         caption_variants=params.caption_variants,
         crop_variants=params.crop_variants,
         seed=params.seed,
         count_tokens=lambda captions: _token_counts(captions, params),
-        suggested=_suggested(params.captions),
+        suggested={
+            cache.name if folders[cache.name] == 1 else str(cache): read_captions(cache) for cache in params.captions
+        },
         seen=looks.seen(),
     )
     return dataset_preview(
@@ -72,12 +75,6 @@ def _of_dataset(params: PreviewParams) -> Preview:
         thumbnails=Thumbnails(machine / "thumbnails"),
         workers=workers,
     )
-
-
-def _suggested(caches: Sequence[Path]) -> dict[str, CachedCaptions]:
-    """Returns the captions of caches by their folders' names, or by their whole paths where names are equal."""
-    names = [cache.name if [other.name for other in caches].count(cache.name) == 1 else str(cache) for cache in caches]
-    return {name: read_captions(cache) for name, cache in zip(names, caches, strict=True)}
 
 
 def _token_counts(captions: Sequence[str], params: PreviewParams) -> dict[str, CaptionTokens]:

@@ -19,7 +19,7 @@ from sd3pipe.params.run import RunParams
 from sd3pipe.project.ahead import ahead
 from sd3pipe.project.inputs import check_stages
 from sd3pipe.shell import no_option, shell_line
-from sd3pipe.stages import REQUIRED_KEYS, STAGES, Stage, command_words, place, stages_of
+from sd3pipe.stages import REQUIRED_KEYS, STAGES, STAGES_BY_NAME, Stage, command_words, place, stages_of
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,6 @@ def main(params: RunParams) -> None:
     All options and inputs of all of them are checked before the first one begins.
     """
     project = _project(params.project)
-    _require(project, *REQUIRED_KEYS)
     stages = _wanted(params, project)
     _tell(project, stages, params)
     for stage in () if params.dry_run else stages:
@@ -45,18 +44,11 @@ def _wanted(params: RunParams, project: Project) -> list[Stage]:
     there = {stage.name: stage for stage in stages_of(project.paths)}
     missing = [name for name in params.stages if name not in there]
     if missing:
-        raise ParameterError(
-            f"{project.file}: paths.{_place_missing(missing[0], project)} is missing, so there is nothing for "
-            f"{missing[0]} to do"
-        )
+        its = STAGES_BY_NAME[missing[0]]
+        keys = [*its.asks_for, *(path.key for path in its.paths if path.role == "data"), its.out.key]
+        key = next(key for key in keys if key.partition("/")[0] not in project.paths)
+        raise ParameterError(f"{project.file}: paths.{key} is missing, so there is nothing for {its.name} to do")
     return [stage for name, stage in there.items() if not params.stages or name in params.stages]
-
-
-def _place_missing(stage: str, project: Project) -> str:
-    """Returns the key of the place without which a project does not have a stage."""
-    its = next(other for other in STAGES if other.name == stage)
-    keys = [*its.asks_for, *(path.key for path in its.paths if path.role == "data"), its.out.key]
-    return next(key for key in keys if key.partition("/")[0] not in project.paths)
 
 
 def _tell(project: Project, stages: Sequence[Stage], params: RunParams) -> None:
@@ -102,13 +94,8 @@ def _silent() -> Iterator[None]:
         package.setLevel(level)
 
 
-def _require(project: Project, *keys: str) -> None:
-    missing = [key for key in keys if not project.paths.get(key)]
-    if missing:
-        raise ParameterError("\n".join(f"{project.file}: paths.{key} is missing" for key in missing))
-
-
 def _project(folder: Path | None) -> Project:
+    """Returns the project at hand. Raises ParameterError where there is none, or it lacks what every project has."""
     if folder:
         read_project(folder)
         os.chdir(folder)  # the stages find their parameter files from where they run
@@ -117,4 +104,7 @@ def _project(folder: Path | None) -> Project:
         raise ParameterError(
             f"there is no {PROJECT_FILE} here or above: `sd3pipe init` writes one, or pass --project DIR"
         )
+    missing = [f"{project.file}: paths.{key} is missing" for key in REQUIRED_KEYS if not project.paths.get(key)]
+    if missing:
+        raise ParameterError("\n".join(missing))
     return project

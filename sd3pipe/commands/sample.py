@@ -27,9 +27,7 @@ _VAE_DIGITS = 8
 
 def main(params: SampleParams) -> None:
     """Draws what is missing, decodes what can be decoded, and lays the grids out."""
-    inputs = {
-        name: str(value) if (value := getattr(params, name)) else None for name in ("model", "prompts", "adapter")
-    }
+    inputs = params.as_inputs("model", "prompts", "adapter")
     with StageReport("sample", path=Path(f"{params.out}.report.json"), inputs=inputs) as report:
         stamps = FileStamps(machine_folder(params.out) / "weights.json")
         vae = _find_vae(params)
@@ -42,7 +40,12 @@ def main(params: SampleParams) -> None:
         decoded = decode_cells(sheet, places, vae, lambda: choose_device(params.device, params.threads)) if vae else 0
         grids = lay_out(sheet, places) if vae else 0
         report.update(drawn=drawn, skipped=skipped, decoded=decoded, grids=grids)
-        report.summary = _summary(params, places, drawn, skipped, decoded, grids)
+        laid_out = f"{count(grids, 'grid')} in {params.out}"
+        if params.decode:
+            report.summary = f"{count(decoded, 'picture')} decoded, {laid_out}"
+        else:
+            kept = "" if grids else f"; latents kept in {places.latents('').parent}"
+            report.summary = f"{drawn} drawn, {skipped} there, {laid_out}{kept}"
 
 
 def _find_vae(params: SampleParams) -> ComponentSource | None:
@@ -111,10 +114,3 @@ def _settings(params: SampleParams, architecture: MMDiTArchitecture) -> Sampling
         return settings
     skip = SkipLayerGuidance(scale=params.skip_layer_guidance, blocks=params.skipped_blocks())
     return replace(settings, skip_layers=skip)
-
-
-def _summary(params: SampleParams, places: Places, drawn: int, skipped: int, decoded: int, grids: int) -> str:
-    if params.decode:
-        return f"{count(decoded, 'picture')} decoded, {count(grids, 'grid')} in {params.out}"
-    kept = "" if grids else f"; latents kept in {places.latents('').parent}"
-    return f"{drawn} drawn, {skipped} there, {count(grids, 'grid')} in {params.out}{kept}"

@@ -26,16 +26,13 @@ def main(params: StudioParams) -> None:
         return
     if any(importlib.util.find_spec(name) is None for name in _LIBRARIES):
         raise ParameterError("studio: its libraries are not installed: pip install 'sd3pipe[studio]'")
-    folders = [read_project(folder).folder for folder in params.projects] or _known(queue)
+    folders = [read_project(folder).folder for folder in params.projects]
+    if not folders:  # those that were opened before, and the one around the current folder
+        here = find_project(Path.cwd())
+        folders = [*queue.projects(), *([here.folder] if here else [])]
     if not params.read_only:
         queue.work()
     _serve(params, folders, queue)
-
-
-def _known(queue: Queue) -> list[Path]:
-    """Returns the project around the current folder, and those that were opened before."""
-    here = find_project(Path.cwd())
-    return [*queue.projects(), *([here.folder] if here else [])]
 
 
 def _serve(params: StudioParams, folders: list[Path], queue: Queue) -> None:

@@ -54,7 +54,7 @@ def main(params: TrainParams) -> None:
     """Trains, or goes on training, until the last step. Raises Stopped when asked to stop on the way."""
     processes = join_processes(params.device, params.threads)
     _set_numerics(params.numerics)
-    inputs = {"model": params.model, "text": str(params.text), "latents": str(params.latents)}
+    inputs = params.as_inputs("model", "text", "latents")
     report = StageReport("train", path=params.out / "report.json", inputs=inputs)
     folder = RunFolder(params.out)
     with contextlib.ExitStack() as main_only:

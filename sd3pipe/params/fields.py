@@ -81,6 +81,10 @@ class Params(BaseModel):
         assert dataclasses.is_dataclass(kind)
         return kind(**{item.name: getattr(self, item.name) for item in dataclasses.fields(kind)})
 
+    def as_inputs(self, *names: str) -> dict[str, str | None]:
+        """Returns options as a stage's report names its inputs."""
+        return {name: str(value) if (value := getattr(self, name)) else None for name in names}
+
     def with_role(self, role: Role) -> dict[str, Any]:
         """Returns the values of the options with `role`, as JSON types."""
         names = {name for name, field in type(self).model_fields.items() if option_extra(field)["role"] == role}
