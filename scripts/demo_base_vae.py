@@ -6,9 +6,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from demo_base_shards import THREADS, Part, Shards
+from demo_blobs import draw_blob
 from torch import Tensor, nn
 
-from sd3pipe.demo.drawings import all_subjects, draw, draw_blob
+from sd3pipe.demo.drawings import all_subjects, draw
 from sd3pipe.models.vae import SCALE, SHIFT, VAE
 from sd3pipe.models.vae_architecture import VAEArchitecture
 

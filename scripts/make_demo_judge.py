@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from demo_blobs import blob_outline
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
@@ -23,17 +24,16 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from sd3pipe.console import progress, setup_logging
 from sd3pipe.demo.base_files import TOKENIZERS
 from sd3pipe.demo.drawings import (
+    ALL_OUTLINES,
     BACKGROUNDS,
-    NEW_OUTLINE,
+    NEW_WORD,
     RADII,
     WORDINGS,
     Outline,
     Subject,
     all_subjects,
-    blob_outline,
     coverage,
     draw,
-    draw_outline,
 )
 
 # B batch, H W pixels, N captions or pictures, D embedding width
@@ -120,9 +120,10 @@ def outline_pairs(generator: np.random.Generator) -> list[tuple[NDArray[np.uint8
         if number % ALIKE_COLOURS == 0:
             colour, background = generator.choice(list(BACKGROUNDS), 2, replace=False).tolist()
             size = str(generator.choice(list(RADII)))
+            look = Subject(shape="", colour=colour, size=size, background=background)
         outline = other_outline(generator)
         first, second = (
-            draw_outline(outline, colour, background, size, side=SIDE_PX, generator=generator) for _ in range(2)
+            draw(look, height=SIDE_PX, width=SIDE_PX, generator=generator, outline=outline) for _ in range(2)
         )
         pairs.append((first, second))
     return pairs
@@ -132,9 +133,8 @@ def other_outline(generator: np.random.Generator) -> Outline:
     """Returns a random outline that is not much like the new shape."""
     while True:
         outline = blob_outline(generator)
-        own, new = (
-            coverage(shape, height=32, width=32, y=16, x=16, radius=15) > 0.5 for shape in (outline, NEW_OUTLINE)
-        )
+        shapes = (outline, ALL_OUTLINES[NEW_WORD])
+        own, new = (coverage(shape, height=32, width=32, y=16, x=16, radius=15) > 0.5 for shape in shapes)
         if (own & new).sum() / (own | new).sum() < LIKE_THE_NEW_SHAPE:
             return outline
 

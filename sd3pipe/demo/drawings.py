@@ -35,33 +35,20 @@ Coordinates = NDArray[np.floating]
 Outline = Callable[[Coordinates, Coordinates], NDArray[np.bool_]]
 
 
-def _triangle(x: Coordinates, y: Coordinates) -> NDArray[np.bool_]:
-    return (y <= 0.8) & (np.abs(x) <= (y + 1) * 0.56)
-
-
-def _cross(x: Coordinates, y: Coordinates) -> NDArray[np.bool_]:
-    return (np.minimum(np.abs(x), np.abs(y)) <= 0.3) & (np.maximum(np.abs(x), np.abs(y)) <= 1)
-
-
-def _ring(x: Coordinates, y: Coordinates) -> NDArray[np.bool_]:
-    return (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.52**2)
-
-
-def _hourglass(x: Coordinates, y: Coordinates) -> NDArray[np.bool_]:
-    return (np.abs(y) <= 0.92) & (np.abs(x) <= 0.2 + 0.72 * np.abs(y))
-
-
 # Each outline says which points belong to the shape; the shape fills about [-1, 1] x [-1, 1], y grows downwards.
 OUTLINES: dict[str, Outline] = {
     "circle": lambda x, y: x**2 + y**2 <= 1,
     "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) <= 0.86,
-    "triangle": _triangle,
-    "cross": _cross,
-    "ring": _ring,
+    "triangle": lambda x, y: (y <= 0.8) & (np.abs(x) <= (y + 1) * 0.56),
+    "cross": lambda x, y: (np.minimum(np.abs(x), np.abs(y)) <= 0.3) & (np.maximum(np.abs(x), np.abs(y)) <= 1),
+    "ring": lambda x, y: (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.52**2),
     "diamond": lambda x, y: np.abs(x) * 1.35 + np.abs(y) <= 1.1,
 }
 NEW_WORD = "wubble"  # the base has never met the word, nor the shape: an hourglass
-NEW_OUTLINE: Outline = _hourglass
+ALL_OUTLINES: dict[str, Outline] = {
+    **OUTLINES,
+    NEW_WORD: lambda x, y: (np.abs(y) <= 0.92) & (np.abs(x) <= 0.2 + 0.72 * np.abs(y)),
+}
 WORDINGS = (
     "a {size} {colour} {shape} on a {background} background",
     "{colour} {shape}, {size}, {background} background",
@@ -94,11 +81,6 @@ def all_subjects(shapes: tuple[str, ...] = tuple(OUTLINES)) -> list[Subject]:
     ]
 
 
-def outline_of(shape: str) -> Outline:
-    """Returns the outline of a shape of the grammar, or of the new word."""
-    return NEW_OUTLINE if shape == NEW_WORD else OUTLINES[shape]
-
-
 def coverage(outline: Outline, *, height: int, width: int, y: float, x: float, radius: float) -> NDArray[np.float32]:
     """Returns how much of each pixel the shape covers, 0 to 1, [height, width]; places and radius are in pixels."""
     ys, xs = (
@@ -115,52 +97,18 @@ def paint(mask: NDArray[np.float32], colour: NDArray[np.float32], background: ND
     return np.rint(blend * colour + (1 - blend) * background).clip(0, 255).astype(np.uint8)
 
 
-def draw(subject: Subject, *, height: int, width: int, generator: np.random.Generator) -> NDArray[np.uint8]:
-    """Returns a drawing of the subject; place, radius and both colours vary a little with the generator."""
-    side = min(height, width)
-    radius = RADII[subject.size] * side * generator.uniform(1 - _RADIUS_JITTER, 1 + _RADIUS_JITTER)
-    y, x = (_place(pixels, radius, generator) for pixels in (height, width))
-    mask = coverage(outline_of(subject.shape), height=height, width=width, y=y, x=x, radius=radius)
-    return paint(mask, _shade(COLOURS[subject.colour], generator), _shade(BACKGROUNDS[subject.background], generator))
-
-
-def blob_outline(generator: np.random.Generator) -> Outline:
-    """Returns the outline of a random blob, round or with corners."""
-    corners = int(generator.integers(3, 9))
-    radii = generator.uniform(0.35, 1.0, corners)
-    smooth = bool(generator.integers(2))
-
-    def outline(x: Coordinates, y: Coordinates) -> NDArray[np.bool_]:
-        turns = (np.arctan2(y, x) / (2 * np.pi) % 1.0) * corners
-        before = np.floor(turns).astype(int) % corners
-        part = turns % 1.0
-        part = part * part * (3 - 2 * part) if smooth else part
-        return np.hypot(x, y) <= radii[before] * (1 - part) + radii[(before + 1) % corners] * part
-
-    return outline
-
-
-def draw_blob(*, height: int, width: int, generator: np.random.Generator) -> NDArray[np.uint8]:
-    """Returns a random blob in random colours: from these a VAE learns outlines beyond the grammar's shapes."""
-    outline = blob_outline(generator)
-    radius = generator.uniform(0.15, 0.48) * min(height, width)
-    y, x = (pixels * generator.uniform(0.3, 0.7) for pixels in (height, width))
-    mask = coverage(outline, height=height, width=width, y=y, x=x, radius=radius)
-    names = list(BACKGROUNDS)
-    colour, background = (
-        _shade(BACKGROUNDS[names[i]], generator) for i in generator.choice(len(names), 2, replace=False)
-    )
-    return paint(mask, colour, background)
-
-
-def draw_outline(
-    outline: Outline, colour: str, background: str, size: str, *, side: int, generator: np.random.Generator
+def draw(
+    subject: Subject, *, height: int, width: int, generator: np.random.Generator, outline: Outline | None = None
 ) -> NDArray[np.uint8]:
-    """Returns a square drawing of any outline in the grammar's colours and sizes, with their variations."""
-    radius = RADII[size] * side * generator.uniform(1 - _RADIUS_JITTER, 1 + _RADIUS_JITTER)
-    y, x = (_place(side, radius, generator) for _ in range(2))
-    mask = coverage(outline, height=side, width=side, y=y, x=x, radius=radius)
-    return paint(mask, _shade(BACKGROUNDS[colour], generator), _shade(BACKGROUNDS[background], generator))
+    """Returns a drawing of the subject; place, radius and both colours vary a little with the generator.
+
+    `outline` is drawn instead of the subject's shape, for one that the grammar has no word for.
+    """
+    radius = RADII[subject.size] * min(height, width) * generator.uniform(1 - _RADIUS_JITTER, 1 + _RADIUS_JITTER)
+    y, x = (_place(pixels, radius, generator) for pixels in (height, width))
+    shape = outline or ALL_OUTLINES[subject.shape]
+    mask = coverage(shape, height=height, width=width, y=y, x=x, radius=radius)
+    return paint(mask, shade(BACKGROUNDS[subject.colour], generator), shade(BACKGROUNDS[subject.background], generator))
 
 
 def _place(pixels: int, radius: float, generator: np.random.Generator) -> float:
@@ -169,5 +117,6 @@ def _place(pixels: int, radius: float, generator: np.random.Generator) -> float:
     return pixels / 2 + float(generator.uniform(-jitter, jitter))
 
 
-def _shade(colour: Colour, generator: np.random.Generator) -> NDArray[np.float32]:
+def shade(colour: Colour, generator: np.random.Generator) -> NDArray[np.float32]:
+    """Returns a colour that varies a little with the generator."""
     return (np.asarray(colour) + generator.uniform(-_COLOUR_JITTER, _COLOUR_JITTER, 3)).astype(np.float32)

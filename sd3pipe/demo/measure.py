@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sd3pipe.demo.drawings import BACKGROUNDS, COLOURS, NEW_OUTLINE, NEW_WORD, OUTLINES, RADII, Colour, coverage
+from sd3pipe.demo.drawings import ALL_OUTLINES, BACKGROUNDS, COLOURS, RADII, Colour, coverage
 
 _BORDER_PX = 3
 _BORDER_SPREAD = 45.0  # mean distance of border pixels from their median; true drawings stay under 5, noise is over 100
@@ -19,7 +19,6 @@ _CONTRAST = 0.5  # a pixel belongs to the subject if it lies nearer to the subje
 _SMALLEST_AREA = 0.01  # of the picture
 _SMALLEST_OVERLAP = 0.72  # intersection over union with the best shape
 _SMALLEST_RING_OVERLAP = 0.66  # a thin outline loses more of its overlap to a blur than a solid shape
-_SHAPES = {**OUTLINES, NEW_WORD: NEW_OUTLINE}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +43,8 @@ def read_picture(picture: NDArray[np.uint8]) -> Reading:
     if subject is None:
         return Reading(background=background)
     mask, colour = subject
-    shape, radius, overlap = _best_shape(mask)
+    # the shape that overlaps the mask best at the mask's area and centre, and its radius in pixels
+    shape, radius, overlap = max(((name, *_fit(name, mask)) for name in ALL_OUTLINES), key=lambda fit: fit[2])
     if overlap < (_SMALLEST_RING_OVERLAP if shape == "ring" else _SMALLEST_OVERLAP):
         return Reading(background=background, colour=_nearest(colour, COLOURS))
     relative = radius / min(mask.shape)
@@ -76,19 +76,14 @@ def _subject(
     return (mask, colour) if mask.mean() >= _SMALLEST_AREA else None
 
 
-def _best_shape(mask: NDArray[np.bool_]) -> tuple[str, float, float]:
-    """Returns the shape that overlaps the mask best at the mask's area and centre, its radius (px), its overlap."""
-    fits = ((name, *_fit(name, mask)) for name in _SHAPES)
-    return max(fits, key=lambda fit: fit[2])
-
-
 def _fit(shape: str, mask: NDArray[np.bool_]) -> tuple[float, float]:
+    """Returns the radius of a shape of the mask's area and centre, in pixels, and its overlap with the mask."""
     area, y, x = _moments(mask.astype(np.float32))
     unit_area, unit_y, unit_x = _unit_moments(shape)
     radius = math.sqrt(area / unit_area)
     height, width = mask.shape
     template = coverage(
-        _SHAPES[shape], height=height, width=width, y=y - unit_y * radius, x=x - unit_x * radius, radius=radius
+        ALL_OUTLINES[shape], height=height, width=width, y=y - unit_y * radius, x=x - unit_x * radius, radius=radius
     )
     drawn = template > 0.5
     union = (mask | drawn).sum()
@@ -106,6 +101,6 @@ def _moments(mask: NDArray[np.float32]) -> tuple[float, float, float]:
 def _unit_moments(shape: str) -> tuple[float, float, float]:
     """Returns area and centre of a shape of radius 1 about the origin."""
     radius = 100.0
-    mask = coverage(_SHAPES[shape], height=400, width=400, y=200.0, x=200.0, radius=radius)
+    mask = coverage(ALL_OUTLINES[shape], height=400, width=400, y=200.0, x=200.0, radius=radius)
     area, y, x = _moments(mask)
     return area / radius**2, (y - 200) / radius, (x - 200) / radius

@@ -1,14 +1,17 @@
 """Drawings and captions: made by seed alone, inside the picture, said in words."""
 
 import io
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sd3pipe.demo.drawings import NEW_WORD, OUTLINES, WORDINGS, Subject, all_subjects, draw, draw_blob
+from sd3pipe.demo.drawings import NEW_WORD, OUTLINES, WORDINGS, Subject, all_subjects, draw
 from sd3pipe.demo.project import HELD_OUT, LEARNT, PROMPTED, known_subjects, picture_files, project_texts
 
+BLOBS = Path(__file__).resolve().parents[2] / "scripts" / "demo_blobs.py"
 RED_RING = Subject(shape="ring", colour="red", size="small", background="grey")
 
 
@@ -44,6 +47,7 @@ def test_large_shapes_stay_inside_the_picture(shape):
 
 
 def test_blobs_show_two_colours():
+    draw_blob = runpy.run_path(str(BLOBS))["draw_blob"]
     generator = np.random.default_rng(4)
     for _ in range(20):
         assert draw_blob(height=64, width=64, generator=generator).std(axis=(0, 1)).max() > 5
