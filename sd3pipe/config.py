@@ -63,24 +63,19 @@ def read_project(folder: Path) -> Project:
     if not isinstance(paths, Mapping):
         raise ParameterError(f"{file}: paths: must be a table of strings, [paths]")
     problems = [f"{file}: {key}: unknown table: only [paths] belongs here" for key in tables if key != "paths"]
-    problems += [
-        f"{file}: paths.{key} = {value!r}: must be a string"
-        for key, value in paths.items()
-        if not isinstance(value, str)
-    ]
+    odd = {key: value for key, value in paths.items() if not isinstance(value, str)}
+    problems += [f"{file}: paths.{key} = {value!r}: must be a string" for key, value in odd.items()]
     if problems:
         raise ParameterError("\n".join(problems))
-    return Project(folder=folder, paths={key: _located(folder, key, value) for key, value in paths.items() if value})
-
-
-def _located(folder: Path, key: str, value: str) -> str:
-    return relative_to(folder, value, may_be_hub_id=key in HUB_KEYS)
+    located = {key: relative_to(folder, value, may_be_hub_id=key in HUB_KEYS) for key, value in paths.items() if value}
+    return Project(folder=folder, paths=located)
 
 
 def relative_to(folder: Path, value: str, *, may_be_hub_id: bool) -> str:
-    """Returns a path from a file in `folder`; a hub id (owner/name that is no file there) stays as it is.
+    """Returns a path from a file in `folder`, short where it lies below the current one; a hub id stays as it is.
 
-    Only a model may be named by one: the run "runs/star" is a path before anything lies in runs/.
+    That is owner/name that is no file there. Only a model may be named by one: the run "runs/star" is a path before
+    anything lies in runs/.
     """
     path = Path(value).expanduser()
     if path.is_absolute():
@@ -89,12 +84,4 @@ def relative_to(folder: Path, value: str, *, may_be_hub_id: bool) -> str:
     looks_like_hub_id = value.count("/") == 1 and not value.startswith(".") and path.suffix != ".safetensors"
     if may_be_hub_id and looks_like_hub_id and not here.exists() and not here.parent.exists():
         return value
-    return _shortest(here)
-
-
-def _shortest(path: Path) -> str:
-    """Returns `path` relative to the current folder where it lies below it, so that messages stay short."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    return str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here)

@@ -32,13 +32,13 @@ def version() -> str:
     return importlib.metadata.version("sd3pipe")
 
 
-def setup_logging(*, verbose: bool = False) -> None:
+def setup_logging() -> None:
     """Sends the package's log to stderr as plain lines, so that stdout stays for results."""
     handler = _StderrHandler()
     handler.setFormatter(_LineFormatter())
     root = logging.getLogger("sd3pipe")
     root.handlers[:] = [handler]
-    root.setLevel(logging.DEBUG if verbose else logging.INFO)
+    root.setLevel(logging.INFO)
     root.propagate = False
 
 
@@ -301,12 +301,13 @@ class StageReport:
             self._write(seconds, error)
 
     def _write(self, seconds: float, error: BaseException | None) -> None:
+        failed = error.exit_code if isinstance(error, Sd3pipeError) else ExitCode.BUG
         report = {
             **self.values,
             "stage": self.stage,
             "version": version(),
             "seconds": round(seconds, 3),
-            "exit_code": _exit_code(error),
+            "exit_code": ExitCode.DONE if error is None else failed,
             "inputs": self.inputs,
         }
         path, refused = self.path, _refusal_path(self.path)
@@ -338,11 +339,3 @@ def _refusal_path(report: Path) -> Path:
     """Returns where the report of a stage goes that was refused, beside OUT and kept out of git and DVC like all."""
     out = report.parent if report.name == "report.json" else report.with_name(report.name.removesuffix(".report.json"))
     return Path(f"{out.absolute()}.refused.report.json")
-
-
-def _exit_code(error: BaseException | None) -> int:
-    if error is None:
-        return ExitCode.DONE
-    if isinstance(error, Sd3pipeError):
-        return error.exit_code
-    return ExitCode.BUG

@@ -28,7 +28,8 @@ def choose_device(name: str, threads: int | None = None) -> torch.device:
         if torch.cuda.is_available():
             rank = int(os.environ.get("LOCAL_RANK", "0"))  # under torchrun, each process takes a card of its own
             return _current(rank % torch.cuda.device_count())
-        _tell_about_unusable_card()
+        if has_nvidia_card():
+            log.warning("there is an NVIDIA card, but %s; going on with the CPU", _why_no_cuda())
         return torch.device("cpu")
     device = _named(name)
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -78,8 +79,3 @@ def _why_no_cuda() -> str:
             "then run again"
         )
     return f"torch {torch.__version__} finds no usable CUDA device: check the driver with nvidia-smi"
-
-
-def _tell_about_unusable_card() -> None:
-    if has_nvidia_card():
-        log.warning("there is an NVIDIA card, but %s; going on with the CPU", _why_no_cuda())

@@ -84,7 +84,8 @@ class FileStamps:
         """Merges what is new into the file, dropping files that are gone. A failure costs only a warning."""
         if not self._new:
             return
-        entries = {real: entry for real, entry in _read_entries(self._file).items() if self._may_be_there(real)}
+        before = _read_entries(self._file).items()
+        entries = {real: entry for real, entry in before if is_address(real) or os.path.lexists(real)}
         for real, values in self._new.items():
             stamp = self._looked[real]
             if stamp is None:
@@ -97,9 +98,6 @@ class FileStamps:
             log.warning("file hashes are not remembered for the next run: %s", error)
             return
         self._entries, self._new = entries, {}
-
-    def _may_be_there(self, real: str) -> bool:
-        return is_address(real) or os.path.lexists(real)
 
     def _settled(self, real: str) -> Stamp | None:
         return self._listed[real] if real in self._listed else _settled_stamp(Path(real))

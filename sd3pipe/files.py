@@ -39,12 +39,9 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     if error.errno == errno.EISDIR:
         return StorageError(f"{path}: is a folder, and a file is to be written: name a file")
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return StorageError(f"{path}: {_file_in_the_way(path)} is a file, not a folder: choose another place")
+        in_the_way = next((part for part in (*reversed(path.parents), path) if part.is_file()), path)
+        return StorageError(f"{path}: {in_the_way} is a file, not a folder: choose another place")
     return StorageError(f"{path}: writing failed ({error.strerror or error})")
-
-
-def _file_in_the_way(path: Path) -> Path:
-    return next((part for part in (*reversed(path.parents), path) if part.is_file()), path)
 
 
 @contextlib.contextmanager

@@ -3,10 +3,10 @@
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import FiniteFloat, JsonValue, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic takes typing's own from Python 3.12 on
@@ -14,13 +14,15 @@ from typing_extensions import TypedDict  # pydantic takes typing's own from Pyth
 from sd3pipe.data.headers import DECODER_ERRORS, open_picture, reason
 from sd3pipe.data.places import read_picture
 from sd3pipe.data.png import text_of
-from sd3pipe.documents import DocumentError, read_json
+from sd3pipe.documents import read_json
 from sd3pipe.errors import InputError, UnreadablePicture
 from sd3pipe.judgement import JUDGE_FILE, JUDGE_FOLDER, Judgement, read_judgement
 from sd3pipe.metrics import EventRecord, StepRecord, ValidationRecord, read_records
-from sd3pipe.picture_losses import PictureLosses, read_picture_losses
+from sd3pipe.picture_losses import PICTURES_FILE, PictureLosses, read_picture_losses
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _SAMPLE_NAME = re.compile(r"step-?(\d+)")
 _PICTURES = (".png", ".jpg", ".webp")
@@ -116,50 +118,35 @@ _ABOUT = TypeAdapter(_About)
 def read_run(folder: Path) -> RunRecord:
     """Returns the record of a run. Raises InputError if the folder holds no run."""
     records = list(read_records(folder))
-    report, inputs = _json(folder / "report.json"), _json(folder / "final" / "inputs.json")
+    report = _said(folder / "report.json", _read_about, {})
     if not records and not report:
         raise InputError(f"{folder}: is no run folder: it has neither metrics.jsonl nor report.json")
     return RunRecord(
         folder=folder,
         report=report,
-        inputs=inputs,
+        inputs=_said(folder / "final" / "inputs.json", _read_about, {}),
         steps=[record for record in records if record["kind"] == "step"],
         validations=[record for record in records if record["kind"] == "validation"],
         events=[record for record in records if record["kind"] == "event"],
         samples=list(_samples(folder)),
-        judgement=_judgement(folder / JUDGE_FOLDER),
-        pictures=_pictures(folder),
+        judgement=_said(folder / JUDGE_FOLDER / JUDGE_FILE, lambda file: read_judgement(file.parent), None),
+        pictures=_said(folder / PICTURES_FILE, lambda file: read_picture_losses(file.parent), ()),
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """Returns what a JSON file says; nothing where it is missing, damaged or of another shape, which is told."""
-    try:
-        return dict(read_json(path, _ABOUT))
-    except DocumentError as error:
-        if not error.missing:
-            log.warning("%s: left out of the report", error)
-        return {}
+def _read_about(file: Path) -> dict[str, Any]:
+    return dict(read_json(file, _ABOUT))
 
 
-def _judgement(folder: Path) -> Judgement | None:
-    """Returns what `judge` found of the run, if it wrote that into the run's folder."""
-    if not (folder / JUDGE_FILE).is_file():
-        return None
+def _said(file: Path, read: Callable[[Path], T], nothing: T) -> T:
+    """Returns what a file of the run says; nothing where it is missing, or damaged, which is told."""
+    if not file.exists():
+        return nothing
     try:
-        return read_judgement(folder)
+        return read(file)
     except InputError as error:
         log.warning("%s: left out of the report", error)
-        return None
-
-
-def _pictures(folder: Path) -> tuple[PictureLosses, ...]:
-    """Returns what the run's losses say of each picture, where it wrote that down."""
-    try:
-        return read_picture_losses(folder)
-    except DocumentError as error:
-        log.warning("%s: left out of the report", error)
-        return ()
+        return nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,6 @@ from sd3pipe.studio.places import path_of
 from sd3pipe.studio.queue import Job, Queue
 from sd3pipe.studio.runs import Curves
 
-MOST_LOG_BYTES = 60_000
 _CACHES = {"text": "encode-text", "prompts": "encode-prompts", "latents": "encode-latents"}
 _PROGRESS = re.compile(r"^(?P<what>[\w -]+): (?P<done>\d+)/(?P<total>\d+) (?P<rest>.*)$")
 _MEMORY = re.compile(r"memory ([\d.]+ [KMGT]?B)")
