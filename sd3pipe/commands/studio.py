@@ -36,10 +36,13 @@ def main(params: StudioParams) -> None:
 
 
 def _serve(params: StudioParams, folders: list[Path], queue: Queue) -> None:
-    from sd3pipe.studio.app import application  # the libraries of the extra, which --queue-only does without
+    from sd3pipe.studio.app import (  # the libraries of the extra, which --queue-only does without
+        Projects,
+        Studio,
+        application,
+    )
     from sd3pipe.studio.safety import Access
     from sd3pipe.studio.serving import bind, serve
-    from sd3pipe.studio.state import Projects, Studio
     from sd3pipe.studio.watch import Watches
 
     sock = bind(params.host, params.port)

@@ -8,7 +8,8 @@ import functools
 import importlib
 import logging
 import mimetypes
-from collections.abc import Awaitable, Callable, Mapping
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,15 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from sd3pipe.config import Project
+from sd3pipe.child import run_captured
+from sd3pipe.config import PROJECT_FILE, Project, read_project
 from sd3pipe.documents import parse_json, read_data
 from sd3pipe.errors import InputError, Sd3pipeError
+from sd3pipe.fingerprint import hash_bytes
 from sd3pipe.pages.render import render
-from sd3pipe.studio.safety import Guard
-from sd3pipe.studio.state import Studio
+from sd3pipe.studio.queue import Queue
+from sd3pipe.studio.safety import Access, Guard
+from sd3pipe.studio.watch import Watches
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +69,48 @@ _ROUTES = (  # method, path, "module:function" below sd3pipe.studio.views
 _BODY = TypeAdapter(dict[str, JsonValue])
 
 
+class Projects:
+    """The folders that the studio shows. What lies in them is read anew for each page."""
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        self._folders: dict[str, Path] = {}
+        for folder in folders:
+            self.add(folder)
+
+    def add(self, folder: Path) -> str:
+        """Shows a folder, and returns the name that it has in addresses: the same one after a restart."""
+        real = folder.resolve()
+        words = re.sub(r"[^a-z0-9]+", "-", real.name.lower()).strip("-") or "project"
+        slug = f"{words[:40]}-{hash_bytes(bytes(real))[:6]}"
+        self._folders[slug] = real
+        return slug
+
+    def read(self, slug: str) -> Project:
+        """Returns a project as its file is. Raises InputError for an unknown one, ParameterError for a bad file."""
+        folder = self._folders.get(slug)
+        if folder is None:
+            raise InputError(
+                "this studio shows no such project: start it with its folder, or open it on the first page"
+            )
+        return read_project(folder)
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Returns slug, name and folder of each project that is there."""
+        return [
+            {"slug": slug, "name": folder.name, "folder": str(folder)}
+            for slug, folder in self._folders.items()
+            if (folder / PROJECT_FILE).is_file()
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Studio:
+    access: Access
+    projects: Projects
+    queue: Queue
+    watches: Watches
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ask:
     """What was asked: the project in the path, the rest of the path, the query, and the values of a body."""
@@ -88,6 +134,14 @@ class Ask:
         """Returns a value of the body as a list of texts."""
         value = self.values.get(name)
         return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+    def run(self, words: Sequence[str], folder: Path) -> str:
+        """Runs a command of sd3pipe to its end, and returns what it printed. Raises InputError with its errors."""
+        code, printed = run_captured(words, folder=folder)
+        if code:
+            errors = [line.removeprefix("error: ") for line in printed.splitlines() if line.startswith("error: ")]
+            raise InputError("\n".join(errors or printed.splitlines()[-3:]))
+        return printed
 
     def page(self, template: str, **values: Any) -> str:
         """Returns a page of the studio, or a part of one, with what its frame needs."""

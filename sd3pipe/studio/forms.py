@@ -14,7 +14,7 @@ from sd3pipe.errors import ParameterError
 from sd3pipe.files import write_text
 from sd3pipe.params.command_line import choices as words_of
 from sd3pipe.params.command_line import load_stage_models
-from sd3pipe.params.fields import Params, alternatives, option_extra
+from sd3pipe.params.fields import Params, alternatives, option_extra, takes_several
 from sd3pipe.params.resolve import check_value, spellings
 from sd3pipe.params.stage_edit import edited_stage_file
 from sd3pipe.params.stage_file import belongs, render_stage_file
@@ -95,8 +95,8 @@ def save_stage(project: Project, module: str, given: Mapping[str, Any]) -> dict[
 
 def checked_value(field: FieldInfo, text: str) -> Any:
     """Returns what a person typed as the option's value in TOML. Raises ValidationError."""
-    several = any(getattr(kind, "__origin__", None) is tuple for kind in alternatives(field.annotation))
-    value = check_value(field, [part.strip() for part in text.split(",")] if several else text.strip(), from_text=True)
+    parts = [part.strip() for part in text.split(",")] if takes_several(field) else text.strip()
+    value = check_value(field, parts, from_text=True)
     return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
 
 

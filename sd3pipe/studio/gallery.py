@@ -1,9 +1,10 @@
 """The pictures of a project with what preview knows of each, sorted and filtered; nothing is decoded for it."""
 
+import contextlib
 import functools
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from sd3pipe.config import Project
 from sd3pipe.console import count, one_line
 from sd3pipe.data.caption_cache import CachedCaptions, read_captions
 from sd3pipe.data.dataset_file import Dataset, load_dataset
-from sd3pipe.data.scan import Scan, UnreadableFile, scan
+from sd3pipe.data.looks import Looks, Seen
+from sd3pipe.data.scan import Picture, Scan, UnreadableFile, scan
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.file_stamps import FileStamps, Stamp, stamp_of
 from sd3pipe.fingerprint import hash_json
@@ -23,7 +25,6 @@ from sd3pipe.previewing.dataset_cards import PictureItem, dataset_items
 from sd3pipe.previewing.token_counts import token_counts
 from sd3pipe.project.inputs import stage_options
 from sd3pipe.stages import CAPTIONS, STAGES_BY_NAME
-from sd3pipe.studio.looking import seen_so_far
 from sd3pipe.studio.places import path_of, studio_folder
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ _KEY_DIGITS = 16
 _MOST_COUNTED = 50_000  # captions whose tokens are remembered
 _tokens: dict[tuple[str, int], dict[str, CaptionTokens]] = {}
 _tokens_lock = threading.Lock()
+_looking: set[str] = set()  # folders of projects whose pictures are being looked at, which no page waits for
+_looking_lock = threading.Lock()
 _latest: dict[str, "Gallery"] = {}  # by project: a screen of thumbnails asks for one picture each
 
 
@@ -140,23 +143,26 @@ def read_gallery(project: Project, *, may_write: bool = True) -> Gallery:
     if may_write:
         stamps.save()
     text, latents = option_values(project, "encode-text"), option_values(project, "encode-latents")
-    seen, missing = seen_so_far(project, found.pictures, may_write=may_write)
+    seen, missing = _seen_so_far(project, found.pictures, may_write=may_write)
+    captioned = sorted(path_of(project, "caches").glob(f"*/{CAPTIONS}"))
     known = dataset_items(
         found,
         caption_variants=text["caption_variants"],
         crop_variants=latents["crop_variants"],
         seed=text["seed"],
         count_tokens=lambda captions: _counted(project, captions, text["t5xxl_max_token_length"]),
-        suggested=_suggested(path_of(project, "caches")),
+        suggested={file.parent.name: _captions(file.parent, stamp_of(file.stat())) for file in captioned},
         seen=seen,
     )
-    findings = _findings(project)
+    findings = _findings(project, [item.picture for item in known.items])
+    keyed = [(_key(item.picture), item) for item in known.items]
+    unseen = f"{count(missing, 'picture')} not yet looked at for near-duplicates and blur: load the page again"
     _latest[str(project.folder)] = gallery = Gallery(
         dataset=dataset,
         found=found,
-        entries=[Entry(key=_key(item), item=item, findings=findings.of(item)) for item in known.items],
+        entries=[Entry(key=key, item=item, findings=findings.get(key, ())) for key, item in keyed],
         unreadable=known.unreadable,
-        warnings=(*known.warnings, *_unseen(missing)),
+        warnings=(*known.warnings, *([unseen] if missing else [])),
     )
     return gallery
 
@@ -177,15 +183,25 @@ def option_values(project: Project, stage: str) -> dict[str, Any]:
         return {name: field.default for name, field in fields.items()}
 
 
-def _unseen(number: int) -> Iterator[str]:
-    if number:
-        yield f"{count(number, 'picture')} not yet looked at for near-duplicates and blur: load the page again"
+def _seen_so_far(project: Project, pictures: Sequence[Picture], *, may_write: bool) -> tuple[Mapping[str, Seen], int]:
+    """Returns what is known of pictures, and of how many nothing is yet; `may_write` starts to look at those."""
+    looks = Looks(studio_folder(project) / "looks.npz")
+    missing = len(looks.missing(pictures))
+    with _looking_lock:
+        begins = missing > 0 and may_write and str(project.folder) not in _looking
+        if begins:
+            _looking.add(str(project.folder))
+    if begins:
+        threading.Thread(target=_look, args=(project, looks, pictures), daemon=True).start()
+    return looks.seen(), missing
 
 
-def _suggested(caches: Path) -> dict[str, CachedCaptions]:
-    """Returns what captioners said of the pictures, by the names of their caches."""
-    lists = sorted(caches.glob(f"*/{CAPTIONS}"))
-    return {file.parent.name: _captions(file.parent, stamp_of(file.stat())) for file in lists}
+def _look(project: Project, looks: Looks, pictures: Sequence[Picture]) -> None:
+    try:
+        looks.look_at(pictures, quiet=True)
+    finally:
+        with _looking_lock:
+            _looking.discard(str(project.folder))
 
 
 @functools.lru_cache(maxsize=8)  # a page asks several times
@@ -197,45 +213,28 @@ def _captions(cache: Path, _: Stamp) -> CachedCaptions:
         return {}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Findings:
-    """What check-captions named, and when; captions that were edited since are not what it looked at."""
-
-    written_ns: int
-    words: Mapping[tuple[str, str], tuple[str, ...]]
-
-    def of(self, item: PictureItem) -> tuple[str, ...]:
-        picture = item.picture
-        words = self.words.get((picture.subset.name, picture.name), ())
-        try:
-            return words if words and picture.caption_file.stat().st_mtime_ns <= self.written_ns else ()
-        except OSError:  # a caption that was deleted
-            return ()
-
-
-def _findings(project: Project) -> _Findings:
-    """Returns what the caption check of the project says, nothing where it has not run or cannot be read."""
+def _findings(project: Project, pictures: Sequence[Picture]) -> dict[str, tuple[str, ...]]:
+    """Returns what the caption check says by a picture's key; captions edited since are not what it looked at."""
     file = Path(project.paths.get(_CHECK_PATH, project.folder / _CHECK_FILE))
     try:
-        pictures, written_ns = read_findings(file).pictures, file.stat().st_mtime_ns
-    except (InputError, OSError):
-        return _Findings(written_ns=0, words={})
-    said = {
-        (picture.subset, picture.name): tuple(
-            f"{CAPTION_CHECK}: {words}"
-            for words, holds in (
-                ("the caption explains the picture no better than others' captions do", picture.suspect),
-                ("the caption changes nothing", picture.changes_nothing),
-            )
-            if holds
-        )
-        for picture in pictures
-    }
-    return _Findings(written_ns=written_ns, words=said)
+        checked, written_ns = read_findings(file).pictures, file.stat().st_mtime_ns
+    except (InputError, OSError):  # it has not run, or cannot be read
+        return {}
+    said: dict[tuple[str, str], tuple[str, ...]] = {}
+    for item in checked:
+        words = ["the caption explains the picture no better than others' captions do"] if item.suspect else []
+        words += ["the caption changes nothing"] if item.changes_nothing else []
+        said[item.subset, item.name] = tuple(f"{CAPTION_CHECK}: {text}" for text in words)
+    found: dict[str, tuple[str, ...]] = {}
+    for picture in pictures:
+        words = said.get((picture.subset.name, picture.name))
+        with contextlib.suppress(OSError):  # a caption that was deleted
+            if words and picture.caption_file.stat().st_mtime_ns <= written_ns:
+                found[_key(picture)] = words
+    return found
 
 
-def _key(item: PictureItem) -> str:
-    picture = item.picture
+def _key(picture: Picture) -> str:
     return hash_json([picture.subset.name, picture.name, picture.occurrence])[:_KEY_DIGITS]
 
 

@@ -8,7 +8,7 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -79,8 +79,7 @@ class Queue:
     def note_project(self, folder: Path) -> None:
         """Remembers a project for the next start. Raises StorageError."""
         real = str(folder.resolve())
-        with self._exchange() as change:
-            change(lambda file: replace(file, projects=(*(p for p in file.projects if p != real), real)[-_KEPT:]))
+        self._change(lambda file: replace(file, projects=(*(p for p in file.projects if p != real), real)[-_KEPT:]))
 
     def add(self, project: Path, title: str, commands: Sequence[Sequence[str]], log_folder: Path) -> Job:
         """Puts a job at the end and sees to it that somebody works. Raises StorageError."""
@@ -88,20 +87,19 @@ class Queue:
         log = make_folder(log_folder) / f"{name}.log"
         frozen = tuple(tuple(command) for command in commands)
         job = Job(id=name, project=str(project.resolve()), title=title, commands=frozen, log=str(log))
-        with self._exchange() as change:
-            change(lambda file: replace(file, jobs=_pruned((*file.jobs, job))))
+        self._change(lambda file: replace(file, jobs=_pruned((*file.jobs, job))))
         self.work()
         return job
 
     def update(self, job_id: str, edit: Callable[[Job], Job]) -> None:
         """Changes one job. Raises StorageError."""
-        with self._exchange() as change:
-            change(lambda file: replace(file, jobs=tuple(edit(job) if job.id == job_id else job for job in file.jobs)))
+        self._change(
+            lambda file: replace(file, jobs=tuple(edit(job) if job.id == job_id else job for job in file.jobs))
+        )
 
     def move(self, job_id: str, move: Move) -> None:
         """Moves a job among those that wait, or takes it out; one at work is not touched. Raises StorageError."""
-        with self._exchange() as change:
-            change(lambda file: replace(file, jobs=_moved(file.jobs, job_id, move)))
+        self._change(lambda file: replace(file, jobs=_moved(file.jobs, job_id, move)))
 
     def stop(self, job_id: str) -> None:
         """Asks the job at work to stop as Ctrl-C does, and again if asked again. Raises StorageError."""
@@ -125,11 +123,9 @@ class Queue:
         if any(not job.is_over for job in self.jobs()):
             start_apart(["studio", "--queue-only"], folder=make_folder(self.folder), log=self.folder / "worker.log")
 
-    @contextlib.contextmanager
-    def only_worker(self) -> Iterator[bool]:
+    def only_worker(self) -> contextlib.AbstractContextManager[bool]:
         """Yields whether this process may work: one does at a time."""
-        with lock_file(self.folder / "worker.lock") as free:
-            yield free
+        return lock_file(self.folder / "worker.lock")
 
     def _read(self) -> _File:
         """Returns the file's content. Raises DocumentError for a damaged one, which nobody replaces."""
@@ -140,21 +136,16 @@ class Queue:
                 raise
             return _File(format=1)
 
-    @contextlib.contextmanager
-    def _exchange(self) -> Iterator[Callable[[Callable[[_File], _File]], None]]:
-        """Yields what replaces the file by what is made of it, while nobody else does."""
-
-        def change(edit: Callable[[_File], _File]) -> None:
-            before = self._read()
-            after = edit(before)
-            if after != before:
-                write_json(self._file, asdict(after))
-
+    def _change(self, edit: Callable[[_File], _File]) -> None:
+        """Replaces the file by what is made of it, while nobody else does."""
         until = time.monotonic() + _LOCK_SECONDS
         while True:
             with lock_file(self.folder / "queue.lock") as free:
                 if free:
-                    yield change
+                    before = self._read()
+                    after = edit(before)
+                    if after != before:
+                        write_json(self._file, asdict(after))
                     return
             if time.monotonic() > until:
                 raise StorageError(f"{self._file}: another process keeps it: end it, then try again")
@@ -187,10 +178,6 @@ def _moved(jobs: Sequence[Job], job_id: str, move: Move) -> tuple[Job, ...]:
         return tuple(jobs)
     before = [number for number in waiting if number < at]
     after = [number for number in waiting if number >= at]
-    place = at
-    if move == "up" and before:
-        place = before[-1]
-    if move == "down" and after:
-        place = after[0] + 1
+    place = max(before, default=at) if move == "up" else min(after, default=at - 1) + 1
     order.insert(place, job)
     return tuple(order)

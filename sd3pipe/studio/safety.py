@@ -72,7 +72,8 @@ class Access:
     def _may_come_from(self, headers: Mapping[str, str]) -> bool:
         origin = headers.get("origin")
         if origin is not None:
-            return origin == self.origin or origin in {f"{scheme}://{headers.get('host')}" for scheme in _schemes(self)}
+            schemes = ("http", "https") if self.origin else ("http",)  # a proxy may keep the name and add TLS
+            return origin == self.origin or origin in {f"{scheme}://{headers.get('host')}" for scheme in schemes}
         site = headers.get("sec-fetch-site", "none")
         return site in ("none", "same-origin") or headers.get("sec-fetch-mode") == "navigate"
 
@@ -121,14 +122,9 @@ class Guard:
 
     def _set_cookie(self, headers: Mapping[str, str]) -> str:
         public = urlsplit(self._access.origin or "")
-        secure = (
-            "; Secure" if public.scheme == "https" and _host_name(headers.get("host", "")) == public.hostname else ""
-        )
+        is_public = public.scheme == "https" and _host_name(headers.get("host", "")) == public.hostname
+        secure = "; Secure" if is_public else ""
         return f"{self._access.cookie}={self._access.token}; Path=/; HttpOnly; SameSite=Strict{secure}"
-
-
-def _schemes(access: Access) -> tuple[str, ...]:
-    return ("http", "https") if access.origin else ("http",)  # a proxy may keep the name and add TLS
 
 
 def _host_name(host: str) -> str:

@@ -75,7 +75,8 @@ def status(project: Project, queue: Queue, curves: Curves) -> Status:
     if now is None and (job is None or job.state != "running"):
         found = _resting(job, lines)
         return replace(found, facts=(("steps", f"{curves.step:,}"),)) if curves.step else found
-    begun = _begun(lines)
+    starts = [number for number, line in enumerate(lines) if line.startswith("$ sd3pipe ")]
+    begun = lines[starts[-1] :] if starts else []  # from where `run` began the stage that came last
     stage = now.stage if now else begun[0].split()[2] if begun else "starting"
     progress = next((match for line in reversed(begun or lines) if (match := _PROGRESS.match(line))), None)
     share, facts = _progress(project, stage, curves, progress)
@@ -85,12 +86,6 @@ def status(project: Project, queue: Queue, curves: Curves) -> Status:
         facts.append(("most memory", device[1]))
     is_ours = job is not None and job.state == "running"
     return Status(state="working", stage=stage, facts=tuple(facts), share=share, from_terminal=not is_ours)
-
-
-def _begun(lines: list[str]) -> list[str]:
-    """Returns the lines of a log from the one with which `run` began the stage that came last."""
-    starts = [number for number, line in enumerate(lines) if line.startswith("$ sd3pipe ")]
-    return lines[starts[-1] :] if starts else []
 
 
 def _progress(

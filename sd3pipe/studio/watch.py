@@ -53,7 +53,7 @@ class Watch:
         self.project, self.run, self.queue = project, run, queue
         self._watchers: set[asyncio.Queue[bytes]] = set()
         self._task: asyncio.Task[None] | None = None
-        self._sent = self._mark()
+        self._sent = run.curves.mark
         self._told: dict[str, Any] = {}  # kind of event -> what was last said
 
     def stream(self, since: str) -> StreamingResponse:
@@ -101,10 +101,9 @@ class Watch:
     def _news(self, *, with_status: bool) -> bytes:
         self.run.read()
         parts = [self._since(self._sent)]
-        self._sent = self._mark()
-        parts += [self._changed("validation", self.run.curves.validations)]
-        if with_status:
-            parts += [self._changed(kind, value) for kind, value in self._facts()]
+        self._sent = self.run.curves.mark
+        facts = self._facts() if with_status else []
+        parts += [self._changed(*fact) for fact in [("validation", self.run.curves.validations), *facts]]
         return b"".join(parts)
 
     def _facts(self) -> list[tuple[str, Any]]:
@@ -127,14 +126,10 @@ class Watch:
     def _since(self, since: str) -> bytes:
         generation, _, row = since.partition(":")
         if generation != str(self.run.curves.generation) or not row.isdigit() or int(row) > len(self.run.curves):
-            return _event("reset", {}, self._mark())
-        return self._points(int(row)) if int(row) < len(self.run.curves) else b""
-
-    def _points(self, row: int) -> bytes:
-        return _event("points", {"from": row, "points": self.run.curves.points(row)}, self._mark())
-
-    def _mark(self) -> str:
-        return self.run.curves.mark
+            return _event("reset", {}, self.run.curves.mark)
+        if int(row) == len(self.run.curves):
+            return b""
+        return _event("points", {"from": int(row), "points": self.run.curves.points(int(row))}, self.run.curves.mark)
 
 
 def _event(kind: str, value: Any, mark: str = "") -> bytes:

@@ -1,5 +1,6 @@
 """Works off the queue, one job after another, in a process that needs no studio and outlives it."""
 
+import itertools
 import signal
 import time
 from dataclasses import replace
@@ -20,26 +21,14 @@ def work_off(queue: Queue) -> None:
     Raises Stopped when asked to stop; the job at work goes on, and the next worker waits for it.
     """
     with queue.only_worker() as free:
-        while free and (job := _next(queue)):
-            if job.state == "running":
-                _adopt(job)
+        while free and (jobs := [job for job in queue.jobs() if not job.is_over]):
+            job = next((job for job in jobs if job.state == "running"), jobs[0])
+            # An earlier worker had started that one, and nobody saw how it ended. So its command is given once more,
+            # which goes on from there, or finds nothing to do.
+            while job.mark and is_alive(job.mark):
+                with stopping.breaking_off():
+                    time.sleep(_POLL_SECONDS)
             _do(queue, job)
-
-
-def _next(queue: Queue) -> Job | None:
-    jobs = queue.jobs()
-    running = [job for job in jobs if job.state == "running"]
-    return next(iter([*running, *(job for job in jobs if job.state == "waiting")]), None)
-
-
-def _adopt(job: Job) -> None:
-    """Waits for a process that an earlier worker had started.
-
-    Nobody saw how it ended. So its command is given once more, which goes on from there, or finds nothing to do.
-    """
-    while job.mark and is_alive(job.mark):
-        with stopping.breaking_off():
-            time.sleep(_POLL_SECONDS)
 
 
 def _do(queue: Queue, job: Job) -> None:
@@ -48,7 +37,7 @@ def _do(queue: Queue, job: Job) -> None:
     queue.update(job.id, lambda job: replace(job, state="running", began=began))
     code: int = ExitCode.DONE
     for number, command in list(enumerate(job.commands))[job.at :]:
-        if _is_to_stop(queue, job):
+        if any(other.id == job.id and other.stop_wanted for other in queue.jobs()):
             code = ExitCode.STOPPED
         elif code == ExitCode.DONE:
             code = _run(queue, job, number, _again(command) if number == job.at and job.mark else list(command))
@@ -69,12 +58,5 @@ def _run(queue: Queue, job: Job, number: int, command: list[str]) -> int:
 
 def _again(command: tuple[str, ...]) -> list[str]:
     """Returns a command that was under way, so that it goes on: what began afresh does not begin afresh again."""
-    return ["auto" if before == "--resume" and word == "never" else word for before, word in _pairs(command)]
-
-
-def _pairs(command: tuple[str, ...]) -> list[tuple[str, str]]:
-    return list(zip(("", *command), command, strict=False))
-
-
-def _is_to_stop(queue: Queue, job: Job) -> bool:
-    return any(other.id == job.id and other.stop_wanted for other in queue.jobs())
+    pairs = itertools.pairwise(("", *command))
+    return ["auto" if before == "--resume" and word == "never" else word for before, word in pairs]

@@ -19,7 +19,6 @@ from sd3pipe.diffusion.picture_grid import save_picture
 from sd3pipe.judgement import JUDGE_FOLDER, SCORES, Judgement, Score, Scores, Suggestion
 from sd3pipe.studio import queue as queue_module
 from sd3pipe.studio.forms import stage_form
-from sd3pipe.studio.views import compare as compare_view
 from sd3pipe.studio.views import train as train_view
 
 
@@ -179,7 +178,9 @@ def test_what_is_missing_is_drawn_by_a_job(studio, project):
 def test_a_failed_export_shows_the_commands_own_line(studio, project, monkeypatch):
     with_checkpoint(project)
     told = []
-    monkeypatch.setattr(compare_view, "run_captured", lambda words, folder: told.append(words) or (3, "error: torn\n"))
+    monkeypatch.setattr(
+        "sd3pipe.studio.app.run_captured", lambda words, folder: told.append(words) or (3, "error: torn\n")
+    )
     body = {"checkpoint": "10", "format": "diffusers"}
     answer = asked(studio, "POST", path(studio, "compare", "use"), json=body)
     assert answer.status_code == 422 and answer.json()["error"] == ["torn"]

@@ -9,10 +9,9 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from sd3pipe.studio.app import application
+from sd3pipe.studio.app import Projects, Studio, application
 from sd3pipe.studio.queue import Queue
 from sd3pipe.studio.safety import Access
-from sd3pipe.studio.state import Projects, Studio
 from sd3pipe.studio.watch import Watches
 
 TOKEN = "a-token-for-tests"

@@ -6,9 +6,8 @@ from typing import Any
 
 from starlette.responses import RedirectResponse, Response
 
-from sd3pipe.child import run_captured
 from sd3pipe.config import PROJECT_FILE, read_project
-from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.errors import ParameterError
 from sd3pipe.files import write_text
 from sd3pipe.params.init import InitParams
 from sd3pipe.shell import no_option
@@ -79,11 +78,7 @@ def _folder(ask: Ask) -> Path:
 
 
 def _made(ask: Ask, folder: Path, words: list[str], base: Path | None = None) -> dict[str, Any]:
-    code, printed = run_captured(words, folder=base or Path.home())
-    if code:
-        errors = [line.removeprefix("error: ") for line in printed.splitlines() if line.startswith("error: ")]
-        raise InputError("\n".join(errors or printed.splitlines()[-3:]))
-    return _opened(ask, folder, printed)
+    return _opened(ask, folder, ask.run(words, base or Path.home()))
 
 
 def _opened(ask: Ask, folder: Path, message: str) -> dict[str, Any]:

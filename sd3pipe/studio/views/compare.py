@@ -1,20 +1,21 @@
 """Compare: prompts by checkpoints and strengths, training pictures beside them, and "use this one"."""
 
 import re
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, get_args
 
-from sd3pipe.child import run_captured
+from sd3pipe.diffusion.sheet import SHEET_FILE, read_sheet
 from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.judgement import JUDGE_FILE, JUDGE_FOLDER, SCORES, Score, read_judgement
 from sd3pipe.params.export import ExportParams
 from sd3pipe.params.sample import SampleParams
 from sd3pipe.studio.app import Ask
-from sd3pipe.studio.compare import SHEET_FOLDER, judged, sheet_matrix, step_matrix
 from sd3pipe.studio.gallery import read_gallery
-from sd3pipe.studio.jobs import draw_missing
-from sd3pipe.studio.places import path_of
+from sd3pipe.studio.places import path_of, studio_folder
 from sd3pipe.studio.runs import RunView, run_place
 
+_SHEET_FOLDER = "compare"  # in the run, so that it goes aside with it
 _REFERENCES = 8
 _STRENGTH = re.compile(r"-?\d+(\.\d+)?")
 _FORMATS = get_args(ExportParams.model_fields["format"].annotation)
@@ -30,8 +31,8 @@ def page(ask: Ask) -> str:
         "compare",
         title="Compare",
         run=run.place.name,
-        matrices=[matrix for matrix in (sheet_matrix(run), step_matrix(run)) if matrix],
-        judged=judged(run),
+        matrices=[matrix for matrix in (_sheet_matrix(run), _step_matrix(run)) if matrix],
+        judged=_judged(run),
         references=references,
         checkpoints=list(run.checkpoints()),
         is_finished=run.is_finished(),
@@ -48,8 +49,10 @@ def draw(ask: Ask) -> dict[str, Any]:
         pattern = next(item.pattern for item in SampleParams.model_fields[name].metadata if hasattr(item, "pattern"))
         if not re.fullmatch(pattern, value):
             raise ParameterError(f"{name} = {value}: {SampleParams.model_fields[name].description}")
-    out = run / SHEET_FOLDER
-    draw_missing(ask.project, ask.studio.queue, run=run, out=out, checkpoints=checkpoints, strengths=strengths)
+    command = ["sample", "--adapter", str(run.absolute()), "--out", str((run / _SHEET_FOLDER).absolute())]
+    command += ["--checkpoints", checkpoints, "--multiplier", strengths]
+    logs = studio_folder(ask.project).absolute() / "logs"
+    ask.studio.queue.add(ask.project.folder, "draw what is missing", [command], logs)
     return {"message": "in the queue: what is missing is drawn", "location": "/queue"}
 
 
@@ -70,13 +73,73 @@ def use(ask: Ask) -> dict[str, Any]:
     marked = ("" if float(strength) == 1 else f"-x{float(strength):g}") + ("" if form == "comfyui" else f"-{form}")
     ending = "" if form == "hub" else ".safetensors"  # a hub takes a folder
     out = export.with_name(f"{export.stem}{step}{marked}{ending}")
-    _export(ask, adapters[chosen].absolute(), form, strength, out)
+    words = ["export", "--adapter", str(adapters[chosen].absolute()), "--format", form, f"--multiplier={strength}"]
+    ask.run([*words, "--out", str(out)], ask.project.folder)
     return {"html": ask.page("exported", file=str(out)), "message": f"written: {out.name}"}
 
 
-def _export(ask: Ask, adapter: Path, form: str, strength: str, out: Path) -> None:
-    words = ["export", "--adapter", str(adapter), "--format", form, f"--multiplier={strength}", "--out", str(out)]
-    code, printed = run_captured(words, folder=ask.project.folder)
-    if code:
-        errors = [line.removeprefix("error: ") for line in printed.splitlines() if line.startswith("error: ")]
-        raise InputError("\n".join(errors or printed.splitlines()[-3:]))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Matrix:
+    """Rows of a title and a picture per column, as a path in the run; None where it is not drawn."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str | None, ...]], ...]
+
+
+def _step_matrix(run: RunView) -> _Matrix | None:
+    """Returns the samples that were drawn while the run trained: step 0 is the base."""
+    found = run.samples()
+    if not found["steps"]:
+        return None
+    columns = tuple("base" if step == 0 else f"step {step}" for step in found["steps"])
+    rows = tuple(
+        (prompt["title"], tuple(prompt["pictures"].get(str(step)) for step in found["steps"]))
+        for prompt in found["prompts"]
+    )
+    return _Matrix(title="While it trained", columns=columns, rows=rows)
+
+
+def _sheet_matrix(run: RunView) -> _Matrix | None:
+    """Returns what a sample job drew for this page: base first, then checkpoints at strengths, at equal seeds."""
+    out = run.place / _SHEET_FOLDER
+    if not (out / SHEET_FILE).is_file():
+        return None
+    try:
+        sheet = read_sheet(out)
+    except InputError:
+        return None
+    drawn = {path.name.rpartition("-vae")[0]: path for path in (out / "pictures").glob("*.png")}
+    rows = tuple(
+        (
+            f"{prompt.title}, {seed}",
+            tuple(drawn[cell].relative_to(run.place).as_posix() if cell in drawn else None for cell in cells),
+        )
+        for prompt in sheet.prompts
+        for seed, cells in zip(prompt.rows, prompt.cells, strict=True)
+    )
+    return _Matrix(title="Checkpoints and strengths", columns=sheet.columns, rows=rows)
+
+
+def _judged(run: RunView) -> Mapping[str, Any] | None:
+    """Returns judge's scores as rows, and its suggestion; None where nothing was judged."""
+    folder = run.place / JUDGE_FOLDER
+    if not (folder / JUDGE_FILE).is_file():
+        return None
+    try:
+        found = read_judgement(folder)
+    except InputError as error:
+        return {"heads": (), "rows": (), "text": str(error)}
+    rows = [
+        [f"{'step ' if isinstance(item.checkpoint, int) else ''}{item.checkpoint} x {item.multiplier:g}",
+         *(_shown(getattr(item, name)) for name in SCORES)]
+        for item in found.scores
+    ]  # fmt: skip
+    return {"heads": ["checkpoint", *SCORES], "rows": rows, "text": found.suggestion.text}
+
+
+def _shown(score: Score | None) -> str:
+    if score is None:
+        return ""
+    is_known = score.low is not None and score.high is not None
+    return f"{score.value:.3g}" + (f" ({score.low:.3g} to {score.high:.3g})" if is_known else "")

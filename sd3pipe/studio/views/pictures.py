@@ -1,23 +1,38 @@
 """Pictures: the grid, captions edited in place, tags over a selection, undo."""
 
+import contextlib
+import threading
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 from starlette.responses import Response
 
+from sd3pipe.cache.folder import machine_folder
+from sd3pipe.cache.store import missing_rows
+from sd3pipe.config import Project
 from sd3pipe.console import count
 from sd3pipe.documents import DocumentError, read_data
-from sd3pipe.errors import InputError, ParameterError, Sd3pipeError
+from sd3pipe.encoding.text_plan import caption_texts, encoder_files, text_recipe, text_wanted
+from sd3pipe.errors import InputError, ParameterError, Sd3pipeError, StorageError
+from sd3pipe.file_stamps import FileStamps
+from sd3pipe.files import write_bytes
+from sd3pipe.models.text_encoder_files import find_text_encoders
+from sd3pipe.params.encode_text import EncodeTextParams
+from sd3pipe.previewing.dataset_cards import drawn_card
+from sd3pipe.previewing.sheet import card_jpeg
+from sd3pipe.project.inputs import stage_options
+from sd3pipe.stages import STAGES_BY_NAME
 from sd3pipe.studio.app import Ask
 from sd3pipe.studio.captions import last_change, save_captions
 from sd3pipe.studio.captions import undo as undo_last
 from sd3pipe.studio.gallery import CAPTION_CHECK, Entry, Gallery, read_gallery, recent_entry
-from sd3pipe.studio.rows import rows_to_encode
+from sd3pipe.studio.places import studio_folder
 from sd3pipe.studio.tags import OPERATIONS, edited
-from sd3pipe.studio.thumbnails import thumbnail, thumbnail_file
 
 _PAGE = 60
 _SHOWN_CHANGES = 200
+_decoding = threading.Semaphore(2)  # pictures in memory at a time
 _FILTERS = ("bucket", "subset", "words", "warning", "sort")
 _WARNINGS = {
     "any": "any warning", "enlarged": "too small, enlarged", "cut off": "cut off", "same file": "duplicate",
@@ -40,7 +55,7 @@ def page(ask: Ask) -> str:
         keys=[entry.key for entry in chosen],
         query=ask.query,
         warning_kinds=_WARNINGS,
-        operations=tuple(OPERATIONS),
+        operations=OPERATIONS,
         last_change=last_change(ask.project),
         file_of=lambda entry: entry.item.picture.captions_lie_in,
     )
@@ -59,10 +74,10 @@ def thumb(ask: Ask) -> Response:
     if not (key + content).isalnum():
         raise InputError("no such picture")
     try:
-        data = read_data(thumbnail_file(ask.project, content))
+        data = read_data(_thumbnail_file(ask, content))
     except DocumentError:
         entry = recent_entry(ask.project, key, content) or _gallery(ask).entry(key)
-        data = thumbnail(ask.project, entry, may_write=not ask.studio.access.read_only)
+        data = _thumbnail(ask, entry)
     return Response(data, media_type="image/jpeg", headers={"cache-control": "private, max-age=31536000, immutable"})
 
 
@@ -110,11 +125,45 @@ def undo(ask: Ask) -> dict[str, Any]:
 def rows(ask: Ask) -> dict[str, Any]:
     """Says how many rows encode-text would make."""
     try:
-        missing, total = rows_to_encode(ask.project, _gallery(ask))
+        missing, total = _rows_to_encode(ask.project, _gallery(ask))
     except Sd3pipeError as error:
         return {"message": f"how much is to be encoded is not known: {str(error).splitlines()[0]}", "rows": None}
     words = f"encode-text will make {count(missing, 'row')} of {total:,}" if missing else "every caption is encoded"
     return {"message": words, "rows": missing}
+
+
+def _thumbnail(ask: Ask, entry: Entry) -> bytes:
+    """Returns the JPEG of a picture, from the disk if it was drawn before."""
+    file = _thumbnail_file(ask, entry.content)
+    with contextlib.suppress(DocumentError):
+        return read_data(file)
+    with _decoding:
+        data = card_jpeg(drawn_card(entry.item))
+    if not ask.studio.access.read_only:
+        with contextlib.suppress(StorageError):  # drawn anew then
+            write_bytes(file, data)
+    return data
+
+
+def _thumbnail_file(ask: Ask, content: str) -> Path:
+    return studio_folder(ask.project) / "thumbnails" / content[:2] / f"{content}.jpg"
+
+
+def _rows_to_encode(project: Project, gallery: Gallery) -> tuple[int, int]:
+    """Returns how many rows encode-text would make, and of how many. Raises InputError, ParameterError.
+
+    Weights are known by what encode-text remembered of their files; without a cache nothing is there to compare.
+    """
+    params = stage_options(project, STAGES_BY_NAME["encode-text"])
+    assert isinstance(params, EncodeTextParams) and params.out is not None
+    texts = caption_texts(gallery.found, gallery.dataset, variants=params.caption_variants, seed=params.seed)
+    total = len(texts.text_by_hash)
+    if not (params.out / "manifest.json").is_file():
+        return total, total
+    encoders = find_text_encoders(params.model, encoder_files(params), params.tokenizers)
+    weights = FileStamps(machine_folder(params.out).parent / "weights.json")
+    wanted = text_wanted(texts, encoders.sizes, encoders.fingerprints(weights), text_recipe(params))
+    return len(missing_rows(params.out, wanted).keys), total
 
 
 def _gallery(ask: Ask) -> Gallery:

@@ -1,15 +1,16 @@
 """Queue: the jobs of all projects in their order."""
 
 import time
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 from sd3pipe.console import readable_seconds
 from sd3pipe.errors import ParameterError
 from sd3pipe.studio.app import Ask
-from sd3pipe.studio.queue import Job
+from sd3pipe.studio.queue import Job, Move
 from sd3pipe.studio.status import log_lines
 
-_MOVES = ("up", "down", "remove")
+_MOVES: tuple[Move, ...] = get_args(Move)
 
 
 def page(ask: Ask) -> str:
@@ -33,7 +34,7 @@ def change(ask: Ask) -> dict[str, Any]:
         ask.studio.queue.move(job, move)
     else:
         raise ParameterError(f"move: one of {', '.join(_MOVES)}, stop")
-    return {"html": page(Ask(slug="", path={}, query={"part": "jobs"}, values={}, studio=ask.studio))}
+    return {"html": page(replace(ask, query={"part": "jobs"}))}
 
 
 def _how(job: Job) -> str:

@@ -7,13 +7,22 @@ from starlette.responses import Response
 
 from sd3pipe.cache.staleness import check_sources
 from sd3pipe.child import ask_to_stop
+from sd3pipe.config import Project
 from sd3pipe.errors import ExitCode, InputError, ParameterError, UnreadablePicture
 from sd3pipe.reporting.collect import read_picture_of
+from sd3pipe.stages import stages_of
 from sd3pipe.studio.app import Ask
-from sd3pipe.studio.jobs import HOW, start_run
-from sd3pipe.studio.places import path_of
+from sd3pipe.studio.places import path_of, studio_folder
 from sd3pipe.studio.runs import MOST_POINTS, RunView, run_names, run_place
 from sd3pipe.studio.status import at_work, log_lines, status
+
+HOW = {
+    "old": "with the old rows: what changed is not learnt",
+    "new": "with the new rows: what changed is encoded, and learnt from here on",
+    "afresh": "afresh: from step 0; the run so far is set aside as it is",
+}
+_BEFORE_TRAINING = ("caption", "encode-text", "encode-prompts", "encode-latents")
+_ROWS = "training_rows"  # what a run's identity says of its rows; the other parts may not differ
 
 
 def page(ask: Ask) -> str:
@@ -53,12 +62,31 @@ def start(ask: Ask) -> dict[str, Any]:
         raise ParameterError(f"how: one of {', '.join(HOW)}")
     if at_work(ask.project) or ask.studio.queue.current(ask.project.folder):
         raise InputError("this project has a job already: wait for it, or take it out of the queue")
-    run, changed = RunView(run_place(ask.project)), _changed(ask)
-    if run.checkpoints() and changed and not how:
+    goes_on, changed = bool(RunView(run_place(ask.project)).checkpoints()), _changed(ask)
+    if goes_on and changed and not how:
         html = ask.page("go_on", changed=changed, how=HOW)
         return {"html": html, "message": "captions or pictures changed: say how to go on"}
-    start_run(ask.project, ask.studio.queue, how=how, goes_on=bool(run.checkpoints()))
+    title = f"go on, {HOW[how].partition(':')[0]}" if how else "go on" if goes_on else "run"
+    commands = _commands(ask.project, how=how, goes_on=goes_on)
+    ask.studio.queue.add(ask.project.folder, title, commands, studio_folder(ask.project).absolute() / "logs")
     return {"reload": True}
+
+
+def _commands(project: Project, *, how: str, goes_on: bool) -> list[list[str]]:
+    """Returns what runs: from the beginning, or from the newest checkpoint, as `how` of `HOW` says.
+
+    Whoever goes on names the run to go on from, so that train refuses what differs instead of beginning afresh.
+    """
+    run = str(path_of(project, "run").absolute())
+    encode = ["run", *(stage.name for stage in stages_of(project.paths) if stage.name in _BEFORE_TRAINING)]
+    if not goes_on:
+        return [["run"]]
+    if how == "afresh":
+        return [encode, ["train", "--resume", "never"], ["run", "export"]]
+    if how == "old":
+        return [["train", "--resume", run, "--stale-ok"], ["run", "export"]]
+    allowed = ["--allow-changes", _ROWS] if how == "new" else []
+    return [encode, ["train", "--resume", run, *allowed], ["run", "export"]]
 
 
 def stop(ask: Ask) -> dict[str, Any]:
