@@ -17,13 +17,12 @@ from sd3pipe.params.resolve import resolve
 from sd3pipe.params.stage_file import render_stage_file, toml_value
 from sd3pipe.params.train import TrainParams
 from sd3pipe.project.accepted import accepted, complaints
-from sd3pipe.project.ignored import DVCIGNORE, gitignore
 from sd3pipe.project.inputs import ENCODERS, missing_weights
 from sd3pipe.project.kohya import STAGES, Given, Translation, translate
 from sd3pipe.project.kohya_dataset import Block, batches_per_epoch, dataset_blocks, dataset_text, source_paths
 from sd3pipe.project.kohya_source import read_source
 from sd3pipe.project.pipeline import dvc_yaml
-from sd3pipe.project.writer import project_toml, write_project
+from sd3pipe.project.writer import DVCIGNORE, gitignore, project_toml, write_project
 from sd3pipe.shell import no_option, shell_word
 from sd3pipe.stages import stages_of
 from sd3pipe.training.adapter_options import adapter_spec

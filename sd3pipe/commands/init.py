@@ -16,13 +16,11 @@ from sd3pipe.models.sources import find_component
 from sd3pipe.params.command_line import load_stage_models
 from sd3pipe.params.init import InitParams
 from sd3pipe.params.stage_file import render_stage_file
-from sd3pipe.project.fitting import fitting_advice
-from sd3pipe.project.ignored import DVCIGNORE, gitignore
 from sd3pipe.project.inputs import ENCODERS, missing_weights
 from sd3pipe.project.pictures import PictureFolder, dataset_toml, look_into, prompts_txt, source_of
 from sd3pipe.project.pipeline import dvc_yaml
-from sd3pipe.project.recipes import Advice, Recipe, length_advice, recipe
-from sd3pipe.project.writer import project_toml, write_project
+from sd3pipe.project.recipes import Advice, Recipe, fitting_advice, length_advice, recipe
+from sd3pipe.project.writer import DVCIGNORE, gitignore, project_toml, write_project
 from sd3pipe.remote import is_address
 from sd3pipe.rules.memory import size_bytes
 from sd3pipe.shell import no_option, shell_word

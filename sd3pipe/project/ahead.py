@@ -17,20 +17,8 @@ from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import Sd3pipeError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.memory.choosing import Freedom, Limits, fitting_settings
-from sd3pipe.memory.plan import (
-    PROCESS_BYTES,
-    Settings,
-    Workload,
-    adapter_bytes_per_weight,
-    option_text,
-    predict,
-)
-from sd3pipe.memory.sizes import (
-    CLIP_TOKENS,
-    adapter_weights,
-    image_tokens,
-    model_size,
-)
+from sd3pipe.memory.plan import PROCESS_BYTES, Settings, Workload, adapter_bytes_per_weight, option_text, predict
+from sd3pipe.memory.sizes import CLIP_TOKENS, adapter_weights, image_tokens, model_size
 from sd3pipe.models.hub import is_hub_id
 from sd3pipe.models.row_sizes import known_text_sizes, known_vae, text_advice
 from sd3pipe.models.sources import find_component
@@ -131,19 +119,13 @@ def _train(options: TrainParams, project: Project, found: Ahead) -> None:
         seconds = _report(options.out / "report.json").get("seconds_per_step")
         if seconds and done < batches.max_train_steps:
             found.facts.append(f"about {readable_seconds((batches.max_train_steps - done) * seconds)} as last time")
-    shapes = _shapes(options)
-    if shapes:
+    is_remote = is_hub_id(options.model) and not Path(options.model).expanduser().exists()
+    if options.mmdit is not None or not is_remote:  # which would take the network
+        shapes = find_component("mmdit", model=options.model, file=options.mmdit).shapes()
         weights = adapter_weights(shapes, options.adapter.network_dim)
         saved = batches.max_train_steps // every if every else 1
         found.disk_bytes = 4 * weights * (saved + 1) + _KEPT_STATES * 8 * weights
         found.facts += _memory(options, shapes, weights, project)
-
-
-def _shapes(options: TrainParams) -> Mapping[str, tuple[int, ...]]:
-    """Returns the shapes in the base model's header, or none of a hub repository, which would take the network."""
-    if options.mmdit is None and is_hub_id(options.model) and not Path(options.model).expanduser().exists():
-        return {}
-    return find_component("mmdit", model=options.model, file=options.mmdit).shapes()
 
 
 def _memory(
@@ -154,9 +136,11 @@ def _memory(
     size = _largest_picture(project)
     if card is None or size is None:
         return
+    encode_text = stage_options(project, STAGES_BY_NAME["encode-text"])
+    assert isinstance(encode_text, EncodeTextParams)
     work = Workload(
         image_tokens=image_tokens(*size),
-        text_tokens=CLIP_TOKENS + _t5_tokens(project),
+        text_tokens=CLIP_TOKENS + encode_text.t5xxl_max_token_length,
         batch=options.batches.train_batch_size,
         accumulation=options.batches.gradient_accumulation_steps,
         adapter_weights=weights,
@@ -176,12 +160,6 @@ def _memory(
         return
     yield f"{needed} ({option_text(settings, model.depth)})" if is_open and settings.blocks_to_swap else needed
     yield f"{readable_bytes(max(0, prediction.host_bytes - PROCESS_BYTES))} of host memory"
-
-
-def _t5_tokens(project: Project) -> int:
-    options = stage_options(project, STAGES_BY_NAME["encode-text"])
-    assert isinstance(options, EncodeTextParams)
-    return options.t5xxl_max_token_length
 
 
 def _largest_picture(project: Project) -> tuple[int, int] | None:

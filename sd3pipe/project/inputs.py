@@ -82,15 +82,9 @@ def missing_weights(components: Sequence[Component], given: Mapping[str, Any]) -
             except InputError as error:
                 found["model" if component == "mmdit" else component] = str(error)
     if set(ENCODERS) <= set(components) and not (remote and not given.get("tokenizers")):
-        found |= _missing_tokenizers(model, given)
+        folder = Path(given["tokenizers"]) if given.get("tokenizers") else None
+        try:
+            find_tokenizers(folder=folder, model=model, files=[files[name] for name in ENCODERS if name in files])
+        except InputError as error:
+            found["tokenizers"] = str(error)
     return found
-
-
-def _missing_tokenizers(model: str | None, given: Mapping[str, Any]) -> dict[str, str]:
-    folder = Path(given["tokenizers"]) if given.get("tokenizers") else None
-    files = [Path(given[name]) for name in ENCODERS if given.get(name)]
-    try:
-        find_tokenizers(folder=folder, model=model, files=files)
-    except InputError as error:
-        return {"tokenizers": str(error)}
-    return {}

@@ -71,13 +71,18 @@ def translate(given: Given, *, with_defaults: bool = True) -> Translation:
     """
     asked = {name: value for name, value in given.items() if name not in OPTIONS or not OPTIONS[name].is_off(value)}
     result = Translation()
-    if with_defaults:
-        _write_defaults(asked, result)
+    for name, row in OPTIONS.items() if with_defaults else ():
+        for place in row.places:
+            if name not in asked and row.default is not None and place.value is None:
+                result.put(place.file, place.key, row.default)
     for name, value in asked.items():
         _translate(name, value, result)
-    _take_synonyms(asked, result)
+    # Options that stand under another name here beat the ones of that name, as unet_lr beats learning_rate there.
+    for name, value in asked.items():
+        for place in OPTIONS[name].places if name in OPTIONS else ():
+            if place.key != name:
+                result.put(place.file, place.key, value if place.value is None else place.value)
     _name(asked, result)
-    _tell_of_text_encoders(asked, result)
     _fix_network(asked, result)
     _fix_optimizer(asked, result)
     _fix_occasions(asked, result, with_defaults)
@@ -103,13 +108,6 @@ def _is_of_windows(value: str) -> bool:
     return not Path("C:/").is_absolute() and (bool(PureWindowsPath(value).drive) or "\\" in value)
 
 
-def _write_defaults(asked: Given, result: Translation) -> None:
-    for name, row in OPTIONS.items():
-        for place in row.places:
-            if name not in asked and row.default is not None and place.value is None:
-                result.put(place.file, place.key, row.default)
-
-
 def _translate(name: str, value: Any, result: Translation) -> None:
     row = OPTIONS.get(name)
     if row is None:
@@ -127,14 +125,6 @@ def _translate(name: str, value: Any, result: Translation) -> None:
             result.put(place.file, place.key, value if place.value is None else place.value)
 
 
-def _take_synonyms(asked: Given, result: Translation) -> None:
-    """Options that stand under another name here beat the ones of that name, as unet_lr beats learning_rate there."""
-    for name, value in asked.items():
-        for place in OPTIONS[name].places if name in OPTIONS else ():
-            if place.key != name:
-                result.put(place.file, place.key, value if place.value is None else place.value)
-
-
 def _name(asked: Given, result: Translation) -> None:
     given = str(asked.get("output_name") or result.name)
     result.name = re.split(r"[/\\]", given)[-1].strip(". ") or result.name
@@ -142,15 +132,12 @@ def _name(asked: Given, result: Translation) -> None:
         result.changed.append(f"output_name = {given}: the run is called {result.name}")
 
 
-def _tell_of_text_encoders(asked: Given, result: Translation) -> None:
+def _fix_network(asked: Given, result: Translation) -> None:
     if asked.get("network_train_unet_only") is not True:
         result.lost.append(
             "text encoder LoRA: without --network_train_unet_only sd-scripts trains CLIP-L and CLIP-G, too; here text "
             "encoders are not trained, since their outputs are cached. The MMDiT's part is the same"
         )
-
-
-def _fix_network(asked: Given, result: Translation) -> None:
     train, module = result.values["train"], asked.get("network_module")
     if train.get("network_alpha") == 0:
         train["network_alpha"] = train.get("network_dim", OPTIONS["network_dim"].default)

@@ -48,7 +48,10 @@ def from_gui(settings: Mapping[str, Any], where: str) -> tuple[dict[str, Any], s
         for key, value in settings.items()
         if (_NAMES.get(key, key) in OPTIONS and key not in _NOT_HANDED_ON) and _says_something(key, value)
     }
-    given |= _attention(settings) | _network(settings) | _steps(settings)
+    attention = settings.get("xformers")  # the GUI's field for what the flags of these names ask
+    if attention in ("sdpa", "xformers"):
+        given |= {"xformers": False, attention: True}
+    given |= _network(settings) | _steps(settings)
     if not given.get("wandb_run_name") and given.get("log_with") in ("wandb", "all") and "output_name" in given:
         given["wandb_run_name"] = given["output_name"]
     return given, str(settings.get("additional_parameters") or "")
@@ -60,12 +63,6 @@ def _says_something(key: str, value: Any) -> bool:
     return value not in (0, "0") or key in _ZERO_COUNTS
 
 
-def _attention(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the flag for what the GUI's field `xformers` names."""
-    name = settings.get("xformers")
-    return {name: True, **({"xformers": False} if name != "xformers" else {})} if name in ("sdpa", "xformers") else {}
-
-
 def _network(settings: Mapping[str, Any]) -> dict[str, Any]:
     words = str(settings.get("network_args") or "").split()
     words += [f"{key}={settings[key]}" for key in _IN_NETWORK_ARGS if _says_something(key, settings.get(key))]
@@ -75,12 +72,11 @@ def _network(settings: Mapping[str, Any]) -> dict[str, Any]:
         given["network_module"] = "lycoris.kohya"
         words.append(f"algo={kind}")
         words += [f"factor={settings['factor']}"] if kind == "lokr" and settings.get("factor") else []
-    only_unet = _says_something("unet_lr", settings.get("unet_lr")) and not settings.get("text_encoder_lr")
-    return {
-        **given,
-        **({"network_args": words} if words else {}),
-        **({"network_train_unet_only": True} if only_unet else {}),
-    }
+    if words:
+        given["network_args"] = words
+    if _says_something("unet_lr", settings.get("unet_lr")) and not settings.get("text_encoder_lr"):
+        given["network_train_unet_only"] = True
+    return given
 
 
 def _steps(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,9 @@ def _options(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            name = _full_name(name.replace("-", "_"))
+            name = name.replace("-", "_")
+            longer = [option for option in OPTIONS if option.startswith(name)]
+            name = longer[0] if name not in OPTIONS and len(longer) == 1 else name  # as Python's argparse reads it
             given[name] = [value] if equals else []
         elif not name:
             raise ParameterError(f"{word}: is not an option of {SCRIPT}")
@@ -95,12 +97,6 @@ def _options(words: Sequence[str]) -> dict[str, Any]:
         raise ParameterError("--config_file: names no file")
     below = read_config(Path(config if config.endswith(".toml") else f"{config}.toml")) if config else {}
     return {**below, **_typed(options)}
-
-
-def _full_name(name: str) -> str:
-    """Returns the option that a beginning of its name stands for, as Python's argparse reads it."""
-    longer = [option for option in OPTIONS if option.startswith(name)]
-    return longer[0] if name not in OPTIONS and len(longer) == 1 else name
 
 
 def _value(name: str, words: list[str]) -> Any:

@@ -40,13 +40,8 @@ def scalar(text: str) -> str:
     """Returns `text` as a YAML scalar: plain if it may be, else in double quotes."""
     if text.isprintable() and not _NO_PLAIN_SCALAR.search(text):
         return text
-    return '"' + "".join(_escaped(char) for char in text) + '"'
-
-
-def _escaped(char: str) -> str:
-    if char in '"\\':
-        return f"\\{char}"
-    return char if char.isprintable() else f"\\U{ord(char):08x}"
+    quoted = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in quoted) + '"'
 
 
 def _stage(module: str, stages: Sequence[Stage], paths: Paths, dataset_deps: Sequence[str], folder: Path) -> str:

@@ -9,22 +9,8 @@ from pydantic import JsonValue
 from sd3pipe.console import readable_bytes, readable_seconds
 from sd3pipe.errors import ParameterError
 from sd3pipe.memory.choosing import Freedom, Limits, Row, alternatives, fitting_settings
-from sd3pipe.memory.plan import (
-    Prediction,
-    Rates,
-    Settings,
-    Workload,
-    adapter_bytes_per_weight,
-    option_text,
-    predict,
-)
-from sd3pipe.memory.sizes import (
-    CLIP_TOKENS,
-    ModelSize,
-    adapter_weights,
-    image_tokens,
-    model_size,
-)
+from sd3pipe.memory.plan import Prediction, Rates, Settings, Workload, adapter_bytes_per_weight, option_text, predict
+from sd3pipe.memory.sizes import CLIP_TOKENS, ModelSize, adapter_weights, image_tokens, model_size
 from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import find_component
 from sd3pipe.params.plan import PlanParams
@@ -60,29 +46,31 @@ class Plan:
             "disk_bytes": {**self.disk},
         }
 
+    def cells(self) -> list[tuple[str, str, str, str, str]]:
+        """Returns the rows as words: settings, memory of device and host, bytes copied in a step, and its time."""
+        return [
+            (
+                option_text(settings, self.model.depth),
+                readable_bytes(found.device_bytes),
+                readable_bytes(found.host_bytes),
+                readable_bytes(found.copied_bytes),
+                "-" if found.seconds is None else readable_seconds(found.seconds),
+            )
+            for settings, found in self.rows
+        ]
+
     def table(self) -> list[str]:
         """Returns the rows in aligned columns; of a single one, the parts of its device memory, too."""
-        names = [option_text(settings, self.model.depth) for settings, _ in self.rows]
-        width = max(map(len, names))
-        lines = [f"{'settings':<{width}} {'device':>9} {'host':>9} {'copied/step':>12} {'step':>9}"]
-        for name, (_, prediction) in zip(names, self.rows, strict=True):
-            seconds = "-" if prediction.seconds is None else readable_seconds(prediction.seconds)
-            lines.append(
-                f"{name:<{width}} {readable_bytes(prediction.device_bytes):>9} "
-                f"{readable_bytes(prediction.host_bytes):>9} {readable_bytes(prediction.copied_bytes):>12} {seconds:>9}"
-            )
+        rows = [("settings", "device", "host", "copied/step", "step"), *self.cells()]
+        width = max(len(name) for name, *_ in rows[1:])
+        lines = [
+            f"{name:<{width}} {card:>9} {host:>9} {copied:>12} {step:>9}" for name, card, host, copied, step in rows
+        ]
         if len(self.rows) == 1:
             lines += [
                 f"  {name}: {readable_bytes(size)}" for name, size in self.rows[0][1].device_parts.items() if size
             ]
         return lines
-
-
-def picture_px(params: PlanParams) -> tuple[int, int]:
-    """Returns width and height of what is planned for: as wanted, else the dataset's largest picture."""
-    if params.size_px is not None:
-        return params.size_px
-    return _USUAL_PX if params.dataset is None else read_amounts(params.dataset).largest_px
 
 
 def make_plan(params: PlanParams, *, t5_tokens: int, disk: Mapping[str, int]) -> Plan:
@@ -92,7 +80,7 @@ def make_plan(params: PlanParams, *, t5_tokens: int, disk: Mapping[str, int]) ->
     """
     if params.model is None and params.mmdit is None:
         raise ParameterError("sd3pipe plan needs --model or --mmdit: a checkpoint file, a diffusers folder or a hub id")
-    size_px = picture_px(params)
+    size_px = params.size_px or (_USUAL_PX if params.dataset is None else read_amounts(params.dataset).largest_px)
     source = find_component("mmdit", model=params.model, file=params.mmdit)
     variant, shapes = mmdit_architecture(source).variant, source.shapes()
     model = model_size(shapes)
@@ -105,7 +93,9 @@ def make_plan(params: PlanParams, *, t5_tokens: int, disk: Mapping[str, int]) ->
         adapter_rank=params.network_dim,
         adapter_bytes_per_weight=adapter_bytes_per_weight(params.optimizer_type),
     )
-    wanted = _settings(params, model.depth)
+    dtype_bytes = 4 if params.mixed_precision == "no" else 2
+    wanted = Settings.of(params.rules(MemoryRules), dtype_bytes=dtype_bytes, depth=model.depth)
+    wanted = dataclasses.replace(wanted, modulation=params.modulation or "stream")
     rates = None
     if params.tflops is not None:
         rates = Rates(
@@ -123,12 +113,6 @@ def make_plan(params: PlanParams, *, t5_tokens: int, disk: Mapping[str, int]) ->
         size_px=size_px,
         disk=disk,
     )
-
-
-def _settings(params: PlanParams, depth: int) -> Settings:
-    dtype_bytes = 4 if params.mixed_precision == "no" else 2
-    settings = Settings.of(params.rules(MemoryRules), dtype_bytes=dtype_bytes, depth=depth)
-    return dataclasses.replace(settings, modulation=params.modulation or "stream")
 
 
 def _shown(params: PlanParams, depth: int, wanted: Settings) -> list[Settings]:

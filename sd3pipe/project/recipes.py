@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sd3pipe.console import count
+from sd3pipe.errors import InputError
+from sd3pipe.memory.choosing import Limits, fitting_settings
+from sd3pipe.memory.plan import Settings, Workload, adapter_bytes_per_weight
+from sd3pipe.memory.sizes import adapter_weights, image_tokens, model_size
 from sd3pipe.words import Goal, Variant
 
 
@@ -87,10 +91,11 @@ _BY_GOAL: Mapping[Goal, Recipe] = {
         "adapter_type": Advice(value="loha", source="Several concepts bleed less with LoHa (sd-scripts issue 1802)."),
     },
 }
-
-
 _TIMES_SEEN: Mapping[Goal, int] = {"person": 100, "object": 100, "style": 200, "concept": 100}
 _STEPS = range(500, 4001)
+_SMALL_CARD_BYTES = 16 * 2**30
+_RANK = 16
+_BASES = ("dense", "fp8", "nf4")  # the gentlest first
 _COMFYUI = Advice(value=77, source="ComfyUI pads T5 to 77 tokens, and --loras-dir says that the adapter goes there.")
 
 
@@ -112,3 +117,41 @@ def length_advice(goal: Goal, *, pictures: int, in_an_epoch: int, batch: int) ->
         "max_train_steps": Advice(value=steps, source=source),
         **({"train_batch_size": Advice(value=batch, source="As --train-batch-size said.")} if batch > 1 else {}),
     }
+
+
+def fitting_advice(
+    shapes: Mapping[str, tuple[int, ...]], *, vram_bytes: int, resolution: int, batch: int = 1
+) -> Recipe:
+    """Returns the memory options that fit a card. Raises InputError if nothing does."""
+    optimizer = "AdamW8bit" if vram_bytes <= _SMALL_CARD_BYTES else "AdamW"
+    model = model_size(shapes)
+    work = Workload(
+        image_tokens=image_tokens(resolution, resolution),
+        batch=batch,
+        adapter_weights=adapter_weights(shapes, _RANK),
+        adapter_rank=_RANK,
+        adapter_bytes_per_weight=adapter_bytes_per_weight(optimizer),
+    )
+    for base in _BASES:
+        found = fitting_settings(model, work, Settings(base_format=base), Limits(device_bytes=vram_bytes))
+        if found is not None:
+            break
+    else:
+        raise InputError(
+            f"nothing fits {vram_bytes / 1e9:.1f} GB at {resolution} x {resolution} pixels: take a lower --resolution, "
+            "or look at `sd3pipe plan`"
+        )
+    settings, prediction = found
+    needed = f"{prediction.device_bytes / 1e9:.1f} GB of {vram_bytes / 1e9:.1f} GB at batch {batch}"
+    if settings.blocks_to_swap:
+        least = f"{settings.blocks_to_swap} of {model.depth} blocks streamed at least"
+        source = f"The planner expects {least}, more where train measures that to be quicker, for {needed}."
+    else:
+        source = f"The planner finds room for the whole model on the card, for {needed}."
+    # what has to be decided beforehand: train itself chooses how much is streamed and kept
+    advice: dict[str, Advice] = {"blocks_to_swap": Advice(value="auto", source=source)}
+    if optimizer != "AdamW":
+        advice["optimizer_type"] = Advice(value=optimizer, source="8-bit moments, for cards of 16 GB and less.")
+    if settings.base_format != "dense":
+        advice["base_dtype"] = Advice(value=settings.base_format, source=source)
+    return advice

@@ -1,14 +1,35 @@
-"""Writes the files of a new project, all or none."""
+"""Writes the files of a new project, all or none, and says what it keeps out of git and out of DVC's hashes."""
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sd3pipe.data.dataset_file import CONTAINER_ENDINGS
 from sd3pipe.documents import holds
 from sd3pipe.errors import ParameterError
 from sd3pipe.files import atomic_file, make_folder, sync_file
 from sd3pipe.params.stage_file import left_out_line, toml_value
+
+DVCIGNORE = ".sd3pipe/\n*.report.json\n"
+# Caches, exports and all of a run but its figures, which DVC reads from git; what `preview`, `sample` and DVC draw.
+_GITIGNORE = """\
+/caches/
+/exports/
+/runs/*/*
+!/runs/*/metrics.json
+!/runs/*/plots/
+/runs/*.[1-9]/
+/runs/*.[1-9][0-9]/
+/preview/
+/samples/
+/sheets/
+/dvc_plots/
+*.report.json
+.sd3pipe/
+*.safetensors
+"""
 
 
 def project_toml(paths: Mapping[str, str], left_out: Mapping[str, Sequence[tuple[Any, str]]] | None = None) -> str:
@@ -18,6 +39,21 @@ def project_toml(paths: Mapping[str, str], left_out: Mapping[str, Sequence[tuple
     return "\n".join(
         ["# Where things are; relative paths start here. dvc.yaml reads this file, too.", "[paths]", *lines, ""]
     )
+
+
+def gitignore(run: str, pictures: Iterable[str]) -> str:
+    """Returns .gitignore: pictures inside the project are for rsync or `dvc add`, not for git's history.
+
+    Runs that were set aside end in a number; a `run` of the project's own whose name does so is kept.
+    """
+    numbered = re.fullmatch(r"runs/[^/]*\.[1-9][0-9]?", run)
+    kept = [f"!/{_escaped(run)}/\n"] if numbered else []
+    inside = [
+        f"/{_escaped(path)}{'' if path.lower().endswith(CONTAINER_ENDINGS) else '/'}\n"
+        for path in pictures
+        if not Path(path).is_absolute()
+    ]
+    return "".join([_GITIGNORE, *kept, *inside])
 
 
 def write_project(folder: Path, texts: Mapping[str, str]) -> list[str]:
@@ -54,3 +90,8 @@ def _new_folders(folders: Iterable[Path]) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
+
+
+def _escaped(path: str) -> str:
+    """Returns a path as a pattern that stands for itself alone."""
+    return re.sub(r"[\\*?\[]|\s$", r"\\\g<0>", path)

@@ -12,7 +12,7 @@ from sd3pipe.errors import ExitCode
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.params.command_line import load_stage_models
 from sd3pipe.params.sd_scripts import OPTIONS
-from sd3pipe.project.fitting import fitting_advice
+from sd3pipe.project.recipes import fitting_advice
 from sd3pipe.rules.memory import size_bytes
 from sd3pipe.stages import STAGES
 

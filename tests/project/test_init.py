@@ -14,7 +14,7 @@ from sd3pipe.data.image_dirs import read_image_dir
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.params.command_line import load_stage_models
 from sd3pipe.params.resolve import resolve
-from sd3pipe.project.fitting import fitting_advice
+from sd3pipe.project.recipes import fitting_advice
 from sd3pipe.stages import stages_of
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sd3pipe.console import readable_bytes, readable_seconds
+from sd3pipe.console import readable_bytes
 from sd3pipe.encoding.cache_sizes import cache_sizes
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.memory.plan import option_text
@@ -56,24 +56,12 @@ def table(ask: Ask) -> dict[str, Any]:
     t5_tokens = option_values(ask.project, "encode-text")["t5xxl_max_token_length"]
     sizes, advice = _disk(ask)
     plan = make_plan(params, t5_tokens=t5_tokens, disk=sizes)
-    rows = [
-        (
-            option_text(settings, plan.model.depth),
-            readable_bytes(found.device_bytes),
-            readable_bytes(found.host_bytes),
-            readable_bytes(found.copied_bytes),
-            "-" if found.seconds is None else readable_seconds(found.seconds),
-            plan.chosen is not None and settings == plan.chosen[0],
-        )
-        for settings, found in plan.rows
-    ]
+    chosen = plan.chosen[0] if plan.chosen else None
+    rows = [(*cells, settings == chosen) for cells, (settings, _) in zip(plan.cells(), plan.rows, strict=True)]
     verdict = ""
     if given.get("vram"):
-        verdict = (
-            f"fits: {option_text(plan.chosen[0], plan.model.depth)}"
-            if plan.chosen
-            else "nothing fits: try base_dtype int8 or nf4"
-        )
+        fits = f"fits: {option_text(chosen, plan.model.depth)}" if chosen else None
+        verdict = fits or "nothing fits: try base_dtype int8 or nf4"
     disk = ", ".join(f"{name} {readable_bytes(size)}" for name, size in plan.disk.items())
     disk = f"{disk}; {advice}" if advice else disk
     return {"html": ask.page("plan_table", rows=rows, verdict=verdict, disk=disk, variant=plan.variant)}
