@@ -53,95 +53,80 @@ class Stage:
         return next(path for path in self.paths if path.role == "out")
 
 
-def _path(option: str, role: Role, key: str = "", part: str = "") -> StagePath:
-    return StagePath(option=option, key=key or option, role=role, part=part)
+def _path(option: str, role: Role, key: str = "", part: str = "", whole: bool = False) -> StagePath:
+    return StagePath(option=option, key=key or option, role=role, part=part, whole=whole)
+
+
+def _stage(name: str, *paths: StagePath, command: str = "", **more: tuple[str, ...]) -> Stage:
+    return Stage(name=name, command=command or name, paths=paths, **more)
 
 
 _ENCODERS = (*(_path(name, "weights") for name in ("model", "clip_l", "clip_g", "t5xxl")), _path("tokenizers", "aside"))
 
 STAGES = (
-    Stage(
-        name="caption",
-        command="caption",
-        paths=(
-            _path("captioner", "weights"),
-            _path("tokenizers", "aside"),
-            _path("dataset", "data"),
-            _path("out", "out", "caches/captions"),
-        ),
+    _stage(
+        "caption",
+        _path("captioner", "weights"),
+        _path("tokenizers", "aside"),
+        _path("dataset", "data"),
+        _path("out", "out", "caches/captions"),
         asks_for=("captioner",),
         in_dvc=("--write", "none"),
     ),
-    Stage(
-        name="encode-text",
+    _stage(
+        "encode-text",
+        *_ENCODERS,
+        _path("dataset", "data"),
+        _path("", "made", "caches/captions"),  # the dataset file's caption_cache
+        _path("out", "out", "caches/text"),
+    ),
+    _stage(
+        "encode-prompts",
+        *_ENCODERS,
+        _path("sample_prompts", "data"),
+        _path("out", "out", "caches/prompts"),
         command="encode-text",
-        paths=(
-            *_ENCODERS,
-            _path("dataset", "data"),
-            StagePath(option="", key="caches/captions", role="made"),  # the dataset file's caption_cache
-            _path("out", "out", "caches/text"),
-        ),
     ),
-    Stage(
-        name="encode-prompts",
-        command="encode-text",
-        paths=(*_ENCODERS, _path("sample_prompts", "data"), _path("out", "out", "caches/prompts")),
+    _stage(
+        "encode-latents",
+        _path("model", "weights"),
+        _path("vae", "weights"),
+        _path("dataset", "data"),
+        _path("out", "out", "caches/latents"),
     ),
-    Stage(
-        name="encode-latents",
-        command="encode-latents",
-        paths=(
-            _path("model", "weights"),
-            _path("vae", "weights"),
-            _path("dataset", "data"),
-            _path("out", "out", "caches/latents"),
-        ),
+    _stage(
+        "check-captions",
+        _path("model", "weights"),
+        _path("text", "made", "caches/text"),
+        _path("latents", "made", "caches/latents"),
+        _path("out", "out", "caption_check"),
     ),
-    Stage(
-        name="check-captions",
-        command="check-captions",
-        paths=(
-            _path("model", "weights"),
-            _path("text", "made", "caches/text"),
-            _path("latents", "made", "caches/latents"),
-            _path("out", "out", "caption_check"),
-        ),
+    _stage(
+        "train",
+        _path("model", "weights"),
+        _path("vae", "aside"),
+        _path("text", "made", "caches/text"),
+        _path("latents", "made", "caches/latents"),
+        _path("prompts", "aside", "caches/prompts"),
+        _path("out", "out", "run", part="run/final"),
+        _path("loras_dir", "aside"),
     ),
-    Stage(
-        name="train",
-        command="train",
-        paths=(
-            _path("model", "weights"),
-            _path("vae", "aside"),
-            _path("text", "made", "caches/text"),
-            _path("latents", "made", "caches/latents"),
-            _path("prompts", "aside", "caches/prompts"),
-            _path("out", "out", "run", part="run/final"),
-            _path("loras_dir", "aside"),
-        ),
+    _stage(
+        "judge",
+        _path("model", "weights"),
+        _path("vae", "weights"),
+        _path("judge_model", "weights"),
+        _path("adapter", "made", "run", part="run/final", whole=True),
+        _path("prompts", "made", "caches/prompts"),
+        _path("latents", "made", "caches/latents"),
+        _path("dataset", "aside"),
+        _path("out", "out", "judge"),
     ),
-    Stage(
-        name="judge",
-        command="judge",
-        paths=(
-            _path("model", "weights"),
-            _path("vae", "weights"),
-            _path("judge_model", "weights"),
-            StagePath(option="adapter", key="run", role="made", part="run/final", whole=True),
-            _path("prompts", "made", "caches/prompts"),
-            _path("latents", "made", "caches/latents"),
-            _path("dataset", "aside"),
-            _path("out", "out", "judge"),
-        ),
-    ),
-    Stage(
-        name="export",
-        command="export",
-        paths=(
-            _path("adapter", "made", "run", part="run/final"),
-            _path("model", "weights"),
-            _path("out", "out", "export"),
-        ),
+    _stage(
+        "export",
+        _path("adapter", "made", "run", part="run/final"),
+        _path("model", "weights"),
+        _path("out", "out", "export"),
     ),
 )
 STAGES_BY_NAME = {stage.name: stage for stage in STAGES}
@@ -179,7 +164,6 @@ def command_words(stage: Stage, paths: Paths) -> list[str]:
     """Returns the command line of a stage behind `sd3pipe`."""
     words = [stage.command]
     for path in paths_of(stage, paths):
-        if not path.option:
-            continue
-        words += [f"--{path.option.replace('_', '-')}", no_option(place(paths, path.key))]
+        if path.option:
+            words += [f"--{path.option.replace('_', '-')}", no_option(place(paths, path.key))]
     return words

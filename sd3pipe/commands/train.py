@@ -19,7 +19,7 @@ from sd3pipe.errors import ParameterError, StaleError, StorageError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import lock_file
 from sd3pipe.models.architecture import mmdit_architecture
-from sd3pipe.models.sources import ComponentSource, find_component
+from sd3pipe.models.sources import find_component
 from sd3pipe.params.train import TrainParams, idle_options
 from sd3pipe.rules.memory import NumericsRules
 from sd3pipe.training.belonging import misfits
@@ -35,7 +35,7 @@ from sd3pipe.training.run_folder import RunFolder, Start, choose_start, is_finis
 from sd3pipe.training.setup import build_loop, check_options
 from sd3pipe.training.state_file import Progressed
 from sd3pipe.training.trackers import check_trackers
-from sd3pipe.training.training_data import TrainingData, data_summary, encode_summary, open_data
+from sd3pipe.training.training_data import data_summary, encode_summary, open_data
 from sd3pipe.training.validation import verdict
 from sd3pipe.watched import Look
 
@@ -87,50 +87,55 @@ def _train(params: TrainParams, processes: Processes, report: StageReport, folde
     check_trackers(params)
     data = open_data(params)
     source = find_component("mmdit", model=params.model, file=params.mmdit)
-    resolved = resolve_inputs(
-        params,
-        data,
-        base=_fingerprint(params, source),
-        precision=resolve_precision(params.mixed_precision, processes.device),
-        num_processes=processes.count,
-    )
-    identity = run_identity(params, data, resolved)
-    start = processes.same(_start(params, identity, resolved) if processes.is_main else None)
+    stamps = FileStamps(machine_folder(params.out).parent / "stat.json", trust=not params.reading.verify_weights)
+    base = source.fingerprint(stamps)
+    stamps.save()
+    precision = resolve_precision(params.mixed_precision, processes.device)
+    inputs = resolve_inputs(params, data, base=base, precision=precision, num_processes=processes.count)
+    identity = run_identity(params, data, inputs)
+    start = processes.same(_start(params, identity, inputs) if processes.is_main else None)
     assert start is not None
     run = Run(
         params=params,
         processes=processes,
         data=data,
         source=source,
-        inputs=resolved,
+        inputs=inputs,
         identity=identity,
         start=start,
         folder=folder,
     )
     report.update(options=params.model_dump(mode="json"), identity=identity, sources_checked=freshness)
     report.update(data=data_summary(data), encoded=encode_summary({"text": params.text, "latents": params.latents}))
-    if is_finished(params.out, start, identity, resolved.total_steps):
+    if is_finished(params.out, start, identity, inputs.total_steps):
         done = Progressed.from_state(start.checkpoint.state) if start.checkpoint else Progressed()
         report.keep(seconds_per_step=None, peak_rss_bytes=peak_rss_bytes(), peak_device_bytes=0)
         report.update(**_how_far(done), steps_now=0, subsets=subset_figures(params.out))
-        report.summary = f"nothing to do, all {count(resolved.total_steps, 'step')} are done"
+        report.summary = f"nothing to do, all {count(inputs.total_steps, 'step')} are done"
         return
-    architecture = mmdit_architecture(source)
-    check_options(run, architecture)
+    check_options(run, mmdit_architecture(source))
     if processes.is_main:
-        _tell_misfits(params, data)
+        for line in misfits(params, data, stamps):
+            log.warning("%s", line)
+        stamps.save()
+    report.summary = _run(run, report, started, freshness)
+
+
+def _run(run: Run, report: StageReport, started: float, freshness: str) -> str:
+    """Trains to the last step, and returns the summary; whatever ends it, the report says how far it came."""
+    params, processes, folder, total_steps = run.params, run.processes, run.folder, run.inputs.total_steps
     memory = run_memory(
         params,
-        architecture,
-        resolutions_px=data.resolutions,
-        text_tokens=CLIP_TOKENS + int(data.train.text_lengths.max()),
+        mmdit_architecture(run.source),
+        resolutions_px=run.data.resolutions,
+        text_tokens=CLIP_TOKENS + int(run.data.train.text_lengths.max()),
         device=processes.device,
-        dtype=BASE_DTYPES[resolved.precision],
+        dtype=BASE_DTYPES[run.inputs.precision],
         files=run.source.paths,
     )
     stopping.check()
-    if start.aside and processes.is_main:
-        folder.keep_apart(start.aside)
+    if run.start.aside and processes.is_main:
+        folder.keep_apart(run.start.aside)
     with memory_errors(lambda: memory.advice(processes.device)), _kernel_errors(params):
         loop = build_loop(run, memory)
         steps_before = loop.progressed.step
@@ -139,7 +144,7 @@ def _train(params: TrainParams, processes: Processes, report: StageReport, folde
             if processes.is_main:
                 _begin_at(loop.progressed, params, folder)
                 if steps_before:
-                    log.info("going on from step %s of %s", f"{steps_before:,}", f"{resolved.total_steps:,}")
+                    log.info("going on from step %s of %s", f"{steps_before:,}", f"{total_steps:,}")
             loop.train()
         finally:
             loop.close()
@@ -155,7 +160,10 @@ def _train(params: TrainParams, processes: Processes, report: StageReport, folde
     if says:
         log.info("%s", says)
     report.update(validation=says)
-    report.summary = _summary(loop.progressed, steps_before, freshness)
+    went_on = f" (from step {steps_before})" if steps_before else ""
+    unchecked = ", captions and pictures not checked: they are not here" if freshness == "unknown" else ""
+    steps, loss = loop.progressed.step, loop.progressed.loss_mean
+    return f"{count(steps, 'step')}{went_on}, loss {loss:.4f}{unchecked}"
 
 
 def _start(params: TrainParams, identity: dict[str, object], run: RunInputs) -> Start:
@@ -182,25 +190,6 @@ def _check_freshness(params: TrainParams) -> str:
                 raise StaleError(f"{message}: encode again, or train all the same with --stale-ok")
             log.warning("%s", message)
     return "changed" if "changed" in states else "fresh" if set(states) == {"fresh"} else "unknown"
-
-
-def _fingerprint(params: TrainParams, source: ComponentSource) -> str:
-    stamps = _weights_stamps(params)
-    fingerprint = source.fingerprint(stamps)
-    stamps.save()
-    return fingerprint
-
-
-def _weights_stamps(params: TrainParams) -> FileStamps:
-    return FileStamps(machine_folder(params.out).parent / "stat.json", trust=not params.reading.verify_weights)
-
-
-def _tell_misfits(params: TrainParams, data: TrainingData) -> None:
-    """Warns of what does not belong together."""
-    stamps = _weights_stamps(params)
-    for line in misfits(params, data, stamps):
-        log.warning("%s", line)
-    stamps.save()
 
 
 def _figures(loop: Loop, memory: MemoryPlan, processes: Processes, steps_before: int) -> dict[str, object]:
@@ -231,12 +220,6 @@ def _how_far(state: Progressed) -> dict[str, object]:
         "best_step": state.best_step,
         "skipped_steps": list(state.skipped_steps),
     }
-
-
-def _summary(state: Progressed, steps_before: int, freshness: str) -> str:
-    went_on = f" (from step {steps_before})" if steps_before else ""
-    unchecked = ", captions and pictures not checked: they are not here" if freshness == "unknown" else ""
-    return f"{count(state.step, 'step')}{went_on}, loss {state.loss_mean:.4f}{unchecked}"
 
 
 @contextlib.contextmanager

@@ -102,11 +102,9 @@ def answer(name: str, value: Any) -> Answer | None:
 
 def _acts(kind: Kind, default: Any, *places: str, off: tuple[Any, ...] = (), **fixed: Any) -> SdScriptsOption:
     """An option that goes to `places`, 'FILE' or 'FILE.KEY'; `fixed` are the values of FILE_KEY that do not vary."""
-    found = []
-    for place in places:
-        file, _, key = place.partition(".")
-        found.append(FileKey(file=file, key=key, value=fixed.get(key)))
-    return SdScriptsOption(kind=kind, default=default, fate="acts", places=tuple(found), off=off)
+    parts = [place.partition(".")[::2] for place in places]
+    found = tuple(FileKey(file=file, key=key, value=fixed.get(key)) for file, key in parts)
+    return SdScriptsOption(kind=kind, default=default, fate="acts", places=found, off=off)
 
 
 def _read(kind: Kind, text: str) -> SdScriptsOption:
@@ -120,13 +118,11 @@ def _met(
 
 
 def _idle(kind: Kind, text: str, default: Any = None, off: tuple[Any, ...] = ()) -> SdScriptsOption:
-    default = False if kind == "flag" else default
-    return SdScriptsOption(kind=kind, default=default, fate="idle", text=text, off=off)
+    return SdScriptsOption(kind=kind, default=False if kind == "flag" else default, fate="idle", text=text, off=off)
 
 
 def _refused(kind: Kind, text: str, default: Any = None) -> SdScriptsOption:
-    default = False if kind == "flag" else default
-    return SdScriptsOption(kind=kind, default=default, fate="refused", text=text)
+    return SdScriptsOption(kind=kind, default=False if kind == "flag" else default, fate="refused", text=text)
 
 
 _CACHED = "the encode stages always write a cache on disk"
@@ -409,17 +405,11 @@ _RECORDS = {
 }
 
 
-def _named(options: Mapping[str, SdScriptsOption]) -> dict[str, SdScriptsOption]:
-    """Returns the rows with the option's own name as key where a place has none of its own."""
-    return {
-        name: replace(row, places=tuple(replace(place, key=place.key or name) for place in row.places))
-        for name, row in options.items()
-    }
-
-
-OPTIONS: Mapping[str, SdScriptsOption] = _named(
-    _MODELS | _DATA | _NETWORK | _OPTIMISATION | _LOSS | _MEMORY | _SAVING | _RECORDS
-)
+_ROWS = _MODELS | _DATA | _NETWORK | _OPTIMISATION | _LOSS | _MEMORY | _SAVING | _RECORDS
+OPTIONS: Mapping[str, SdScriptsOption] = {  # a place without a key of its own has the option's name
+    name: replace(row, places=tuple(replace(place, key=place.key or name) for place in row.places))
+    for name, row in _ROWS.items()
+}
 
 # Keys that stand in a dataset file alone: of sd-scripts, then our own.
 DATASET_KEYS = (

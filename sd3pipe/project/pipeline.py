@@ -59,10 +59,9 @@ def _stage(module: str, stages: Sequence[Stage], paths: Paths, dataset_deps: Seq
 def _command(stage: Stage, paths: Paths) -> str:
     words = [f"sd3pipe {stage.command}"]
     for path in paths_of(stage, paths):
-        if not path.option:
-            continue
         key = path.key if path.role == "out" or path.whole else path.part or path.key
-        words += [f"--{path.option.replace('_', '-')}", _word(paths, key)]
+        if path.option:
+            words += [f"--{path.option.replace('_', '-')}", _word(paths, key)]
     return " ".join([*words, *stage.in_dvc])
 
 
