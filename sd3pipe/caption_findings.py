@@ -2,15 +2,11 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from sd3pipe.documents import DocumentError, checked, read_json
-from sd3pipe.errors import InputError
 from sd3pipe.files import write_json
-from sd3pipe.judgement import Score
+from sd3pipe.judgement import FORMAT, Score, read_result
 from sd3pipe.picture_losses import PictureLosses
 
-FORMAT = 1
 _MOST_BYTES = 1_000_000_000  # 400 for each picture
 
 
@@ -61,12 +57,4 @@ class CaptionFindings:
 
 def read_findings(file: Path) -> CaptionFindings:
     """Returns what a file says. Raises InputError where there is none, or another format."""
-    from pydantic import TypeAdapter  # takes 100 ms
-
-    try:
-        content = read_json(file, TypeAdapter(dict[str, Any]), most_bytes=_MOST_BYTES)
-        if content.pop("format", None) != FORMAT:
-            raise InputError(f"{file}: was written by another version: run `sd3pipe check-captions` again")
-        return checked(content, TypeAdapter(CaptionFindings), str(file))
-    except DocumentError as error:
-        raise InputError(f"{error}: run `sd3pipe check-captions` again") from error
+    return read_result(file, CaptionFindings, "check-captions", most_bytes=_MOST_BYTES)

@@ -76,13 +76,9 @@ def share_of_memory() -> int | None:
 
 def available_memory(system: Path = Path("/")) -> int | None:
     """Returns the bytes that this process can still get: the system's, or less in a container; None if not told."""
-    known = [free for free in (_system_memory(system), _container_memory(system)) if free is not None]
-    return min(known, default=None)
-
-
-def _system_memory(system: Path) -> int | None:
-    values = _numbers(system / "proc/meminfo")
-    return values["MemAvailable:"] * 1024 if "MemAvailable:" in values else None
+    kilobytes = _numbers(system / "proc/meminfo").get("MemAvailable:")
+    free = (None if kilobytes is None else kilobytes * 1024, _container_memory(system))
+    return min((known for known in free if known is not None), default=None)
 
 
 def _container_memory(system: Path) -> int | None:

@@ -2,15 +2,16 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sd3pipe.documents import DocumentError, checked, read_json
+from sd3pipe.documents import MOST_BYTES, DocumentError, checked, read_json
 from sd3pipe.errors import InputError
 from sd3pipe.files import write_json
 
 JUDGE_FOLDER, JUDGE_FILE = "judge", "judge.json"  # RUN/judge/judge.json, unless --out says otherwise
 SCORES = ("likeness", "copying", "prompt", "drift", "variety")
 FORMAT = 1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,15 +91,19 @@ class Judgement:
 
 def read_judgement(folder: Path) -> Judgement:
     """Returns what lies in a folder as judge.json. Raises InputError where there is none, or another format."""
+    return read_result(folder / JUDGE_FILE, Judgement, "judge")
+
+
+def read_result(file: Path, kind: type[T], command: str, *, most_bytes: int = MOST_BYTES) -> T:
+    """Returns what a command of ours wrote. Raises InputError where there is none, or another format."""
     from pydantic import TypeAdapter  # takes 100 ms
 
-    file = folder / JUDGE_FILE
     try:
-        content = read_json(file, TypeAdapter(dict[str, Any]))
+        content = read_json(file, TypeAdapter(dict[str, Any]), most_bytes=most_bytes)
         if content.pop("format", None) != FORMAT:
-            raise InputError(f"{file}: was written by another version: run `sd3pipe judge` again")
-        return checked(content, TypeAdapter(Judgement), str(file))
+            raise InputError(f"{file}: was written by another version: run `sd3pipe {command}` again")
+        return checked(content, TypeAdapter(kind), str(file))
     except DocumentError as error:
         if error.missing:
-            raise InputError(f"{file}: there is no such file: `sd3pipe judge` writes it") from error
-        raise InputError(f"{error}: run `sd3pipe judge` again") from error
+            raise InputError(f"{file}: there is no such file: `sd3pipe {command}` writes it") from error
+        raise InputError(f"{error}: run `sd3pipe {command}` again") from error

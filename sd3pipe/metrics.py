@@ -1,5 +1,6 @@
 """metrics.jsonl of a run: one line for each step, validation and event, as they come back from the disk."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,14 +85,11 @@ class RecordTail:
             self._inode, self._place = 0, 0
             return [], anew
         self._place += sum(len(line) + 1 for line in lines[:-1])  # the last line may be half written
-        return [record for line in lines[:-1] if (record := _parsed(line)) is not None], anew
-
-
-def _parsed(line: bytes) -> Record | None:
-    try:
-        return _RECORD.validate_json(line)
-    except ValidationError:
-        return None
+        records: list[Record] = []
+        for line in lines[:-1]:
+            with contextlib.suppress(ValidationError):
+                records.append(_RECORD.validate_json(line))
+        return records, anew
 
 
 def read_records(run: Path) -> Iterator[Record]:

@@ -1,5 +1,6 @@
 """Files behind an address such as s3://bucket/pictures, read in place through fsspec."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterator, Sequence
@@ -67,10 +68,8 @@ def connect(url: str, options: dict[str, Any] | None = None) -> Any:
 def listing(prefix: Remote, *, recursive: bool) -> list[Listed]:
     """Returns the files below a prefix. Raises InputError where there is none, NetworkError."""
     top = _bare(prefix) + "/"
-    try:
+    with _told_of(prefix):
         found = _files(prefix).find(prefix.url, detail=True, maxdepth=None if recursive else 1)
-    except _errors() as error:
-        raise _failure(prefix, error) from error
     files = [
         Listed(file=Remote(f"{_protocol(prefix)}{path}"), name=path.removeprefix(top), stamp=_stamp(info))
         for path, info in sorted(found.items())
@@ -83,18 +82,14 @@ def listing(prefix: Remote, *, recursive: bool) -> list[Listed]:
 
 def stamp_of_file(file: Remote) -> Stamp:
     """Returns what changes whenever a file's content does. Raises InputError, NetworkError."""
-    try:
+    with _told_of(file):
         return _stamp(_files(file).info(file.url))
-    except _errors() as error:
-        raise _failure(file, error) from error
 
 
 def open_file(file: Remote) -> BinaryIO:
     """Opens a file to be read from its start to its end, a block ahead. Raises InputError, NetworkError."""
-    try:
+    with _told_of(file):
         return _files(file).open(file.url, "rb", cache_type="readahead")
-    except _errors() as error:
-        raise _failure(file, error) from error
 
 
 def read_range(file: Remote, start: int, size: int) -> bytes:
@@ -154,7 +149,12 @@ def _errors() -> tuple[type[Exception], ...]:
     return (OSError, BotoCoreError)
 
 
-def _failure(place: Remote, error: Exception) -> InputError | NetworkError:
-    if isinstance(error, FileNotFoundError):
-        return InputError(f"{place}: there is no such file or prefix")
-    return NetworkError(f"{place} cannot be read: {error}")
+@contextlib.contextmanager
+def _told_of(place: Remote) -> Iterator[None]:
+    """Turns a failure of the block into an InputError or a NetworkError that names the place."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(f"{place}: there is no such file or prefix") from error
+    except _errors() as error:
+        raise NetworkError(f"{place} cannot be read: {error}") from error
