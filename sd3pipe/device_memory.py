@@ -10,7 +10,8 @@ import torch
 
 from sd3pipe.errors import DeviceMemoryError
 
-# What the libraries below torch say when the card or the host has no memory left; torch's own allocator has a class.
+# What the libraries below torch (cuBLAS, cuDNN, the driver) say when the card or the host has no memory left; torch's own
+# allocator has a class.
 _SIGNS = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
 _USABLE = 0.92  # of the free device memory; the rest is for fragmentation and sample pictures
 _DESKTOP_BYTES = 500_000_000  # that other programs with windows may come to want
@@ -24,7 +25,7 @@ def memory_errors(way_out: Callable[[], str]) -> Iterator[None]:
     except MemoryError as error:
         raise DeviceMemoryError(f"the host ran out of memory: {way_out()}") from error
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in _SIGNS):
             raise
         where = "host" if "CPUAllocator" in str(error) else "device"
         raise DeviceMemoryError(f"the {where} ran out of memory: {way_out()}") from error
@@ -33,11 +34,6 @@ def memory_errors(way_out: Callable[[], str]) -> Iterator[None]:
 def decode_way_out(device: torch.device) -> str:
     """Returns what to do where even a strip of a picture could not be decoded."""
     return "pass --device cpu" if device.type == "cuda" else "free some of it, or decode smaller pictures"
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Returns whether torch, or a library that it calls (cuBLAS, cuDNN, the driver), found no memory."""
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _SIGNS)
 
 
 def usable_device_bytes(device: torch.device) -> int:

@@ -10,6 +10,7 @@ import typer
 
 from sd3pipe.config import PROJECT_FILE, read_project
 from sd3pipe.console import count, say
+from sd3pipe.data.image_dirs import listed_folder
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.models.architecture import detect_mmdit
 from sd3pipe.models.sources import find_component
@@ -17,7 +18,7 @@ from sd3pipe.params.command_line import load_stage_models
 from sd3pipe.params.init import InitParams
 from sd3pipe.params.stage_file import render_stage_file
 from sd3pipe.project.inputs import ENCODERS, missing_weights
-from sd3pipe.project.pictures import PictureFolder, dataset_toml, look_into, prompts_txt, source_of
+from sd3pipe.project.pictures import PictureFolder, dataset_toml, look_into, prompts_txt
 from sd3pipe.project.pipeline import dvc_yaml
 from sd3pipe.project.recipes import Advice, Recipe, fitting_advice, length_advice, recipe
 from sd3pipe.project.writer import DVCIGNORE, gitignore, project_toml, write_project
@@ -42,7 +43,9 @@ def main(params: InitParams) -> None:
     images = params.images or _ask("Folder with the pictures", "--images")
     found = look_into(images)
     pictures = {_as_seen_from(params.folder, folder.path): folder for folder in found}
-    sources = [] if is_address(images) else [_as_seen_from(params.folder, source_of(Path(images)))]
+    sources = []
+    if not is_address(images):  # of a pattern, the folder that its files lie in
+        sources = [_as_seen_from(params.folder, listed_folder(Path(images)) or Path(images))]
     shapes = _shapes(model) if params.variant is None or params.vram else {}
     variant = params.variant or detect_mmdit(shapes).variant
     paths = _paths(params, model)

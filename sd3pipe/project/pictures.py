@@ -54,11 +54,6 @@ def look_into(images: str) -> list[PictureFolder]:
     ]
 
 
-def source_of(images: Path) -> Path:
-    """Returns the file or folder that pictures come from: of a pattern, the folder that its files lie in."""
-    return listed_folder(images) or images
-
-
 def _held(path: Path | str, images: str) -> list[PictureFolder]:
     """Returns the counts of pictures that share files, or lie in a bucket. Raises InputError where there are none."""
     entries = read_image_dir(folder_dataset(images).subsets[0], None).entries

@@ -63,13 +63,9 @@ class Entry:
 
     @property
     def caption(self) -> str:
-        return self.item.picture.caption if self.item.picture.caption_path else self.listed_caption
-
-    @property
-    def listed_caption(self) -> str:
-        """The caption in a metadata file; class_tokens, which stand in for a missing caption, are none."""
-        subset = self.item.picture.subset
-        return self.item.picture.caption if subset.metadata_file else ""
+        """The picture's own; class_tokens, which stand in for a missing caption, are none."""
+        picture = self.item.picture
+        return picture.caption if picture.caption_path or picture.subset.metadata_file else ""
 
     @property
     def warnings(self) -> tuple[str, ...]:
