@@ -10,8 +10,8 @@ import torch
 
 from sd3pipe.errors import DeviceMemoryError
 
-# What the libraries below torch (cuBLAS, cuDNN, the driver) say when the card or the host has no memory left; torch's own
-# allocator has a class.
+# What the libraries below torch (cuBLAS, cuDNN, the driver) say when the card or the host has no memory left; torch's
+# own allocator has a class.
 _SIGNS = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
 _USABLE = 0.92  # of the free device memory; the rest is for fragmentation and sample pictures
 _DESKTOP_BYTES = 500_000_000  # that other programs with windows may come to want

@@ -4,6 +4,7 @@ Told from names, headers and earlier reports, without torch, so that it costs no
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,13 @@ _TEXTS_OF_PROMPT = 2  # the prompt and its negative
 _KEPT_STATES = 2  # optimizer states of a run
 
 
+@dataclass(slots=True)
 class Ahead:
     """What one stage has before it: `facts` to show, the bytes that it will write at most, and how to write fewer."""
 
-    def __init__(self) -> None:
-        self.facts: list[str] = []
-        self.disk_bytes = 0
-        self.advice: str | None = None
+    facts: list[str] = field(default_factory=list)
+    disk_bytes: int = 0
+    advice: str | None = None
 
 
 def ahead(options: Params, project: Project) -> Ahead:
