@@ -57,6 +57,7 @@ RAY_WORKERS: Any = option(
 
 
 def base_model(default: Any) -> Any:
+    """Declares --model where it names what is trained or drawn with; `...` makes it required."""
     return option(
         default, "Base model: a .safetensors file, a diffusers folder or a hub id.",
         role="path", panel="Paths", paths_key="model", aliases=("pretrained_model_name_or_path",),
@@ -64,6 +65,7 @@ def base_model(default: Any) -> Any:
 
 
 def mixed_precision(panel: str) -> Any:
+    """Declares --mixed-precision of a command that draws or measures."""
     return option(
         "auto", "Number format of the model; auto: bf16 or, on older cards, fp16 on CUDA; float32 on the CPU.",
         panel=panel,
@@ -71,6 +73,7 @@ def mixed_precision(panel: str) -> Any:
 
 
 def blocks_to_swap(panel: str) -> Any:
+    """Declares --blocks-to-swap of a command that draws or measures."""
     return option(
         "auto", "Blocks that stay in host memory and visit the device; auto: as few as fit, on CUDA; none on the CPU.",
         panel=panel, advanced=True,
