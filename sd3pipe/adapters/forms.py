@@ -18,9 +18,8 @@ from sd3pipe.adapters.parts import LayerParts
 from sd3pipe.adapters.sizes import depth_of
 from sd3pipe.errors import InputError, ParameterError
 
-Strength: TypeAlias = Callable[
-    [str, int | None], float | None
-]  # (module name, rank if it shows) -> factor of the change
+# (module name, rank if it shows) -> factor of the change
+Strength: TypeAlias = Callable[[str, int | None], float | None]
 
 PATCH_EMBEDDER = "x_embedder.proj"
 DIFFUSERS_ORDER: tuple[Form, ...] = ("diffusers", "onetrainer", "lycoris")

@@ -10,9 +10,8 @@ HEAD_WIDTH = 64  # an SD3 model has one block per 64 of width
 Sizes = Mapping[str, tuple[int, int]]  # module path -> (out, in features), 0 for the side that factors do not tell
 
 _ROWS = {"attn.qkv": 3, "attn2.qkv": 3, "attn.proj": 1, "attn2.proj": 1, "mlp.fc1": 4, "mlp.fc2": 1}
-_DEPTHS = {"sd3-medium": 24, "sd35-medium": 24, "sd35-large": 38}
+_BLOCKS = {"sd3-medium": (24, 0), "sd35-medium": (24, 13), "sd35-large": (38, 0)}  # all, the first with attn2
 _MOST_BLOCKS = 128  # no SD3 model comes near it, and factors of a few bytes may claim any size
-_DUAL_BLOCKS = 13  # SD3.5-medium's first 13 blocks have a second attention, and 9 vectors of modulation
 
 
 def same_size(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
@@ -44,7 +43,8 @@ def depth_of(sizes: Sizes) -> int:
     if not told:
         return 0
     possible = (width for width in set.intersection(*told) if width and width % HEAD_WIDTH == 0)
-    common = sorted(possible, key=lambda width: (width // HEAD_WIDTH not in _DEPTHS.values(), width))
+    depths = {depth for depth, _ in _BLOCKS.values()}
+    common = sorted(possible, key=lambda width: (width // HEAD_WIDTH not in depths, width))
     if not common:
         raise InputError(
             f"its layers belong to models of different width ({', '.join(map(str, sorted(set.union(*told))))})"
@@ -64,20 +64,11 @@ def depth_of(sizes: Sizes) -> int:
 def fitting_variants(sizes: Sizes) -> tuple[str, ...]:
     """Returns the public models that have all these modules: shapes alone may leave two medium ones."""
     depth = depth_of(sizes)
-    return tuple(name for name, blocks in _DEPTHS.items() if blocks == depth and _fits_variant(name, sizes, depth))
-
-
-def _fits_variant(variant: str, sizes: Sizes, depth: int) -> bool:
-    for path, size in sizes.items():
-        block = native_block(path)
-        if block is None:
-            continue
-        dual = variant == "sd35-medium" and block[0] < _DUAL_BLOCKS
-        if ".attn2." in path and not dual:
-            return False
-        if block[1] == "x_block.adaLN_modulation.1" and size[0] not in (0, (9 if dual else 6) * depth * HEAD_WIDTH):
-            return False
-    return True
+    return tuple(
+        name
+        for name, (blocks, dual_blocks) in _BLOCKS.items()
+        if blocks == depth and all(_fits(path, size, depth * HEAD_WIDTH, dual_blocks) for path, size in sizes.items())
+    )
 
 
 def _rows_of(side: str, layer: str) -> tuple[int, ...]:
@@ -87,18 +78,20 @@ def _rows_of(side: str, layer: str) -> tuple[int, ...]:
     return (6, 9) if side == "x_block" else (6, 2)
 
 
-def _fits(path: str, size: tuple[int, int], width: int) -> bool:
+def _fits(path: str, size: tuple[int, int], width: int, dual_blocks: int | None = None) -> bool:
+    """Whether a model of this width has such a module; the first `dual_blocks` blocks have attn2, None: any may."""
     block, depth = native_block(path), width // HEAD_WIDTH
     if block is None:
         return path != "final_layer.adaLN_modulation.1" or size[0] in (0, 2 * width)
-    index, module = block
-    if index >= depth:
-        return False
-    side, layer = module.split(".", 1)
+    index, (side, layer) = block[0], block[1].split(".", 1)
     last_context = side == "context_block" and index == depth - 1
+    if index >= depth or (last_context and layer not in ("attn.qkv", "adaLN_modulation.1")):
+        return False
+    if layer.startswith("attn2") and dual_blocks is not None and index >= dual_blocks:
+        return False
     allowed = _rows_of(side, layer)
     if layer.startswith("adaLN") and side == "context_block":
         allowed = allowed[-1:] if last_context else allowed[:1]
-    elif last_context and layer != "attn.qkv":
-        return False
+    elif layer.startswith("adaLN") and dual_blocks is not None:
+        allowed = allowed[-1:] if index < dual_blocks else allowed[:1]
     return size[0] in (0, *(rows * width for rows in allowed))

@@ -65,8 +65,17 @@ def target_ranks(paths: Iterable[str], spec: AdapterSpec) -> dict[str, int]:
     depth = 1 + max(block_of(path) or 0 for path in paths)
     blocks = parse_blocks(spec.blocks, depth)
     rules = _compiled(spec.rank_rules, paths)
-    ranks = {path: _rank(path, spec, blocks, rules) for path in paths}
-    chosen = {path: rank for path, rank in ranks.items() if rank}
+    embedder_ranks = dict(zip(EMBEDDERS, spec.embedder_ranks, strict=False))
+    chosen: dict[str, int] = {}
+    for path in paths:
+        part = part_of(path)
+        if part is not None:
+            default = spec.part_ranks.get(part, spec.rank) if block_of(path) in blocks else 0
+        else:
+            default = next((rank for name, rank in embedder_ranks.items() if path.startswith(name)), 0)
+        rank = _first_match(rules, path, default)
+        if rank:
+            chosen[path] = rank
     if not chosen:
         raise ParameterError("the adapter has nothing to train: every rank is 0 or every block is left out")
     return chosen
@@ -94,11 +103,6 @@ def part_of(path: str) -> BlockPart | None:
     return next(part for part in BLOCK_PARTS if part == f"{side}_{_LAYERS_OF_PART[words[3]]}")
 
 
-def embedder_of(path: str) -> int | None:
-    """Returns a module path's place in EMBEDDERS, or None inside the blocks."""
-    return next((index for index, name in enumerate(EMBEDDERS) if path.startswith(name)), None)
-
-
 def parse_blocks(text: str, depth: int) -> frozenset[int]:
     """Returns the blocks that "all", "none" or "0,3-5" stands for. Raises ParameterError beyond `depth`."""
     if text == "all":
@@ -115,16 +119,6 @@ def parse_blocks(text: str, depth: int) -> frozenset[int]:
             raise ParameterError(f"train_block_indices: {item.strip()}: the model has the blocks 0 to {depth - 1}")
         chosen.update(range(first, last + 1))
     return frozenset(chosen)
-
-
-def _rank(path: str, spec: AdapterSpec, blocks: frozenset[int], rules: list[tuple[re.Pattern[str], int]]) -> int:
-    embedder = embedder_of(path)
-    if embedder is not None:
-        default = spec.embedder_ranks[embedder] if spec.embedder_ranks else 0
-    else:
-        part = part_of(path)
-        default = spec.part_ranks.get(part, spec.rank) if part and block_of(path) in blocks else 0
-    return _first_match(rules, path, default)
 
 
 def _compiled(rules: Iterable[tuple[str, T]], paths: list[str]) -> list[tuple[re.Pattern[str], T]]:

@@ -34,14 +34,15 @@ def for_form(adapter: Adapter, form: Form, model: str | None, mmdit: Path | None
     program = "diffusers" if form == "diffusers" else "ComfyUI"
     kind = adapter[odd[0]].title
     source = find_base(model, mmdit, f"this is a {kind}, and what {program} reads of it depends on the base model")
-    return dict(adapter) | {path: _suited(path, adapter[path], source, form) for path in odd}
-
-
-def _suited(path: str, delta: Delta, source: ComponentSource, form: Form) -> Delta:
-    key = f"{path}.weight"
-    if is_text_encoder(path) or key not in source.tensors:
-        raise InputError(f"{source.where}: has no {path}, which the adapter changes: it belongs to another model")
-    weight_OI = read_tensors(source.tensors, dtype=torch.float32, keys=[key])[key].flatten(1)
-    if not same_size(tuple(weight_OI.shape), delta.shape):
-        raise InputError(f"{source.where}: {path} has another size than in the adapter: it belongs to another model")
-    return delta.suited(form, weight_OI)
+    suited = dict(adapter)
+    for path in odd:
+        key = f"{path}.weight"
+        if is_text_encoder(path) or key not in source.tensors:
+            raise InputError(f"{source.where}: has no {path}, which the adapter changes: it belongs to another model")
+        weight_OI = read_tensors(source.tensors, dtype=torch.float32, keys=[key])[key].flatten(1)
+        if not same_size(tuple(weight_OI.shape), adapter[path].shape):
+            raise InputError(
+                f"{source.where}: {path} has another size than in the adapter: it belongs to another model"
+            )
+        suited[path] = adapter[path].suited(form, weight_OI)
+    return suited
