@@ -46,10 +46,6 @@ class Apart(Delta):
     parts: Mapping[int, Delta]
 
     @property
-    def rank(self) -> int:
-        return 0
-
-    @property
     def shape(self) -> tuple[int, int]:
         rows, columns = next(iter(self.parts.values())).shape
         return QKV_PARTS * rows, columns

@@ -43,7 +43,7 @@ class DoRA(LoRA):
         gain_O = self.magnitude.float() / self._norms(linear)
         product = y - linear.bias.to(y.dtype)
         change = (gain_O - 1.0).to(y.dtype) * product + gain_O.to(y.dtype) * self.term(x)
-        return y + self.scaled(self.drop_module(change))
+        return y + self.acting(change)
 
     @torch.no_grad()
     def _norms(self, linear: AdaptedLinear) -> Tensor:

@@ -59,10 +59,6 @@ class FullDelta(Delta):
         return cls(diff=diff_OI, bias=diff_OI.new_zeros(len(diff_OI)) if bias_O is None else bias_O)
 
     @property
-    def rank(self) -> int:
-        return 0
-
-    @property
     def shape(self) -> tuple[int, int]:
         return self.diff.shape[0], self.diff.shape[1]
 

@@ -80,7 +80,7 @@ class AdapterLayer(nn.Module, ABC):
         self.register_buffer("_dropout_streams", torch.tensor(numbers, device=setup.device), persistent=False)
 
     def forward(self, x: Tensor, linear: AdaptedLinear) -> Tensor:
-        return linear.base(x) + self.scaled(self.drop_module(self.term(x)))
+        return linear.base(x) + self.acting(self.term(x))
 
     @abstractmethod
     def term(self, x: Tensor) -> Tensor:
@@ -120,15 +120,12 @@ class AdapterLayer(nn.Module, ABC):
         """
         raise ParameterError(f"scale_weight_norms limits products of two factors, and {type(self).__name__} has none")
 
-    def scaled(self, term: Tensor) -> Tensor:
-        return term if self.multiplier == 1.0 else term * self.multiplier
-
-    def drop_module(self, term: Tensor) -> Tensor:
-        """Drops the whole term of some samples; the others are not scaled up, as in sd-scripts."""
+    def acting(self, term: Tensor) -> Tensor:
+        """Returns the term at its strength, without that of dropped samples; others stay as in sd-scripts."""
         rate = self.setup.dropout.module
-        if not (self.training and rate):
-            return term
-        return term * self._kept((term.shape[0],) + (1,) * (term.ndim - 1), rate, kind=0)
+        if self.training and rate:
+            term = term * self._kept((term.shape[0],) + (1,) * (term.ndim - 1), rate, kind=0)
+        return term if self.multiplier == 1.0 else term * self.multiplier
 
     def drop_ranks(self, low: Tensor) -> Tensor:
         """Drops rank activations [B, ..., R], and whole ranks of some samples; what stays is scaled up."""
@@ -179,9 +176,9 @@ class Delta(ABC):
     alpha: float
 
     @property
-    @abstractmethod
     def rank(self) -> int:
         """The rank that alpha is divided by; 0 where alpha does not count."""
+        return 0
 
     @property
     @abstractmethod

@@ -34,7 +34,7 @@ class OFT(AdapterLayer):
 
     def forward(self, x: Tensor, linear: AdaptedLinear) -> Tensor:
         y = linear.base(x)
-        return y + self.scaled(self.drop_module(self.term(y - linear.bias.to(y.dtype))))
+        return y + self.acting(self.term(y - linear.bias.to(y.dtype)))
 
     def term(self, x: Tensor) -> Tensor:
         """Returns what the turn adds to the base's product, which is x here."""

@@ -38,7 +38,7 @@ class OFTv2(AdapterLayer):
         self.upper.zero_()
 
     def forward(self, x: Tensor, linear: AdaptedLinear) -> Tensor:
-        return linear.base(x + self.scaled(self.drop_module(self.term(x))))
+        return linear.base(x + self.acting(self.term(x)))
 
     def term(self, x: Tensor) -> Tensor:
         """Returns what the turn adds to the input."""

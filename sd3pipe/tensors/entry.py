@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -52,7 +51,6 @@ class RangeReader:
     def __init__(self, *, may_stop: bool = True) -> None:
         self._may_stop = may_stop
         self._handles: dict[Path, int] = {}
-        self._closing = ExitStack()
         self._opening = Lock()
 
     def __enter__(self) -> Self:
@@ -61,8 +59,8 @@ class RangeReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._closing.close()
-        self._handles.clear()
+        while self._handles:
+            os.close(self._handles.popitem()[1])
 
     def read_bytes(self, buffer: memoryview, part: ByteRange) -> None:
         """Fills `buffer` with the first len(buffer) bytes of the range. Raises InputError if the file is too short."""
@@ -82,11 +80,9 @@ class RangeReader:
         with self._opening:
             if path not in self._handles:
                 try:
-                    handle = open_handle(path)
+                    self._handles[path] = open_handle(path)
                 except OSError as error:
                     raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-                self._closing.callback(os.close, handle)
-                self._handles[path] = handle
             return self._handles[path]
 
 

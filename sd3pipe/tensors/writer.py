@@ -24,8 +24,7 @@ def file_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> I
 
 def write_tensors(handle: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes a whole file from tensors in memory, in their order."""
-    for piece in file_pieces(tensors, metadata):
-        handle.write(piece)
+    handle.writelines(file_pieces(tensors, metadata))
 
 
 def data_sha256(tensors: Mapping[str, Tensor]) -> str:

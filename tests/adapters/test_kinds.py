@@ -35,7 +35,7 @@ class Gain(AdapterLayer):
 
     def forward(self, x, linear):
         y = linear.base(x)
-        return y + self.scaled(self.drop_module(self.gain * (y - linear.bias)))
+        return y + self.acting(self.gain * (y - linear.bias))
 
     def term(self, x):
         raise AssertionError("forward needs none")
