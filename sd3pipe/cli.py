@@ -18,7 +18,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from sd3pipe import safe_path, stopping
-from sd3pipe.console import say, say_aside, say_error, setup_logging, version
+from sd3pipe.console import say, say_aside, setup_logging, version
 from sd3pipe.cores import bound_spinning
 from sd3pipe.errors import ExitCode, InputError, Sd3pipeError, Stopped
 
@@ -178,7 +178,7 @@ def _run_program(name: str, params: Any) -> None:
 
 def _fail(message: str, code: int) -> int:
     for line in message.split("\n"):
-        say_error(line)
+        say_aside(f"error: {line}")
     return code
 
 

@@ -68,13 +68,8 @@ def say(*lines: str) -> None:
     print(*map(one_line, lines), sep="\n", flush=True)
 
 
-def say_error(line: str) -> None:
-    """Prints what went wrong to stderr, with control characters escaped."""
-    print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
-
-
 def say_aside(line: str) -> None:
-    """Prints what is neither a result nor an error to stderr, with control characters escaped."""
+    """Prints what is no result, as what went wrong, to stderr, with control characters escaped."""
     print(one_line(line), file=sys.stderr, flush=True)
 
 

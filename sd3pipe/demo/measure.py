@@ -34,7 +34,9 @@ class Reading:
 def read_picture(picture: NDArray[np.uint8]) -> Reading:
     """Returns what the picture [height, width, 3] shows."""
     pixels = picture.astype(np.float32)
-    border = _border(pixels)
+    ring = np.ones(pixels.shape[:2], dtype=bool)
+    ring[_BORDER_PX:-_BORDER_PX, _BORDER_PX:-_BORDER_PX] = False
+    border = pixels[ring]
     ground = np.median(border, axis=0)
     if np.linalg.norm(border - ground, axis=1).mean() > _BORDER_SPREAD:
         return Reading()
@@ -50,12 +52,6 @@ def read_picture(picture: NDArray[np.uint8]) -> Reading:
     relative = radius / min(mask.shape)
     size = min(RADII, key=lambda name: abs(RADII[name] - relative))
     return Reading(shape=shape, colour=_nearest(colour, COLOURS), size=size, background=background)
-
-
-def _border(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-    ring = np.ones(pixels.shape[:2], dtype=bool)
-    ring[_BORDER_PX:-_BORDER_PX, _BORDER_PX:-_BORDER_PX] = False
-    return pixels[ring]
 
 
 def _nearest(colour: NDArray[np.float32], names: dict[str, Colour]) -> str:

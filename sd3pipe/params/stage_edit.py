@@ -23,12 +23,13 @@ def edited_stage_file(text: str, changes: Mapping[str, Any], spellings: Mapping[
         keys = [key for key, option in spellings.items() if option == name]
         lines = text.split("\n")
         text = "\n".join(_without(lines, keys) if value is None else _with(lines, keys, name, value))
-    wanted = {name: value for name, value in {**before, **changes}.items() if value is not None}
+    values = {name: value for name, value in {**before, **changes}.items() if value is not None}
+    wanted = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     try:
         after = _values(text, spellings, where)
     except DocumentError:
         after = {}
-    if _plain(after) != _plain(wanted):
+    if after != wanted:
         raise ParameterError(f"{where}: {', '.join(changes)}: stands there in a way that only an editor changes")
     return text
 
@@ -39,10 +40,6 @@ def _values(text: str, spellings: Mapping[str, str], where: str) -> dict[str, An
     if len(values) < len(found):
         raise DocumentError(f"{where}: a key is set twice")
     return values
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _with(lines: Sequence[str], keys: Sequence[str], name: str, value: Any) -> list[str]:

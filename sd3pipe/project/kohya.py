@@ -82,7 +82,10 @@ def translate(given: Given, *, with_defaults: bool = True) -> Translation:
         for place in OPTIONS[name].places if name in OPTIONS else ():
             if place.key != name:
                 result.put(place.file, place.key, value if place.value is None else place.value)
-    _name(asked, result)
+    given_name = str(asked.get("output_name") or result.name)
+    result.name = re.split(r"[/\\]", given_name)[-1].strip(". ") or result.name
+    if result.name != given_name:
+        result.changed.append(f"output_name = {given_name}: the run is called {result.name}")
     _fix_network(asked, result)
     _fix_optimizer(asked, result)
     _fix_occasions(asked, result, with_defaults)
@@ -123,13 +126,6 @@ def _translate(name: str, value: Any, result: Translation) -> None:
     for place in row.places if row else ():
         if place.key == name or place.value is not None:
             result.put(place.file, place.key, value if place.value is None else place.value)
-
-
-def _name(asked: Given, result: Translation) -> None:
-    given = str(asked.get("output_name") or result.name)
-    result.name = re.split(r"[/\\]", given)[-1].strip(". ") or result.name
-    if result.name != given:
-        result.changed.append(f"output_name = {given}: the run is called {result.name}")
 
 
 def _fix_network(asked: Given, result: Translation) -> None:

@@ -69,7 +69,10 @@ def save_captions(project: Project, edits: Sequence[tuple[Entry, str, str]], wha
             if after[file] != before[file]
         ]
         if files:
-            _note(project, _Change(format=1, what=what, files=tuple(files)))
+            for old in _journal(project)[: -_MOST_KEPT + 1]:
+                old.unlink(missing_ok=True)
+            change = _CHANGE.dump_python(_Change(format=1, what=what, files=tuple(files)), mode="json")
+            write_json(studio_folder(project) / "undo" / f"{time.time_ns():020d}.json", change)  # before it is made
             for changed in files:
                 write_text(Path(changed.file), changed.after or "")
         return len(files)
@@ -129,16 +132,6 @@ def _with_caption(picture: Picture, content: str, caption: str) -> str:
     field = said[0] if said else caption_field(words)
     changed = [text] if isinstance(words.get(field), list) else text
     return with_words(content, file, {picture.name: {**words, field: changed}})
-
-
-def _note(project: Project, change: _Change) -> None:
-    """Adds a change to the journal before it is made."""
-    entries = _journal(project)
-    for old in entries[: max(0, len(entries) - _MOST_KEPT + 1)]:
-        old.unlink(missing_ok=True)
-    write_json(
-        studio_folder(project) / "undo" / f"{time.time_ns():020d}.json", _CHANGE.dump_python(change, mode="json")
-    )
 
 
 def _journal(project: Project) -> list[Path]:

@@ -50,7 +50,7 @@ def init(ask: Ask) -> dict[str, Any]:
     for name in _INIT:
         if ask.text(name):
             words += [f"--{name.replace('_', '-')}", no_option(ask.text(name))]
-    return _made(ask, folder, words)
+    return _opened(ask, folder, ask.run(words, Path.home()))
 
 
 def from_kohya(ask: Ask) -> dict[str, Any]:
@@ -65,7 +65,8 @@ def from_kohya(ask: Ask) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="sd3pipe-studio-") as place:
         source = Path(place) / f"source{ending}"
         write_text(source, text)
-        return _made(ask, folder, ["from-kohya", str(source), "--out", no_option(str(folder))], base)
+        words = ["from-kohya", str(source), "--out", no_option(str(folder))]
+        return _opened(ask, folder, ask.run(words, base))
 
 
 def _folder(ask: Ask) -> Path:
@@ -75,10 +76,6 @@ def _folder(ask: Ask) -> Path:
     if not folder.is_absolute():
         raise ParameterError(f"folder = {folder}: write the whole path, from / or from ~")
     return folder
-
-
-def _made(ask: Ask, folder: Path, words: list[str], base: Path | None = None) -> dict[str, Any]:
-    return _opened(ask, folder, ask.run(words, base or Path.home()))
 
 
 def _opened(ask: Ask, folder: Path, message: str) -> dict[str, Any]:
