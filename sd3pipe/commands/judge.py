@@ -142,16 +142,7 @@ def _draw(
     """Draws the pictures that are missing, and returns how many."""
     missing = to_draw(seen, cells, comparison.shown())
     if missing:
-        there = len(cells) - len(missing)
-
-        def forecast(seconds: float) -> None:
-            log.info(
-                "judge: %s to draw, %d there: about %s",
-                count(len(missing), "picture"),
-                there,
-                readable_seconds(seconds),
-            )
-
+        to_come = f"{count(len(missing), 'picture')} to draw, {len(cells) - len(missing)} there"
         draw_cells(
             source,
             missing,
@@ -161,6 +152,6 @@ def _draw(
             dtype=BASE_DTYPES[precision],
             blocks_to_swap=params.blocks_to_swap,
             drawn=lambda cell: report.begin(),
-            forecast=forecast,
+            forecast=lambda seconds: log.info("judge: %s: about %s", to_come, readable_seconds(seconds)),
         )
     return len(missing)
