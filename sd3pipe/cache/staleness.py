@@ -3,7 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -66,8 +66,12 @@ def remember_sources(
     time.time() before the first file was read: the stat of a file that changed since then says nothing. `stamps` knows
     those that it looked at itself, before they were read.
     """
-    resolve = _resolver()
+    resolved = functools.cache(lambda folder: str(Path(folder).resolve()))  # once for each: 20,000 files are cheap
     started_ns = int(scan_started * 1e9)
+
+    def absolute(path: Path) -> str:
+        folder, name = os.path.split(str(path))
+        return f"{resolved(folder)}{os.sep}{name}"
 
     def settled(path: Path) -> Stamp | None:
         """None if it changed so late that its hash may be that of an earlier content."""
@@ -81,7 +85,7 @@ def remember_sources(
         "format": _FORMAT,
         "cache": _published(cache),
         "dataset": str(dataset_file.resolve()),
-        "files": {resolve(path): (settled(path), digest) for path, digest in digests.items()},
+        "files": {absolute(path): (settled(path), digest) for path, digest in digests.items()},
         "folders": {
             str(folder.resolve()): [sorted(suffixes), _listing(folder, suffixes)]
             for folder, suffixes in folders.items()
@@ -187,17 +191,6 @@ def _published(cache: Path) -> str | None:
 
 def _stamp(path: str) -> Stamp:
     return stamp_of(os.stat(path))  # noqa: PTH116, a Path for each of 100,000 files takes longer than its stat
-
-
-def _resolver() -> Callable[[Path], str]:
-    """Returns what makes paths absolute; each folder is resolved once, which is what makes 20,000 files cheap."""
-    resolved = functools.cache(lambda folder: str(Path(folder).resolve()))
-
-    def resolve(path: Path) -> str:
-        folder, name = os.path.split(str(path))
-        return f"{resolved(folder)}{os.sep}{name}"
-
-    return resolve
 
 
 def _listing(folder: Path, suffixes: Collection[str]) -> str:

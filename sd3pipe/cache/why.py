@@ -107,16 +107,14 @@ def explain(cache: Path, subject: str) -> list[Explanation]:
     names = {sample["name"] for sample in chosen}
     published = {_place(sample): sample for sample in evidence.live_samples if sample["name"] in names}
     sources = Sources(cache)
-    return [
-        _explain(_as_it_is(sample, published.get(_place(sample), sample), sources), digest, evidence, sources)
-        for sample in chosen
-    ]
-
-
-def _as_it_is(wanted: Mapping[str, Any], published: Mapping[str, Any], sources: Sources) -> Mapping[str, Any]:
-    """Returns the published sample where a dry run looked at another state of the files than there is now."""
-    same = all(wanted.get(name) == published.get(name) for name in _SOURCES)
-    return wanted if same or _check(published, sources).state != "fresh" else published
+    explained = []
+    for sample in chosen:
+        live = published.get(_place(sample), sample)
+        same = all(sample.get(name) == live.get(name) for name in _SOURCES)
+        if not same and _check(live, sources).state == "fresh":  # a dry run looked at another state of the files
+            sample = live
+        explained.append(_explain(sample, digest, evidence, sources))
+    return explained
 
 
 def _check(sample: Mapping[str, Any], sources: Sources) -> SourceCheck:

@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -100,18 +100,13 @@ def _living(scratches: Sequence[Path], now: float) -> list[Path]:
             watched[scratch] = beat
         elif lives or lives is None:
             living.append(scratch)
-    return living + _still_beating(watched)
-
-
-def _still_beating(beats: Mapping[Path, float]) -> list[Path]:
-    """Returns the folders whose writers show life within some beats from here."""
-    if not beats:
-        return []
-    log.info("waiting %.0f s to see whether a writer of another machine still lives", WATCH_BEATS * BEAT_SECONDS)
-    end = time.monotonic() + WATCH_BEATS * BEAT_SECONDS
-    while time.monotonic() < end and any(_beat_time(scratch) == beat for scratch, beat in beats.items()):
-        time.sleep(BEAT_SECONDS / 5)
-    return [scratch for scratch, beat in beats.items() if scratch.exists() and _beat_time(scratch) != beat]
+    if watched:
+        log.info("waiting %.0f s to see whether a writer of another machine still lives", WATCH_BEATS * BEAT_SECONDS)
+        end = time.monotonic() + WATCH_BEATS * BEAT_SECONDS
+        while time.monotonic() < end and any(_beat_time(scratch) == beat for scratch, beat in watched.items()):
+            time.sleep(BEAT_SECONDS / 5)
+        living += [scratch for scratch, beat in watched.items() if scratch.exists() and _beat_time(scratch) != beat]
+    return living
 
 
 def _scratch_folders(folder: CacheFolder) -> list[Path]:

@@ -14,16 +14,13 @@ from sd3pipe.cache.rows import Row, from_numpy
 from sd3pipe.captioning.captioner import Captioner
 from sd3pipe.captioning.plan import WORDS
 from sd3pipe.console import one_line
-from sd3pipe.data.images import composited, decode
-from sd3pipe.data.places import read_picture
+from sd3pipe.data.images import decode_on_white
+from sd3pipe.data.places import read_unchanged
 from sd3pipe.data.scan import Picture
 from sd3pipe.errors import UnreadablePicture
-from sd3pipe.fingerprint import hash_bytes
 from sd3pipe.params.caption import CaptionParams
 
 log = logging.getLogger(__name__)
-
-_WHITE = (255, 255, 255)
 
 
 class Model(Protocol):
@@ -67,13 +64,11 @@ def captioned_rows(
 def _pixels(picture: Picture, longest: int) -> np.ndarray | UnreadablePicture:
     """Returns a picture over white, made smaller where it is larger than asked, as uint8 [H, W, 3]."""
     try:
-        data = read_picture(picture.place)
-        if hash_bytes(data) != picture.image_hash:
-            raise UnreadablePicture("it changed while captions were made: run again")
-        pixels_HWC = decode(data, picture.place.suffix, keep_alpha=picture.has_alpha)
+        data = read_unchanged(picture.place, picture.image_hash, while_it="captions were made")
+        pixels_HWC = decode_on_white(data, picture.place.suffix, has_alpha=picture.has_alpha)
     except UnreadablePicture as error:
         log.warning("%s: left out: %s", one_line(str(picture.place)), error)
         return error
-    image = Image.fromarray(composited(pixels_HWC, _WHITE) if picture.has_alpha else pixels_HWC)
+    image = Image.fromarray(pixels_HWC)
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     return np.asarray(image)

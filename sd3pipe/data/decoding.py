@@ -8,11 +8,12 @@ import numpy as np
 
 from sd3pipe.data.geometry import Cut
 from sd3pipe.data.images import composited, decode
-from sd3pipe.data.places import Place, read_picture
+from sd3pipe.data.places import Place, read_unchanged
 from sd3pipe.data.resize import area_mean, resize
 from sd3pipe.data.scan import Picture
 from sd3pipe.errors import UnreadablePicture
-from sd3pipe.fingerprint import hash_bytes
+
+_ENCODED = "it was being encoded"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +52,19 @@ def decode_row(job: Job) -> Pixels:
     """Returns the pixels of one row. Raises UnreadablePicture."""
     cut = job.cut
     keep_alpha = cut.mask == "alpha" or cut.background is not None
-    pixels = decode(_bytes(job.place, job.image_hash), job.place.suffix, keep_alpha=keep_alpha)
-    pixels = _cut_out(pixels, cut)
+    data = read_unchanged(job.place, job.image_hash, while_it=_ENCODED)
+    pixels = _cut_out(decode(data, job.place.suffix, keep_alpha=keep_alpha), cut)
     mask = None
     if cut.mask == "alpha":
         mask = _latent_mask(pixels[..., 3], job.latent_px)
     elif cut.mask == "picture":
-        mask = _latent_mask(_mask_levels(job), job.latent_px)
+        assert job.mask_place is not None and job.mask_hash is not None
+        try:
+            data = read_unchanged(job.mask_place, job.mask_hash, while_it=_ENCODED)
+            levels = decode(data, job.mask_place.suffix, keep_alpha=False)
+        except UnreadablePicture as error:
+            raise UnreadablePicture(f"its mask cannot be used: {error}") from error
+        mask = _latent_mask(_cut_out(levels, cut)[..., 0], job.latent_px)
     if cut.background is not None:
         pixels = composited(pixels, cut.background)
     return Pixels(rgb=np.ascontiguousarray(pixels[..., :3]), mask=mask)
@@ -71,17 +78,6 @@ def _latent_mask(levels_HW: np.ndarray, latent_px: int) -> np.ndarray:
     return (area_mean(levels_HW, latent_px) / 255).astype(np.float16)
 
 
-def _mask_levels(job: Job) -> np.ndarray:
-    """Returns the red channel of the mask picture, cut like the picture itself."""
-    assert job.mask_place is not None and job.mask_hash is not None
-    try:
-        data = _bytes(job.mask_place, job.mask_hash)
-        levels = decode(data, job.mask_place.suffix, keep_alpha=False)
-    except UnreadablePicture as error:
-        raise UnreadablePicture(f"its mask cannot be used: {error}") from error
-    return _cut_out(levels, job.cut)[..., 0]
-
-
 def _cut_out(pixels_HWC: np.ndarray, cut: Cut) -> np.ndarray:
     if cut.resize_filter is not None:
         pixels_HWC = resize(pixels_HWC, cut.resized, cut.resize_filter)
@@ -90,10 +86,3 @@ def _cut_out(pixels_HWC: np.ndarray, cut: Cut) -> np.ndarray:
         raise UnreadablePicture(f"it decodes to {width} x {height} pixels, other than its header says")
     pixels_HWC = pixels_HWC[cut.top : cut.top + cut.size[1], cut.left : cut.left + cut.size[0]]
     return pixels_HWC[:, ::-1] if cut.flip else pixels_HWC
-
-
-def _bytes(place: Place, expected_hash: str) -> bytes:
-    data = read_picture(place)
-    if hash_bytes(data) != expected_hash:
-        raise UnreadablePicture("it changed while it was being encoded: run again")
-    return data

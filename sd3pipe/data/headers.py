@@ -1,5 +1,7 @@
 """What a picture's header says, without decoding it. The only part of a scan that needs Pillow."""
 
+import contextlib
+import importlib
 import io
 import struct
 import warnings
@@ -46,7 +48,10 @@ def open_picture(data: bytes, suffix: str = "", max_pixels: int = MAX_PIXELS) ->
     if not data:
         raise UnreadablePicture("the file is empty")
     plugin = _plugin(data, suffix)
-    _load(plugin)
+    if plugin is not None and plugin not in _known_formats():
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(PLUGINS[plugin][0])
+            getattr(module, "register_heif_opener", lambda: None)()
     formats = [name for name in FORMATS if name in _known_formats()]
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None  # this module has its own limit, which says what to do
@@ -117,18 +122,6 @@ def _plugin(data: bytes, suffix: str) -> str | None:
         return "JXL"
     brands = data[8 : int.from_bytes(data[:4])][:256] if data[4:8] == b"ftyp" else b""
     return "HEIF" if any(brand in brands for brand in _HEIF_BRANDS) else None
-
-
-def _load(plugin: str | None) -> None:
-    """Imports the plugin that a format wants, if it is installed."""
-    if plugin is None or plugin in _known_formats():
-        return
-    import contextlib  # together with the plugin, only for these formats
-    import importlib
-
-    module, _ = PLUGINS[plugin]
-    with contextlib.suppress(ImportError):
-        getattr(importlib.import_module(module), "register_heif_opener", lambda: None)()
 
 
 def _unknown_format(plugin: str | None, suffix: str) -> str:

@@ -54,10 +54,19 @@ def decode(
             pixels_HWC = None if keep_alpha or reduced else _photograph(image, data, profile)
             if pixels_HWC is None:
                 image.load()
-                pixels_HWC = _pixels(image, profile, keep_alpha)
+                pixels_HWC = np.asarray(_srgb(image, profile))
+            if keep_alpha:
+                alpha = image.convert("RGBA").getchannel("A") if has_alpha(image) else Image.new("L", image.size, 255)
+                pixels_HWC = np.dstack([pixels_HWC, np.asarray(alpha)])
             return pixels_HWC if turn is None else np.ascontiguousarray(turn(pixels_HWC))
     except DECODER_ERRORS as error:
         raise UnreadablePicture(f"it cannot be decoded ({reason(error)})") from error
+
+
+def decode_on_white(data: bytes, suffix: str, *, has_alpha: bool, at_least_px: int | None = None) -> np.ndarray:
+    """Returns the picture as `decode` does, over white where it has transparency."""
+    pixels_HWC = decode(data, suffix, keep_alpha=has_alpha, at_least_px=at_least_px)
+    return composited(pixels_HWC, (255, 255, 255)) if has_alpha else pixels_HWC
 
 
 def composited(pixels_HWC: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
@@ -81,13 +90,6 @@ def _photograph(image: Image.Image, data: bytes, profile: bytes | None) -> np.nd
     except ValueError:
         return None
     return pixels_HWC if pixels_HWC.shape[1::-1] == image.size else None
-
-
-def _pixels(image: Image.Image, profile: bytes | None, keep_alpha: bool) -> np.ndarray:
-    if not keep_alpha:
-        return np.asarray(_srgb(image, profile))
-    alpha = image.convert("RGBA").getchannel("A") if has_alpha(image) else Image.new("L", image.size, 255)
-    return np.dstack([np.asarray(_srgb(image, profile)), np.asarray(alpha)])
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

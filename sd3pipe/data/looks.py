@@ -24,12 +24,11 @@ import numpy as np
 from sd3pipe import stopping
 from sd3pipe.console import count, listed, one_line, progress
 from sd3pipe.cores import usable_cores
-from sd3pipe.data.places import read_picture
+from sd3pipe.data.places import read_unchanged
 from sd3pipe.data.scan import Picture
 from sd3pipe.documents import DocumentError, read_data
 from sd3pipe.errors import StorageError, UnreadablePicture
 from sd3pipe.files import write_bytes
-from sd3pipe.fingerprint import hash_bytes
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,6 @@ _LEAST_EDGE = 0.5  # of 255 levels, on average over a part, to say anything of i
 _WIDE_PX = 11  # of the blur that takes from sharp edges
 _ROWS = 128  # pictures that are compared with all others at once
 _NOT_ALIKE = 257
-_WHITE = (255, 255, 255)
 _DAMAGE = (DocumentError, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 
@@ -87,10 +85,8 @@ class Looks:
                 if shown:
                     shown.advance()
         self._table = _joined(self._table, still, rows)
-        if keep:
-            self._save()
-
-    def _save(self) -> None:
+        if not keep:
+            return
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, version=np.int64(_VERSION), **self._table)
         try:
@@ -142,15 +138,12 @@ _EMPTY: _Table = {
 
 def _row(picture: Picture) -> _Table:
     """Returns a table of one picture. One that cannot be decoded looks like no other; whoever encodes it says why."""
-    from sd3pipe.data.images import composited, decode  # imports Pillow, which a second look does not need
+    from sd3pipe.data.images import decode_on_white  # imports Pillow, which a second look does not need
 
     digest = np.frombuffer(bytes.fromhex(picture.image_hash), np.uint8)
     try:
-        data = read_picture(picture.place)
-        if hash_bytes(data) != picture.image_hash:
-            raise UnreadablePicture("it changed")
-        pixels_HWC = decode(data, picture.place.suffix, keep_alpha=picture.has_alpha, at_least_px=_LOOKED_PX)
-        look = look_of(composited(pixels_HWC, _WHITE) if picture.has_alpha else pixels_HWC)
+        data = read_unchanged(picture.place, picture.image_hash, while_it="it was looked at")
+        look = look_of(decode_on_white(data, picture.place.suffix, has_alpha=picture.has_alpha, at_least_px=_LOOKED_PX))
     except UnreadablePicture:
         bits = digest.view(np.uint64)  # as good as random
         side = _COLOURS_SIDE

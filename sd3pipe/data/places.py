@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from sd3pipe.errors import InputError, NetworkError, UnreadablePicture
 from sd3pipe.file_stamps import Stamp, stamp_of
 from sd3pipe.files import open_regular
+from sd3pipe.fingerprint import hash_bytes
 from sd3pipe.remote import Remote, open_file, read_range, stamp_of_file
 
 if TYPE_CHECKING:
@@ -69,15 +70,29 @@ def read_picture(place: Path | Place, most_bytes: int | None = None) -> bytes:
     return data
 
 
+def read_unchanged(place: Place, expected_hash: str, *, while_it: str) -> bytes:
+    """Returns the bytes of a picture if they are still those of the scan. Raises UnreadablePicture."""
+    data = read_picture(place)
+    if hash_bytes(data) != expected_hash:
+        raise UnreadablePicture(f"it changed while {while_it}: run again")
+    return data
+
+
 def too_large(most_bytes: int) -> str:
     """Returns why a picture of more bytes is not read."""
     return f"the file is larger than {most_bytes:,} bytes"
 
 
 def _read(place: Place, most_bytes: int) -> bytes:
-    """Returns a picture's bytes, or the first of them where they are too many. Raises OSError."""
+    """Returns a picture's bytes, or the first of them where they are too many. Raises InputError, OSError."""
     if isinstance(place.part, Cell):
-        return _read_cell(place.file, place.part)
+        file, cell = place.file, place.part
+        stamp = stamp_of_file(file) if isinstance(file, Remote) else stamp_of(file.stat())
+        try:
+            value = _column(file, stamp, cell.group, cell.column)[cell.row].as_py()
+        except (IndexError, ValueError, KeyError) as error:
+            raise InputError(f"{file}: has no row {cell.row} in its row group {cell.group} any more") from error
+        return (next(iter(value.values())) if isinstance(value, dict) else value) or b""
     start, size = (place.part.start, place.part.size) if place.part else (0, most_bytes + 1)
     size = min(size, most_bytes + 1)
     if isinstance(place.file, Remote):
@@ -112,16 +127,6 @@ def open_parquet(file: Path | Remote) -> Any:
         return ParquetFile(open_container(file))
     except pyarrow.ArrowException as error:
         raise InputError(f"{file}: cannot be read as Parquet ({' '.join(str(error).split())})") from error
-
-
-def _read_cell(file: Path | Remote, cell: Cell) -> bytes:
-    """Returns a value's bytes. Raises InputError, OSError."""
-    stamp = stamp_of_file(file) if isinstance(file, Remote) else stamp_of(file.stat())
-    try:
-        value = _column(file, stamp, cell.group, cell.column)[cell.row].as_py()
-    except (IndexError, ValueError, KeyError) as error:
-        raise InputError(f"{file}: has no row {cell.row} in its row group {cell.group} any more") from error
-    return (next(iter(value.values())) if isinstance(value, dict) else value) or b""
 
 
 @functools.lru_cache(maxsize=1)  # rows in their order come from one row group after the other

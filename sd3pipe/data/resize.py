@@ -26,10 +26,19 @@ def resize(pixels_HWC: np.ndarray, size: tuple[int, int], name: str) -> np.ndarr
         return np.asarray(Image.fromarray(pixels_HWC).resize(size, _PILLOW[name]))
     if name == "nearest":
         return pixels_HWC[_nearest(height, size[1])[:, None], _nearest(width, size[0])]
+    channels = pixels_HWC.shape[2] if pixels_HWC.ndim == 3 else 1
+    rows = pixels_HWC.reshape(height, width * channels)
+    tall = np.empty((size[1], width * channels), np.float32)
+    for block in _blocks(height, size[1], name):  # some rows at a time as float32, which stay in the core's own memory
+        part = rows[block.first : block.last].astype(np.float32)
+        np.matmul(block.weights, part, out=tall[block.start : block.stop])
+    done = np.empty((size[1], size[0] * channels), np.float32)
+    for block, weights in _blocks_per_channel(width, size[0], name, channels):
+        part = tall[:, block.first * channels : block.last * channels]
+        np.matmul(part, weights, out=done[:, block.start * channels : block.stop * channels])
     half_up = name == "area" and width == 2 * size[0] and height == 2 * size[1]  # OpenCV's 2 x 2 case, in integers
-    values = _apply(pixels_HWC, size, name)
-    whole = np.floor(values + np.float32(0.5)) if half_up else np.rint(values)
-    return np.clip(whole, 0, 255).astype(np.uint8)
+    whole = np.floor(done + np.float32(0.5)) if half_up else np.rint(done)
+    return np.clip(whole, 0, 255).astype(np.uint8).reshape(size[1], size[0], *pixels_HWC.shape[2:])
 
 
 def area_mean(values_HW: np.ndarray, factor: int) -> np.ndarray:
@@ -48,22 +57,6 @@ class _Block:
     first: int
     last: int
     weights: np.ndarray
-
-
-def _apply(pixels_HWC: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
-    """Returns float32 values after filtering columns, then rows."""
-    height, width = pixels_HWC.shape[:2]
-    channels = pixels_HWC.shape[2] if pixels_HWC.ndim == 3 else 1
-    rows = pixels_HWC.reshape(height, width * channels)
-    tall = np.empty((size[1], width * channels), np.float32)
-    for block in _blocks(height, size[1], name):  # some rows at a time as float32, which stay in the core's own memory
-        part = rows[block.first : block.last].astype(np.float32)
-        np.matmul(block.weights, part, out=tall[block.start : block.stop])
-    done = np.empty((size[1], size[0] * channels), np.float32)
-    for block, weights in _blocks_per_channel(width, size[0], name, channels):
-        part = tall[:, block.first * channels : block.last * channels]
-        np.matmul(part, weights, out=done[:, block.start * channels : block.stop * channels])
-    return done.reshape(size[1], size[0], *pixels_HWC.shape[2:])
 
 
 @functools.lru_cache(maxsize=64)

@@ -5,7 +5,7 @@ text. A value of an Arrow file lies in a row in the file; one of a Parquet file 
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,16 +65,12 @@ def _contents(file: Path | Remote, form: str, rows: Iterator[_Row], look: Look) 
         raise InputError(
             f"{file}: cannot be read as {form} after row {len(samples)} ({reason}): copy or write it again"
         ) from error
-    return Contents(samples=_named(samples, paths))
-
-
-def _named(samples: Sequence[Sample], paths: Sequence[str]) -> list[Sample]:
-    """Returns the rows under the names of their files where all have one of their own, else under their numbers."""
+    # under the names of their files where all have one of their own, else under their numbers
     names = [clean_name(path.replace("\\", "/").rpartition("/")[2]) for path in paths]
     if "" in names or len({*names}) < len(names):
         names = [f"{number:08d}" for number in range(len(samples))]
     named = [replace(sample, name=name) for sample, name in zip(samples, names, strict=True)]
-    return sorted(named, key=lambda sample: sample.name)
+    return Contents(samples=sorted(named, key=lambda sample: sample.name))
 
 
 def _columns(schema: Any, file: Path | Remote) -> _Columns:

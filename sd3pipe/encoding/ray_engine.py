@@ -13,7 +13,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,6 @@ _ANSWER_SECONDS = 10.0
 _RESTARTS = 10  # of one worker; Ray's own default is without end, and some pictures are too large for any machine
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cluster:
-    """What Ray has, and how many workers take it."""
-
-    workers: int
-    cpus: float  # of one worker
-    gpus: float
-
-
 def fill_parts(
     stage: str, make_fill: Callable[[], FillPart], *, parts_per_worker: int, workers: int | None, on_cpu: bool
 ) -> None:
@@ -49,11 +39,18 @@ def fill_parts(
     """
     ray = _start()
     try:
-        cluster = _cluster(ray, workers, on_cpu)
-        log.info("ray: %s with %g CPUs, %g GPUs each", count(cluster.workers, "worker"), cluster.cpus, cluster.gpus)
-        parts = cluster.workers * parts_per_worker
+        there = ray.cluster_resources()
+        gpus, cpus = (0.0 if on_cpu else there.get("GPU", 0.0)), there.get("CPU", 1.0)
+        workers = workers or int(gpus) or sum(node["Alive"] for node in ray.nodes())
+        most = int(max(cpus, 1.0))
+        if workers > most:
+            raise ParameterError(f"--ray-workers {workers}: the cluster has {most} CPUs: use at most as many workers")
+        cpus, gpus = max(1.0, cpus // workers), min(1.0, gpus / workers)  # of each
+        log.info("ray: %s with %g CPUs, %g GPUs each", count(workers, "worker"), cpus, gpus)
+        parts = workers * parts_per_worker
         with progress(stage, parts, "parts") as bar, stopping.breaking_off():
-            for batch in _mapped(ray, cluster, parts, make_fill).iter_batches(batch_size=1):
+            mapped = _mapped(ray, parts, make_fill, workers=workers, cpus=cpus, gpus=gpus)
+            for batch in mapped.iter_batches(batch_size=1):
                 _raise_again(*json.loads(batch["error"][0]))
                 bar.advance()
     except ray.exceptions.RayError as error:
@@ -65,7 +62,7 @@ def fill_parts(
         ray.shutdown()
 
 
-def _mapped(ray: Any, cluster: Cluster, parts: int, make_fill: Callable[[], FillPart]) -> Any:
+def _mapped(ray: Any, parts: int, make_fill: Callable[[], FillPart], *, workers: int, cpus: float, gpus: float) -> Any:
     """Returns the Ray dataset of all parts, each filled when it is read."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     with warnings.catch_warnings():
@@ -74,9 +71,9 @@ def _mapped(ray: Any, cluster: Cluster, parts: int, make_fill: Callable[[], Fill
             _Worker,
             fn_constructor_args=(make_fill, str(Path.cwd()), parts),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=cluster.workers),
-            num_cpus=cluster.cpus,
-            num_gpus=cluster.gpus or None,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=cpus,
+            num_gpus=gpus or None,
             max_restarts=_RESTARTS,
             max_task_retries=_RESTARTS,
         )
@@ -133,17 +130,6 @@ def _check_address(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
     except (OSError, ValueError) as error:
         raise ParameterError(f"RAY_ADDRESS={address}: no cluster answers there: start one, or unset it") from error
-
-
-def _cluster(ray: Any, workers: int | None, on_cpu: bool) -> Cluster:
-    resources = ray.cluster_resources()
-    gpus, cpus = (0.0 if on_cpu else resources.get("GPU", 0.0)), resources.get("CPU", 1.0)
-    machines = sum(node["Alive"] for node in ray.nodes())
-    count = workers or int(gpus) or machines
-    most = int(max(cpus, 1.0))
-    if count > most:
-        raise ParameterError(f"--ray-workers {count}: the cluster has {most} CPUs: use at most as many workers")
-    return Cluster(workers=count, cpus=max(1.0, cpus // count), gpus=min(1.0, gpus / count))
 
 
 def _raise_again(name: str, text: str) -> None:

@@ -173,13 +173,17 @@ def dataset_preview(
                 cards=tuple(itertools.islice(cards, len(items))),
             )
         )
+    captions: dict[str, list[str]] = defaultdict(list)
+    for item in itertools.chain.from_iterable(buckets.values()):
+        captions[item.picture.subset.name].append(item.captions[0])
+    tags = {name: tag_frequency(texts) for name, texts in captions.items()}
     return Preview(
         title=title,
         sections=tuple(sorted(sections, key=lambda section: (section.width / section.height, section.width))),
         warnings=known.warnings,
         held_out=sum(item.picture.split == "validation" for item in known.items),
         unreadable=tuple((file.name, file.reason) for file in known.unreadable),
-        tags=_tags([item for items in buckets.values() for item in items]),
+        tags={name: dict(itertools.islice(table.items(), _TAGS_SHOWN)) for name, table in tags.items()},
     )
 
 
@@ -295,12 +299,3 @@ def _warnings(
 def _about(items: Sequence[PictureItem], what: str) -> Iterator[str]:
     if items:
         yield f"{count(len(items), 'picture')} {what}: {listed([one_line(item.picture.name) for item in items])}"
-
-
-def _tags(everything: Sequence[PictureItem]) -> dict[str, dict[str, int]]:
-    """Returns the most frequent tags of each subset whose captions look like lists of tags."""
-    captions: dict[str, list[str]] = defaultdict(list)
-    for item in everything:
-        captions[item.picture.subset.name].append(item.captions[0])
-    tables = {name: tag_frequency(texts) for name, texts in captions.items()}
-    return {name: dict(list(table.items())[:_TAGS_SHOWN]) for name, table in tables.items()}

@@ -1,7 +1,5 @@
 """Draws a preview: each section as one PNG, a grid of cards with cuts, masks, captions and warnings; and the page."""
 
-# H W pixels, C channels
-
 import io
 import textwrap
 
@@ -27,15 +25,23 @@ def draw_card(card: Card) -> Image.Image:
     """Returns a card's picture with what is cut off darkened, what the loss leaves out striped, and cuts outlined."""
     stopping.check()
     pixels = card.picture.astype(np.float32)
+    height, width = pixels.shape[:2]
     if card.mask is not None:
         left_out = (1 - np.clip(card.mask.astype(np.float32), 0, 1))[..., None]
-        pixels = pixels * (1 - left_out) + _striped(pixels) * left_out
+        grey = np.repeat(pixels.mean(axis=2, keepdims=True) * 0.5 + 40, 3, axis=2)
+        on_stripe = np.add(*np.mgrid[0:height, 0:width]) % _STRIPE_PX < 2
+        striped = np.where(on_stripe[..., None], np.array(_MASKED, np.float32), grey)
+        pixels = pixels * (1 - left_out) + striped * left_out
     if card.cuts:
-        pixels *= np.where(_inside(card), 1.0, _OUTSIDE)[..., None]
+        inside = np.zeros((height, width), bool)
+        for left, top, across, down in card.cuts:
+            rows = slice(round(top * height), round((top + down) * height))
+            inside[rows, round(left * width) : round((left + across) * width)] = True
+        pixels *= np.where(inside, 1.0, _OUTSIDE)[..., None]
     image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(image)
-    for number, (left, top, width, height) in enumerate(card.cuts):
-        corners = (left * image.width, top * image.height, (left + width) * image.width, (top + height) * image.height)
+    for number, (left, top, across, down) in enumerate(card.cuts):
+        corners = (left * width, top * height, (left + across) * width, (top + down) * height)
         box = [round(corner) for corner in corners]
         draw.rectangle(
             (box[0], box[1], max(box[0], box[2] - 1), max(box[1], box[3] - 1)),
@@ -43,14 +49,6 @@ def draw_card(card: Card) -> Image.Image:
             width=2,
         )
     return image
-
-
-def _striped(pixels_HWC: np.ndarray) -> np.ndarray:
-    """Returns the picture in dark grey with slanted red stripes."""
-    height, width = pixels_HWC.shape[:2]
-    y, x = np.mgrid[0:height, 0:width]
-    grey = np.repeat(pixels_HWC.mean(axis=2, keepdims=True) * 0.5 + 40, 3, axis=2)
-    return np.where(((x + y) % _STRIPE_PX < 2)[..., None], np.array(_MASKED, np.float32), grey)
 
 
 def draw_sheet(section: Section) -> bytes:
@@ -90,31 +88,18 @@ def card_jpeg(card: Card) -> bytes:
 def _cell(card: Card, width: int) -> Image.Image:
     """Returns a card's picture with its text below."""
     font = ImageFont.load_default(_TEXT_PX)
-    picture, lines = draw_card(card), _text_lines(card, width, font)
+    picture = draw_card(card)
+    more = f"  (+{len(card.captions) - 1} variants)" if len(card.captions) > 1 else ""
+    lines = [(line, _INK) for line in _wrapped(card.name, width, font, 2)]
+    lines += [(line, _GREY) for fact in card.facts for line in _wrapped(fact, width, font, 2)]
+    for caption in card.captions[:1]:
+        lines += [(line, _INK) for line in _wrapped(caption + more, width, font, _CAPTION_LINES)]
+    lines += [(line, _ORANGE) for warning in card.warnings for line in _wrapped(warning, width, font, 2)]
     cell = Image.new("RGB", (width, picture.height + 6 + len(lines) * _LINE_PX), _PAPER)
     cell.paste(picture)
     for number, (text, colour) in enumerate(lines):
         ImageDraw.Draw(cell).text((0, picture.height + 6 + number * _LINE_PX), text, colour, font=font)
     return cell
-
-
-def _inside(card: Card) -> np.ndarray:
-    """Returns which pixels of a card lie in any of its cuts."""
-    height, width = card.picture.shape[:2]
-    inside = np.zeros((height, width), bool)
-    for left, top, across, down in card.cuts:
-        rows = slice(round(top * height), round((top + down) * height))
-        inside[rows, round(left * width) : round((left + across) * width)] = True
-    return inside
-
-
-def _text_lines(card: Card, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[tuple[str, tuple]]:
-    lines = [(line, _INK) for line in _wrapped(card.name, width, font, 2)]
-    lines += [(line, _GREY) for fact in card.facts for line in _wrapped(fact, width, font, 2)]
-    shown = card.captions[:1]
-    more = f"  (+{len(card.captions) - 1} variants)" if len(card.captions) > 1 else ""
-    lines += [(line, _INK) for text in shown for line in _wrapped(text + more, width, font, _CAPTION_LINES)]
-    return lines + [(line, _ORANGE) for warning in card.warnings for line in _wrapped(warning, width, font, 2)]
 
 
 def _wrapped(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, most: int) -> list[str]:

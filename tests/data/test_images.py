@@ -62,7 +62,7 @@ def test_photographs_have_the_pixels_that_pillow_makes(monkeypatch, kind, size):
     pytest.importorskip("simplejpeg")
     data = saved(Image.fromarray(PHOTOGRAPH[: size[1], : size[0]]), "JPEG", **KINDS_OF_JPEG[kind])
     expected = np.asarray(Image.open(io.BytesIO(data)))
-    monkeypatch.setattr(images, "_pixels", None)  # Pillow's pixels are not asked for
+    monkeypatch.setattr(images, "_srgb", None)  # Pillow's pixels are not asked for
     assert np.array_equal(rgb(data), expected)
 
 
