@@ -18,7 +18,7 @@ from sd3pipe.adapters.lora import LoRADelta
 from sd3pipe.adapters.parts import LayerParts
 from sd3pipe.adapters.targets import AdapterSpec
 
-Factor: TypeAlias = Tensor | tuple[Tensor, Tensor]  # a whole matrix, or the product of two thin ones
+Factor: TypeAlias = tuple[Tensor, ...]  # a whole matrix, or two thin ones whose product it is
 
 _NAMES = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")
 
@@ -39,36 +39,30 @@ class LoKrDelta(Delta):
 
     def __post_init__(self) -> None:
         for factor in (self.w1, self.w2):
-            parts = _matrices(factor)
-            thin = len(parts) == 2 and parts[0].shape[-1] != parts[1].shape[0]
-            if thin or any(part.ndim != 2 for part in parts):
-                raise ValueError(f"the Kronecker factors {[list(part.shape) for part in parts]} do not match")
+            apart = len(factor) == 2 and factor[0].shape[-1] != factor[1].shape[0]
+            if apart or any(matrix.ndim != 2 for matrix in factor):
+                raise ValueError(f"the Kronecker factors {[list(matrix.shape) for matrix in factor]} do not match")
 
     @property
     def rank(self) -> int:
         for factor in (self.w2, self.w1):  # LyCORIS and ComfyUI let the second factor decide
-            if isinstance(factor, tuple):
+            if len(factor) == 2:
                 return factor[0].shape[1]
         return 0
 
     @property
     def shape(self) -> tuple[int, int]:
-        first, second = _matrices(self.w1), _matrices(self.w2)
-        return first[0].shape[0] * second[0].shape[0], first[-1].shape[1] * second[-1].shape[1]
+        return self.w1[0].shape[0] * self.w2[0].shape[0], self.w1[-1].shape[1] * self.w2[-1].shape[1]
 
     def tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for name, factor in (("w1", self.w1), ("w2", self.w2)):
-            if isinstance(factor, tuple):
-                tensors |= {f"{name}_a": factor[0], f"{name}_b": factor[1]}
-            else:
-                tensors[name] = factor
+            names = (name,) if len(factor) == 1 else (f"{name}_a", f"{name}_b")
+            tensors |= zip(names, factor, strict=True)
         return tensors
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
-        w1, w2 = (
-            tensors[name] if name in tensors else (tensors[f"{name}_a"], tensors[f"{name}_b"]) for name in ("w1", "w2")
-        )
+        w1, w2 = (tuple(tensors[name] for name in names if name in tensors) for names in (_NAMES[:3], _NAMES[3:]))
         return replace(self, w1=w1, w2=w2)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -76,7 +70,7 @@ class LoKrDelta(Delta):
 
     def product(self) -> Product | None:
         """Returns w1 kron (a b) as (w1 kron a) (1 kron b), or as (1 kron a) (w1 kron b) where that has fewer ranks."""
-        if not isinstance(self.w2, tuple):
+        if len(self.w2) == 1:
             return None
         w1_LM, a_KR, b_RN = _multiplied(self.w1, torch.float32), *(matrix.float() for matrix in self.w2)
         rows_L, columns_M = w1_LM.shape
@@ -94,18 +88,17 @@ class LoKrDelta(Delta):
     def scaled(self, weight: float) -> Self:
         if self.rank:
             return replace(self, alpha=self.alpha * weight)
-        return replace(self, w1=_multiplied(self.w1) * weight)
+        return replace(self, w1=(_multiplied(self.w1) * weight,))
 
     @classmethod
     def read(cls, parts: LayerParts) -> Self:
         own = parts.own_alpha()
-        delta = cls(
-            w1=_read_factor(parts, "lokr_w1"), w2=_read_factor(parts, "lokr_w2"), alpha=1.0 if own is None else own
-        )
+        w1, w2 = _read_factor(parts, "lokr_w1"), _read_factor(parts, "lokr_w2")
+        delta = cls(w1=w1, w2=w2, alpha=1.0 if own is None else own)
         if delta.rank:
             return replace(delta, alpha=parts.alpha(delta.rank))
         scale = parts.strength(None) if own is None else None  # LyCORIS gives whole factors no scale, peft its own
-        return delta if scale is None else replace(delta, w1=_multiplied(delta.w1, torch.float32) * scale)
+        return delta if scale is None else replace(delta, w1=(_multiplied(delta.w1, torch.float32) * scale,))
 
     @classmethod
     def fresh_layer(cls, path: str, setup: LayerSetup, spec: AdapterSpec) -> AdapterLayer:
@@ -115,21 +108,15 @@ class LoKrDelta(Delta):
         return LoKr(setup, {name: tuple(tensor.shape) for name, tensor in self.tensors().items()})
 
 
-def _matrices(factor: Factor) -> tuple[Tensor, ...]:
-    return factor if isinstance(factor, tuple) else (factor,)
-
-
 def _multiplied(factor: Factor, dtype: torch.dtype | None = None) -> Tensor:
     """Returns a factor as one matrix, in `dtype` or as it is stored."""
-    first, *second = (matrix.to(dtype or matrix.dtype) for matrix in _matrices(factor))
+    first, *second = (matrix.to(dtype or matrix.dtype) for matrix in factor)
     return (first @ second[0] if second else first).contiguous()
 
 
 def _read_factor(parts: LayerParts, name: str) -> Factor:
-    if name in parts.tensors:
-        return parts.matrices(name)[0]
-    first, second = parts.matrices(f"{name}_a", f"{name}_b")
-    return first, second
+    names = (name,) if name in parts.tensors else (f"{name}_a", f"{name}_b")
+    return tuple(parts.matrices(*names))
 
 
 class LoKr(AdapterLayer):
@@ -157,7 +144,7 @@ class LoKr(AdapterLayer):
         return outer.mT.flatten(-2) * scale
 
     def delta(self) -> LoKrDelta:
-        return LoKrDelta(w1=_factor(self.w1), w2=_factor(self.w2), alpha=self.setup.alpha)
+        return LoKrDelta(w1=tuple(map(on_cpu, self.w1)), w2=tuple(map(on_cpu, self.w2)), alpha=self.setup.alpha)
 
 
 def lokr_shapes(out_features: int, in_features: int, rank: int, factor: int) -> dict[str, tuple[int, ...]]:
@@ -181,8 +168,3 @@ def _applied(x: Tensor, factor: Iterable[Tensor]) -> Tensor:
     for matrix in reversed(list(factor)):
         x = functional.linear(x, matrix.to(x.dtype))
     return x
-
-
-def _factor(parameters: nn.ParameterList) -> Factor:
-    matrices = [on_cpu(parameter) for parameter in parameters]
-    return matrices[0] if len(matrices) == 1 else (matrices[0], matrices[1])

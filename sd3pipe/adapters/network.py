@@ -52,7 +52,7 @@ class AdapterNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = dict(layers)
-        self._slots = dict(slots)  # a plain dict: the base model's layers are no submodules of the adapter
+        self._slots = {path: slots[path] for path in layers}  # in a dict: the base's layers are no submodules of ours
         self._model = [model]  # in a list, for the same reason
         self._batch = batch
         self._hook: RemovableHandle | None = None
@@ -166,7 +166,7 @@ def attach(
         layers[path] = KINDS[spec.algorithm].fresh_layer(path, setup, spec)
         layers[path].reset(torch.Generator().manual_seed(_number(f"{spec.seed}/{path}")))
         layers[path].measure(slots[path])
-    return AdapterNetwork(model, layers, {path: slots[path] for path in layers}, batch)
+    return AdapterNetwork(model, layers, slots, batch)
 
 
 def attach_deltas(
@@ -197,7 +197,7 @@ def attach_deltas(
         )
         layers[path] = delta.layer(setup)
         layers[path].load(delta)
-    return AdapterNetwork(model, layers, {path: slots[path] for path in layers}, batch)
+    return AdapterNetwork(model, layers, slots, batch)
 
 
 @torch.no_grad()

@@ -77,6 +77,6 @@ def random_delta(kind: str, size: tuple[int, int], *, rank: int, alpha: float, g
         case "lokr":
             shapes = lokr_shapes(rows, columns, rank, 4)
             drawn = {name: draw(*shape) for name, shape in shapes.items()}
-            w2 = drawn["w2"] if "w2" in drawn else (drawn["w2_a"], drawn["w2_b"])
-            return LoKrDelta(w1=drawn["w1"], w2=w2, alpha=alpha)
+            w2 = tuple(drawn[name] for name in ("w2", "w2_a", "w2_b") if name in drawn)
+            return LoKrDelta(w1=(drawn["w1"],), w2=w2, alpha=alpha)
     raise AssertionError(kind)
