@@ -1,4 +1,4 @@
-"""Where an adapter lies: in a run, in one of its checkpoints, or in a file. Free of torch."""
+"""Where an adapter lies: in a run, in one of its checkpoints, as `judge` suggests, or in a file. Free of torch."""
 
 import logging
 import re
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sd3pipe.errors import InputError
 from sd3pipe.files import nearest_path
+from sd3pipe.judgement import JUDGE_FOLDER, read_judgement
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,26 @@ def find_adapter(path: Path) -> Path:
             f"{path}: holds no adapter: no {ADAPTER_NAME}, no final/{ADAPTER_NAME}, no checkpoint of a run{meant}"
         )
     raise InputError(f"{path}: there is no such run, checkpoint or file{nearest_path(path)}")
+
+
+def suggested_adapter(run: Path) -> tuple[Path, float]:
+    """Returns the adapter of a run that its judge.json suggests, and at which strength. Raises InputError for none."""
+    run = run.parent if run.name == "final" and not (run / JUDGE_FOLDER).exists() else run
+    folder = run / JUDGE_FOLDER
+    suggestion = read_judgement(folder).suggestion
+    found = checkpoint_adapters(run)
+    if suggestion.checkpoint is None:
+        raise InputError(f"{folder}: suggests no checkpoint: {suggestion.text}")
+    if not isinstance(suggestion.checkpoint, int) or suggestion.checkpoint not in found:
+        steps = ", ".join(map(str, found)) or "none"
+        raise InputError(
+            f"{folder}: suggests {suggestion.checkpoint}, and {run} has the steps {steps}: run `sd3pipe judge` again"
+        )
+    log.info("%s", suggestion.text)
+    strength = 1.0 if suggestion.multiplier is None else suggestion.multiplier
+    if strength != 1.0:
+        log.info("strength %g is written into the file: load it at 1", strength)
+    return found[suggestion.checkpoint], strength
 
 
 def run_of(adapter: Path) -> Path | None:

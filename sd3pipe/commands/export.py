@@ -8,7 +8,7 @@ import torch
 
 from sd3pipe import stopping
 from sd3pipe.adapters.files import AdapterFile, SavedAdapter, read_adapter, save_adapter
-from sd3pipe.adapters.find import checkpoint_adapters, find_adapter
+from sd3pipe.adapters.find import checkpoint_adapters, find_adapter, suggested_adapter
 from sd3pipe.adapters.keymap import is_text_encoder
 from sd3pipe.adapters.kind import Adapter, plain_adapter
 from sd3pipe.console import StageReport, count, readable_bytes, say
@@ -26,7 +26,6 @@ from sd3pipe.exporting.checkpoints import write_checkpoint
 from sd3pipe.exporting.hub_card import card_text
 from sd3pipe.exporting.hub_folder import CARD, WEIGHTS, Samples, samples_for, write_card, write_pictures
 from sd3pipe.exporting.published import published
-from sd3pipe.exporting.suggested import suggested
 from sd3pipe.exporting.up_to_date import hash_output, is_up_to_date, made_from
 from sd3pipe.models.hub import is_hub_id
 from sd3pipe.params.export import ExportParams
@@ -50,7 +49,7 @@ def main(params: ExportParams) -> None:
             report.summary = f"{params.out}, {count(len(saved), 'file')}; read back, every change is within {worst:.1e}"
             return
         if params.checkpoints == "best":
-            adapter, strength = suggested(params.adapter)
+            adapter, strength = suggested_adapter(params.adapter)
             if params.multiplier == 1.0:  # else it is the user's
                 params = params.model_copy(update={"multiplier": strength})
         else:
