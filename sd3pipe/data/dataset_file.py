@@ -4,7 +4,7 @@ A value is looked up in the subset, then its dataset, then [general], then the d
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,7 @@ class _Reader:
             return None
         bucketing = Bucketing(width=size[0], height=size[1], **_picked(Bucketing, Keys.model_construct(**values)))
         if bucketing.enable_bucket:
-            return self._adjusted(bucketing, where)
+            return self._adjusted(bucketing, where, given=values)
         if any(side % SIDE_STEP_PX for side in size):
             near = [max(1, round(side / SIDE_STEP_PX)) * SIDE_STEP_PX for side in size]
             self._wrong(
@@ -213,7 +213,7 @@ class _Reader:
             )
         return bucketing
 
-    def _adjusted(self, bucketing: Bucketing, where: str) -> Bucketing:
+    def _adjusted(self, bucketing: Bucketing, where: str, *, given: Container[str]) -> Bucketing:
         steps = bucketing.bucket_reso_steps
         if steps % SIDE_STEP_PX:
             self._wrong(
@@ -224,21 +224,23 @@ class _Reader:
             return bucketing
         low = bucketing.min_bucket_reso // steps * steps
         high = -(-bucketing.max_bucket_reso // steps) * steps
+        told = {
+            name: f"{name} = {getattr(bucketing, name)}{'' if name in given else ' (the default)'}"
+            for name in ("min_bucket_reso", "max_bucket_reso")
+        }
         for name, used in (("min_bucket_reso", low), ("max_bucket_reso", high)):
-            if (given := getattr(bucketing, name)) != used:
-                self.remarks.append(f"{where}: {name} = {given} is taken as {used}, a multiple of the step {steps}")
+            if getattr(bucketing, name) != used:
+                self.remarks.append(f"{where}: {told[name]} is taken as {used}, a multiple of the step {steps}")
         shortest, longest = sorted((bucketing.width, bucketing.height))
         if low > shortest or low == 0:
             self._wrong(
                 where,
-                f"min_bucket_reso = {bucketing.min_bucket_reso}: must be at least the step {steps} and at most the "
-                f"shorter side of the resolution, {shortest}",
+                f"{told['min_bucket_reso']}: must be at least the step {steps} and at most the shorter side of the "
+                f"resolution, {shortest}",
             )
         if high < longest:
-            given = bucketing.max_bucket_reso
-            self._wrong(
-                where, f"max_bucket_reso = {given}: must be at least the longer side of the resolution, {longest}"
-            )
+            limit = f"must be at least the longer side of the resolution, {longest}"
+            self._wrong(where, f"{told['max_bucket_reso']}: {limit}")
         return replace(bucketing, min_bucket_reso=low, max_bucket_reso=high)
 
     def _subset(self, draft: "_Draft", name: str) -> Subset:

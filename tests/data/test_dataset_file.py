@@ -174,6 +174,8 @@ def test_bucket_limits_are_adjusted_and_checked_as_in_sd_scripts(tmp_path):
     assert len(problems(tmp_path, bad)) == 2
     (odd,) = problems(tmp_path, SMALL.replace("512", "512\nenable_bucket = true\nbucket_reso_steps = 24"))
     assert "multiple of 16" in odd
+    (unset,) = problems(tmp_path, SMALL.replace("512", "128\nenable_bucket = true"))
+    assert "min_bucket_reso = 256 (the default): must be at least" in unset
 
 
 def test_the_weight_of_regularisation_is_left_to_train_unless_it_is_given(tmp_path):
