@@ -56,6 +56,7 @@ _TEXT_ENCODERS = (  # with ComfyUI's and diffusers' starts of a name, the one th
 )
 _DIFFUSERS_PREFIXES = ("transformer.", "base_model.model.", "")  # the first is written
 _NATIVE_PREFIXES = ("transformer.", "model.diffusion_model.", "base_model.model.", "")
+# whatever the form, "blocks", "block" or "layers" stands before the number of a block
 _BLOCK_NUMBER = re.compile(r"(?<=blocks[._]|.block[._]|layers[._])(0|[1-9][0-9]{0,2})(?=[._])")
 
 
@@ -108,17 +109,17 @@ def _split(name: str) -> tuple[str, str, str]:
 
 def _model_names() -> Iterator[tuple[str, Place]]:
     """Yields every name of the model's modules, {} for the number of a block, and what it stands for."""
-    modules = {f"joint_blocks.{{}}.{path}": names for path, names in BLOCK_MODULES.items()}
-    modules |= {path: (name,) for path, name in OTHER_MODULES.items()}
+    modules = {path: [name] for path, name in OTHER_MODULES.items()}
+    for path, names in BLOCK_MODULES.items():
+        modules[f"joint_blocks.{{}}.{path}"] = [f"transformer_blocks.{{}}.{name}" for name in names]
     for path, names in modules.items():
         yield "lora_unet_" + path.replace(".", "_"), Place("comfyui", path)
         yield "diffusion_model." + path, Place("comfyui-generic", path)
         for index, name in enumerate(names):
             part = index if len(names) > 1 else None
-            dotted = f"transformer_blocks.{{}}.{name}" if path not in OTHER_MODULES else name
-            yield from ((prefix + dotted, Place("diffusers", path, part)) for prefix in _DIFFUSERS_PREFIXES)
-            yield "lora_transformer_" + dotted.replace(".", "_"), Place("onetrainer", path, part)
-            yield "lycoris_" + dotted.replace(".", "_"), Place("lycoris", path, part)
+            yield from ((prefix + name, Place("diffusers", path, part)) for prefix in _DIFFUSERS_PREFIXES)
+            yield "lora_transformer_" + name.replace(".", "_"), Place("onetrainer", path, part)
+            yield "lycoris_" + name.replace(".", "_"), Place("lycoris", path, part)
         for prefix in _NATIVE_PREFIXES:
             yield prefix + path, Place("native", path)
             if len(names) > 1:  # OneTrainer writes q, k and v as qkv.0, qkv.1 and qkv.2

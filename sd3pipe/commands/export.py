@@ -24,9 +24,9 @@ from sd3pipe.exporting.adapter_files import (
 from sd3pipe.exporting.base_weights import find_base, for_form
 from sd3pipe.exporting.checkpoints import write_checkpoint
 from sd3pipe.exporting.hub_card import card_text
-from sd3pipe.exporting.hub_folder import CARD, WEIGHTS, Samples, samples_for, write_card, write_pictures
+from sd3pipe.exporting.hub_folder import CARD, WEIGHTS, Samples, hash_output, samples_for, write_card, write_pictures
 from sd3pipe.exporting.published import published
-from sd3pipe.exporting.up_to_date import hash_output, is_up_to_date, made_from
+from sd3pipe.exporting.up_to_date import is_up_to_date, made_from
 from sd3pipe.models.hub import is_hub_id
 from sd3pipe.params.export import ExportParams
 from sd3pipe.shell import no_option, shell_line

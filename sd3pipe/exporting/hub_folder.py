@@ -74,8 +74,10 @@ def write_card(out: Path, text: str, report: Path) -> str:
     return hash_bytes(data)
 
 
-def hash_folder(out: Path) -> str:
-    """Returns the hash of all that an export writes into its folder. Raises OSError where something is missing."""
+def hash_output(out: Path) -> str:
+    """Returns the hash of an exported file, or of all that an export writes into a folder. Raises OSError."""
+    if not out.is_dir():
+        return hash_file(out)
     files = [out / WEIGHTS, out / CARD, *_pictures_in(out)]
     return hash_json({file.relative_to(out).as_posix(): hash_file(file) for file in files})
 

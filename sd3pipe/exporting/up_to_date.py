@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 
 from sd3pipe.console import version
 from sd3pipe.documents import DocumentError, read_json
-from sd3pipe.exporting.hub_folder import hash_folder
+from sd3pipe.exporting.hub_folder import hash_output
 from sd3pipe.fingerprint import hash_file, hash_json
 from sd3pipe.params.export import ExportParams
 
@@ -47,11 +47,6 @@ def is_up_to_date(report: Path, out: Path, identity: str) -> bool:
         return recorded.made_from == identity and recorded.output == hash_output(out)
     except (OSError, DocumentError):
         return False
-
-
-def hash_output(out: Path) -> str:
-    """Returns the hash of an exported file, or of what an export wrote into a folder. Raises OSError."""
-    return hash_folder(out) if out.is_dir() else hash_file(out)
 
 
 def _stamp(base: Path) -> list[int] | None:
