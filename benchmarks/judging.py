@@ -1,11 +1,13 @@
 """Whether `judge` is right on the demo, whose truth a hand-written measure knows.
 
-    python benchmarks/judging.py [--folder DIR] [--draws 400] [--only order null]
+    python benchmarks/judging.py [--folder DIR] [--draws 400] [--only order spoilt null]
 
 order   A run of nine checkpoints. Each draws the new shape --draws times and old shapes a quarter as often, and the
-        measure counts what is right. Then sixteen other prompts, two seeds each, are judged: of the pairs whose
-        measured intervals are disjoint, likeness should order 95 % right; the suggested checkpoint should not be
-        measurably worse than the best one (one-sided, paired); drift should order what was lost of old shapes.
+        measure counts what is right. Then they are judged six times, each time by eight other prompts with the new
+        shape, eight without and four seeds, and three times by sixteen: of the pairs whose measured intervals are
+        disjoint, likeness should order 95 % right; the suggested checkpoint should not be measurably worse than the
+        best one (one-sided, paired).
+spoilt  A run at five times the rate that keeps no old shapes: drift should order what is lost of them.
 null    One adapter that poses as nine, each with seeds of its own from one pool: among 200 trials a difference is
         claimed in at most 20.
 
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -33,13 +36,14 @@ from sd3pipe.cache.reader import CacheReader
 from sd3pipe.demo.base_files import JUDGE, MODEL
 from sd3pipe.demo.drawings import NEW_WORD, Subject, all_subjects
 from sd3pipe.demo.project import HELD_OUT, LEARNT, PROMPTED
+from sd3pipe.diffusion.prompts import SamplePrompt
 from sd3pipe.diffusion.sampler import decode_pictures
 from sd3pipe.fingerprint import hash_json
-from sd3pipe.judgement import Suggestion
 from sd3pipe.judging.bootstrap import Resampled, differences, resample
+from sd3pipe.judging.concept import towards
 from sd3pipe.judging.judge_model import JudgeModel
 from sd3pipe.judging.references import mean_latents, read_references
-from sd3pipe.judging.scores import Embedded, Measured, alikeness, losses, measure
+from sd3pipe.judging.scores import Embedded, losses, measure
 from sd3pipe.judging.suggestion import Candidate, suggest
 from sd3pipe.judging.trigger import without
 from sd3pipe.models.checkpoint import load_vae
@@ -47,9 +51,11 @@ from sd3pipe.models.checkpoint import load_vae
 # C columns, P prompts, S seeds, D embedding width, N draws
 
 POSERS, TRIALS, SEEDS_EACH = 9, 200, 4
-SEEDS, TOLERANCE = 2, 0.5
-PROMPTS = 8  # with the new shape, and as many of old ones
-STEPS, EVERY = 450, 50  # half of the demo's: the new shape is learnt on the way
+SEEDS, TOLERANCE = (1, 2, 3, 4), 0.5  # what `judge` takes by default
+PROMPTS, MOST_PROMPTS = 8, 48  # of a judgement, with the new shape and as many of old ones; of all judgements
+STEPS, EVERY = 900, 10  # the demo's
+NINE = (10, 20, 30, 40, 60, 100, 200, 450, 900)  # the new shape is learnt mostly in the first hundred steps
+SPOILT_STEPS, SPOILT_EVERY, SPOILT_RATE = 120, 20, 1.5e-2
 Booleans = NDArray[np.bool_]
 
 
@@ -57,74 +63,96 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--draws", type=int, default=400)
-    parser.add_argument("--run", type=Path, help="a run on the demo's pictures instead of one of nine checkpoints")
-    parser.add_argument("--only", nargs="+", choices=("order", "null"), default=("order", "null"))
+    parser.add_argument("--only", nargs="+", choices=("order", "spoilt", "null"), default=("order", "spoilt", "null"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = (options.folder or Path(tempfile.mkdtemp(prefix="judging-"))).resolve()
-    adapters = list((checkpoint_adapters(options.run) if options.run else nine_checkpoints(folder)).items())
+    if not (folder / "demo/caches/latents").exists():
+        _run("demo", folder / "demo")
+    nine = [(step, path) for step, path in trained(folder, "nine", STEPS, EVERY) if step in NINE]
     if "order" in options.only:
-        order(folder, adapters, options.draws)
+        order(folder, nine, options.draws)
+    if "spoilt" in options.only:
+        spoilt(folder, options.draws)
     if "null" in options.only:
-        null(folder, adapters[-1][1])
+        null(folder, nine[-1][1])
 
 
-def nine_checkpoints(folder: Path) -> dict[int, Path]:
-    """Returns the adapters of a run on the demo's pictures, by step."""
-    demo = folder / "demo"
-    if not (demo / "caches/latents").exists():
-        _run("demo", demo)
-    caches, run = demo / "caches", folder / "nine"
+def trained(folder: Path, name: str, steps: int, every: int, **changed: str) -> list[tuple[int, Path]]:
+    """Returns the adapters of a run on the demo's pictures, by step; `changed` has other values of its stage file."""
+    caches, run = folder / "demo/caches", folder / name
+    config = folder / f"{name}.toml"
+    lines = (folder / "demo/stages/train.toml").read_text(encoding="utf-8").splitlines()
+    words = [line.split(" = ") for line in lines]
+    config.write_text("\n".join(" = ".join([key, changed.get(key, *value)]) if value else key for key, *value in words))
     _run(
         "train", "--model", MODEL, "--text", caches / "text", "--latents", caches / "latents", "--out", run,
-        "--config", demo / "stages/train.toml", "--max-train-steps", STEPS, "--save-every-n-steps", EVERY,
-        "--validate-every-n-steps", 0,
+        "--config", config, "--max-train-steps", steps, "--save-every-n-steps", every, "--validate-every-n-steps", 0,
     )  # fmt: skip
-    return {step: path for step, path in checkpoint_adapters(run).items() if step % EVERY == 0}
+    return [(step, path) for step, path in checkpoint_adapters(run).items() if step % every == 0]
 
 
 def order(folder: Path, adapters: Sequence[tuple[int, Path]], draws: int) -> None:
-    """Compares what judge says of the checkpoints with what the measure counts."""
-    counted = {step: counts(folder, path, draws) for step, path in adapters}
-    _, old_base = counts(folder, None, draws)
-    found, suggestion = judged(folder, adapters)
-    assert found.likeness is not None and found.drift is not None
-    likeness, drift = found.likeness, found.drift
-    print("| step | new shape right | old shapes right | likeness | drift |\n|---|---|---|---|---|")
-    print(f"| base | | {share(old_base)} | | |")
-    for number, (step, (new, old)) in enumerate(counted.items()):
-        shown = [
-            f"{part.value:.3f} ({part.low:.3f} to {part.high:.3f})"
-            for part in (likeness.score(number), drift.score(number))
-        ]
-        print(f"| {step} | {share(new)} | {share(old)} | {' | '.join(shown)} |", flush=True)
-    news, olds = ([pair[which] for pair in counted.values()] for which in range(2))
-    print(f"likeness orders {ordered(news, likeness.values_K)} pairs with disjoint measured intervals right")
-    print(f"drift orders {ordered(olds, -drift.values_K)} such pairs of old shapes right")
-    print(suggestion.text)
-    if suggestion.checkpoint is not None:
-        chosen = counted[int(suggestion.checkpoint)][0]
-        best = max(news, key=lambda right: right.mean())
-        worse = best.astype(float) - chosen.astype(float)
-        error = worse.std(ddof=1) / np.sqrt(len(worse))
-        verdict = "measurably worse" if worse.mean() > 1.645 * error else "not measurably worse"  # one-sided 95 %
-        print(f"suggested {chosen.mean():.1%}, best {best.mean():.1%}: {verdict} ({worse.mean():+.1%} +- {error:.1%})")
+    """Compares what judge says of the checkpoints with what the measure counts of the new shape."""
+    new = {step: right(folder, path, unseen(), draws) for step, path in adapters}
+    old = {step: right(folder, path, held_out_subjects(), draws // 4) for step, path in adapters}
+    best = max(new.values(), key=lambda right_N: right_N.mean())
+    for prompts, number in [(n, number) for n in (PROMPTS, 2 * PROMPTS) for number in range(MOST_PROMPTS // n)]:
+        found = measure(scene(folder, adapters, pools(), prompts, number))
+        assert found.likeness is not None
+        if (prompts, number) == (PROMPTS, 0):
+            show({"new shape": new, "old shapes": old}, {"likeness": found.likeness, "drift": found.drift})
+        candidates = [Candidate(checkpoint=step, multiplier=1.0) for step, _ in adapters]
+        suggestion = suggest(candidates, found.likeness, losses(found, TOLERANCE))
+        print(f"{prompts} prompts, {number + 1}: likeness orders {ordered(new, found.likeness.values_K)}")
+        print(f"  {suggestion.text}")
+        if suggestion.checkpoint is not None:
+            print(f"  {compared(new[int(suggestion.checkpoint)], best)}")
 
 
-def counts(folder: Path, adapter: Path | None, draws: int) -> tuple[Booleans, Booleans]:
-    """Returns of which draws the measure reads the right shape: of the new shape, and of old ones."""
-    name = hash_json([adapter.read_bytes().hex() if adapter else "", draws])[:16]
-    file = folder / "counted" / f"{name}.npz"
+def spoilt(folder: Path, draws: int) -> None:
+    """Compares drift with what the measure counts of old shapes, of checkpoints that lose them."""
+    adapters = trained(
+        folder, "spoilt", SPOILT_STEPS, SPOILT_EVERY, learning_rate=str(SPOILT_RATE), diff_output_preservation="false"
+    )
+    old = {step: right(folder, path, held_out_subjects(), draws // 4) for step, path in adapters}
+    for number in range(len(pools()[1]) // PROMPTS):
+        drift = measure(scene(folder, adapters, pools()[1:], PROMPTS, number)).drift
+        assert drift is not None
+        if number == 0:
+            show({"old shapes": old}, {"drift": drift})
+        print(f"{PROMPTS} prompts, {number + 1}: drift orders {ordered(old, -drift.values_K)} by old shapes")
+
+
+def compared(chosen_N: Booleans, best_N: Booleans) -> str:
+    """Returns whether a checkpoint is measurably worse than the best one, on equal draws."""
+    worse_N = best_N.astype(float) - chosen_N.astype(float)
+    error = worse_N.std(ddof=1) / np.sqrt(len(worse_N))
+    verdict = "measurably worse" if worse_N.mean() > 1.645 * error else "not measurably worse"  # one-sided 95 %
+    return f"{chosen_N.mean():.1%}, best {best_N.mean():.1%}: {verdict} ({worse_N.mean():+.1%} +- {error:.1%})"
+
+
+def show(counted: dict[str, dict[int, Booleans]], scores: dict[str, Resampled | None]) -> None:
+    """Prints what was counted of each checkpoint, and what one judgement says of it."""
+    heads = ["step", *(f"{name} right" for name in counted), *scores]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for number, step in enumerate(next(iter(counted.values()))):
+        found = [part.score(number) for part in scores.values() if part is not None]
+        shown = [f"{score.value:.2f} ({score.low:.2f} to {score.high:.2f})" for score in found]
+        print(f"| {' | '.join([str(step), *(share(right[step]) for right in counted.values()), *shown])} |", flush=True)
+
+
+def right(folder: Path, adapter: Path, subjects: Sequence[Subject], draws: int) -> Booleans:
+    """Returns of which draws of the subjects, each with noise of its own, the measure reads the right shape."""
+    repeated = [subjects[number % len(subjects)] for number in range(draws)]
+    file = folder / "counted" / f"{_name(adapter, repeated, [])}.npy"
     if not file.is_file():
-        old = held_out_subjects()
-        parts = {
-            "new": _right(_repeated(unseen(), draws), adapter) if adapter else np.zeros(0, bool),
-            "old": _right(_repeated(old, draws // 4), adapter),
-        }
+        with tempfile.TemporaryDirectory() as place:
+            prompts = encode_subjects(Path(place) / "a", repeated, 10_000)
+        readings = read_latents(draw_latents(prompts, adapter))
         file.parent.mkdir(exist_ok=True)
-        np.savez(file, **parts)
-    kept = np.load(file)
-    return kept["new"], kept["old"]
+        np.save(file, [reading.shape == item.shape for reading, item in zip(readings, repeated, strict=True)])
+    return np.load(file)
 
 
 def unseen() -> list[Subject]:
@@ -132,56 +160,51 @@ def unseen() -> list[Subject]:
     return [subject for subject in all_subjects((NEW_WORD,)) if subject not in {*LEARNT, *HELD_OUT, *PROMPTED}]
 
 
-def _right(subjects: Sequence[Subject], adapter: Path | None) -> Booleans:
-    with tempfile.TemporaryDirectory() as place:
-        prompts = encode_subjects(Path(place) / "a", subjects, 10_000)
-    readings = read_latents(draw_latents(prompts, adapter))
-    return np.array([reading.shape == subject.shape for reading, subject in zip(readings, subjects, strict=True)])
-
-
-def judged(folder: Path, adapters: Sequence[tuple[int, Path]]) -> tuple[Measured, Suggestion]:
-    """Returns judge's scores of the checkpoints, and the suggestion."""
-    new = [subject for subject in PROMPTED if subject.shape == NEW_WORD]
-    new += [subject for subject in all_subjects((NEW_WORD,)) if subject not in {*LEARNT, *HELD_OUT, *PROMPTED}][
-        :: len(LEARNT)
-    ]
-    subjects = [*new[:PROMPTS], *held_out_subjects()[-PROMPTS:]]
-    model = JudgeModel(JUDGE, torch.device("cpu"))
-    columns = [embeddings(folder, model, subjects, SEEDS, path) for path in (None, *(path for _, path in adapters))]
+def scene(
+    folder: Path, adapters: Sequence[tuple[int, Path]], pools: Sequence[Sequence[Subject]], prompts: int, number: int
+) -> Embedded:
+    """Returns what one judgement is made from: so many prompts of each pool, which begins again where it ends."""
+    places = [[(number * prompts + i) % len(pool) for i in range(prompts)] for pool in pools]
+    subjects = [pool[place] for pool, mine in zip(pools, places, strict=True) for place in mine]
+    model, paths = JudgeModel(JUDGE, torch.device("cpu")), [None, *(path for _, path in adapters)]
+    drawn = [np.stack([embeddings(folder, model, pool, SEEDS, path) for path in paths]) for pool in pools]
     trained, held_out = reference_embeddings(folder, model)
-    embedded = Embedded(
-        drawn_CPSD=np.stack(columns),
+    texts = [model.text(without(subject.caption(), NEW_WORD)) for subject in subjects]
+    return Embedded(
+        drawn_CPSD=np.concatenate([part[:, mine] for part, mine in zip(drawn, places, strict=True)], axis=1),
         trained_ND=trained,
         held_out_MD=held_out,
-        texts_PD=np.stack([model.text(without(subject.caption(), NEW_WORD)) for subject in subjects]).astype(
-            np.float64
-        ),
+        texts_PD=np.array(texts, np.float64),
         with_trigger_P=np.array([subject.shape == NEW_WORD for subject in subjects]),
     )
-    found = measure(embedded)
-    candidates = [Candidate(checkpoint=step, multiplier=1.0) for step, _ in adapters]
-    assert found.likeness is not None
-    return found, suggest(candidates, found.likeness, losses(found, TOLERANCE))
+
+
+def pools() -> tuple[list[Subject], list[Subject]]:
+    """Returns the prompts of all judgements: with the new shape, and with old ones."""
+    generator = np.random.default_rng(1)
+    new, old = (
+        [subjects[i] for i in generator.permutation(len(subjects))] for subjects in (unseen(), held_out_subjects())
+    )
+    return new[:MOST_PROMPTS], old[: MOST_PROMPTS // 2]
 
 
 def embeddings(
-    folder: Path, model: JudgeModel, subjects: Sequence[Subject], seeds: int, adapter: Path | None
+    folder: Path, model: JudgeModel, subjects: Sequence[Subject], seeds: Sequence[int], adapter: Path | None
 ) -> NDArray[np.float64]:
     """Returns what the judge model sees of drawn pictures [P, S, D]; all columns are drawn on equal noise."""
-    repeated = [subject for subject in subjects for _ in range(seeds)]
-    name = hash_json([adapter.read_bytes().hex() if adapter else "", [subject.caption() for subject in repeated]])[:16]
-    file = folder / "seen" / f"{name}.npy"
+    file = folder / "seen" / f"{_name(adapter, subjects, seeds)}.npy"
     if not file.is_file():
         with tempfile.TemporaryDirectory() as place:
-            prompts = encode_subjects(Path(place) / "a", repeated, 1)
-        vae = load_vae(MODEL)
-        pictures = [
-            picture for part in draw_latents(prompts, adapter).split(16) for picture in decode_pictures(vae, part)
-        ]
-        seen = np.stack([model.picture(picture.numpy()) for picture in pictures])
+            prompts = encode_subjects(Path(place) / "a", subjects, 1)
         file.parent.mkdir(exist_ok=True)
-        np.save(file, seen.reshape(len(subjects), seeds, -1))
+        np.save(file, np.stack([_seen(model, [replace(p, seed=seed) for p in prompts], adapter) for seed in seeds], 1))
     return np.load(file).astype(np.float64)
+
+
+def _seen(model: JudgeModel, prompts: Sequence[SamplePrompt], adapter: Path | None) -> NDArray[np.float32]:
+    vae, drawn = load_vae(MODEL), draw_latents(prompts, adapter)
+    pictures = [picture for part in drawn.split(16) for picture in decode_pictures(vae, part)]
+    return np.stack([model.picture(picture.numpy()) for picture in pictures])
 
 
 def reference_embeddings(folder: Path, model: JudgeModel) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -197,16 +220,20 @@ def reference_embeddings(folder: Path, model: JudgeModel) -> tuple[NDArray[np.fl
 
 def null(folder: Path, adapter: Path) -> None:
     """Claims a difference between posers that are one adapter, as seldom as it should."""
-    model = JudgeModel(JUDGE, torch.device("cpu"))
-    pool_PSD = embeddings(folder, model, unseen()[:: len(LEARNT)][:PROMPTS], POSERS * SEEDS_EACH, adapter)
-    likeness_PS = alikeness(pool_PSD[None], reference_embeddings(folder, model)[0])[0]
+    model, subjects = JudgeModel(JUDGE, torch.device("cpu")), pools()[0]
+    base_PSD = embeddings(folder, model, subjects, SEEDS, None)[:PROMPTS]
+    pool_PSD = embeddings(folder, model, subjects[:PROMPTS], range(1, POSERS * SEEDS_EACH + 1), adapter)
+    trained = reference_embeddings(folder, model)[0]
     claims = 0
     for trial in range(TRIALS):
         seeds = np.random.default_rng(trial).permutation(POSERS * SEEDS_EACH).reshape(POSERS, SEEDS_EACH)
-        posers: Resampled = resample(np.stack([likeness_PS[:, mine] for mine in seeds]))
-        family = posers.combined(differences(POSERS, list(combinations(range(POSERS), 2)))).family()
+        likeness_KPS = towards(np.stack([base_PSD, *(pool_PSD[:, mine] for mine in seeds)]), trained)
+        assert likeness_KPS is not None
+        pairs = differences(POSERS, list(combinations(range(POSERS), 2)))
         claims += any(
-            not score.low <= 0 <= score.high for score in family if score.low is not None and score.high is not None
+            not score.low <= 0 <= score.high
+            for score in resample(likeness_KPS).combined(pairs).family()
+            if score.low is not None and score.high is not None
         )
     print(f"one adapter that poses as nine is told apart in {claims} of {TRIALS} trials")
 
@@ -224,19 +251,22 @@ def wilson(right_N: Booleans) -> tuple[float, float]:
     return float(middle - half), float(middle + half)
 
 
-def ordered(right: Sequence[Booleans], scores_K: NDArray[np.float64]) -> str:
+def ordered(right: dict[int, Booleans], scores_K: NDArray[np.float64]) -> str:
     """Returns how many of the pairs with disjoint intervals the scores order as the shares do."""
-    intervals = [wilson(item) for item in right]
+    shares = [right_N.mean() for right_N in right.values()]
+    intervals = [wilson(right_N) for right_N in right.values()]
     pairs = [
-        (i, j) if right[i].mean() < right[j].mean() else (j, i)
+        (i, j) if shares[i] < shares[j] else (j, i)
         for i, j in combinations(range(len(right)), 2)
         if intervals[i][1] < intervals[j][0] or intervals[j][1] < intervals[i][0]
     ]
     return f"{sum(scores_K[low] < scores_K[high] for low, high in pairs)} of {len(pairs)}"
 
 
-def _repeated(subjects: Sequence[Subject], draws: int) -> list[Subject]:
-    return [subjects[number % len(subjects)] for number in range(draws)]
+def _name(adapter: Path | None, subjects: Sequence[Subject], seeds: Sequence[int]) -> str:
+    """Returns the name of what is kept, by all that it is made from."""
+    content = adapter.read_bytes().hex() if adapter else ""
+    return hash_json([content, [subject.caption() for subject in subjects], list(seeds)])[:16]
 
 
 def _run(*words: object) -> None:

@@ -4,9 +4,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sd3pipe.files import write_json
-from sd3pipe.judgement import FORMAT, Score, read_result
+from sd3pipe.judgement import Score, read_result
 from sd3pipe.picture_losses import PictureLosses
 
+FORMAT = 1
 _MOST_BYTES = 1_000_000_000  # 400 for each picture
 
 
@@ -57,4 +58,4 @@ class CaptionFindings:
 
 def read_findings(file: Path) -> CaptionFindings:
     """Returns what a file says. Raises InputError where there is none, or another format."""
-    return read_result(file, CaptionFindings, "check-captions", most_bytes=_MOST_BYTES)
+    return read_result(file, CaptionFindings, "check-captions", FORMAT, most_bytes=_MOST_BYTES)

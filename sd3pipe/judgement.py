@@ -10,7 +10,7 @@ from sd3pipe.files import write_json
 
 JUDGE_FOLDER, JUDGE_FILE = "judge", "judge.json"  # RUN/judge/judge.json, unless --out says otherwise
 SCORES = ("likeness", "copying", "prompt", "drift", "variety")
-FORMAT = 1
+FORMAT = 2  # 1 had likeness as a cosine
 T = TypeVar("T")
 
 
@@ -91,16 +91,16 @@ class Judgement:
 
 def read_judgement(folder: Path) -> Judgement:
     """Returns what lies in a folder as judge.json. Raises InputError where there is none, or another format."""
-    return read_result(folder / JUDGE_FILE, Judgement, "judge")
+    return read_result(folder / JUDGE_FILE, Judgement, "judge", FORMAT)
 
 
-def read_result(file: Path, kind: type[T], command: str, *, most_bytes: int = MOST_BYTES) -> T:
+def read_result(file: Path, kind: type[T], command: str, version: int, *, most_bytes: int = MOST_BYTES) -> T:
     """Returns what a command of ours wrote. Raises InputError where there is none, or another format."""
     from pydantic import TypeAdapter  # takes 100 ms
 
     try:
         content = read_json(file, TypeAdapter(dict[str, Any]), most_bytes=most_bytes)
-        if content.pop("format", None) != FORMAT:
+        if content.pop("format", None) != version:
             raise InputError(f"{file}: was written by another version: run `sd3pipe {command}` again")
         return checked(content, TypeAdapter(kind), str(file))
     except DocumentError as error:

@@ -1,7 +1,8 @@
 """What embeddings of pictures say: likeness, copying, prompt, drift and variety of each checkpoint, beside the base.
 
 Each score is a table by prompt and seed, and each number in it a difference from the base's picture of the same prompt
-and the same noise. Similarity is the cosine of two embeddings, which are unit vectors.
+and the same noise. Likeness is measured along what sets the training pictures apart from the base's; else, similarity
+is the cosine of two embeddings, which are unit vectors.
 """
 
 # C columns: the base, then K checkpoints; P prompts, S seeds, D embedding width, N training pictures, M other vectors
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from sd3pipe.judgement import Score, Scores
 from sd3pipe.judging.bootstrap import Array, Resampled, resample
+from sd3pipe.judging.concept import towards
 from sd3pipe.judging.suggestion import Candidate, Loss
 
 
@@ -51,10 +53,8 @@ def measure(embedded: Embedded) -> Measured:
     margins_CPS = nearness(bearing_CPSD, embedded.trained_ND) if has_bearing else None
     prompts_CPS = None if embedded.texts_PD is None else adherence(drawn_CPSD, embedded.texts_PD)
     return Measured(
-        likeness=_from_base(alikeness(bearing_CPSD, embedded.trained_ND)) if has_bearing else None,
-        likeness_held_out=_from_base(alikeness(bearing_CPSD, embedded.held_out_MD))
-        if has_bearing and len(embedded.held_out_MD)
-        else None,
+        likeness=_likeness(bearing_CPSD, embedded.trained_ND),
+        likeness_held_out=_likeness(bearing_CPSD, embedded.held_out_MD),
         copying=None if margins_CPS is None else _from_base(margins_CPS),
         margin=None if margins_CPS is None else resample(margins_CPS[1:]),
         prompt=None if prompts_CPS is None else _from_base(prompts_CPS),
@@ -63,11 +63,6 @@ def measure(embedded: Embedded) -> Measured:
         scales=_scales(embedded),
         chaos=_chaos(embedded),
     )
-
-
-def alikeness(drawn_CPSD: Array, pictures_MD: Array) -> Array:
-    """Returns each drawn picture's mean similarity to a set of pictures."""
-    return drawn_CPSD @ pictures_MD.mean(axis=0)
 
 
 def nearness(drawn_CPSD: Array, trained_ND: Array) -> Array:
@@ -151,6 +146,14 @@ def as_scores(candidates: Sequence[Candidate], measured: Measured, tolerance: fl
 def _above(family: Sequence[Score], number: int, limit: float) -> bool:
     low = family[number].low if family else None
     return low is not None and low > limit
+
+
+def _likeness(bearing_CPSD: Array, pictures_ND: Array) -> Resampled | None:
+    """Returns how far checkpoints have come towards a set of pictures; None where nothing tells that."""
+    if not bearing_CPSD.shape[1] or not len(pictures_ND):
+        return None
+    come_KPS = towards(bearing_CPSD, pictures_ND)
+    return None if come_KPS is None else resample(come_KPS)
 
 
 def _from_base(scores_CPS: Array) -> Resampled:

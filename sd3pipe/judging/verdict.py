@@ -21,6 +21,11 @@ _STYLE = (
     "The project is about a style, and models such as CLIP and DINO see what is shown, hardly how: likeness is no "
     "evidence here. Judge with a model that was made for styles and say --judge-sees-style, or look at the pictures."
 )
+_NOT_ASKED = "No prompt bears the trigger, so nothing tells how alike the pictures are: see --trigger."
+_NOT_SEEN = (
+    "The judge model does not tell the training pictures from what the base draws of these prompts, so it cannot say "
+    "which checkpoint has come nearer to them: try another one with --judge-model."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +61,7 @@ def judgement(comparison: Comparison, seen: Seen) -> Judgement:
     measured = measure(embedded)
     lost = losses(measured, comparison.tolerance)
     if measured.likeness is None:
-        suggestion = _nothing(
-            "No prompt bears the trigger, so nothing tells how alike the pictures are: see --trigger."
-        )
+        suggestion = _nothing(_NOT_SEEN if embedded.with_trigger_P.any() else _NOT_ASKED)
     elif comparison.is_style:
         suggestion = replace(suggest(comparison.candidates, measured.likeness, lost), **_UNSAID)
     else:

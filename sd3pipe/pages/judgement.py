@@ -11,7 +11,7 @@ from sd3pipe.pages.charts import COLOURS, Chart, Series, line_chart
 from sd3pipe.pages.render import data_url
 
 _TITLES = {
-    "likeness": "likeness: nearer to the training pictures than the base's",
+    "likeness": "likeness: from the base's pictures, 0, to the training pictures, 1",
     "copying": "copying: nearer to single training pictures",
     "prompt": "prompt: nearer to the prompt's words",
     "drift": "drift: prompts without the trigger, away from the base's pictures",

@@ -148,7 +148,7 @@ def test_a_folder_that_is_no_model_is_refused_with_the_way_out(made, tmp_path):
 
 
 def test_a_damaged_judgement_is_told(tmp_path):
-    (tmp_path / "judge.json").write_text('{"format": 1, "scores": 3}')
+    (tmp_path / "judge.json").write_text('{"format": 2, "scores": 3}')
     with pytest.raises(InputError, match=r"run `sd3pipe judge` again"):
         read_judgement(tmp_path)
 

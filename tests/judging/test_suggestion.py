@@ -17,11 +17,23 @@ def table(means, noise: float = 0.01, seed: int = 0):
     return resample(np.array(means)[:, None, None] + noise * generator.standard_normal((len(means), 8, 4)))
 
 
-def test_the_earliest_within_the_interval_of_the_best_is_suggested():
-    found = suggest(candidates(), table([0.1, 0.3, 0.301, 0.302], noise=0.02), {})
+def test_the_earliest_that_is_shown_to_be_as_near_is_suggested():
+    found = suggest(candidates(), table([0.1, 0.3, 0.301, 0.302], noise=0.004), {})
     assert found.checkpoint == 200
     assert found.told_apart and found.sure > 0.5
-    assert found.text.count(". ") == 1
+    assert "at least 90% as near" in found.text and found.text.count(". ") == 1
+
+
+def test_one_that_is_only_not_measurably_further_is_named_and_not_suggested():
+    found = suggest(candidates(), table([0.1, 0.28, 0.29, 0.3], noise=0.1, seed=3), {})
+    assert found.checkpoint == 400 and found.told_apart
+    assert "Step 200 may be as near" in found.text and found.text.count(". ") == 1
+
+
+def test_few_pictures_are_no_reason_to_stop_early():
+    """Four in a row are chosen about equally often, whatever the noise; the first is not preferred."""
+    chosen = [suggest(candidates(), table([0.3] * 4, noise=1.0, seed=seed), {}).checkpoint for seed in range(40)]
+    assert chosen.count(100) < 20
 
 
 def test_one_that_drifts_too_far_is_passed_over():
@@ -35,6 +47,14 @@ def test_where_nothing_tells_them_apart_that_is_said_with_how_many_pictures_it_w
     assert not found.told_apart
     assert found.draws_needed > 8 * 4
     assert "do not tell the checkpoints apart" in found.text
+
+
+def test_a_loss_may_pass_its_limit_by_its_standard_error():
+    likeness, lost = table([0.1, 0.3, 0.5, 0.6]), table([0.1, 0.1, 0.1, 0.5], noise=0.2, seed=1)
+    error = lost.standard_errors()[3]
+    for short, checkpoint in ((0.9, 400), (1.1, 300)):
+        limit = float(lost.values_K[3] - short * error)
+        assert suggest(candidates(), likeness, {"variety": Loss(lost=lost, limit=limit)}).checkpoint == checkpoint
 
 
 def test_another_strength_only_where_none_passes_at_one():
