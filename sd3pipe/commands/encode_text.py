@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -142,7 +142,14 @@ class _TextRows(Encoding):
         found: Cuts = {keys[text.number]: dict(text.tokens) for text in cut}
         self.cuts.update(found)
         remember_cuts(self.folder, self.cuts)
-        _tell_about_cuts(self.cut_texts(found), self.encoders.sizes.clip_length, self.recipe.t5xxl_max_token_length)
+        clip_length, t5_length = self.encoders.sizes.clip_length, self.recipe.t5xxl_max_token_length
+        cut_texts = self.cut_texts(found)
+        for name, title, length in (("clip_l", "CLIP", clip_length), ("t5xxl", "T5", t5_length)):
+            told = [item for item in cut_texts if name in item["tokens"]]
+            if told:
+                users = listed([f"{one_line(item['used_by'])} ({item['tokens'][name]})" for item in told])
+                texts = count(len(told), "longer text")
+                log.warning("%s reads the first %d tokens of %s: %s", title, length, texts, users)
         return tokens
 
     def facts(self) -> dict[str, Any]:
@@ -200,11 +207,3 @@ def _prepare(params: EncodeTextParams, target: _Target) -> _TextRows:
         recipe=recipe,
         cuts=recall_cuts(folder, set(wanted.keys)),
     )
-
-
-def _tell_about_cuts(cut: Sequence[Mapping[str, Any]], clip_length: int, t5_length: int) -> None:
-    for name, title, length in (("clip_l", "CLIP", clip_length), ("t5xxl", "T5", t5_length)):
-        users = [f"{one_line(item['used_by'])} ({item['tokens'][name]})" for item in cut if name in item["tokens"]]
-        if users:
-            texts = count(len(users), "longer text")
-            log.warning("%s reads the first %d tokens of %s: %s", title, length, texts, listed(users))

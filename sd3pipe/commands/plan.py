@@ -30,7 +30,12 @@ def main(params: PlanParams) -> None:
     if params.json_output:
         say_json(plan.as_json())
         return
-    say(_header(params, plan))
+    width, height = plan.size_px
+    times = f" x {params.gradient_accumulation_steps}" if params.gradient_accumulation_steps > 1 else ""
+    say(
+        f"{plan.variant}: {plan.model.weights / 1e9:.2f} billion weights in {plan.model.depth} blocks; "
+        f"{width} x {height} pixels, batch {params.train_batch_size}{times}, rank {params.network_dim}"
+    )
     if plan.disk:
         say("disk: " + ", ".join(f"{name} {readable_bytes(size)}" for name, size in plan.disk.items()))
     if advice:
@@ -48,16 +53,6 @@ def _stage_options(
         given["out"] = "caches/latents"  # where nothing is: only the header of each picture is asked
     wanted = {name: value for name, value in given.items() if name in model.model_fields}
     return resolve(model, command, wanted, project=project, stage_models=load_stage_models)
-
-
-def _header(params: PlanParams, plan: Plan) -> str:
-    width, height = plan.size_px
-    return (
-        f"{plan.variant}: {plan.model.weights / 1e9:.2f} billion weights in {plan.model.depth} blocks; "
-        f"{width} x {height} pixels, batch {params.train_batch_size}"
-        + (f" x {params.gradient_accumulation_steps}" if params.gradient_accumulation_steps > 1 else "")
-        + f", rank {params.network_dim}"
-    )
 
 
 def _verdict(params: PlanParams, plan: Plan) -> str:
