@@ -22,6 +22,11 @@ class Score:
     low: float | None = None
     high: float | None = None
 
+    def shown(self, form: str) -> str:
+        """Returns the value with its interval, if there is one, in a number format such as '+.3f'."""
+        interval = "" if self.low is None or self.high is None else f" ({self.low:{form}} to {self.high:{form}})"
+        return f"{self.value:{form}}{interval}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:

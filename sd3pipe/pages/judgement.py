@@ -54,14 +54,8 @@ def _name(scores: Scores) -> str:
 
 def _row(scores: Scores) -> list[str]:
     said = [word for word, holds in (("close to a training picture", scores.close), ("drifts", scores.drifts)) if holds]
-    return [_name(scores), *(_shown(getattr(scores, name)) for name in SCORES), ", ".join(said)]
-
-
-def _shown(score: Score | None) -> str:
-    if score is None:
-        return ""
-    interval = "" if score.low is None or score.high is None else f" ({score.low:+.3f} to {score.high:+.3f})"
-    return f"{score.value:+.3f}{interval}"
+    found: list[Score | None] = [getattr(scores, name) for name in SCORES]
+    return [_name(scores), *(score.shown("+.3f") if score else "" for score in found), ", ".join(said)]
 
 
 def _curve(scores: Sequence[Scores], name: str, limit: float | None) -> Chart | None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sd3pipe.console import count, readable_bytes, readable_seconds
-from sd3pipe.judgement import JUDGE_FOLDER, Score
+from sd3pipe.judgement import JUDGE_FOLDER
 from sd3pipe.pages.charts import COLOURS, Chart, Series, line_chart
 from sd3pipe.pages.judgement import judgement_facts
 from sd3pipe.pages.render import data_url
@@ -154,18 +154,13 @@ def _learnt(pictures: Sequence[PictureLosses]) -> str:
 
 def _hardest(pictures: Sequence[PictureLosses]) -> Rows:
     """Returns the pictures whose losses stand highest among those of equal noise, with what was gained of each."""
-    hardest = sorted(pictures, key=lambda picture: -picture.quantile)[:_MOST_PICTURES]
-    return [
-        [f"{item.subset}/{item.name}", f"{item.quantile:.2f}", _share(item.gained), "" if item.learnt else "not learnt"]
-        for item in hardest
-        if item.learnt is not None
-    ]
-
-
-def _share(score: Score | None) -> str:
-    if score is None or score.low is None or score.high is None:
-        return ""
-    return f"{score.value:+.1%} ({score.low:+.1%} to {score.high:+.1%})"
+    rows = []
+    for item in sorted(pictures, key=lambda picture: -picture.quantile)[:_MOST_PICTURES]:
+        if item.learnt is not None:
+            gained = item.gained.shown("+.1%") if item.gained and item.gained.low is not None else ""
+            learnt = "" if item.learnt else "not learnt"
+            rows.append([f"{item.subset}/{item.name}", f"{item.quantile:.2f}", gained, learnt])
+    return rows
 
 
 def _predictions(memory: Mapping[str, Any]) -> Rows:

@@ -130,16 +130,9 @@ def _judged(run: RunView) -> Mapping[str, Any] | None:
         found = read_judgement(folder)
     except InputError as error:
         return {"heads": (), "rows": (), "text": str(error)}
-    rows = [
-        [f"{'step ' if isinstance(item.checkpoint, int) else ''}{item.checkpoint} x {item.multiplier:g}",
-         *(_shown(getattr(item, name)) for name in SCORES)]
-        for item in found.scores
-    ]  # fmt: skip
+    rows: list[list[str]] = []
+    for item in found.scores:
+        title = f"{'step ' if isinstance(item.checkpoint, int) else ''}{item.checkpoint} x {item.multiplier:g}"
+        scores: list[Score | None] = [getattr(item, name) for name in SCORES]
+        rows.append([title, *(score.shown(".3g") if score else "" for score in scores)])
     return {"heads": ["checkpoint", *SCORES], "rows": rows, "text": found.suggestion.text}
-
-
-def _shown(score: Score | None) -> str:
-    if score is None:
-        return ""
-    is_known = score.low is not None and score.high is not None
-    return f"{score.value:.3g}" + (f" ({score.low:.3g} to {score.high:.3g})" if is_known else "")
