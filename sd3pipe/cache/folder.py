@@ -46,11 +46,9 @@ class CacheFolder:
         self.unreadable = self.machine / "unreadable"
 
     def segment(self, plan_id: str) -> Path:
-        """Returns where a segment of the plan lies."""
         return self.segments / (plan_id + SUFFIX)
 
     def index(self, digest: str) -> Path:
-        """Returns where an index lies."""
         return self.indexes / (digest + INDEX_SUFFIX)
 
     def create(self) -> None:

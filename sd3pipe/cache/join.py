@@ -77,7 +77,7 @@ def join_pictures(latents: CacheReader, text: CacheReader) -> JoinedPictures:
     ours, theirs = _Table(latents.samples, subsets), _Table(text.samples, subsets)
     _, of_ours, of_theirs = np.intersect1d(ours.ids, theirs.ids, assume_unique=True, return_indices=True)
     for table, joined, where in ((theirs, of_theirs, latents), (ours, of_ours, text)):
-        _refuse_unexplained(table, np.flatnonzero(~_chosen(joined, len(table.ids))), where)
+        _refuse_unexplained(table, np.setdiff1d(np.arange(len(table.ids)), joined), where)
     order = np.argsort(of_ours)
     of_ours, of_theirs = of_ours[order], of_theirs[order]
     first = ours.first[of_ours]
@@ -85,7 +85,7 @@ def join_pictures(latents: CacheReader, text: CacheReader) -> JoinedPictures:
     crops, flips = ours.samples.numbers("crop"), ours.samples.numbers("flip")
     geometry = _first_places(_records(ours.picture_of, heights, widths, crops))
     latent_rows = ours.row_lists(flips, geometry).of_pictures(of_ours)
-    used = _chosen(of_ours, len(ours.first))[ours.picture_of]
+    used = np.isin(ours.picture_of, of_ours)
     splits = ours.samples.strings("split").to_list()
     reasons = {
         f"{entry.get('subset', '')}/{entry.get('name', '')}": entry["reason"]
@@ -156,13 +156,6 @@ def _counted(groups: Numbers) -> Numbers:
     counts = np.empty_like(before)
     counts[order] = before
     return counts
-
-
-def _chosen(places: Numbers, count: int) -> np.ndarray:
-    """Returns for each of `count` places whether it is one of some."""
-    chosen = np.zeros(count, dtype=bool)
-    chosen[places] = True
-    return chosen
 
 
 def _refuse_unexplained(table: _Table, one_sided: Numbers, other: CacheReader) -> None:

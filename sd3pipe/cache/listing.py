@@ -62,8 +62,6 @@ def describe(cache: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unused:
-    """One unused file or folder."""
-
     path: Path
     since: date
     nbytes: int

@@ -62,7 +62,6 @@ class Manifest:
         return {key: entry["reason"] for entry in self.quarantined for key in entry.get("keys", ())}
 
     def to_bytes(self) -> bytes:
-        """Returns the file's content."""
         value = {name: getattr(self, name) for name in _FIELDS} | {"format": FORMAT_VERSION, **self.extra}
         if not self.tags:
             del value["tags"]

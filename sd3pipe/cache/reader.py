@@ -45,7 +45,6 @@ class CacheReader:
 
     @property
     def samples(self) -> Samples:
-        """The samples table."""
         return self.index.samples
 
     @property

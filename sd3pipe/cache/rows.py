@@ -78,7 +78,6 @@ def layout_of(row: Row) -> Layout:
 
 
 def layout_bytes(layout: Layout) -> int:
-    """Returns the size of a row."""
     return sum(tensor_bytes(dtype, shape) for _, dtype, shape in layout)
 
 

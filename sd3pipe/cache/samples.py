@@ -62,7 +62,6 @@ class Strings:
         return self._data[start : int(self._ends[place])].tobytes().decode("utf-8", "surrogateescape")
 
     def to_list(self) -> list[str]:
-        """Returns all texts."""
         if self._codes is None:
             data, ends = self._data.tobytes(), self._ends.tolist()
             return [data[a:b].decode("utf-8", "surrogateescape") for a, b in itertools.pairwise([0, *ends])]

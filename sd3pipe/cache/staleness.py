@@ -120,7 +120,6 @@ class Sources:
         self._unknown = _why_unknown(cache, self._note)
 
     def check(self) -> SourceCheck:
-        """Compares all of it."""
         return self._unknown or _compared(_changes(self._note.files, self._note.folders))
 
     def check_picture(self, name: str, image_hash: str) -> SourceCheck:

@@ -71,8 +71,6 @@ class FillCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Missing:
-    """What a run would have to encode."""
-
     keys: tuple[str, ...]
     nbytes: int  # nominal size of all segments that would be written, copied rows included
     free_bytes: int

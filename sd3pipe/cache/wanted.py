@@ -42,7 +42,6 @@ class Wanted:
 
     @cached_property
     def row_by_key(self) -> dict[str, WantedRow]:
-        """The rows by their keys."""
         return dict(zip(self.keys, self.rows, strict=True))
 
     @property

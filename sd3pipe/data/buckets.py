@@ -32,7 +32,11 @@ def place(width: int, height: int, bucketing: Bucketing) -> Placement:
         resized = _shrunk(width / height, area, step) if width * height > area else (width, height)
         placement = Placement(bucket=(resized[0] - resized[0] % step, resized[1] - resized[1] % step), resized=resized)
     else:
-        placement = _nearest_listed(width, height, bucket_sizes(bucketing))
+        sizes, aspect, bucket = bucket_sizes(bucketing), width / height, (width, height)
+        if bucket not in sizes:  # the nearest aspect ratio, the first of equals
+            bucket = min(sizes, key=lambda size: abs(size[0] / size[1] - aspect))
+        scale = bucket[1] / height if aspect > bucket[0] / bucket[1] else bucket[0] / width  # covers it
+        placement = Placement(bucket=bucket, resized=(int(width * scale + 0.5), int(height * scale + 0.5)))
     if min(placement.bucket) < 1:
         raise UnreadablePicture(
             f"{width} x {height} pixels: a side would be shorter than bucket_reso_steps = "
@@ -62,16 +66,6 @@ def cut_by_limit(size: Size, bucketing: Bucketing) -> bool:
     listed = bucketing.enable_bucket and not bucketing.bucket_no_upscale
     too_small = width * height < _MUCH_SMALLER * bucketing.width * bucketing.height
     return listed and too_small and max(width, height) == bucketing.max_bucket_reso
-
-
-def _nearest_listed(width: int, height: int, sizes: tuple[Size, ...]) -> Placement:
-    """Takes the bucket of the nearest aspect ratio (the first of equals) and covers it."""
-    aspect = width / height
-    bucket = (width, height)
-    if bucket not in sizes:
-        bucket = min(sizes, key=lambda size: abs(size[0] / size[1] - aspect))
-    scale = bucket[1] / height if aspect > bucket[0] / bucket[1] else bucket[0] / width
-    return Placement(bucket=bucket, resized=(int(width * scale + 0.5), int(height * scale + 0.5)))
 
 
 def _shrunk(aspect: float, area: int, step: int) -> Size:

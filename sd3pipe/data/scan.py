@@ -145,12 +145,11 @@ def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True, wi
         masks = mask_files(subset.conditioning_data_dir) if subset.conditioning_data_dir else None
         seen: Counter[str] = Counter()
         for entry in entries:
-            found = _examine(entry, subset, masks, seen, stamps)
-            if isinstance(found, UnreadableFile):
+            found = _examine(entry, subset, masks, cached, seen, stamps)
+            if isinstance(found, Picture):
+                pictures.append(found)
+            else:
                 unreadable.append(found)
-                continue
-            made = cached.get((subset.name, found.image_hash)) if entry.caption is None else None
-            pictures.append(found if made is None else replace(found, caption=made))
     if problems:
         raise InputError("\n".join(problems))
     if not pictures and not unreadable:
@@ -254,9 +253,14 @@ def _tell(pictures: Sequence[Picture], noun: str, what: str) -> None:
 
 
 def _examine(
-    entry: FoundFile, subset: Subset, masks: Mapping[str, Place] | None, seen: Counter[str], stamps: FileStamps
+    entry: FoundFile,
+    subset: Subset,
+    masks: Mapping[str, Place] | None,
+    cached: CachedCaptions,
+    seen: Counter[str],
+    stamps: FileStamps,
 ) -> Picture | UnreadableFile:
-    """Returns the picture behind a file, or why it cannot be used."""
+    """Returns the picture behind a file, or why it cannot be used. Where nobody wrote a caption, a model's counts."""
     known: Mapping[str, Any] = (
         {"unreadable": entry.problem} if entry.problem else entry.known or find_out(entry.place, stamps)
     )
@@ -272,7 +276,9 @@ def _examine(
         return UnreadableFile(
             place=entry.place, name=entry.name, subset=subset.name, image_hash=known.get("hash", ""), reason=problem
         )
-    image_hash = known["hash"]
+    image_hash, caption = known["hash"], entry.caption
+    if caption is None:
+        caption = cached.get((subset.name, image_hash), subset.class_tokens or "")
     seen[image_hash] += 1
     return Picture(
         place=entry.place,
@@ -286,7 +292,7 @@ def _examine(
         height=known["height"],
         has_alpha=known["has_alpha"],
         animated=known["animated"],
-        caption=entry.caption if entry.caption is not None else subset.class_tokens or "",
+        caption=caption,
         caption_path=entry.caption_path,
         caption_hash=entry.caption_hash,
         split="train",

@@ -78,8 +78,6 @@ class Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview:
-    """Everything on the page."""
-
     title: str
     sections: tuple[Section, ...]
     warnings: tuple[str, ...] = ()
