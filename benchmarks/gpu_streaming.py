@@ -36,7 +36,7 @@ from sd3pipe.adapters.kind import LayerSetup
 from sd3pipe.adapters.lora import LoRA
 from sd3pipe.device_memory import peak_device_bytes
 from sd3pipe.errors import ParameterError
-from sd3pipe.memory.packings import block_packing
+from sd3pipe.memory.eight_bit import block_packing
 from sd3pipe.memory.plan import Rates, Settings, Workload, predict
 from sd3pipe.memory.quantise import quantise_as
 from sd3pipe.memory.sizes import ModelSize, image_tokens, model_size

@@ -8,8 +8,8 @@ from sd3pipe.console import readable_bytes
 from sd3pipe.device_memory import usable_device_bytes
 from sd3pipe.errors import DeviceMemoryError
 from sd3pipe.memory.choosing import Freedom, Limits, fitting_settings
+from sd3pipe.memory.eight_bit import block_packing
 from sd3pipe.memory.from_file import WeightsFile
-from sd3pipe.memory.packings import block_packing
 from sd3pipe.memory.plan import Settings, Workload
 from sd3pipe.memory.quantise import Packing, quantise_as
 from sd3pipe.memory.sizes import model_size

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sd3pipe.device_memory import available_memory
-from sd3pipe.memory.quantise import PACKINGS, Fp8Packing, Int8Packing, Nf4Packing, bits_per_weight
+from sd3pipe.memory.quantise import PACKINGS, Packing, bits_per_weight
 from sd3pipe.models.sources import ComponentSource
 from sd3pipe.words import AutoOnOff, PackedFormat
 
 _ROOM = 1.15  # of the weights' bytes
 _ACTIVATION_BYTES = 2 << 30  # what a batch of T5-XXL takes beside the weights
-
-Packing = Fp8Packing | Int8Packing | Nf4Packing
 
 
 def streams_t5(

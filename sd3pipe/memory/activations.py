@@ -49,8 +49,7 @@ class ActivationStore:
 
     def __init__(self, device: torch.device, *, out: CopyStream | None = None, back: CopyStream | None = None) -> None:
         self._device = device
-        self._out: CopyStream = out or copy_stream_to(device)
-        self._back: CopyStream = back or copy_stream_to(device)
+        self._out, self._back = out or copy_stream_to(device), back or copy_stream_to(device)
         self._host = HostMemory(device)
         self._free: dict[int, list[_Transfer]] = defaultdict(list)
         self._leaving: deque[tuple[Tensor, object]] = deque()
@@ -114,7 +113,8 @@ class ActivationStore:
             self._out.wait(event)
 
     def _transfer(self, nbytes: int) -> _Transfer:
-        capacity = _rounded(nbytes)
+        unit = max(1, (1 << (nbytes.bit_length() - 1)) // _SIZE_CLASSES)
+        capacity = -(-nbytes // unit) * unit  # at most an eighth more
         fitting = [size for size, transfers in self._free.items() if transfers and capacity <= size <= 2 * capacity]
         if fitting:
             return self._free[min(fitting)].pop()
@@ -128,23 +128,14 @@ class ActivationStore:
             transfer.returning = None
         self._free[transfer.buffer.numel()].append(transfer)
 
-    def _prefetch(self, offloaded: OffloadedTensor) -> None:
-        """Starts the way back of the two tensors (context and x) that the next block to be recomputed will ask for."""
-        self._waiting = [ref for ref in self._waiting if ref() is not None and ref() is not offloaded]
+    def _unpack(self, saved: Tensor | OffloadedTensor) -> Tensor:
+        """Returns the tensor, and starts the way back of the two (context and x) that the next block will ask for."""
+        if isinstance(saved, Tensor):
+            return saved
+        tensor = self.load(saved)
+        self._waiting = [ref for ref in self._waiting if ref() is not None and ref() is not saved]
         for reference in self._waiting[-2:]:
             waiting = reference()
             if waiting is not None:
                 self.start_back(waiting)
-
-    def _unpack(self, saved: Tensor | OffloadedTensor) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
-        tensor = self.load(saved)
-        self._prefetch(saved)
         return tensor
-
-
-def _rounded(nbytes: int) -> int:
-    """Returns the size of the buffer for so many bytes, at most an eighth more."""
-    unit = max(1, (1 << (nbytes.bit_length() - 1)) // _SIZE_CLASSES)
-    return -(-nbytes // unit) * unit

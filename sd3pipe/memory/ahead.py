@@ -6,7 +6,6 @@ import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Protocol, Self, cast
 
 import torch
@@ -40,9 +39,7 @@ class PendingModulation:
         self._owner.pending = self
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._owner.pending = None
 
 

@@ -3,54 +3,34 @@
 As with CUDA, an event stands for "everything asked for so far is done"; waiting for one never stops the host.
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 
-class CopyStream(Protocol):
-    """Copies in one direction, in order, beside the computation."""
+class CopyStream:
+    """Copies in one direction, in order: here at once, so that nothing is ever pending and events mean nothing."""
 
     def copy(self, target: Tensor, source: Tensor, *after: object) -> object:
         """Copies once all of `after` have happened; returns the event of the copy.
 
         Both tensors have to live until the computation has been made to wait for that event: nothing here keeps them.
         """
-        ...
-
-    def wait(self, event: object) -> None:
-        """Makes the computation that follows wait for a copy's event."""
-        ...
-
-    def finish(self, event: object) -> None:
-        """Makes the host wait for a copy's event. May be called from another thread."""
-        ...
-
-    def record_event(self) -> object:
-        """Returns a event of all computation so far, for a later copy to wait for."""
-        ...
-
-
-class DirectCopyStream:
-    """Copies at once. Nothing is ever pending, so events mean nothing."""
-
-    def copy(self, target: Tensor, source: Tensor, *after: object) -> object:
         target.copy_(source)
         return None
 
     def wait(self, event: object) -> None:
-        return None
+        """Makes the computation that follows wait for a copy's event."""
 
     def finish(self, event: object) -> None:
-        return None
+        """Makes the host wait for a copy's event. May be called from another thread."""
 
     def record_event(self) -> object:
+        """Returns an event of all computation so far, for a later copy to wait for."""
         return None
 
 
-class CudaCopyStream:
-    """Copies on a stream of its own, ordered against the computation by events alone.
+class CudaCopyStream(CopyStream):
+    """Copies on a stream of its own, beside the computation, ordered against it by events alone.
 
     Tensors are not told of the stream (record_stream): torch would then keep the memory of a dropped one until the copy
     is over by the clock, and a host that runs ahead of the device by a whole pass would find none of it free again.
@@ -82,4 +62,4 @@ class CudaCopyStream:
 
 def copy_stream_to(device: torch.device) -> CopyStream:
     """Returns a copy stream for a device."""
-    return CudaCopyStream(device) if device.type == "cuda" else DirectCopyStream()
+    return CudaCopyStream(device) if device.type == "cuda" else CopyStream()

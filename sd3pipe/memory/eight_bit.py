@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sd3pipe.errors import ParameterError
-from sd3pipe.memory.quantise import PackableLinear
+from sd3pipe.memory.plan import Settings
+from sd3pipe.memory.quantise import PACKINGS, PackableLinear, Packing
 from sd3pipe.words import MatmulFormat
 
 _LARGEST: dict[MatmulFormat, float] = {"int8": 127.0, "fp8": 448.0}
@@ -22,7 +23,15 @@ _LARGEST_ROTATION = 128  # the power of two in SD3.5-large's width; 512 would co
 _FEWEST_ROWS = 32  # torch's integer product on CUDA wants more than 16
 
 
-class EightBitProducts:
+def block_packing(settings: Settings, device: torch.device) -> Packing | None:
+    """Returns how the base's blocks are packed; None: not at all. Raises ParameterError for what cannot be had here."""
+    if settings.matmul_dtype is not None:
+        rotated = settings.matmul_dtype == "int8" if settings.matmul_rotation is None else settings.matmul_rotation
+        return EightBitProducts(settings.matmul_dtype, rotated=rotated, device=device)
+    return None if settings.base_format == "dense" else PACKINGS[settings.base_format]()
+
+
+class EightBitProducts(Packing):
     """How a linear layer multiplies in eight bits; the packing of its weight.
 
     Raises ParameterError for a card that is older than such products.

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sd3pipe.memory.host import HostMemory
+
 ALIGNMENT = 256  # bytes; what cudaMalloc promises, and enough for every kernel's widest load
 MODULATION = "adaLN_modulation"  # part of the name of every modulation weight
 
@@ -55,7 +57,7 @@ def flat_layout(parameters: Sequence[tuple[str, Tensor]]) -> FlatLayout:
     for name, parameter in sorted(parameters, key=lambda item: is_modulation(item[0])):
         tensor = FlatTensor(name=name, offset=end, shape=tuple(parameter.shape), dtype=parameter.dtype)
         tensors.append(tensor)
-        end = _aligned(end + tensor.nbytes)
+        end = -(-(end + tensor.nbytes) // ALIGNMENT) * ALIGNMENT
         if not is_modulation(name):
             body_end = end
     return FlatLayout(tensors=tuple(tensors), body_bytes=body_end, total_bytes=end)
@@ -68,13 +70,13 @@ class FlatBlock:
     The parameters stay the same objects for good: only the memory behind them changes.
     """
 
-    def __init__(self, block: nn.Module, buffer: "Tensor | None", *, with_modulation: bool) -> None:
-        self._parameters = dict(streamed_parameters(block, with_modulation=with_modulation))
-        self.layout = flat_layout(list(self._parameters.items()))
-        assert buffer is None or buffer.numel() == self.layout.total_bytes
-        self.host = torch.empty(self.layout.total_bytes, dtype=torch.uint8) if buffer is None else buffer
+    def __init__(self, block: nn.Module, memory: HostMemory, *, with_modulation: bool) -> None:
+        named = [(name, p) for name, p in block.named_parameters() if with_modulation or not is_modulation(name)]
+        self.layout = flat_layout(named)
+        self.host = memory.buffer(self.layout.total_bytes)
         self._host_views = self.layout.views(self.host)
-        self._ordered = [self._parameters[tensor.name] for tensor in self.layout.tensors]
+        parameters = dict(named)
+        self._ordered = [parameters[tensor.name] for tensor in self.layout.tensors]
         for parameter, view in zip(self._ordered, self._host_views, strict=True):
             view.copy_(parameter.data)
             parameter.data = view  # the parameter's former memory is freed here, tensor by tensor
@@ -92,12 +94,3 @@ def bind(parameters: Iterable[nn.Parameter], tensors: Iterable[Tensor]) -> None:
     """Lets parameters, which stay the same objects, read from other memory."""
     for parameter, tensor in zip(parameters, tensors, strict=True):
         parameter.data = tensor
-
-
-def streamed_parameters(block: nn.Module, *, with_modulation: bool) -> list[tuple[str, nn.Parameter]]:
-    """Returns the parameters that travel with a block."""
-    return [(name, p) for name, p in block.named_parameters() if with_modulation or not is_modulation(name)]
-
-
-def _aligned(end: int) -> int:
-    return -(-end // ALIGNMENT) * ALIGNMENT

@@ -64,7 +64,6 @@ class Staging:
     ) -> None:
         self.blocks = dict(blocks)
         self.reads: list[Copy] = []
-        self.read_bytes = 0
         self._file, self._stream = file, stream
         size = max(block.layout.total_bytes for block in blocks.values())
         buffers = [memory.buffer(size) for _ in range(STAGING_BUFFERS)]
@@ -97,22 +96,19 @@ class Staging:
 
     def _start(self, copy: Copy) -> None:
         buffer, copied = self._free.popleft()
-        tensors = [tensor for tensor in self.blocks[copy.block].layout.tensors if _belongs(tensor, copy)]
-        self.reads.append(copy)
-        self.read_bytes += sum(tensor.nbytes for tensor in tensors)
-        futures = [self._pool.submit(self._fill, copy.block, tensor, buffer, copied) for tensor in tensors]
-        self._under_way[copy] = (buffer, futures)
 
-    def _fill(self, block: int, tensor: FlatTensor, buffer: Tensor, copied: object) -> None:
-        self._stream.finish(copied)
-        self._file.read(block, tensor.name, tensor.view(buffer))
+        def fill(tensor: FlatTensor) -> None:
+            self._stream.finish(copied)
+            self._file.read(copy.block, tensor.name, tensor.view(buffer))
+
+        self.reads.append(copy)
+        tensors = self.blocks[copy.block].layout.tensors
+        if copy.part != "whole":
+            tensors = [tensor for tensor in tensors if is_modulation(tensor.name) == (copy.part == "modulation")]
+        self._under_way[copy] = (buffer, [self._pool.submit(fill, tensor) for tensor in tensors])
 
     def _finished(self, copy: Copy) -> Tensor:
         buffer, futures = self._under_way.pop(copy)
         for future in futures:
             future.result()
         return buffer
-
-
-def _belongs(tensor: FlatTensor, copy: Copy) -> bool:
-    return copy.part == "whole" or is_modulation(tensor.name) == (copy.part == "modulation")

@@ -6,8 +6,7 @@ every parameter receives its A gradients in the order of the micro-batches.
 
 # B batch, L tokens, D width, K modulation width, C latent channels, h w latent pixels
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -57,14 +56,16 @@ def run_layer_major(
 ) -> list[Tensor]:
     """Runs forward and backward of all micro-batches and returns their losses, detached.
 
-    `loss` takes a micro-batch's number and its
-    velocity and returns the scalar to differentiate, already divided by A. `select` is called with its number whenever
-    a micro-batch continues, for state such as dropout keys. Gradients are added to `.grad`. Autocast may be on; under
-    DistributedDataParallel, call this in `no_sync()` and average the gradients afterwards.
+    `loss` takes a micro-batch's number and its velocity and returns the scalar to differentiate, already divided by A.
+    `select` is called with its number whenever a micro-batch continues, for state such as dropout keys. Gradients are
+    added to `.grad`. Autocast may be on; under DistributedDataParallel, call this in `no_sync()` and average the
+    gradients afterwards.
     """
-    model = cast(StreamedModel, mmdit)
+    model, kind = cast(StreamedModel, mmdit), streamer.device.type
     depth = len(model.joint_blocks)
-    with _uncached_autocast(streamer.device):
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    # without autocast's cache: a cast made without gradient must not be found again with one
+    with torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
         passages = []
         for number, inputs in enumerate(micro_batches):
             select(number)
@@ -79,7 +80,8 @@ def run_layer_major(
             if any(index in passage.needs for passage in passages):
                 _backward_through(streamer, index, passages, select)
         for passage in passages:
-            _backward_of_embedding(passage)
+            of_streams = zip(passage.embedded, passage.gradients, strict=True)
+            _backward([*of_streams, (passage.condition, passage.condition_leaf.grad)])
     return losses
 
 
@@ -176,30 +178,14 @@ def _backward_through(
             graph = passage.graphs.pop(index, None)
             if graph is None:
                 inputs = [streamer.fetch(tensor) for tensor in passage.kept.pop(index)]
-                streamer.expect(_coming(passages, index))
+                # those of the micro-batches before have been taken
+                coming = (p.kept[block] for block in (index, index - 1) for p in passages if block in p.kept)
+                streamer.expect(next(coming, ()))
                 graph = _graph(block, inputs, passage.needs[index], modulation)
             _backward(zip(graph.outputs, passage.gradients, strict=True))
             passage.gradients = (graph.streams[0].grad, graph.streams[1].grad)
             for vector_BK, leaf_BK in reversed(list(zip(modulation, graph.vectors, strict=True))):
                 _backward([(vector_BK, leaf_BK.grad)])  # x before context, as autograd does by age
-
-
-def _coming(passages: Sequence[_Passage], index: int) -> tuple[Kept, ...]:
-    """Returns the block inputs that are needed next, those of the micro-batches before having been taken."""
-    kept = (passage.kept[block] for block in (index, index - 1) for passage in passages if block in passage.kept)
-    return next(kept, ())
-
-
-def _backward_of_embedding(passage: _Passage) -> None:
-    context_BLD, x_BLD = passage.embedded
-    context_gradient_BLD, x_gradient_BLD = passage.gradients
-    _backward(
-        [
-            (context_BLD, context_gradient_BLD),
-            (x_BLD, x_gradient_BLD),
-            (passage.condition, passage.condition_leaf.grad),
-        ]
-    )
 
 
 def _backward(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> None:
@@ -213,12 +199,3 @@ def _backward(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> None:
 
 def _leaf(tensor: Tensor, needs_gradient: bool) -> Tensor:
     return tensor.detach().requires_grad_(needs_gradient)
-
-
-@contextlib.contextmanager
-def _uncached_autocast(device: torch.device) -> Iterator[None]:
-    """Keeps autocast as it is, but for its cache: a cast made without gradient must not be found again with one."""
-    kind = device.type
-    dtype = torch.get_autocast_dtype(kind)
-    with torch.autocast(kind, dtype=dtype, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
-        yield

@@ -126,7 +126,8 @@ def predict(model: ModelSize, work: Workload, settings: Settings, rates: Rates |
     copied = _copied_bytes(model, settings, streamed, streamed)
     read = _copied_bytes(model, settings, streamed, _file_numbers(settings, streamed))
     repeats = 1 if settings.layer_major else work.accumulation
-    passes = _operations(model, work, settings)
+    tokens = (work.batch, work.image_tokens, work.text_tokens)
+    passes = (model.forward_flop(*tokens), model.backward_flop(*tokens, kept=settings.kept(model.depth)))
     compute, seconds = _seconds(work, settings, passes, (copied, read), rates) if rates else (None, None)
     return Prediction(
         device_parts=_device_parts(model, work, settings, streamed),
@@ -185,14 +186,17 @@ def _device_parts(model: ModelSize, work: Workload, settings: Settings, streamed
     blocks = sum(_part_bytes(block, "whole", settings) for block in resident)
     if settings.modulation == "resident":
         blocks += sum(model.blocks[number].modulation_bytes(settings.dtype_bytes) for number in streamed)
-    inputs = _tokens(model, work, settings).input_bytes
+    part = "whole" if settings.modulation == "stream" else "body"
+    in_slots = [number for ring in _rings(model, streamed) for number in ring[:RING_SLOTS]]
+    packed = settings.base_format != "dense" and settings.matmul_dtype is None
     return {
         "resident blocks": blocks,
-        "ring": sum(sum(_travelling(model, settings, ring)[:RING_SLOTS]) for ring in _rings(model, streamed)),
+        "ring": sum(_part_bytes(model.blocks[number], part, settings) for number in in_slots),
         "outside blocks": model.outside * settings.dtype_bytes,
         **_activation_parts(model, work, settings),
-        "gradients of activations": _GRADIENTS * inputs,
-        "unpacked weights": _unpacked_bytes(model, settings),
+        "gradients of activations": _GRADIENTS * _tokens(model, work, settings).input_bytes,
+        # the largest weight, unpacked for a product; the one before it may not be freed yet
+        "unpacked weights": 2 * 4 * model.width**2 * settings.dtype_bytes if packed else 0,
         "products in 8 bits": _product_bytes(model, work, settings),
         "adapter and optimizer": work.adapter_weights * work.adapter_bytes_per_weight,
         "CUDA": _CUDA_BYTES,
@@ -229,19 +233,12 @@ def _copied_bytes(
     model: ModelSize, settings: Settings, streamed: tuple[int, ...], some: tuple[int, ...]
 ) -> tuple[int, int]:
     """Returns the bytes of `some` blocks that the two passes of a step fetch, once all is under way."""
-    rings = _rings(model, streamed)
-    both = step_copies(rings, modulation=settings.modulation)
-    forward = both[: sum(copy.part != "body" for copy in both)] if settings.modulation == "stream" else []
-    if settings.modulation != "stream":
-        forward = both[: len(both) // 2]  # each pass fetches what the other one left out
+    both = step_copies(_rings(model, streamed), modulation=settings.modulation)
+    forward = len(both) // 2  # each pass fetches what the other one left out
+    if settings.modulation == "stream":
+        forward = sum(copy.part != "body" for copy in both)
     sizes = [_part_bytes(model.blocks[copy.block], copy.part, settings) * (copy.block in some) for copy in both]
-    return sum(sizes[: len(forward)]), sum(sizes[len(forward) :])
-
-
-def _operations(model: ModelSize, work: Workload, settings: Settings) -> tuple[float, float]:
-    """Returns the operations of one forward and one backward pass."""
-    tokens = (work.batch, work.image_tokens, work.text_tokens)
-    return model.forward_flop(*tokens), model.backward_flop(*tokens, kept=settings.kept(model.depth))
+    return sum(sizes[:forward]), sum(sizes[forward:])
 
 
 def _seconds(
@@ -266,11 +263,6 @@ def _rings(model: ModelSize, streamed: tuple[int, ...]) -> list[list[int]]:
     for number in streamed:
         rings.setdefault(model.blocks[number], []).append(number)
     return list(rings.values())
-
-
-def _travelling(model: ModelSize, settings: Settings, ring: list[int]) -> list[int]:
-    part = "whole" if settings.modulation == "stream" else "body"
-    return [_part_bytes(model.blocks[number], part, settings) for number in ring]
 
 
 def _part_bytes(block: BlockSize, part: str, settings: Settings) -> int:
@@ -320,12 +312,6 @@ def _activation_parts(model: ModelSize, work: Workload, settings: Settings) -> d
         "kept activations": of_others,
         "one block computed again": one_block,
     }
-
-
-def _unpacked_bytes(model: ModelSize, settings: Settings) -> int:
-    """The largest weight, unpacked for a product; the one before it may not be freed yet."""
-    packed = settings.base_format != "dense" and settings.matmul_dtype is None
-    return 0 if not packed else 2 * 4 * model.width**2 * settings.dtype_bytes
 
 
 def _product_bytes(model: ModelSize, work: Workload, settings: Settings) -> int:

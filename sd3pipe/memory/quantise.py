@@ -11,7 +11,6 @@ import importlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Protocol, cast
 
 import torch
@@ -39,8 +38,12 @@ class PackableLinear(Protocol):
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor: ...
 
 
-class _UnpackedProducts(ABC):
-    """Products with a weight that is unpacked for each of them."""
+class Packing(ABC):
+    """How a weight is stored, and how products are taken with it: by default it is unpacked for each of them."""
+
+    @abstractmethod
+    def pack(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the packed weight and its scales."""
 
     @abstractmethod
     def dense(self, linear: PackableLinear, dtype: torch.dtype) -> Tensor:
@@ -53,7 +56,14 @@ class _UnpackedProducts(ABC):
         return gradient @ self.dense(linear, gradient.dtype)
 
 
-class Fp8Packing(_UnpackedProducts):
+class _ScaledChannels(Packing):
+    """Eight bits a weight, and one scale for each output channel."""
+
+    def dense(self, linear: PackableLinear, dtype: torch.dtype) -> Tensor:
+        return linear.weight.detach().to(dtype) * linear.weight_scale.to(dtype)[:, None]
+
+
+class Fp8Packing(_ScaledChannels):
     """float8_e4m3fn with one power of two per output channel, so that unpacking to 16 bits rounds nothing."""
 
     def pack(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,29 +71,30 @@ class Fp8Packing(_UnpackedProducts):
         scale_O = torch.exp2(torch.ceil(torch.log2(largest_O / _FP8_LARGEST)))
         return (weight_OI.float() / scale_O[:, None]).to(torch.float8_e4m3fn), scale_O
 
-    def dense(self, linear: PackableLinear, dtype: torch.dtype) -> Tensor:
-        return linear.weight.detach().to(dtype) * linear.weight_scale.to(dtype)[:, None]
 
-
-class Int8Packing(_UnpackedProducts):
+class Int8Packing(_ScaledChannels):
     """Whole numbers from -127 to 127 with one scale per output channel, which bfloat16 holds exactly."""
 
     def pack(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
         largest_O = weight_OI.float().abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
         exact_O = largest_O / _INT8_LARGEST
         scale_O = exact_O.bfloat16().float()
-        scale_O = torch.where(scale_O < exact_O, _next_bfloat16(scale_O), scale_O)
+        next_O = (scale_O.bfloat16().view(torch.int16) + 1).view(torch.bfloat16).float()
+        scale_O = torch.where(scale_O < exact_O, next_O, scale_O)
         return (weight_OI.float() / scale_O[:, None]).round().to(torch.int8), scale_O
 
-    def dense(self, linear: PackableLinear, dtype: torch.dtype) -> Tensor:
-        return linear.weight.detach().to(dtype) * linear.weight_scale.to(dtype)[:, None]
 
-
-class Nf4Packing(_UnpackedProducts):
+class Nf4Packing(Packing):
     """Four-bit NormalFloat in blocks of 64 by bitsandbytes.functional, two weights a byte."""
 
     def __init__(self) -> None:
-        self._functional = _bitsandbytes()
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells about optional CPU kernels otherwise
+        try:
+            self._functional = importlib.import_module("bitsandbytes.functional")
+        except (ImportError, RuntimeError, OSError) as error:
+            raise ParameterError(
+                f"an nf4 base needs bitsandbytes, which does not load here ({error}): use fp8"
+            ) from error
 
     def pack(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
         packed, state = self._functional.quantize_4bit(weight_OI.contiguous(), blocksize=_NF4_BLOCK, quant_type="nf4")
@@ -101,23 +112,7 @@ class Nf4Packing(_UnpackedProducts):
         return self._functional.dequantize_4bit(linear.weight.detach(), state)
 
 
-class Packing(Protocol):
-    """How a weight is stored, and how products are taken with it."""
-
-    def pack(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def dense(self, linear: PackableLinear, dtype: torch.dtype) -> Tensor: ...
-
-    def output(self, x: Tensor, linear: PackableLinear) -> Tensor: ...
-
-    def input_gradient(self, gradient: Tensor, linear: PackableLinear) -> Tensor: ...
-
-
-PACKINGS: dict[PackedFormat, type[Fp8Packing] | type[Int8Packing] | type[Nf4Packing]] = {
-    "fp8": Fp8Packing,
-    "int8": Int8Packing,
-    "nf4": Nf4Packing,
-}
+PACKINGS: dict[PackedFormat, type[Packing]] = {"fp8": Fp8Packing, "int8": Int8Packing, "nf4": Nf4Packing}
 
 
 def quantise(module: nn.Module, format: PackedFormat, *, modulation: bool = False) -> None:
@@ -129,10 +124,14 @@ def quantise(module: nn.Module, format: PackedFormat, *, modulation: bool = Fals
     quantise_as(module, PACKINGS[format](), modulation=modulation)
 
 
+@torch.no_grad()
 def quantise_as(module: nn.Module, packing: Packing, *, modulation: bool = False) -> None:
     """Packs the attention and MLP weights below `module` in a given way."""
     for linear in packable_linears(module, modulation=modulation):
-        _pack(linear, packing)
+        packed, scale = packing.pack(linear.weight.data)
+        linear.weight = nn.Parameter(packed, requires_grad=False)
+        linear.weight_scale = nn.Parameter(scale.float(), requires_grad=False)
+        linear.packing = packing
 
 
 def packable_linears(module: nn.Module, *, modulation: bool = False) -> Iterator[PackableLinear]:
@@ -149,24 +148,3 @@ def bits_per_weight(format: PackedFormat, in_features: int) -> float:
     if format == "nf4":
         return 4 + 32 / _NF4_BLOCK
     return 8 + 32 / in_features
-
-
-@torch.no_grad()
-def _pack(linear: PackableLinear, packing: Packing) -> None:
-    packed, scale = packing.pack(linear.weight.data)
-    linear.weight = nn.Parameter(packed, requires_grad=False)
-    linear.weight_scale = nn.Parameter(scale.float(), requires_grad=False)
-    linear.packing = packing
-
-
-def _next_bfloat16(values: Tensor) -> Tensor:
-    """Returns the next larger bfloat16 of positive values."""
-    return (values.bfloat16().view(torch.int16) + 1).view(torch.bfloat16).float()
-
-
-def _bitsandbytes() -> ModuleType:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells about optional CPU kernels otherwise
-    try:
-        return importlib.import_module("bitsandbytes.functional")
-    except (ImportError, RuntimeError, OSError) as error:
-        raise ParameterError(f"an nf4 base needs bitsandbytes, which does not load here ({error}): use fp8") from error

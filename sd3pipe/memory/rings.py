@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,19 +55,14 @@ class Ring:
     def __init__(self, blocks: dict[int, StreamedBlock], slots: int, device: torch.device) -> None:
         self.blocks = blocks
         self.layout: FlatLayout = next(iter(blocks.values())).layout
-        self.slots = [self._new_slot(device) for _ in range(min(slots, len(blocks)))]
+        self.slots: list[Slot] = []
+        for _ in range(min(slots, len(blocks))):
+            buffer = torch.empty(self.layout.total_bytes, dtype=torch.uint8, device=device)
+            self.slots.append(Slot(buffer=buffer, views=self.layout.views(buffer)))
 
     def find(self, block: int) -> Slot | None:
         """Returns the slot that holds `block`, or whose copy is on its way."""
         return next((slot for slot in self.slots if slot.block == block), None)
-
-    def bytes(self) -> int:
-        """Returns the device memory of the ring."""
-        return sum(slot.buffer.numel() for slot in self.slots)
-
-    def _new_slot(self, device: torch.device) -> Slot:
-        buffer = torch.empty(self.layout.total_bytes, dtype=torch.uint8, device=device)
-        return Slot(buffer=buffer, views=self.layout.views(buffer))
 
 
 class Rings:
@@ -90,7 +85,8 @@ class Rings:
             key = tuple((t.name, t.shape, t.dtype) for t in block.layout.tensors)
             by_layout.setdefault(key, {})[index] = block
         self.rings = [Ring(members, slots, device) for members in by_layout.values()]
-        for slot in (slot for ring in self.rings for slot in ring.slots):
+        self._all_slots = [slot for ring in self.rings for slot in ring.slots]
+        for slot in self._all_slots:
             slot.done = stream.record_event()  # what used this memory before
         self.copies: list[Copy] = []
         self.copied_bytes = 0
@@ -105,7 +101,7 @@ class Rings:
 
     def bytes(self) -> int:
         """Returns the device memory of all slots."""
-        return sum(ring.bytes() for ring in self.rings)
+        return sum(slot.buffer.numel() for slot in self._all_slots)
 
     def acquire(self, use: Use) -> None:
         """Binds a block's parameters to the device, after the copies that this needs."""
@@ -115,8 +111,7 @@ class Rings:
         slot = ring.find(use.block)
         if slot is None or (use.with_modulation and not slot.has_modulation):
             self._bring(ring, use, {use.block})
-            slot = ring.find(use.block)
-        assert slot is not None
+            slot = self._holder(use.block)
         self._stream.wait(slot.ready)  # copies happen in order, so this is the last one
         ring.blocks[use.block].bind(slot.views)
         self._bound = use.block
@@ -125,11 +120,8 @@ class Rings:
         """Gives the bound block's parameters back to the host; its slot may be filled once the work so far is done."""
         if self._bound is None:
             return
-        ring = self._of_block[self._bound]
-        slot = ring.find(self._bound)
-        assert slot is not None
-        slot.done = self._stream.record_event()
-        ring.blocks[self._bound].unbind()
+        self._holder(self._bound).done = self._stream.record_event()
+        self._of_block[self._bound].blocks[self._bound].unbind()
         self._bound = None
 
     @contextlib.contextmanager
@@ -141,10 +133,7 @@ class Rings:
         """
         block = self._bound
         assert block is not None
-        ring = self._of_block[block]
-        slot = ring.find(block)
-        assert slot is not None
-        place = slot.buffer.untyped_storage().data_ptr()
+        place = self._holder(block).buffer.untyped_storage().data_ptr()
 
         def pack(tensor: Tensor) -> "Tensor | _InSlot":
             inside = tensor.untyped_storage().data_ptr() == place and not isinstance(tensor, nn.Parameter)
@@ -154,9 +143,7 @@ class Rings:
             if isinstance(saved, Tensor):
                 return saved
             assert self._bound == block, f"block {block} is differentiated while {self._bound} is on the device"
-            holder = ring.find(block)
-            assert holder is not None
-            return saved.within(holder.buffer)
+            return saved.within(self._holder(block).buffer)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
@@ -164,7 +151,7 @@ class Rings:
     def close(self) -> None:
         """Gives all parameters back; what uses the slots' memory next comes after the copies that are under way."""
         self.release()
-        for slot in (slot for ring in self.rings for slot in ring.slots):
+        for slot in self._all_slots:
             self._stream.wait(slot.ready)
 
     def prefetch(self, upcoming: Iterable[Use]) -> None:
@@ -183,6 +170,12 @@ class Rings:
         if self.staging is not None:
             self.staging.expect(self._reads(later, self.staging))
 
+    def _holder(self, block: int) -> Slot:
+        """Returns the slot of a block that is on the device."""
+        slot = self._of_block[block].find(block)
+        assert slot is not None
+        return slot
+
     def _reads(self, uses: Iterable[Use], staging: Staging) -> Iterator[Copy]:
         """Yields what coming uses need from the file, up to the first one whose block may still be in a slot then."""
         read: set[int] = set()
@@ -200,13 +193,11 @@ class Rings:
             if use.with_modulation and not slot.has_modulation:
                 self._copy(ring, slot, use.block, "modulation")
             return
-        slot = self._free(ring.slots, wanted)
+        needed = {*wanted, self._bound}
+        slot = next((s for s in ring.slots if s.block is None or s.block not in needed), None)
         if slot is not None:
             slot.block, slot.has_modulation = use.block, False
             self._copy(ring, slot, use.block, "whole" if use.with_modulation else "body")
-
-    def _free(self, slots: Sequence[Slot], wanted: set[int]) -> Slot | None:
-        return next((s for s in slots if s.block is None or (s.block != self._bound and s.block not in wanted)), None)
 
     def _copy(self, ring: Ring, slot: Slot, block: int, part: Part) -> None:
         start = ring.layout.body_bytes if part == "modulation" else 0

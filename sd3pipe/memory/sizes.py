@@ -81,13 +81,13 @@ class ModelSize:
 def model_size(shapes: Mapping[str, tuple[int, ...]]) -> ModelSize:
     """Returns the sizes of an MMDiT from its native keys and shapes."""
     numbers = sorted({int(key.split(".")[1]) for key in shapes if key.startswith("joint_blocks.")})
-    outside = sum(_count(s) for key, s in shapes.items() if not key.startswith(("joint_blocks.", "pos_embed")))
+    outside = sum(math.prod(s) for key, s in shapes.items() if not key.startswith(("joint_blocks.", "pos_embed")))
     return ModelSize(
         width=shapes["x_embedder.proj.weight"][0],
         qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in shapes,
         blocks=tuple(_block_size(shapes, number) for number in numbers),
         outside=outside,
-        position_table=_count(shapes["pos_embed"]),
+        position_table=math.prod(shapes["pos_embed"]),
     )
 
 
@@ -114,18 +114,14 @@ def packed_bytes(weights: int, rows: int, dtype_bytes: int, base_format: BaseFor
 def _block_size(shapes: Mapping[str, tuple[int, ...]], number: int) -> BlockSize:
     prefix = f"joint_blocks.{number}."
     block = {key: shape for key, shape in shapes.items() if key.startswith(prefix)}
-    modulation = sum(_count(shape) for key, shape in block.items() if "adaLN_modulation" in key)
+    modulation = sum(math.prod(shape) for key, shape in block.items() if "adaLN_modulation" in key)
     matrices = [s for key, s in block.items() if len(s) == 2 and any(part in key for part in _PACKED_PARTS)]
-    packable = sum(_count(shape) for shape in matrices)
+    packable = sum(map(math.prod, matrices))
     return BlockSize(
         packable=packable,
         packable_rows=sum(shape[0] for shape in matrices),
         modulation=modulation,
-        small=sum(_count(shape) for shape in block.values()) - packable - modulation,
+        small=sum(map(math.prod, block.values())) - packable - modulation,
         dual=f"{prefix}x_block.attn2.qkv.weight" in block,
         pre_only=f"{prefix}context_block.attn.proj.weight" not in block,
     )
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)

@@ -4,7 +4,6 @@
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator
-from types import TracebackType
 from typing import Any, Literal, Self, cast
 
 import torch
@@ -14,7 +13,7 @@ from sd3pipe.errors import ParameterError
 from sd3pipe.memory.activations import ActivationStore, OffloadedTensor
 from sd3pipe.memory.ahead import AheadModulation, PendingModulation, modulation_linears
 from sd3pipe.memory.copy_streams import CopyStream, copy_stream_to
-from sd3pipe.memory.flat import FlatBlock, flat_layout, is_modulation, streamed_parameters
+from sd3pipe.memory.flat import FlatBlock, is_modulation
 from sd3pipe.memory.from_file import FileBlock, Staging, WeightsFile
 from sd3pipe.memory.host import HostMemory
 from sd3pipe.memory.model import Block, Pair, StreamedModel, through_weight
@@ -69,62 +68,51 @@ class BlockStreamer:
         self._blocks = self._model.joint_blocks
         self.streamed = streamed_numbers(blocks_to_swap, len(self._blocks))
         self.host = HostMemory(self.device)
-        self._activations = ActivationStore(self.device) if offload_activations else None
-        self.from_file = _numbers_from_file(self.streamed, file, modulation)
+        self.activations = ActivationStore(self.device) if offload_activations else None
+        self.from_file: tuple[int, ...] = ()
+        if file is not None and file.blocks:
+            if modulation != "stream":
+                raise ParameterError(
+                    f"--modulation {modulation} keeps weights of every block: --host-memory needs stream"
+                )
+            self.from_file = tuple(self.streamed[i] for i in spread_evenly(file.blocks, len(self.streamed)))
         self._flat: dict[int, StreamedBlock] = dict(self._settled_blocks(fill, file))
         self._ahead = AheadModulation(mmdit, self.streamed, self.device) if modulation == "ahead" else None
         move_resident(mmdit, self._flat.keys(), self.device, modulation=modulation)
         stream = stream or copy_stream_to(self.device)
         in_file = {number: block for number, block in self._flat.items() if isinstance(block, FileBlock)}
         staging = Staging(in_file, file, self.host, stream) if file is not None and in_file else None
-        self._rings = Rings(self._flat, slots=slots, device=self.device, stream=stream, staging=staging)
+        self.rings = Rings(self._flat, slots=slots, device=self.device, stream=stream, staging=staging)
         self._backward_to_come: list[Use] = []
         self._model.block_runner = self
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Lets the model run its blocks itself again; streamed weights are back on the host."""
-        self._rings.close()
-        if self._rings.staging is not None:
-            self._rings.staging.close()
+        self.rings.close()
+        if self.rings.staging is not None:
+            self.rings.staging.close()
         if self._ahead is not None:
             self._ahead.close()
-        if self._activations is not None:
-            self._activations.close()
+        if self.activations is not None:
+            self.activations.close()
         self.host.close()
         self._model.block_runner = None
 
     @property
-    def rings(self) -> Rings:
-        """The device slots, with the log of all copies."""
-        return self._rings
-
-    @property
     def copied_bytes(self) -> int:
         """All bytes copied to the device so far."""
-        return self._rings.copied_bytes
+        return self.rings.copied_bytes
 
     @property
     def host_bytes(self) -> int:
         """Host memory of the streamed blocks, but for the buffers into which a file is read."""
         return sum(block.layout.total_bytes for block in self._flat.values() if isinstance(block, FlatBlock))
-
-    @property
-    def offloaded_bytes(self) -> int:
-        """All bytes of activations sent to the host so far."""
-        return 0 if self._activations is None else self._activations.bytes_out
-
-    @property
-    def activation_host_bytes(self) -> int:
-        """Host memory of the buffers for activations."""
-        return 0 if self._activations is None else self._activations.host_bytes
 
     @property
     def prepares_modulation(self) -> bool:
@@ -149,7 +137,7 @@ class BlockStreamer:
 
     def __call__(self, index: int, context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> Pair:
         """Returns context and x after block `index`; this is what the model calls."""
-        leaving = self._activations if self._blocks[index].kept != "all" else None
+        leaving = self.activations if self._blocks[index].kept != "all" else None
         with leaving.saving() if leaving is not None else contextlib.nullcontext():
             if index not in self._flat:
                 return self._model.run_block(index, context_BLD, x_BLD, condition_BD)
@@ -162,11 +150,11 @@ class BlockStreamer:
         For loops that drive the blocks themselves, such as memory.layer_major.
         """
         if use.block in self._flat:
-            self._acquire(use, direction)
+            self.acquire(use, direction)
         with self._weights_found_again(use.block):
             yield self._blocks[use.block]
         if use.block in self._flat:
-            self._rings.release()
+            self.rings.release()
             if direction == "turning":
                 self._backward_to_come.append(use)
 
@@ -189,28 +177,24 @@ class BlockStreamer:
 
     def keep(self, tensor: Tensor) -> Tensor | OffloadedTensor:
         """Puts a block's input away until `fetch`: on the host, where activations are offloaded."""
-        return tensor if self._activations is None else self._activations.put_away(tensor)
+        return tensor if self.activations is None else self.activations.put_away(tensor)
 
     def expect(self, kept: Iterable[Tensor | OffloadedTensor]) -> None:
         """Starts the way back of block inputs that `fetch` will be asked for next."""
         for item in kept:
-            if self._activations is not None and isinstance(item, OffloadedTensor):
-                self._activations.start_back(item)
+            if self.activations is not None and isinstance(item, OffloadedTensor):
+                self.activations.start_back(item)
 
     def fetch(self, kept: Tensor | OffloadedTensor) -> Tensor:
         """Returns what `keep` took."""
-        if self._activations is None or isinstance(kept, Tensor):
+        if self.activations is None or isinstance(kept, Tensor):
             assert isinstance(kept, Tensor)
             return kept
-        return self._activations.load(kept)
-
-    def enter_backward(self, use: Use) -> None:
-        """Brings a block's weights in for its recomputation; the block before it in this direction is done."""
-        self._acquire(use, "backward")
+        return self.activations.load(kept)
 
     def _run_streamed(self, index: int, context_BLD: Tensor, x_BLD: Tensor, condition_BD: Tensor) -> Pair:
         block = self._blocks[index]
-        self._acquire(Use(index, self.modulation == "stream"), "turning" if torch.is_grad_enabled() else "forward")
+        self.acquire(Use(index, self.modulation == "stream"), "turning" if torch.is_grad_enabled() else "forward")
         if not torch.is_grad_enabled():
             result = block(context_BLD, x_BLD, *self.modulation_of(index, condition_BD))
         else:
@@ -224,22 +208,23 @@ class BlockStreamer:
                 use = Use(index, modulation_again)
                 self._backward_to_come.append(use)
                 result = cast(Pair, _Turn.apply(self, use, *result))
-        self._rings.release()
+        self.rings.release()
         return result
 
     def _weights_found_again(self, index: int) -> contextlib.AbstractContextManager[None]:
         """Returns what lets a streamed block that is not computed again be differentiated when its weights are back."""
         streamed = index in self._flat and torch.is_grad_enabled() and self._blocks[index].kept == "all"
-        return self._rings.found_again() if streamed else contextlib.nullcontext()
+        return self.rings.found_again() if streamed else contextlib.nullcontext()
 
-    def _acquire(self, use: Use, direction: Direction) -> None:
+    def acquire(self, use: Use, direction: Direction) -> None:
+        """Brings a block's weights in, and starts the copies that follow; the block before it is done."""
         if direction == "backward":
             if use in self._backward_to_come:
                 self._backward_to_come.remove(use)
         elif use.block == self.streamed[0]:
             self._backward_to_come.clear()  # what is left of a graph that was dropped without a backward pass
-        self._rings.acquire(use)
-        self._rings.prefetch(self._upcoming(use, direction))
+        self.rings.acquire(use)
+        self.rings.prefetch(self._upcoming(use, direction))
 
     def _upcoming(self, use: Use, direction: Direction) -> Iterator[Use]:
         """Yields the uses that come next; a guess, which costs a copy where it is wrong and nothing else."""
@@ -257,23 +242,16 @@ class BlockStreamer:
     def _settled_blocks(
         self, fill: Callable[[int], None] | None, file: WeightsFile | None
     ) -> Iterator[tuple[int, StreamedBlock]]:
-        for index in range(len(self._blocks)):
+        for index, block in enumerate(cast(Iterable[nn.Module], self._blocks)):
             if file is not None and index in self.from_file:
-                yield index, FileBlock(cast(nn.Module, self._blocks[index]), file.dtype)
+                yield index, FileBlock(block, file.dtype)
                 continue
             if fill is not None:
                 fill(index)
             if index in self.streamed:
-                yield index, self._settle(index)
+                yield index, FlatBlock(block, self.host, with_modulation=self.modulation == "stream")
             else:
-                cast(nn.Module, self._blocks[index]).to(self.device)
-
-    def _settle(self, index: int) -> FlatBlock:
-        """Moves a block's weights into its flat host buffer."""
-        block = cast(nn.Module, self._blocks[index])
-        with_modulation = self.modulation == "stream"
-        layout = flat_layout(streamed_parameters(block, with_modulation=with_modulation))
-        return FlatBlock(block, self.host.buffer(layout.total_bytes), with_modulation=with_modulation)
+                block.to(self.device)
 
 
 class _Turn(torch.autograd.Function):
@@ -290,7 +268,7 @@ class _Turn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, Tensor | None, Tensor | None]:
-        ctx.streamer.enter_backward(ctx.use)
+        ctx.streamer.acquire(ctx.use, "backward")
         context_grad_BLD, x_grad_BLD = grads
         return None, None, context_grad_BLD, x_grad_BLD
 
@@ -302,16 +280,6 @@ def streamed_numbers(blocks_to_swap: int, depth: int) -> tuple[int, ...]:
     return spread_evenly(blocks_to_swap, depth)
 
 
-def _numbers_from_file(
-    streamed: tuple[int, ...], file: WeightsFile | None, modulation: ModulationMode
-) -> tuple[int, ...]:
-    if file is None or not file.blocks:
-        return ()
-    if modulation != "stream":
-        raise ParameterError(f"--modulation {modulation} keeps weights of every block: --host-memory needs stream")
-    return tuple(streamed[number] for number in spread_evenly(file.blocks, len(streamed)))
-
-
 def move_resident(
     mmdit: nn.Module, streamed: Collection[int], device: torch.device, *, modulation: ModulationMode
 ) -> None:
@@ -321,7 +289,7 @@ def move_resident(
     """
     prefixes = tuple(f"joint_blocks.{index}." for index in streamed)
     for name, parameter in mmdit.named_parameters():
-        streams = name.startswith(prefixes) if prefixes else False
+        streams = name.startswith(prefixes)
         if not streams or (modulation == "resident" and is_modulation(name)):
             parameter.data = parameter.data.to(device)
         elif modulation == "ahead" and is_modulation(name):

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sd3pipe.memory.eight_bit import block_packing
 from sd3pipe.memory.host import HostMemory
-from sd3pipe.memory.packings import block_packing
 from sd3pipe.memory.plan import Rates, Settings, Workload
 from sd3pipe.memory.quantise import quantise_as
 from sd3pipe.memory.sizes import model_size

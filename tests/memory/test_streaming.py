@@ -108,11 +108,11 @@ def test_every_block_s_streams_leave_and_their_buffers_are_used_again():
     with BlockStreamer(model, blocks_to_swap=DEPTH, device="cpu", offload_activations=True) as streamer:
         velocity = model(**inputs)
         streams = DEPTH * 2 * (10 + 16) * model.architecture.width * 4
-        assert streamer.offloaded_bytes == streams
+        assert streamer.activations.bytes_out == streams
         velocity.sum().backward()
         model(**inputs).sum().backward()
-        assert streamer.offloaded_bytes == 2 * streams
-        assert streamer.activation_host_bytes == streams  # the second step uses the first one's buffers
+        assert streamer.activations.bytes_out == 2 * streams
+        assert streamer.activations.host_bytes == streams  # the second step uses the first one's buffers
 
 
 @pytest.mark.parametrize("count", [8, pytest.param(7, marks=pytest.mark.slow)])
