@@ -85,14 +85,14 @@ MUTATIONS = {
     ),
     "pooled L and G swapped": Mutation(
         file="models/conditioning.py",
-        old="return context_BLD.to(device), pooled_BP.to(device)",
-        new='return context_BLD.to(device), pooled_BP.roll(rows[0]["pooled_g"].shape[0], dims=1).to(device)',
+        old="return context_BLD, pooled_BP",
+        new='return context_BLD, pooled_BP.roll(rows[0]["pooled_g"].shape[0], dims=1)',
         tests=("tests/models/test_conditioning.py",),
     ),
     "T5 before the CLIPs": Mutation(
         file="models/conditioning.py",
-        old="return context_BLD.to(device), pooled_BP.to(device)",
-        new="return context_BLD.roll(t5_length, dims=1).to(device), pooled_BP.to(device)",
+        old="return context_BLD, pooled_BP",
+        new="return context_BLD.roll(t5_length, dims=1), pooled_BP",
         tests=("tests/models/test_conditioning.py",),
     ),
     "second attention with 64 heads instead of heads of 64": Mutation(

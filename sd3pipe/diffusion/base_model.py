@@ -1,7 +1,5 @@
 """The frozen base in its final places: on the device, in flat host buffers, packed or not, each byte read once."""
 
-from collections.abc import Callable
-
 import torch
 
 from sd3pipe.console import readable_bytes
@@ -11,7 +9,7 @@ from sd3pipe.memory.choosing import Freedom, Limits, fitting_settings
 from sd3pipe.memory.eight_bit import block_packing
 from sd3pipe.memory.from_file import WeightsFile
 from sd3pipe.memory.plan import Settings, Workload
-from sd3pipe.memory.quantise import Packing, quantise_as
+from sd3pipe.memory.quantise import quantise_as
 from sd3pipe.memory.sizes import model_size
 from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.models.architecture import MMDiTArchitecture, mmdit_architecture
@@ -48,6 +46,17 @@ def load_base(
     def read(index: int, name: str, destination: torch.Tensor) -> None:
         reader.read_into(source.tensors[f"joint_blocks.{index}.{name}"], destination)
 
+    packing = block_packing(settings, device)
+
+    def fill(index: int) -> None:
+        """Reads one block, and packs it, where that is quickest: on the device."""
+        prefix, block = f"joint_blocks.{index}.", mmdit.joint_blocks[index]
+        keys = [key for key in source.tensors if key.startswith(prefix)]
+        tensors = read_tensors(source.tensors, dtype=dtype, device="cpu", keys=keys)
+        block.load_state_dict({key.removeprefix(prefix): tensors.pop(key) for key in keys}, strict=True, assign=True)
+        if packing is not None:
+            quantise_as(block.to(device), packing)
+
     streamer = BlockStreamer(
         mmdit,
         blocks_to_swap=settings.blocks_to_swap,
@@ -55,7 +64,7 @@ def load_base(
         modulation=settings.modulation,
         offload_activations=settings.activation_offload,
         file=WeightsFile(blocks=settings.file_blocks, dtype=dtype, read=read) if settings.file_blocks else None,
-        fill=_filler(mmdit, source, dtype, device, block_packing(settings, device)),
+        fill=fill,
     )
     mmdit.keep_activations(settings.kept(architecture.depth))
     return mmdit.requires_grad_(False), streamer
@@ -76,37 +85,10 @@ def fewest_to_sample(architecture: MMDiTArchitecture, *, tokens: int, dtype: tor
 
     A step with the prompt and without it in one batch takes no more than a training step without kept block inputs.
     """
-    work = Workload(image_tokens=tokens, batch=2)
-    wanted = Settings(activation_offload=True, dtype_bytes=dtype.itemsize)
-    found = fitting_settings(
-        model_size(architecture.shapes()),
-        work,
-        wanted,
-        Limits(device_bytes=device_bytes),
-        freedom=Freedom(modes=("stream",)),
-    )
+    model, work = model_size(architecture.shapes()), Workload(image_tokens=tokens, batch=2)
+    wanted, limits = Settings(activation_offload=True, dtype_bytes=dtype.itemsize), Limits(device_bytes=device_bytes)
+    found = fitting_settings(model, work, wanted, limits, freedom=Freedom(modes=("stream",)))
     if found is None:
         free = readable_bytes(device_bytes)
         raise DeviceMemoryError(f"{free} of free device memory are too little to draw in: draw smaller pictures")
     return found[0].blocks_to_swap
-
-
-def _filler(
-    mmdit: MMDiT,
-    source: ComponentSource,
-    dtype: torch.dtype,
-    device: torch.device,
-    packing: Packing | None,
-) -> Callable[[int], None]:
-    """Returns the function that reads one block, and packs it, where that is quickest: on the device."""
-
-    def fill(index: int) -> None:
-        prefix = f"joint_blocks.{index}."
-        block = mmdit.joint_blocks[index]
-        keys = [key for key in source.tensors if key.startswith(prefix)]
-        tensors = read_tensors(source.tensors, dtype=dtype, device="cpu", keys=keys)
-        block.load_state_dict({key.removeprefix(prefix): tensors.pop(key) for key in keys}, strict=True, assign=True)
-        if packing is not None:
-            quantise_as(block.to(device), packing)
-
-    return fill

@@ -132,7 +132,10 @@ def read_prompts(where: str | Path) -> list[SamplePrompt]:
             f"{where} holds {reader.manifest.kind}, not prompts: fill one with `sd3pipe encode-text --sample-prompts`"
         )
     columns = reader.samples.to_columns(reader.keys)
-    conditions = {key: _condition(reader, key) for key in {*columns["key"], *columns["negative_key"]}}
+    conditions: dict[str, TextCondition] = {}
+    for key in {*columns["key"], *columns["negative_key"]}:
+        context_BLD, pooled_BP = assemble_conditioning([row_to_torch(reader.row(key))])
+        conditions[key] = TextCondition(context=context_BLD, pooled=pooled_BP)
     return [
         SamplePrompt(
             name=checked(columns["name"][number], _NAME, f"{where}: name of a prompt"),
@@ -146,8 +149,3 @@ def read_prompts(where: str | Path) -> list[SamplePrompt]:
         )
         for number in range(len(reader.samples))
     ]
-
-
-def _condition(reader: CacheReader, key: str) -> TextCondition:
-    context_BLD, pooled_BP = assemble_conditioning([row_to_torch(reader.row(key))])
-    return TextCondition(context=context_BLD, pooled=pooled_BP)

@@ -64,10 +64,6 @@ class TextCondition:
     context: Tensor
     pooled: Tensor
 
-    def expand(self, batch: int) -> "TextCondition":
-        """Returns the condition of one prompt for a batch of pictures."""
-        return TextCondition(context=self.context.expand(batch, -1, -1), pooled=self.pooled.expand(batch, -1))
-
     def to(self, device: torch.device, dtype: torch.dtype) -> "TextCondition":
         """Returns the condition on a device, in the number format that the model computes in."""
         return TextCondition(context=self.context.to(device, dtype), pooled=self.pooled.to(device, dtype))
@@ -115,7 +111,11 @@ def sample_latents(
     """
     if mmdit.training:
         raise AssertionError("samples are drawn in eval mode")
-    _check(mmdit, negative, settings)
+    if settings.scale > 1 and negative is None:
+        raise AssertionError("guidance needs a negative prompt, at least the empty one")
+    depth = mmdit.architecture.depth
+    if settings.skip_layers is not None and (missing := [b for b in settings.skip_layers.blocks if b >= depth]):
+        raise ParameterError(f"blocks {missing} cannot be skipped: the model has blocks 0 to {depth - 1}")
     latents_BChw = noise_BChw.float()
     sigmas = sampling_sigmas(settings.steps, settings.shift)
     for step, (sigma, following) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)):
@@ -166,16 +166,8 @@ def _velocities(
     if len({text.context.shape[1] for text in texts}) > 1:
         return [_velocities(mmdit, latents_BChw, sigma, (text,), skip_blocks)[0] for text in texts]
     batch, repeated = latents_BChw.shape[0], latents_BChw.repeat(len(texts), 1, 1, 1)
-    context_BLD = torch.cat([text.expand(batch).context for text in texts])
-    pooled_BP = torch.cat([text.expand(batch).pooled for text in texts])
+    context_BLD = torch.cat([text.context.expand(batch, -1, -1) for text in texts])
+    pooled_BP = torch.cat([text.pooled.expand(batch, -1) for text in texts])
     timesteps_B = torch.full((len(repeated),), sigma * NUM_TIMESTEPS, device=repeated.device)
     velocity_BChw = mmdit(repeated, timesteps_B, context_BLD, pooled_BP, skip_blocks=skip_blocks)
     return list(velocity_BChw.float().chunk(len(texts)))
-
-
-def _check(mmdit: MMDiT, negative: TextCondition | None, settings: SamplingSettings) -> None:
-    if settings.scale > 1 and negative is None:
-        raise AssertionError("guidance needs a negative prompt, at least the empty one")
-    depth = mmdit.architecture.depth
-    if settings.skip_layers is not None and (missing := [b for b in settings.skip_layers.blocks if b >= depth]):
-        raise ParameterError(f"blocks {missing} cannot be skipped: the model has blocks 0 to {depth - 1}")

@@ -105,7 +105,8 @@ def detect_mmdit(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTArchitecture:
     Raises InputError where keys are missing, in excess, or of another shape than the rest implies.
     """
     patches = _shape(shapes, "x_embedder.proj.weight", axes=4)
-    blocks = {int(key.split(".")[1]) for key in shapes if _is_block_key(key)}
+    split = (key.split(".") for key in shapes if key.startswith("joint_blocks."))
+    blocks = {int(parts[1]) for parts in split if len(parts) > 2 and parts[1].isdecimal()}
     width, depth = patches[0], len(blocks)
     if blocks != set(range(depth)) or width != HEAD_WIDTH * depth or not depth:
         raise InputError(
@@ -124,11 +125,6 @@ def detect_mmdit(shapes: Mapping[str, tuple[int, ...]]) -> MMDiTArchitecture:
     )
     compare_shapes("the MMDiT", architecture.shapes(), shapes)
     return architecture
-
-
-def _is_block_key(key: str) -> bool:
-    parts = key.split(".")
-    return parts[0] == "joint_blocks" and len(parts) > 2 and parts[1].isdecimal()
 
 
 def _shape(shapes: Mapping[str, tuple[int, ...]], key: str, *, axes: int) -> tuple[int, ...]:

@@ -16,7 +16,6 @@ def assemble_conditioning(
     *,
     keep_BE: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Returns context_BLD and pooled_BP of text rows (clip_l, clip_g, t5xxl, pooled_l, pooled_g).
 
@@ -44,4 +43,4 @@ def assemble_conditioning(
             pooled_BP[number, row["pooled_l"].shape[0] :] = row["pooled_g"]
         if keeps_t5:
             context_BLD[number, clip_length : clip_length + row["t5xxl"].shape[0]] = row["t5xxl"]
-    return context_BLD.to(device), pooled_BP.to(device)
+    return context_BLD, pooled_BP

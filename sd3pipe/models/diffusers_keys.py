@@ -8,6 +8,7 @@ Source: diffusers' SD3Transformer2DModel and AutoencoderKL; values checked again
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from sd3pipe.models.layouts import Component
 from sd3pipe.models.shapes import count_numbered
 
 
@@ -91,16 +92,12 @@ def vae_modules(levels: int, blocks: int) -> dict[str, DiffusersModules]:
     return {native: DiffusersModules((theirs,)) for native, theirs in names.items()}
 
 
-def mmdit_modules_of(names: Collection[str]) -> dict[str, DiffusersModules]:
-    """Returns the module map for an MMDiT whose diffusers tensor names are given."""
-    return mmdit_modules(count_numbered(names, "transformer_blocks."))
-
-
-def vae_modules_of(names: Collection[str]) -> dict[str, DiffusersModules]:
-    """Returns the module map for a VAE whose diffusers tensor names are given."""
-    return vae_modules(
-        count_numbered(names, "encoder.down_blocks."), count_numbered(names, "encoder.down_blocks.0.resnets.")
-    )
+def modules_of(component: Component, names: Collection[str]) -> dict[str, DiffusersModules]:
+    """Returns the module map for the MMDiT or VAE whose diffusers tensor names are given."""
+    if component == "mmdit":
+        return mmdit_modules(count_numbered(names, "transformer_blocks."))
+    levels, blocks = (count_numbered(names, f"encoder.down_blocks.{inner}") for inner in ("", "0.resnets."))
+    return vae_modules(levels, blocks)
 
 
 def diffusers_names(native_key: str, modules: ModuleMap) -> DiffusersModules | None:

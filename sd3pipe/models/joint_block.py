@@ -82,15 +82,12 @@ class JointBlock(nn.Module):
         return recomputed(self, *inputs, keep_attention=True)
 
     def _has_backward(self, inputs: tuple[Tensor, ...]) -> bool:
-        return torch.is_grad_enabled() and (any(t.requires_grad for t in inputs) or self._is_trained())
-
-    def _is_trained(self) -> bool:
+        """Whether inputs or adapters want a gradient."""
+        if not torch.is_grad_enabled() or any(t.requires_grad for t in inputs):
+            return torch.is_grad_enabled()
         adapters = (module.adapter for module in self.modules() if isinstance(module, Linear))
-        return any(
-            not isinstance(a, nn.Module) or any(parameter.requires_grad for parameter in a.parameters())
-            for a in adapters
-            if a is not None
-        )
+        attached = (a for a in adapters if a is not None)
+        return any(not isinstance(a, nn.Module) or any(p.requires_grad for p in a.parameters()) for a in attached)
 
 
 class BlockSide(nn.Module):

@@ -78,14 +78,13 @@ class Linear(nn.Module):
     def base(self, x: Tensor) -> Tensor:
         """Returns x W^T + b for the base weight alone."""
         if self.packing is not None:
-            return cast(Tensor, _PackedProduct.apply(_in_autocast_dtype(x), self))
+            kind = x.device.type
+            x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+            return cast(Tensor, _PackedProduct.apply(x, self))
         return functional.linear(x, self.weight.flatten(1), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) if self.adapter is None else self.adapter(x, self)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}"
 
 
 class PatchProjection(Linear):
@@ -122,12 +121,6 @@ class _PackedProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
         (grad,) = grads
         return ctx.linear.packing.input_gradient(grad, ctx.linear), None
-
-
-def _in_autocast_dtype(x: Tensor) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type):
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
 
 
 def _frozen(shape: tuple[int, ...], device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:

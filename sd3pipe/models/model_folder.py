@@ -25,25 +25,20 @@ _LONGEST_NAME = 255  # bytes that a file system takes
 _INDEX = TypeAdapter(dict[str, object])
 
 
-def folder_tensors(component: Component, fetch: Fetch, subfolder: str) -> dict[str, StoredTensor] | None:
-    """Returns a component's tensors by diffusers name, None if the folder has no weights for it.
+def folder_tensors(component: Component, fetch: Fetch) -> dict[str, StoredTensor] | None:
+    """Returns a component's tensors by diffusers name, None if its folder, from which `fetch` takes files, has none.
 
     Full precision comes before fp16 where a folder has both. Raises InputError for damaged files.
     """
     stem = "diffusion_pytorch_model" if component in ("mmdit", "vae") else "model"
     for variant in ("", ".fp16"):
-        index = fetch(_joined(subfolder, f"{stem}.safetensors.index{variant}.json"))
+        index = fetch(f"{stem}.safetensors.index{variant}.json")
         if index is not None:
-            return _sharded_tensors(index, lambda name: fetch(_joined(subfolder, name)))
-        file = fetch(_joined(subfolder, f"{stem}{variant}.safetensors"))
+            return _sharded_tensors(index, fetch)
+        file = fetch(f"{stem}{variant}.safetensors")
         if file is not None:
             return read_header(file)
     return None
-
-
-def local_fetch(folder: Path) -> Fetch:
-    """Returns the function that finds files of a folder on the disk."""
-    return lambda name: folder / name if (folder / name).is_file() else None
 
 
 def missing_in_folder(folder: Path, component: Component) -> InputError:
@@ -93,10 +88,6 @@ def _weight_map(index: Path) -> Iterator[tuple[str, str]]:
         if len(shard.encode("utf-8", "surrogateescape")) > _LONGEST_NAME:
             raise InputError(f"{index}: names a file with a name too long for one: {ascii(shard)[:80]}")
         yield name, shard
-
-
-def _joined(subfolder: str, name: str) -> str:
-    return f"{subfolder}/{name}" if subfolder else name
 
 
 def _files(folder: Path, suffixes: set[str]) -> list[str]:

@@ -5,6 +5,7 @@ the compiler is at work, which knows them, and to keeping more than the inputs.
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,12 +38,9 @@ def recomputed(function: Callable[..., Any], *inputs: Tensor, keep_attention: bo
     # nothing in a block draws from torch's generators: dropout goes by counters
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if keep_attention:
-        return checkpoint(function, *inputs, **options, context_fn=_attention_contexts)
+        contexts = functools.partial(create_selective_checkpoint_contexts, list(ATTENTION_OPERATORS))
+        return checkpoint(function, *inputs, **options, context_fn=contexts)
     return checkpoint(function, *inputs, **options) if torch.compiler.is_compiling() else _recomputed(function, *inputs)
-
-
-def _attention_contexts() -> Any:
-    return create_selective_checkpoint_contexts(list(ATTENTION_OPERATORS))
 
 
 def _recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
@@ -101,12 +99,10 @@ class _Passage:
                 raise _Recomputed
             return self._tensors[number]
 
+        saved = zip(self._node.saved_tensors, self._node.need_gradients, strict=True)
+        inputs = [tensor.detach().requires_grad_(needs_gradient) for tensor, needs_gradient in saved]
         with self._as_before(), saved_tensors_hooks(keep, _unasked), contextlib.suppress(_Recomputed):
-            self._function(*self._inputs())
-
-    def _inputs(self) -> Iterator[Tensor]:
-        for tensor, needs_gradient in zip(self._node.saved_tensors, self._node.need_gradients, strict=True):
-            yield tensor.detach().requires_grad_(needs_gradient)
+            self._function(*inputs)
 
     @contextlib.contextmanager
     def _as_before(self) -> Iterator[None]:

@@ -11,21 +11,20 @@ from pathlib import Path
 
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
-from sd3pipe.models.diffusers_keys import mmdit_modules_of, native_names, vae_modules_of
+from sd3pipe.models.diffusers_keys import modules_of, native_names
 from sd3pipe.models.fp8_scales import FP8_DTYPES, take_scales
 from sd3pipe.models.hub import HubRepository, is_hub_id
 from sd3pipe.models.layouts import (
     OPTIONS,
     TITLES,
     Component,
-    Part,
     canonical_text_names,
     components_in,
     find_part,
     foreign_kind,
     names_of_part,
 )
-from sd3pipe.models.model_folder import SUBFOLDERS, folder_tensors, local_fetch, missing_in_folder
+from sd3pipe.models.model_folder import SUBFOLDERS, folder_tensors, missing_in_folder
 from sd3pipe.tensors.entry import ByteRange, TensorEntry
 from sd3pipe.tensors.hash import hash_tensors
 from sd3pipe.tensors.header import StoredTensor, exists, read_header
@@ -86,24 +85,19 @@ def find_component(component: Component, *, model: str | Path | None, file: Path
 
 def _in_path(component: Component, path: Path, *, is_model: bool) -> ComponentSource:
     if not exists(path) or not path.is_dir():
-        _refuse_shard(path)
+        if _SHARD.search(path.name) and exists(path):  # only the folder tells the whole
+            raise InputError(f"{path}: is one file of several: pass their folder, {path.parent}")
         return _component(component, read_header(path), str(path), is_model=is_model)
-    subfolder = SUBFOLDERS[component] if (path / SUBFOLDERS[component]).is_dir() else ""
-    tensors = folder_tensors(component, local_fetch(path), subfolder)
+    folder = path / SUBFOLDERS[component] if (path / SUBFOLDERS[component]).is_dir() else path
+    tensors = folder_tensors(component, lambda name: folder / name if (folder / name).is_file() else None)
     if tensors is None:
         raise missing_in_folder(path, component)
-    return _component(component, tensors, str(path / subfolder), is_model=is_model)
-
-
-def _refuse_shard(path: Path) -> None:
-    """Raises InputError for a part of a sharded component: only the folder tells the whole."""
-    if _SHARD.search(path.name) and exists(path):
-        raise InputError(f"{path}: is one file of several: pass their folder, {path.parent}")
+    return _component(component, tensors, str(folder), is_model=is_model)
 
 
 def _in_hub(component: Component, repository: HubRepository) -> ComponentSource:
     subfolder = SUBFOLDERS[component]
-    tensors = folder_tensors(component, repository.fetch, subfolder)
+    tensors = folder_tensors(component, lambda name: repository.fetch(f"{subfolder}/{name}"))
     if tensors is not None:
         return _component(component, tensors, f"{repository.repo}/{subfolder} on the hub", is_model=True)
     if repository.unreachable:
@@ -126,32 +120,25 @@ def _component(
         raise _not_in_file(component, stored, where, is_model=is_model)
     named = {name: stored[full_name] for name, full_name in names_of_part(stored, part).items()}
     weights, scales = take_scales(named, where)
-    entries = _entries(part, weights, scales, where)
-    _check_numbers(entries, where)
-    _check_not_exchanged(component, entries, where)
-    return ComponentSource(component=component, where=where, tensors=entries)
-
-
-def _entries(
-    part: Part, weights: Mapping[str, StoredTensor], scales: Mapping[str, StoredTensor], where: str
-) -> dict[str, TensorEntry]:
-    if part.component in ("mmdit", "vae") and part.naming == "diffusers":
+    if component in ("mmdit", "vae") and part.naming == "diffusers":
         if scales:
             raise InputError(f"{where}: scaled fp8 in diffusers' names is not supported: pass the bf16 or fp16 weights")
-        return _entries_from_diffusers(part.component, weights, where)
-    is_text = part.component not in ("mmdit", "vae")
-    names = canonical_text_names(weights.keys(), part.component) if is_text else {name: name for name in weights}
-    return {
-        key: replace(weights[name].entry, scale=scales[name].entry if name in scales else None)
-        for key, name in names.items()
-    }
+        entries = _entries_from_diffusers(component, weights, where)
+    else:
+        is_text = component not in ("mmdit", "vae")
+        names = canonical_text_names(weights.keys(), component) if is_text else {name: name for name in weights}
+        entries = {
+            key: replace(weights[name].entry, scale=scales[name].entry if name in scales else None)
+            for key, name in names.items()
+        }
+    _check_entries(component, entries, where)
+    return ComponentSource(component=component, where=where, tensors=entries)
 
 
 def _entries_from_diffusers(
     component: Component, stored: Mapping[str, StoredTensor], where: str
 ) -> dict[str, TensorEntry]:
-    modules = (mmdit_modules_of if component == "mmdit" else vae_modules_of)(stored.keys())
-    natives = native_names(stored.keys(), modules)
+    natives = native_names(stored.keys(), modules_of(component, stored.keys()))
     used = {name for found in natives.values() for name in found.names}
     if missing := sorted(used - stored.keys()):
         raise InputError(f"{where}: {missing[0]} is missing: download the folder again")
@@ -160,7 +147,11 @@ def _entries_from_diffusers(
     entries = {}
     for key, found in natives.items():
         entry = _joined([stored[name] for name in found.names], where)
-        entries[key] = _halves_swapped(entry, where) if found.halves_swapped else _unsqueezed(key, entry)
+        if found.halves_swapped:
+            entry = _halves_swapped(entry, where)
+        elif ".attn_1." in key and len(entry.shape) == 2:  # the VAE's attention natively has 1 x 1 convolutions
+            entry = replace(entry, shape=(*entry.shape, 1, 1))
+        entries[key] = entry
     return entries
 
 
@@ -184,24 +175,14 @@ def _halves_swapped(entry: TensorEntry, where: str) -> TensorEntry:
     return replace(entry, ranges=ranges)
 
 
-def _unsqueezed(key: str, entry: TensorEntry) -> TensorEntry:
-    """Returns the VAE's attention matrices as the 1 x 1 convolutions that they natively are."""
-    if ".attn_1." not in key or len(entry.shape) != 2:
-        return entry
-    return replace(entry, shape=(*entry.shape, 1, 1))
-
-
-def _check_numbers(entries: Mapping[str, TensorEntry], where: str) -> None:
+def _check_entries(component: Component, entries: Mapping[str, TensorEntry], where: str) -> None:
+    """Raises InputError for numbers of no known format, and for one published CLIP given as the other."""
     for key, entry in entries.items():
         if entry.dtype not in _FLOATS:
             raise InputError(
                 f"{where}: {key} is stored as {entry.dtype}, so it is quantised in a way that is not understood: "
                 "pass the bf16, fp16 or fp8 file"
             )
-
-
-def _check_not_exchanged(component: Component, entries: Mapping[str, TensorEntry], where: str) -> None:
-    """Raises InputError if the published CLIP-L was given as CLIP-G or the other way round."""
     embedding = entries.get(_TOKEN_EMBEDDING)
     found = _CLIP_WIDTHS.get(embedding.shape[-1]) if embedding is not None and embedding.shape else None
     if found is not None and found != component:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -63,13 +62,15 @@ class ClipEncoder:
     def encode(self, batch: TokenBatch, *, masked: bool) -> tuple[Tensor, Tensor]:
         """Returns the states before the last layer, unnormed, [B, L, D], and the pooled vectors [B, P]."""
         ids_BL = torch.from_numpy(batch.ids).to(self.device)
-        mask = _causal_and_padding_mask(batch.mask, self._dtype).to(self.device) if masked else None
+        mask = None
+        if masked:
+            # spelled out even where nothing is padded: a batch without padding would otherwise take another kernel,
+            # and a row's bits would depend on its neighbours
+            length = batch.mask.shape[1]
+            future_LL = torch.ones(length, length, dtype=torch.bool).triu(1)
+            mask = _added_to_scores(future_LL | _padding(batch), next(self._model.parameters()).dtype).to(self.device)
         output = self._model(input_ids=ids_BL, attention_mask=mask, output_hidden_states=True)
         return output.hidden_states[-2], output.text_embeds
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self._model.parameters()).dtype
 
 
 class T5Encoder:
@@ -109,7 +110,7 @@ class T5Encoder:
         self._embedding = outside["shared.weight"]  # stays on the CPU: only the rows of the texts' tokens move
         norm = {"weight": outside["encoder.final_layer_norm.weight"].to(self.device)}
         self._final_norm = _filled(lambda: T5LayerNorm(architecture.width, eps=1e-6), norm)
-        self._resident = None if streamed else [self._place(self._read(i)) for i in range(architecture.depth)]
+        self._resident = [] if streamed else [self._place(self._read(i)) for i in range(architecture.depth)]
 
     @torch.no_grad()
     def encode(
@@ -119,39 +120,28 @@ class T5Encoder:
 
         `advance` is told the number of rows after each block that a batch has passed.
         """
-        hidden = [self._embed(batch) for batch in batches]
+        ids = (torch.from_numpy(batch.ids) for batch in batches)
+        hidden = [functional.embedding(ids_BL, self._embedding).to(self.device) for ids_BL in ids]
         bias: dict[int, Tensor] = {}
         with ThreadPoolExecutor(1) as reader:
             ahead = self._start_reading(reader, 0)
             for index in range(self.architecture.depth):
-                block = self._block(index, ahead)
+                block = self._place(ahead.result()) if ahead is not None else self._resident[index]
                 ahead = self._start_reading(reader, index + 1)
                 if index == 0:
                     bias = {length: _position_bias(block, length) for length in {x.shape[1] for x in hidden}}
                 for number, batch in enumerate(batches):
-                    hidden[number] = self._run(block, hidden[number], bias, batch.mask if masked else None)
+                    bias_BHLL = bias[hidden[number].shape[1]]
+                    if masked:
+                        bias_BHLL = bias_BHLL + _added_to_scores(_padding(batch), self._dtype).to(self.device)
+                    hidden[number] = block(hidden[number], position_bias=bias_BHLL)[0]
                     advance(len(batch.ids))
         return [self._final_norm(x_BLD) for x_BLD in hidden]
 
-    def _embed(self, batch: TokenBatch) -> Tensor:
-        return functional.embedding(torch.from_numpy(batch.ids), self._embedding).to(self.device)
-
-    def _run(self, block: nn.Module, hidden_BLD: Tensor, bias: dict[int, Tensor], mask: np.ndarray | None) -> Tensor:
-        bias_BHLL = bias[hidden_BLD.shape[1]]
-        if mask is not None:
-            bias_BHLL = bias_BHLL + _padding_mask(mask, self._dtype).to(self.device)
-        return block(hidden_BLD, position_bias=bias_BHLL)[0]
-
     def _start_reading(self, reader: ThreadPoolExecutor, index: int) -> Future[dict[str, Tensor]] | None:
-        if self._resident is not None or index == self.architecture.depth:
+        if self._resident or index == self.architecture.depth:
             return None
         return reader.submit(self._read, index)
-
-    def _block(self, index: int, ahead: Future[dict[str, Tensor]] | None) -> nn.Module:
-        if self._resident is not None:
-            return self._resident[index]
-        assert ahead is not None
-        return self._place(ahead.result())
 
     def _read(self, index: int) -> dict[str, Tensor]:
         """Reads one block's tensors under the block's own names."""
@@ -184,19 +174,11 @@ def _position_bias(block: nn.Module, length: int) -> Tensor:
     return attention.compute_bias(length, length, device=attention.relative_attention_bias.weight.device)
 
 
-def _padding_mask(mask_BL: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """Returns what is added to attention scores, [B, 1, 1, L]: the type's minimum at padding, else 0."""
-    blocked_BL = torch.from_numpy(mask_BL == 0)
-    return torch.zeros(mask_BL.shape, dtype=dtype).masked_fill_(blocked_BL, torch.finfo(dtype).min)[:, None, None, :]
+def _padding(batch: TokenBatch) -> Tensor:
+    """Returns where a batch is padded, [B, 1, 1, L]."""
+    return torch.from_numpy(batch.mask == 0)[:, None, None, :]
 
 
-def _causal_and_padding_mask(mask_BL: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """Returns what is added to CLIP's attention scores, [B, 1, L, L].
-
-    It is spelled out even where nothing is padded: a batch without padding would otherwise take another kernel, and a
-    row's bits would depend on its neighbours.
-    """
-    length = mask_BL.shape[1]
-    future_LL = torch.ones(length, length, dtype=torch.bool).triu(1)
-    blocked = future_LL[None, None] | torch.from_numpy(mask_BL == 0)[:, None, None, :]
+def _added_to_scores(blocked: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns what is added to attention scores: the type's minimum where they are blocked, else 0."""
     return torch.zeros(blocked.shape, dtype=dtype).masked_fill_(blocked, torch.finfo(dtype).min)

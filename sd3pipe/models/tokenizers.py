@@ -57,10 +57,6 @@ class TextTokenizer:
         """Returns each text's ids, with start and end tokens, of whatever length."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
 
-    def cut(self, ids: Sequence[int], max_length: int) -> list[int]:
-        """Returns at most `max_length` ids, the last of which is the end token."""
-        return list(ids) if len(ids) <= max_length else [*ids[: max_length - 1], self.end_id]
-
     def pad(self, ids: Sequence[Sequence[int]], length: int) -> TokenBatch:
         """Pads rows of at most `length` ids to `length`."""
         padded = numpy.full((len(ids), length), self.pad_id, dtype=numpy.int64)
@@ -92,8 +88,8 @@ class TokenizedTexts:
 
 def tokenize_texts(tokenizer: TextTokenizer, texts: Sequence[str], *, max_length: int, pad_to: int) -> TokenizedTexts:
     """Returns the ids of texts, each cut to `max_length` and meant to be padded to `pad_to` or to its own length."""
-    whole = tokenizer.encode(texts)
-    ids = [tokenizer.cut(numbers, max_length) for numbers in whole]
+    whole, end = tokenizer.encode(texts), tokenizer.end_id
+    ids = [numbers if len(numbers) <= max_length else [*numbers[: max_length - 1], end] for numbers in whole]
     return TokenizedTexts(
         tokenizer=tokenizer,
         ids=ids,

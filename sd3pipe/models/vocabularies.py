@@ -62,7 +62,10 @@ def vocabulary_identity(folder: Path, kind: VocabularyKind, stamps: FileStamps |
     files = _files(folder, kind)
     if stamps is None or not files:
         return _identity(_read(folder, kind))
-    anchor, what = files[-1], "vocabulary " + " ".join(_stamp(file) for file in files)
+    stats = [(file.name, file.stat()) for file in files]
+    anchor, what = files[-1], "vocabulary"
+    for name, stat in stats:
+        what += f" {name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
     known = stamps.recall(anchor, what)
     if is_hash(known):
         return known
@@ -125,11 +128,6 @@ def _files(folder: Path, kind: VocabularyKind) -> tuple[Path, ...]:
     if kind == "clip" and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return (folder / "vocab.json", folder / "merges.txt")
     return (folder / "tokenizer.json",) if (folder / "tokenizer.json").is_file() else ()
-
-
-def _stamp(file: Path) -> str:
-    stat = file.stat()
-    return f"{file.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
 
 
 def _read(folder: Path, kind: VocabularyKind) -> ClipVocabulary | T5Vocabulary:
