@@ -80,8 +80,8 @@ assert tilted > untilted
         edits=(
             (
                 "training/optimizers.py",
-                '    "adam": OptimizerClass',
-                '    "rprop": OptimizerClass(path="torch.optim.Rprop"),\n    "adam": OptimizerClass',
+                '    "adam": "torch.optim.Adam",\n',
+                '    "adam": "torch.optim.Adam",\n    "rprop": "torch.optim.Rprop",\n',
             ),
         ),
         most_files=1,

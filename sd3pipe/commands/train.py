@@ -18,6 +18,7 @@ from sd3pipe.diffusion.precision import BASE_DTYPES, resolve_precision
 from sd3pipe.errors import ParameterError, StaleError, StorageError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import lock_file
+from sd3pipe.memory.sizes import CLIP_TOKENS
 from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import find_component
 from sd3pipe.params.train import TrainParams, idle_options
@@ -26,7 +27,7 @@ from sd3pipe.training.belonging import misfits
 from sd3pipe.training.checkpoints import set_aside_later
 from sd3pipe.training.compiling import compilations
 from sd3pipe.training.loop import Loop
-from sd3pipe.training.memory_plan import CLIP_TOKENS, MemoryPlan, run_memory
+from sd3pipe.training.memory_plan import MemoryPlan, run_memory
 from sd3pipe.training.optimizers import check_optimizer
 from sd3pipe.training.processes import Processes, join_processes
 from sd3pipe.training.records import forget_after, subset_figures

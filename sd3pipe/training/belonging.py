@@ -1,5 +1,6 @@
 """What a run is given that does not belong together, in the user's words: no error, for some mean it."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from sd3pipe.cache.reader import CacheReader
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.layouts import TITLES
-from sd3pipe.models.sources import ComponentSource, find_component
+from sd3pipe.models.sources import find_component
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.training_data import TrainingData
 
@@ -17,7 +18,10 @@ _HASH_DIGITS = 12
 
 def misfits(params: TrainParams, data: TrainingData, stamps: FileStamps) -> Iterator[str]:
     """Yields a sentence for each pair that does not fit, with both sides named."""
-    vae, latents = _own_vae(params), data.latents.manifest.fingerprints.get("vae")
+    vae, latents = None, data.latents.manifest.fingerprints.get("vae")
+    if params.vae is not None or Path(params.model).expanduser().exists():  # nothing is fetched to find one
+        with contextlib.suppress(InputError):
+            vae = find_component("vae", model=params.model, file=params.vae)
     if vae is not None and latents is not None:
         own = vae.fingerprint(stamps)
         if own != latents:
@@ -28,16 +32,6 @@ def misfits(params: TrainParams, data: TrainingData, stamps: FileStamps) -> Iter
     if params.prompts is not None and params.prompts.exists():
         text, prompts = data.text.manifest, CacheReader(params.prompts).manifest
         yield from _other_text(f"{params.text}", text, f"{params.prompts}", prompts)
-
-
-def _own_vae(params: TrainParams) -> ComponentSource | None:
-    """Returns the VAE that the user named or that lies in the model; nothing is fetched to find one."""
-    if params.vae is None and not Path(params.model).expanduser().exists():
-        return None
-    try:
-        return find_component("vae", model=params.model, file=params.vae)
-    except InputError:
-        return None
 
 
 def _other_text(where: str, text: Manifest, other_where: str, prompts: Manifest) -> Iterator[str]:

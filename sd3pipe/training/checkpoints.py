@@ -138,25 +138,24 @@ def prune(run: Path, newest: Checkpoint, rules: SavingRules, *, keep_steps: Sequ
             state = read_state(path / STATE_FILE)
         except InputError:
             continue  # a torn checkpoint is left for the user to look at
-        if not _keeps_adapter(rules, state, newest.state) and state["step"] not in keep_steps:
+        recent = _is_recent(state, newest.state, rules.save_last_n_steps, rules.save_last_n_epochs)
+        if not recent and state["step"] not in keep_steps:
             remove_folder(path)
         elif not _keeps_optimizer(rules, state, newest.state, age):
             _drop_optimizer(path, state)
 
 
-def _keeps_adapter(rules: SavingRules, state: State, newest: State) -> bool:
-    if rules.save_last_n_steps is not None and state["step"] < newest["step"] - rules.save_last_n_steps:
-        return False
-    epochs = rules.save_last_n_epochs
-    return epochs is None or state["position"][0] > newest["position"][0] - epochs
-
-
 def _keeps_optimizer(rules: SavingRules, state: State, newest: State, age: int) -> bool:
-    if rules.save_last_n_steps_state is not None:
-        return state["step"] >= newest["step"] - rules.save_last_n_steps_state
-    if rules.save_last_n_epochs_state is not None:
-        return state["position"][0] > newest["position"][0] - rules.save_last_n_epochs_state
-    return age < _KEPT_STATES
+    steps, epochs = rules.save_last_n_steps_state, rules.save_last_n_epochs_state
+    if steps is None and epochs is None:
+        return age < _KEPT_STATES
+    return _is_recent(state, newest, steps, None if steps is not None else epochs)
+
+
+def _is_recent(state: State, newest: State, steps: int | None, epochs: int | None) -> bool:
+    """Returns whether a state is at most so many steps older than the newest, and fewer epochs."""
+    in_steps = steps is None or state["step"] >= newest["step"] - steps
+    return in_steps and (epochs is None or state["position"][0] > newest["position"][0] - epochs)
 
 
 def _drop_optimizer(path: Path, state: State) -> None:

@@ -1,5 +1,6 @@
 """Chooses how the base is kept before it is loaded: measures the card, asks the cost model, says what to expect."""
 
+import functools
 import logging
 import sys
 from collections.abc import Iterable, Sequence
@@ -31,7 +32,6 @@ from sd3pipe.training.rates import measure_rates, measure_reading
 
 log = logging.getLogger(__name__)
 
-CLIP_TOKENS = 77
 _SHARE_OF_HOST = 0.5  # for training on the CPU; the rest is for rows, samples and other programs
 _HOST_ADVICE = "stream fewer blocks, pack the base (--base-dtype int8, then nf4) or free some"
 
@@ -147,14 +147,16 @@ def plan_memory(
     rates = None
     if device.type == "cuda":
         free = usable_device_bytes(device)  # before anything of ours lies there
-        with memory_errors(lambda: _no_room_for_one_block(work)):
+        smaller = "a smaller train_batch_size or a lower" if work.batch > 1 else "a lower"
+        way_out = f"not even one block runs at this size of picture: choose {smaller} resolution, or free the card"
+        with memory_errors(lambda: way_out):
             rates = measure_rates(architecture, work, wanted, device=device, dtype=dtype)
         torch.cuda.empty_cache()
         if freedom.blocks or freedom.kept:
-            plan = choose(architecture, work, wanted, freedom, device_bytes=free, host_limit=limit, rates=rates)
+            chosen = functools.partial(choose, architecture, work, wanted, freedom, device_bytes=free, host_limit=limit)
+            plan = chosen(rates=rates)
             if plan.settings.file_blocks and files:
-                rates = replace(rates, read_bytes_per_second=measure_reading(files))
-                plan = choose(architecture, work, wanted, freedom, device_bytes=free, host_limit=limit, rates=rates)
+                plan = chosen(rates=replace(rates, read_bytes_per_second=measure_reading(files)))
             return plan
     elif host is not None and (freedom.kept or host_bound is not None):
         wanted = _chosen_on_the_host(architecture, work, wanted, freedom, host=host, host_bound=host_bound)
@@ -232,8 +234,3 @@ def _chosen_on_the_host(
     if host_bound is None:
         return wanted
     raise DeviceMemoryError(f"{readable_bytes(host_bound)} of host memory hold too few of the blocks: {_HOST_ADVICE}")
-
-
-def _no_room_for_one_block(work: Workload) -> str:
-    smaller = "a smaller train_batch_size or a lower" if work.batch > 1 else "a lower"
-    return f"not even one block runs at this size of picture: choose {smaller} resolution, or free the card"

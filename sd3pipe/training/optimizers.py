@@ -7,7 +7,6 @@ import inspect
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -19,51 +18,46 @@ from sd3pipe.errors import InputError, ParameterError
 
 log = logging.getLogger(__name__)
 
-
 ParameterGroups = Sequence[dict[str, Any]]  # params and lr, as torch's optimizers take them
 Args = Mapping[str, object]  # values of Python literals
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerClass:
-    """Where an optimizer's class lies, and the arguments that its short name stands for."""
-
-    path: str
-    args: Args = field(default_factory=dict)
-
-
-_NAMES = {
-    "adamw": OptimizerClass(path="torch.optim.AdamW"),
-    "adam": OptimizerClass(path="torch.optim.Adam"),
-    "muon": OptimizerClass(path="torch.optim.Muon", args={"adjust_lr_fn": "match_rms_adamw"}),  # AdamW's rates hold
-    "adafactor": OptimizerClass(path="sd3pipe.training.adafactor.Adafactor"),
-    "sgdnesterov": OptimizerClass(path="torch.optim.SGD", args={"momentum": 0.9, "nesterov": True}),
-    "adamw8bit": OptimizerClass(path="bitsandbytes.optim.AdamW8bit"),
-    "pagedadamw": OptimizerClass(path="bitsandbytes.optim.PagedAdamW"),
-    "pagedadamw8bit": OptimizerClass(path="bitsandbytes.optim.PagedAdamW8bit"),
-    "pagedadamw32bit": OptimizerClass(path="bitsandbytes.optim.PagedAdamW32bit"),
-    "lion": OptimizerClass(path="bitsandbytes.optim.Lion"),
-    "lion8bit": OptimizerClass(path="bitsandbytes.optim.Lion8bit"),
-    "pagedlion8bit": OptimizerClass(path="bitsandbytes.optim.PagedLion8bit"),
-    "ademamix8bit": OptimizerClass(path="bitsandbytes.optim.AdEMAMix8bit"),
-    "sgdnesterov8bit": OptimizerClass(path="bitsandbytes.optim.SGD8bit", args={"momentum": 0.9, "nesterov": True}),
-    "came": OptimizerClass(path="came_pytorch.CAME"),
-    "prodigy": OptimizerClass(path="prodigyopt.Prodigy"),
-    "prodigyplusschedulefree": OptimizerClass(
-        path="prodigyplus.ProdigyPlusScheduleFree",
-        args={"split_groups": False},  # one step is estimated for all
-    ),
-    "adamwschedulefree": OptimizerClass(path="schedulefree.AdamWScheduleFree"),
-    "radamschedulefree": OptimizerClass(path="schedulefree.RAdamScheduleFree"),
-    "sgdschedulefree": OptimizerClass(path="schedulefree.SGDScheduleFree"),
-    "dadaptation": OptimizerClass(path="dadaptation.experimental.DAdaptAdamPreprint"),
-    "dadaptadampreprint": OptimizerClass(path="dadaptation.experimental.DAdaptAdamPreprint"),
-    "dadaptadagrad": OptimizerClass(path="dadaptation.DAdaptAdaGrad"),
-    "dadaptadam": OptimizerClass(path="dadaptation.DAdaptAdam"),
-    "dadaptadan": OptimizerClass(path="dadaptation.DAdaptAdan"),
-    "dadaptadanip": OptimizerClass(path="dadaptation.experimental.DAdaptAdanIP"),
-    "dadaptlion": OptimizerClass(path="dadaptation.DAdaptLion"),
-    "dadaptsgd": OptimizerClass(path="dadaptation.DAdaptSGD"),
+_CLASSES = {
+    "adamw": "torch.optim.AdamW",
+    "adam": "torch.optim.Adam",
+    "muon": "torch.optim.Muon",
+    "adafactor": "sd3pipe.training.adafactor.Adafactor",
+    "sgdnesterov": "torch.optim.SGD",
+    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
+    "pagedadamw": "bitsandbytes.optim.PagedAdamW",
+    "pagedadamw8bit": "bitsandbytes.optim.PagedAdamW8bit",
+    "pagedadamw32bit": "bitsandbytes.optim.PagedAdamW32bit",
+    "lion": "bitsandbytes.optim.Lion",
+    "lion8bit": "bitsandbytes.optim.Lion8bit",
+    "pagedlion8bit": "bitsandbytes.optim.PagedLion8bit",
+    "ademamix8bit": "bitsandbytes.optim.AdEMAMix8bit",
+    "sgdnesterov8bit": "bitsandbytes.optim.SGD8bit",
+    "came": "came_pytorch.CAME",
+    "prodigy": "prodigyopt.Prodigy",
+    "prodigyplusschedulefree": "prodigyplus.ProdigyPlusScheduleFree",
+    "adamwschedulefree": "schedulefree.AdamWScheduleFree",
+    "radamschedulefree": "schedulefree.RAdamScheduleFree",
+    "sgdschedulefree": "schedulefree.SGDScheduleFree",
+    "dadaptation": "dadaptation.experimental.DAdaptAdamPreprint",
+    "dadaptadampreprint": "dadaptation.experimental.DAdaptAdamPreprint",
+    "dadaptadagrad": "dadaptation.DAdaptAdaGrad",
+    "dadaptadam": "dadaptation.DAdaptAdam",
+    "dadaptadan": "dadaptation.DAdaptAdan",
+    "dadaptadanip": "dadaptation.experimental.DAdaptAdanIP",
+    "dadaptlion": "dadaptation.DAdaptLion",
+    "dadaptsgd": "dadaptation.DAdaptSGD",
+}
+_NESTEROV: Args = {"momentum": 0.9, "nesterov": True}
+_SHORT_FOR: dict[str, Args] = {  # arguments that a short name stands for
+    "muon": {"adjust_lr_fn": "match_rms_adamw"},  # AdamW's rates hold
+    "sgdnesterov": _NESTEROV,
+    "sgdnesterov8bit": _NESTEROV,
+    "prodigyplusschedulefree": {"split_groups": False},  # one step is estimated for all
 }
 _IN_EXTRA = ("came_pytorch", "prodigyopt", "prodigyplus", "schedulefree")  # pip install sd3pipe[optimizers]
 _NEAR_ONE = 0.1
@@ -90,7 +84,14 @@ _leave_compiler_out()  # what is compiled are the blocks of the model, never a s
 
 def make_optimizer(name: str, groups: ParameterGroups, args: Args) -> Optimizer:
     """Returns the optimizer for `name`: a short name, a class of torch.optim, or any dotted class path."""
-    _check_rates(name, groups)
+    rates = {group["lr"] for group in groups}
+    if name.lower().startswith(_ESTIMATE_THEIR_RATE):
+        if len(rates) > 1:
+            raise ParameterError(
+                f"optimizer_type = {name} estimates one step for all: leave out lr_rules and loraplus_lr_ratio"
+            )
+        if max(rates) < _NEAR_ONE:
+            log.warning("learning_rate = %g: %s estimates the step itself, so set it near 1", *rates, name)
     if args.get("relative_step"):
         log.warning("learning_rate, lr_scheduler and lr_rules have no effect: relative_step=True sets the steps itself")
     optimizer = _construct(name, groups, args)
@@ -100,8 +101,8 @@ def make_optimizer(name: str, groups: ParameterGroups, args: Args) -> Optimizer:
 
 def check_optimizer(name: str) -> None:
     """Raises ParameterError for an optimizer that is not there. A known one is not imported: bitsandbytes takes 4 s."""
-    known = _NAMES.get(name.lower())
-    if known is None or importlib.util.find_spec(known.path.partition(".")[0]) is None:
+    known = _CLASSES.get(name.lower())
+    if known is None or importlib.util.find_spec(known.partition(".")[0]) is None:
         _find(name)
 
 
@@ -111,7 +112,7 @@ def check_optimizer_args(name: str, args: Args) -> None:
 
 
 def _construct(name: str, groups: ParameterGroups, args: Args) -> Optimizer:
-    optimizer_class, defaults = _find(name)
+    optimizer_class, defaults = _find(name), _SHORT_FOR.get(name.lower(), {})
     _check_args(name, optimizer_class, args)
     if not args.get("differentiable"):
         _leave_compiler_out_of_step(optimizer_class)
@@ -143,9 +144,8 @@ def parse_args(option: str, args: Sequence[str]) -> dict[str, object]:
     return parsed
 
 
-def _find(name: str) -> tuple[type[Optimizer], Args]:
-    known = _NAMES.get(name.lower())
-    path = known.path if known else name if "." in name else f"torch.optim.{name}"
+def _find(name: str) -> type[Optimizer]:
+    path = _CLASSES.get(name.lower()) or (name if "." in name else f"torch.optim.{name}")
     module_name, _, class_name = path.rpartition(".")
     try:
         optimizer_class = getattr(importlib.import_module(module_name), class_name)
@@ -161,9 +161,9 @@ def _find(name: str) -> tuple[type[Optimizer], Args]:
     if not isinstance(optimizer_class, type) or not issubclass(optimizer_class, Optimizer):
         raise ParameterError(
             f"optimizer_type = {name}: unknown: use a class of torch.optim, a dotted class path, or one of "
-            + ", ".join(sorted(_NAMES))
+            + ", ".join(sorted(_CLASSES))
         )
-    return optimizer_class, known.args if known else {}
+    return optimizer_class
 
 
 def _check_args(name: str, optimizer_class: type[Optimizer], args: Args) -> None:
@@ -188,19 +188,6 @@ def _fast_kernels(optimizer_class: type[Optimizer], groups: ParameterGroups, arg
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     fused = "fused" in inspect.signature(optimizer_class).parameters and devices <= {"cuda", "cpu"}
     return {"fused": True} if fused else {}
-
-
-def _check_rates(name: str, groups: ParameterGroups) -> None:
-    """Optimizers that estimate their step take one learning rate, near 1."""
-    if not name.lower().startswith(_ESTIMATE_THEIR_RATE):
-        return
-    rates = {group["lr"] for group in groups}
-    if len(rates) > 1:
-        raise ParameterError(
-            f"optimizer_type = {name} estimates one step for all: leave out lr_rules and loraplus_lr_ratio"
-        )
-    if max(rates) < _NEAR_ONE:
-        log.warning("learning_rate = %g: %s estimates the step itself, so set it near 1", *rates, name)
 
 
 def export_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> tuple[dict[str, Tensor], dict[str, JsonValue]]:

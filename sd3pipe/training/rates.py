@@ -30,16 +30,26 @@ def measure_rates(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Rates:
-    """Returns the copy bandwidth and the operations per second of one block's forward pass at the size of the run.
+    """Returns the copy bandwidth, and the operations per second of the middle block's forward pass, random weights.
 
     Of `settings`, those count by which the block's products are taken in eight bits.
     """
+    block = JointBlock(architecture, architecture.depth // 2, device, dtype)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    products = block_packing(settings, device) if settings.matmul_dtype is not None else None
+    if products is not None:
+        quantise_as(block, products)
+    width = architecture.width
+    context = torch.randn(work.batch, work.text_tokens, width, device=device, dtype=dtype)
+    x = torch.randn(work.batch, work.image_tokens, width, device=device, dtype=dtype)
+    with torch.no_grad():
+        modulation = block.modulation(torch.randn(work.batch, width, device=device, dtype=dtype))
+        seconds = _seconds(lambda: block(context, x, *modulation), device)
     model = model_size(architecture.shapes())
     one_block = model.forward_flop(work.batch, work.image_tokens, work.text_tokens) / model.depth
-    return Rates(
-        flop_per_second=one_block / _block_seconds(architecture, work, settings, dtype, device),
-        copy_bytes_per_second=COPY_BYTES / copy_seconds(device),
-    )
+    copies = COPY_BYTES / copy_seconds(device)
+    return Rates(flop_per_second=one_block / seconds, copy_bytes_per_second=copies)
 
 
 def measure_reading(files: Sequence[Path]) -> float:
@@ -55,26 +65,6 @@ def measure_reading(files: Sequence[Path]) -> float:
         while done < count and (read := file.readinto(piece)):
             done += read
     return max(1, done) / max(1e-9, time.perf_counter() - start)
-
-
-def _block_seconds(
-    architecture: MMDiTArchitecture, work: Workload, settings: Settings, dtype: torch.dtype, device: torch.device
-) -> float:
-    """Returns the seconds of the middle block's body, with random weights."""
-    index = architecture.depth // 2
-    block = JointBlock(architecture, index, device, dtype)
-    for parameter in block.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    if settings.matmul_dtype is not None:
-        products = block_packing(settings, device)
-        assert products is not None
-        quantise_as(block, products)
-    width = architecture.width
-    context = torch.randn(work.batch, work.text_tokens, width, device=device, dtype=dtype)
-    x = torch.randn(work.batch, work.image_tokens, width, device=device, dtype=dtype)
-    with torch.no_grad():
-        modulation = block.modulation(torch.randn(work.batch, width, device=device, dtype=dtype))
-        return _seconds(lambda: block(context, x, *modulation), device)
 
 
 def copy_seconds(device: torch.device) -> float:

@@ -122,7 +122,11 @@ def choose_start(
     `auto` goes on from the newest whole checkpoint of an equal run, any other run gives way; with `never` each does;
     a path goes on from that checkpoint or raises StaleError with what differs.
     """
-    _check_allowed(allow_changes, identity)
+    unknown = [key for key in allow_changes if key not in identity]
+    if unknown:
+        raise ParameterError(
+            f"--allow-changes {','.join(unknown)}: no part of a run's identity; its parts are {', '.join(identity)}"
+        )
     if resume == "never":
         return _afresh(run, "--resume never")
     if resume != "auto":
@@ -189,14 +193,6 @@ def _start_from(place: Path, run: Path, identity: Identity, allow_changes: Seque
     is_foreign = run.resolve() not in checkpoint.path.resolve().parents
     aside = f"--resume {place} comes from another folder" if is_foreign and _has_content(run) else ""
     return Start(checkpoint=checkpoint, changes=changes, aside=aside)
-
-
-def _check_allowed(allow_changes: Sequence[str], identity: Identity) -> None:
-    unknown = [key for key in allow_changes if key not in identity]
-    if unknown:
-        raise ParameterError(
-            f"--allow-changes {','.join(unknown)}: no part of a run's identity; its parts are {', '.join(identity)}"
-        )
 
 
 def _short(value: object) -> str:
