@@ -84,7 +84,12 @@ class AheadModulation:
         Without pending ones, the first block asked for starts the host on all of them, so that it stays ahead of the
         device within the forward pass.
         """
-        self._refuse_trained_embedders(condition_BD)
+        layers = (layer for embedder in self._embedders for layer in embedder.modules())
+        if condition_BD.requires_grad or any(getattr(layer, "adapter", None) is not None for layer in layers):
+            raise ParameterError(
+                "modulation = ahead computes without the adapters of t_embedder and y_embedder: "
+                "use modulation = stream or resident, or train no embedders"
+            )
         if self.pending is not None:
             vectors = self.pending.vectors
         else:
@@ -118,14 +123,6 @@ class AheadModulation:
                 "modulation = stream or resident, or leave modulation out of train_layers"
             )
         return linear.adapter(condition_BD, _Computed(linear, base_BK))
-
-    def _refuse_trained_embedders(self, condition_BD: Tensor) -> None:
-        layers = (layer for embedder in self._embedders for layer in embedder.modules())
-        if condition_BD.requires_grad or any(getattr(layer, "adapter", None) is not None for layer in layers):
-            raise ParameterError(
-                "modulation = ahead computes without the adapters of t_embedder and y_embedder: "
-                "use modulation = stream or resident, or train no embedders"
-            )
 
     def _autocast(self) -> torch.dtype | None:
         kind = self._device.type

@@ -50,22 +50,19 @@ class HostMemory:
             return torch.empty(nbytes, dtype=torch.uint8)
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory = torch.frombuffer(pages, dtype=torch.uint8)
-        self._lock(memory)
-        return memory
-
-    def _lock(self, memory: Tensor) -> None:
         runtime = torch.cuda.cudart()
         assert runtime is not None
         with torch.cuda.device(self._device):
             error = int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
         if not error:
             self._locked.append(memory)
-            return
+            return memory
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=self._device)  # the next kernel's check takes the error off CUDA's record
         self._go_on_pageable(
             f"the system does not page-lock more host memory (CUDA error {error})", "raise `ulimit -l`, "
         )
+        return memory
 
     def _go_on_pageable(self, reason: str, way_out: str) -> None:
         self.pinned = False

@@ -154,7 +154,14 @@ def adapter_bytes_per_weight(optimizer_type: str) -> int:
 
 def option_text(settings: Settings, depth: int) -> str:
     """Returns the settings as the options that a user would write for a model of so many blocks."""
-    words = [f"--blocks-to-swap {settings.blocks_to_swap}", _kept_text(settings, depth)]
+    recomputed = settings.recomputed_blocks(depth)
+    kept = {depth: "on", 0: "off"}.get(recomputed, str(recomputed))
+    if settings.attention_kept_blocks:  # the planner's choice alone
+        parts = [f"attention kept in {settings.attention_kept_blocks} blocks"]
+        parts += [f"{recomputed} recomputed"] if recomputed else []
+        parts += [f"{settings.all_kept_blocks} kept whole"] if settings.all_kept_blocks else []
+        kept = f"auto ({', '.join(parts)})"
+    words = [f"--blocks-to-swap {settings.blocks_to_swap} --gradient-checkpointing {kept}"]
     if settings.matmul_dtype is not None:
         words.append(f"--matmul-dtype {settings.matmul_dtype}")
         if settings.matmul_rotation is not None:
@@ -168,17 +175,6 @@ def option_text(settings: Settings, depth: int) -> str:
     if settings.file_blocks:
         words.append(f"({settings.file_blocks} of the swapped blocks read from the file)")
     return " ".join(words)
-
-
-def _kept_text(settings: Settings, depth: int) -> str:
-    recomputed = settings.recomputed_blocks(depth)
-    if settings.attention_kept_blocks:  # the planner's choice alone
-        others = [f"{recomputed} recomputed"] if recomputed else []
-        others += [f"{settings.all_kept_blocks} kept whole"] if settings.all_kept_blocks else []
-        attention = f"attention kept in {settings.attention_kept_blocks} blocks"
-        return f"--gradient-checkpointing auto ({', '.join([attention, *others])})"
-    word = {depth: "on", 0: "off"}.get(recomputed, str(recomputed))
-    return f"--gradient-checkpointing {word}"
 
 
 def _device_parts(model: ModelSize, work: Workload, settings: Settings, streamed: tuple[int, ...]) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Finds a component's tensors in a diffusers folder, be it on the disk or on the hub. Free of torch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from pydantic import TypeAdapter
@@ -61,9 +61,18 @@ def missing_in_folder(folder: Path, component: Component) -> InputError:
 
 
 def _sharded_tensors(index: Path, fetch: Fetch) -> dict[str, StoredTensor]:
+    try:
+        content = read_json(index, _INDEX, most_bytes=_MAX_INDEX_BYTES)
+        pairs = checked(content["weight_map"], _INDEX, str(index)).items()
+    except (DocumentError, KeyError) as error:
+        raise InputError(f"{index}: damaged: no weight_map in it: download the folder again") from error
     shards: dict[str, dict[str, StoredTensor]] = {}
     tensors: dict[str, StoredTensor] = {}
-    for name, shard in _weight_map(index):
+    for name, shard in pairs:
+        if not isinstance(shard, str) or shard != PurePosixPath(shard).name or "\\" in shard or not shard:
+            raise InputError(f"{index}: names a file outside its folder: {ascii(shard)[:80]}")
+        if len(shard.encode("utf-8", "surrogateescape")) > _LONGEST_NAME:
+            raise InputError(f"{index}: names a file with a name too long for one: {ascii(shard)[:80]}")
         if shard not in shards:
             path = fetch(shard)
             if path is None:
@@ -73,21 +82,6 @@ def _sharded_tensors(index: Path, fetch: Fetch) -> dict[str, StoredTensor]:
             raise InputError(f"{index}: says that {shard} holds {name}, but it does not: download the folder again")
         tensors[name] = shards[shard][name]
     return tensors
-
-
-def _weight_map(index: Path) -> Iterator[tuple[str, str]]:
-    """Yields tensor name and file name; a file name that leaves the folder is refused."""
-    try:
-        content = read_json(index, _INDEX, most_bytes=_MAX_INDEX_BYTES)
-        pairs = checked(content["weight_map"], _INDEX, str(index)).items()
-    except (DocumentError, KeyError) as error:
-        raise InputError(f"{index}: damaged: no weight_map in it: download the folder again") from error
-    for name, shard in pairs:
-        if not isinstance(shard, str) or shard != PurePosixPath(shard).name or "\\" in shard or not shard:
-            raise InputError(f"{index}: names a file outside its folder: {ascii(shard)[:80]}")
-        if len(shard.encode("utf-8", "surrogateescape")) > _LONGEST_NAME:
-            raise InputError(f"{index}: names a file with a name too long for one: {ascii(shard)[:80]}")
-        yield name, shard
 
 
 def _files(folder: Path, suffixes: set[str]) -> list[str]:

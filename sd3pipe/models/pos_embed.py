@@ -88,11 +88,7 @@ def scaled_table(side: int, width: int) -> Tensor:
     line_P = _GRID_SPAN * (torch.arange(grid, dtype=torch.float64) - (grid - side) / 2) / side
     row_PP, column_PP = torch.meshgrid(line_P, line_P, indexing="ij")
     # The first half of the width encodes the column, as in MAE's get_2d_sincos_pos_embed, where "w goes first".
-    halves = [_sines(axis_PP.flatten(), width // 2) for axis_PP in (column_PP, row_PP)]
-    return torch.cat(halves, dim=-1).float()
-
-
-def _sines(positions_L: Tensor, width: int) -> Tensor:
-    frequencies = 10000.0 ** -(torch.arange(width // 2, dtype=torch.float64) / (width / 2))
-    angles = positions_L[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+    half = width // 2
+    frequencies = 10000.0 ** -(torch.arange(half // 2, dtype=torch.float64) / (half / 2))
+    angles = [axis_PP.flatten()[:, None] * frequencies for axis_PP in (column_PP, row_PP)]
+    return torch.cat([part for axis in angles for part in (axis.sin(), axis.cos())], dim=-1).float()

@@ -7,7 +7,7 @@ the compiler is at work, which knows them, and to keeping more than the inputs.
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,18 +33,16 @@ def recomputed(function: Callable[..., Any], *inputs: Tensor, keep_attention: bo
     """Returns function(*inputs), and keeps the inputs for the backward pass, which computes the rest again.
 
     The inputs are saved as autograd saves tensors: hooks around this call see them. With `keep_attention`, what
-    attention operators return is kept, too: a quarter of the time for a 24th of the bytes.
+    attention operators return is kept, too: a quarter of the time for a 24th of the bytes. The backward pass can be
+    taken once.
     """
     # nothing in a block draws from torch's generators: dropout goes by counters
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if keep_attention:
         contexts = functools.partial(create_selective_checkpoint_contexts, list(ATTENTION_OPERATORS))
         return checkpoint(function, *inputs, **options, context_fn=contexts)
-    return checkpoint(function, *inputs, **options) if torch.compiler.is_compiling() else _recomputed(function, *inputs)
-
-
-def _recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
-    """Returns function(*inputs), whose graph can be walked once."""
+    if torch.compiler.is_compiling():
+        return checkpoint(function, *inputs, **options)
     node = _Inputs.apply(torch.empty(0, requires_grad=True), *inputs).grad_fn
     if node is None:  # no gradient is asked for
         return function(*inputs)
@@ -78,7 +76,15 @@ class _Passage:
         self._function, self._node = function, node
         self._saved = 0
         self._tensors: dict[int, Tensor] = {}
-        self._autocast = [_autocast_as_it_is(kind) for kind in sorted({device, "cpu"})]
+        self._contexts = [
+            torch.autocast(
+                kind,
+                dtype=torch.get_autocast_dtype(kind),
+                enabled=torch.is_autocast_enabled(kind),
+                cache_enabled=torch.is_autocast_cache_enabled(),
+            )
+            for kind in sorted({device, "cpu"})
+        ]
 
     def number(self, tensor: Tensor) -> int:
         self._saved += 1
@@ -101,26 +107,12 @@ class _Passage:
 
         saved = zip(self._node.saved_tensors, self._node.need_gradients, strict=True)
         inputs = [tensor.detach().requires_grad_(needs_gradient) for tensor, needs_gradient in saved]
-        with self._as_before(), saved_tensors_hooks(keep, _unasked), contextlib.suppress(_Recomputed):
-            self._function(*inputs)
-
-    @contextlib.contextmanager
-    def _as_before(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            for options in self._autocast:
-                stack.enter_context(torch.autocast(**options))
-            yield
+            for context in (torch.enable_grad(), *self._contexts, saved_tensors_hooks(keep, _unasked)):
+                stack.enter_context(context)
+            with contextlib.suppress(_Recomputed):
+                self._function(*inputs)
 
 
 def _unasked(tensor: Tensor) -> Tensor:
     raise AssertionError("the graph of a recomputation is not walked")
-
-
-def _autocast_as_it_is(kind: str) -> dict[str, Any]:
-    return {
-        "device_type": kind,
-        "dtype": torch.get_autocast_dtype(kind),
-        "enabled": torch.is_autocast_enabled(kind),
-        "cache_enabled": torch.is_autocast_cache_enabled(),
-    }

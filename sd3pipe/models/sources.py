@@ -147,8 +147,15 @@ def _entries_from_diffusers(
     entries = {}
     for key, found in natives.items():
         entry = _joined([stored[name] for name in found.names], where)
-        if found.halves_swapped:
-            entry = _halves_swapped(entry, where)
+        if found.halves_swapped:  # diffusers has scale before shift
+            (whole,) = entry.ranges
+            if entry.shape[0] % 2:
+                raise InputError(
+                    f"{where}: a modulation of {entry.shape[0]} rows cannot be halved: the file is damaged"
+                )
+            half = whole.nbytes // 2
+            ranges = (ByteRange(whole.path, whole.offset + half, half), ByteRange(whole.path, whole.offset, half))
+            entry = replace(entry, ranges=ranges)
         elif ".attn_1." in key and len(entry.shape) == 2:  # the VAE's attention natively has 1 x 1 convolutions
             entry = replace(entry, shape=(*entry.shape, 1, 1))
         entries[key] = entry
@@ -163,16 +170,6 @@ def _joined(parts: list[StoredTensor], where: str) -> TensorEntry:
     shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
     ranges = tuple(where for part in parts for where in part.entry.ranges)
     return TensorEntry(dtype=first.dtype, shape=shape, ranges=ranges)
-
-
-def _halves_swapped(entry: TensorEntry, where: str) -> TensorEntry:
-    """Returns the tensor with the second half of its rows first: diffusers has scale before shift."""
-    (whole,) = entry.ranges
-    if entry.shape[0] % 2:
-        raise InputError(f"{where}: a modulation of {entry.shape[0]} rows cannot be halved: the file is damaged")
-    half = whole.nbytes // 2
-    ranges = (ByteRange(whole.path, whole.offset + half, half), ByteRange(whole.path, whole.offset, half))
-    return replace(entry, ranges=ranges)
 
 
 def _check_entries(component: Component, entries: Mapping[str, TensorEntry], where: str) -> None:

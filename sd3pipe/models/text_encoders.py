@@ -128,8 +128,9 @@ class T5Encoder:
             for index in range(self.architecture.depth):
                 block = self._place(ahead.result()) if ahead is not None else self._resident[index]
                 ahead = self._start_reading(reader, index + 1)
-                if index == 0:
-                    bias = {length: _position_bias(block, length) for length in {x.shape[1] for x in hidden}}
+                if index == 0:  # its bias [1, H, L, L] tells all blocks the distance of two tokens
+                    attention = cast(Any, block).layer[0].SelfAttention
+                    bias = {length: attention.compute_bias(length, length) for length in {x.shape[1] for x in hidden}}
                 for number, batch in enumerate(batches):
                     bias_BHLL = bias[hidden[number].shape[1]]
                     if masked:
@@ -166,12 +167,6 @@ def _filled(build: Callable[[], nn.Module], tensors: dict[str, Tensor]) -> Any:
         module = build()
     module.load_state_dict(tensors, strict=True, assign=True)
     return module.eval().requires_grad_(False)
-
-
-def _position_bias(block: nn.Module, length: int) -> Tensor:
-    """Returns the bias [1, H, L, L] by which all blocks know the distance of two tokens."""
-    attention = cast(Any, block).layer[0].SelfAttention
-    return attention.compute_bias(length, length, device=attention.relative_attention_bias.weight.device)
 
 
 def _padding(batch: TokenBatch) -> Tensor:

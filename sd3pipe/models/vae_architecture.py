@@ -32,7 +32,25 @@ class VAEArchitecture:
 
     def shapes(self) -> Shapes:
         """Returns every native key with its shape, encoder first."""
-        return self._encoder_shapes() | self._decoder_shapes()
+        widths, blocks = self.level_widths, self.blocks_per_level
+        first, last = widths[0], widths[-1]
+        shapes = _conv("encoder.conv_in", first, self.image_channels, 3)
+        for level, (width_in, width) in enumerate(zip(self.encoder_inputs(), widths, strict=True)):
+            for block in range(blocks):
+                shapes |= _resnet(f"encoder.down.{level}.block.{block}", width if block else width_in, width)
+            if level < len(widths) - 1:
+                shapes |= _conv(f"encoder.down.{level}.downsample.conv", width, width, 3)
+        shapes |= _middle("encoder.mid", last) | vector_shapes("encoder.norm_out", last)
+        shapes |= _conv("encoder.conv_out", 2 * self.latent_channels, last, 3)
+        shapes |= _conv("decoder.conv_in", last, self.latent_channels, 3) | _middle("decoder.mid", last)
+        for level in reversed(range(len(widths))):
+            width_in, width = self.decoder_inputs()[level], widths[level]
+            for block in range(blocks + 1):
+                shapes |= _resnet(f"decoder.up.{level}.block.{block}", width if block else width_in, width)
+            if level:
+                shapes |= _conv(f"decoder.up.{level}.upsample.conv", width, width, 3)
+        shapes |= vector_shapes("decoder.norm_out", first)
+        return shapes | _conv("decoder.conv_out", self.image_channels, first, 3)
 
     def encoder_inputs(self) -> tuple[int, ...]:
         """Returns the width that enters each encoder level, finest first."""
@@ -41,31 +59,6 @@ class VAEArchitecture:
     def decoder_inputs(self) -> tuple[int, ...]:
         """Returns the width that enters each decoder level, finest first; the coarsest is entered first."""
         return (*self.level_widths[1:], self.level_widths[-1])
-
-    def _encoder_shapes(self) -> Shapes:
-        first, last = self.level_widths[0], self.level_widths[-1]
-        shapes = _conv("encoder.conv_in", first, self.image_channels, 3)
-        for level, (width_in, width) in enumerate(zip(self.encoder_inputs(), self.level_widths, strict=True)):
-            for block in range(self.blocks_per_level):
-                shapes |= _resnet(f"encoder.down.{level}.block.{block}", width if block else width_in, width)
-            if level < len(self.level_widths) - 1:
-                shapes |= _conv(f"encoder.down.{level}.downsample.conv", width, width, 3)
-        shapes |= _middle("encoder.mid", last) | vector_shapes("encoder.norm_out", last)
-        return shapes | _conv("encoder.conv_out", 2 * self.latent_channels, last, 3)
-
-    def _decoder_shapes(self) -> Shapes:
-        first, last = self.level_widths[0], self.level_widths[-1]
-        shapes = _conv("decoder.conv_in", last, self.latent_channels, 3) | _middle("decoder.mid", last)
-        for level, (width_in, width) in reversed(
-            list(enumerate(zip(self.decoder_inputs(), self.level_widths, strict=True)))
-        ):
-            for block in range(self.blocks_per_level + 1):
-                shapes |= _resnet(f"decoder.up.{level}.block.{block}", width if block else width_in, width)
-            if level:
-                shapes |= _conv(f"decoder.up.{level}.upsample.conv", width, width, 3)
-        return (
-            shapes | vector_shapes("decoder.norm_out", first) | _conv("decoder.conv_out", self.image_channels, first, 3)
-        )
 
 
 def detect_vae(shapes: Mapping[str, tuple[int, ...]], where: str) -> VAEArchitecture:

@@ -110,15 +110,13 @@ def loraplus_ratio(rules: AdapterRules) -> float:
 def network_args(args: Sequence[str]) -> NetworkArgs:
     """Returns the KEY=VALUE pairs with their values' types. Raises ParameterError for all that is wrong at once."""
     given = dict(arg.split("=", 1) for arg in args if "=" in arg)
-    parsed, wrong = check_table(NetworkArgs, given, explain=_refusal)
+    parsed, wrong = check_table(
+        NetworkArgs, given, explain=lambda key: f"not supported: {_REFUSED[key]}" if key in _REFUSED else None
+    )
     problems = [*wrong.values(), *(f"{arg}: write KEY=VALUE" for arg in args if "=" not in arg)]
     if parsed is None or problems:
         raise ParameterError("\n".join(f"network_args: {problem}" for problem in problems))
     return parsed
-
-
-def _refusal(key: str) -> str | None:
-    return f"not supported: {_REFUSED[key]}" if key in _REFUSED else None
 
 
 def _rules(option: str, rules: Sequence[str], kind: Callable[[str], T]) -> tuple[tuple[str, T], ...]:

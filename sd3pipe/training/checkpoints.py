@@ -16,7 +16,7 @@ from sd3pipe.fingerprint import hash_file
 from sd3pipe.rules.occasions import SavingRules
 from sd3pipe.tensors.reader import read_file
 from sd3pipe.tensors.writer import in_file_order, write_tensors
-from sd3pipe.training.state_file import FileIdentity, State, read_state, write_state
+from sd3pipe.training.state_file import State, read_state, write_state
 
 log = logging.getLogger(__name__)
 
@@ -70,14 +70,18 @@ def write_checkpoint(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, object],
 ) -> Checkpoint:
-    """Writes a step's checkpoint under a temporary name, then renames it; replaces one of the same step."""
+    """Writes a step's checkpoint under a temporary name, then renames it; replaces one of the same step.
+
+    What `write_adapter` writes has to be on the disk when it returns.
+    """
     final = run / CHECKPOINTS_FOLDER / step_name(step)
     with atomic_folder(final) as temporary:
         write_adapter(temporary / ADAPTER_FILE)
         with open(temporary / OPTIMIZER_FILE, "xb") as handle:
             write_tensors(handle, in_file_order(tensors), {})
             sync_file(handle)
-        files = {name: _identity(temporary / name) for name in (ADAPTER_FILE, OPTIMIZER_FILE)}
+        paths = {name: temporary / name for name in (ADAPTER_FILE, OPTIMIZER_FILE)}
+        files = {name: {"bytes": path.stat().st_size, "blake3": hash_file(path)} for name, path in paths.items()}
         content = write_state(temporary / STATE_FILE, {**state, "step": step, "files": files})
         if final.exists():
             remove_folder(final)
@@ -138,18 +142,15 @@ def prune(run: Path, newest: Checkpoint, rules: SavingRules, *, keep_steps: Sequ
             state = read_state(path / STATE_FILE)
         except InputError:
             continue  # a torn checkpoint is left for the user to look at
-        recent = _is_recent(state, newest.state, rules.save_last_n_steps, rules.save_last_n_epochs)
-        if not recent and state["step"] not in keep_steps:
+        keeps_adapter = _is_recent(state, newest.state, rules.save_last_n_steps, rules.save_last_n_epochs)
+        steps, epochs = rules.save_last_n_steps_state, rules.save_last_n_epochs_state
+        keeps_optimizer = _is_recent(state, newest.state, steps, None if steps is not None else epochs)
+        if steps is None and epochs is None:
+            keeps_optimizer = age < _KEPT_STATES
+        if not keeps_adapter and state["step"] not in keep_steps:
             remove_folder(path)
-        elif not _keeps_optimizer(rules, state, newest.state, age):
+        elif not keeps_optimizer:
             _drop_optimizer(path, state)
-
-
-def _keeps_optimizer(rules: SavingRules, state: State, newest: State, age: int) -> bool:
-    steps, epochs = rules.save_last_n_steps_state, rules.save_last_n_epochs_state
-    if steps is None and epochs is None:
-        return age < _KEPT_STATES
-    return _is_recent(state, newest, steps, None if steps is not None else epochs)
 
 
 def _is_recent(state: State, newest: State, steps: int | None, epochs: int | None) -> bool:
@@ -165,9 +166,3 @@ def _drop_optimizer(path: Path, state: State) -> None:
         write_state(path / STATE_FILE, state)
     with storage_errors(path):
         (path / OPTIMIZER_FILE).unlink(missing_ok=True)
-
-
-def _identity(path: Path) -> FileIdentity:
-    with open(path, "rb+") as handle:
-        sync_file(handle)
-    return {"bytes": path.stat().st_size, "blake3": hash_file(path)}

@@ -64,22 +64,12 @@ _NEAR_ONE = 0.1
 _ESTIMATE_THEIR_RATE = ("prodigy", "dadapt")  # their learning_rate multiplies an estimate, and belongs near 1
 
 
-def _leave_compiler_out() -> None:
-    """Tells torch's optimizers that they are kept from the compiler: to do so they would import it, for 1.2 s."""
-    for method in (Optimizer.add_param_group, Optimizer.zero_grad, Optimizer.state_dict, Optimizer.load_state_dict):
-        plain = getattr(method, "__wrapped__", None)  # of a wrapper that asks for the plain method, disabled, here:
-        if plain is not None and not hasattr(plain, "__dynamo_disable"):
-            plain.__dynamo_disable = plain
-
-
-def _leave_compiler_out_of_step(optimizer_class: type[Optimizer]) -> None:
-    """Lets a step switch gradients off by itself, which torch's wrapper around it does with the compiler's help."""
-    step = optimizer_class.step
-    if getattr(getattr(step, "__code__", None), "co_name", "") == "_use_grad":
-        optimizer_class.step = torch.no_grad()(inspect.unwrap(step))
-
-
-_leave_compiler_out()  # what is compiled are the blocks of the model, never a step
+# What is compiled are the blocks of the model, never a step. Torch's optimizers keep these methods from the compiler,
+# and would import it to do so, for 1.2 s: here they are told that it is done.
+for _method in (Optimizer.add_param_group, Optimizer.zero_grad, Optimizer.state_dict, Optimizer.load_state_dict):
+    _plain = getattr(_method, "__wrapped__", None)  # of a wrapper that asks for the plain method, disabled, here:
+    if _plain is not None and not hasattr(_plain, "__dynamo_disable"):
+        _plain.__dynamo_disable = _plain
 
 
 def make_optimizer(name: str, groups: ParameterGroups, args: Args) -> Optimizer:
@@ -114,8 +104,10 @@ def check_optimizer_args(name: str, args: Args) -> None:
 def _construct(name: str, groups: ParameterGroups, args: Args) -> Optimizer:
     optimizer_class, defaults = _find(name), _SHORT_FOR.get(name.lower(), {})
     _check_args(name, optimizer_class, args)
-    if not args.get("differentiable"):
-        _leave_compiler_out_of_step(optimizer_class)
+    step = optimizer_class.step
+    if getattr(getattr(step, "__code__", None), "co_name", "") == "_use_grad" and not args.get("differentiable"):
+        # torch's wrapper around the step switches gradients off with the compiler's help
+        optimizer_class.step = torch.no_grad()(inspect.unwrap(step))
     options = {"lr": groups[0]["lr"], **_fast_kernels(optimizer_class, groups, args), **defaults, **args}
     try:
         return cast(Callable[..., Optimizer], optimizer_class)([dict(group) for group in groups], **options)

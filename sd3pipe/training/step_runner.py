@@ -91,14 +91,11 @@ class StepRunner:
         else:
             for forward_pass in forward_passes:
                 weighed(forward_pass, objective.predict(forward_pass)).backward()
-        return sums, self._in_own_places(torch.cat(samples))
-
-    def _in_own_places(self, samples: Tensor) -> Tensor:
-        """Returns a process's samples where no other process has its own, so that the sum over all has each of them."""
-        most = self.params.batches.train_batch_size * self.params.batches.gradient_accumulation_steps
-        before = self.processes.rank * most
-        after = self.processes.count * most - before - len(samples)
-        return torch.nn.functional.pad(samples, (0, 0, before, after))
+        own, batch_rules = torch.cat(samples), self.params.batches
+        places = batch_rules.train_batch_size * batch_rules.gradient_accumulation_steps  # that no other process uses
+        before = self.processes.rank * places
+        after = self.processes.count * places - before - len(own)
+        return sums, torch.nn.functional.pad(own, (0, 0, before, after))
 
     def _take_layer_by_layer(
         self, forward_passes: list[ForwardPass], weighed: Callable[[ForwardPass, Tensor], Tensor]
