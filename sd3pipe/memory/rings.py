@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sd3pipe.memory.copy_streams import CopyStream
 from sd3pipe.memory.flat import FlatBlock, FlatLayout
 from sd3pipe.memory.from_file import FileBlock, Staging
-from sd3pipe.memory.schedule import Copy, Part
+from sd3pipe.memory.schedule import RING_SLOTS, Copy, Part
 
 
 @dataclass(slots=True, eq=False)
@@ -52,11 +52,11 @@ class _InSlot:
 class Ring:
     """The slots for all streamed blocks of one layout."""
 
-    def __init__(self, blocks: dict[int, StreamedBlock], slots: int, device: torch.device) -> None:
+    def __init__(self, blocks: dict[int, StreamedBlock], device: torch.device) -> None:
         self.blocks = blocks
         self.layout: FlatLayout = next(iter(blocks.values())).layout
         self.slots: list[Slot] = []
-        for _ in range(min(slots, len(blocks))):
+        for _ in range(min(RING_SLOTS, len(blocks))):
             buffer = torch.empty(self.layout.total_bytes, dtype=torch.uint8, device=device)
             self.slots.append(Slot(buffer=buffer, views=self.layout.views(buffer)))
 
@@ -75,7 +75,6 @@ class Rings:
         self,
         blocks: dict[int, StreamedBlock],
         *,
-        slots: int,
         device: torch.device,
         stream: CopyStream,
         staging: Staging | None = None,
@@ -84,20 +83,15 @@ class Rings:
         for index, block in sorted(blocks.items()):
             key = tuple((t.name, t.shape, t.dtype) for t in block.layout.tensors)
             by_layout.setdefault(key, {})[index] = block
-        self.rings = [Ring(members, slots, device) for members in by_layout.values()]
+        self.rings = [Ring(members, device) for members in by_layout.values()]
         self._all_slots = [slot for ring in self.rings for slot in ring.slots]
         for slot in self._all_slots:
             slot.done = stream.record_event()  # what used this memory before
         self.copies: list[Copy] = []
         self.copied_bytes = 0
         self._stream, self.staging = stream, staging
-        self._slots = slots
         self._of_block = {index: ring for ring in self.rings for index in ring.blocks}
         self._bound: int | None = None
-
-    def members(self) -> list[list[int]]:
-        """Returns the block numbers of every ring."""
-        return [sorted(ring.blocks) for ring in self.rings]
 
     def bytes(self) -> int:
         """Returns the device memory of all slots."""
@@ -160,7 +154,7 @@ class Rings:
         wanted: set[int] = set()
         later = iter(upcoming)
         for use in later:
-            if use.block not in wanted and len(wanted) == self._slots:
+            if use.block not in wanted and len(wanted) == RING_SLOTS:
                 later = itertools.chain([use], later)
                 break
             wanted.add(use.block)

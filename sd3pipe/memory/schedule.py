@@ -43,35 +43,21 @@ def kept_activations(depth: int, *, all_kept: int, attention_kept: int) -> tuple
     return tuple(kept)
 
 
-def step_copies(
-    rings: Sequence[Sequence[int]],
-    *,
-    modulation: ModulationMode,
-    backward: bool = True,
-    first: bool = False,
-    slots: int = RING_SLOTS,
-) -> list[Copy]:
-    """Returns the copies of one step (forward, and backward unless False) in the order in which they are needed.
+def step_copies(rings: Sequence[Sequence[int]], *, modulation: ModulationMode, first: bool = False) -> list[Copy]:
+    """Returns the copies of one step, forward and backward, in the order in which they are needed.
 
     `rings` has the streamed blocks of each shape, ascending. The forward pass leaves the last blocks of each ring in
     its slots and the backward pass starts with them; it leaves the first blocks there, of which the next step's
-    forward pass needs the modulation only. The `first` step finds the slots empty. Forward passes alone bring every
-    block anew, but for rings that have a slot for each of their blocks.
+    forward pass needs the modulation only. The `first` step finds the slots empty.
     """
     whole: Part = "whole" if modulation == "stream" else "body"
     forward = sorted(block for ring in rings for block in ring)
-    at_turn = {block for ring in rings for block in ring[-slots:]}
-    at_start = {block for ring in rings for block in ring[:slots]}
-    if not backward:
-        at_start = {block for ring in rings for block in ring if len(ring) <= slots}
-    if first:
-        at_start = set()
+    at_turn = {block for ring in rings for block in ring[-RING_SLOTS:]}
+    at_start = set() if first else {block for ring in rings for block in ring[:RING_SLOTS]}
     copies = []
     for block in forward:
         if block not in at_start:
             copies.append(Copy(block, whole))
         elif modulation == "stream" and block not in at_turn:  # those came whole, and never left
             copies.append(Copy(block, "modulation"))
-    if backward:
-        copies += [Copy(block, "body") for block in reversed(forward) if block not in at_turn]
-    return copies
+    return copies + [Copy(block, "body") for block in reversed(forward) if block not in at_turn]

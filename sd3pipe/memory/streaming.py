@@ -18,7 +18,7 @@ from sd3pipe.memory.from_file import FileBlock, Staging, WeightsFile
 from sd3pipe.memory.host import HostMemory
 from sd3pipe.memory.model import Block, Pair, StreamedModel, through_weight
 from sd3pipe.memory.rings import Rings, StreamedBlock, Use
-from sd3pipe.memory.schedule import RING_SLOTS, spread_evenly
+from sd3pipe.memory.schedule import spread_evenly
 from sd3pipe.words import ModulationMode
 
 Direction = Literal["forward", "turning", "backward"]  # turning: forward, and a backward pass follows
@@ -59,7 +59,6 @@ class BlockStreamer:
         offload_activations: bool = False,
         fill: Callable[[int], None] | None = None,
         file: WeightsFile | None = None,
-        slots: int = RING_SLOTS,
         stream: CopyStream | None = None,
     ) -> None:
         self._model = cast(StreamedModel, mmdit)
@@ -82,7 +81,7 @@ class BlockStreamer:
         stream = stream or copy_stream_to(self.device)
         in_file = {number: block for number, block in self._flat.items() if isinstance(block, FileBlock)}
         staging = Staging(in_file, file, self.host, stream) if file is not None and in_file else None
-        self.rings = Rings(self._flat, slots=slots, device=self.device, stream=stream, staging=staging)
+        self.rings = Rings(self._flat, device=self.device, stream=stream, staging=staging)
         self._backward_to_come: list[Use] = []
         self._model.block_runner = self
 

@@ -65,7 +65,7 @@ def test_reads_are_the_planned_ones_and_ahead_of_the_copies(variant, from_file):
         for _ in range(3):
             model(**random_inputs(batch=1, height=4, width=4)).sum().backward()
         staging, copies = streamer.rings.staging, streamer.rings.copies
-        rings, numbers = streamer.rings.members(), set(streamer.from_file)
+        rings, numbers = [sorted(ring.blocks) for ring in streamer.rings.rings], set(streamer.from_file)
     planned = step_copies(rings, modulation="stream", first=True)
     for _ in range(2):
         planned += step_copies(rings, modulation="stream")
