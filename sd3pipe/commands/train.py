@@ -30,12 +30,11 @@ from sd3pipe.training.loop import Loop
 from sd3pipe.training.memory_plan import MemoryPlan, run_memory
 from sd3pipe.training.optimizers import check_optimizer
 from sd3pipe.training.processes import Processes, join_processes
-from sd3pipe.training.records import forget_after, subset_figures
+from sd3pipe.training.records import check_trackers, forget_after, subset_figures
 from sd3pipe.training.run import Run, RunInputs, resolve_inputs, run_identity
 from sd3pipe.training.run_folder import RunFolder, Start, choose_start, is_finished
 from sd3pipe.training.setup import build_loop, check_options
 from sd3pipe.training.state_file import Progressed
-from sd3pipe.training.trackers import check_trackers
 from sd3pipe.training.training_data import data_summary, encode_summary, open_data
 from sd3pipe.training.validation import verdict
 from sd3pipe.watched import Look

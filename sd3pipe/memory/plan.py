@@ -8,9 +8,8 @@ import itertools
 from dataclasses import dataclass, replace
 
 from sd3pipe.errors import ParameterError
-from sd3pipe.memory.kept import Tokens, kept_bytes
 from sd3pipe.memory.schedule import RING_SLOTS, STAGING_BUFFERS, kept_activations, spread_evenly, step_copies
-from sd3pipe.memory.sizes import BlockSize, ModelSize
+from sd3pipe.memory.sizes import BlockSize, ModelSize, Tokens, kept_bytes
 from sd3pipe.rules.memory import MemoryRules
 from sd3pipe.words import BaseFormat, KeptActivations, MatmulFormat, ModulationMode
 

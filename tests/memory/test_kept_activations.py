@@ -10,10 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd3pipe.adapters.network import attach
 from sd3pipe.adapters.targets import AdapterSpec
-from sd3pipe.memory.kept import Tokens, kept_bytes
 from sd3pipe.memory.layer_major import run_layer_major
 from sd3pipe.memory.schedule import kept_activations
-from sd3pipe.memory.sizes import model_size
+from sd3pipe.memory.sizes import Tokens, kept_bytes, model_size
 from sd3pipe.memory.streaming import BlockStreamer
 from sd3pipe.models.recomputation import ATTENTION_OPERATORS
 
