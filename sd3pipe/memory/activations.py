@@ -77,7 +77,14 @@ class ActivationStore:
     def store(self, tensor: Tensor) -> OffloadedTensor:
         """Starts a tensor's way to the host; its device memory is free once the copy is done."""
         source = tensor.detach().contiguous()
-        transfer = self._transfer(source.numel() * source.element_size())
+        unit = max(1, (1 << (source.nbytes.bit_length() - 1)) // _SIZE_CLASSES)
+        capacity = -(-source.nbytes // unit) * unit  # at most an eighth more
+        fitting = [size for size, transfers in self._free.items() if transfers and capacity <= size <= 2 * capacity]
+        if fitting:
+            transfer = self._free[min(fitting)].pop()
+        else:
+            self.host_bytes += capacity
+            transfer = _Transfer(self._host.buffer(capacity))
         offloaded = OffloadedTensor(transfer, tensor)
         transfer.stored = self._out.copy(offloaded.on_host(), source, self._out.record_event())
         weakref.finalize(offloaded, self._recycle, transfer)
@@ -111,15 +118,6 @@ class ActivationStore:
         while len(self._leaving) > kept:
             _, event = self._leaving.popleft()
             self._out.wait(event)
-
-    def _transfer(self, nbytes: int) -> _Transfer:
-        unit = max(1, (1 << (nbytes.bit_length() - 1)) // _SIZE_CLASSES)
-        capacity = -(-nbytes // unit) * unit  # at most an eighth more
-        fitting = [size for size, transfers in self._free.items() if transfers and capacity <= size <= 2 * capacity]
-        if fitting:
-            return self._free[min(fitting)].pop()
-        self.host_bytes += capacity
-        return _Transfer(self._host.buffer(capacity))
 
     def _recycle(self, transfer: _Transfer) -> None:
         """Takes back the buffer of a tensor that nothing refers to any more."""

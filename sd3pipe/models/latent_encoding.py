@@ -49,17 +49,16 @@ class LatentEncoder:
         rows = latents.float().cpu()
         for name, row in zip(names, rows, strict=True):
             largest = row.abs().amax().item()
-            if not largest <= torch.finfo(self.stored_as).max:
-                raise InputError(self._does_not_fit(name, largest))
+            computed, stored = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.stored_as))
+            if not np.isfinite(largest):
+                full = self.dtype == torch.float32
+                way_out = "the VAE's weights are damaged" if full else "set vae_dtype = float32"
+                raise InputError(f"{name}: the VAE gives no finite numbers in {computed}: {way_out}")
+            if largest > torch.finfo(self.stored_as).max:
+                raise InputError(
+                    f"{name}: its latents reach {largest:.3g}, beyond {stored}: set latent_dtype = float32"
+                )
             yield row.to(self.stored_as)
-
-    def _does_not_fit(self, name: str, largest: float) -> str:
-        if np.isfinite(largest):
-            stored = str(self.stored_as).removeprefix("torch.")
-            return f"{name}: its latents reach {largest:.3g}, beyond {stored}: set latent_dtype = float32"
-        computed = str(self.dtype).removeprefix("torch.")
-        way_out = "the VAE's weights are damaged" if self.dtype == torch.float32 else "set vae_dtype = float32"
-        return f"{name}: the VAE gives no finite numbers in {computed}: {way_out}"
 
 
 @torch.inference_mode()

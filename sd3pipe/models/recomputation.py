@@ -91,19 +91,16 @@ class _Passage:
         return self._saved - 1
 
     def tensor(self, number: int) -> Tensor:
-        if number not in self._tensors:
-            self._compute()
-        return self._tensors.pop(number)
-
-    def _compute(self) -> None:
+        if number in self._tensors:
+            return self._tensors.pop(number)
         numbers = itertools.count()
 
         def keep(tensor: Tensor) -> Tensor:
-            number = next(numbers)
-            self._tensors[number] = tensor.detach()
-            if number == self._saved - 1:
+            place = next(numbers)
+            self._tensors[place] = tensor.detach()
+            if place == self._saved - 1:
                 raise _Recomputed
-            return self._tensors[number]
+            return self._tensors[place]
 
         saved = zip(self._node.saved_tensors, self._node.need_gradients, strict=True)
         inputs = [tensor.detach().requires_grad_(needs_gradient) for tensor, needs_gradient in saved]
@@ -112,6 +109,7 @@ class _Passage:
                 stack.enter_context(context)
             with contextlib.suppress(_Recomputed):
                 self._function(*inputs)
+        return self._tensors.pop(number)
 
 
 def _unasked(tensor: Tensor) -> Tensor:

@@ -78,9 +78,18 @@ def find_component(component: Component, *, model: str | Path | None, file: Path
     if model is None:
         raise InputError(f"nothing to take the {TITLES[component]} from: pass --model, or {OPTIONS[component]} FILE")
     path = Path(model).expanduser()
-    if not exists(path) and is_hub_id(str(model)):
-        return _in_hub(component, HubRepository(str(model)))
-    return _in_path(component, path, is_model=True)
+    if exists(path) or not is_hub_id(str(model)):
+        return _in_path(component, path, is_model=True)
+    repository, subfolder = HubRepository(str(model)), SUBFOLDERS[component]
+    tensors = folder_tensors(component, lambda name: repository.fetch(f"{subfolder}/{name}"))
+    if tensors is not None:
+        return _component(component, tensors, f"{repository.repo}/{subfolder} on the hub", is_model=True)
+    if repository.unreachable:
+        raise repository.offline_error(TITLES[component])
+    raise InputError(
+        f"{repository.repo}: this hub repository has no {subfolder}/ with .safetensors weights: name one in the "
+        "diffusers layout, or download its single file and pass that"
+    )
 
 
 def _in_path(component: Component, path: Path, *, is_model: bool) -> ComponentSource:
@@ -93,19 +102,6 @@ def _in_path(component: Component, path: Path, *, is_model: bool) -> ComponentSo
     if tensors is None:
         raise missing_in_folder(path, component)
     return _component(component, tensors, str(folder), is_model=is_model)
-
-
-def _in_hub(component: Component, repository: HubRepository) -> ComponentSource:
-    subfolder = SUBFOLDERS[component]
-    tensors = folder_tensors(component, lambda name: repository.fetch(f"{subfolder}/{name}"))
-    if tensors is not None:
-        return _component(component, tensors, f"{repository.repo}/{subfolder} on the hub", is_model=True)
-    if repository.unreachable:
-        raise repository.offline_error(TITLES[component])
-    raise InputError(
-        f"{repository.repo}: this hub repository has no {subfolder}/ with .safetensors weights: name one in the "
-        "diffusers layout, or download its single file and pass that"
-    )
 
 
 def _component(

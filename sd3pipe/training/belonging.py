@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from sd3pipe.cache.manifest import Manifest
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
@@ -29,13 +28,9 @@ def misfits(params: TrainParams, data: TrainingData, stamps: FileStamps) -> Iter
                 f"{params.latents} was encoded with VAE {_short(latents)}, and {vae.where} holds VAE {_short(own)}: "
                 "the adapter learns other latents than it is used with; encode them again, or name the right --vae"
             )
-    if params.prompts is not None and params.prompts.exists():
-        text, prompts = data.text.manifest, CacheReader(params.prompts).manifest
-        yield from _other_text(f"{params.text}", text, f"{params.prompts}", prompts)
-
-
-def _other_text(where: str, text: Manifest, other_where: str, prompts: Manifest) -> Iterator[str]:
-    """Yields how the captions that are trained on and the prompts that samples are drawn of were made otherwise."""
+    if params.prompts is None or not params.prompts.exists():
+        return
+    text, prompts = data.text.manifest, CacheReader(params.prompts).manifest
     titles: dict[str, str] = {**TITLES}
     encoders = {
         titles.get(name, name): (text.fingerprints[name], prompts.fingerprints[name])
@@ -47,8 +42,8 @@ def _other_text(where: str, text: Manifest, other_where: str, prompts: Manifest)
         if odd:
             ours, theirs = (", ".join(f"{name} {_short(pair[side])}" for name, pair in odd.items()) for side in (0, 1))
             yield (
-                f"{where} was encoded with {ours}, and {other_where} with {theirs}: samples are drawn of other texts "
-                f"than are trained on; run encode-text for both with the same {what}"
+                f"{params.text} was encoded with {ours}, and {params.prompts} with {theirs}: samples are drawn of "
+                f"other texts than are trained on; run encode-text for both with the same {what}"
             )
 
 

@@ -150,19 +150,15 @@ def prune(run: Path, newest: Checkpoint, rules: SavingRules, *, keep_steps: Sequ
         if not keeps_adapter and state["step"] not in keep_steps:
             remove_folder(path)
         elif not keeps_optimizer:
-            _drop_optimizer(path, state)
+            # the JSON goes first, so that a crash in between leaves a whole checkpoint
+            if OPTIMIZER_FILE in state["files"]:
+                del state["files"][OPTIMIZER_FILE]
+                write_state(path / STATE_FILE, state)
+            with storage_errors(path):
+                (path / OPTIMIZER_FILE).unlink(missing_ok=True)
 
 
 def _is_recent(state: State, newest: State, steps: int | None, epochs: int | None) -> bool:
     """Returns whether a state is at most so many steps older than the newest, and fewer epochs."""
     in_steps = steps is None or state["step"] >= newest["step"] - steps
     return in_steps and (epochs is None or state["position"][0] > newest["position"][0] - epochs)
-
-
-def _drop_optimizer(path: Path, state: State) -> None:
-    """Deletes the optimizer's state; the JSON goes first, so that a crash in between leaves a whole checkpoint."""
-    if OPTIMIZER_FILE in state["files"]:
-        del state["files"][OPTIMIZER_FILE]
-        write_state(path / STATE_FILE, state)
-    with storage_errors(path):
-        (path / OPTIMIZER_FILE).unlink(missing_ok=True)

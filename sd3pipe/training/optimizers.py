@@ -103,7 +103,14 @@ def check_optimizer_args(name: str, args: Args) -> None:
 
 def _construct(name: str, groups: ParameterGroups, args: Args) -> Optimizer:
     optimizer_class, defaults = _find(name), _SHORT_FOR.get(name.lower(), {})
-    _check_args(name, optimizer_class, args)
+    accepted = inspect.signature(optimizer_class).parameters
+    if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in accepted.values()):
+        unknown = [key for key in args if key not in accepted]
+        if unknown:
+            known = ", ".join(key for key in accepted if key not in ("params", "lr"))
+            raise ParameterError(f"optimizer_args: {name} does not know {', '.join(unknown)}: it takes {known}")
+        if "lr" in args:
+            raise ParameterError(f"optimizer_args: lr={args['lr']}: set learning_rate instead")
     step = optimizer_class.step
     if getattr(getattr(step, "__code__", None), "co_name", "") == "_use_grad" and not args.get("differentiable"):
         # torch's wrapper around the step switches gradients off with the compiler's help
@@ -156,18 +163,6 @@ def _find(name: str) -> type[Optimizer]:
             + ", ".join(sorted(_CLASSES))
         )
     return optimizer_class
-
-
-def _check_args(name: str, optimizer_class: type[Optimizer], args: Args) -> None:
-    accepted = inspect.signature(optimizer_class).parameters
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values()):
-        return
-    unknown = [key for key in args if key not in accepted]
-    if unknown:
-        known = ", ".join(key for key in accepted if key not in ("params", "lr"))
-        raise ParameterError(f"optimizer_args: {name} does not know {', '.join(unknown)}: it takes {known}")
-    if "lr" in args:
-        raise ParameterError(f"optimizer_args: lr={args['lr']}: set learning_rate instead")
 
 
 def _fast_kernels(optimizer_class: type[Optimizer], groups: ParameterGroups, args: Args) -> Args:
@@ -239,7 +234,11 @@ def _check_state(optimizer: Optimizer, parameters: Mapping[str, Tensor], found: 
             raise InputError(f"the checkpoint's optimizer state has {owner or path}, which this adapter does not")
         else:
             by_owner.setdefault(owner, {})[key] = value
-    group = _first_group(optimizer, found)
+    # the first group as the checkpoint has it: what Prodigy Plus keeps of a parameter depends on the step
+    start = "group/0/"
+    saved = {path.removeprefix(start): value for path, value in found.items() if path.startswith(start)}
+    own = {key: _from_json(value) for key, value in saved.items() if key != "lr" and not isinstance(value, Tensor)}
+    group = {**optimizer.param_groups[0], **own}
     expected: dict[tuple[int, ...], list[Mapping[str, object]]] = {}
     for owner, state in by_owner.items():
         shape = tuple(parameters[owner].shape)
@@ -260,14 +259,6 @@ def _check_group_value(optimizer: Optimizer, number: str, key: str, value: objec
     own = groups[int(number)].get(key)
     if own is not None and value is not None and _form(own) != _form(value):
         raise InputError(f"the checkpoint's optimizer has {key} = {value!r}, where this run's has {own!r}")
-
-
-def _first_group(optimizer: Optimizer, found: Mapping[str, object]) -> dict[str, Any]:
-    """Returns the first group as the checkpoint has it: what Prodigy Plus keeps of a parameter depends on the step."""
-    start = "group/0/"
-    saved = {path.removeprefix(start): value for path, value in found.items() if path.startswith(start)}
-    own = {key: _from_json(value) for key, value in saved.items() if key != "lr" and not isinstance(value, Tensor)}
-    return {**optimizer.param_groups[0], **own}
 
 
 def _from_json(value: object) -> object:

@@ -91,7 +91,8 @@ class TrainedWeights:
             return
         kept = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         with torch.no_grad():
-            self._put_average(optimizer)
+            for name, average in (self._average or self._optimizers_average(optimizer)).items():
+                self._parameters[name].copy_(average)
         try:
             yield
         finally:
@@ -117,18 +118,13 @@ class TrainedWeights:
         for name, copy in self._copies.items():
             copy.data = self._parameters[name].detach().float()  # whole, as before the first step
 
-    def _put_average(self, optimizer: Optimizer) -> None:
-        if self._average:
-            for name, average in self._average.items():
-                self._parameters[name].copy_(average)
-            return
+    def _optimizers_average(self, optimizer: Optimizer) -> dict[str, Tensor]:
         self.begin_update()
         set_training(optimizer, training=False)
         averaged = {name: tensor.detach().clone() for tensor, name in self.optimized.items()}
         set_training(optimizer, training=True)
         self._free_copies()
-        for name, tensor in averaged.items():
-            self._parameters[name].copy_(tensor)
+        return averaged
 
     def _free_copies(self) -> None:
         for copy in self._copies.values():

@@ -47,14 +47,29 @@ class TrainingData:
         return {**self.latents.manifest.fingerprints, **self.text.manifest.fingerprints}
 
     def identity(self) -> dict[str, object]:
-        """Returns what a run's identity says about its rows, component by component, so that a difference is named."""
+        """Returns what a run's identity says about its rows, component by component, so that a difference is named.
+
+        "training_rows" stands for all of the items that training reads, with row keys in place of row numbers.
+        """
+        items = self.train
+        rules = [{name: getattr(rules, name) for name in SubsetRules.__slots__} for rules in items.rules]
+        parts = [
+            items.ids.tobytes(),
+            items.subsets.tobytes(),
+            items.repeats.tobytes(),
+            self.latents.keys[items.latents.rows].tobytes(),
+            items.latents.starts.tobytes(),
+            self.text.keys[items.captions.rows].tobytes(),
+            items.captions.starts.tobytes(),
+            hash_json(rules).encode(),
+        ]
         return {
             **{f"encoded_with.{name}": value for name, value in sorted(self.fingerprints().items())},
             "latents_recipe": hash_json(dict(self.latents.manifest.recipe)),
             "latents_recipe_version": self.latents.manifest.recipe_version,
             "text_recipe": hash_json(dict(self.text.manifest.recipe)),
             "text_recipe_version": self.text.manifest.recipe_version,
-            "training_rows": _digest(self.train, self.latents, self.text),
+            "training_rows": hash_bytes(b"".join(parts)),
         }
 
 
@@ -244,18 +259,3 @@ def _latent_shapes(latents: CacheReader) -> np.ndarray:
         shapes = {name: shape for name, _, shape in layout}
         layouts.append(shapes[latents_name(shapes)][-2:])
     return np.array(layouts, dtype=np.int64).reshape(-1, 2)[latents.index.arrays["row_layout"]]
-
-
-def _digest(items: Items, latents: CacheReader, text: CacheReader) -> str:
-    """Returns a hash over everything of the items that training reads, with row keys in place of row numbers."""
-    parts = [
-        items.ids.tobytes(),
-        items.subsets.tobytes(),
-        items.repeats.tobytes(),
-        latents.keys[items.latents.rows].tobytes(),
-        items.latents.starts.tobytes(),
-        text.keys[items.captions.rows].tobytes(),
-        items.captions.starts.tobytes(),
-        hash_json([{name: getattr(rules, name) for name in SubsetRules.__slots__} for rules in items.rules]).encode(),
-    ]
-    return hash_bytes(b"".join(parts))
