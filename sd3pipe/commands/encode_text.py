@@ -62,16 +62,14 @@ def main(params: EncodeTextParams) -> None:
 
 
 def _repetition(params: EncodeTextParams, target: _Target) -> Repetition:
+    def goes_by() -> dict[str, Any]:  # what makes the rows, beside the captions
+        weights = _weight_stamps(params, target)
+        fingerprints = find_text_encoders(params.model, encoder_files(params), params.tokenizers).fingerprints(weights)
+        weights.save()
+        return {"weights": fingerprints, "recipe_version": RECIPE_VERSION, "options": params.model_dump(mode="json")}
+
     trust = not (params.rehash or params.verify_weights)
-    return Repetition(target.out, target.source, lambda: _goes_by(params, target), captions=True, trust=trust)
-
-
-def _goes_by(params: EncodeTextParams, target: _Target) -> dict[str, Any]:
-    """Returns what makes the rows, beside the captions."""
-    weights = _weight_stamps(params, target)
-    fingerprints = find_text_encoders(params.model, encoder_files(params), params.tokenizers).fingerprints(weights)
-    weights.save()
-    return {"weights": fingerprints, "recipe_version": RECIPE_VERSION, "options": params.model_dump(mode="json")}
+    return Repetition(target.out, target.source, goes_by, captions=True, trust=trust)
 
 
 def _weight_stamps(params: EncodeTextParams, target: _Target) -> FileStamps:

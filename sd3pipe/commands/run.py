@@ -32,15 +32,6 @@ def main(params: RunParams) -> None:
     All options and inputs of all of them are checked before the first one begins.
     """
     project = _project(params.project)
-    stages = _wanted(params, project)
-    _tell(project, stages, params)
-    for stage in () if params.dry_run else stages:
-        say(_shown(stage, project, params))
-        words = [*command_words(stage, project.paths), *_code_words(stage, params)]
-        run_child(stage.name, words, same_command="sd3pipe run")
-
-
-def _wanted(params: RunParams, project: Project) -> list[Stage]:
     there = {stage.name: stage for stage in stages_of(project.paths)}
     missing = [name for name in params.stages if name not in there]
     if missing:
@@ -48,7 +39,12 @@ def _wanted(params: RunParams, project: Project) -> list[Stage]:
         keys = [*its.asks_for, *(path.key for path in its.paths if path.role == "data"), its.out.key]
         key = next(key for key in keys if key.partition("/")[0] not in project.paths)
         raise ParameterError(f"{project.file}: paths.{key} is missing, so there is nothing for {its.name} to do")
-    return [stage for name, stage in there.items() if not params.stages or name in params.stages]
+    stages = [stage for name, stage in there.items() if not params.stages or name in params.stages]
+    _tell(project, stages, params)
+    for stage in () if params.dry_run else stages:
+        say(_shown(stage, project, params))
+        words = [*command_words(stage, project.paths), *_code_words(stage, params)]
+        run_child(stage.name, words, same_command="sd3pipe run")
 
 
 def _tell(project: Project, stages: Sequence[Stage], params: RunParams) -> None:

@@ -52,8 +52,20 @@ def dataset_blocks(given: Given, translation: Translation) -> list[Block]:
     if isinstance(folder := given.get("conditioning_data_dir"), str):
         for subset in subsets:
             subset.values.setdefault("conditioning_data_dir", folder)
-    _take_batch_size(blocks, translation)
-    _take_masks(blocks, translation)
+    train = translation.values["train"]
+    sizes = {block.values.pop("batch_size") for block in blocks if "batch_size" in block.values}
+    if sizes:
+        train["train_batch_size"] = max(sizes)
+    if len(sizes) > 1:
+        translation.changed.append(
+            f"batch_size: the file has {sorted(sizes)}; one size serves all here, train_batch_size = {max(sizes)}"
+        )
+    # Masks of the alpha channel count wherever they are in sd-scripts, those of a folder under masked_loss alone.
+    if any(block.values.get("alpha_mask") is True for block in blocks):
+        train["masked_loss"] = "sum"
+    for block in blocks:
+        if "conditioning_data_dir" in block.values and "masked_loss" not in train:
+            block.leave_out("conditioning_data_dir", "acts in sd-scripts under masked_loss alone")
     for subset in subsets:
         _locate(subset)
     _leave_out_what_does_not_fit(blocks)
@@ -151,26 +163,6 @@ def _blocks(tables: Mapping[str, Any], translation: Translation) -> Iterator[Blo
             yield Block(header=_SUBSET, values=dict(subset))
     for key in tables.keys() - {"general", "datasets"}:
         translation.lost.append(f"{key}: sd-scripts has no such table in a dataset file")
-
-
-def _take_batch_size(blocks: list[Block], translation: Translation) -> None:
-    sizes = {block.values.pop("batch_size") for block in blocks if "batch_size" in block.values}
-    if sizes:
-        translation.values["train"]["train_batch_size"] = max(sizes)
-    if len(sizes) > 1:
-        translation.changed.append(
-            f"batch_size: the file has {sorted(sizes)}; one size serves all here, train_batch_size = {max(sizes)}"
-        )
-
-
-def _take_masks(blocks: list[Block], translation: Translation) -> None:
-    """Masks of the alpha channel count wherever they are in sd-scripts, those of a folder under masked_loss alone."""
-    train = translation.values["train"]
-    if any(block.values.get("alpha_mask") is True for block in blocks):
-        train["masked_loss"] = "sum"
-    for block in blocks:
-        if "conditioning_data_dir" in block.values and "masked_loss" not in train:
-            block.leave_out("conditioning_data_dir", "acts in sd-scripts under masked_loss alone")
 
 
 def _locate(subset: Block) -> None:
