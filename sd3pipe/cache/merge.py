@@ -144,9 +144,10 @@ def _united_tags(readers: Sequence[CacheReader]) -> dict[str, Mapping[str, int]]
     for name in sorted({name for reader in readers for name in reader.manifest.tags}):
         its = [reader for reader in readers if name in reader.manifest.subsets]
         counted = [tags[name] for reader in its if name in (tags := reader.manifest.tags)]
-        samples = [reader.samples for reader in its]
-        lines = [zip(its.strings("name").to_list(), its.strings("subset").to_list(), strict=True) for its in samples]
-        names = [{picture for picture, subset in pairs if subset == name} for pairs in lines]
+        names: list[set[str]] = []
+        for samples in (reader.samples for reader in its):
+            pairs = zip(samples.strings("name").to_list(), samples.strings("subset").to_list(), strict=True)
+            names.append({picture for picture, subset in pairs if subset == name})
         if len(counted) < len(its):
             continue
         if all((tags, there) == (counted[0], names[0]) for tags, there in zip(counted, names, strict=True)):

@@ -49,7 +49,7 @@ def process_caption(text: str, rules: CaptionRules, rng: random.Random, *, line:
     secondary separator. Two holes of sd-scripts are closed: prefix and suffix reach every line that enable_wildcard may
     choose, and keep_tokens_separator never stays in the text.
     """
-    lines = caption_lines(text) or [""]
+    lines = [line.strip() for line in text.split("\n") if line.strip()] or [""]
     caption = lines[line % len(lines) if rules.enable_wildcard else 0]
     caption = f"{rules.caption_prefix} {caption}" if rules.caption_prefix else caption
     caption = f"{caption} {rules.caption_suffix}" if rules.caption_suffix else caption
@@ -66,11 +66,6 @@ def process_caption(text: str, rules: CaptionRules, rng: random.Random, *, line:
     if rules.secondary_separator:
         caption = caption.replace(rules.secondary_separator, rules.caption_separator)
     return caption.strip()
-
-
-def caption_lines(text: str) -> list[str]:
-    """Returns the non-empty lines of a caption file, without the blanks around them."""
-    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def tag_frequency(captions: Iterable[str]) -> Mapping[str, int]:

@@ -131,9 +131,8 @@ def pictures_below(folder: Path) -> int:
 
 def mask_files(folder: Path) -> dict[str, Place]:
     """Returns the pictures of a conditioning_data_dir by their name without ending."""
-    for _, here, files, _ in walked(folder, recursive=False):
-        return {Path(name).stem: Place(here / name) for name in sorted(files) if is_picture_name(name)}
-    return {}
+    _, here, files, _ = next(walked(folder, recursive=False))
+    return {Path(name).stem: Place(here / name) for name in sorted(files) if is_picture_name(name)}
 
 
 def is_picture_name(name: str) -> bool:

@@ -165,13 +165,11 @@ def _contents(file: Path | Remote, endings: tuple[str, ...], stamps: FileStamps 
 
 
 def _read(file: Path | Remote, endings: tuple[str, ...], *, look: Look) -> Contents:
-    from sd3pipe.data.tables import read_arrow, read_parquet  # what a second scan does not need
+    from sd3pipe.data.tables import read_table  # what a second scan does not need
     from sd3pipe.data.tars import read_tar
 
-    ending = file.suffix.lower()
-    if ending == ".tar":
-        return read_tar(file, endings, look=look)
-    return read_parquet(file, look=look) if ending == ".parquet" else read_arrow(file, look=look)
+    is_tar = file.suffix.lower() == ".tar"
+    return read_tar(file, endings, look=look) if is_tar else read_table(file, look=look)
 
 
 def _read_remote(where: Remote, subset: Subset, captions: FileStamps | None, pictures: FileStamps | None) -> FolderRead:

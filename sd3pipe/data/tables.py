@@ -34,18 +34,16 @@ class _Columns:
 _Row = tuple[Span | Cell, Any, str | None, str | None]  # its place, the bytes of the picture, its path, its caption
 
 
-def read_parquet(file: Path | Remote, *, look: Look) -> Contents:
-    """Returns the pictures of a Parquet file, a row each; of mere names captions are empty. Raises InputError."""
-    return _contents(file, "Parquet", _parquet_rows(open_parquet(file), file, look), look)
+def read_table(file: Path | Remote, *, look: Look) -> Contents:
+    """Returns the pictures of a Parquet or an Arrow file, a row each. Raises InputError.
 
-
-def read_arrow(file: Path | Remote, *, look: Look) -> Contents:
-    """Returns the pictures of an Arrow file, a row each. Raises InputError."""
-    return _contents(file, "Arrow", _arrow_rows(file), look)
-
-
-def _contents(file: Path | Remote, form: str, rows: Iterator[_Row], look: Look) -> Contents:
+    Of mere names a Parquet file's captions are empty.
+    """
     pyarrow = pyarrow_for(file)
+    if file.suffix.lower() == ".parquet":
+        form, rows = "Parquet", _parquet_rows(open_parquet(file), file, look)
+    else:
+        form, rows = "Arrow", _arrow_rows(file)
     samples: list[Sample] = []
     paths: list[str] = []
     try:
