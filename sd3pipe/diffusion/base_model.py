@@ -21,11 +21,7 @@ _TABLE = "pos_embed"  # stays on the host; each step takes a window of it
 
 
 def load_base(
-    source: ComponentSource,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    settings: Settings = Settings(),
+    source: ComponentSource, *, dtype: torch.dtype, device: torch.device, settings: Settings = Settings()
 ) -> tuple[MMDiT, BlockStreamer]:
     """Returns the frozen model and what runs its blocks, read block by block.
 
@@ -36,8 +32,7 @@ def load_base(
     """
     architecture = mmdit_architecture(source)
     mmdit = MMDiT(architecture, device="meta").eval()
-    outside = [key for key in source.tensors if not key.startswith("joint_blocks.")]
-    outside.remove(_TABLE)
+    outside = [key for key in source.tensors if not key.startswith("joint_blocks.") and key != _TABLE]
     tensors = read_tensors(source.tensors, dtype=dtype, device=device, keys=outside)
     table = read_tensors(source.tensors, dtype=dtype, device="cpu", keys=[_TABLE])
     mmdit.load_state_dict(tensors | table, strict=False, assign=True)
