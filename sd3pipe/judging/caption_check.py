@@ -15,7 +15,7 @@ from sd3pipe.diffusion.draws import hashes, stream_key
 from sd3pipe.judgement import Score
 from sd3pipe.judging.bootstrap import Array, Resampled, resample
 
-SUSPECT_SHARE = 0.25  # of the median advantage: at most so much is "no better than others'"
+SUSPECT_SHARE = 0.5  # of the median advantage: below, a caption is nearer to explaining nothing than to the usual
 NOTHING_SHARE = 0.05  # of the median by which captions move the prediction: at most so much is "changes nothing"
 LOW_NOISE = 0.3  # up to here an error falls by what is remembered of a picture, not by what is understood
 _FEW_HELD_OUT = 3
@@ -37,7 +37,7 @@ def advantages(own_PN: Array, empty_PN: Array, others_PON: Array) -> Resampled:
 def suspects(found: Resampled) -> NDArray[np.bool_]:
     """Returns the pictures whose own caption explains them no better than others', all looked at together.
 
-    The whole interval has to lie below a quarter of what captions of these pictures explain in the middle.
+    The whole interval has to lie below half of what captions of these pictures explain in the middle.
     """
     usual = max(0.0, float(np.median(found.values_K)))
     return np.array([score.high is not None and score.high <= SUSPECT_SHARE * usual for score in found.family()])

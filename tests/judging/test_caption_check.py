@@ -30,6 +30,13 @@ def test_wrong_captions_are_named_and_no_others():
         assert np.flatnonzero(found).tolist() == [3, 17]
 
 
+def test_a_caption_that_explains_a_little_of_its_picture_is_named_too():
+    """As of a picture of noise, whose caption explains a seventh of what is usual."""
+    own, empty, others = errors(np.random.default_rng(0), noise=0.03)
+    own[5] += 0.085
+    assert np.flatnonzero(suspects(advantages(own, empty, others))).tolist() == [5]
+
+
 def test_with_none_wrong_none_is_named():
     claims = sum(suspects(advantages(*errors(np.random.default_rng(seed), noise=0.1))).any() for seed in range(30))
     assert claims <= 3

@@ -137,6 +137,14 @@ def test_of_a_style_nothing_is_suggested(made, judged, tmp_path):
     assert suggestion.checkpoint is None and "style" in suggestion.text
 
 
+def test_a_judge_model_that_tells_nothing_apart_suggests_nothing(made, judged, tmp_path, monkeypatch):
+    monkeypatch.setattr("sd3pipe.judging.scores.towards", lambda *_: None)
+    judge.main(params(made, tmp_path / "out"))
+    found = read_judgement(tmp_path / "out")
+    assert found.suggestion.checkpoint is None and "does not tell the training pictures" in found.suggestion.text
+    assert [scores.likeness for scores in found.scores] == [None] * len(STEPS)
+
+
 def test_a_trigger_that_no_prompt_has_is_refused(made, tmp_path):
     with pytest.raises(ParameterError, match="no prompt of"):
         judge.main(params(made, tmp_path / "out", trigger="wombat"))
