@@ -118,6 +118,13 @@ class Prediction:
         """What comes to a process that has torch imported."""
         return self.host_bytes - self.host_parts["process"]
 
+    def on_host(self) -> "Prediction":
+        """Returns the same where the device is the host itself, whose memory holds all."""
+        host_parts = dict(self.host_parts)
+        for name, size in self.device_parts.items():
+            host_parts[name] = host_parts.get(name, 0) + (0 if name == "CUDA" else size)
+        return replace(self, device_parts={"CUDA": 0}, host_parts=host_parts)
+
 
 def predict(model: ModelSize, work: Workload, settings: Settings, rates: Rates | None = None) -> Prediction:
     """Returns memory, copies and, where rates are known, seconds of one training step."""

@@ -161,6 +161,8 @@ def plan_memory(
     elif host is not None and (freedom.kept or host_bound is not None):
         wanted = _chosen_on_the_host(architecture, work, wanted, freedom, host=host, host_bound=host_bound)
     prediction = predict(model_size(architecture.shapes()), work, wanted, rates)
+    if device.type != "cuda":
+        prediction = prediction.on_host()
     if host is not None and prediction.added_host_bytes > host:
         log.warning(
             "this run needs about %s of host memory, and %s are left: %s",

@@ -9,7 +9,8 @@ from support.tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
 from sd3pipe.diffusion.base_model import fewest_to_sample
 from sd3pipe.errors import DeviceMemoryError
 from sd3pipe.memory.choosing import Freedom
-from sd3pipe.memory.plan import Rates, Settings, Workload
+from sd3pipe.memory.plan import Rates, Settings, Workload, predict
+from sd3pipe.memory.sizes import model_size
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.training.compiling import compile_blocks
 from sd3pipe.training.memory_plan import choose, plan_memory
@@ -101,6 +102,15 @@ def test_on_the_cpu_activations_are_kept_as_far_as_half_of_the_free_memory_goes(
     freedom = Freedom(kept=True)
     plan = plan_memory(tiny_architecture("sd3-medium"), WORK, Settings(), freedom, device=CPU, dtype=torch.float32)
     assert (plan.settings.all_kept_blocks, plan.settings.blocks_to_swap) == (kept, 0)
+
+
+def test_on_the_cpu_all_is_predicted_of_the_hosts_memory(monkeypatch, caplog):
+    monkeypatch.setattr("sd3pipe.training.memory_plan.share_of_memory", lambda: 8 * 10**9)
+    plan = plan_memory(LARGE, WORK, Settings(), Freedom(), device=CPU, dtype=torch.bfloat16)
+    on_a_card = predict(model_size(LARGE.shapes()), WORK, Settings())
+    assert plan.prediction.tensor_bytes == 0
+    assert plan.prediction.host_bytes == on_a_card.host_bytes + on_a_card.tensor_bytes
+    assert "this run needs about" in caplog.text and "8 GB are left" in caplog.text
 
 
 def test_rates_are_measured_at_the_size_of_the_run():
