@@ -29,6 +29,7 @@ Format = Literal["float32", "float16", "bfloat16"]  # torch's words
 FORMAT_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 PackedFormat = Literal["fp8", "int8", "nf4"]
 RowFormat = Literal["int8"]  # whole numbers, and a bfloat16 scale for each group of neighbours in a token's states
+CLIP_TOKENS = 77  # of every prompt, for both CLIP encoders
 SCALED_NEIGHBOURS = 64  # how many numbers of a row share a scale; fewer where they do not divide its width
 BaseFormat = Literal["dense", PackedFormat]
 MatmulFormat = Literal["int8", "fp8"]

@@ -110,8 +110,8 @@ def test_windows_hands_no_signal_on_to_a_child_that_its_console_tells(on_windows
 
 def test_a_signal_is_heard_without_masks_of_signals(on_windows):
     with stopping.listening():
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(Stopped, match="SIGINT"):
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped, match="SIGTERM"):
             stopping.check()
 
 

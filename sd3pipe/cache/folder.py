@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sd3pipe.console import listed
 from sd3pipe.errors import InputError, StorageError
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import make_folder, storage_errors
 from sd3pipe.fingerprint import is_hash
 from sd3pipe.stages import CAPTIONS
@@ -24,6 +25,11 @@ def machine_folder(cache: Path) -> Path:
     """Returns the folder of a cache's machine-local files: beside it, on its file system, never in a repository."""
     real = cache.resolve()
     return real.parent / ".sd3pipe" / real.name
+
+
+def weight_stamps(out: Path, *, trust: bool = True) -> FileStamps:
+    """Returns what is remembered of weight files: one file for all that is written beside one another."""
+    return FileStamps(machine_folder(out).parent / "weights.json", trust=trust)
 
 
 def apart_folder(place: Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from sd3pipe.cache.folder import machine_folder
+from sd3pipe.cache.folder import machine_folder, weight_stamps
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.caption_findings import CaptionFindings
 from sd3pipe.console import StageReport, count, listed, progress, readable_seconds
@@ -20,7 +20,6 @@ from sd3pipe.diffusion.picture_store import shared_folder
 from sd3pipe.diffusion.precision import BASE_DTYPES, resolve_precision
 from sd3pipe.diffusion.sampler import PIXELS_PER_LATENT
 from sd3pipe.diffusion.sheet import Column, choose_columns
-from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import make_folder, write_text
 from sd3pipe.judging.caption_answers import CaptionCheck, read_pictures, with_training
 from sd3pipe.judging.caption_page import render_findings
@@ -42,7 +41,7 @@ def main(params: CheckCaptionsParams) -> None:
     """Asks the model what was not asked yet, and writes what the answers say."""
     inputs = params.as_inputs("model", "text", "latents", "adapter")
     with StageReport("check-captions", path=Path(f"{params.out}.report.json"), inputs=inputs) as report:
-        stamps = FileStamps(machine_folder(params.out) / "weights.json")
+        stamps = weight_stamps(params.out)
         source = find_component("mmdit", model=params.model, file=params.mmdit)
         device = choose_device(params.device, params.threads)
         precision = resolve_precision(params.mixed_precision, device)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sd3pipe.cache.folder import MANIFEST, machine_folder
+from sd3pipe.cache.folder import MANIFEST, machine_folder, weight_stamps
 from sd3pipe.cache.manifest import read_manifest
 from sd3pipe.cache.rows import Row
 from sd3pipe.cache.store import FillCounts
@@ -43,15 +43,10 @@ def main(params: EncodeLatentsParams) -> None:
 
 def _goes_by(params: EncodeLatentsParams) -> dict[str, Any]:
     """Returns what makes the rows, beside the pictures."""
-    stamps = _weight_stamps(params)
+    stamps = weight_stamps(params.out, trust=not params.rehash)
     vae = find_component("vae", model=params.model, file=params.vae).fingerprint(stamps)
     stamps.save()
     return {"vae": vae, "recipe_version": RECIPE_VERSION, "options": params.model_dump(mode="json")}
-
-
-def _weight_stamps(params: EncodeLatentsParams) -> FileStamps:
-    """Returns what is remembered of weight files: one file for all caches here."""
-    return FileStamps(machine_folder(params.out).parent / "weights.json", trust=not params.rehash)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +137,7 @@ def _prepare(params: EncodeLatentsParams) -> _Latents:
     views, unreadable = usable_views(read, params)
     vae = find_component("vae", model=params.model, file=params.vae)
     architecture = detect_vae(vae.shapes(), vae.where)
-    weights = _weight_stamps(params)
+    weights = weight_stamps(params.out, trust=not params.rehash)
     fingerprint = vae.fingerprint(weights)
     wanted = latents_wanted(views, unreadable, read.dataset, architecture, fingerprint, latent_recipe(params))
     if not params.dry_run:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sd3pipe.cache.folder import machine_folder
+from sd3pipe.cache.folder import machine_folder, weight_stamps
 from sd3pipe.cache.rows import Row
 from sd3pipe.cache.store import FillCounts
 from sd3pipe.config import find_project
@@ -63,18 +63,13 @@ def main(params: EncodeTextParams) -> None:
 
 def _repetition(params: EncodeTextParams, target: _Target) -> Repetition:
     def goes_by() -> dict[str, Any]:  # what makes the rows, beside the captions
-        weights = _weight_stamps(params, target)
+        weights = weight_stamps(target.out, trust=not params.verify_weights)
         fingerprints = find_text_encoders(params.model, encoder_files(params), params.tokenizers).fingerprints(weights)
         weights.save()
         return {"weights": fingerprints, "recipe_version": RECIPE_VERSION, "options": params.model_dump(mode="json")}
 
     trust = not (params.rehash or params.verify_weights)
     return Repetition(target.out, target.source, goes_by, captions=True, trust=trust)
-
-
-def _weight_stamps(params: EncodeTextParams, target: _Target) -> FileStamps:
-    """Returns what is remembered of weight files: one file for all caches here."""
-    return FileStamps(machine_folder(target.out).parent / "weights.json", trust=not params.verify_weights)
 
 
 def _targets(params: EncodeTextParams) -> list[_Target]:
@@ -181,7 +176,7 @@ def _prepare(params: EncodeTextParams, target: _Target) -> _TextRows:
     """Reads captions or prompts, headers and what identifies the weights. Writes nothing for a dry run."""
     folder = machine_folder(target.out)
     pictures = FileStamps(folder / "stat.json", trust=not params.rehash)
-    weights = _weight_stamps(params, target)
+    weights = weight_stamps(target.out, trust=not params.verify_weights)
     read = None
     if target.kind == "text":
         read = read_dataset(target.source, pictures, captions=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from sd3pipe.adapters.find import checkpoint_adapters
-from sd3pipe.cache.folder import machine_folder
+from sd3pipe.cache.folder import weight_stamps
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.console import StageReport, count, readable_seconds, say
 from sd3pipe.device import choose_device
@@ -38,7 +38,7 @@ def main(params: JudgeParams) -> None:
     """Draws, looks and compares what is missing, and writes judge.json and a page."""
     inputs = params.as_inputs("model", "adapter", "prompts", "latents", "judge_model")
     with StageReport("judge", path=Path(f"{params.out}.report.json"), inputs=inputs) as report:
-        stamps = FileStamps(machine_folder(params.out) / "weights.json")
+        stamps = weight_stamps(params.out)
         mmdit = find_component("mmdit", model=params.model, file=params.mmdit)
         vae = find_component("vae", model=params.model, file=params.vae)
         judge_folder = find_judge_model(params.judge_model)

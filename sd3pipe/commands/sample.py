@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from sd3pipe.cache.folder import machine_folder
+from sd3pipe.cache.folder import weight_stamps
 from sd3pipe.console import StageReport, count
 from sd3pipe.device import choose_device
 from sd3pipe.diffusion.drawing import Cell, decode_cells, draw_cells, lay_out, make_cell, sheet_of
@@ -29,7 +29,7 @@ def main(params: SampleParams) -> None:
     """Draws what is missing, decodes what can be decoded, and lays the grids out."""
     inputs = params.as_inputs("model", "prompts", "adapter")
     with StageReport("sample", path=Path(f"{params.out}.report.json"), inputs=inputs) as report:
-        stamps = FileStamps(machine_folder(params.out) / "weights.json")
+        stamps = weight_stamps(params.out)
         vae = _find_vae(params)
         places = Places(out=params.out, vae_mark=vae.fingerprint(stamps)[:_VAE_DIGITS] if vae else "")
         if params.decode:

@@ -18,7 +18,6 @@ from sd3pipe.diffusion.precision import BASE_DTYPES, resolve_precision
 from sd3pipe.errors import ParameterError, StaleError, StorageError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import lock_file
-from sd3pipe.memory.sizes import CLIP_TOKENS
 from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import find_component
 from sd3pipe.params.train import TrainParams, idle_options
@@ -38,6 +37,7 @@ from sd3pipe.training.state_file import Progressed
 from sd3pipe.training.training_data import data_summary, encode_summary, open_data
 from sd3pipe.training.validation import verdict
 from sd3pipe.watched import Look
+from sd3pipe.words import CLIP_TOKENS
 
 log = logging.getLogger(__name__)
 

@@ -59,7 +59,4 @@ def _row(picture: CheckedPicture, learnt: bool) -> list[str]:
 
 
 def _shown(score: Score | None) -> str:
-    if score is None:
-        return ""
-    interval = "" if score.low is None or score.high is None else f" ({score.low:+.1%} to {score.high:+.1%})"
-    return f"{score.value:+.1%}{interval}"
+    return "" if score is None else score.shown("+.1%")

@@ -43,14 +43,21 @@ class Freedom:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What there is of memory; None: any amount."""
+    """What there is of memory; None: any amount. Without a device the host's memory holds all."""
 
-    device_bytes: int
+    device_bytes: int | None
     host_bytes: int | None = None
 
+    def predicted(self, model: ModelSize, work: Workload, settings: Settings, rates: Rates | None = None) -> Prediction:
+        prediction = predict(model, work, settings, rates)
+        return prediction.on_host() if self.device_bytes is None else prediction
+
+    def host_allows(self, prediction: Prediction) -> bool:
+        return self.host_bytes is None or prediction.host_bytes <= self.host_bytes
+
     def allow(self, prediction: Prediction) -> bool:
-        on_host = self.host_bytes is None or prediction.host_bytes <= self.host_bytes
-        return on_host and prediction.device_bytes <= self.device_bytes
+        on_device = self.device_bytes is None or prediction.device_bytes <= self.device_bytes
+        return on_device and self.host_allows(prediction)
 
 
 def fitting_settings(
@@ -97,6 +104,7 @@ def alternatives(
 
 def advice(model: ModelSize, work: Workload, wanted: Settings, limits: Limits) -> str:
     """Returns what to say after the device ran out of memory: settings that need clearly less, the gentlest first."""
+    assert limits.device_bytes is not None, "there is no settling for less without a device"
     target = int(min(0.9 * limits.device_bytes, 0.85 * predict(model, work, wanted).device_bytes))
     lean = replace(wanted, all_kept_blocks=0, attention_kept_blocks=0)
     ladder = [lean, *(replace(lean, base_format=name) for name in ("int8", "nf4") if wanted.base_format == "dense")]
@@ -157,19 +165,16 @@ def _most_kept(
 
 def _within_host(model: ModelSize, work: Workload, settings: Settings, limits: Limits, rates: Rates | None) -> Row:
     """Returns the settings with as few blocks read from the file as the host's memory allows; packed ones never are."""
-    row = settings, predict(model, work, settings, rates)
-    if limits.host_bytes is None or settings.base_format != "dense" or settings.modulation != "stream":
-        return row
-    if row[1].host_bytes <= limits.host_bytes:
+    row = settings, limits.predicted(model, work, settings, rates)
+    if limits.host_allows(row[1]) or settings.base_format != "dense" or settings.modulation != "stream":
         return row
 
     def fits(count: int) -> bool:  # more of them take less of the host, beside the buffers that the first one brings
-        prediction = predict(model, work, replace(settings, file_blocks=count))
-        return limits.host_bytes is None or prediction.host_bytes <= limits.host_bytes
+        return limits.host_allows(limits.predicted(model, work, replace(settings, file_blocks=count)))
 
     counts = range(1, settings.blocks_to_swap + 1)
     fewest = bisect.bisect_left(counts, True, key=fits)
     if fewest == len(counts):
         return row
     from_file = replace(settings, file_blocks=counts[fewest])
-    return from_file, predict(model, work, from_file, rates)
+    return from_file, limits.predicted(model, work, from_file, rates)

@@ -13,7 +13,6 @@ from typing import Literal
 
 from sd3pipe.words import BaseFormat, KeptActivations
 
-CLIP_TOKENS = 77
 _PATCH_PX = 16  # 8 pixels a latent, 2 latents a patch
 _PACKED_PARTS = (".attn.", ".attn2.", ".mlp.")
 # A frozen weight needs the input's gradient only; flash attention's backward is 2.5 times its forward.

@@ -10,7 +10,7 @@ from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.sources import ComponentSource, find_component
 from sd3pipe.models.text_architecture import ENCODERS, detect_clip, detect_t5
 from sd3pipe.models.tokenizer_folders import find_tokenizers, tokenizers_identity
-from sd3pipe.words import FORMAT_BYTES, SCALED_NEIGHBOURS, EncoderName, Format, RowFormat
+from sd3pipe.words import CLIP_TOKENS, FORMAT_BYTES, SCALED_NEIGHBOURS, EncoderName, Format, RowFormat
 
 _PUBLISHED_WIDTHS: Mapping[EncoderName, int] = {"clip_l": 768, "clip_g": 1280, "t5xxl": 4096}
 _PUBLISHED_VOCABULARIES: Mapping[EncoderName, int] = {"clip_l": 49408, "clip_g": 49408, "t5xxl": 32128}
@@ -22,7 +22,7 @@ class TextSizes:
 
     widths: Mapping[EncoderName, int] = field(default_factory=lambda: _PUBLISHED_WIDTHS)
     vocabularies: Mapping[EncoderName, int] = field(default_factory=lambda: _PUBLISHED_VOCABULARIES)
-    clip_length: int = 77
+    clip_length: int = CLIP_TOKENS
 
     def row_bytes(self, t5_tokens: int, text_dtype: Format, *, packed: RowFormat | None = None) -> int:
         """Returns the size of the row of a text of so many T5 tokens, its masks included."""

@@ -6,9 +6,8 @@ from pathlib import Path
 from sd3pipe.models.tokenizer_folders import find_tokenizers
 from sd3pipe.models.tokenizers import load_tokenizer
 from sd3pipe.previewing.cards import CaptionTokens
-from sd3pipe.words import EncoderName
+from sd3pipe.words import CLIP_TOKENS, EncoderName
 
-_CLIP_TOKENS = 77
 _ENCODERS: dict[str, EncoderName] = {"CLIP": "clip_l", "T5": "t5xxl"}  # CLIP-G counts as CLIP-L does
 
 
@@ -17,7 +16,7 @@ def token_counts(
 ) -> dict[str, CaptionTokens]:
     """Returns the tokens of each caption. Raises InputError where there are no tokenizers."""
     folders = find_tokenizers(folder=tokenizers, model=model, files=())
-    limits = {"CLIP": _CLIP_TOKENS, "T5": t5_tokens}
+    limits = {"CLIP": CLIP_TOKENS, "T5": t5_tokens}
     counts = {
         title: [len(ids) for ids in load_tokenizer(encoder, folders[encoder]).encode(captions)]
         for title, encoder in _ENCODERS.items()

@@ -19,7 +19,7 @@ from sd3pipe.errors import Sd3pipeError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.memory.choosing import Freedom, Limits, fitting_settings
 from sd3pipe.memory.plan import PROCESS_BYTES, Settings, Workload, adapter_bytes_per_weight, option_text, predict
-from sd3pipe.memory.sizes import CLIP_TOKENS, adapter_weights, image_tokens, model_size
+from sd3pipe.memory.sizes import adapter_weights, image_tokens, model_size
 from sd3pipe.models.hub import is_hub_id
 from sd3pipe.models.row_sizes import known_text_sizes, known_vae, text_advice
 from sd3pipe.models.sources import find_component
@@ -33,7 +33,7 @@ from sd3pipe.project.amounts import count_texts, read_amounts, read_prompts
 from sd3pipe.project.card import card_bytes
 from sd3pipe.project.inputs import stage_options
 from sd3pipe.stages import STAGES_BY_NAME
-from sd3pipe.words import FORMAT_BYTES
+from sd3pipe.words import CLIP_TOKENS, FORMAT_BYTES
 
 _TEXTS_OF_PROMPT = 2  # the prompt and its negative
 _KEPT_STATES = 2  # optimizer states of a run

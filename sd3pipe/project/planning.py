@@ -10,13 +10,13 @@ from sd3pipe.console import readable_bytes, readable_seconds
 from sd3pipe.errors import ParameterError
 from sd3pipe.memory.choosing import Freedom, Limits, Row, alternatives, fitting_settings
 from sd3pipe.memory.plan import Prediction, Rates, Settings, Workload, adapter_bytes_per_weight, option_text, predict
-from sd3pipe.memory.sizes import CLIP_TOKENS, ModelSize, adapter_weights, image_tokens, model_size
+from sd3pipe.memory.sizes import ModelSize, adapter_weights, image_tokens, model_size
 from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import find_component
 from sd3pipe.params.plan import PlanParams
 from sd3pipe.project.amounts import read_amounts
 from sd3pipe.rules.memory import MemoryRules
-from sd3pipe.words import MMDiTVariant
+from sd3pipe.words import CLIP_TOKENS, MMDiTVariant
 
 _USUAL_PX = (1024, 1024)
 

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -224,15 +223,22 @@ def _chosen_on_the_host(
     host: int,
     host_bound: int | None,
 ) -> Settings:
-    """Returns the settings for training on the CPU: activations that the host has room for, blocks that it holds."""
-    model, half = model_size(architecture.shapes()), int(_SHARE_OF_HOST * host)
-    for kept, device_bytes in ((True, half), (False, sys.maxsize)):
-        limits = Limits(device_bytes=device_bytes, host_bytes=host_bound)
+    """Returns the settings for training on the CPU: activations that the host has room for, blocks that it holds.
+
+    Blocks are read from the file for a bound that the user gives, and for no activations that might be kept instead.
+    """
+    model, room = model_size(architecture.shapes()), int(_SHARE_OF_HOST * host) + PROCESS_BYTES
+    for kept, most in ((True, room), (False, None)):
+        bounds = [limit for limit in (most, host_bound) if limit is not None]
+        limits = Limits(device_bytes=None, host_bytes=min(bounds, default=None))
         found = fitting_settings(
             model, work, wanted, limits, freedom=replace(freedom, blocks=False, kept=kept and freedom.kept)
         )
-        if found is not None:
+        if found is not None and not (host_bound is None and found[0].file_blocks):
             return found[0]
     if host_bound is None:
         return wanted
-    raise DeviceMemoryError(f"{readable_bytes(host_bound)} of host memory hold too few of the blocks: {_HOST_ADVICE}")
+    raise DeviceMemoryError(
+        f"{readable_bytes(host_bound)} of host memory hold too few of the blocks, which on a CPU stay there but for "
+        "--blocks-to-swap of them: give more of either, or pack the base (--base-dtype int8, then nf4)"
+    )

@@ -8,14 +8,13 @@ from urllib.parse import urlencode
 
 from starlette.responses import Response
 
-from sd3pipe.cache.folder import machine_folder
+from sd3pipe.cache.folder import weight_stamps
 from sd3pipe.cache.store import missing_rows
 from sd3pipe.config import Project
 from sd3pipe.console import count
 from sd3pipe.documents import DocumentError, read_data
 from sd3pipe.encoding.text_plan import caption_texts, encoder_files, text_recipe, text_wanted
 from sd3pipe.errors import InputError, ParameterError, Sd3pipeError, StorageError
-from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import write_bytes
 from sd3pipe.models.text_encoder_files import find_text_encoders
 from sd3pipe.params.encode_text import EncodeTextParams
@@ -161,7 +160,7 @@ def _rows_to_encode(project: Project, gallery: Gallery) -> tuple[int, int]:
     if not (params.out / "manifest.json").is_file():
         return total, total
     encoders = find_text_encoders(params.model, encoder_files(params), params.tokenizers)
-    weights = FileStamps(machine_folder(params.out).parent / "weights.json")
+    weights = weight_stamps(params.out)
     wanted = text_wanted(texts, encoders.sizes, encoders.fingerprints(weights), text_recipe(params))
     return len(missing_rows(params.out, wanted).keys), total
 
