@@ -77,6 +77,7 @@ def test_every_form_gives_the_pictures_and_captions_of_the_folder(tmp_path, pict
         assert seen(scanned(tmp_path, image_dir)) == expected, image_dir
 
 
+@pytest.mark.slow  # a server of S3 answers from here
 def test_every_form_in_a_bucket_does_the_same_and_is_remembered_there(tmp_path, pictures, monkeypatch):
     expected = seen(scanned(tmp_path, pictures))
     with local_s3(monkeypatch) as files:

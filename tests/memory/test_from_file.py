@@ -24,7 +24,7 @@ def _file(model, blocks):
     return WeightsFile(blocks=blocks, dtype=torch.float32, read=read)
 
 
-@pytest.mark.parametrize("kept", ["none", "attention", "all"])
+@pytest.mark.parametrize("kept", ["none", pytest.param("attention", marks=pytest.mark.slow), "all"])
 @pytest.mark.parametrize("streamed, from_file", [(4, 1), (4, 4), (3, 2)])
 def test_training_from_the_file_gives_the_same_bits(streamed, from_file, kept):
     depth = 4
@@ -55,7 +55,7 @@ def test_layer_major_order_reads_the_file_once_for_all_micro_batches():
 
 
 @pytest.mark.parametrize("variant", ["sd3-medium", "sd35-medium", "sd35-large"])
-@pytest.mark.parametrize("from_file", [3, DEPTH])
+@pytest.mark.parametrize("from_file", [3, pytest.param(DEPTH, marks=pytest.mark.slow)])
 def test_reads_are_the_planned_ones_and_ahead_of_the_copies(variant, from_file):
     model = tiny_mmdit(variant, depth=DEPTH)
     file = _file(model, from_file)

@@ -31,7 +31,7 @@ def _assert_same(results, expected):
         assert torch.equal(results[name], tensor), name
 
 
-@pytest.mark.parametrize("count", [None, 0, 2, DEPTH])
+@pytest.mark.parametrize("count", [None, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, DEPTH))])
 @pytest.mark.parametrize(
     "variant",
     [
@@ -67,7 +67,7 @@ def test_trained_embedders_get_their_gradient_through_modulation_that_is_kept():
         _assert_same(train(model, adapters=adapters, blocks_to_swap=DEPTH, kept=kept, stream=stream), expected)
 
 
-@pytest.mark.parametrize("count", [0, 2, DEPTH])
+@pytest.mark.parametrize("count", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, DEPTH))])
 def test_layer_major_order_gives_the_same_bits_with_every_mixture(count):
     batches = [random_inputs(seed=seed, batch=1 + seed % 2, height=4, width=6) for seed in range(3)]
     results = []

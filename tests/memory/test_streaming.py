@@ -117,7 +117,9 @@ def test_every_block_s_streams_leave_and_their_buffers_are_used_again():
 
 @pytest.mark.parametrize("count", [8, pytest.param(7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("modulation", ["stream", "resident"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[] if name == "sd35-medium" else [pytest.mark.slow]) for name in VARIANTS]
+)
 def test_copies_are_the_planned_ones(variant, modulation, count):
     model, stream = tiny_mmdit(variant, depth=8), PoisoningCopyStream()
     add_adapters(model, ["x_block.attn.qkv"])  # in every block, so that every block has a backward pass

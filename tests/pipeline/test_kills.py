@@ -250,7 +250,7 @@ def undisturbed(commands, tmp_path_factory) -> Callable[[str], tuple[float, dict
     return of
 
 
-@pytest.mark.parametrize("number", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [1, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sent", ENDS, ids=lambda sent: sent.name)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_command_again_ends_as_if_nothing_had_happened(commands, undisturbed, tmp_path, name, sent, number):

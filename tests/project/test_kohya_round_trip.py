@@ -50,12 +50,6 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 STYLES = ("bash", "cmd", "powershell", "config", "gui")
-FAST = (("unet-lr", "cmd"),)  # each takes about 15 s
-CASES = [
-    pytest.param(setting, style, marks=[] if (setting, style) in FAST else [pytest.mark.slow])
-    for setting in SETTINGS
-    for style in STYLES
-]
 
 
 def command_file(folder: Path, options: dict[str, Any], style: str) -> Path:
@@ -90,7 +84,9 @@ def written(file: Path, text: str) -> Path:
     return file
 
 
-@pytest.mark.parametrize(("setting", "style"), CASES)
+@pytest.mark.slow  # each takes about 12 s
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("style", STYLES)
 def test_a_command_trains_as_it_says(setting, style, tmp_path):
     said, told_of = SETTINGS[setting]
     wanted = {**UNSAID, "seed": said["seed"], **told_of}

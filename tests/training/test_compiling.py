@@ -44,7 +44,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_unless_compiling_was_asked_for():
                 model(**inputs)
 
 
-@pytest.mark.parametrize("sizes", [1, 3])
+@pytest.mark.parametrize("sizes", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_no_size_of_picture_after_the_second_is_compiled_anew(sizes):
     graphs = []
 

@@ -45,9 +45,7 @@ def draw(inputs: Inputs, run, prompts, out):
     "options",
     [
         {"network_dropout": 0.1},
-        {"adapter_type": "dora"},
-        {"adapter_type": "loha"},
-        {"adapter_type": "lokr"},
+        *(pytest.param({"adapter_type": kind}, marks=pytest.mark.slow) for kind in ("dora", "loha", "lokr")),
         {"ema_decay": 0.5},
     ],
     ids=["lora", "dora", "loha", "lokr", "ema"],
