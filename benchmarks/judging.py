@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
@@ -36,7 +37,6 @@ from sd3pipe.cache.reader import CacheReader
 from sd3pipe.demo.base_files import JUDGE, MODEL
 from sd3pipe.demo.drawings import NEW_WORD, Subject, all_subjects
 from sd3pipe.demo.project import HELD_OUT, LEARNT, PROMPTED
-from sd3pipe.diffusion.prompts import SamplePrompt
 from sd3pipe.diffusion.sampler import decode_pictures
 from sd3pipe.fingerprint import hash_json
 from sd3pipe.judging.bootstrap import Resampled, differences, resample
@@ -166,12 +166,12 @@ def scene(
     """Returns what one judgement is made from: so many prompts of each pool, which begins again where it ends."""
     places = [[(number * prompts + i) % len(pool) for i in range(prompts)] for pool in pools]
     subjects = [pool[place] for pool, mine in zip(pools, places, strict=True) for place in mine]
-    model, paths = JudgeModel(JUDGE, torch.device("cpu")), [None, *(path for _, path in adapters)]
-    drawn = [np.stack([embeddings(folder, model, pool, SEEDS, path) for path in paths]) for pool in pools]
-    trained, held_out = reference_embeddings(folder, model)
-    texts = [model.text(without(subject.caption(), NEW_WORD)) for subject in subjects]
+    paths = [None, *(path for _, path in adapters)]
+    columns = [np.stack([embeddings(folder, pool, SEEDS, path) for path in paths]) for pool in pools]
+    trained, held_out = reference_embeddings(folder)
+    texts = [judge_model().text(without(subject.caption(), NEW_WORD)) for subject in subjects]
     return Embedded(
-        drawn_CPSD=np.concatenate([part[:, mine] for part, mine in zip(drawn, places, strict=True)], axis=1),
+        drawn_CPSD=np.concatenate([part[:, mine] for part, mine in zip(columns, places, strict=True)], axis=1),
         trained_ND=trained,
         held_out_MD=held_out,
         texts_PD=np.array(texts, np.float64),
@@ -189,41 +189,53 @@ def pools() -> tuple[list[Subject], list[Subject]]:
 
 
 def embeddings(
-    folder: Path, model: JudgeModel, subjects: Sequence[Subject], seeds: Sequence[int], adapter: Path | None
+    folder: Path, subjects: Sequence[Subject], seeds: Sequence[int], adapter: Path | None
 ) -> NDArray[np.float64]:
     """Returns what the judge model sees of drawn pictures [P, S, D]; all columns are drawn on equal noise."""
-    file = folder / "seen" / f"{_name(adapter, subjects, seeds)}.npy"
+    return seen(drawn(folder, subjects, seeds, adapter)).reshape(len(subjects), len(seeds), -1)
+
+
+@cache
+def seen(file: Path) -> NDArray[np.float64]:
+    """Returns what the judge model sees of the pictures of a file [N, D]."""
+    return np.array([judge_model().picture(picture) for picture in np.load(file)], np.float64)
+
+
+@cache
+def judge_model() -> JudgeModel:
+    return JudgeModel(JUDGE, torch.device("cpu"))
+
+
+def drawn(folder: Path, subjects: Sequence[Subject], seeds: Sequence[int], adapter: Path | None) -> Path:
+    """Returns the file of the pictures that are drawn for each subject with each seed [P x S, H, W, 3]."""
+    file = folder / "drawn" / f"{_name(adapter, subjects, seeds)}.npy"
     if not file.is_file():
         with tempfile.TemporaryDirectory() as place:
             prompts = encode_subjects(Path(place) / "a", subjects, 1)
+        latents = draw_latents([replace(prompt, seed=seed) for prompt in prompts for seed in seeds], adapter)
+        vae = load_vae(MODEL)
         file.parent.mkdir(exist_ok=True)
-        np.save(file, np.stack([_seen(model, [replace(p, seed=seed) for p in prompts], adapter) for seed in seeds], 1))
-    return np.load(file).astype(np.float64)
+        np.save(file, torch.cat([decode_pictures(vae, part) for part in latents.split(16)]).numpy())
+    return file
 
 
-def _seen(model: JudgeModel, prompts: Sequence[SamplePrompt], adapter: Path | None) -> NDArray[np.float32]:
-    vae, drawn = load_vae(MODEL), draw_latents(prompts, adapter)
-    pictures = [picture for part in drawn.split(16) for picture in decode_pictures(vae, part)]
-    return np.stack([model.picture(picture.numpy()) for picture in pictures])
-
-
-def reference_embeddings(folder: Path, model: JudgeModel) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def reference_embeddings(folder: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Returns what it sees of the training pictures and of the held-out ones."""
     latents, vae = CacheReader(folder / "demo/caches/latents"), load_vae(MODEL)
-    seen: dict[bool, list[NDArray[np.float32]]] = {False: [], True: []}
+    found: dict[bool, list[NDArray[np.float32]]] = {False: [], True: []}
     for reference in read_references(latents):
         picture = decode_pictures(vae, mean_latents(latents, reference.row)[None])[0].numpy()
-        seen[reference.held_out].append(model.picture(picture))
-    trained, held_out = (np.array(seen[which], np.float64) for which in (False, True))
+        found[reference.held_out].append(judge_model().picture(picture))
+    trained, held_out = (np.array(found[which], np.float64) for which in (False, True))
     return trained, held_out
 
 
 def null(folder: Path, adapter: Path) -> None:
     """Claims a difference between posers that are one adapter, as seldom as it should."""
-    model, subjects = JudgeModel(JUDGE, torch.device("cpu")), pools()[0]
-    base_PSD = embeddings(folder, model, subjects, SEEDS, None)[:PROMPTS]
-    pool_PSD = embeddings(folder, model, subjects[:PROMPTS], range(1, POSERS * SEEDS_EACH + 1), adapter)
-    trained = reference_embeddings(folder, model)[0]
+    subjects = pools()[0]
+    base_PSD = embeddings(folder, subjects, SEEDS, None)[:PROMPTS]
+    pool_PSD = embeddings(folder, subjects[:PROMPTS], range(1, POSERS * SEEDS_EACH + 1), adapter)
+    trained = reference_embeddings(folder)[0]
     claims = 0
     for trial in range(TRIALS):
         seeds = np.random.default_rng(trial).permutation(POSERS * SEEDS_EACH).reshape(POSERS, SEEDS_EACH)

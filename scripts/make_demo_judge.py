@@ -35,14 +35,17 @@ from sd3pipe.demo.drawings import (
     coverage,
     draw,
 )
+from sd3pipe.judging.concept import discriminant
 
 # B batch, H W pixels, N captions or pictures, D embedding width
 
 TARGET = Path(__file__).resolve().parent.parent / "sd3pipe" / "demo" / "judge"
-SIDE_PX, SEEN_PX, LENGTH = 64, 48, 12  # of a drawing, of what the model sees of it, of a caption in tokens
+SIDE_PX, SEEN_PX, PATCH_PX = 64, 48, 8  # of a drawing, of what the model sees of it, of its patches
+LENGTH = 12  # of a caption, in tokens
 SIZES = ((64, 64), (64, 96), (96, 64))  # height, width
 OUTLINES, ALIKE_COLOURS = 2400, 8  # random outlines, and how many in a row share their colours
 LIKE_THE_NEW_SHAPE = 0.7  # overlap from which on an outline is left out
+TOLD_APART = 60  # drawings of the new shape and of a known one that are to be told apart at the end
 BATCH, LEARNING_RATE, WARM_UP = 64, 2e-3, 0.1
 _SEED = 13
 
@@ -58,6 +61,8 @@ def main() -> None:
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZERS / "clip_l")
     model = CLIPModel(_config(len(tokenizer)))
     train(model, tokenizer, options.steps)
+    for shape, area in apart(model.eval()).items():
+        print(f"{NEW_WORD} and {shape}: area under the curve {area:.3f}")
     write(model, tokenizer, options.out)
 
 
@@ -66,7 +71,7 @@ def _config(vocabulary: int) -> CLIPConfig:
         projection_dim=64,
         vision_config={
             "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3,
-            "image_size": SEEN_PX, "patch_size": 12, "projection_dim": 64,
+            "image_size": SEEN_PX, "patch_size": PATCH_PX, "projection_dim": 64,
         },
         text_config={
             "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -173,6 +178,27 @@ def as_pixels(pictures: list[NDArray[np.uint8]]) -> Tensor:
     """Returns pictures [N, 3, H, W] in [-1, 1], as the preprocessor makes them."""
     pixels_N3HW = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
     return functional.interpolate(pixels_N3HW, (SEEN_PX, SEEN_PX), mode="bicubic", antialias=True)
+
+
+@torch.inference_mode()
+def apart(model: CLIPModel) -> dict[str, float]:
+    """Returns how well the new shape is told from each known one, along a direction that other drawings set."""
+    generator = np.random.default_rng(_SEED)
+    seen = {}
+    for shape in ALL_OUTLINES:
+        subjects = generator.choice(np.array(all_subjects((shape,)), object), 2 * TOLD_APART, replace=False)
+        drawings = [draw(subject, height=SIDE_PX, width=SIDE_PX, generator=generator) for subject in subjects]
+        pixels = rough(as_pixels(drawings), generator)
+        seen[shape] = unit(model.get_image_features(pixels).pooler_output).double().numpy()
+    new_ND = seen.pop(NEW_WORD)
+    return {shape: _area(known_ND, new_ND) for shape, known_ND in seen.items()}
+
+
+def _area(known_ND: NDArray[np.float64], new_ND: NDArray[np.float64]) -> float:
+    """Returns the area under the curve of telling second halves apart along the discriminant of the first ones."""
+    direction_D = discriminant(known_ND[:TOLD_APART], new_ND[:TOLD_APART])
+    known_N, new_N = known_ND[TOLD_APART:] @ direction_D, new_ND[TOLD_APART:] @ direction_D
+    return float((new_N[:, None] > known_N).mean())
 
 
 def unit(vectors_BD: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def test_a_memory_that_cannot_be_written_only_warns(tmp_path, picture, caplog):
     assert "not remembered" in caplog.text
 
 
-def test_ten_thousand_recalls_take_under_a_second(tmp_path):
+def test_ten_thousand_recalls_take_little_more_than_looking_at_the_files(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
     paths = [folder / f"{number:05}.jpg" for number in range(10_000)]
@@ -188,6 +188,9 @@ def test_ten_thousand_recalls_take_under_a_second(tmp_path):
         stamps.remember(path, "picture", {"hash": "0" * 64, "width": 1024, "height": 768})
     stamps.save()
     start = time.process_time()
+    for path in paths:
+        path.stat()
+    looked = time.process_time()
     stamps = FileStamps(tmp_path / "memory.json")
     assert all(stamps.recall(path, "picture") for path in paths)
-    assert time.process_time() - start < 1.0
+    assert time.process_time() - looked < 20 * (looked - start)  # 2 to 5 times

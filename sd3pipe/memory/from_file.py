@@ -56,14 +56,13 @@ class FileBlock:
 class Staging:
     """A few page-locked buffers into which the file is read ahead of the copies to the device.
 
-    `reads` is the log of what was read, in order. A buffer is filled again once the copy from it is over.
+    A buffer is filled again once the copy from it is over.
     """
 
     def __init__(
         self, blocks: Mapping[int, FileBlock], file: WeightsFile, memory: HostMemory, stream: CopyStream
     ) -> None:
         self.blocks = dict(blocks)
-        self.reads: list[Copy] = []
         self._file, self._stream = file, stream
         size = max(block.layout.total_bytes for block in blocks.values())
         buffers = [memory.buffer(size) for _ in range(STAGING_BUFFERS)]
@@ -101,7 +100,6 @@ class Staging:
             self._stream.finish(copied)
             self._file.read(copy.block, tensor.name, tensor.view(buffer))
 
-        self.reads.append(copy)
         tensors = self.blocks[copy.block].layout.tensors
         if copy.part != "whole":
             tensors = [tensor for tensor in tensors if is_modulation(tensor.name) == (copy.part == "modulation")]

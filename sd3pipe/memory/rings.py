@@ -68,7 +68,7 @@ class Ring:
 class Rings:
     """All rings of a model: brings blocks in ahead of their use, and binds them while they are used.
 
-    One block at a time is bound. `copies` is the log of what was copied, in order.
+    One block at a time is bound.
     """
 
     def __init__(
@@ -87,7 +87,6 @@ class Rings:
         self._all_slots = [slot for ring in self.rings for slot in ring.slots]
         for slot in self._all_slots:
             slot.done = stream.record_event()  # what used this memory before
-        self.copies: list[Copy] = []
         self.copied_bytes = 0
         self._stream, self.staging = stream, staging
         self._of_block = {index: ring for ring in self.rings for index in ring.blocks}
@@ -206,4 +205,3 @@ class Rings:
             slot.ready = self._stream.copy(slot.buffer[start:end], source.host[start:end], slot.done)
         slot.has_modulation = part != "body"
         self.copied_bytes += end - start
-        self.copies.append(Copy(block, part))

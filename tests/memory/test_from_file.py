@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.streaming_cases import PoisoningCopyStream, add_adapters, parameters, train
+from support.streaming_cases import PoisoningCopyStream, add_adapters, log_copies, log_reads, parameters, train
 from support.tiny_mmdit import random_inputs, tiny_mmdit
 
 from sd3pipe.errors import InputError, ParameterError
@@ -46,9 +46,9 @@ def test_layer_major_order_reads_the_file_once_for_all_micro_batches():
         with BlockStreamer(
             model, blocks_to_swap=4, device="cpu", file=file, stream=PoisoningCopyStream()
         ) as streamer:  # fmt: skip
-            run_layer_major(model, streamer, batches, lambda _, velocity: velocity.square().mean() / 3)
             staging = streamer.rings.staging
-            read.append(staging.reads if staging else streamer.rings.copies)
+            read.append(log_reads(staging) if staging else log_copies(streamer.rings))
+            run_layer_major(model, streamer, batches, lambda _, velocity: velocity.square().mean() / 3)
         gradients.append([p.grad for _, p in parameters(layers)])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert read[1][: len(read[0])] == read[0]
@@ -62,31 +62,30 @@ def test_reads_are_the_planned_ones_and_ahead_of_the_copies(variant, from_file):
     add_adapters(model, ["x_block.attn.qkv"])
     stream = PoisoningCopyStream()
     with BlockStreamer(model, blocks_to_swap=DEPTH, device="cpu", file=file, stream=stream) as streamer:
+        reads, copies = log_reads(streamer.rings.staging), log_copies(streamer.rings)
         for _ in range(3):
             model(**random_inputs(batch=1, height=4, width=4)).sum().backward()
-        staging, copies = streamer.rings.staging, streamer.rings.copies
         rings, numbers = [sorted(ring.blocks) for ring in streamer.rings.rings], set(streamer.from_file)
     planned = step_copies(rings, modulation="stream", first=True)
     for _ in range(2):
         planned += step_copies(rings, modulation="stream")
     planned = [copy for copy in planned if copy.block in numbers]
     assert len(numbers) == from_file
-    assert staging.reads[: len(planned)] == planned
+    assert reads[: len(planned)] == planned
     copied = [copy for copy in copies if copy.block in numbers]
-    assert staging.reads[: len(copied)] == copied
-    assert len(staging.reads) - len(copied) < STAGING_BUFFERS
+    assert reads[: len(copied)] == copied
+    assert len(reads) - len(copied) < STAGING_BUFFERS
 
 
 def test_a_read_runs_ahead_of_its_copy():
     model = tiny_mmdit("sd35-large", depth=DEPTH)
     file = _file(model, DEPTH)
     with BlockStreamer(model, blocks_to_swap=DEPTH, device="cpu", file=file) as streamer, torch.no_grad():
-        seen = []
+        reads, seen = log_reads(streamer.rings.staging), []
         for block in model.joint_blocks:
-            block.register_forward_pre_hook(lambda *_: seen.append((len(streamer.rings.copies), staging.reads[-1])))
-        staging = streamer.rings.staging
+            block.register_forward_pre_hook(lambda *_: seen.append(reads[-1].block))
         model(**random_inputs())
-    assert [read.block for _, read in seen[:4]] == [3, 4, 5, 6]  # of block 0, slots hold 0 and 1; 2 and 3 are read
+    assert seen[:4] == [3, 4, 5, 6]  # of block 0, slots hold 0 and 1; 2 and 3 are read
 
 
 def test_weights_are_nowhere_but_in_the_file_and_the_slots():

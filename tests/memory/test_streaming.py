@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from support.streaming_cases import PoisoningCopyStream, add_adapters, parameters, train
+from support.streaming_cases import PoisoningCopyStream, add_adapters, log_copies, parameters, train
 from support.tiny_mmdit import random_inputs, tiny_mmdit
 
 from sd3pipe.errors import ParameterError
@@ -124,10 +124,10 @@ def test_copies_are_the_planned_ones(variant, modulation, count):
     model, stream = tiny_mmdit(variant, depth=8), PoisoningCopyStream()
     add_adapters(model, ["x_block.attn.qkv"])  # in every block, so that every block has a backward pass
     with BlockStreamer(model, blocks_to_swap=count, modulation=modulation, device="cpu", stream=stream) as streamer:
+        found = log_copies(streamer.rings)
         for _ in range(3):
             model(**random_inputs(batch=1, height=4, width=4)).sum().backward()
         rings = [sorted(ring.blocks) for ring in streamer.rings.rings]
-        found = streamer.rings.copies
     assert sorted(itertools.chain(*rings)) == list(spread_evenly(count, 8))
     assert len(rings) == {"sd3-medium": 2, "sd35-medium": 3, "sd35-large": 2}[variant]
     planned = step_copies(rings, modulation=modulation, first=True)
@@ -144,9 +144,8 @@ def test_backward_never_fetches_modulation():
     add_adapters(model, ["adaLN_modulation.1", "attn.qkv"])
     with BlockStreamer(model, blocks_to_swap=8, device="cpu") as streamer:
         velocity = model(**random_inputs())
-        before = len(streamer.rings.copies)
+        fetched = log_copies(streamer.rings)
         velocity.sum().backward()
-        fetched = streamer.rings.copies[before:]
     assert [copy for copy in fetched if copy.part == "body"]
     wrapped = [copy for copy in fetched if copy.part != "body"]
     assert wrapped == [Copy(0, "modulation"), Copy(1, "modulation")]  # the next step's, ahead of it

@@ -170,11 +170,11 @@ def test_train_alone_wants_caches_that_are_there(project):
     assert "caches/latents: is not there yet" in done.stderr
 
 
-def test_looking_ahead_needs_no_torch_and_less_than_a_second(project):
+def test_looking_ahead_needs_no_torch_and_little_more_than_starting(project):
     code = (
-        "import sys, time; from sd3pipe.cli import run; start = time.process_time(); "
-        "code = run(['run', '--dry-run']); spent = time.process_time() - start; "
-        "assert code == 0 and 'torch' not in sys.modules; assert spent < 1, spent"
+        "import sys, time; begun = time.process_time(); from sd3pipe.cli import run; start = time.process_time(); "
+        "code = run(['run', '--dry-run']); spent = (time.process_time() - start) / (start - begun); "
+        "assert code == 0 and 'torch' not in sys.modules; assert spent < 10, spent"  # 3 to 6
     )
     subprocess.run([sys.executable, "-c", code], cwd=project, check=True)
 

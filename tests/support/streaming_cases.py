@@ -6,6 +6,7 @@ import threading
 import torch
 from torch import nn
 
+from sd3pipe.memory.schedule import Copy
 from sd3pipe.memory.streaming import BlockStreamer
 from support.tiny_mmdit import random_inputs
 
@@ -49,6 +50,30 @@ class PoisoningCopyStream:
 
     def record_event(self):
         return None
+
+
+def log_copies(rings):
+    """Returns a list to which every copy of a block to the device is added from now on."""
+    log, copy = [], rings._copy
+
+    def logging_copy(ring, slot, block, part):
+        copy(ring, slot, block, part)
+        log.append(Copy(block, part))
+
+    rings._copy = logging_copy
+    return log
+
+
+def log_reads(staging):
+    """Returns a list to which every read of a block from the file is added from now on."""
+    log, start = [], staging._start
+
+    def logging_start(copy):
+        start(copy)
+        log.append(copy)
+
+    staging._start = logging_start
+    return log
 
 
 def add_adapters(model, names, scale=0.01):
