@@ -77,7 +77,8 @@ def status(project: Project, queue: Queue, curves: Curves) -> Status:
         return replace(found, facts=(("steps", f"{curves.step:,}"),)) if curves.step else found
     starts = [number for number, line in enumerate(lines) if line.startswith("$ sd3pipe ")]
     begun = lines[starts[-1] :] if starts else []  # from where `run` began the stage that came last
-    stage = now.stage if now else begun[0].split()[2] if begun else "starting"
+    words = begun[0].split() if begun else ["", "", "starting"]
+    stage = now.stage if now else "encode-prompts" if "--sample-prompts" in words else words[2]
     progress = next((match for line in reversed(begun or lines) if (match := _PROGRESS.match(line))), None)
     share, facts = _progress(project, stage, curves, progress)
     if now and (memory := _resident_bytes(now.mark)):

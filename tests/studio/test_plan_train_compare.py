@@ -120,6 +120,26 @@ def test_a_refused_run_offers_the_ways_on(studio, project):
     assert "network_dim was 4, is 8" in page and "afresh: from step 0" in page
 
 
+@pytest.mark.parametrize(
+    "lines, stage",
+    [
+        ("", "starting"),
+        ("$ sd3pipe encode-text --dataset dataset.toml\n", "encode-text"),
+        (
+            "$ sd3pipe encode-text --dataset dataset.toml\n$ sd3pipe encode-text --sample-prompts p.txt\n",
+            "encode-prompts",
+        ),
+        ("$ sd3pipe encode-text --sample-prompts p.txt\n$ sd3pipe train\nt5xxl: 1/2 texts\n", "train"),
+    ],
+)
+def test_a_stage_that_has_not_written_yet_is_named_by_the_log(studio, project, lines, stage):
+    asked(studio, "POST", path(studio, "train", "start"), json={})
+    job = studio.queue.jobs()[0]
+    Path(job.log).write_text(lines)
+    studio.queue.update(job.id, lambda job: replace(job, state="running"))
+    assert f'<b class="state-working">{stage}</b>' in asked(studio, "GET", path(studio, "train")).text
+
+
 def test_a_run_from_a_terminal_is_shown_and_can_be_stopped(studio, project):
     script = (
         "import sys, time; from pathlib import Path; from sd3pipe.files import lock_file\n"
