@@ -1,6 +1,6 @@
 """Whatever is wrong with a file that a command reads, the command ends in a documented exit code that is not 1, soon.
 
-Every case is a function of its number: 20 damaged versions of each kind of file here, 200 with `make test-all`.
+Every case is a function of its number: 8 damaged versions of each kind of file here, 200 with `make test-all`.
 """
 
 import json
