@@ -1,7 +1,7 @@
 """Why a row is there or not: field by field against the nearest row."""
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,9 @@ from sd3pipe.cache.staleness import SourceCheck, Sources
 from sd3pipe.errors import InputError
 from sd3pipe.fingerprint import hash_file
 
+Columns = Mapping[str, Sequence[Any]]  # of samples, by name
 State = Literal["hit", "stale", "unused", "quarantined", "miss"]
+_SHORTEST_KEY = 8  # of the start of a key
 _SOURCES = ("image_hash", "caption_hash")
 _GEOMETRY = ("crop", "flip", "variant", "bucket_h", "bucket_w")
 
@@ -60,7 +62,7 @@ class _Evidence:
         as_published = run is not None and not run.failed and is_noted(self._folder, run.wanted)
         self.last = None if as_published else last_wanted(cache)
         reader = self._reader
-        self.live_samples = [] if reader is None else _lines(reader.samples.to_columns(reader.keys))
+        self.live: Columns = {} if reader is None else reader.samples.to_columns(reader.keys)
         self.quarantine = {} if reader is None else reader.manifest.unreadable_rows()  # reason by key
 
     def segment_of(self, key: str) -> str | None:
@@ -93,19 +95,21 @@ def explain(cache: Path, subject: str) -> list[Explanation]:
     evidence = _Evidence(cache)
     digest = hash_file(Path(subject)) if Path(subject).is_file() else None
     caption = text_source(subject)
-    known = evidence.live_samples
+    chosen = _about(evidence.live, subject, digest, caption)
     if evidence.last is not None:  # what was wanted, and what else the cache has
-        wanted = _lines(evidence.last.samples)
-        places = {_place(sample) for sample in wanted}
-        known = wanted + [sample for sample in known if _place(sample) not in places]
-    chosen = [sample for sample in known if _is_about(sample, subject, digest, caption)]
+        wanted = evidence.last.samples
+        places = {_place(sample) for sample in _samples(wanted, range(len(wanted["name"])))}
+        rest = [sample for sample in chosen if _place(sample) not in places]
+        chosen = _about(wanted, subject, digest, caption) + rest
     if not chosen:
         raise InputError(
             f"{cache} and its last encode know no picture, caption or key {subject!r}: "
             "run the encode stage with --dry-run if it is new, then ask again"
         )
     names = {sample["name"] for sample in chosen}
-    published = {_place(sample): sample for sample in evidence.live_samples if sample["name"] in names}
+    live_names = evidence.live.get("name", ())
+    live_ones = _samples(evidence.live, [n for n, name in enumerate(live_names) if name in names])
+    published = {_place(sample): sample for sample in live_ones}
     sources = Sources(cache)
     explained = []
     for sample in chosen:
@@ -113,7 +117,8 @@ def explain(cache: Path, subject: str) -> list[Explanation]:
         same = all(sample.get(name) == live.get(name) for name in _SOURCES)
         if not same and _check(live, sources).state == "fresh":  # a dry run looked at another state of the files
             sample = live
-        explained.append(_explain(sample, digest, evidence, sources))
+        pictures = [other["key"] for other in live_ones if _picture(other) == _picture(sample)]
+        explained.append(_explain(sample, digest, evidence, sources, pictures))
     return explained
 
 
@@ -121,7 +126,9 @@ def _check(sample: Mapping[str, Any], sources: Sources) -> SourceCheck:
     return sources.check_picture(sample["name"], sample.get("image_hash", ""))
 
 
-def _explain(sample: Mapping[str, Any], digest: str | None, evidence: _Evidence, sources: Sources) -> Explanation:
+def _explain(
+    sample: Mapping[str, Any], digest: str | None, evidence: _Evidence, sources: Sources, same_picture: list[str]
+) -> Explanation:
     key, changes = sample["key"], _check(sample, sources).changes
     if digest is not None and sample.get("image_hash") not in (None, digest):
         changes = ("the file was changed since the last encode or --dry-run looked at it",)
@@ -134,9 +141,7 @@ def _explain(sample: Mapping[str, Any], digest: str | None, evidence: _Evidence,
     elif key in evidence.quarantine:
         state, where = "quarantined", evidence.quarantine[key]
     elif evidence.last is not None and key in evidence.last.rows:
-        picture = (sample.get("subset"), sample["name"])
-        same = [entry["key"] for entry in evidence.live_samples if (entry.get("subset"), entry["name"]) == picture]
-        nearest, differences = _nearest(evidence.last.rows[key], evidence.rows, same)
+        nearest, differences = _nearest(evidence.last.rows[key], evidence.rows, same_picture)
     return Explanation(
         sample=sample,
         key=key,
@@ -180,20 +185,34 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _lines(columns: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+def _samples(columns: Columns, numbers: Iterable[int]) -> list[dict[str, Any]]:
+    return [{name: values[number] for name, values in columns.items()} for number in numbers]
 
 
-def _is_about(sample: Mapping[str, Any], subject: str, digest: str | None, caption: str) -> bool:
-    """Whether a sample is meant by a subject, whose hash as a file is `digest`, and as a caption `caption`."""
-    name = sample["name"]
+def _about(columns: Columns, subject: str, digest: str | None, caption: str) -> list[dict[str, Any]]:
+    """Returns the samples meant by a subject, whose hash as a file is `digest`, and as a caption `caption`.
+
+    It looks at whole columns: a mapping for each of 100,000 samples would take most of the time.
+    """
+
+    def where(column: str, fits: Callable[[str], bool]) -> Iterator[int]:
+        return (number for number, value in enumerate(columns.get(column, ())) if fits(value))
+
     if digest is not None:
-        as_path = Path(subject).as_posix()
-        return sample.get("image_hash") == digest or as_path == name or as_path.endswith(f"/{name}")
-    exact = (name, sample.get("prompt"), sample.get("image_hash"), f"{sample.get('subset')}/{name}")
-    starts_key = len(subject) >= 8 and sample["key"].startswith(subject)
-    return subject in exact or sample.get("caption_hash") == caption or starts_key
+        path = Path(subject).as_posix()
+        found = {*where("image_hash", digest.__eq__), *where("name", lambda name: f"/{path}".endswith(f"/{name}"))}
+    else:
+        found = {number for column in ("name", "prompt", "image_hash") for number in where(column, subject.__eq__)}
+        found.update(where("caption_hash", caption.__eq__))
+        found.update(where("key", lambda key: len(subject) >= _SHORTEST_KEY and key.startswith(subject)))
+        in_subsets = enumerate(zip(columns.get("subset", ()), columns.get("name", ()), strict=False))
+        found.update(number for number, place in in_subsets if "/".join(place) == subject)
+    return _samples(columns, sorted(found))
+
+
+def _picture(sample: Mapping[str, Any]) -> tuple[Any, ...]:
+    return sample.get("subset"), sample["name"]
 
 
 def _place(sample: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (sample.get("subset"), sample["name"], *(sample.get(name) for name in _GEOMETRY))
+    return (*_picture(sample), *(sample.get(name) for name in _GEOMETRY))
