@@ -49,8 +49,16 @@ def test_every_level_and_number_trains_the_same_bits(variant, count):
         _assert_same(train(model, adapters=adapters, blocks_to_swap=count, kept=kept, steps=1, **streaming), expected)
 
 
-@pytest.mark.parametrize("options", [{"autocast": True}, {"modulation": "ahead"}, {"modulation": "resident"},
-                                     {"offload_activations": True}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modulation": "ahead"},
+        {"offload_activations": True},
+        pytest.param({"autocast": True}, marks=pytest.mark.slow),
+        pytest.param({"modulation": "resident"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_mixtures_go_with_the_other_ways_to_save_memory(options):
     resident = {key: value for key, value in options.items() if key == "autocast"}
     expected = train(tiny_mmdit("sd35-medium", depth=DEPTH), **resident)
