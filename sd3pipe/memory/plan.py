@@ -30,6 +30,7 @@ class Workload:
     accumulation: int = 1
     adapter_weights: int = 0
     adapter_rank: int = 0
+    adapter_kept_bytes: int = 0  # of one block, beside what the layers of a LoRA of that rank keep
     adapter_bytes_per_weight: int = 16  # fp32 weight and gradient, and AdamW's two moments
 
 
@@ -291,8 +292,11 @@ def _activation_parts(model: ModelSize, work: Workload, settings: Settings) -> d
     """
     tokens, kept = _tokens(model, work, settings), settings.kept(model.depth)
     repeats = work.accumulation if settings.layer_major else 1
-    sizes = {key: kept_bytes(key[0], tokens, key[1]) for key in {*zip(model.blocks, kept, strict=True)}}
-    whole = {block: kept_bytes(block, tokens, "all") for block in {*model.blocks}}
+    whole = {block: kept_bytes(block, tokens, "all") + work.adapter_kept_bytes for block in {*model.blocks}}
+    sizes = {
+        (block, of_block): whole[block] if of_block == "all" else kept_bytes(block, tokens, of_block)
+        for block, of_block in {*zip(model.blocks, kept, strict=True)}
+    }
     casts = work.adapter_weights * settings.dtype_bytes // model.depth  # of fp32 adapters to a 16-bit base's format
     if settings.dtype_bytes == _ADAPTER_FORMAT_BYTES:
         casts = 0

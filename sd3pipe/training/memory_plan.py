@@ -27,6 +27,8 @@ from sd3pipe.memory.plan import (
 from sd3pipe.memory.sizes import adapter_weights, image_tokens, model_size
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.params.train import TrainParams
+from sd3pipe.training.adapter_options import adapter_spec
+from sd3pipe.training.kept_by_kinds import kept_beside_lora
 from sd3pipe.training.rates import measure_rates, measure_reading
 
 log = logging.getLogger(__name__)
@@ -97,6 +99,8 @@ def run_memory(
         adapter_rank=params.adapter.network_dim,
         adapter_bytes_per_weight=adapter_bytes_per_weight(params.optimizer.optimizer_type),
     )
+    spec = adapter_spec(params.adapter, seed=params.seed)
+    work = replace(work, adapter_kept_bytes=kept_beside_lora(architecture, spec, work, dtype))
     rules = params.memory
     wanted = Settings.of(rules, dtype.itemsize, architecture.depth)
     freedom = Freedom.of(rules, modulation_is_open="modulation" not in params.model_fields_set)

@@ -1,12 +1,10 @@
 """Whatever blocks keep for their backward pass, training ends in the same bits; and they keep what the model says."""
 
-import weakref
-
 import pytest
 import torch
+from support.new_memory import NewMemory
 from support.streaming_cases import PoisoningCopyStream, add_adapters, parameters, train
 from support.tiny_mmdit import random_inputs, tiny_mmdit
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd3pipe.adapters.network import attach
 from sd3pipe.adapters.targets import AdapterSpec
@@ -91,27 +89,6 @@ def test_layer_major_order_gives_the_same_bits_with_every_mixture(count):
 
 
 RANK, IMAGE, TEXT = 2, 192, 64  # many tokens, beside which a picture's modulation vectors are nothing
-
-
-class NewMemory(TorchDispatchMode):
-    """Knows which memory was allocated inside the `with` and is still there, beside the tensors at hand."""
-
-    def __init__(self, at_hand):
-        super().__init__()
-        self._storages = {}
-        self._at_hand = {tensor.untyped_storage()._cdata for tensor in at_hand}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._at_hand:
-                    self._storages[storage._cdata] = weakref.ref(storage), storage.nbytes()
-        return result
-
-    def bytes(self):
-        return sum(nbytes for storage, nbytes in self._storages.values() if storage() is not None)
 
 
 def _block_and_inputs(variant, index):

@@ -1,0 +1,68 @@
+"""What each kind of adapter keeps for the backward pass is in the plan, whatever its layers compute."""
+
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import torch
+from support.new_memory import NewMemory
+from support.tiny_mmdit import tiny_architecture, tiny_mmdit
+
+from sd3pipe.adapters.network import attach
+from sd3pipe.adapters.targets import BLOCK_PARTS, AdapterSpec
+from sd3pipe.memory.plan import Settings, Workload, predict
+from sd3pipe.memory.sizes import Tokens, kept_bytes, model_size
+from sd3pipe.params.train import TrainParams
+from sd3pipe.training.kept_by_kinds import kept_beside_lora
+from sd3pipe.training.memory_plan import run_memory
+from sd3pipe.words import Algorithm
+
+WORK, RANK = Workload(image_tokens=128, text_tokens=32), 8
+
+
+@pytest.mark.parametrize("kind", get_args(Algorithm))
+@pytest.mark.parametrize("variant", ["sd35-medium", "sd35-large"])
+def test_a_block_keeps_as_many_bytes_as_the_plan_says(variant, kind):
+    model, spec = tiny_mmdit(variant), AdapterSpec(algorithm=kind, rank=RANK)
+    network, block, width = attach(model, spec), model.joint_blocks[0], model.architecture.width
+    network.set_timesteps(torch.tensor([500.0]))
+    streams = [torch.randn(1, length, width) for length in (WORK.text_tokens, WORK.image_tokens)]
+    with torch.no_grad():
+        streams += block.modulation(torch.randn(1, width))
+    inputs = [tensor.requires_grad_() for tensor in streams]
+    size = model_size(model.architecture.shapes())
+    tokens = Tokens(width=width, image=128, text=32, dtype_bytes=4, rank=RANK, qk_norm=size.qk_norm)
+    with NewMemory([*block.parameters(), *network.parameters(), *inputs]) as memory:
+        outputs = block(*inputs)
+    found = memory.bytes() - sum(tensor.nbytes for tensor in outputs) + tokens.input_bytes
+    more = kept_beside_lora(model.architecture, spec, WORK, torch.float32)
+    assert kept_bytes(size.blocks[0], tokens, "all") + more == pytest.approx(found, rel=0.02)
+
+
+def test_an_adapter_outside_of_the_blocks_keeps_nothing_in_them():
+    spec = AdapterSpec(algorithm="dora", rank=RANK, part_ranks=dict.fromkeys(BLOCK_PARTS, 0), embedder_ranks=(4,) * 6)
+    assert kept_beside_lora(tiny_architecture("sd35-large"), spec, WORK, torch.float32) == 0
+
+
+def test_the_plan_counts_it_for_each_block_that_is_there_whole():
+    model, more = model_size(tiny_architecture("sd35-large", depth=4).shapes()), 10**9
+    for kept, times in ((0, 1), (3, 3), (4, 4)):  # of three, before which the first is computed again
+        settings = Settings(all_kept_blocks=kept)
+        with_it = predict(model, replace(WORK, adapter_kept_bytes=more), settings)
+        assert with_it.tensor_bytes - predict(model, WORK, settings).tensor_bytes == times * more
+
+
+def test_train_plans_for_the_kind_that_it_trains():
+    plans = {
+        kind: run_memory(
+            TrainParams(model="base", text="text", latents="latents", out="run", adapter_type=kind, network_dim=RANK),
+            tiny_architecture("sd35-large"),
+            resolutions_px=[(64, 64)],
+            text_tokens=32,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        )
+        for kind in ("lora", "dora")
+    }
+    assert plans["lora"].work.adapter_kept_bytes == 0
+    assert plans["dora"].work.adapter_kept_bytes > 0
