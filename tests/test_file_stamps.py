@@ -1,5 +1,6 @@
 """Remembered facts live exactly as long as a file stays what it was."""
 
+import gc
 import os
 import time
 from pathlib import Path
@@ -177,6 +178,15 @@ def test_a_memory_that_cannot_be_written_only_warns(tmp_path, picture, caplog):
     assert "not remembered" in caplog.text
 
 
+@pytest.fixture
+def frozen_objects():
+    """What other tests left is not searched for cycles, as what is imported is not in a command."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("frozen_objects")
 def test_ten_thousand_recalls_take_little_more_than_looking_at_the_files(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
