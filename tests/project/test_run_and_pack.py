@@ -174,7 +174,7 @@ def test_looking_ahead_needs_no_torch_and_little_more_than_starting(project):
     code = (
         "import sys, time; begun = time.process_time(); from sd3pipe.cli import run; start = time.process_time(); "
         "code = run(['run', '--dry-run']); spent = (time.process_time() - start) / (start - begun); "
-        "assert code == 0 and 'torch' not in sys.modules; assert spent < 10, spent"  # 3 to 6
+        "assert code == 0 and 'torch' not in sys.modules; assert spent < 15, spent"  # 3 to 6
     )
     subprocess.run([sys.executable, "-c", code], cwd=project, check=True)
 
