@@ -95,17 +95,21 @@ def test_windows_asks_a_job_to_stop_by_ctrl_break(on_windows, monkeypatch):
 
 
 def test_windows_hands_no_signal_on_to_a_child_that_its_console_tells(on_windows, monkeypatch):
+    offered = []
+
     def send_signal(self, number):
-        raise ValueError(f"Unsupported signal: {number}")
+        raise ValueError(f"Unsupported signal: {number}")  # as Windows answers
 
     @contextlib.contextmanager
     def handing_on(hand_on):
         hand_on(signal.SIGINT)
+        offered.append(signal.SIGINT)
         yield
 
     monkeypatch.setattr(subprocess.Popen, "send_signal", send_signal)
     monkeypatch.setattr(stopping, "handing_on", handing_on)
     child.run_child("version", ["--version"], same_command="again")
+    assert offered == [signal.SIGINT]  # and nothing was sent, which would have raised
 
 
 def test_a_signal_is_heard_without_masks_of_signals(on_windows):

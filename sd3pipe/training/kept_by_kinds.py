@@ -58,6 +58,5 @@ def _saved_bytes(block: nn.Module, network: nn.Module, inputs: tuple[Tensor, ...
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = block(*inputs)
-    del outputs
+        block(*inputs)
     return sum(nbytes for storage, nbytes in saved.items() if storage not in own)
