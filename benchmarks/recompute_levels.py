@@ -26,9 +26,10 @@ from sd3pipe.adapters.network import attach
 from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.memory.plan import Settings, Workload, predict
 from sd3pipe.memory.sizes import image_tokens, model_size
-from sd3pipe.models.architecture import HEAD_WIDTH, MMDiTArchitecture
+from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.joint_block import JointBlock
 from sd3pipe.models.linear import Linear
+from sd3pipe.variants import HEAD_WIDTH
 
 TEXT_TOKENS, RANK = 154, 16
 

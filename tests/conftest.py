@@ -1,5 +1,6 @@
 """Fixtures that all tests share. Threads are pinned before torch is imported, so that bits can be compared."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from support.tiny_base import TinyBase
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_finish() -> None:
+    """Leaves torch, transformers and the tests themselves out of what the collector walks while tests run."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

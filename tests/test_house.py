@@ -24,7 +24,7 @@ FLOORS = {
     "child": 0, "config": 0, "console": 0, "cores": 0, "device": 0, "device_memory": 0, "documents": 0, "errors": 0,
     "file_stamps": 0, "files": 0, "fingerprint": 0, "intervals": 0, "judgement": 0, "living": 0, "metrics": 0,
     "picture_losses": 0, "problems": 0, "prompt_settings": 0, "remote": 0, "rules": 0, "safe_path": 0, "shell": 0,
-    "stages": 0, "stopping": 0, "temporaries": 0, "watched": 0, "words": 0,
+    "stages": 0, "stopping": 0, "temporaries": 0, "variants": 0, "watched": 0, "words": 0,
 }  # fmt: skip
 TEXT_ENCODER_LIBRARIES = {"transformers", "tokenizers", "sentencepiece"}
 ORACLES = {"diffusers", "peft", "skimage", "hypothesis", "pytest"}

@@ -24,7 +24,7 @@ from sd3pipe.tensors.formats import FORMAT_NAMES, TORCH_FORMATS
 from sd3pipe.tensors.header import StoredTensor, read_header_and_metadata
 from sd3pipe.tensors.reader import read_stored
 from sd3pipe.tensors.writer import data_sha256, file_pieces, in_file_order, write_tensors
-from sd3pipe.words import StoredFormat
+from sd3pipe.words import MMDiTVariant, StoredFormat
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class AdapterFile:
         return depth_of(self.sizes)
 
     @property
-    def variants(self) -> tuple[str, ...]:
+    def variants(self) -> tuple[MMDiTVariant, ...]:
         """The public models that have all its modules."""
         return fitting_variants(self.sizes)
 

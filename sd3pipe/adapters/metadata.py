@@ -19,16 +19,12 @@ from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.documents import parse_json, read_data
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.rules.description import Description
+from sd3pipe.variants import PUBLIC_MODELS
+from sd3pipe.words import MMDiTVariant
 
 PROVENANCE_KEY = "sd3pipe"
 MULTIPLIER_KEY = "sd3pipe_multiplier"  # the strength that was written into a file, where it is not 1
 
-_ARCHITECTURES = {
-    "sd3-medium": "stable-diffusion-3-medium",
-    "sd35-medium": "stable-diffusion-3-5-medium",
-    "sd35-large": "stable-diffusion-3-5-large",
-}
-_KOHYA_VERSIONS = {"sd3-medium": "medium", "sd35-medium": "5-medium", "sd35-large": "5-large"}
 _IMPLEMENTATION = "https://github.com/Stability-AI/sd3.5"
 _PICTURE_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
 _LARGEST_THUMBNAIL = 1 << 20
@@ -61,7 +57,7 @@ class Provenance(BaseModel):
 
 def training_metadata(
     *,
-    variant: str,
+    variant: MMDiTVariant,
     spec: AdapterSpec,
     options: Mapping[str, object],
     step: int,
@@ -83,7 +79,7 @@ def training_metadata(
         "network_dim": spec.rank,
         "network_alpha": KINDS[spec.algorithm].alpha_of(spec, spec.rank),
         "network_args": json.dumps(network_args(spec), sort_keys=True),
-        "base_model_version": _KOHYA_VERSIONS.get(variant, variant),
+        "base_model_version": PUBLIC_MODELS[variant].kohya_version,
         "unet_lr": options.get("learning_rate"),
         "optimizer": options.get("optimizer_type"),
         "steps": step,
@@ -99,7 +95,7 @@ def training_metadata(
     return keys | {PROVENANCE_KEY: json.dumps(provenance.model_dump(), sort_keys=True, ensure_ascii=False)}
 
 
-def modelspec(variant: str, resolution: tuple[int, int] | None) -> dict[str, str]:
+def modelspec(variant: MMDiTVariant, resolution: tuple[int, int] | None) -> dict[str, str]:
     """Returns the keys of an adapter that follow from its model."""
     keys = model_keys(variant)
     keys["modelspec.architecture"] += "/lora"
@@ -108,14 +104,11 @@ def modelspec(variant: str, resolution: tuple[int, int] | None) -> dict[str, str
     return keys
 
 
-def model_keys(variant: str) -> dict[str, str]:
+def model_keys(variant: MMDiTVariant) -> dict[str, str]:
     """Returns the keys of a model: SD3 predicts a flow, not noise."""
-    architecture = _ARCHITECTURES.get(variant)
-    if architecture is None:
-        raise ParameterError(f"{variant} is no SD3 model: one of {', '.join(_ARCHITECTURES)}")
     keys = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": architecture,
+        "modelspec.architecture": PUBLIC_MODELS[variant].architecture,
         "modelspec.implementation": _IMPLEMENTATION,
         "modelspec.prediction_type": "flow",
     }
@@ -123,10 +116,10 @@ def model_keys(variant: str) -> dict[str, str]:
     return keys | ({"modelspec.date": date} if date else {})
 
 
-def described_variant(metadata: Mapping[str, str]) -> str | None:
+def described_variant(metadata: Mapping[str, str]) -> MMDiTVariant | None:
     """Returns the model that a file says it is made for, None where it does not say."""
     said = metadata.get("modelspec.architecture", "").partition("/")[0]
-    return next((variant for variant, name in _ARCHITECTURES.items() if name == said), None)
+    return next((variant for variant, model in PUBLIC_MODELS.items() if model.architecture == said), None)
 
 
 def read_provenance(metadata: Mapping[str, str], path: Path) -> Provenance:

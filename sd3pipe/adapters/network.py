@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from sd3pipe.adapters.dropout import BatchState, DropoutRates
 from sd3pipe.adapters.kind import AdaptedLinear, Adapter, AdapterLayer, Delta, LayerSetup, plain_adapter
 from sd3pipe.adapters.kinds import KINDS, check_option, check_spec
-from sd3pipe.adapters.sizes import same_size
+from sd3pipe.adapters.sizes import Sizes, same_size
 from sd3pipe.adapters.targets import AdapterSpec, learning_rates, target_ranks
 from sd3pipe.console import listed
 from sd3pipe.errors import InputError, ParameterError
@@ -147,14 +147,32 @@ def attach(
     dtype: torch.dtype = torch.float32,
 ) -> AdapterNetwork:
     """Attaches a fresh adapter, which changes nothing; start values depend on the seed and the module path alone."""
-    check_spec(spec)
     slots: dict[str, LinearSlot] = dict(model.linears())
     batch = BatchState()
+    sizes = {path: (slot.out_features, slot.in_features) for path, slot in slots.items()}
+    layers = _fresh_layers(sizes, spec, batch, device=device, dtype=dtype)
+    for path, layer in layers.items():
+        layer.reset(torch.Generator().manual_seed(_number(f"{spec.seed}/{path}")))
+        layer.measure(slots[path])
+    return AdapterNetwork(model, layers, slots, batch)
+
+
+def count_weights(sizes: Sizes, spec: AdapterSpec) -> int:
+    """Returns how many weights an adapter trains on a model whose linear layers have these sizes."""
+    layers = _fresh_layers(sizes, spec, BatchState(), device="meta", dtype=torch.float32)
+    return sum(parameter.numel() for layer in layers.values() for parameter in layer.parameters())
+
+
+def _fresh_layers(
+    sizes: Sizes, spec: AdapterSpec, batch: BatchState, *, device: torch.device | str | None, dtype: torch.dtype
+) -> dict[str, AdapterLayer]:
+    """Returns the layers of an adapter, by module path, without start values."""
+    check_spec(spec)
     layers: dict[str, AdapterLayer] = {}
-    for path, rank in target_ranks(slots, spec).items():
+    for path, rank in target_ranks(sizes, spec).items():
         setup = LayerSetup(
-            in_features=slots[path].in_features,
-            out_features=slots[path].out_features,
+            in_features=sizes[path][1],
+            out_features=sizes[path][0],
             rank=rank,
             alpha=_alpha(spec, rank),
             dropout=spec.dropout,
@@ -164,9 +182,7 @@ def attach(
             dtype=dtype,
         )
         layers[path] = KINDS[spec.algorithm].fresh_layer(path, setup, spec)
-        layers[path].reset(torch.Generator().manual_seed(_number(f"{spec.seed}/{path}")))
-        layers[path].measure(slots[path])
-    return AdapterNetwork(model, layers, slots, batch)
+    return layers
 
 
 def attach_deltas(

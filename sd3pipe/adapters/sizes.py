@@ -4,13 +4,12 @@ from collections.abc import Mapping
 
 from sd3pipe.adapters.keymap import is_text_encoder, native_block
 from sd3pipe.errors import InputError
-
-HEAD_WIDTH = 64  # an SD3 model has one block per 64 of width
+from sd3pipe.variants import HEAD_WIDTH, PUBLIC_MODELS
+from sd3pipe.words import MMDiTVariant
 
 Sizes = Mapping[str, tuple[int, int]]  # module path -> (out, in features), 0 for the side that factors do not tell
 
 _ROWS = {"attn.qkv": 3, "attn2.qkv": 3, "attn.proj": 1, "attn2.proj": 1, "mlp.fc1": 4, "mlp.fc2": 1}
-_BLOCKS = {"sd3-medium": (24, 0), "sd35-medium": (24, 13), "sd35-large": (38, 0)}  # all, the first with attn2
 _MOST_BLOCKS = 128  # no SD3 model comes near it, and factors of a few bytes may claim any size
 
 
@@ -43,7 +42,7 @@ def depth_of(sizes: Sizes) -> int:
     if not told:
         return 0
     possible = (width for width in set.intersection(*told) if width and width % HEAD_WIDTH == 0)
-    depths = {depth for depth, _ in _BLOCKS.values()}
+    depths = {model.depth for model in PUBLIC_MODELS.values()}
     common = sorted(possible, key=lambda width: (width // HEAD_WIDTH not in depths, width))
     if not common:
         raise InputError(
@@ -61,13 +60,14 @@ def depth_of(sizes: Sizes) -> int:
     return depth
 
 
-def fitting_variants(sizes: Sizes) -> tuple[str, ...]:
+def fitting_variants(sizes: Sizes) -> tuple[MMDiTVariant, ...]:
     """Returns the public models that have all these modules: shapes alone may leave two medium ones."""
     depth = depth_of(sizes)
     return tuple(
         name
-        for name, (blocks, dual_blocks) in _BLOCKS.items()
-        if blocks == depth and all(_fits(path, size, depth * HEAD_WIDTH, dual_blocks) for path, size in sizes.items())
+        for name, model in PUBLIC_MODELS.items()
+        if model.depth == depth
+        and all(_fits(path, size, depth * HEAD_WIDTH, model.dual_blocks) for path, size in sizes.items())
     )
 
 

@@ -25,6 +25,7 @@ from sd3pipe.files import write_text
 from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import find_component
 from sd3pipe.params import adapter as option_sets
+from sd3pipe.words import MMDiTVariant
 
 _LONGEST_VALUE = 200
 
@@ -105,7 +106,7 @@ def extract(params: option_sets.AdapterExtractParams) -> None:
     )
 
 
-def _common_variants(files: Sequence[AdapterFile]) -> tuple[str, ...]:
+def _common_variants(files: Sequence[AdapterFile]) -> tuple[MMDiTVariant, ...]:
     """Returns the models that all adapters fit. Raises InputError where there cannot be one."""
     first, *others = files
     for file in others:
@@ -122,7 +123,7 @@ def _save(
     sources: Sequence[AdapterFile],
     adapter: Adapter,
     metadata: Mapping[str, str],
-    variants: tuple[str, ...],
+    variants: tuple[MMDiTVariant, ...],
 ) -> None:
     refuse_to_replace(params.out, [file.path for file in sources])
     ready = for_form(adapter, params.format, params.model, None)

@@ -15,6 +15,7 @@ from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import ComponentSource
 from sd3pipe.params.export import DescriptionParams, ExportParams
 from sd3pipe.tensors.header import read_header_and_metadata
+from sd3pipe.words import MMDiTVariant
 
 _OF_THE_SOURCE_FILE = {"format", PEFT_CONFIG_KEY, "sshs_legacy_hash"}.union(
     *(kind.note_keys for kind in KINDS.values())
@@ -25,7 +26,7 @@ def export_metadata(
     source: Mapping[str, str],
     words: DescriptionParams,
     form: Form,
-    variants: tuple[str, ...],
+    variants: tuple[MMDiTVariant, ...],
     *,
     multiplier: float = 1.0,
 ) -> dict[str, str] | None:

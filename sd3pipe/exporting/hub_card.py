@@ -15,12 +15,8 @@ from sd3pipe.console import one_line
 from sd3pipe.exporting.hub_folder import PICTURES, WEIGHTS, Samples, picture_name
 from sd3pipe.exporting.published import model_name
 from sd3pipe.exporting.reproduction import later_steps, reproduction
+from sd3pipe.variants import PUBLIC_MODELS
 
-BASES = {
-    "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
-    "sd35-medium": "stabilityai/stable-diffusion-3.5-medium",
-    "sd35-large": "stabilityai/stable-diffusion-3.5-large",
-}
 _LICENSE_OF_BASES = "stabilityai-ai-community"
 _LICENSES = {  # the hub's words for those that people give; others are "other" with a name
     "apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0",
@@ -54,7 +50,8 @@ def card_text(keys: Mapping[str, str], *, hub_id: str | None, samples: Samples) 
 
     `hub_id` is the base's repository where the user named one, else that of the model's makers stands there.
     """
-    base = hub_id or BASES.get(described_variant(keys) or "")
+    variant = described_variant(keys)
+    base = hub_id or (PUBLIC_MODELS[variant].repository if variant else None)
     words = {name.removeprefix("modelspec."): one_line(text) for name, text in keys.items()}
     title = words.get("title") or words.get("trigger_phrase") or "LoRA"
     prompt = words.get("trigger_phrase") or "a photograph"
@@ -95,7 +92,7 @@ def _data(words: Mapping[str, str], base: str | None, samples: Samples) -> Model
 def _license(given: str | None, base: str | None) -> dict[str, str]:
     """Returns the licence that the user names, else the base's, which what is made from it comes under."""
     if given is None:
-        if base not in BASES.values():
+        if all(base != model.repository for model in PUBLIC_MODELS.values()):
             return {}
         link = f"https://huggingface.co/{base}/blob/main/LICENSE.md"
         return {"license": "other", "license_name": _LICENSE_OF_BASES, "license_link": link}

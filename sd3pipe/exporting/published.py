@@ -21,12 +21,8 @@ from sd3pipe.adapters.metadata import (
 from sd3pipe.errors import InputError
 from sd3pipe.exporting.reproduction import LATER_STEPS_KEY, OPTION_SETS, later_steps
 from sd3pipe.params.fields import option_extra
+from sd3pipe.variants import PUBLIC_MODELS
 
-_MODEL_NAMES = {
-    "sd3-medium": "Stable Diffusion 3 Medium",
-    "sd35-medium": "Stable Diffusion 3.5 Medium",
-    "sd35-large": "Stable Diffusion 3.5 Large",
-}
 _WORDS = (
     "architecture", "implementation", "prediction_type", "resolution", "sai_model_spec", "date", "title", "author",
     "description", "license", "tags", "trigger_phrase", "usage_hint", "thumbnail",
@@ -69,7 +65,8 @@ def names_a_place(text: str) -> bool:
 
 def model_name(metadata: Mapping[str, str]) -> str:
     """Returns what people call the model that a file says it is made for."""
-    return _MODEL_NAMES.get(described_variant(metadata) or "", "Stable Diffusion 3")
+    variant = described_variant(metadata)
+    return "Stable Diffusion 3" if variant is None else PUBLIC_MODELS[variant].title
 
 
 def _provenance(metadata: Mapping[str, str]) -> dict[str, str]:

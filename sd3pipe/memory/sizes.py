@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from sd3pipe.variants import HEAD_WIDTH
 from sd3pipe.words import BaseFormat, KeptActivations
 
 _PATCH_PX = 16  # 8 pixels a latent, 2 latents a patch
 _PACKED_PARTS = (".attn.", ".attn2.", ".mlp.")
 # A frozen weight needs the input's gradient only; flash attention's backward is 2.5 times its forward.
 _ATTENTION_BACKWARD = 2.5
-_HEAD_WIDTH = 64
 _STATISTIC_BYTES = 4  # sums of a row are kept in float32
 # Values per token, in units of the width:
 _INPUT = 1
@@ -150,7 +150,7 @@ def kept_bytes(block: BlockSize, tokens: Tokens, kept: KeptActivations) -> int:
     if kept == "none":
         return tokens.input_bytes
     attended = tokens.all + (tokens.image if block.dual else 0)  # tokens, once for each attention that they are in
-    statistics = _STATISTIC_BYTES * (tokens.width // _HEAD_WIDTH) * attended  # the sums of softmax, one for each head
+    statistics = _STATISTIC_BYTES * (tokens.width // HEAD_WIDTH) * attended  # the sums of softmax, one for each head
     if kept == "attention":
         return tokens.input_bytes + attended * tokens.width * tokens.dtype_bytes + statistics
     if tokens.qk_norm:

@@ -5,14 +5,14 @@ Keys are the native checkpoint keys without their prefix. Layout: Stability AI's
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isqrt
+from math import isqrt, prod
 
 from sd3pipe.errors import InputError
 from sd3pipe.models.shapes import Shapes, compare_shapes, linear_shapes
 from sd3pipe.models.sources import ComponentSource
+from sd3pipe.variants import HEAD_WIDTH
 from sd3pipe.words import MMDiTVariant, SideName
 
-HEAD_WIDTH = 64  # every head of every variant
 TIMESTEP_FREQUENCIES = 256  # width of the sinusoid: 128 cosines, 128 sines
 MLP_RATIO = 4
 
@@ -59,6 +59,11 @@ class MMDiTArchitecture:
         shapes |= linear_shapes("final_layer.adaLN_modulation.1", 2 * width, width)
         shapes |= linear_shapes("final_layer.linear", patch * patch * self.in_channels, width)
         return shapes
+
+    def linear_sizes(self) -> dict[str, tuple[int, int]]:
+        """Returns (out features, in features) of every linear layer by its path; patches are projected by one, too."""
+        weights = {key: shape for key, shape in self.shapes().items() if key.endswith(".weight") and len(shape) > 1}
+        return {key.removesuffix(".weight"): (shape[0], prod(shape[1:])) for key, shape in weights.items()}
 
     def block_shapes(self, index: int) -> Shapes:
         """Returns the keys and shapes of one joint block."""

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sd3pipe.models.architecture import HEAD_WIDTH, MLP_RATIO, MMDiTArchitecture
+from sd3pipe.models.architecture import MLP_RATIO, MMDiTArchitecture
 from sd3pipe.models.linear import Linear
 from sd3pipe.models.recomputation import recomputed
+from sd3pipe.variants import HEAD_WIDTH
 from sd3pipe.words import KeptActivations, SideName
 
 _EPSILON = 1e-6  # of all norms

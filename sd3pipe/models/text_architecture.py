@@ -10,10 +10,10 @@ from typing import get_args
 
 from sd3pipe.errors import InputError
 from sd3pipe.models.shapes import Shapes, compare_shapes, count_numbered, linear_shapes, vector_shapes
+from sd3pipe.variants import HEAD_WIDTH
 from sd3pipe.words import ClipName, EncoderName
 
 ENCODERS: tuple[EncoderName, ...] = get_args(EncoderName)
-HEAD_WIDTH = 64  # every head of every encoder
 CLIP_ACTIVATIONS: dict[ClipName, str] = {"clip_l": "quick_gelu", "clip_g": "gelu"}  # the tensors do not tell
 
 

@@ -17,9 +17,10 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config
 from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
 
 from sd3pipe.models.sources import ComponentSource
-from sd3pipe.models.text_architecture import CLIP_ACTIVATIONS, HEAD_WIDTH, detect_clip, detect_t5
+from sd3pipe.models.text_architecture import CLIP_ACTIVATIONS, detect_clip, detect_t5
 from sd3pipe.models.tokenizers import TokenBatch
 from sd3pipe.tensors.reader import read_tensors
+from sd3pipe.variants import HEAD_WIDTH
 from sd3pipe.words import ClipName
 
 _CLIP_EOS_RULE = 2  # transformers' sign for: pool at the largest id, which is the end token's in SD3's vocabularies

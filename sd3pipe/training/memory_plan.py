@@ -10,6 +10,7 @@ import torch
 
 from sd3pipe.adapters.kind import AdapterLayer
 from sd3pipe.adapters.kinds import KINDS
+from sd3pipe.adapters.network import count_weights
 from sd3pipe.console import readable_bytes
 from sd3pipe.device_memory import memory_errors, peak_rss_bytes, share_of_memory, usable_device_bytes
 from sd3pipe.errors import DeviceMemoryError, ParameterError
@@ -24,7 +25,7 @@ from sd3pipe.memory.plan import (
     option_text,
     predict,
 )
-from sd3pipe.memory.sizes import adapter_weights, image_tokens, model_size
+from sd3pipe.memory.sizes import image_tokens, model_size
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.adapter_options import adapter_spec
@@ -90,16 +91,16 @@ def run_memory(
 
     Raises ParameterError and DeviceMemoryError.
     """
+    spec = adapter_spec(params.adapter, seed=params.seed)
     work = Workload(
         image_tokens=max(image_tokens(width, height) for width, height in resolutions_px),
         text_tokens=text_tokens,
         batch=params.batches.train_batch_size,
         accumulation=params.batches.gradient_accumulation_steps,
-        adapter_weights=adapter_weights(architecture.shapes(), params.adapter.network_dim),
+        adapter_weights=count_weights(architecture.linear_sizes(), spec),
         adapter_rank=params.adapter.network_dim,
         adapter_bytes_per_weight=adapter_bytes_per_weight(params.optimizer.optimizer_type),
     )
-    spec = adapter_spec(params.adapter, seed=params.seed)
     work = replace(work, adapter_kept_bytes=kept_beside_lora(architecture, spec, work, dtype))
     rules = params.memory
     wanted = Settings.of(rules, dtype.itemsize, architecture.depth)

@@ -262,7 +262,7 @@ def _chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-_HUGE = zlib.compress(bytes(300 << 20), 9)  # more than Pillow unpacks by any of its settings here
+_HUGE = zlib.compress(bytes(300 << 20), 1)  # more than Pillow unpacks by any of its settings here
 _WORKFLOW = _chunk(b"zTXt", b"workflow\0\0" + _HUGE)
 
 

@@ -8,7 +8,7 @@ import torch
 from support.new_memory import NewMemory
 from support.tiny_mmdit import tiny_architecture, tiny_mmdit
 
-from sd3pipe.adapters.network import attach
+from sd3pipe.adapters.network import attach, count_weights
 from sd3pipe.adapters.targets import BLOCK_PARTS, AdapterSpec
 from sd3pipe.memory.plan import Settings, Workload, predict
 from sd3pipe.memory.sizes import Tokens, kept_bytes, model_size
@@ -66,3 +66,29 @@ def test_train_plans_for_the_kind_that_it_trains():
     }
     assert plans["lora"].work.adapter_kept_bytes == 0
     assert plans["dora"].work.adapter_kept_bytes > 0
+    assert plans["dora"].work.adapter_weights > plans["lora"].work.adapter_weights  # by its magnitudes
+
+
+SPECS = {
+    "whole": {},
+    "parts": {"part_ranks": {"x_attn": 4, "context_mod": 0}, "blocks": "0,2", "embedder_ranks": (4, 0, 4, 0, 4, 4)},
+    "rules": {"rank_rules": ((r"attn2?\.qkv", 2), (r"mlp", 0))},
+}
+
+
+@pytest.mark.parametrize("kind", get_args(Algorithm))
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("variant", ["sd3-medium", "sd35-medium", "sd35-large"])
+def test_weights_are_counted_as_they_are_trained(variant, name, kind):
+    spec = AdapterSpec(algorithm=kind, rank=RANK, **SPECS[name])
+    model = tiny_mmdit(variant)
+    network = attach(model, spec)
+    assert count_weights(model.architecture.linear_sizes(), spec) == sum(p.numel() for p in network.parameters())
+    sizes = {path: (linear.out_features, linear.in_features) for path, linear in model.linears()}
+    assert model.architecture.linear_sizes() == sizes
+
+
+def test_weights_of_split_projections_are_counted():
+    model, spec = tiny_mmdit("sd35-large"), AdapterSpec(rank=RANK, split_qkv=True)
+    network = attach(model, spec)
+    assert count_weights(model.architecture.linear_sizes(), spec) == sum(p.numel() for p in network.parameters())
