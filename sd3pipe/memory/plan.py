@@ -222,9 +222,8 @@ def _host_parts(model: ModelSize, work: Workload, settings: Settings, streamed: 
     if in_file:
         largest = max(_part_bytes(model.blocks[number], "whole", settings) for number in in_file)
         parts["buffers for the file"] = STAGING_BUFFERS * largest
-    parts["one block while loading"] = max(
-        _part_bytes(block, "whole", replace(settings, base_format="dense")) for block in model.blocks
-    )
+    as_read = replace(settings, base_format="dense")
+    parts["one block while loading"] = max(_part_bytes(block, "whole", as_read) for block in {*model.blocks})
     return parts
 
 
@@ -269,9 +268,8 @@ def _rings(model: ModelSize, streamed: tuple[int, ...]) -> list[list[int]]:
 
 
 def _part_bytes(block: BlockSize, part: str, settings: Settings) -> int:
-    body = block.body_bytes(settings.dtype_bytes, settings.base_format)
-    modulation = block.modulation_bytes(settings.dtype_bytes)
-    return {"body": body, "modulation": modulation, "whole": body + modulation}[part]
+    body = block.body_bytes(settings.dtype_bytes, settings.base_format) if part != "modulation" else 0
+    return body + (block.modulation_bytes(settings.dtype_bytes) if part != "body" else 0)
 
 
 def _tokens(model: ModelSize, work: Workload, settings: Settings) -> Tokens:
