@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import html
 import json
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
@@ -32,13 +33,16 @@ class Watches:
         self._watches: dict[tuple[str, str], Watch] = {}
 
     def of(self, project: Project, run: str) -> "Watch":
-        """Returns the watch over a run of a project. Raises InputError where there is no such run."""
+        """Returns the watch over a run of a project, as its file names it now. Raises InputError for no such run."""
         key = (str(project.folder), run)
-        if key not in self._watches:
+        watch = self._watches.get(key)
+        if watch is None or watch.project != project:
             from sd3pipe.studio.runs import RunView, run_place  # Pillow, which the studio starts without
 
-            self._watches[key] = Watch(project, RunView(run_place(project, run)), self._queue)
-        return self._watches[key]
+            if watch is not None:
+                watch.close()  # who watches comes back, and is told of the other run
+            self._watches[key] = watch = Watch(project, RunView(run_place(project, run)), self._queue)
+        return watch
 
     def close(self) -> None:
         """Ends all streams, so that the server can end."""
@@ -112,7 +116,7 @@ class Watch:
         try:
             found = status(self.project, self.queue, self.run.curves)
         except Sd3pipeError as error:
-            return [("status", f"{error}")]
+            return [("status", f'<p class="errors">{html.escape(str(error))}</p>')]
         job = self.queue.latest(self.project.folder)
         page = render("studio/templates/status.html", status=found)
         return [("status", page), ("samples", self.run.samples()), ("log", "\n".join(log_lines(job)) if job else "")]

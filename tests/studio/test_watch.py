@@ -61,6 +61,29 @@ def test_a_run_that_writes_apart_is_watched_there_until_it_takes_its_place(tmp_p
     assert len(run.curves) == 2 and run.folder == place
 
 
+def test_a_run_that_project_toml_names_since_is_the_one_that_is_shown(tmp_path):
+    project = write_project(tmp_path / "cats", {"a": "cat"})
+    write_run(project / "runs" / "cat", 9)
+    write_run(project / "runs" / "dog", 2)
+    studio = studio_of(tmp_path, project)
+    slug = studio.projects.listed()[0]["slug"]
+    assert asked(studio, "GET", f"/p/{slug}/train/curves").json()["rows"] == 9
+    text = (project / "project.toml").read_text()
+    (project / "project.toml").write_text(text.replace("runs/cat", "runs/dog"))
+    assert asked(studio, "GET", f"/p/{slug}/train/curves").json()["rows"] == 2
+    assert 'data-when="rest"' in asked(studio, "GET", f"/p/{slug}/train").text
+
+
+def test_an_error_of_the_status_is_told_as_text(tmp_path):
+    project = write_project(tmp_path / "<b>cats", {"a": "cat"})
+    studio = studio_of(tmp_path / "<b>state", project)
+    studio.queue.folder.mkdir(parents=True)
+    watch = studio.watches.of(read_project(project), "")
+    (studio.queue.folder / "queue.json").write_text("{")
+    told = watch._news(with_status=True).decode()
+    assert "&lt;b&gt;state" in told and "<b>" not in told
+
+
 def test_thinning_keeps_first_last_and_every_extreme(tmp_path):
     write_run(tmp_path, 20_000, loss=lambda step: 9.0 if step == 7_777 else math.sin(step) + (-9 if step == 123 else 0))
     run = RunView(tmp_path)
