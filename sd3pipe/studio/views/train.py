@@ -8,6 +8,7 @@ from starlette.responses import Response
 from sd3pipe.cache.staleness import check_sources
 from sd3pipe.child import ask_to_stop
 from sd3pipe.config import Project
+from sd3pipe.console import count
 from sd3pipe.errors import ExitCode, InputError, ParameterError, UnreadablePicture
 from sd3pipe.reporting.collect import read_picture_of
 from sd3pipe.stages import stages_of
@@ -39,6 +40,7 @@ def page(ask: Ask) -> str:
         has_checkpoints=bool(run.checkpoints()),
         is_finished=run.is_finished(),
         changed=_changed(ask),
+        count=count,
         how=HOW,
         log="\n".join(log_lines(job)) if job else "",
         is_stale=job is not None and job.exit_code == ExitCode.STALE and bool(run.checkpoints()),
