@@ -14,6 +14,23 @@ function toast(text) {
   toast.timer = setTimeout(() => { box.hidden = true; }, 6000);
 }
 
+// What is to be said on the page that comes next: this one is left before anybody could read it.
+function sayNext(text) { sessionStorage.setItem("said", text); }
+
+function sayNow() {
+  const text = sessionStorage.getItem("said");
+  sessionStorage.removeItem("said");
+  if (!text) return;
+  if (!text.trim().includes("\n")) { toast(text); return; }
+  const box = document.createElement("section"), words = document.createElement("p"), close = document.createElement("button");
+  box.className = "panel said";
+  words.textContent = text.trim();
+  close.textContent = "Close";
+  close.addEventListener("click", () => box.remove());
+  box.append(words, close);
+  $("main").prepend(box);
+}
+
 async function send(address, values) {
   let answer;
   try {
@@ -21,19 +38,36 @@ async function send(address, values) {
   } catch {
     return { error: ["the studio does not answer: start it again, and open the address that it prints"] };
   }
+  if ((answer.headers.get("Content-Type") || "").startsWith("application/json")) return answer.json();
   if (answer.status === 403) return { error: [await answer.text()] };
-  return answer.json();
+  return { error: [`the studio failed at this (${answer.status}); the terminal that it runs in says why`] };
+}
+
+// Returns what an address answers, null where it does not; then the page says that it shows what was before.
+async function fetched(address) {
+  let answer = null;
+  try { answer = await fetch(address); } catch { /* nobody listens there */ }
+  isLost(!answer || answer.status === 403);
+  return answer && answer.ok ? answer : null;
 }
 
 async function fetchText(address) {
-  const answer = await fetch(address);
-  return answer.ok ? answer.text() : "";
+  const answer = await fetched(address);
+  return answer ? answer.text() : "";
 }
+
+function isLost(lost) { $("#lost").hidden = !lost; }
 
 function valuesOf(form) {
   const values = {};
   for (const [name, value] of new FormData(form)) values[name] = value;
   return values;
+}
+
+// Fields as they came: what another window or an editor made of those meanwhile stays.
+function untouched(form) {
+  const was = (field) => field.matches("select") ? [...field.options].find((one) => one.defaultSelected)?.value ?? "" : field.defaultValue;
+  return [...form.elements].filter((field) => field.name && field.type !== "hidden" && field.value === was(field));
 }
 
 // A form with data-post is sent as JSON; what comes back says what becomes of the page.
@@ -43,19 +77,23 @@ document.addEventListener("submit", async (event) => {
   event.preventDefault();
   const button = event.submitter;
   const values = { ...valuesOf(form), ...(button && button.name ? { [button.name]: button.value } : {}) };
+  if (form.matches("[data-only-changed]")) for (const field of untouched(form)) delete values[field.name];
+  for (const old of $$(".errors", form)) old.textContent = "";
   if (button) button.disabled = true;
   const answer = await send(form.dataset.post, values);
   if (button) button.disabled = false;
-  for (const old of $$(".errors", form)) old.textContent = "";
-  for (const [name, text] of Object.entries(answer.fields || {})) {
-    const place = $(`[data-errors="${CSS.escape(name)}"]`, form);
-    if (place) place.textContent = text;
-  }
   const place = $("[data-errors='']", form);
+  const wrong = Object.entries(answer.fields || {}).map(([name, text]) => {
+    const own = $(`[data-errors="${CSS.escape(name)}"]`, form) || place;
+    own.textContent += (own.textContent && "\n") + text;
+    for (let fold = own.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+    return own;
+  });
+  if (wrong.length) wrong[0].scrollIntoView({ block: "center" });
   if (answer.error && place) place.textContent = answer.error.join("\n");
   else if (answer.error) toast(answer.error.join("\n"));
   if (answer.html !== undefined) $(form.dataset.target).innerHTML = answer.html;
-  if (answer.message) toast(answer.message);
+  if (answer.message) (answer.location || answer.reload ? sayNext : toast)(answer.message);
   if (answer.location) location.assign(answer.location);
   if (answer.reload) location.reload();
 });
@@ -81,8 +119,8 @@ function pictures() {
   filter.addEventListener("change", () => filter.requestSubmit());
 
   const countRows = async () => {
-    const answer = await (await fetch(project() + "/pictures/rows")).json();
-    $("#rows").textContent = answer.message || "";
+    const answer = await fetched(project() + "/pictures/rows");
+    if (answer) $("#rows").textContent = (await answer.json()).message;
   };
   countRows();
 
@@ -114,24 +152,31 @@ function pictures() {
   };
   $("#undo").addEventListener("click", async () => {
     const answer = await send(project() + "/pictures/undo", {});
-    toast(answer.error ? answer.error.join("\n") : answer.message);
-    if (!answer.error) setTimeout(() => location.reload(), 600);
+    if (answer.error) { toast(answer.error.join("\n")); return; }
+    sayNext(answer.message);
+    location.reload();
   });
 
   const save = async (card) => {
     const area = $("textarea", card);
     if (area.value === area.defaultValue || card.dataset.saving) return;
     card.dataset.saving = "yes";
-    const answer = await send(project() + "/pictures/caption", { key: card.dataset.key, was: card.dataset.was, text: area.value });
+    const sent = area.value;
+    const answer = await send(project() + "/pictures/caption", { key: card.dataset.key, was: card.dataset.was, text: sent });
     if (answer.error) {
       delete card.dataset.saving;
       toast(answer.error.join("\n"));
       return;
     }
     card.insertAdjacentHTML("afterend", answer.html);
-    const fresh = card.nextElementSibling;
+    const fresh = card.nextElementSibling, controls = "textarea, input, button, summary";
+    const at = $$(controls, card).indexOf(document.activeElement), typed = $("textarea", fresh);
+    if (area.value !== sent) { typed.value = area.value; fresh.classList.add("dirty"); } // typed while it was saved
+    const [from, to] = [area.selectionStart, area.selectionEnd];
     card.remove();
     show(fresh);
+    if (at >= 0) ($$(controls, fresh)[at] || typed).focus();
+    if (document.activeElement === typed) typed.setSelectionRange(from, to);
     if (answer.conflict !== undefined) {
       const note = document.createElement("div"), use = document.createElement("button");
       note.className = "mine";
@@ -144,6 +189,7 @@ function pictures() {
     }
     showUndo(answer.undo);
     countRows();
+    if (document.activeElement !== typed) save(fresh); // what was typed meanwhile, and then left
   };
   grid.addEventListener("click", (event) => {
     if (!event.target.matches(".take")) return;
@@ -165,7 +211,11 @@ function pictures() {
   });
   grid.addEventListener("keydown", (event) => {
     if (event.target.matches("textarea") && event.key === "Enter" && (event.ctrlKey || event.metaKey)) save(event.target.closest(".card"));
-    if (event.target.matches("textarea") && event.key === "Escape") { event.target.value = event.target.defaultValue; event.target.blur(); }
+    if (event.target.matches("textarea") && event.key === "Escape") {
+      event.target.value = event.target.defaultValue;
+      event.target.closest(".card").classList.remove("dirty");
+      event.target.blur();
+    }
   });
   addEventListener("beforeunload", (event) => { if ($(".card.dirty")) event.preventDefault(); });
 
@@ -205,8 +255,9 @@ function pictures() {
   $("#apply").addEventListener("click", async () => {
     const answer = await send(project() + "/pictures/tags", { ...wanted, apply: true });
     dialog.close();
-    toast(answer.error ? answer.error.join("\n") : answer.message);
-    if (!answer.error) setTimeout(() => location.reload(), 600);
+    if (answer.error) { toast(answer.error.join("\n")); return; }
+    sayNext(answer.message);
+    location.reload();
   });
   $("#cancel").addEventListener("click", () => dialog.close());
 }
@@ -307,7 +358,9 @@ function train() {
   const later = () => { drawing = drawing || requestAnimationFrame(draw); };
 
   const begin = async () => {
-    const curves = await (await fetch(`${project()}/train/curves?run=${encodeURIComponent(run)}`)).json();
+    const answer = await fetched(`${project()}/train/curves?run=${encodeURIComponent(run)}`);
+    if (!answer) { setTimeout(begin, 3000); return; }
+    const curves = await answer.json();
     rows = curves.points; have = curves.rows; validations = curves.validations;
     page.dataset.received = have;
     later();
@@ -337,7 +390,11 @@ function train() {
       $("#log-part").hidden = !text;
       if (atEnd) log.scrollTop = log.scrollHeight;
     });
-    source.onerror = () => { if (source.readyState === EventSource.CLOSED) setTimeout(begin, 3000); };
+    source.onopen = () => isLost(false);
+    source.onerror = () => {
+      isLost(true);
+      if (source.readyState === EventSource.CLOSED) setTimeout(begin, 3000);
+    };
   };
 
   const slider = $("#step");
@@ -415,10 +472,23 @@ function drops() {
   $("input[type=file]", box).addEventListener("change", (event) => take(event.target.files[0]));
 }
 
+// ---- queue
+
+async function jobs() {
+  const box = $("#jobs"), html = await fetchText("/queue?part=jobs"), at = document.activeElement;
+  if (!html || $(":active", box)) return; // a button that is being pressed stays
+  const job = at.form?.elements.job?.value;
+  box.innerHTML = html;
+  if (!job || at.isConnected) return;
+  const form = $$("form", box).find((one) => one.elements.job.value === job);
+  if (form) ($(`button[value="${at.value}"]`, form) || $("button", form))?.focus();
+}
+
 if (new URLSearchParams(location.search).has("token")) history.replaceState(null, "", location.pathname);
 choosesProject();
 if ($("#pictures")) pictures();
 if ($("#train")) train();
 if ($("#wiper")) compare();
 if ($(".drop")) drops();
-if ($("#jobs")) setInterval(async () => { $("#jobs").innerHTML = (await fetchText("/queue?part=jobs")) || $("#jobs").innerHTML; }, 2000);
+if ($("#jobs")) setInterval(jobs, 2000);
+sayNow();

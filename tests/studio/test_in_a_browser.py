@@ -15,7 +15,7 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 
 from playwright import sync_api
 from support.browser import CHROMIUM, FLAGS, needs_chromium
-from support.studios import write_project
+from support.studios import write_pictures, write_project
 
 from sd3pipe.demo.project import write_files
 
@@ -174,6 +174,100 @@ def test_options_are_saved_with_comments_kept_and_errors_at_their_fields(tmp_pat
     assert (project / "stages" / "train.toml").read_text() == (
         "# mine\nnetwork_dim = 32  # small\nlearning_rate = 0.0003\n"
     )
+
+
+def test_what_an_editor_wrote_meanwhile_stays_and_a_folded_error_is_seen(tmp_path, running, opened):
+    project = write_project(tmp_path / "cats", {"a": "cat"})
+    (project / "stages").mkdir()
+    file = project / "stages" / "train.toml"
+    file.write_text("network_dim = 8\n")
+    studio = running(project)
+    page = opened(studio)
+    at(page, studio, "plan")
+    file.write_text('network_dim = 16\nadapter_type = "lokr"\n')
+    page.locator("#learning_rate").fill("3e-4")
+    page.get_by_role("button", name="Save").click()
+    page.get_by_role("status").get_by_text("saved in").wait_for()  # on the page that was loaded anew
+    assert file.read_text() == 'network_dim = 16\nadapter_type = "lokr"\nlearning_rate = 0.0003\n'
+    fold = page.locator("details", has=page.locator("#scale_weight_norms"))
+    fold.locator("summary").click()
+    page.locator("#scale_weight_norms").fill("none")
+    fold.locator("summary").click()
+    assert not page.locator("#scale_weight_norms").is_visible()
+    page.get_by_role("button", name="Save").click()
+    page.locator("[data-errors=scale_weight_norms]", has_text="number").wait_for()
+    assert page.problems == []
+
+
+def test_what_was_left_out_of_a_command_is_said_on_the_page_that_comes_next(tmp_path, running, opened):
+    write_pictures(tmp_path / "train" / "3_cat", {"a": "cat"})
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    page = opened(running(write_project(tmp_path / "old", {"a": "cat"})))
+    page.get_by_role("link", name="Begin").click()
+    form = page.locator("form", has=page.get_by_role("button", name="Translate"))
+    form.locator("[name=folder]").fill(str(tmp_path / "new"))
+    form.locator("[name=text]").fill(
+        f"sd3_train_network.py --pretrained_model_name_or_path={tmp_path}/model.safetensors"
+        f" --train_data_dir={tmp_path}/train --resolution=64 --network_module=networks.lora_sd3 --lowram"
+    )
+    form.get_by_role("button", name="Translate").click()
+    said = page.locator(".said")
+    said.get_by_text("Without effect: 2 options").wait_for()
+    said.get_by_role("button", name="Close").click()
+    assert not said.is_visible() and page.problems == []
+
+
+def test_a_card_keeps_the_keyboard_and_what_is_typed_while_it_is_saved(tmp_path, running, opened):
+    project = write_project(tmp_path / "cats", {"a": "cat", "b": "dog"})
+    page = opened(running(project))
+    page.route("**/pictures/caption", lambda sent: None)
+    box = page.get_by_label("caption of a.png")
+    box.fill("cat, bed")
+    box.press("Control+Enter")
+    box.press("End")
+    box.press_sequentially(", red")
+    until(page, "Boolean(document.querySelector('.card[data-saving]'))")
+    page.unroute("**/pictures/caption")  # the one that waits goes on
+    page.get_by_text("Undo the caption of a.png").wait_for()
+    assert (project / "pictures" / "a.txt").read_text() == "cat, bed\n"
+    assert box.input_value() == "cat, bed, red"
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "caption of a.png"
+    box.press("Control+Enter")
+    until(page, "!document.querySelector('.card.dirty')")
+    assert (project / "pictures" / "a.txt").read_text() == "cat, bed, red\n"
+    box.press_sequentially("x")
+    assert page.locator(".card.dirty").count() == 1
+    box.press("Escape")
+    assert page.locator(".card.dirty").count() == 0 and page.problems == []
+
+
+def test_a_studio_that_is_gone_is_told_and_a_button_keeps_the_keyboard(tmp_path, running, opened):
+    project = write_project(tmp_path / "cats", {"a": "cat"})
+    studio = running(project)
+    page = opened(studio)
+    at(page, studio, "train")
+    page.get_by_role("button", name="Start").click()
+    page.goto(studio.root + "/queue")
+    page.locator(".state-failed").wait_for()  # there is no model
+    page.get_by_role("button", name="remove: run").focus()
+    page.wait_for_timeout(2500)  # the list was put in anew
+    assert page.evaluate("document.activeElement.value") == "remove"
+    train = page.context.new_page()
+    at_train = []
+    train.on("pageerror", lambda error: at_train.append(str(error)))
+    train.goto(f"{studio.root}/p/{page.slug}/train")
+    assert train.locator("#lost").is_hidden() and page.locator("#lost").is_hidden() and page.problems == []
+    studio.kill()
+    page.locator("#lost").wait_for()
+    train.locator("#lost").wait_for()
+    port = studio.root.rpartition(":")[2]
+    studio.options = ("--port", port)
+    studio.start()
+    if studio.root.endswith(f":{port}"):
+        page.context.new_page().goto(studio.address)
+        page.locator("#lost").wait_for(state="hidden")
+        train.locator("#lost").wait_for(state="hidden")
+    assert at_train == []
 
 
 @pytest.mark.slow
