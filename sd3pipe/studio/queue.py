@@ -102,8 +102,16 @@ class Queue:
         self._change(lambda file: replace(file, jobs=_moved(file.jobs, job_id, move)))
 
     def stop(self, job_id: str) -> None:
-        """Asks the job at work to stop as Ctrl-C does, and again if asked again. Raises StorageError."""
-        self.update(job_id, lambda job: replace(job, stop_wanted=True))
+        """Asks the job at work to stop as Ctrl-C does, and again if asked again; one that waits does not begin.
+
+        Raises StorageError.
+        """
+
+        def stopped(job: Job) -> Job:
+            ended = {"state": "stopped", "ended": time.time()} if job.state == "waiting" else {}
+            return replace(job, stop_wanted=True, **ended)
+
+        self.update(job_id, stopped)
         for job in self.jobs():
             if job.id == job_id and job.mark:
                 ask_to_stop(job.mark)

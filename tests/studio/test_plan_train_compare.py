@@ -145,6 +145,7 @@ def test_a_run_from_a_terminal_is_shown_and_can_be_stopped(studio, project):
         "import sys, time; from pathlib import Path; from sd3pipe.files import lock_file\n"
         "with lock_file(Path(sys.argv[1])): print('holds', flush=True); time.sleep(60)"
     )
+    asked(studio, "POST", path(studio, "train", "start"), json={})  # waits for its turn meanwhile
     lock = machine_folder(project / "runs" / "cat").parent / "cat.lock"
     holder = subprocess.Popen([sys.executable, "-c", script, lock], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "holds\n"
@@ -152,6 +153,13 @@ def test_a_run_from_a_terminal_is_shown_and_can_be_stopped(studio, project):
     assert "started at a terminal" in page and "host memory" in page
     assert "at a terminal" in asked(studio, "POST", path(studio, "train", "stop"), json={}).json()["message"]
     assert holder.wait(20) != 0
+    assert [job.state for job in studio.queue.jobs()] == ["waiting"]
+    assert "waiting in the queue" in asked(studio, "GET", path(studio, "train")).text
+    assert asked(studio, "POST", path(studio, "train", "stop"), json={}).json()["message"] == "taken out of the queue"
+    assert '<b class="state-stopped">stopped' in asked(studio, "GET", path(studio, "train")).text
+
+
+def test_nothing_is_at_work_where_nothing_was_started(studio):
     assert "nothing is at work" in asked(studio, "GET", path(studio, "train")).text
 
 

@@ -112,6 +112,14 @@ def test_only_one_worker_works(queue, tmp_path):
     other.communicate("")
 
 
+def test_a_waiting_job_that_is_stopped_is_over_at_once(queue, tmp_path):
+    job = add(queue, tmp_path, "a", WRONG)
+    queue.stop(job.id)
+    assert [other.state for other in queue.jobs()] == ["stopped"] and queue.current(tmp_path) is None
+    work_off(queue)
+    assert not Path(job.log).exists()
+
+
 def test_a_stopped_job_does_not_go_on_with_its_next_command(queue, tmp_path):
     job = add(queue, tmp_path, "a", FINE)
     queue.stop(job.id)

@@ -94,8 +94,10 @@ def _commands(project: Project, *, how: str, goes_on: bool) -> list[list[str]]:
 def stop(ask: Ask) -> dict[str, Any]:
     """Asks what is at work to stop after the step under way, also what was started at a terminal."""
     job, now = ask.studio.queue.current(ask.project.folder), at_work(ask.project)
-    if job is not None:
+    if job is not None and (job.state == "running" or now is None):
         ask.studio.queue.stop(job.id)
+        if job.state == "waiting":
+            return {"message": "taken out of the queue", "reload": True}
         return {"message": "stopping after what is under way; everything is saved"}
     if now is None or not ask_to_stop(now.mark):
         raise InputError("nothing is at work here")
