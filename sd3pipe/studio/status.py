@@ -26,7 +26,7 @@ _WAYS_OUT = {
     ExitCode.BUG: "This is a bug in sd3pipe: the line above names a file to report.",
     ExitCode.PARAMETERS: "Mend what the lines name, on the Plan page or in the file, then go on.",
     ExitCode.INPUT: "Repair or replace what the line names, then go on.",
-    ExitCode.STALE: "Inputs changed: go on below with the old rows, with the new ones, or afresh.",
+    ExitCode.STALE: "What the run was made from is another by now: choose below how to go on.",
     ExitCode.QUARANTINE: "Repair or remove the named pictures, then go on; the good ones are in the cache.",
     ExitCode.NETWORK: "Accept the licence on the page that the line names and log in, or name local files.",
     ExitCode.STORAGE: "Free space or wait for the other process, then go on.",

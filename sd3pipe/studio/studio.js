@@ -339,6 +339,11 @@ function thinned(rows, most) {
 
 function train() {
   const page = $("#train"), run = page.dataset.run;
+  let wasBusy = Boolean($("#status [data-busy]"));
+  const rested = async () => {
+    const html = await fetchText(location.href), fresh = new DOMParser().parseFromString(html, "text/html").querySelector("#controls");
+    if (fresh && $("#controls")) $("#controls").replaceWith(fresh);
+  };
   let rows = [], have = 0, validations = [], source = null, drawing = 0;
 
   const draw = () => {
@@ -381,6 +386,8 @@ function train() {
     on("status", (html) => {
       $("#status").innerHTML = html;
       const busy = Boolean($("#status [data-busy]"));
+      if (wasBusy && !busy) rested(); // what can be done next is another
+      wasBusy = busy;
       for (const button of $$("[data-when]")) button.hidden = (button.dataset.when === "busy") !== busy;
     });
     on("samples", (value) => samples(value));

@@ -17,6 +17,7 @@ from playwright import sync_api
 from support.browser import CHROMIUM, FLAGS, needs_chromium
 from support.studios import write_pictures, write_project
 
+from sd3pipe.cache.folder import machine_folder
 from sd3pipe.demo.project import write_files
 
 pytestmark = needs_chromium
@@ -268,6 +269,27 @@ def test_a_studio_that_is_gone_is_told_and_a_button_keeps_the_keyboard(tmp_path,
         page.locator("#lost").wait_for(state="hidden")
         train.locator("#lost").wait_for(state="hidden")
     assert at_train == []
+
+
+def test_what_can_be_done_after_a_run_is_said_without_a_reload(tmp_path, running, opened):
+    project = write_project(tmp_path / "cats", {"a": "cat"})
+    lock = machine_folder(project / "runs" / "cat").parent / "cat.lock"
+    script = (
+        "import sys, time; from pathlib import Path; from sd3pipe.files import lock_file\n"
+        "with lock_file(Path(sys.argv[1])): print('holds', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script, lock], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "holds\n"
+    studio = running(project)
+    page = opened(studio)
+    at(page, studio, "train")
+    page.locator("#status", has_text="at a terminal").wait_for()
+    checkpoint = project / "runs" / "cat" / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "adapter.safetensors").write_bytes(b"")
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Go on").wait_for()
+    assert holder.wait(20) != 0 and page.problems == []
 
 
 @pytest.mark.slow

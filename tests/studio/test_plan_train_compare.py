@@ -117,7 +117,19 @@ def test_a_refused_run_offers_the_ways_on(studio, project):
     Path(job.log).write_text("error: --resume runs/cat: this is another run: network_dim was 4, is 8\n")
     studio.queue.update(job.id, lambda job: replace(job, state="failed", exit_code=4, ended=1.0))
     page = asked(studio, "GET", path(studio, "train")).text
-    assert "network_dim was 4, is 8" in page and "afresh: from step 0" in page
+    assert "network_dim was 4, is 8" in page and "afresh: from step 0" in page and "all the same" not in page
+
+
+def test_a_run_that_differs_goes_on_all_the_same_where_that_is_chosen(studio, project):
+    with_checkpoint(project)
+    asked(studio, "POST", path(studio, "train", "start"), json={})
+    job = studio.queue.jobs()[0]
+    refusal = "this is another run: total_steps was 4, is 8: restore what differs, or go on all the same"
+    Path(job.log).write_text(f"error: --resume runs/cat: {refusal} with --allow-changes total_steps\n")
+    studio.queue.update(job.id, lambda job: replace(job, state="failed", exit_code=4, ended=1.0))
+    assert "all the same" in asked(studio, "GET", path(studio, "train")).text
+    asked(studio, "POST", path(studio, "train", "start"), json={"how": "differing"})
+    assert ("train", "--resume", str(project / "runs" / "cat"), "--allow-changes", "total_steps") in started(studio)
 
 
 @pytest.mark.parametrize(

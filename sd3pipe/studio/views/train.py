@@ -1,6 +1,7 @@
 """Train: start, stop and go on, and what the run shows while it goes."""
 
 import mimetypes
+import re
 from typing import Any
 
 from starlette.responses import Response
@@ -14,16 +15,19 @@ from sd3pipe.reporting.collect import read_picture_of
 from sd3pipe.stages import stages_of
 from sd3pipe.studio.app import Ask
 from sd3pipe.studio.places import path_of, studio_folder
+from sd3pipe.studio.queue import Job
 from sd3pipe.studio.runs import MOST_POINTS, RunView, run_names, run_place
 from sd3pipe.studio.status import at_work, log_lines, status
 
 HOW = {
     "old": "with the old rows: what changed is not learnt",
     "new": "with the new rows: what changed is encoded, and learnt from here on",
+    "differing": "all the same: what differs holds from here on",
     "afresh": "afresh: from step 0; the run so far is set aside as it is",
 }
 _BEFORE_TRAINING = ("caption", "encode-text", "encode-prompts", "encode-latents")
-_ROWS = "training_rows"  # what a run's identity says of its rows; the other parts may not differ
+_REFUSED = re.compile(r"go on all the same with --allow-changes (\S+)$")
+_ROWS = "training_rows"  # what a run's identity says of its rows; other parts may differ once train named them
 
 
 def page(ask: Ask) -> str:
@@ -41,7 +45,7 @@ def page(ask: Ask) -> str:
         is_finished=run.is_finished(),
         changed=_changed(ask),
         count=count,
-        how=HOW,
+        how=_ways(job),
         log="\n".join(log_lines(job)) if job else "",
         is_stale=job is not None and job.exit_code == ExitCode.STALE and bool(run.checkpoints()),
     )
@@ -66,15 +70,27 @@ def start(ask: Ask) -> dict[str, Any]:
         raise InputError("this project has a job already: wait for it, or take it out of the queue")
     goes_on, changed = bool(RunView(run_place(ask.project)).checkpoints()), _changed(ask)
     if goes_on and changed and not how:
-        html = ask.page("go_on", changed=changed, how=HOW)
+        html = ask.page("go_on", changed=changed, how=_ways(ask.studio.queue.latest(ask.project.folder)))
         return {"html": html, "message": "captions or pictures changed: say how to go on"}
     title = f"go on, {HOW[how].partition(':')[0]}" if how else "go on" if goes_on else "run"
-    commands = _commands(ask.project, how=how, goes_on=goes_on)
+    differing = _differing(ask.studio.queue.latest(ask.project.folder)) if how == "differing" else ""
+    commands = _commands(ask.project, how=how, goes_on=goes_on, differing=differing)
     ask.studio.queue.add(ask.project.folder, title, commands, studio_folder(ask.project).absolute() / "logs")
     return {"reload": True}
 
 
-def _commands(project: Project, *, how: str, goes_on: bool) -> list[list[str]]:
+def _ways(job: Job | None) -> dict[str, str]:
+    """Returns how one may go on after a job."""
+    return {name: words for name, words in HOW.items() if name != "differing" or _differing(job)}
+
+
+def _differing(job: Job | None) -> str:
+    """Returns what train named as different when it refused to go on, "" where it did not."""
+    lines = log_lines(job) if job is not None and job.exit_code == ExitCode.STALE else []
+    return next((found[1] for line in reversed(lines) if (found := _REFUSED.search(line))), "")
+
+
+def _commands(project: Project, *, how: str, goes_on: bool, differing: str) -> list[list[str]]:
     """Returns what runs: from the beginning, or from the newest checkpoint, as `how` of `HOW` says.
 
     Whoever goes on names the run to go on from, so that train refuses what differs instead of beginning afresh.
@@ -87,7 +103,8 @@ def _commands(project: Project, *, how: str, goes_on: bool) -> list[list[str]]:
         return [encode, ["train", "--resume", "never"], ["run", "export"]]
     if how == "old":
         return [["train", "--resume", run, "--stale-ok"], ["run", "export"]]
-    allowed = ["--allow-changes", _ROWS] if how == "new" else []
+    names = _ROWS if how == "new" else differing
+    allowed = ["--allow-changes", names] if names else []
     return [encode, ["train", "--resume", run, *allowed], ["run", "export"]]
 
 
