@@ -97,7 +97,7 @@ def _scatter(found: Judgement, pictures: Sequence[Sequence[str]]) -> dict[str, A
     ]
     if row is None or not placed:
         return None
-    base = Series(name="base", look="c0", x=[0.0], y=[0.0])
+    base = Series(name="base", look="", x=[0.0], y=[0.0])
     series = [
         Series(name=_name(found.scores[number]), look=f"c{number % COLOURS}", x=[drift], y=[likeness])
         for number, drift, likeness in placed

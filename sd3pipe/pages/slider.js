@@ -8,7 +8,7 @@ for (const section of document.querySelectorAll("section[data-steps]")) {
       const row = [...section.querySelectorAll(`.small[data-prompt="${large.dataset.prompt}"]`)];
       const small = row.find((other) => other.dataset.step === step);
       large.hidden = !small;
-      if (small) { large.src = small.src; large.dataset.step = step; }
+      if (small) { large.src = small.src; large.alt = small.alt; large.dataset.step = step; }
       for (const other of row) other.classList.toggle("now", other === small);
     }
   };

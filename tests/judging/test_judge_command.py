@@ -196,3 +196,6 @@ def test_page_and_report_show_the_suggestion_and_the_curves(made, judged, tmp_pa
         assert "Which checkpoint" in page and "drift: prompts without the trigger" in page
         assert page.count('class="point') == 1 + len(STEPS)
         assert page.count("data:image/jpeg;base64,") > 4 * 3
+        assert 'alt=""' not in page and f'alt="step {STEPS[0]}: ' in page
+        legend = page[page.index('<p class="legend">') :].partition("</p>")[0]  # of the points, which come first
+        assert all(f"{name}</span>" in legend for name in ("base", *(f"step {step}" for step in STEPS)))

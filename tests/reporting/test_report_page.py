@@ -198,9 +198,10 @@ def test_slider_changes_the_pictures_and_nothing_is_fetched(page, tmp_path):
         slider.value = 0;
         slider.dispatchEvent(new Event("input"));
         const large = [...document.querySelectorAll("img.large")].filter((i) => i.checkVisibility() && i.src);
-        return [document.querySelector("output").textContent, large.map((i) => i.dataset.step)];
+        const said = [...document.images].every((i) => i.alt) && large.every((i) => i.alt.endsWith(", step 0"));
+        return [document.querySelector("output").textContent, large.map((i) => i.dataset.step), said];
     """
-    assert ask(page.read_text(encoding="utf-8"), script, tmp_path) == ["step 0", ["0", "0"]]
+    assert ask(page.read_text(encoding="utf-8"), script, tmp_path) == ["step 0", ["0", "0"], True]
     asked = set(re.findall(r'"url":"([^"]+)"', (tmp_path / "net.json").read_text(errors="replace")))
     assert not {url for url in asked if url.startswith(("http:", "https:")) and "google" not in url}
 
