@@ -196,6 +196,11 @@ def test_filters(studio, query, names):
     assert "".join(re.findall(r"<b>(\w)\.png</b>", page)) == names
 
 
+def test_where_nothing_is_as_asked_for_the_page_says_so(studio):
+    assert "No picture is as asked for" in asked(studio, "GET", f"{base(studio)}?words=zebra").text
+    assert "No picture is as asked for" not in asked(studio, "GET", base(studio)).text
+
+
 def test_more_pictures_come_in_parts(tmp_path):
     studio = studio_of(tmp_path, write_project(tmp_path / "many", {f"{n:03d}": f"tag {n}" for n in range(130)}))
     page = asked(studio, "GET", base(studio)).text
