@@ -24,7 +24,7 @@ from sd3pipe.cli import run
 from sd3pipe.errors import ExitCode, InputError
 from sd3pipe.fingerprint import hash_file
 
-FEW, MANY = 4, 200
+FEW, MANY = 2, 200
 MOST_SECONDS, MOST_BYTES = 10, 1_000_000_000
 HANGS_SECONDS = 100  # of a clock, not of a processor: others may be at work here
 FINE = {code.value for code in ExitCode} - {ExitCode.BUG}

@@ -250,8 +250,11 @@ def undisturbed(commands, tmp_path_factory) -> Callable[[str], tuple[float, dict
     return of
 
 
-@pytest.mark.parametrize("number", [1, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("sent", ENDS, ids=lambda sent: sent.name)
+@pytest.mark.parametrize(
+    ("sent", "number"),
+    [(signal.SIGKILL, 1), *(pytest.param(sent, 20, marks=pytest.mark.slow) for sent in ENDS)],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_command_again_ends_as_if_nothing_had_happened(commands, undisturbed, tmp_path, name, sent, number):
     command, (seconds, expected) = commands[name], undisturbed(name)

@@ -34,7 +34,9 @@ def streamed(inputs):
     return inputs.train("stream", modulation="stream")
 
 
-@pytest.mark.parametrize("options", [{}, {"layer_major": True}, {"activation_offload": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"layer_major": True}, pytest.param({"activation_offload": True}, marks=pytest.mark.slow)], ids=str
+)
 def test_bits_are_those_of_streamed_modulation(inputs, streamed, options):
     ahead = inputs.train("ahead", modulation="ahead", resume="never", **options)
     assert ahead.losses() == streamed.losses()
