@@ -247,7 +247,8 @@ def test_a_studio_that_is_gone_is_told_and_a_button_keeps_the_keyboard(tmp_path,
     studio = running(project)
     page = opened(studio)
     at(page, studio, "train")
-    page.get_by_role("button", name="Start").click()
+    with page.expect_navigation():  # to the page itself, now that something is at work
+        page.get_by_role("button", name="Start").click()
     page.goto(studio.root + "/queue")
     page.locator(".state-failed").wait_for()  # there is no model
     page.get_by_role("button", name="remove: run").focus()

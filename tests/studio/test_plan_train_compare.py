@@ -55,6 +55,14 @@ def test_the_table_is_plans_own(tmp_path):
     answer = asked(studio, "POST", path(studio, "plan", "table"), json={"vram": "4GB", "tflops": "1"})
     assert answer.status_code == 200, answer.text
     assert "fits: " in answer.json()["html"] and "Disk for the caches: " in answer.json()["html"]
+    before = sorted((tmp_path / "star").rglob("*"))
+    shown = asked(
+        studio_of(tmp_path, tmp_path / "star", read_only=True),
+        "POST",
+        path(studio, "plan", "table"),
+        json={"vram": "4GB", "tflops": "1"},
+    )
+    assert shown.json() == answer.json() and sorted((tmp_path / "star").rglob("*")) == before
     wrong = asked(studio, "POST", path(studio, "plan", "table"), json={"vram": "much"})
     assert wrong.status_code == 422 and "vram" in wrong.json()["error"][0]
 
