@@ -181,9 +181,8 @@ def test_a_memory_that_cannot_be_written_only_warns(tmp_path, picture, caplog):
 @pytest.fixture
 def frozen_objects():
     """What other tests left is not searched for cycles, as what is imported is not in a command."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+    gc.collect()
+    gc.freeze()  # for good: so is what was imported while tests were collected
 
 
 @pytest.mark.usefixtures("frozen_objects")

@@ -15,9 +15,8 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 
 from playwright import sync_api
 from support.browser import CHROMIUM, FLAGS, needs_chromium
-from support.studios import write_pictures, write_project
+from support.studios import run_at_a_terminal, write_pictures, write_project
 
-from sd3pipe.cache.folder import machine_folder
 from sd3pipe.demo.project import write_files
 
 pytestmark = needs_chromium
@@ -274,13 +273,7 @@ def test_a_studio_that_is_gone_is_told_and_a_button_keeps_the_keyboard(tmp_path,
 
 def test_what_can_be_done_after_a_run_is_said_without_a_reload(tmp_path, running, opened):
     project = write_project(tmp_path / "cats", {"a": "cat"})
-    lock = machine_folder(project / "runs" / "cat").parent / "cat.lock"
-    script = (
-        "import sys, time; from pathlib import Path; from sd3pipe.files import lock_file\n"
-        "with lock_file(Path(sys.argv[1])): print('holds', flush=True); time.sleep(60)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", script, lock], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "holds\n"
+    holder = run_at_a_terminal(project)
     studio = running(project)
     page = opened(studio)
     at(page, studio, "train")

@@ -4,22 +4,24 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("starlette", reason="the studio's extra is not installed")
 
 import numpy as np
-from support.studios import asked, studio_of, write_project
+from support.studios import asked, run_at_a_terminal, studio_of, write_project
 
 from sd3pipe.cache import staleness
-from sd3pipe.cache.folder import machine_folder
 from sd3pipe.demo.project import write_files
 from sd3pipe.diffusion.picture_grid import save_picture
+from sd3pipe.errors import StaleError
 from sd3pipe.judgement import JUDGE_FOLDER, SCORES, Judgement, Score, Scores, Suggestion
 from sd3pipe.studio import queue as queue_module
 from sd3pipe.studio.forms import stage_form
 from sd3pipe.studio.views import train as train_view
+from sd3pipe.training import run_folder
 
 
 @pytest.fixture
@@ -128,16 +130,26 @@ def test_a_refused_run_offers_the_ways_on(studio, project):
     assert "network_dim was 4, is 8" in page and "afresh: from step 0" in page and "all the same" not in page
 
 
-def test_a_run_that_differs_goes_on_all_the_same_where_that_is_chosen(studio, project):
+def test_a_run_that_differs_goes_on_all_the_same_where_that_is_chosen(studio, project, monkeypatch):
     with_checkpoint(project)
     asked(studio, "POST", path(studio, "train", "start"), json={})
     job = studio.queue.jobs()[0]
-    refusal = "this is another run: total_steps was 4, is 8: restore what differs, or go on all the same"
-    Path(job.log).write_text(f"error: --resume runs/cat: {refusal} with --allow-changes total_steps\n")
+    saved = SimpleNamespace(can_resume=True, state={"identity": {"total_steps": 4, "seed": 1, "network_dim": 8}})
+    monkeypatch.setattr(run_folder, "newest_checkpoint", lambda place: saved)
+    wanted = {"total_steps": 8, "seed": 2, "network_dim": 8}
+    with pytest.raises(StaleError) as refused:
+        run_folder.choose_start(project / "runs" / "cat", "runs/cat", wanted, total_steps=8)
+    Path(job.log).write_text(f"error: {refused.value}\n")
     studio.queue.update(job.id, lambda job: replace(job, state="failed", exit_code=4, ended=1.0))
     assert "all the same" in asked(studio, "GET", path(studio, "train")).text
+    asked(studio, "POST", path(studio, "train", "start"), json={})
+    goes_on = ("train", "--resume", str(project / "runs" / "cat"))
+    assert started(studio)[-2] == goes_on  # who has not chosen is refused again
+    job = studio.queue.jobs()[-1]
+    Path(job.log).write_text(f"error: {refused.value}\n")
+    studio.queue.update(job.id, lambda job: replace(job, state="failed", exit_code=4, ended=1.0))
     asked(studio, "POST", path(studio, "train", "start"), json={"how": "differing"})
-    assert ("train", "--resume", str(project / "runs" / "cat"), "--allow-changes", "total_steps") in started(studio)
+    assert started(studio)[-2] == (*goes_on, "--allow-changes", "seed,total_steps")
 
 
 @pytest.mark.parametrize(
@@ -161,14 +173,8 @@ def test_a_stage_that_has_not_written_yet_is_named_by_the_log(studio, project, l
 
 
 def test_a_run_from_a_terminal_is_shown_and_can_be_stopped(studio, project):
-    script = (
-        "import sys, time; from pathlib import Path; from sd3pipe.files import lock_file\n"
-        "with lock_file(Path(sys.argv[1])): print('holds', flush=True); time.sleep(60)"
-    )
     asked(studio, "POST", path(studio, "train", "start"), json={})  # waits for its turn meanwhile
-    lock = machine_folder(project / "runs" / "cat").parent / "cat.lock"
-    holder = subprocess.Popen([sys.executable, "-c", script, lock], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "holds\n"
+    holder = run_at_a_terminal(project)
     page = asked(studio, "GET", path(studio, "train")).text
     assert "started at a terminal" in page and "host memory" in page
     assert "at a terminal" in asked(studio, "POST", path(studio, "train", "stop"), json={}).json()["message"]

@@ -16,20 +16,11 @@ from sd3pipe.models.architecture import MMDiTArchitecture
 RANKS = (2, 3, 5)  # by turns, so that neighbours differ
 
 
-def linear_sizes(architecture: MMDiTArchitecture) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear layer by native path, the patch embedder flattened."""
-    sizes = {}
-    for key, shape in architecture.shapes().items():
-        if key.endswith(".weight") and len(shape) > 1:
-            sizes[key.removesuffix(".weight")] = (shape[0], torch.Size(shape[1:]).numel())
-    return sizes
-
-
 def random_adapter(
     architecture: MMDiTArchitecture, kind: str = "lora", *, every: int = 1, seed: int = 0, embedders: bool = True
 ) -> dict[str, Delta]:
     """An adapter on every n-th linear layer."""
-    sizes = linear_sizes(architecture)
+    sizes = architecture.linear_sizes()
     if not embedders:
         sizes = {path: size for path, size in sizes.items() if path.startswith("joint_blocks")}
     generator = torch.Generator().manual_seed(seed)

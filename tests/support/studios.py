@@ -1,6 +1,8 @@
 """Projects for the studio's tests, and the studio asked without a network."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,21 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from sd3pipe.cache.folder import machine_folder
 from sd3pipe.studio.app import Projects, Studio, application
 from sd3pipe.studio.queue import Queue
 from sd3pipe.studio.safety import Access
 from sd3pipe.studio.watch import Watches
 
 TOKEN = "a-token-for-tests"
+_HOLDER = """
+import sys, time
+from pathlib import Path
+from sd3pipe.files import lock_file
+with lock_file(Path(sys.argv[1])):
+    print("holds", flush=True)
+    time.sleep(60)
+"""
 _PROJECT = """\
 [paths]
 model = "model.safetensors"
@@ -55,6 +66,14 @@ def write_project(folder: Path, captions: dict[str, str], *, dataset: str = _DAT
     (folder / "dataset.toml").write_text(dataset)
     write_pictures(folder / "pictures", captions)
     return folder
+
+
+def run_at_a_terminal(project: Path) -> subprocess.Popen[str]:
+    """Starts a process that holds the lock of the project's run, as train does while it works."""
+    lock = machine_folder(project / "runs" / "cat").parent / "cat.lock"
+    holder = subprocess.Popen([sys.executable, "-c", _HOLDER, lock], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "holds\n"
+    return holder
 
 
 def studio_of(state: Path, *projects: Path, origin: str | None = None, read_only: bool = False) -> Studio:

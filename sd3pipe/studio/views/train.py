@@ -69,12 +69,12 @@ def start(ask: Ask) -> dict[str, Any]:
     if at_work(ask.project) or ask.studio.queue.current(ask.project.folder):
         raise InputError("this project has a job already: wait for it, or take it out of the queue")
     goes_on, changed = bool(RunView(run_place(ask.project)).checkpoints()), _changed(ask)
+    last = ask.studio.queue.latest(ask.project.folder)
     if goes_on and changed and not how:
-        html = ask.page("go_on", changed=changed, how=_ways(ask.studio.queue.latest(ask.project.folder)))
+        html = ask.page("go_on", changed=changed, how=_ways(last))
         return {"html": html, "message": "captions or pictures changed: say how to go on"}
     title = f"go on, {HOW[how].partition(':')[0]}" if how else "go on" if goes_on else "run"
-    differing = _differing(ask.studio.queue.latest(ask.project.folder)) if how == "differing" else ""
-    commands = _commands(ask.project, how=how, goes_on=goes_on, differing=differing)
+    commands = _commands(ask.project, how=how, goes_on=goes_on, differing=_differing(last))
     ask.studio.queue.add(ask.project.folder, title, commands, studio_folder(ask.project).absolute() / "logs")
     return {"reload": True}
 
@@ -103,7 +103,7 @@ def _commands(project: Project, *, how: str, goes_on: bool, differing: str) -> l
         return [encode, ["train", "--resume", "never"], ["run", "export"]]
     if how == "old":
         return [["train", "--resume", run, "--stale-ok"], ["run", "export"]]
-    names = _ROWS if how == "new" else differing
+    names = {"new": _ROWS, "differing": differing}.get(how)
     allowed = ["--allow-changes", names] if names else []
     return [encode, ["train", "--resume", run, *allowed], ["run", "export"]]
 
