@@ -149,18 +149,17 @@ def attach(
     """Attaches a fresh adapter, which changes nothing; start values depend on the seed and the module path alone."""
     slots: dict[str, LinearSlot] = dict(model.linears())
     batch = BatchState()
-    sizes = {path: (slot.out_features, slot.in_features) for path, slot in slots.items()}
-    layers = _fresh_layers(sizes, spec, batch, device=device, dtype=dtype)
+    layers = _fresh_layers(_sizes(slots), spec, batch, device=device, dtype=dtype)
     for path, layer in layers.items():
         layer.reset(torch.Generator().manual_seed(_number(f"{spec.seed}/{path}")))
         layer.measure(slots[path])
     return AdapterNetwork(model, layers, slots, batch)
 
 
-def count_weights(sizes: Sizes, spec: AdapterSpec) -> int:
-    """Returns how many weights an adapter trains on a model whose linear layers have these sizes."""
+def trained_shapes(sizes: Sizes, spec: AdapterSpec) -> list[torch.Size]:
+    """Returns the shapes of all weights that an adapter trains on a model whose linear layers have these sizes."""
     layers = _fresh_layers(sizes, spec, BatchState(), device="meta", dtype=torch.float32)
-    return sum(parameter.numel() for layer in layers.values() for parameter in layer.parameters())
+    return [parameter.shape for layer in layers.values() for parameter in layer.parameters()]
 
 
 def _fresh_layers(
@@ -195,7 +194,7 @@ def attach_deltas(
 ) -> AdapterNetwork:
     """Attaches an adapter with the kinds, ranks and alphas it was saved with. Raises InputError if it does not fit."""
     slots: dict[str, LinearSlot] = dict(model.linears())
-    check_fit(slots, adapter)
+    check_fit(_sizes(slots), adapter)
     batch = BatchState()
     layers: dict[str, AdapterLayer] = {}
     for path, read in adapter.items():
@@ -220,7 +219,7 @@ def attach_deltas(
 def merge_into(model: AdaptableModel, adapter: Adapter, multiplier: float = 1.0) -> None:
     """Adds an adapter to the weights of a model for good. Raises InputError if it does not fit."""
     slots: dict[str, LinearSlot] = dict(model.linears())
-    check_fit(slots, adapter)
+    check_fit(_sizes(slots), adapter)
     for path, delta in plain_adapter(adapter).items():
         weight = slots[path].weight
         if getattr(slots[path], "packing", None) is not None:
@@ -232,19 +231,23 @@ def merge_into(model: AdaptableModel, adapter: Adapter, multiplier: float = 1.0)
             slots[path].bias.add_(bias_change.to(slots[path].bias), alpha=multiplier)
 
 
-def check_fit(slots: Mapping[str, LinearSlot], adapter: Adapter) -> None:
+def check_fit(sizes: Sizes, adapter: Adapter) -> None:
     """Raises InputError where the model lacks a module of the adapter, or has it in another size."""
     if not adapter:
         raise InputError("the adapter changes text encoders alone, and nothing in the MMDiT")
-    foreign = adapter.keys() - slots.keys()
+    foreign = adapter.keys() - sizes.keys()
     if foreign:
         raise InputError(f"the adapter does not fit the model, which has no {listed(sorted(foreign))}")
     for path, delta in adapter.items():
-        size = (slots[path].out_features, slots[path].in_features)
-        if not same_size(delta.shape, size):
+        if not same_size(delta.shape, sizes[path]):
             raise InputError(
-                f"the adapter does not fit the model: {path} is {list(size)} there, {list(delta.shape)} in the adapter"
+                f"the adapter does not fit the model: {path} is {list(sizes[path])} there, "
+                f"{list(delta.shape)} in the adapter"
             )
+
+
+def _sizes(slots: Mapping[str, LinearSlot]) -> Sizes:
+    return {path: (slot.out_features, slot.in_features) for path, slot in slots.items()}
 
 
 def _as_trained(delta: Delta, slot: LinearSlot) -> Delta:

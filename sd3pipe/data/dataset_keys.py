@@ -197,7 +197,7 @@ def remark(key: str, value: Any) -> str | None:
     if key == "batch_size":
         return f"the batch size belongs to training: write train_batch_size = {value} into stages/train.toml"
     if key == "cache_info" and value:
-        return "sizes are remembered anyway; captions are read afresh each time, so that no edit goes unseen"
+        return "sizes and captions are remembered anyway, and looked at again where a file's stat has changed"
     if key == "token_warmup_min" and value != 1:
         return "without token_warmup_step it changes nothing"
     return None

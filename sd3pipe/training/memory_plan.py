@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from sd3pipe.adapters.kind import AdapterLayer
 from sd3pipe.adapters.kinds import KINDS
-from sd3pipe.adapters.network import count_weights
+from sd3pipe.adapters.network import trained_shapes
 from sd3pipe.console import readable_bytes
 from sd3pipe.device_memory import memory_errors, peak_rss_bytes, share_of_memory, usable_device_bytes
 from sd3pipe.errors import DeviceMemoryError, ParameterError
@@ -97,7 +98,7 @@ def run_memory(
         text_tokens=text_tokens,
         batch=params.batches.train_batch_size,
         accumulation=params.batches.gradient_accumulation_steps,
-        adapter_weights=count_weights(architecture.linear_sizes(), spec),
+        adapter_weights=sum(map(math.prod, trained_shapes(architecture.linear_sizes(), spec))),
         adapter_rank=params.adapter.network_dim,
         adapter_bytes_per_weight=adapter_bytes_per_weight(params.optimizer.optimizer_type),
     )

@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -96,9 +96,9 @@ def check_optimizer(name: str) -> None:
         _find(name)
 
 
-def check_optimizer_args(name: str, args: Args) -> None:
-    """Raises ParameterError for arguments that the optimizer does not take."""
-    _construct(name, [{"params": [nn.Parameter(torch.zeros(1, 1))], "lr": 1.0}], args)
+def check_optimizer_args(name: str, args: Args, *, axes: Collection[int]) -> None:
+    """Raises ParameterError for arguments that the optimizer does not take, and for weights of so many axes."""
+    _construct(name, [{"params": [nn.Parameter(torch.zeros([1] * count)) for count in axes], "lr": 1.0}], args)
 
 
 def _construct(name: str, groups: ParameterGroups, args: Args) -> Optimizer:

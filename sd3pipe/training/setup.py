@@ -13,7 +13,7 @@ import torch
 
 from sd3pipe.adapters.files import read_adapter
 from sd3pipe.adapters.kinds import check_option, check_spec
-from sd3pipe.adapters.network import AdapterNetwork, attach, attach_deltas, check_fit, merge_into
+from sd3pipe.adapters.network import AdapterNetwork, attach, attach_deltas, check_fit, merge_into, trained_shapes
 from sd3pipe.adapters.targets import AdapterSpec, learning_rates, target_ranks
 from sd3pipe.diffusion.base_model import load_base
 from sd3pipe.diffusion.precision import BASE_DTYPES
@@ -57,12 +57,13 @@ def check_options(run: Run, architecture: MMDiTArchitecture) -> None:
     check_prompts(params, architecture)
     make_schedule(params.schedule, inputs.total_steps)
     spec = adapter_spec(params.adapter, seed=params.seed)
-    linears = dict(MMDiT(architecture, device="meta").linears())
-    learning_rates(target_ranks(linears, spec), spec, params.optimizer.learning_rate)
+    sizes = architecture.linear_sizes()
+    learning_rates(target_ranks(sizes, spec), spec, params.optimizer.learning_rate)
     _check_kinds(params, spec, inputs)
-    check_optimizer_args(params.optimizer.optimizer_type, parse_args("optimizer_args", params.optimizer.optimizer_args))
+    args = parse_args("optimizer_args", params.optimizer.optimizer_args)
+    check_optimizer_args(params.optimizer.optimizer_type, args, axes={*map(len, trained_shapes(sizes, spec))})
     for path in (*inputs.base_weights, *([inputs.network_weights] if inputs.network_weights else [])):
-        check_fit(linears, read_adapter(path).model_part)
+        check_fit(sizes, read_adapter(path).model_part)
     if params.loras_dir is not None:
         name = run.output_name
         if len(os.fsencode(loras_file(name, 0))) > _LONGEST_NAME:

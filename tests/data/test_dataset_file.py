@@ -159,7 +159,7 @@ def test_keys_without_effect_are_taken_at_their_neutral_value(tmp_path, line):
 def test_keys_that_act_elsewhere_are_told(tmp_path):
     text = SMALL.replace("resolution = 512", "resolution = 512\nbatch_size = 4\ncache_info = true")
     told = "\n".join(load(tmp_path, text).remarks)
-    assert "train_batch_size = 4" in told and "captions are read afresh" in told
+    assert "train_batch_size = 4" in told and "captions are remembered anyway" in told
 
 
 def test_bucket_limits_are_adjusted_and_checked_as_in_sd_scripts(tmp_path):

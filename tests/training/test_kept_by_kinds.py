@@ -8,7 +8,7 @@ import torch
 from support.new_memory import NewMemory
 from support.tiny_mmdit import tiny_architecture, tiny_mmdit
 
-from sd3pipe.adapters.network import attach, count_weights
+from sd3pipe.adapters.network import attach, trained_shapes
 from sd3pipe.adapters.targets import BLOCK_PARTS, AdapterSpec
 from sd3pipe.memory.plan import Settings, Workload, predict
 from sd3pipe.memory.sizes import Tokens, kept_bytes, model_size
@@ -83,7 +83,7 @@ def test_weights_are_counted_as_they_are_trained(variant, name, kind):
     spec = AdapterSpec(algorithm=kind, rank=RANK, **SPECS[name])
     model = tiny_mmdit(variant)
     network = attach(model, spec)
-    assert count_weights(model.architecture.linear_sizes(), spec) == sum(p.numel() for p in network.parameters())
+    assert trained_shapes(model.architecture.linear_sizes(), spec) == [p.shape for p in network.parameters()]
     sizes = {path: (linear.out_features, linear.in_features) for path, linear in model.linears()}
     assert model.architecture.linear_sizes() == sizes
 
@@ -91,4 +91,4 @@ def test_weights_are_counted_as_they_are_trained(variant, name, kind):
 def test_weights_of_split_projections_are_counted():
     model, spec = tiny_mmdit("sd35-large"), AdapterSpec(rank=RANK, split_qkv=True)
     network = attach(model, spec)
-    assert count_weights(model.architecture.linear_sizes(), spec) == sum(p.numel() for p in network.parameters())
+    assert trained_shapes(model.architecture.linear_sizes(), spec) == [p.shape for p in network.parameters()]

@@ -15,7 +15,7 @@ from support.comparing import folder_bytes
 from support.tiny_training import Inputs, fill_prompts, make_inputs, pictures
 
 from sd3pipe.errors import ExitCode, Sd3pipeError
-from sd3pipe.training import checkpoints
+from sd3pipe.training import checkpoints, setup
 from sd3pipe.training.objective import Objective
 from sd3pipe.training.records import read_records
 
@@ -113,6 +113,13 @@ def _filled(value, folder):
         return value
     path = folder / value.removeprefix("{folder}/")
     return str(path)
+
+
+@pytest.mark.parametrize("kind", ["dora", "oft"])
+def test_weights_that_an_optimizer_cannot_train_are_refused_before_the_base_is_read(inputs, kept, monkeypatch, kind):
+    monkeypatch.delattr(setup, "load_base")
+    error = refused(inputs, optimizer_type="Muon", adapter_type=kind)
+    assert error.exit_code == ExitCode.PARAMETERS and "only supports 2D parameters" in str(error)
 
 
 def out_of_memory(*_):
