@@ -293,8 +293,8 @@ def photograph_alone(checkout: Path, project: Path) -> float:
 
 def photograph(file: Path) -> None:
     """Prints the CPU seconds of one row of the photograph: read, hashed, decoded and resized."""
+    from sd3pipe.data.cut import Cut
     from sd3pipe.data.decoding import Job, decode_row
-    from sd3pipe.data.geometry import Cut
     from sd3pipe.fingerprint import hash_file
 
     cut = Cut(

@@ -8,10 +8,9 @@ import functools
 import math
 from dataclasses import dataclass
 
+from sd3pipe.data.cut import Size
 from sd3pipe.data.dataset_file import Bucketing
 from sd3pipe.errors import UnreadablePicture
-
-Size = tuple[int, int]  # width, height
 
 _MUCH_SMALLER = 0.8  # of the area asked for
 

@@ -3,15 +3,18 @@
 # H W pixels, C channels
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sd3pipe.data.geometry import Cut
+from sd3pipe.data.cut import Cut
 from sd3pipe.data.images import composited, decode
 from sd3pipe.data.places import Place, read_unchanged
 from sd3pipe.data.resize import area_mean, resize
-from sd3pipe.data.scan import Picture
 from sd3pipe.errors import UnreadablePicture
+
+if TYPE_CHECKING:
+    from sd3pipe.data.scan import Picture  # and with it what reads dataset files, for which a worker has no use
 
 _ENCODED = "it was being encoded"
 
@@ -36,7 +39,7 @@ class Pixels:
     mask: np.ndarray | None
 
 
-def row_job(picture: Picture, cut: Cut, latent_px: int) -> Job:
+def row_job(picture: "Picture", cut: Cut, latent_px: int) -> Job:
     """Returns what a worker has to decode for one cut of a picture."""
     return Job(
         place=picture.place,

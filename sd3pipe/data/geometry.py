@@ -6,9 +6,9 @@ These are the fields that enter a row's key, so a changed option leaves all rows
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-from sd3pipe.data.buckets import Placement, Size, place
+from sd3pipe.data.buckets import Placement, place
+from sd3pipe.data.cut import Cut, MaskSource, Size
 from sd3pipe.data.dataset_file import Subset
 from sd3pipe.data.folders import FACE_PARTS
 from sd3pipe.data.scan import Picture, Scan, UnreadableFile
@@ -23,32 +23,6 @@ _SAME_FILTERS = {"linear": "bilinear", "cubic": "bicubic"}
 
 Face = tuple[int, int, int, int]  # centre x, centre y, width, height
 Position = tuple[Placement, int, int]  # and the cut's left and top in the resized picture
-MaskSource = Literal["alpha", "picture"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
-    """One row's view of a picture, in pixels: resize to `resized`, take `size` from (left, top), then maybe mirror."""
-
-    resized: Size
-    left: int
-    top: int
-    size: Size
-    flip: bool
-    resize_filter: str | None
-    mask: MaskSource | None
-    background: tuple[int, int, int] | None
-
-    def recipe(self) -> dict[str, Any]:
-        """Returns the JSON that stands for this cut in a row's key."""
-        return {
-            "resized": list(self.resized),
-            "crop": [self.left, self.top, *self.size],
-            "flip": self.flip,
-            "filter": self.resize_filter,
-            "mask": self.mask,
-            "background": list(self.background) if self.background else None,
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

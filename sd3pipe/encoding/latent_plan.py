@@ -8,8 +8,9 @@ from sd3pipe.cache.keys import latents_source
 from sd3pipe.cache.plan import WantedRow
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.console import count, listed, one_line
+from sd3pipe.data.cut import Cut
 from sd3pipe.data.dataset_file import Dataset
-from sd3pipe.data.geometry import RECIPE_VERSION, Cut, View, views_of_all
+from sd3pipe.data.geometry import RECIPE_VERSION, View, views_of_all
 from sd3pipe.data.scan import UnreadableFile
 from sd3pipe.encoding.stage import DatasetRead
 from sd3pipe.errors import InputError

@@ -11,7 +11,7 @@ from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.rows import latents_name
 from sd3pipe.cache.tensors import to_torch
 from sd3pipe.console import one_line
-from sd3pipe.data.buckets import Size
+from sd3pipe.data.cut import Size
 from sd3pipe.models.vae import VAE
 from sd3pipe.models.vae_strips import decode_within, usable_memory
 from sd3pipe.previewing.cards import CARD_PX, Card, Preview, Section, spread

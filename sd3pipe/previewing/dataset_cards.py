@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sd3pipe.console import count, listed, one_line
-from sd3pipe.data.buckets import Size, cut_by_limit
+from sd3pipe.data.buckets import cut_by_limit
 from sd3pipe.data.caption_cache import CachedCaptions
 from sd3pipe.data.captions import processed_captions, tag_frequency
+from sd3pipe.data.cut import Cut, Size
 from sd3pipe.data.decoding import Job, Pixels, row_job
 from sd3pipe.data.feed import Decoded, decoded_rows
-from sd3pipe.data.geometry import Cut, View, filter_name, views_of_all
+from sd3pipe.data.geometry import View, filter_name, views_of_all
 from sd3pipe.data.looks import Seen, look_warnings
 from sd3pipe.data.scan import Picture, Scan, UnreadableFile
 from sd3pipe.previewing.cards import CARD_PX, Box, CaptionTokens, Card, Preview, Section, spread

@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 from support.deadly_job import DeadlyJob
 
+from sd3pipe.data.cut import Cut
 from sd3pipe.data.decoding import Job, Pixels
 from sd3pipe.data.feed import decoded_rows
-from sd3pipe.data.geometry import Cut
 from sd3pipe.data.places import Place
 from sd3pipe.errors import UnreadablePicture
 from sd3pipe.fingerprint import hash_file

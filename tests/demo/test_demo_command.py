@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support.command_line import sd3pipe
+from support.command_line import forked, sd3pipe
 from support.demo_pictures import FIELDS, accuracy, draw_latents, encode_subjects, held_out_subjects, read_latents
 
 from sd3pipe.demo.base_files import MODEL, TOKENIZERS
@@ -41,7 +41,7 @@ def test_demo_runs_all_stages_and_leaves_a_lora_and_a_picture(tmp_path):
 
 def test_demo_does_not_overwrite_what_is_not_its_own(tmp_path):
     (tmp_path / "project.toml").write_text("[paths]\n", encoding="utf-8")
-    done = sd3pipe("demo", tmp_path, expect=2)
+    done = forked("demo", tmp_path, expect=2)
     assert "is not the demo's" in done.stderr
 
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.command_line import report_of, sd3pipe
+from support.command_line import forked, report_of
 from support.comparing import relative_error
 from support.random_adapters import random_adapter
 from support.tiny_base import write_tiny_base
@@ -211,10 +211,10 @@ def test_scaled_fp8_bases_are_refused(tmp_path):
 def test_the_command_line_merges(tmp_path):
     base = single_file(tmp_path / "base.safetensors", "sd35-large")
     save_adapter(tmp_path / "lora.safetensors", random_adapter(tiny_architecture("sd35-large"), every=4))
-    done = sd3pipe("export", "--adapter", "lora.safetensors", "--format", "checkpoint", "--model", base, "--out",
+    done = forked("export", "--adapter", "lora.safetensors", "--format", "checkpoint", "--model", base, "--out",
                    "merged.safetensors", cwd=tmp_path)  # fmt: skip
     assert "every bit as written" in done.stdout
-    sd3pipe(
+    forked(
         "export",
         "--adapter",
         "lora.safetensors",

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from support.streaming_cases import PoisoningCopyStream, add_adapters, log_copies, log_reads, parameters, train
+from support.streaming_cases import (
+    PoisoningCopyStream,
+    add_adapters,
+    log_copies,
+    log_reads,
+    parameters,
+    resident,
+    train,
+)
 from support.tiny_mmdit import random_inputs, tiny_mmdit
 
 from sd3pipe.errors import InputError, ParameterError
@@ -28,11 +36,10 @@ def _file(model, blocks):
 @pytest.mark.parametrize("streamed, from_file", [(4, 1), (4, 4), (3, 2)])
 def test_training_from_the_file_gives_the_same_bits(streamed, from_file, kept):
     depth = 4
-    resident = train(tiny_mmdit("sd35-medium", depth=depth))
     model, stream = tiny_mmdit("sd35-medium", depth=depth), PoisoningCopyStream()
     file = _file(model, from_file)
     found = train(model, blocks_to_swap=streamed, file=file, kept=[kept] * depth, stream=stream)
-    assert all(torch.equal(tensor, found[name]) for name, tensor in resident.items())
+    assert all(torch.equal(tensor, found[name]) for name, tensor in resident("sd35-medium").items())
 
 
 def test_layer_major_order_reads_the_file_once_for_all_micro_batches():

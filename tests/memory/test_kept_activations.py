@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.new_memory import NewMemory
-from support.streaming_cases import PoisoningCopyStream, add_adapters, parameters, train
+from support.streaming_cases import PoisoningCopyStream, add_adapters, parameters, resident, train
 from support.tiny_mmdit import random_inputs, tiny_mmdit
 
 from sd3pipe.adapters.network import attach
@@ -40,7 +40,7 @@ def _assert_same(results, expected):
 )
 def test_every_level_and_number_trains_the_same_bits(variant, count):
     adapters = ("attn.qkv", "mlp.fc2", "adaLN_modulation.1")
-    expected = train(tiny_mmdit(variant, depth=DEPTH), adapters=adapters, steps=1)
+    expected = resident(variant, adapters=adapters, steps=1)
     for kept in MIXTURES:
         streaming = {} if count is None else {"stream": PoisoningCopyStream()}
         model = tiny_mmdit(variant, depth=DEPTH)
@@ -58,16 +58,15 @@ def test_every_level_and_number_trains_the_same_bits(variant, count):
     ids=str,
 )
 def test_mixtures_go_with_the_other_ways_to_save_memory(options):
-    resident = {key: value for key, value in options.items() if key == "autocast"}
-    expected = train(tiny_mmdit("sd35-medium", depth=DEPTH), **resident)
+    expected = resident("sd35-medium", **{key: value for key, value in options.items() if key == "autocast"})
     for kept in (MIXTURES[3], MIXTURES[7], MIXTURES[9]):
         model, stream = tiny_mmdit("sd35-medium", depth=DEPTH), PoisoningCopyStream()
         _assert_same(train(model, blocks_to_swap=DEPTH, kept=kept, stream=stream, **options), expected)
 
 
 def test_trained_embedders_get_their_gradient_through_modulation_that_is_kept():
-    adapters = ["t_embedder.mlp.2", "context_embedder", "attn.proj", "adaLN_modulation.1"]
-    expected = train(tiny_mmdit("sd35-large", depth=DEPTH), adapters=adapters)
+    adapters = ("t_embedder.mlp.2", "context_embedder", "attn.proj", "adaLN_modulation.1")
+    expected = resident("sd35-large", adapters=adapters)
     for kept in (MIXTURES[3], MIXTURES[7], MIXTURES[9]):
         model, stream = tiny_mmdit("sd35-large", depth=DEPTH), PoisoningCopyStream()
         _assert_same(train(model, adapters=adapters, blocks_to_swap=DEPTH, kept=kept, stream=stream), expected)
@@ -138,7 +137,7 @@ def test_a_block_keeps_as_many_bytes_as_the_model_says(variant, kept):
 @pytest.mark.slow  # compiling takes half a minute each time
 @pytest.mark.parametrize("count", [0, DEPTH])
 def test_compiled_mixtures_stay_near_the_interpreted_ones(count):
-    expected = train(tiny_mmdit("sd35-large", depth=DEPTH), steps=1)
+    expected = resident("sd35-large", steps=1)
     torch._dynamo.reset()
     model = tiny_mmdit("sd35-large", depth=DEPTH)
     for block in model.joint_blocks:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from support.streaming_cases import PoisoningCopyStream, add_adapters, log_copies, parameters, train
+from support.streaming_cases import PoisoningCopyStream, add_adapters, log_copies, parameters, resident, train
 from support.tiny_mmdit import random_inputs, tiny_mmdit
 
 from sd3pipe.errors import ParameterError
@@ -38,31 +38,29 @@ def _assert_same(results, others):
     ],
 )
 def test_streamed_training_equals_resident_training_bit_for_bit(variant, modulation):
-    resident = train(tiny_mmdit(variant, depth=DEPTH))
     for count in range(1, DEPTH + 1):
         stream = PoisoningCopyStream()
         streamed = train(tiny_mmdit(variant, depth=DEPTH), blocks_to_swap=count, modulation=modulation, stream=stream)
-        _assert_same(streamed, resident)
+        _assert_same(streamed, resident(variant))
         assert stream.copies
 
 
-@pytest.mark.parametrize("adapters", [["mlp.fc1"], ["adaLN_modulation.1"], ["adaLN_modulation.1", "attn.qkv"]])
+@pytest.mark.parametrize("adapters", [("mlp.fc1",), ("adaLN_modulation.1",), ("adaLN_modulation.1", "attn.qkv")])
 def test_any_set_of_adapted_layers_gets_the_same_gradients(adapters):
-    resident = train(tiny_mmdit("sd35-medium", depth=DEPTH), adapters=adapters)
+    expected = resident("sd35-medium", adapters=adapters)
     for modulation in ("stream", "resident", "ahead"):
         model = tiny_mmdit("sd35-medium", depth=DEPTH)
-        _assert_same(train(model, adapters=adapters, blocks_to_swap=DEPTH, modulation=modulation), resident)
+        _assert_same(train(model, adapters=adapters, blocks_to_swap=DEPTH, modulation=modulation), expected)
 
 
 def test_adapted_embedders_get_their_gradient_through_streamed_modulation():
-    adapters = ["t_embedder.mlp.2", "context_embedder", "attn.proj"]
-    resident = train(tiny_mmdit("sd35-large", depth=DEPTH), adapters=adapters)
+    adapters = ("t_embedder.mlp.2", "context_embedder", "attn.proj")
     for modulation in ("stream", "resident"):
         model = tiny_mmdit("sd35-large", depth=DEPTH)
         stream = PoisoningCopyStream()
         _assert_same(
             train(model, adapters=adapters, blocks_to_swap=DEPTH, modulation=modulation, stream=stream),
-            resident,
+            resident("sd35-large", adapters=adapters),
         )
     with pytest.raises(ParameterError, match="modulation = ahead computes without the adapters"):
         train(tiny_mmdit("sd35-large", depth=DEPTH), adapters=adapters, blocks_to_swap=2, modulation="ahead")
@@ -71,9 +69,9 @@ def test_adapted_embedders_get_their_gradient_through_streamed_modulation():
 def test_autocast_and_bf16_stream_bit_for_bit():
     for dtype in (torch.float32, torch.bfloat16):
         runs = []
-        for count, modulation in ((0, "stream"), (3, "stream"), (3, "ahead")):
-            model = tiny_mmdit("sd35-medium", depth=DEPTH, dtype=dtype)
-            runs.append(train(model, blocks_to_swap=count, modulation=modulation, autocast=True))
+        for count, modulation in ((0, "stream"), (2, "stream"), (2, "ahead")):
+            model = tiny_mmdit("sd35-medium", depth=3, dtype=dtype)  # many processors have no quick products in bf16
+            runs.append(train(model, blocks_to_swap=count, modulation=modulation, autocast=True, steps=1))
         _assert_same(runs[1], runs[0])
         _assert_same(runs[2], runs[0])
 
@@ -94,10 +92,9 @@ def test_compiled_blocks_stream_bit_for_bit_and_are_recomputed_within_one_graph(
 
 
 def test_offloaded_activations_come_back_unchanged():
-    resident = train(tiny_mmdit("sd35-medium", depth=DEPTH))
     for count in (0, 3, DEPTH):
         model = tiny_mmdit("sd35-medium", depth=DEPTH)
-        _assert_same(train(model, blocks_to_swap=count, offload_activations=True), resident)
+        _assert_same(train(model, blocks_to_swap=count, offload_activations=True), resident("sd35-medium"))
 
 
 def test_every_block_s_streams_leave_and_their_buffers_are_used_again():

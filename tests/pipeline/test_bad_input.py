@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.command_line import in_process, sd3pipe
+from support.command_line import forked, in_process
 from support.photographs import write_dataset_file, write_photographs
 from support.tiny_base import TinyBase, write_tiny_base
 
@@ -22,7 +22,7 @@ def dataset(tmp_path_factory) -> Path:
 
 def one_error(*arguments: object, expect: int) -> str:
     """Runs a command that must fail with one line on stderr, and returns that line."""
-    done = sd3pipe(*arguments, expect=expect)
+    done = forked(*arguments, expect=expect)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
     assert "Traceback" not in done.stderr
@@ -117,7 +117,7 @@ def test_output_that_cannot_be_written_is_told(base, dataset, tmp_path):
 def test_every_wrong_key_of_a_stage_file_is_named(base, dataset, tmp_path):
     config = tmp_path / "encode_latents.toml"
     config.write_text('vae_batch_sise = 2\nlatent_mode = "median"\n')
-    done = sd3pipe(*encode_latents(base.model, dataset, tmp_path / "latents", "--config", config), expect=2)
+    done = forked(*encode_latents(base.model, dataset, tmp_path / "latents", "--config", config), expect=2)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2
     assert "did you mean vae_batch_size?" in done.stderr and "latent_mode" in done.stderr
@@ -157,7 +157,7 @@ class TestResumeOnOtherCaches:
     @pytest.mark.parametrize(("text", "latents"), [("text", "latents-of-other-vae"), ("text-of-other-t5", "latents")])
     def test_resume_by_path_refuses(self, base, folder, text, latents):
         checkpoint = folder / "run" / "checkpoints" / "step-00000001"
-        done = sd3pipe(*self.train(base, folder, text, latents, "--resume", checkpoint), expect=4)
+        done = forked(*self.train(base, folder, text, latents, "--resume", checkpoint), expect=4)
         assert "Traceback" not in done.stderr
         assert text in done.stderr or latents in done.stderr or "rows" in done.stderr
 
@@ -166,6 +166,6 @@ class TestResumeOnOtherCaches:
         shutil.copytree(folder / "run", copy / "run")
         for name in ("text", "latents-of-other-vae"):
             shutil.copytree(folder / name, copy / name)
-        sd3pipe(*self.train(base, copy, "text", "latents-of-other-vae"))
+        forked(*self.train(base, copy, "text", "latents-of-other-vae"))
         assert (copy / "run.1" / "final" / "adapter.safetensors").is_file()
         assert (copy / "run" / "final" / "adapter.safetensors").is_file()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
-from support.command_line import sd3pipe
+from support.command_line import forked, sd3pipe
 
 from sd3pipe.demo.base_files import MODEL, TOKENIZERS
 
@@ -45,7 +45,8 @@ def new_project(tmp_path_factory) -> Path:
 def encoded_project(new_project) -> Path:
     folder = new_project.with_name("encoded")
     shutil.copytree(new_project, folder)
-    sd3pipe("run", "encode-text", "encode-latents", cwd=folder)
+    forked("encode-text", cwd=folder)
+    forked("encode-latents", cwd=folder)
     return folder
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.command_line import sd3pipe
+from support.command_line import forked, sd3pipe
 from support.photographs import write_photographs
 from support.tiny_base import write_tiny_base
 
@@ -107,7 +107,7 @@ def test_an_optimizer_of_a_package_is_said_to_need_the_user_s_word():
 
 
 def test_documented_example_is_translated_value_by_value(command, tmp_path):
-    done = sd3pipe("from-kohya", command, "--out", tmp_path / "project")
+    done = forked("from-kohya", command, "--out", tmp_path / "project")
     train = stage_values(tmp_path / "project", "train")
     assert train["network_dim"] == 16 and train["network_alpha"] == 1
     assert train["learning_rate"] == 1e-4 and train["optimizer_type"] == "AdamW8bit"
@@ -124,7 +124,7 @@ def test_documented_example_is_translated_value_by_value(command, tmp_path):
 
 
 def test_dataset_file_keeps_its_meaning_with_defaults_written_out(command, tmp_path):
-    sd3pipe("from-kohya", command, "--out", tmp_path / "project")
+    forked("from-kohya", command, "--out", tmp_path / "project")
     tables = tomllib.loads((tmp_path / "project" / "dataset.toml").read_text())
     assert tables["general"]["caption_extension"] == ".txt"
     assert tables["general"]["enable_bucket"] is False
@@ -166,7 +166,7 @@ def test_another_script_is_refused():
 
 
 def test_modernize_takes_our_defaults_for_what_was_not_said(command, tmp_path):
-    done = sd3pipe("from-kohya", command, "--out", tmp_path / "project", "--modernize")
+    done = forked("from-kohya", command, "--out", tmp_path / "project", "--modernize")
     train = stage_values(tmp_path / "project", "train")
     assert train["loss_form"] == "velocity"
     assert train["learning_rate"] == 1e-4  # said
@@ -178,7 +178,7 @@ def test_train_data_dir_folders_become_subsets(tmp_path):
     text = (
         f"sd3_train_network.py --train_data_dir {tmp_path / 'data'} --resolution 64 --pretrained_model_name_or_path m"
     )
-    sd3pipe("from-kohya", text, "--out", tmp_path / "project")
+    forked("from-kohya", text, "--out", tmp_path / "project")
     tables = tomllib.loads((tmp_path / "project" / "dataset.toml").read_text())
     subset = tables["datasets"][0]["subsets"][0]
     assert (subset["num_repeats"], subset["class_tokens"]) == (10, "cat")
@@ -187,12 +187,12 @@ def test_train_data_dir_folders_become_subsets(tmp_path):
 def test_nothing_is_overwritten(command, tmp_path):
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "dataset.toml").write_text("mine")
-    assert "not overwritten" in sd3pipe("from-kohya", command, "--out", tmp_path / "project", expect=2).stderr
+    assert "not overwritten" in forked("from-kohya", command, "--out", tmp_path / "project", expect=2).stderr
     assert (tmp_path / "project" / "dataset.toml").read_text() == "mine"
 
 
 def test_pictures_of_the_command_are_deps_of_dvc(command, tmp_path):
-    sd3pipe("from-kohya", command, "--out", tmp_path / "project")
+    forked("from-kohya", command, "--out", tmp_path / "project")
     text = (tmp_path / "project" / "dvc.yaml").read_text()
     assert text.count(f"- {tmp_path / 'images'}\n") == 2  # of encode_text and encode_latents
     assert ".sd3pipe/" in (tmp_path / "project" / ".dvcignore").read_text()
@@ -202,7 +202,7 @@ def test_pictures_of_the_command_are_deps_of_dvc(command, tmp_path):
 def test_documented_example_runs_on_the_tiny_model(command, tmp_path):
     """fp16 with a loss scale, 8-bit AdamW, checkpointing and every block streamed, as the command says."""
     tokenizers = {"SD3PIPE_TOKENIZERS": str(tmp_path / "base" / "tokenizers")}
-    sd3pipe("from-kohya", command, "--out", tmp_path / "project")
+    forked("from-kohya", command, "--out", tmp_path / "project")
     done = sd3pipe("run", cwd=tmp_path / "project", env=tokenizers)
     assert "train: 20 steps" in done.stdout  # 3 repeats in batches of 2, ten times
     assert (tmp_path / "O" / "my_sd3_lora.safetensors").is_file()

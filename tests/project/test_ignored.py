@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.command_line import sd3pipe
+from support.command_line import forked
 from support.photographs import write_photographs
 
 from sd3pipe.cli import COMMANDS
@@ -47,7 +47,7 @@ def leave(folder: Path, names: list[str]) -> None:
 def test_what_commands_leave_is_ignored(tmp_path, name):
     write_photographs(tmp_path / "my [old] photos ", ("chelsea.png",), 96)
     given = ("--model", "a/b", "--for", "sd35-large", "--images", tmp_path / "my [old] photos ", "--name", name)
-    sd3pipe("init", tmp_path, *given, cwd=tmp_path)
+    forked("init", tmp_path, *given, cwd=tmp_path)
     own = untracked(tmp_path)
     assert not [file for file in own if "photos" in file]
     leave(tmp_path, [file.replace("NAME", name) for files in LEFT.values() for file in [*files, *TRACKED]])

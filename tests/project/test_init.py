@@ -4,7 +4,7 @@ import tomllib
 
 import pytest
 import yaml
-from support.command_line import sd3pipe
+from support.command_line import forked
 from support.photographs import write_photographs
 from support.tiny_base import write_tiny_base
 
@@ -24,7 +24,7 @@ def made(tmp_path_factory):
     base = write_tiny_base(folder / "models", variant="sd35-medium", layout="separate")
     images = write_photographs(folder / "photos", ("chelsea.png", "coffee.png", "rocket.jpg"), 96)
     (images / "rocket.txt").unlink()
-    done = sd3pipe(
+    done = forked(
         "init", "mycat", "--model", base.model, "--images", images, "--trigger", "mycat",
         "--tokenizers", base.tokenizers, "--resolution", 256, "--vram", "12GB",
         "--loras-dir", folder / "loras", cwd=folder,
@@ -61,7 +61,7 @@ def test_every_stage_file_is_accepted_by_its_stage(made):
 
 
 def test_a_captioner_is_a_stage_before_the_captions_are_encoded(made, tmp_path):
-    sd3pipe(
+    forked(
         "init", "cats", "--model", "owner/model", "--for", "sd35-medium", "--images", made[0].parent / "photos",
         "--caption", "owner/captioner", cwd=tmp_path,
     )  # fmt: skip
@@ -99,7 +99,7 @@ def project_for(tmp_path, pictures, *options, variant="sd35-large"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"not looked into")
     given = ("--model", "a/b", "--for", variant, "--images", "photos", *options)
-    done = sd3pipe("init", ".", *given, cwd=tmp_path)
+    done = forked("init", ".", *given, cwd=tmp_path)
     train, text = ((tmp_path / f"stages/{stage}.toml").read_text() for stage in ("train", "encode_text"))
     return tomllib.loads(train), tomllib.loads(text), train, done.stdout
 
@@ -150,24 +150,24 @@ def test_where_sources_contradict_each_other_the_file_says_so(tmp_path, variant,
 def test_a_second_init_overwrites_nothing(made):
     folder, _ = made
     base = folder.parent / "models" / "sd35-medium.safetensors"
-    done = sd3pipe("init", "mycat", "--model", base, "--images", folder.parent / "photos", cwd=folder.parent, expect=2)
+    done = forked("init", "mycat", "--model", base, "--images", folder.parent / "photos", cwd=folder.parent, expect=2)
     assert "are not overwritten" in done.stderr
 
 
 def test_missing_answers_are_asked_for_by_option(tmp_path):
-    assert "--model is missing" in sd3pipe("init", "x", cwd=tmp_path, expect=2).stderr
+    assert "--model is missing" in forked("init", "x", cwd=tmp_path, expect=2).stderr
 
 
 def test_a_folder_without_pictures_is_told(tmp_path):
     (tmp_path / "empty").mkdir()
-    done = sd3pipe("init", "x", "--model", "m", "--for", "sd35-large", "--images", "empty", cwd=tmp_path, expect=3)
+    done = forked("init", "x", "--model", "m", "--for", "sd35-large", "--images", "empty", cwd=tmp_path, expect=3)
     assert "holds no picture" in done.stderr
 
 
 def test_paths_with_blanks_are_quoted_where_a_shell_reads_them(tmp_path):
     base = write_tiny_base(tmp_path / "my models", variant="sd35-medium", layout="single")
     write_photographs(tmp_path / "a b" / "photo set", ("chelsea.png",), 96)
-    done = sd3pipe("init", "a b", "--model", base.model, "--images", tmp_path / "a b" / "photo set", cwd=tmp_path)
+    done = forked("init", "a b", "--model", base.model, "--images", tmp_path / "a b" / "photo set", cwd=tmp_path)
     assert 'next: cd "a b" && sd3pipe preview' in done.stdout
     text = (tmp_path / "a b" / "dvc.yaml").read_text()
     assert 'sd3pipe encode-latents --model "${paths.model}" --dataset ${paths.dataset}' in text
@@ -177,7 +177,7 @@ def test_paths_with_blanks_are_quoted_where_a_shell_reads_them(tmp_path):
 @pytest.mark.parametrize("folder", ["~x", "s3:x", "C:x"])
 def test_a_folder_that_would_be_misread_is_named_whole(tmp_path, folder):
     write_photographs(tmp_path / folder, ("chelsea.png",), 96)
-    sd3pipe("init", ".", "--model", "a/b", "--for", "sd35-large", "--images", tmp_path / folder, cwd=tmp_path)
+    forked("init", ".", "--model", "a/b", "--for", "sd35-large", "--images", tmp_path / folder, cwd=tmp_path)
     tables = tomllib.loads((tmp_path / "dataset.toml").read_text())
     assert tables["datasets"][0]["subsets"][0]["image_dir"] == str(tmp_path / folder)
 
@@ -185,17 +185,17 @@ def test_a_folder_that_would_be_misread_is_named_whole(tmp_path, folder):
 def test_a_name_is_no_path(tmp_path):
     write_photographs(tmp_path / "photos", ("chelsea.png",), 96)
     given = ("--model", "a/b", "--for", "sd35-large", "--images", "photos", "--name", "../x")
-    assert "--name" in sd3pipe("init", "p", *given, cwd=tmp_path, expect=2).stderr
+    assert "--name" in forked("init", "p", *given, cwd=tmp_path, expect=2).stderr
 
 
 def test_the_same_init_completes_what_is_half_there(tmp_path):
     write_photographs(tmp_path / "photos", ("chelsea.png",), 96)
     given = ("init", "p", "--model", "a/b", "--for", "sd35-large", "--images", "photos")
-    sd3pipe(*given, cwd=tmp_path)
+    forked(*given, cwd=tmp_path)
     before = {file: file.read_bytes() for file in (tmp_path / "p").rglob("*") if file.is_file()}
     for name in ("stages/train.toml", "dvc.yaml"):
         (tmp_path / "p" / name).unlink()
-    assert "p: 2 files written" in sd3pipe(*given, cwd=tmp_path).stdout
+    assert "p: 2 files written" in forked(*given, cwd=tmp_path).stdout
     assert {file: file.read_bytes() for file in (tmp_path / "p").rglob("*") if file.is_file()} == before
 
 
@@ -204,7 +204,7 @@ def test_what_was_not_found_is_named(tmp_path):
     base.tokenizers.rename(tmp_path / "elsewhere")
     next(base.model.parent.rglob("clip_g.safetensors")).unlink()
     write_photographs(tmp_path / "photos", ("chelsea.png",), 96)
-    done = sd3pipe("init", "p", "--model", base.model, "--images", "photos", cwd=tmp_path)
+    done = forked("init", "p", "--model", base.model, "--images", "photos", cwd=tmp_path)
     told = [line for line in done.stdout.splitlines() if line.startswith("not found")]
     assert [line.split(" in p/project.toml: ")[0] for line in told] == [
         "not found, so fill in paths.clip_g", "not found, so fill in paths.tokenizers",
@@ -214,7 +214,7 @@ def test_what_was_not_found_is_named(tmp_path):
 
 def test_a_hub_id_is_not_looked_into(tmp_path):
     write_photographs(tmp_path / "photos", ("chelsea.png",), 96)
-    done = sd3pipe("init", "p", "--model", "a/b", "--for", "sd35-large", "--images", "photos", cwd=tmp_path)
+    done = forked("init", "p", "--model", "a/b", "--for", "sd35-large", "--images", "photos", cwd=tmp_path)
     assert "not found" not in done.stdout
 
 
@@ -225,7 +225,7 @@ def made_of_folders(tmp_path, names, *options):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("a caption") if name.endswith(".txt") else path.write_bytes(b"not looked into")
     given = ("--model", "a/b", "--for", "sd35-large", "--images", "photos", *options)
-    done = sd3pipe("init", ".", *given, cwd=tmp_path)
+    done = forked("init", ".", *given, cwd=tmp_path)
     subsets = load_dataset(tmp_path / "dataset.toml").subsets
     return {subset.image_dir.relative_to(tmp_path).as_posix(): subset for subset in subsets}, done.stdout
 

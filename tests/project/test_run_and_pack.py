@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.command_line import sd3pipe
+from support.command_line import forked
 from support.photographs import write_photographs
 from support.tiny_base import write_tiny_base
 
@@ -36,7 +36,7 @@ def project(tmp_path_factory):
     base = write_tiny_base(folder / "models", variant="sd35-medium", layout="separate")
     tokenizers = base.tokenizers.rename(folder / "vocabularies")  # beside the model they would be found unnamed
     write_photographs(folder / "photos", ("chelsea.png", "coffee.png"), 96)
-    sd3pipe(
+    forked(
         "init", "my cat", "--model", base.model, "--images", "photos", "--tokenizers", tokenizers,
         "--resolution", 64, cwd=folder,
     )  # fmt: skip
@@ -73,11 +73,11 @@ def test_stages_stand_in_order_with_their_paths(folder):
 
 def test_missing_paths_are_all_named(folder):
     (folder / "project.toml").write_text('[paths]\nmodel = "m"\n')
-    assert sd3pipe("run", cwd=folder, expect=2).stderr.count("is missing") == 4
+    assert forked("run", cwd=folder, expect=2).stderr.count("is missing") == 4
 
 
 def test_dry_run_shows_what_differs_from_the_project_and_what_is_ahead(project):
-    done = sd3pipe("run", "--dry-run", cwd=project)
+    done = forked("run", "--dry-run", cwd=project)
     parts = [line.partition("#") for line in done.stdout.splitlines()]
     assert [command.strip() for command, _, _ in parts] == [
         "$ sd3pipe encode-text --dataset dataset.toml",
@@ -114,7 +114,7 @@ def test_captions_ahead_are_those_that_differ(tmp_path):
 
 
 def test_wanted_stages_are_shown_alone(project):
-    done = sd3pipe("run", "--dry-run", "encode-latents", "train", "encode-text", cwd=project)
+    done = forked("run", "--dry-run", "encode-latents", "train", "encode-text", cwd=project)
     assert [line.split()[2] for line in done.stdout.splitlines()] == ["encode-text", "encode-latents", "train"]
 
 
@@ -126,7 +126,7 @@ def test_earlier_reports_tell_the_time(project):
     (run / "checkpoints" / "step-00000200" / "adapter.safetensors").write_text("x")
     (run / "report.json").write_text('{"seconds_per_step": 0.1}')
     try:
-        lines = sd3pipe("run", "--dry-run", "encode-text", "encode-latents", "train", cwd=project).stdout.splitlines()
+        lines = forked("run", "--dry-run", "encode-text", "encode-latents", "train", cwd=project).stdout.splitlines()
     finally:
         shutil.rmtree(project / "caches")
         shutil.rmtree(project / "runs")
@@ -142,7 +142,7 @@ def test_every_problem_of_every_stage_is_named_before_anything_is_encoded(projec
         edited(stages / "encode_text.toml", "t5xxl_max_token_length = 256", "t5xxl_max_token_length = 9999"),
         edited(project / "dataset.toml", "num_repeats", "num_repaets"),
     ):
-        done = sd3pipe("run", cwd=project, expect=2)
+        done = forked("run", cwd=project, expect=2)
     for name in ("t5xxl_max_token_length = 9999", "network_dmi", "dtype = fp61", "num_repaets"):
         assert done.stderr.count(name) == 1
     assert len(done.stderr.splitlines()) == 4 and "did you mean network_dim?" in done.stderr
@@ -152,7 +152,7 @@ def test_every_problem_of_every_stage_is_named_before_anything_is_encoded(projec
 def test_what_is_not_found_is_named_by_its_key(project):
     file = project / "project.toml"
     with edited(file, line_of(file, "tokenizers"), ""), edited(file, line_of(file, "clip_g"), ""):
-        done = sd3pipe("run", cwd=project, expect=3)
+        done = forked("run", cwd=project, expect=3)
     assert "paths.clip_g is to be filled in" in done.stderr and "paths.tokenizers is to be filled in" in done.stderr
     assert not (project / "caches").exists()
 
@@ -160,12 +160,12 @@ def test_what_is_not_found_is_named_by_its_key(project):
 def test_a_model_that_is_gone_is_told_once(project):
     file = project / "project.toml"
     with edited(file, line_of(file, "model"), 'model = "gone.safetensors"\n'):
-        (line,) = sd3pipe("run", cwd=project, expect=3).stderr.splitlines()
+        (line,) = forked("run", cwd=project, expect=3).stderr.splitlines()
     assert "paths.model is to be filled in: gone.safetensors: there is no such file" in line
 
 
 def test_train_alone_wants_caches_that_are_there(project):
-    done = sd3pipe("run", "train", cwd=project, expect=3)
+    done = forked("run", "train", cwd=project, expect=3)
     assert "caches/text: is not there yet: `sd3pipe run encode-text` makes it" in done.stderr
     assert "caches/latents: is not there yet" in done.stderr
 
@@ -182,14 +182,14 @@ def test_looking_ahead_needs_no_torch_and_little_more_than_starting(project):
 def test_a_stage_that_fails_gives_its_exit_code(project):
     (project / "caches").write_text("in the way")
     try:
-        done = sd3pipe("run", cwd=project, expect=7)
+        done = forked("run", cwd=project, expect=7)
     finally:
         (project / "caches").unlink()
     assert "encode-text ended with exit code 7" in done.stderr
 
 
 def test_no_project_is_told(tmp_path):
-    assert "sd3pipe init" in sd3pipe("run", cwd=tmp_path, expect=2).stderr
+    assert "sd3pipe init" in forked("run", cwd=tmp_path, expect=2).stderr
 
 
 def test_pack_lists_caches_and_parameters(folder):
@@ -199,13 +199,13 @@ def test_pack_lists_caches_and_parameters(folder):
         (folder / "caches" / name / "segments" / "a.safetensors").write_bytes(bytes(2000))
     (folder / "stages").mkdir()
     (folder / "stages" / "train.toml").write_text("")
-    names = sd3pipe("pack", "--list-only", cwd=folder).stdout.split()
+    names = forked("pack", "--list-only", cwd=folder).stdout.split()
     assert names == [
         "project.toml", "stages/train.toml",
         "caches/text/manifest.json", "caches/text/segments/a.safetensors",
         "caches/latents/manifest.json", "caches/latents/segments/a.safetensors",
     ]  # fmt: skip
-    assert "6 files, 4." in sd3pipe("pack", cwd=folder).stdout
+    assert "6 files, 4." in forked("pack", cwd=folder).stdout
 
 
 def test_pack_shows_the_ten_largest_and_all_on_demand(folder):
@@ -214,12 +214,12 @@ def test_pack_shows_the_ten_largest_and_all_on_demand(folder):
         (folder / "caches" / name / "manifest.json").write_text("{}")
         for number in range(8):
             (folder / "caches" / name / "segments" / f"{number}.safetensors").write_bytes(bytes(1000 * number))
-    lines = sd3pipe("pack", cwd=folder).stdout.splitlines()
+    lines = forked("pack", cwd=folder).stdout.splitlines()
     assert lines[0] == "the 10 largest of 19 files (--all lists them all):"
     assert [line.split()[0] for line in lines[1:11]] == [str(number) for number in (7, 7, 6, 6, 5, 5, 4, 4, 3, 3)]
     assert lines[11].startswith("19 files, 56.")
-    assert len(sd3pipe("pack", "--all", cwd=folder).stdout.splitlines()) == 19 + 2
+    assert len(forked("pack", "--all", cwd=folder).stdout.splitlines()) == 19 + 2
 
 
 def test_pack_asks_for_the_caches_first(folder):
-    assert "encode" in sd3pipe("pack", cwd=folder, expect=3).stderr
+    assert "encode" in forked("pack", cwd=folder, expect=3).stderr

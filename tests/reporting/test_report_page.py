@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.browser import ask, needs_chromium
-from support.command_line import sd3pipe
+from support.command_line import forked
 
 from sd3pipe.diffusion.picture_grid import save_picture
 from sd3pipe.judgement import Score
@@ -61,7 +61,7 @@ def write_run(folder: Path, *, steps: int = 30, rate: float = 1e-3, caption: str
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
     run = write_run(tmp_path_factory.mktemp("report") / "cat")
-    sd3pipe("report", run)
+    forked("report", run)
     return run / "report.html"
 
 
@@ -103,7 +103,7 @@ def test_page_names_nothing_that_would_be_fetched(page):
 
 def test_two_runs_stand_side_by_side_and_differences_are_marked(tmp_path):
     runs = [write_run(tmp_path / "a", rate=1e-3), write_run(tmp_path / "b", rate=2e-3)]
-    sd3pipe("report", *runs, "--out", tmp_path / "both.html")
+    forked("report", *runs, "--out", tmp_path / "both.html")
     text = (tmp_path / "both.html").read_text(encoding="utf-8")
     marked = re.findall(r'<table class="differs">(.*?)</table>', text, re.DOTALL)
     assert [re.findall(r"<tr><th>([a-z_]+)", rows) for rows in marked] == [["learning_rate"]]
@@ -117,13 +117,13 @@ def test_each_run_keeps_the_captions_that_it_was_trained_on(tmp_path):
     for run in runs:
         report = json.loads((run / "report.json").read_text())
         (run / "report.json").write_text(json.dumps(report | {"inputs": {"text": "text", "latents": "latents"}}))
-    sd3pipe("report", *runs, "--out", tmp_path / "both.html")
+    forked("report", *runs, "--out", tmp_path / "both.html")
     text = (tmp_path / "both.html").read_text(encoding="utf-8")
     assert "caption of new" in text and "caption of old" in text and "of today" not in text
 
 
 def test_a_folder_without_a_run_is_told(tmp_path):
-    assert "is no run folder" in sd3pipe("report", tmp_path, expect=3).stderr
+    assert "is no run folder" in forked("report", tmp_path, expect=3).stderr
 
 
 def png() -> bytes:
@@ -180,13 +180,13 @@ def test_a_step_without_a_running_mean_is_no_point_of_its_curve(tmp_path):
     lines = (run / "metrics.jsonl").read_text().splitlines()
     first = json.loads(lines[0]) | {"loss_mean": None}
     (run / "metrics.jsonl").write_text("\n".join([json.dumps(first), *lines[1:], ""]))
-    sd3pipe("report", run, "--out", tmp_path / "page.html")
+    forked("report", run, "--out", tmp_path / "page.html")
     assert "running mean" in (tmp_path / "page.html").read_text()
 
 
 def test_a_run_without_a_step_has_a_page(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps({"stage": "train", "exit_code": 8}))
-    sd3pipe("report", tmp_path)
+    forked("report", tmp_path)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "no step was recorded" in text and "<h2>Samples" not in text and "<h2>Validation" not in text
 
@@ -230,8 +230,8 @@ def narrow_pages(folder: Path) -> list[str]:
         report["validation"], report["data"]["buckets"] = LONG, {LONG: 3}
         report["data"]["subsets"] = {f"{LONG}{n}": {"pictures": 12, "loss_weight": n} for n in range(4)}
         (run / "report.json").write_text(json.dumps(report))
-    sd3pipe("report", runs[0])
-    sd3pipe("report", *runs, "--out", folder / "both.html")
+    forked("report", runs[0])
+    forked("report", *runs, "--out", folder / "both.html")
     paths = (runs[0] / "report.html", folder / "both.html")
     return [draw_page(preview), *(path.read_text(encoding="utf-8") for path in paths)]
 

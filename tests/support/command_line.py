@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3pipe import cli
+from support import forked as forks
 
 _EMPTY = tempfile.TemporaryDirectory(prefix="sd3pipe-tests-")
 
@@ -31,6 +33,33 @@ def sd3pipe(
         env={**os.environ, **(env or {})},
         check=False,
     )
+    assert done.returncode == expect, f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def forked(*arguments: object, cwd: Path | None = None, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """As `sd3pipe`, in a fork of this process, where libraries are imported already: their import takes seconds."""
+    if not hasattr(os, "fork"):
+        return sd3pipe(*arguments, cwd=cwd, expect=expect)
+    command = [str(argument) for argument in arguments]
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
+
+        def act() -> None:
+            os.chdir(cwd or _EMPTY.name)
+            for number, file in ((1, out), (2, error)):
+                os.dup2(file.fileno(), number)
+            sys.stdin = open(os.devnull)  # noqa: SIM115 (until the process ends, as the next two)
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
+            logging.getLogger().handlers.clear()  # those of the tests
+            code = cli.run(command)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            raise SystemExit(code)
+
+        code = forks.exit_code(forks.start(act))
+        out.seek(0)
+        error.seek(0)
+        done = subprocess.CompletedProcess(command, code, out.read().decode(), error.read().decode())
     assert done.returncode == expect, f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -9,13 +9,15 @@ from collections.abc import Callable
 
 
 def start(act: Callable[[], object]) -> int:
-    """Returns the id of a process that runs `act`; its exit code is 0 if `act` returned."""
+    """Returns the id of a process that runs `act`; its exit code is 0 if `act` returned, or what it exited with."""
     process = os.fork()
     if process == 0:
         code = 1
         try:
             act()
             code = 0
+        except SystemExit as end:
+            code = end.code
         except BaseException:
             traceback.print_exc(file=sys.stderr)
         finally:

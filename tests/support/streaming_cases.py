@@ -1,6 +1,7 @@
 """A short training run with simple adapters, streamed or not, and a stream that shows every mistake in ordering."""
 
 import contextlib
+import functools
 import threading
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from sd3pipe.memory.schedule import Copy
 from sd3pipe.memory.streaming import BlockStreamer
-from support.tiny_mmdit import random_inputs
+from support.tiny_mmdit import random_inputs, tiny_mmdit
 
 
 class SmallTerm(nn.Module):
@@ -130,3 +131,9 @@ def train(
             results |= {f"gradient {step} {name}": p.grad.clone() for name, p in parameters(layers)}
             optimizer.step()
     return results | {f"weight {name}": p.detach() for name, p in parameters(layers)}
+
+
+@functools.cache
+def resident(variant, **options):
+    """Returns what training a model of four blocks that lies in memory as a whole gives, for others to be compared."""
+    return train(tiny_mmdit(variant, depth=4), **options)

@@ -1,5 +1,7 @@
 """Tiny MMDiTs of all three variants with random weights everywhere, and random inputs for them."""
 
+import functools
+
 import torch
 
 from sd3pipe.models.architecture import MMDiTArchitecture
@@ -22,7 +24,12 @@ def tiny_architecture(variant: str, depth: int = 3, pos_embed_max: int = 12) -> 
 
 
 def random_weights(architecture: MMDiTArchitecture, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Float32 tensors for every key, none of them zero or neutral."""
+    """Float32 tensors for every key, none of them zero or neutral. They are shared: nobody writes into them."""
+    return dict(_drawn_weights(architecture, seed))
+
+
+@functools.lru_cache(maxsize=2)  # to draw them takes a third of a short training run
+def _drawn_weights(architecture: MMDiTArchitecture, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for key, shape in architecture.shapes().items():
