@@ -55,7 +55,7 @@ def test_words_of_two_models_are_encoded_and_both_are_trained_on(tmp_path, base,
     encoders = base.encoder_options()
     sd3pipe("encode-text", *words, *encoders, "--out", "caches/text", "--t5xxl-max-token-length", 16,
                "--caption-variants", 2)  # fmt: skip
-    sd3pipe("encode-latents", *words, "--out", "caches/latents")
+    sd3pipe("encode-latents", *words, "--out", "caches/latents", "--max-data-loader-n-workers", 0)
     text = CacheReader(tmp_path / "caches" / "text")
     samples = text.samples.to_columns(text.keys)
     rows = {

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.command_line import sd3pipe
+from support.command_line import forked
 from support.comparing import relative_error
 from support.random_adapters import random_adapter
 from support.tiny_mmdit import random_inputs, random_weights, tiny_architecture
@@ -320,6 +320,6 @@ def test_the_printed_command_means_the_options_that_were_used():
 
 def test_the_command_line_reaches_every_command(tmp_path):
     path = lora(tmp_path / "a.safetensors", every=5)
-    assert "rank" in sd3pipe("adapter", "inspect", path, "--json").stdout
-    sd3pipe("adapter", "merge", path, path, "--weights", "0.5", "0.5", "--out", tmp_path / "b.safetensors")
+    assert "rank" in forked("adapter", "inspect", path, "--json").stdout
+    forked("adapter", "merge", path, path, "--weights", "0.5", "0.5", "--out", tmp_path / "b.safetensors")
     assert compare(read_adapter(path).adapter, read_adapter(tmp_path / "b.safetensors").adapter)[0] < 1e-3

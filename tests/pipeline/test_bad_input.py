@@ -38,7 +38,8 @@ def encode_text(base: TinyBase, dataset: Path, out: Path, *, leave_out: tuple[st
 
 
 def encode_latents(model: Path, dataset: Path, out: Path, *more: object) -> list[object]:
-    return ["encode-latents", "--model", model, "--dataset", dataset, "--out", out, *more]
+    options = ["--dataset", dataset, "--out", out, "--max-data-loader-n-workers", 0]
+    return ["encode-latents", "--model", model, *options, *more]
 
 
 def test_t5_that_is_nowhere_is_asked_for(base, dataset, tmp_path):

@@ -45,7 +45,8 @@ def fine_clock(monkeypatch):
 
 
 def latents_command(base, dataset):
-    return ["encode-latents", f"--model={base.model}", f"--dataset={dataset}", f"--out={dataset.parent / 'latents'}"]
+    options = [f"--dataset={dataset}", f"--out={dataset.parent / 'latents'}", "--max-data-loader-n-workers=0"]
+    return ["encode-latents", f"--model={base.model}", *options]
 
 
 def text_command(base, dataset):

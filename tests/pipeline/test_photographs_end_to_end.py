@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support.command_line import in_process, report_of, sd3pipe
+from support.command_line import forked, in_process, report_of, sd3pipe
 from support.photographs import CAPTIONS, write_dataset_file, write_photographs
 from support.tiny_base import TinyBase, write_tiny_base
 
@@ -138,7 +138,7 @@ def add_adapter(mmdit, tensors: dict[str, torch.Tensor]) -> None:
 def test_second_train_of_the_same_run_does_nothing(pipeline):
     before = (pipeline.run / "final" / "adapter.safetensors").read_bytes()
     caches = pipeline.folder / "caches"
-    done = sd3pipe(
+    done = forked(
         "train", *pipeline.model(), "--text", caches / "text", "--latents", caches / "latents", "--out", pipeline.run,
         "--network-dim", 4, "--network-alpha", 2, "--learning-rate", 0.02, "--max-train-steps", STEPS,
         "--save-every-n-steps", 3, "--lr-scheduler", "constant", "--lr-warmup-steps", 0,
@@ -159,7 +159,7 @@ def test_second_export_of_the_same_adapter_does_nothing(pipeline):
         pipeline.folder / "comfyui.safetensors",
     )
     first = report_of(pipeline.folder / "comfyui.safetensors")
-    assert "nothing to do" in sd3pipe(*arguments).stdout
+    assert "nothing to do" in forked(*arguments).stdout
     again = report_of(pipeline.folder / "comfyui.safetensors")
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
-    assert "nothing to do" not in sd3pipe(*arguments, "--dtype", "fp32").stdout
+    assert "nothing to do" not in forked(*arguments, "--dtype", "fp32").stdout
