@@ -123,7 +123,7 @@ def _train(options: TrainParams, project: Project, found: Ahead) -> None:
     is_remote = is_hub_id(options.model) and not Path(options.model).expanduser().exists()
     if options.mmdit is not None or not is_remote:  # which would take the network
         shapes = find_component("mmdit", model=options.model, file=options.mmdit).shapes()
-        weights = adapter_weights(shapes, options.adapter.network_dim)
+        weights = adapter_weights(shapes, options.adapter.network_dim, options.adapter.adapter_type)
         saved = batches.max_train_steps // every if every else 1
         found.disk_bytes = 4 * weights * (saved + 1) + _KEPT_STATES * 8 * weights
         found.facts += _memory(options, shapes, weights, project)

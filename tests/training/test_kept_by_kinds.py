@@ -1,5 +1,6 @@
 """What each kind of adapter keeps for the backward pass is in the plan, whatever its layers compute."""
 
+import math
 from dataclasses import replace
 from typing import get_args
 
@@ -11,7 +12,7 @@ from support.tiny_mmdit import tiny_architecture, tiny_mmdit
 from sd3pipe.adapters.network import attach, trained_shapes
 from sd3pipe.adapters.targets import BLOCK_PARTS, AdapterSpec
 from sd3pipe.memory.plan import Settings, Workload, predict
-from sd3pipe.memory.sizes import Tokens, kept_bytes, model_size
+from sd3pipe.memory.sizes import Tokens, adapter_weights, kept_bytes, model_size
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.kept_by_kinds import kept_beside_lora
 from sd3pipe.training.memory_plan import run_memory
@@ -86,6 +87,14 @@ def test_weights_are_counted_as_they_are_trained(variant, name, kind):
     assert trained_shapes(model.architecture.linear_sizes(), spec) == [p.shape for p in network.parameters()]
     sizes = {path: (linear.out_features, linear.in_features) for path, linear in model.linears()}
     assert model.architecture.linear_sizes() == sizes
+
+
+@pytest.mark.parametrize("kind", get_args(Algorithm))
+def test_the_forecast_of_run_is_no_lower(kind):
+    architecture = tiny_architecture("sd35-large")
+    found = sum(map(math.prod, trained_shapes(architecture.linear_sizes(), AdapterSpec(algorithm=kind, rank=RANK))))
+    forecast = adapter_weights(architecture.shapes(), RANK, kind)
+    assert found == forecast if kind in ("lora", "tlora", "dora", "loha") else found < forecast
 
 
 def test_weights_of_split_projections_are_counted():
