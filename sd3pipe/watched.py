@@ -2,12 +2,16 @@
 
 import os
 import time
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from sd3pipe.file_stamps import COARSE_CLOCK_NS, stamp_of
 from sd3pipe.fingerprint import digest_bytes, hash_chunks, hash_file
+
+_NUMBERS = 6  # for each file: its mode and its stamp
+_CHANGED = 3  # the place of its ctime among them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +31,11 @@ class Look:
         self._listed: dict[str, tuple[os.stat_result, list[os.DirEntry[str]]]] = {}
 
     def at(self, folder: str) -> tuple[os.stat_result, list[os.DirEntry[str]]]:
-        """Returns a folder's stat and its entries, which remember their own. Raises OSError."""
+        """Returns a folder's stat and its entries by name, which remember their own. Raises OSError."""
         if folder not in self._listed:
             stat = os.stat(folder)  # noqa: PTH116, as below: a Path for each of 100,000 files takes longer than its stat
             with os.scandir(folder) as entries:
-                self._listed[folder] = stat, list(entries)
+                self._listed[folder] = stat, sorted(entries, key=lambda entry: entry.name)
         return self._listed[folder]
 
 
@@ -54,7 +58,7 @@ class _TooYoungError(Exception):
 
 
 def _states(watched: Watched, look: Look) -> Iterator[bytes]:
-    """Yields a digest for each folder, over its inode and the names, times, sizes and inodes of files that matter.
+    """Yields digests for each folder, over its inode and the names, times, sizes and inodes of files that matter.
 
     Of other files the names count, and the times of other folders, for what lies there unused is told, too.
 
@@ -68,16 +72,24 @@ def _states(watched: Watched, look: Look) -> Iterator[bytes]:
         if (stat.st_dev, stat.st_ino) in visited:
             continue
         visited.add((stat.st_dev, stat.st_ino))
-        newest, lines = 0, [f"{here}\0{stat.st_dev} {stat.st_ino}"]
+        names, stamps, others = list[str](), list[int](), list[str]()
         for entry in entries:
             if watched.recursive and entry.is_dir():
                 waiting.append(entry.path)
             elif entry.name.lower().endswith(endings):
-                stat = entry.stat()
-                newest = max(newest, stat.st_ctime_ns)
-                lines.append(f"{entry.name}\0{stat.st_mode} {stamp_of(stat)}")
+                names.append(entry.name)
+                stamps += (entry.stat().st_mode, *stamp_of(entry.stat()))
             elif not entry.name.startswith("."):
-                lines.append(f"{entry.name}\0{entry.stat().st_mtime_ns if entry.is_dir() else ''}")
-        if newest > look.began_ns - COARSE_CLOCK_NS:
+                others.append(f"{entry.name}/{entry.stat().st_mtime_ns if entry.is_dir() else ''}")
+        if max(stamps[_CHANGED::_NUMBERS], default=0) > look.began_ns - COARSE_CLOCK_NS:
             raise _TooYoungError
-        yield digest_bytes("\n".join(sorted(lines)).encode("utf-8", "surrogateescape"))
+        told = "\0".join((here, str(stat.st_dev), str(stat.st_ino), *names, "", *others))
+        yield digest_bytes(told.encode("utf-8", "surrogateescape"))
+        yield digest_bytes(_packed(stamps))
+
+
+def _packed(numbers: list[int]) -> bytes:
+    try:
+        return array("q", numbers).tobytes()
+    except OverflowError:  # some file systems number their files without end
+        return repr(numbers).encode("ascii")

@@ -130,13 +130,13 @@ class _Latents(Encoding):
 
 
 def _prepare(params: EncodeLatentsParams) -> _Latents:
-    """Reads the dataset and the headers of pictures and VAE. Raises InputError if no picture can be used."""
+    """Reads the headers of VAE and pictures, and the dataset. Raises InputError if no picture can be used."""
+    vae = find_component("vae", model=params.model, file=params.vae)  # before all pictures are read in vain
+    architecture = detect_vae(vae.shapes(), vae.where)
     stamps = FileStamps(machine_folder(params.out) / "stat.json", trust=not params.rehash)
     read = read_dataset(params.dataset, stamps, captions=False)
     tell_about_pictures(read.found)
     views, unreadable = usable_views(read, params)
-    vae = find_component("vae", model=params.model, file=params.vae)
-    architecture = detect_vae(vae.shapes(), vae.where)
     weights = weight_stamps(params.out, trust=not params.rehash)
     fingerprint = vae.fingerprint(weights)
     wanted = latents_wanted(views, unreadable, read.dataset, architecture, fingerprint, latent_recipe(params))

@@ -173,10 +173,11 @@ class _TextRows(Encoding):
 
 
 def _prepare(params: EncodeTextParams, target: _Target) -> _TextRows:
-    """Reads captions or prompts, headers and what identifies the weights. Writes nothing for a dry run."""
+    """Reads headers, captions or prompts, and what identifies the weights. Writes nothing for a dry run."""
     folder = machine_folder(target.out)
     pictures = FileStamps(folder / "stat.json", trust=not params.rehash)
     weights = weight_stamps(target.out, trust=not params.verify_weights)
+    encoders = find_text_encoders(params.model, encoder_files(params), params.tokenizers)  # before all is read in vain
     read = None
     if target.kind == "text":
         read = read_dataset(target.source, pictures, captions=True)
@@ -184,7 +185,6 @@ def _prepare(params: EncodeTextParams, target: _Target) -> _TextRows:
         texts = caption_texts(read.found, read.dataset, variants=params.caption_variants, seed=params.seed)
     else:
         texts = prompt_texts(load_prompts(target.source))
-    encoders = find_text_encoders(params.model, encoder_files(params), params.tokenizers)
     recipe = text_recipe(params)
     wanted = text_wanted(texts, encoders.sizes, encoders.fingerprints(weights), recipe)
     if not params.dry_run:

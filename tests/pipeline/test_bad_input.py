@@ -10,6 +10,9 @@ from support.command_line import forked, in_process
 from support.photographs import write_dataset_file, write_photographs
 from support.tiny_base import TinyBase, write_tiny_base
 
+from sd3pipe import cli
+from sd3pipe.commands import encode_latents, encode_text
+
 TWO = ("chelsea.png", "coffee.png")
 TEXT_ENCODER_FILES = {"--clip-l": "clip_l", "--clip-g": "clip_g", "--t5xxl": "t5xxl_fp16"}
 
@@ -29,7 +32,7 @@ def one_error(*arguments: object, expect: int) -> str:
     return errors[0]
 
 
-def encode_text(base: TinyBase, dataset: Path, out: Path, *, leave_out: tuple[str, ...] = ()) -> list[object]:
+def text_words(base: TinyBase, dataset: Path, out: Path, *, leave_out: tuple[str, ...] = ()) -> list[object]:
     options = base.encoder_options()
     for option in leave_out:
         at = options.index(option)
@@ -37,13 +40,13 @@ def encode_text(base: TinyBase, dataset: Path, out: Path, *, leave_out: tuple[st
     return ["encode-text", "--model", base.model, *options, "--dataset", dataset, "--out", out]
 
 
-def encode_latents(model: Path, dataset: Path, out: Path, *more: object) -> list[object]:
+def latents_words(model: Path, dataset: Path, out: Path, *more: object) -> list[object]:
     options = ["--dataset", dataset, "--out", out, "--max-data-loader-n-workers", 0]
     return ["encode-latents", "--model", model, *options, *more]
 
 
 def test_t5_that_is_nowhere_is_asked_for(base, dataset, tmp_path):
-    line = one_error(*encode_text(base, dataset, tmp_path / "text", leave_out=("--t5xxl",)), expect=3)
+    line = one_error(*text_words(base, dataset, tmp_path / "text", leave_out=("--t5xxl",)), expect=3)
     assert "--t5xxl" in line
 
 
@@ -62,21 +65,21 @@ def test_no_tokenizers_names_the_way_to_them(base, dataset, tmp_path):
 def test_ckpt_is_refused_with_the_reason(dataset, tmp_path):
     model = tmp_path / "model.ckpt"
     torch.save({"state_dict": {}}, model)
-    line = one_error(*encode_latents(model, dataset, tmp_path / "latents"), expect=3)
+    line = one_error(*latents_words(model, dataset, tmp_path / "latents"), expect=3)
     assert "model.ckpt" in line and "run code" in line
 
 
 def test_file_cut_short_is_named(base, dataset, tmp_path):
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(base.model.read_bytes()[:-1000])
-    assert "cut.safetensors" in one_error(*encode_latents(cut, dataset, tmp_path / "latents"), expect=3)
+    assert "cut.safetensors" in one_error(*latents_words(cut, dataset, tmp_path / "latents"), expect=3)
 
 
 def test_lora_given_as_model_is_told(dataset, tmp_path):
     lora = tmp_path / "lora.safetensors"
     name = "lora_unet_joint_blocks_0_x_block_attn_qkv"
     save_file({f"{name}.lora_down.weight": torch.zeros(4, 128), f"{name}.lora_up.weight": torch.zeros(384, 4)}, lora)
-    assert "LoRA" in one_error(*encode_latents(lora, dataset, tmp_path / "latents"), expect=3)
+    assert "LoRA" in one_error(*latents_words(lora, dataset, tmp_path / "latents"), expect=3)
 
 
 def test_sdxl_checkpoint_is_told(dataset, tmp_path):
@@ -88,37 +91,45 @@ def test_sdxl_checkpoint_is_told(dataset, tmp_path):
         "first_stage_model.encoder.conv_in.weight",
     )
     save_file({name: torch.zeros(4, 4) for name in names}, sdxl)
-    assert "SDXL" in one_error(*encode_latents(sdxl, dataset, tmp_path / "latents"), expect=3)
+    assert "SDXL" in one_error(*latents_words(sdxl, dataset, tmp_path / "latents"), expect=3)
 
 
 def test_missing_model_file_is_named(dataset, tmp_path):
-    line = one_error(*encode_latents(tmp_path / "nowhere.safetensors", dataset, tmp_path / "latents"), expect=3)
+    line = one_error(*latents_words(tmp_path / "nowhere.safetensors", dataset, tmp_path / "latents"), expect=3)
     assert "nowhere.safetensors" in line
+
+
+@pytest.mark.parametrize("stage", [encode_text, encode_latents])
+def test_files_of_the_model_are_missed_before_pictures_are_read(base, dataset, tmp_path, monkeypatch, capsys, stage):
+    monkeypatch.delattr(stage, "read_dataset")
+    words = [stage.__name__.rpartition(".")[2].replace("_", "-"), "--model", tmp_path / "no.safetensors"]
+    assert cli.run([*map(str, words), f"--dataset={dataset}", f"--out={tmp_path / 'out'}"]) == 3
+    assert "no.safetensors: no such file" in capsys.readouterr().err
 
 
 def test_caption_that_is_not_utf8_is_named(base, tmp_path):
     images = write_photographs(tmp_path / "images", TWO, 64)
     (images / "coffee.txt").write_bytes("Caf\xe9".encode("latin-1"))
     dataset = write_dataset_file(tmp_path / "dataset.toml", images, resolution=64)
-    assert "coffee.txt" in one_error(*encode_text(base, dataset, tmp_path / "text"), expect=3)
+    assert "coffee.txt" in one_error(*text_words(base, dataset, tmp_path / "text"), expect=3)
 
 
 def test_empty_dataset_is_told(base, tmp_path):
     (tmp_path / "images").mkdir()
     dataset = write_dataset_file(tmp_path / "dataset.toml", tmp_path / "images", resolution=64)
-    assert "images" in one_error(*encode_latents(base.model, dataset, tmp_path / "latents"), expect=3)
+    assert "images" in one_error(*latents_words(base.model, dataset, tmp_path / "latents"), expect=3)
 
 
 def test_output_that_cannot_be_written_is_told(base, dataset, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
-    assert "file" in one_error(*encode_latents(base.model, dataset, blocked / "latents"), expect=7)
+    assert "file" in one_error(*latents_words(base.model, dataset, blocked / "latents"), expect=7)
 
 
 def test_every_wrong_key_of_a_stage_file_is_named(base, dataset, tmp_path):
     config = tmp_path / "encode_latents.toml"
     config.write_text('vae_batch_sise = 2\nlatent_mode = "median"\n')
-    done = forked(*encode_latents(base.model, dataset, tmp_path / "latents", "--config", config), expect=2)
+    done = forked(*latents_words(base.model, dataset, tmp_path / "latents", "--config", config), expect=2)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2
     assert "did you mean vae_batch_size?" in done.stderr and "latent_mode" in done.stderr
@@ -135,11 +146,11 @@ class TestResumeOnOtherCaches:
     @classmethod
     def folder(cls, tmp_path_factory, base, dataset) -> Path:
         folder = tmp_path_factory.mktemp("resume")
-        in_process(*encode_text(base, dataset, folder / "text"))
-        in_process(*encode_latents(base.model, dataset, folder / "latents"))
+        in_process(*text_words(base, dataset, folder / "text"))
+        in_process(*latents_words(base.model, dataset, folder / "latents"))
         in_process(*cls.train(base, folder, "text", "latents"))
         other = write_tiny_base(folder / "other", variant="sd35-medium", layout="separate", seed=1)
-        in_process(*encode_latents(other.model, dataset, folder / "latents-of-other-vae"))
+        in_process(*latents_words(other.model, dataset, folder / "latents-of-other-vae"))
         options = base.encoder_options()
         options[options.index("--t5xxl") + 1] = str(other.t5xxl)
         in_process(
