@@ -5,17 +5,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+unexport PYTHONDONTWRITEBYTECODE  # what one process has compiled, the others take
+
 .PHONY: setup demo test test-all lint wheel pin clean
 
 setup: .venv/.done
 
-# torch comes first, from constraints.txt, so that nothing else pulls another build of it.
+# torch comes first, from constraints.txt, so that nothing else pulls another build of it. Modules are compiled when they
+# are first imported: all of them take two minutes more.
 .venv/.done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[test]'
 	touch $@
 
 demo: setup
