@@ -90,7 +90,11 @@ def _exit_code(arguments: list[str]) -> int:
         return _fail(str(error), error.exit_code)
     except TyperException as error:
         return _fail(error.format_message(), ExitCode.PARAMETERS)
-    except Abort:
+    except Abort as abort:
+        if isinstance(
+            abort.__cause__, EOFError
+        ):  # typer takes it for the end of a user's input, for which nothing asks
+            return _fail(_keep_traceback(abort.__cause__), ExitCode.BUG)
         return _stopped("stopped: the same command goes on from here")
     except Exception as error:  # the outermost frame: whatever arrives here is our own bug
         if stopping.reason():  # a process beside this one was told to stop, too, and did not answer any more

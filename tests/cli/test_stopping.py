@@ -57,6 +57,14 @@ def test_a_signal_is_acknowledged_and_ends_a_command_at_its_next_look(monkeypatc
     assert signal.getsignal(number) is before
 
 
+def test_a_file_that_ends_is_no_wish_to_stop(monkeypatch, capsys):
+    def program(params):
+        raise EOFError("end of stream")
+
+    assert run_doctor(monkeypatch, program) == 1
+    assert "EOFError: end of stream: this is a bug" in capsys.readouterr().err
+
+
 def test_a_library_that_catches_everything_does_not_swallow_the_wish(monkeypatch):
     def program(params):
         try:
