@@ -242,7 +242,7 @@ def find_nearest(table: _Table, rows: np.ndarray) -> None:
     What differs much in its mean level differs in its colours, so rows are compared in the order of that, and with
     their neighbours only.
     """
-    means = table["colours"].reshape(len(table["hash"]), -1).mean(axis=1, dtype=np.float32)
+    means = table["colours"].mean(axis=(1, 2, 3), dtype=np.float32)
     order = np.argsort(means, kind="stable")
     rows = rows[np.argsort(means[rows], kind="stable")]
     for start in range(0, len(rows), _ROWS):

@@ -206,6 +206,13 @@ def test_what_was_seen_is_kept_by_content(folder, monkeypatch):
     assert warnings_of(folder, monkeypatch) == (told, ["mirrored.jpg"])
 
 
+def test_no_picture_may_be_left(folder):
+    warnings_of(folder)
+    looks = Looks(folder / "looks.npz")
+    looks.look_at([])
+    assert not looks.seen()
+
+
 @pytest.mark.parametrize("damage", [b"", b"no archive", None])
 def test_a_damaged_memory_is_made_anew(folder, monkeypatch, damage):
     told, _ = warnings_of(folder)
