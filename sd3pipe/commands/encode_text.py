@@ -17,7 +17,7 @@ from sd3pipe.data.prompts import load_prompts
 from sd3pipe.data.scan import tell_about_captions
 from sd3pipe.encoding.cut_texts import Cuts, recall_cuts, remember_cuts
 from sd3pipe.encoding.repetition import Repetition
-from sd3pipe.encoding.stage import Encoding, read_dataset, run
+from sd3pipe.encoding.stage import Encoding, none_usable, read_dataset, run
 from sd3pipe.encoding.text_plan import Texts, caption_texts, encoder_files, prompt_texts, text_recipe, text_wanted
 from sd3pipe.errors import ParameterError, UnreadablePicture
 from sd3pipe.file_stamps import FileStamps
@@ -181,6 +181,8 @@ def _prepare(params: EncodeTextParams, target: _Target) -> _TextRows:
     read = None
     if target.kind == "text":
         read = read_dataset(target.source, pictures, captions=True)
+        if not read.found.pictures:
+            raise none_usable(read.dataset, read.found.unreadable)
         tell_about_captions(read.found)
         texts = caption_texts(read.found, read.dataset, variants=params.caption_variants, seed=params.seed)
     else:

@@ -7,13 +7,11 @@ from typing import Any
 from sd3pipe.cache.keys import latents_source
 from sd3pipe.cache.plan import WantedRow
 from sd3pipe.cache.wanted import Wanted
-from sd3pipe.console import count, listed, one_line
 from sd3pipe.data.cut import Cut
 from sd3pipe.data.dataset_file import Dataset
 from sd3pipe.data.geometry import RECIPE_VERSION, View, views_of_all
 from sd3pipe.data.scan import UnreadableFile
-from sd3pipe.encoding.stage import DatasetRead
-from sd3pipe.errors import InputError
+from sd3pipe.encoding.stage import DatasetRead, none_usable
 from sd3pipe.models.vae_architecture import VAEArchitecture
 from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.words import FORMAT_BYTES
@@ -23,8 +21,7 @@ def usable_views(read: DatasetRead, params: EncodeLatentsParams) -> tuple[list[V
     """Returns every row of a dataset's pictures, and the files that give none. Raises InputError if none gives any."""
     views, unreadable = views_of_all(read.found, crop_variants=params.crop_variants, seed=params.seed)
     if not views:
-        reasons = listed([f"{one_line(str(file.place))}: {file.reason}" for file in unreadable], separator="; ")
-        raise InputError(f"{read.dataset.path}: none of {count(len(unreadable), 'picture')} can be used: {reasons}")
+        raise none_usable(read.dataset, unreadable)
     return [view for of_picture in views for view in of_picture], unreadable
 
 

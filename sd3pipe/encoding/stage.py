@@ -18,11 +18,12 @@ from sd3pipe.cache.manifest import read_manifest
 from sd3pipe.cache.staleness import remember_sources
 from sd3pipe.cache.store import NO_PART, EncodedRows, FillCounts, fill_cache, missing_rows
 from sd3pipe.cache.wanted import Wanted
-from sd3pipe.console import StageReport, count, readable_bytes, readable_seconds, say, version
+from sd3pipe.console import StageReport, count, listed, one_line, readable_bytes, readable_seconds, say, version
 from sd3pipe.data.dataset_file import Dataset, load_dataset
-from sd3pipe.data.scan import Scan, scan, source_files
+from sd3pipe.data.scan import Scan, UnreadableFile, scan, source_files
 from sd3pipe.encoding.ray_engine import fill_parts
 from sd3pipe.encoding.repetition import Repetition, overheard
+from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.params.caption import CaptionParams
 from sd3pipe.params.encode_latents import EncodeLatentsParams
@@ -68,6 +69,12 @@ def read_dataset(file: Path, stamps: FileStamps, *, captions: bool) -> DatasetRe
     for line in found.left_out:
         log.warning("%s", line)
     return DatasetRead(dataset=dataset, found=found, started=started, captions=captions, stamps=stamps)
+
+
+def none_usable(dataset: Dataset, unreadable: Sequence[UnreadableFile]) -> InputError:
+    """Returns the error that no picture of a dataset is left."""
+    reasons = listed([f"{one_line(str(file.place))}: {file.reason}" for file in unreadable], separator="; ")
+    return InputError(f"{dataset.path}: none of {count(len(unreadable), 'picture')} can be used: {reasons}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -183,6 +183,13 @@ def test_an_unreadable_picture_is_listed_and_left_out(base, project):
     assert entry["name"] == "broken.png"
 
 
+def test_nothing_is_encoded_where_no_picture_can_be_read(base, project, capsys):
+    for picture in (project / "pictures").glob("*.png"):
+        picture.write_bytes(b"broken")
+    assert run(arguments(base, project)) == 3
+    assert "pictures can be used" in last_line(capsys)
+
+
 def prompts(project, text):
     (project / "prompts.txt").write_text(text, encoding="utf-8")
     return ("--sample-prompts", project / "prompts.txt", "--out", project / "caches" / "prompts")
