@@ -2,13 +2,13 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from sd3pipe.console import one_line
-from sd3pipe.data.dataset_file import Subset
+from sd3pipe.data.dataset_file import CONTAINER_ENDINGS, Subset
 from sd3pipe.data.findings import Finding
 from sd3pipe.data.places import Cell, Place, Span
 from sd3pipe.documents import read_data
@@ -21,8 +21,9 @@ from sd3pipe.remote import Remote
 PICTURE_ENDINGS = (
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl", ".heic", ".heif",
 )  # fmt: skip
-CAPTION_KEYS = ("caption", "prompt", "text")  # of a record, the first that is there
-_MOST_FOLDERS = 1000  # that pictures are counted in
+CAPTION_KEYS = ("caption", "prompt", "text")  # of a record, in capitals, too; the first that has a text
+_WORK_FILES = "cache-"  # what the `datasets` library keeps beside the files of a dataset
+_MOST_FOLDERS = 1000  # that files are counted in
 FACE_PARTS = 4  # NAME_centrex_centrey_width_height, in pixels, as face cutting tools name pictures
 
 Look = Literal["names", "texts", "all"]  # what is read of a file: nothing but names, captions, pictures, too
@@ -43,11 +44,15 @@ class FoundFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderRead:
-    """What lies in a subset's image_dir by its name below that: pictures in order, other files, folders left alone."""
+    """What lies in a subset's image_dir by its name below that: pictures in order, other files, folders left alone.
+
+    `keys` are those of records without a caption, with the files that have them.
+    """
 
     entries: list[FoundFile]
     others: list[str]
     folders: list[str]
+    keys: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +70,13 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """The pictures of one file, what else lies in it by name, and captions that cannot be used, a line each."""
+    """The pictures of one file, what else lies in it by name, and captions that cannot be used, a line each.
+
+    `keys` say what it has where captions are looked for and none is.
+    """
 
     samples: list[Sample]
+    keys: list[str]
     others: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -120,13 +129,13 @@ def read_folder(folder: Path, subset: Subset, captions: FileStamps | None) -> Fo
     )
 
 
-def pictures_below(folder: Path) -> int:
-    """Returns how many pictures lie in a folder and in the first folders below it; none if it cannot be read."""
+def files_below(folder: Path) -> list[str]:
+    """Returns the names of files in a folder and in the first folders below it; none if it cannot be read."""
     try:
         found = list(itertools.islice(walked(folder, recursive=True), _MOST_FOLDERS))
     except CaptionError:
-        return 0
-    return sum(is_picture_name(name) for _, _, files, _ in found for name in files)
+        return []
+    return [name for _, _, files, _ in found for name in files]
 
 
 def mask_files(folder: Path) -> dict[str, Place]:
@@ -135,9 +144,21 @@ def mask_files(folder: Path) -> dict[str, Place]:
     return {Path(name).stem: Place(here / name) for name in sorted(files) if is_picture_name(name)}
 
 
+def caption_keys(names: Iterable[str]) -> list[str]:
+    """Returns those names of a record's fields that may hold its caption, the one that counts first in front."""
+    return sorted(
+        (name for name in names if name.lower() in CAPTION_KEYS), key=lambda name: CAPTION_KEYS.index(name.lower())
+    )
+
+
 def is_picture_name(name: str) -> bool:
     """Returns whether a file's name says that it is a picture; hidden files are none."""
     return name.lower().endswith(PICTURE_ENDINGS) and not name.startswith(".")
+
+
+def is_container_name(name: str) -> bool:
+    """Returns whether a file's name says that it holds several pictures."""
+    return name.lower().endswith(CONTAINER_ENDINGS) and not name.startswith((".", _WORK_FILES))
 
 
 def _caption(path: Path, stamps: FileStamps) -> tuple[str, str]:
@@ -153,11 +174,14 @@ def _caption(path: Path, stamps: FileStamps) -> tuple[str, str]:
 
 
 def text_of(data: bytes, where: str) -> str:
-    """Returns the caption in the bytes that lie at `where`. Raises InputError unless they are UTF-8."""
+    """Returns the caption in the bytes that lie at `where`. Raises InputError unless they are text in UTF-8."""
     try:
-        return normalised(data.decode("utf-8-sig"))
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: the caption is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    if "\0" in text:  # as between the letters of what is UTF-16
+        raise InputError(f"{where}: the caption is not UTF-8 text (there are zero bytes in it): save it as UTF-8")
+    return normalised(text)
 
 
 def normalised(text: str) -> str:
@@ -197,7 +221,9 @@ def walked(folder: Path, recursive: bool) -> Iterator[tuple[str, Path, Mapping[s
         except OSError as error:
             if not prefix:
                 why = f"the folder cannot be read ({error.strerror})"
-                if isinstance(error, FileNotFoundError):
+                if isinstance(error, NotADirectoryError):
+                    why = f"is no folder, and no file of pictures that is read ({', '.join(CONTAINER_ENDINGS)})"
+                elif isinstance(error, FileNotFoundError):
                     why = f"there is no such folder{nearest_path(folder)}"
                 raise CaptionError([f"{one_line(str(folder))}: {why}"]) from error
             files, left_alone = {}, [""]

@@ -4,13 +4,14 @@ import contextlib
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from sd3pipe import stopping
 from sd3pipe.console import one_line
-from sd3pipe.data.dataset_file import CONTAINER_ENDINGS, Subset
+from sd3pipe.data.dataset_file import Subset
 from sd3pipe.data.findings import Finding, finding_of, remembered
 from sd3pipe.data.folders import (
     CaptionError,
@@ -19,6 +20,7 @@ from sd3pipe.data.folders import (
     FoundFile,
     Look,
     caption_name,
+    is_container_name,
     is_picture_name,
     read_folder,
     text_of,
@@ -29,7 +31,6 @@ from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import nearest_path
 from sd3pipe.remote import Listed, Remote, listing, read_several, stamp_of_file
 
-_WORK_FILES = "cache-"  # what the `datasets` library keeps beside the files of a dataset
 _WILD = re.compile(r"[*?\[{]")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -52,7 +53,7 @@ def read_image_dir(subset: Subset, captions: FileStamps | None, pictures: FileSt
         return _read_containers([(where, "")], subset, captions, pictures)
     if listed_folder(where) != where:
         try:
-            there = [path.name for path in where.parent.iterdir() if _is_container(path.name)]
+            there = [path.name for path in where.parent.iterdir() if is_container_name(path.name)]
         except OSError as error:
             raise CaptionError([f"{where.parent}: the folder cannot be read ({error.strerror})"]) from error
         shards = [(where.parent / name, f"{name}/") for name in _chosen(where.name, there, str(where.parent))]
@@ -63,16 +64,16 @@ def read_image_dir(subset: Subset, captions: FileStamps | None, pictures: FileSt
         return read
     held = _read_containers([(where / name, f"{name}/") for name in inside], subset, captions, pictures)
     others = [name for name in read.others if name not in {*inside}] + held.others
-    return FolderRead(entries=held.entries, others=others, folders=read.folders)
+    return replace(held, others=others, folders=read.folders)
 
 
 def listed_folder(image_dir: Path) -> Path | None:
     """Returns the folder that is listed for an image_dir: of a pattern its parent's, None for a single file."""
     if image_dir.is_dir():
         return image_dir
-    if image_dir.is_file() and _is_container(image_dir.name):
+    if image_dir.is_file() and is_container_name(image_dir.name):
         return None
-    return image_dir.parent if _is_container(image_dir.name) and _WILD.search(image_dir.name) else image_dir
+    return image_dir.parent if is_container_name(image_dir.name) and _WILD.search(image_dir.name) else image_dir
 
 
 def expanded(pattern: str) -> Iterator[str]:
@@ -92,12 +93,8 @@ def expanded(pattern: str) -> Iterator[str]:
         yield from expanded(before + part + after)
 
 
-def _is_container(name: str) -> bool:
-    return name.lower().endswith(CONTAINER_ENDINGS) and not name.startswith((".", _WORK_FILES))
-
-
 def _containers(names: Iterable[str]) -> list[str]:
-    return [name for name in names if _is_container(name.rpartition("/")[2])]
+    return [name for name in names if is_container_name(name.rpartition("/")[2])]
 
 
 def _chosen(pattern: str, there: list[str], where: str) -> list[str]:
@@ -121,6 +118,7 @@ def _read_containers(
     """Returns the pictures in files that hold several, with what their names begin with. Raises CaptionError."""
     entries: list[FoundFile] = []
     others: list[str] = []
+    keys: dict[str, list[str]] = {}
     problems: list[str] = []
     wordless = pictures is not None and captions is None
     look: Look = "all" if pictures else "texts" if captions else "names"
@@ -135,6 +133,8 @@ def _read_containers(
             continue
         problems += [] if wordless else contents.problems
         others += [prefix + name for name in contents.others]
+        for key in [] if wordless else contents.keys:
+            keys.setdefault(key, []).append(file.name)
         entries += [
             FoundFile(
                 place=Place(file, sample.name, sample.part),
@@ -147,7 +147,9 @@ def _read_containers(
         ]
     if problems:
         raise CaptionError(problems[:20])
-    return FolderRead(entries=sorted(entries, key=lambda entry: entry.name), others=sorted(others), folders=[])
+    return FolderRead(
+        entries=sorted(entries, key=lambda entry: entry.name), others=sorted(others), folders=[], keys=keys
+    )
 
 
 def _contents(file: Path | Remote, endings: tuple[str, ...], stamps: FileStamps | None, look: Look) -> Contents:
@@ -174,7 +176,7 @@ def _read(file: Path | Remote, endings: tuple[str, ...], *, look: Look) -> Conte
 
 def _read_remote(where: Remote, subset: Subset, captions: FileStamps | None, pictures: FileStamps | None) -> FolderRead:
     """Returns what lies behind an address. Raises CaptionError, InputError, NetworkError."""
-    is_file = _is_container(where.name)
+    is_file = is_container_name(where.name)
     wild = is_file and _WILD.search(where.name) is not None
     if is_file and not wild:
         files = [Listed(file=where, name=where.name, stamp=stamp_of_file(where))]

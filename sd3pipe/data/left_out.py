@@ -4,12 +4,12 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sd3pipe.console import count, listed, one_line
 from sd3pipe.data.dataset_file import Dataset, Subset
-from sd3pipe.data.folders import FolderRead, FoundFile, is_picture_name, pictures_below
+from sd3pipe.data.folders import CAPTION_KEYS, FolderRead, FoundFile, files_below, is_container_name, is_picture_name
 
 REPEATS = re.compile(r"(\d+)_(.*)")  # sd-scripts' folder names below train_data_dir: 10_mycat
 _MOST_REPEATS = 999
@@ -33,17 +33,18 @@ def left_out_of_folder(subset: Subset, read: FolderRead, dataset: Dataset, *, wi
     """
     folder = str(subset.image_dir)
     names = [name for name in read.others if not _base(name).startswith("._")]  # macOS' shadows of other files
-    unread = [*_unread_files(names, subset), *_unread_folders(Path(folder), read.folders, dataset)]
+    unread = [*_unread_files(names, subset), *_unread_folders(Path(folder), read, dataset)]
     used = {its.metadata_file.resolve() for its in dataset.subsets if its.metadata_file is not None}
     listing = [name for name in names if _METADATA.fullmatch(_base(name)) and Path(folder, name).resolve() not in used]
     if listing:
         unread.append(f"{_names(listing, 'metadata file')}: metadata_file = NAME takes captions from one")
     if not read.entries:
-        lies = "; ".join(unread) or (_names(names, "other file") if names else "the folder is empty")
+        lies = "; ".join(unread) or (_names(names, "other file") if names else "there is nothing in it")
         yield f"{one_line(folder)}: subset {one_line(subset.name)} has no picture that is read: {lies}"
         return
     if with_captions:
         unread += _captions_next_door(read.entries, names)
+        unread += _captions_elsewhere(read.keys)
         unread += _captions_of_nothing(read.entries, names, subset)
     yield from (f"{one_line(folder)}: not read: {what}" for what in unread)
     yield from (f"{one_line(folder)}: {remark}" for remark in _surprises(read.entries, subset))
@@ -83,7 +84,7 @@ def _unread_files(names: Iterable[str], subset: Subset) -> Iterator[str]:
         yield f"{_names(those, 'file')} with {ending}"
 
 
-def _unread_folders(folder: Path, names: Iterable[str], dataset: Dataset) -> Iterator[str]:
+def _unread_folders(folder: Path, read: FolderRead, dataset: Dataset) -> Iterator[str]:
     """Yields what lies in folders below, but for those that belong to other subsets."""
     used = {
         path.resolve()
@@ -91,15 +92,15 @@ def _unread_folders(folder: Path, names: Iterable[str], dataset: Dataset) -> Ite
         for path in (subset.image_dir, subset.conditioning_data_dir)
         if isinstance(path, Path)
     }
-    closed = [name for name in names if name.endswith("/")]
+    closed = [name for name in read.folders if name.endswith("/")]
     if closed:
         yield f"{_names(closed, 'folder')} that cannot be opened"
-    pictures = {
-        name: pictures_below(folder / name)
-        for name in names
+    below = {
+        name: files_below(folder / name)
+        for name in read.folders
         if not name.endswith("/") and not any(path.is_relative_to((folder / name).resolve()) for path in used)
     }
-    found = {name: number for name, number in pictures.items() if number}
+    found = {name: number for name, files in below.items() if (number := sum(map(is_picture_name, files)))}
     hidden = [name for name in found if _base(name).startswith(".")]
     repeated = [name for name in found if name not in hidden and repeats_of(_base(name))]
     plain = [name for name in found if name not in hidden and name not in repeated]
@@ -111,6 +112,11 @@ def _unread_folders(folder: Path, names: Iterable[str], dataset: Dataset) -> Ite
         if those:
             lie = count(sum(found[name] for name in those), "picture")
             yield f"{lie} in {_names(those, 'folder')} below it: {way_out}"
+    plain = {name: files for name, files in below.items() if not _base(name).startswith(".")}
+    held = {name: number for name, files in plain.items() if (number := sum(map(is_container_name, files)))}
+    if held and not found and all(entry.place.part for entry in read.entries):
+        lie = count(sum(held.values()), "tar or table", "tars and tables")
+        yield f"{lie} in {_names([*held], 'folder')} below it: recursive = true reads them"
 
 
 def _surprises(entries: Iterable[FoundFile], subset: Subset) -> Iterator[str]:
@@ -160,6 +166,15 @@ def _captions_next_door(entries: Sequence[FoundFile], names: Collection[str]) ->
             by_remedy[remedy].append(candidates[0])
     for remedy, those in by_remedy.items():
         yield f"{_names(those, 'file')} beside pictures without a caption: {remedy}"
+
+
+def _captions_elsewhere(keys: Mapping[str, list[str]]) -> Iterator[str]:
+    """Yields what records have in place of a caption."""
+    if keys:
+        files = sorted({file for files in keys.values() for file in files})
+        there = listed([one_line(key) for key in sorted(keys)], most=12)
+        known = f"{', '.join(CAPTION_KEYS[:-1])} or {CAPTION_KEYS[-1]}"
+        yield f"{there} of {_names(files, 'file')}: a caption is a text under {known}"
 
 
 def _remedy(stem: str, name: str, *, rename: bool) -> str:

@@ -118,13 +118,13 @@ def pyarrow_for(file: Path | Remote) -> Any:
     return pyarrow
 
 
-def open_parquet(file: Path | Remote) -> Any:
-    """Returns a pyarrow.parquet.ParquetFile. Raises InputError, OSError."""
+def open_parquet(handle: BinaryIO, file: Path | Remote) -> Any:
+    """Returns a pyarrow.parquet.ParquetFile of an open file. Raises InputError, OSError."""
     pyarrow = pyarrow_for(file)
     from pyarrow.parquet import ParquetFile
 
     try:
-        return ParquetFile(open_container(file))
+        return ParquetFile(handle)
     except pyarrow.ArrowException as error:
         raise InputError(f"{file}: cannot be read as Parquet ({' '.join(str(error).split())})") from error
 
@@ -135,4 +135,4 @@ def _column(file: Path | Remote, stamp: Stamp, group: int, column: str) -> "Chun
 
     Pages are packed: to read one value, its row group's column is read.
     """
-    return open_parquet(file).read_row_group(group, columns=[column]).column(0)
+    return open_parquet(open_container(file), file).read_row_group(group, columns=[column]).column(0)

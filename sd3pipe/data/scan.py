@@ -32,6 +32,8 @@ from sd3pipe.watched import Watched
 log = logging.getLogger(__name__)
 
 Split = Literal["train", "validation"]
+NO_TEXT = "whose caption is a word that programs write where there is none; it is trained as it stands"
+_NO_TEXTS = {"nan", "none", "null", "<na>", "undefined"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,8 +233,14 @@ def tell_about_captions(found: Scan) -> None:
     """Logs what a user may not expect of the captions: missing ones, and further lines that do not count."""
     wordless = [picture for picture in found.pictures if not picture.caption.strip()]
     _tell(wordless, "picture", "without a caption, trained with the empty one")
+    _tell([picture for picture in found.pictures if is_no_text(picture.caption)], "picture", NO_TEXT)
     cut = [p for p in found.pictures if not p.subset.captions.enable_wildcard and "\n" in p.caption]
     _tell(cut, "caption", "of several lines; without enable_wildcard only the first counts")
+
+
+def is_no_text(caption: str) -> bool:
+    """Returns whether a caption is what programs write in the place of one."""
+    return caption.strip().lower() in _NO_TEXTS
 
 
 def tell_about_pictures(found: Scan) -> None:

@@ -5,16 +5,16 @@ text. A value of an Arrow file lies in a row in the file; one of a Parquet file 
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from sd3pipe import stopping
 from sd3pipe.data.findings import Finding, finding_of
-from sd3pipe.data.folders import CAPTION_KEYS, Contents, Look, Sample, clean_name, normalised
+from sd3pipe.data.folders import Contents, Look, Sample, caption_keys, clean_name, normalised
 from sd3pipe.data.places import Cell, Span, open_container, open_parquet, pyarrow_for
 from sd3pipe.errors import InputError
 from sd3pipe.remote import Remote
@@ -28,7 +28,8 @@ _ARROW_FILE = b"ARROW1\0\0"  # what the file form of Arrow has before the stream
 class _Columns:
     picture: str  # of the bytes
     path: str | None
-    text: str | None
+    texts: tuple[str, ...]  # of captions; the first that has one in a row
+    others: list[str]  # with their kinds
 
 
 _Row = tuple[Span | Cell, Any, str | None, str | None]  # its place, the bytes of the picture, its path, its caption
@@ -40,35 +41,34 @@ def read_table(file: Path | Remote, *, look: Look) -> Contents:
     Of mere names a Parquet file's captions are empty.
     """
     pyarrow = pyarrow_for(file)
-    if file.suffix.lower() == ".parquet":
-        form, rows = "Parquet", _parquet_rows(open_parquet(file), file, look)
-    else:
-        form, rows = "Arrow", _arrow_rows(file)
+    form = "Parquet" if file.suffix.lower() == ".parquet" else "Arrow"
     samples: list[Sample] = []
     paths: list[str] = []
-    try:
-        for part, data, path, text in rows:
-            stopping.check()
-            known: Finding = {}
-            if look == "all" and data is None:
-                where = f": it names the file {path} instead" if path else ""
-                known = {"unreadable": f"the row holds no bytes of a picture{where}"}
-            elif look == "all":
-                known = finding_of(bytes(data), Path(path or "").suffix)
-            caption = None if text is None else normalised(text)
-            samples.append(Sample(name="", part=part, known=dict(known), caption=caption))
-            paths.append(path or "")
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{file}: cannot be read as {form} after row {len(samples)} ({reason}): copy or write it again"
-        ) from error
+    with open_container(file) as handle:
+        try:
+            columns, rows = _parquet(handle, file, look) if form == "Parquet" else _arrow(handle, file)
+            for part, data, path, text in rows:
+                stopping.check()
+                known: Finding = {}
+                if look == "all" and data is None:
+                    where = f": it names the file {path} instead" if path else ""
+                    known = {"unreadable": f"the row holds no bytes of a picture{where}"}
+                elif look == "all":
+                    known = finding_of(bytes(data), Path(path or "").suffix)
+                caption = None if text is None else normalised(text)
+                samples.append(Sample(name="", part=part, known=dict(known), caption=caption))
+                paths.append(path or "")
+        except (pyarrow.ArrowException, OSError, EOFError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{file}: cannot be read as {form} after row {len(samples)} ({reason}): copy or write it again"
+            ) from error
     # under the names of their files where all have one of their own, else under their numbers
     names = [clean_name(path.replace("\\", "/").rpartition("/")[2]) for path in paths]
     if "" in names or len({*names}) < len(names):
         names = [f"{number:08d}" for number in range(len(samples))]
     named = [replace(sample, name=name) for sample, name in zip(samples, names, strict=True)]
-    return Contents(samples=sorted(named, key=lambda sample: sample.name))
+    return Contents(samples=sorted(named, key=lambda sample: sample.name), keys=[] if columns.texts else columns.others)
 
 
 def _columns(schema: Any, file: Path | Remote) -> _Columns:
@@ -76,58 +76,73 @@ def _columns(schema: Any, file: Path | Remote) -> _Columns:
     from pyarrow import types
 
     def is_bytes(kind: Any) -> bool:
-        return types.is_binary(kind) or types.is_large_binary(kind)
+        return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
     def is_text(kind: Any) -> bool:
-        return types.is_string(kind) or types.is_large_string(kind)
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
-    def place(name: str) -> int:
-        return _PICTURES.index(name.lower()) if name.lower() in _PICTURES else len(_PICTURES)
+    def place(field: Any) -> tuple[int, bool]:
+        name = field.name.lower()
+        return _PICTURES.index(name) if name in _PICTURES else len(_PICTURES), not types.is_struct(field.type)
 
-    fields = sorted(schema, key=lambda field: place(field.name))
-    text = next((key for key in CAPTION_KEYS if key in schema.names and is_text(schema.field(key).type)), None)
-    for field in fields:
+    kinds = {field.name: field.type for field in schema}
+    texts = tuple(key for key in caption_keys(kinds) if is_text(kinds[key]))
+    for field in sorted(schema, key=place):
+        picture = path = None
         if is_bytes(field.type):
-            return _Columns(picture=field.name, path=None, text=text)
-        if types.is_struct(field.type):
+            picture = field.name
+        elif types.is_struct(field.type):
             parts = {part.name: part.type for part in field.type}
-            if "bytes" in parts and is_bytes(parts["bytes"]):
-                path = f"{field.name}.path" if "path" in parts and is_text(parts["path"]) else None
-                return _Columns(picture=f"{field.name}.bytes", path=path, text=text)
+            picture = f"{field.name}.bytes" if "bytes" in parts and is_bytes(parts["bytes"]) else None
+            path = f"{field.name}.path" if "path" in parts and is_text(parts["path"]) else None
+        if picture is None:
+            continue
+        for name in (field.name, *texts):
+            if schema.names.count(name) > 1:
+                raise InputError(f"{file}: has {schema.names.count(name)} columns called {name}: rename all but one")
+        others = [f"{name} ({kind})" for name, kind in kinds.items() if name != field.name]
+        return _Columns(picture=picture, path=path, texts=texts, others=others)
     there = ", ".join(f"{field.name} ({field.type})" for field in schema) or "none"
     raise InputError(
         f"{file}: has no column of pictures: an `image` of bytes, or of {{bytes, path}}, is looked for; it has {there}"
     )
 
 
-def _parquet_rows(parquet: Any, file: Path | Remote, look: Look) -> Iterator[_Row]:
-    """Yields the rows of all row groups, with None for what is not asked for."""
+def _parquet(handle: BinaryIO, file: Path | Remote, look: Look) -> tuple[_Columns, Iterator[_Row]]:
+    """Returns the columns of a Parquet file, and the rows of all its row groups: None for what is not asked for."""
+    parquet = open_parquet(handle, file)
     columns = _columns(parquet.schema_arrow, file)
-    names = (columns.picture if look == "all" else None, columns.path, columns.text)
+    names = (columns.picture if look == "all" else None, columns.path, *columns.texts)
     wanted = [name for name in names if name] if look != "names" else []
-    for group in range(parquet.num_row_groups):
-        if not wanted:
-            text = "" if columns.text else None
-            for row in range(parquet.metadata.row_group(group).num_rows):
-                yield Cell(group, row, columns.picture), None, None, text
-            continue
-        row = itertools.count()
-        for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=wanted):
-            arrays = [_array(batch, name) for name in names]
-            for place in range(batch.num_rows):
-                data, path, text = (None if array is None else array[place].as_py() for array in arrays)
-                yield Cell(group, next(row), columns.picture), data, path, text
+
+    def rows() -> Iterator[_Row]:
+        for group in range(parquet.num_row_groups):
+            if not wanted:
+                text = "" if columns.texts else None
+                for row in range(parquet.metadata.row_group(group).num_rows):
+                    yield Cell(group, row, columns.picture), None, None, text
+                continue
+            row = itertools.count()
+            for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=wanted):
+                arrays = [_array(batch, name) for name in names]
+                for place in range(batch.num_rows):
+                    data, path, *texts = (None if array is None else array[place].as_py() for array in arrays)
+                    yield Cell(group, next(row), columns.picture), data, path, _first(texts)
+
+    return columns, rows()
 
 
-def _arrow_rows(file: Path | Remote) -> Iterator[_Row]:
-    """Yields the rows of a stream of record batches."""
+def _arrow(handle: BinaryIO, file: Path | Remote) -> tuple[_Columns, Iterator[_Row]]:
+    """Returns the columns of a stream of record batches, and its rows."""
     pyarrow = pyarrow_for(file)
-    with open_container(file) as handle:
-        source = pyarrow.PythonFile(handle)
-        if source.read(len(_ARROW_FILE)) != _ARROW_FILE:
-            source.seek(0)
-        schema = pyarrow.ipc.read_schema(pyarrow.ipc.read_message(source))
-        columns = _columns(schema, file)
+    source = pyarrow.PythonFile(handle)
+    if source.read(len(_ARROW_FILE)) != _ARROW_FILE:
+        source.seek(0)
+    schema = pyarrow.ipc.read_schema(pyarrow.ipc.read_message(source))
+    columns = _columns(schema, file)
+
+    def rows() -> Iterator[_Row]:
         while True:
             try:
                 message = pyarrow.ipc.read_message(source)
@@ -139,16 +154,24 @@ def _arrow_rows(file: Path | Remote) -> Iterator[_Row]:
                 )
             batch = pyarrow.ipc.read_record_batch(message, schema)
             first = source.tell() - message.body.size
-            values, *texts = (_array(batch, name) for name in (columns.picture, columns.path, columns.text))
+            values, *others = (_array(batch, name) for name in (columns.picture, columns.path, *columns.texts))
             for row, (start, value) in enumerate(_values(values, message.body, file)):
-                path, text = (None if array is None else array[row].as_py() for array in texts)
-                yield Span(first + start, len(value or b"")), value, path, text
+                path, *texts = (None if array is None else array[row].as_py() for array in others)
+                yield Span(first + start, len(value or b"")), value, path, _first(texts)
+
+    return columns, rows()
+
+
+def _first(texts: Iterable[str | None]) -> str | None:
+    return next((text for text in texts if text is not None), None)
 
 
 def _values(array: Any, body: Any, file: Path | Remote) -> Iterator[tuple[int, memoryview | None]]:
     """Yields where each value of a column of bytes starts in the body of its record batch, and its bytes."""
     from pyarrow import types
 
+    if types.is_binary_view(array.type):
+        raise InputError(f"{file}: holds its pictures as {array.type}, so that no row can be read alone: save it plain")
     _, ends, data = array.buffers()
     if len(array) == array.null_count:
         yield from [(0, None)] * len(array)

@@ -4,7 +4,7 @@ A member's bytes lie in a row in the file, so that they are read from there late
 """
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,10 +14,10 @@ from pydantic import TypeAdapter
 from sd3pipe import stopping
 from sd3pipe.data.findings import Finding, finding_of
 from sd3pipe.data.folders import (
-    CAPTION_KEYS,
     Contents,
     Look,
     Sample,
+    caption_keys,
     caption_name,
     clean_name,
     is_picture_name,
@@ -58,8 +58,21 @@ def read_tar(file: Path | Remote, endings: tuple[str, ...], *, look: Look) -> Co
             elif not member.isdir():
                 others.append(name)
     problems: list[str] = []
-    samples = [_captioned(pictures[name], texts, endings, problems, file, look=look) for name in sorted(pictures)]
-    return Contents(samples=samples, others=sorted(others), problems=problems)
+    keys: set[str] = set()
+    beside = {name: _caption_beside(name, endings, texts) for name in sorted(pictures)}
+    samples = []
+    for name, found in beside.items():
+        caption = None
+        try:
+            if found is not None and look != "names":
+                where = f"{file}: {found}"
+                caption = text_of(texts[found], where) if found.endswith(endings) else _said(texts[found], where, keys)
+        except InputError as error:
+            problems.append(str(error))
+        samples.append(replace(pictures[name], caption="" if found is not None and look == "names" else caption))
+    stems = {_stem(name) for name in pictures}
+    others += {name for name in texts if _stem(name) not in stems}.difference(beside.values())
+    return Contents(samples=samples, keys=sorted(keys), others=sorted(others), problems=problems)
 
 
 def _members(handle: BinaryIO, file: Path | Remote) -> Iterator[tarfile.TarInfo]:
@@ -90,27 +103,21 @@ def _part(handle: BinaryIO, span: Span, where: str, most_bytes: int) -> bytes:
     return data
 
 
-def _captioned(
-    sample: Sample,
-    texts: dict[str, bytes],
-    endings: tuple[str, ...],
-    problems: list[str],
-    file: Path | Remote,
-    *,
-    look: Look,
-) -> Sample:
-    """Returns a picture with the caption that lies beside it, as a text or in a record of JSON, which may have none."""
-    folder, slash, base = sample.name.rpartition("/")
+def _caption_beside(picture: str, endings: tuple[str, ...], texts: Container[str]) -> str | None:
+    """Returns the name of the text, or of the record of JSON, that lies beside a picture."""
+    folder, slash, base = picture.rpartition("/")
     found = caption_name(base, (*endings, _JSON), lambda name: f"{folder}{slash}{name}" in texts)
-    if found is None or look == "names":
-        return sample if found is None else replace(sample, caption="")
-    name = f"{folder}{slash}{found}"
-    try:
-        if name.endswith(endings):
-            return replace(sample, caption=text_of(texts[name], f"{file}: {name}"))
-        record = parse_json(texts[name], _RECORD, f"{file}: {name}")
-    except InputError as error:
-        problems.append(str(error))
-        return sample
-    said = next((record[key] for key in CAPTION_KEYS if isinstance(record.get(key), str)), None)
-    return sample if said is None else replace(sample, caption=normalised(said))
+    return None if found is None else f"{folder}{slash}{found}"
+
+
+def _said(data: bytes, where: str, keys: set[str]) -> str | None:
+    """Returns the caption in a record; of one that has none, adds what it has to `keys`. Raises InputError."""
+    record = parse_json(data, _RECORD, where)
+    said = next((record[key] for key in caption_keys(record) if isinstance(record[key], str)), None)
+    if said is None:
+        keys.update(f"{key} ({type(value).__name__})" for key, value in record.items() if value is not None)
+    return None if said is None else normalised(said)
+
+
+def _stem(name: str) -> str:
+    return name[: name.rindex(".")]

@@ -16,7 +16,7 @@ from sd3pipe.data.decoding import Job, Pixels, row_job
 from sd3pipe.data.feed import Decoded, decoded_rows
 from sd3pipe.data.geometry import View, filter_name, views_of_all
 from sd3pipe.data.looks import Seen, look_warnings
-from sd3pipe.data.scan import Picture, Scan, UnreadableFile
+from sd3pipe.data.scan import NO_TEXT, Picture, Scan, UnreadableFile, is_no_text
 from sd3pipe.previewing.cards import CARD_PX, Box, CaptionTokens, Card, Preview, Section, spread
 from sd3pipe.previewing.thumbnails import Thumbnails
 
@@ -287,6 +287,7 @@ def _warnings(
         same_ones = listed([one_line(" = ".join(same)) for same in copies])
         yield f"{count(len(copies), 'picture is', 'pictures are')} there more than once: {same_ones}"
     yield from _about([item for item in everything if not any(item.captions)], "without a caption")
+    yield from _about([item for item in everything if any(map(is_no_text, item.captions))], NO_TEXT)
     yield from _about([item for item in everything if item.long_caption], "with a caption that is cut off")
     cropped = [item for item in everything if item.cut_off >= _MUCH_CUT_OFF]
     yield from _about(cropped, "of which a fifth or more is cut off")

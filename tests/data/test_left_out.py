@@ -140,7 +140,7 @@ def test_a_subset_without_a_picture_is_named_with_what_lies_there(folder):
     (folder / "other").mkdir()
     Image.new("RGB", (9, 9)).save(folder / "other" / "a.png")
     other = "[[datasets.subsets]]\nimage_dir = 'other'"
-    assert told(folder, "", other) == ["subset pics has no picture that is read: the folder is empty"]
+    assert told(folder, "", other) == ["subset pics has no picture that is read: there is nothing in it"]
     add(folder, "a.psd", "10_cat/b.png", "a.txt")
     lies = f"1 file (a.psd) with .psd; 1 picture in 1 folder (10_cat) below it: {_OWN_SUBSET}"
     assert told(folder, "name = 'cats'", other) == [f"subset cats has no picture that is read: {lies}"]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sd3pipe.data import findings
 from sd3pipe.data.dataset_file import load_dataset
-from sd3pipe.data.scan import scan, source_files
+from sd3pipe.data.scan import scan, source_files, tell_about_captions
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.fingerprint import hash_file
@@ -82,13 +82,27 @@ def test_captions_that_are_not_utf8_are_all_named(folder):
     assert len(scanned(folder, with_captions=False).pictures) == 2
 
 
+def test_zero_bytes_are_no_text(folder):
+    add(folder, "a.png", caption="a cat".encode("utf-16-le"))
+    with pytest.raises(InputError, match=r"a.txt: the caption is not UTF-8 text \(there are zero bytes in it\)"):
+        scanned(folder)
+
+
+def test_words_for_no_caption_are_told(folder, caplog):
+    for number, caption in enumerate(("nan", "None", "a nan", "null ")):
+        add(folder, f"{number}.png", caption=caption)
+    with caplog.at_level("WARNING", "sd3pipe"):
+        tell_about_captions(scanned(folder))
+    assert "3 pictures whose caption is a word that programs write where there is none" in caplog.text
+
+
 @pytest.mark.parametrize(
     "image_dir, told",
     [
         ("image_dir = 'none'", "none: there is no such folder$"),
         ("image_dir = 'PICS'", r"PICS: there is no such folder \(did you mean .*pics\?\)$"),
         ('image_dir = "C:\\new"', r"C:\\new: there is no such folder \(a backslash begins an escape"),
-        ("image_dir = 'd.toml'", "d.toml: the folder cannot be read"),
+        ("image_dir = 'd.toml'", "d.toml: is no folder, and no file of pictures that is read"),
     ],
 )
 def test_a_missing_folder_is_named(folder, image_dir, told):
