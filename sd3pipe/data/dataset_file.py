@@ -154,7 +154,7 @@ class _Reader:
         for here, table in self._list(tables, "datasets.subsets", f"{where} "):
             values = {**inherited, **self._table(table, SubsetKeys, here)}
             source = values.get("metadata_file") or values.get("image_dir")
-            if source is None:
+            if not source:
                 self._wrong(here, "image_dir: is missing: name the folder of the pictures")
                 continue
             if source in seen and "name" not in values:
@@ -169,7 +169,8 @@ class _Reader:
     def _list(self, tables: Any, what: str, prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yields each table of an array of tables with the words that name it; a missing array is a problem."""
         if not isinstance(tables, list) or not tables:
-            self._wrong(f"{prefix}[[{what}]]", "there must be at least one such table")
+            single = f", in double brackets, not [{what}]" if isinstance(tables, Mapping) else ""
+            self._wrong(f"{prefix}[[{what}]]", f"there must be at least one such table{single}")
             return
         for number, table in enumerate(tables, start=1):
             where = f"{prefix}[[{what}]] {number}"

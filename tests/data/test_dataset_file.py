@@ -200,6 +200,8 @@ def test_preservation_goes_to_the_weighting_only(tmp_path):
         ("d.toml", b"datasets = 3", "[[datasets]]"),
         ("d.toml", b"[[datasets]]\nresolution = 512", "[[datasets.subsets]]"),
         ("d.toml", b"[[datasets]]\n[[datasets.subsets]]\nimage_dir='x'", "resolution: is missing"),
+        ("d.toml", b"[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir=''", "image_dir: is missing"),
+        ("d.toml", b"[[datasets]]\nresolution = 512\n[datasets.subsets]", "in double brackets, not [datasets.subsets]"),
     ],
 )
 def test_files_that_are_no_dataset_file_say_why(tmp_path, name, content, told):
