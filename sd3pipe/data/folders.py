@@ -40,6 +40,7 @@ class FoundFile:
     caption_hash: str | None = None  # of a file that holds nothing else
     known: Finding | None = None  # where the file was looked into already
     problem: str | None = None
+    listed: int = 1  # how often a metadata file names it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

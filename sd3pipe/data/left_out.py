@@ -51,8 +51,16 @@ def left_out_of_folder(subset: Subset, read: FolderRead, dataset: Dataset, *, wi
 
 
 def left_out_of_metadata(subset: Subset, entries: Sequence[FoundFile]) -> Iterator[str]:
-    """Yields a line if pictures lie in the image_dir of a metadata file that does not list them."""
-    if not isinstance(subset.image_dir, Path) or subset.metadata_file is None:
+    """Yields a line each for captions that another one replaces, and for pictures in image_dir that are not listed."""
+    if subset.metadata_file is None:
+        return
+    again = [entry.name for entry in entries if entry.listed > 1]
+    if again:
+        yield (
+            f"{one_line(str(subset.metadata_file))}: not read: all but the last caption of {_names(again, 'picture')}, "
+            "listed more than once"
+        )
+    if not isinstance(subset.image_dir, Path):
         return
     known = {os.path.normpath(str(entry.place)) for entry in entries}
     try:

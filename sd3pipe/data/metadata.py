@@ -6,6 +6,7 @@ They are sd-scripts' .json and .jsonl, and the file_name/text records of imagefo
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def metadata_entries(subset: Subset) -> list[FoundFile]:
         raise CaptionError([f"{subset.image_dir}: there is no such folder{nearest_path(subset.image_dir)}"])
     problems: list[str] = []
     entries: dict[str, FoundFile] = {}
+    times: Counter[str] = Counter()
     for where, name, record in _records(read_metadata(file), file):
         if not isinstance(name, str) or not isinstance(record, Mapping) or "\0" in name:
             problems.append(f"{where}: must name a picture ({' or '.join(_PATH_FIELDS)})")
@@ -43,7 +45,10 @@ def metadata_entries(subset: Subset) -> list[FoundFile]:
             problems.append(f"{where}: {name!r} has neither caption nor tags")
             continue
         path, problem = _locate(name, subset, file)
-        entries[name] = FoundFile(place=Place(path), name=name, caption=caption or None, problem=problem)
+        times[name] += 1
+        entries[name] = FoundFile(
+            place=Place(path), name=name, caption=caption or None, problem=problem, listed=times[name]
+        )
     if problems:
         raise CaptionError(problems[:20])
     return [entries[name] for name in sorted(entries)]

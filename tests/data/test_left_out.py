@@ -181,6 +181,17 @@ def test_pictures_that_a_metadata_file_does_not_list_are_told(folder):
     assert told(folder, "metadata_file = 'm.json'") == ["not read: 2 pictures (b.png, c.png) that m.json does not list"]
 
 
+def test_captions_that_a_metadata_file_gives_a_picture_before_its_last_are_told(folder):
+    add(folder, "a.png", "b.png")
+    rows = [{"file_name": name, "text": text} for name, text in (("a.png", "1"), ("b.png", "2"), ("a.png", "3"))]
+    (folder / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = scanned(folder, "metadata_file = 'm.jsonl'")
+    assert [picture.caption for picture in found.pictures] == ["3", "2"]
+    assert found.left_out == [
+        f"{folder}/m.jsonl: not read: all but the last caption of 1 picture (a.png), listed more than once"
+    ]
+
+
 def test_a_folder_that_cannot_be_opened_is_told(folder, monkeypatch):
     add(folder, "a.png", "a.txt", "closed/b.png")
     listing = os.scandir
