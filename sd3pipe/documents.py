@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 MOST_BYTES = 16_000_000  # captions, prompts, parameter files, reports and manifests are far smaller
 MOST_LIST_BYTES = 2_000_000_000  # a list with a line for each of some million pictures, or for each step of a run
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that git put in the place of a large one
+LFS_REMEDY = "is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"
 _AT_LINE = re.compile(r"\(at line (\d+),")  # as tomllib says where a problem is
 _TOML_INTEGERS = range(-(2**63), 2**63)  # TOML 1.0, section Integer
 

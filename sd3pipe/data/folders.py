@@ -11,7 +11,7 @@ from sd3pipe.console import one_line
 from sd3pipe.data.dataset_file import CONTAINER_ENDINGS, Subset
 from sd3pipe.data.findings import Finding
 from sd3pipe.data.places import Cell, Place, Span
-from sd3pipe.documents import read_data
+from sd3pipe.documents import LFS_POINTER, LFS_REMEDY, read_data
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import nearest_path
@@ -180,6 +180,8 @@ def text_of(data: bytes, where: str) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: the caption is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    if data.startswith(LFS_POINTER):
+        raise InputError(f"{where}: {LFS_REMEDY}")
     if "\0" in text:  # as between the letters of what is UTF-16
         raise InputError(f"{where}: the caption is not UTF-8 text (there are zero bytes in it): save it as UTF-8")
     return normalised(text)

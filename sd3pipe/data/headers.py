@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from sd3pipe.data.png import without_texts
+from sd3pipe.documents import LFS_POINTER, LFS_REMEDY
 from sd3pipe.errors import UnreadablePicture
 
 MAX_PIXELS = 200_000_000  # larger than the largest cameras' 150 MP; 600 MB as RGB
@@ -47,6 +48,8 @@ def open_picture(data: bytes, suffix: str = "", max_pixels: int = MAX_PIXELS) ->
     """Returns the picture opened but not decoded. Raises UnreadablePicture."""
     if not data:
         raise UnreadablePicture("the file is empty")
+    if data.startswith(LFS_POINTER):
+        raise UnreadablePicture(f"it {LFS_REMEDY}")
     plugin = _plugin(data, suffix)
     if plugin is not None and plugin not in _known_formats():
         with contextlib.suppress(ImportError):

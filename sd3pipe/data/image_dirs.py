@@ -25,7 +25,8 @@ from sd3pipe.data.folders import (
     read_folder,
     text_of,
 )
-from sd3pipe.data.places import Place
+from sd3pipe.data.places import Place, open_container
+from sd3pipe.documents import LFS_POINTER, LFS_REMEDY
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import nearest_path
@@ -171,7 +172,13 @@ def _read(file: Path | Remote, endings: tuple[str, ...], *, look: Look) -> Conte
     from sd3pipe.data.tars import read_tar
 
     is_tar = file.suffix.lower() == ".tar"
-    return read_tar(file, endings, look=look) if is_tar else read_table(file, look=look)
+    try:
+        return read_tar(file, endings, look=look) if is_tar else read_table(file, look=look)
+    except InputError as error:
+        with open_container(file) as handle:
+            if handle.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise InputError(f"{file}: {LFS_REMEDY}") from error
+        raise
 
 
 def _read_remote(where: Remote, subset: Subset, captions: FileStamps | None, pictures: FileStamps | None) -> FolderRead:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from sd3pipe.documents import LFS_POINTER, LFS_REMEDY
 from sd3pipe.errors import InputError
 from sd3pipe.files import nearest_path
 from sd3pipe.tensors.entry import ByteRange, TensorEntry
@@ -128,8 +129,8 @@ def refuse_foreign_file(path: Path) -> None:
         raise InputError(f"{path}: GGUF is not supported: take the model's .safetensors file (bf16, fp16 or fp8)")
     if start.startswith(b"PK\x03\x04") and zipfile.is_zipfile(path):
         raise InputError(f"{path}: {_PICKLE_REFUSED}")
-    if start.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path}: is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder")
+    if start.startswith(LFS_POINTER):
+        raise InputError(f"{path}: {LFS_REMEDY}")
     if start.lstrip()[:5].lower() in (b"<!doc", b"<html"):
         raise InputError(f"{path}: is a web page, not a model: the download failed (is the model gated?), do it again")
     if not start:

@@ -143,6 +143,25 @@ def test_tables_in_folders_below_are_told(tmp_path):
         scanned(tmp_path / "data" / "..")
 
 
+def test_what_git_left_in_the_place_of_large_files_is_told(tmp_path):
+    pointer, told = (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        r"is a Git LFS pointer.*git lfs pull",
+    )
+    for name in ("t.tar", "t.parquet", "t.arrow"):
+        (tmp_path / name).write_bytes(pointer)
+        with pytest.raises(InputError, match=f"{name}: {told}"):
+            scanned(tmp_path / name)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(pointer)
+    (file,) = scanned(folder).unreadable
+    assert file.reason.startswith("it is a Git LFS pointer")
+    (folder / "a.txt").write_bytes(pointer)
+    with pytest.raises(InputError, match=f"a.txt: {told}"):
+        scanned(folder)
+
+
 def test_a_file_that_is_no_folder_says_what_is_read(tmp_path):
     (tmp_path / "pictures.zip").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"pictures.zip: is no folder, and no file of pictures that is read \(.tar, "):
