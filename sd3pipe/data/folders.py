@@ -225,7 +225,7 @@ def walked(folder: Path, recursive: bool) -> Iterator[tuple[str, Path, Mapping[s
             if not prefix:
                 why = f"the folder cannot be read ({error.strerror})"
                 if isinstance(error, NotADirectoryError):
-                    why = f"is no folder, and no file of pictures that is read ({', '.join(CONTAINER_ENDINGS)})"
+                    why = "is no folder"
                 elif isinstance(error, FileNotFoundError):
                     why = f"there is no such folder{nearest_path(folder)}"
                 raise CaptionError([f"{one_line(str(folder))}: {why}"]) from error

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sd3pipe import stopping
 from sd3pipe.console import one_line
-from sd3pipe.data.dataset_file import Subset
+from sd3pipe.data.dataset_file import CONTAINER_ENDINGS, Subset
 from sd3pipe.data.findings import Finding, finding_of, remembered
 from sd3pipe.data.folders import (
     CaptionError,
@@ -59,6 +59,11 @@ def read_image_dir(subset: Subset, captions: FileStamps | None, pictures: FileSt
             raise CaptionError([f"{where.parent}: the folder cannot be read ({error.strerror})"]) from error
         shards = [(where.parent / name, f"{name}/") for name in _chosen(where.name, there, str(where.parent))]
         return _read_containers(shards, subset, captions, pictures)
+    if where.is_file():
+        read_here = ", ".join(CONTAINER_ENDINGS)
+        raise CaptionError(
+            [f"{one_line(str(where))}: is no folder, and no file of pictures that is read ({read_here})"]
+        )
     read = read_folder(where, subset, captions)
     inside = [] if read.entries else _containers(read.others)
     if not inside:

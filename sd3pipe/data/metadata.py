@@ -40,9 +40,16 @@ def metadata_entries(subset: Subset) -> list[FoundFile]:
         if not isinstance(name, str) or not isinstance(record, Mapping) or "\0" in name:
             problems.append(f"{where}: must name a picture ({' or '.join(_PATH_FIELDS)})")
             continue
+        if None in record:  # where csv puts what stands behind the last column
+            problems.append(
+                f"{where}: has more values than the first line has names: put a text with commas into quotes"
+            )
+            continue
         caption = _caption(record, subset)
         if caption is None:
-            problems.append(f"{where}: {name!r} has neither caption nor tags")
+            problems.append(
+                f"{where}: {name!r} has neither caption nor tags that are text (it has {', '.join(record)})"
+            )
             continue
         path, problem = _locate(name, subset, file)
         times[name] += 1
@@ -129,8 +136,8 @@ def _records(text: str, file: Path) -> Iterator[tuple[str, Any, Any]]:
                     record = parse_json(line, _ANYTHING, f"{file}: line {number}")
                     yield f"{file}: line {number}", _first(record, _PATH_FIELDS), record
         else:
-            for number, record in enumerate(csv.DictReader(io.StringIO(text)), start=2):
-                yield f"{file}: line {number}", _first(record, _PATH_FIELDS), record
+            for record in (table := csv.DictReader(io.StringIO(text))):
+                yield f"{file}: line {table.line_num}", _first(record, _PATH_FIELDS), record
     except csv.Error as error:
         raise CaptionError([f"{file}: is not valid CSV: {error}"]) from error
     except DocumentError as error:

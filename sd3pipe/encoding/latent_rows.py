@@ -105,4 +105,6 @@ def _finished(batch: _Batch, started: Tensor | None, encoder: LatentEncoder) -> 
         row = {encoder.mode: from_torch(next(rows))}
         if item.mask is not None:
             row["mask"] = from_numpy(item.mask)
+            if not item.mask.any():
+                log.warning("%s: its mask leaves nothing of it to learn from", path)
         yield row

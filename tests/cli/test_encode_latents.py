@@ -168,7 +168,7 @@ def test_random_crops_are_rows_of_their_own(project, base):
     assert encode(project, base, "random_crop = true", crop_variants=2, seed=1)["encoded"] > 0
 
 
-def test_masks_lie_beside_the_latents(project, base):
+def test_masks_lie_beside_the_latents(project, base, caplog):
     rgba = Image.open(project / "pics" / "coffee.png").convert("RGBA")
     rgba.putalpha(0)
     rgba.save(project / "pics" / "coffee.png")
@@ -178,6 +178,7 @@ def test_masks_lie_beside_the_latents(project, base):
     rows = {name: cache.row(int(cache.samples.numbers("row")[number])) for number, name in enumerate(names)}
     assert rows["coffee.png"]["mask"].numpy().shape == rows["coffee.png"]["moments"].shape[1:]
     assert not rows["coffee.png"]["mask"].numpy().any()
+    assert "coffee.png: its mask leaves nothing of it to learn from" in caplog.text
     assert (rows["rocket.jpg"]["mask"].numpy() == 1).all()
 
 

@@ -157,6 +157,12 @@ def test_record_files_follow_the_conventions_of_datasets(folder, name, text):
         ("m.json", "{", "not valid JSON"),
         ("m.jsonl", '{"text": "no name"}', "line 1"),
         ("m.jsonl", '{"file_name": "a.png"}', "neither caption nor tags"),
+        (
+            "m.jsonl",
+            '{"file_name": "a.png", "text": ["a"]}',
+            r"neither caption nor tags that are text \(it has file_name, text",
+        ),
+        ("m.csv", "file_name,text\na.png,a cat, on a mat\n", "line 2: has more values than the first line has names"),
         ("m.txt", "", "ends in .json"),
     ],
 )
