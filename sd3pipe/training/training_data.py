@@ -12,6 +12,7 @@ from pydantic import BaseModel, JsonValue, TypeAdapter
 from sd3pipe.cache.join import JoinedPictures, Numbers, join_pictures
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.rows import latents_name
+from sd3pipe.console import listed, one_line
 from sd3pipe.data import geometry
 from sd3pipe.data.weighting import sample_repeats
 from sd3pipe.diffusion.sampler import PIXELS_PER_LATENT
@@ -91,11 +92,11 @@ def open_data(params: TrainParams) -> TrainingData:
     splits = np.array(joined.splits, dtype=object)
     train = np.flatnonzero(splits == "train")
     if not len(train):
-        raise InputError(f"{params.latents} and {params.text} have no picture in common to train on")
+        why = "validation_split holds all of them out" if len(joined) else "they have none in common"
+        raise InputError(f"{params.latents} and {params.text} leave no picture to train on: {why}")
     shapes = _latent_shapes(latents)
     items = _items(joined, train, subsets, params, text, shapes)
-    if not items.repeats.any():
-        raise ParameterError("every subset has num_repeats = 0: there is nothing to train on")
+    _tell_unseen(items)
     seen = int(items.repeats.sum())
     if seen > _MOST_SEEN:
         raise ParameterError(f"an epoch would have {seen:,} pictures, more than {_MOST_SEEN:,}: lower num_repeats")
@@ -186,6 +187,17 @@ def _tell_about(reader: CacheReader) -> None:
             "encode stage would make its rows anew, and says beforehand what that takes",
             reader.where, made, ours,
         )  # fmt: skip
+
+
+def _tell_unseen(items: Items) -> None:
+    """Tells of subsets that no epoch sees. Raises ParameterError where that is all of them."""
+    seen = np.bincount(items.subsets, weights=items.repeats, minlength=len(items.rules))
+    unseen = [items.rules[number].name for number in np.unique(items.subsets).tolist() if not seen[number]]
+    why = "num_repeats is 0, or they are regularisation pictures without others in their [[datasets]]"
+    if not seen.any():
+        raise ParameterError(f"no picture is seen: in every subset {why}")
+    if unseen:
+        log.warning("no picture of %s is seen: %s", listed([one_line(name) for name in unseen]), why)
 
 
 def _items(

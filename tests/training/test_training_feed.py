@@ -1,5 +1,7 @@
 """Batches from cache rows: fresh latents and noise by counter, fp32 noise levels, encoders dropped at their rates."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from support.tiny_training import (
     CLIP_WIDTHS,
     POOLED_WIDTHS,
     Inputs,
+    Picture,
     make_feed,
     make_inputs,
     pictures,
@@ -15,6 +18,7 @@ from support.tiny_training import (
 )
 
 from sd3pipe.cache.tensors import row_from_torch, row_to_torch
+from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.models.vae import from_model_space
 from sd3pipe.rules.feeding import EncoderDropout
 from sd3pipe.training.feed import Batch
@@ -32,6 +36,17 @@ def inputs(tmp_path_factory) -> Inputs:
 def by_sample(batch: Batch) -> dict[int, dict[str, torch.Tensor]]:
     names = ("latents", "noise", "sigmas", "context", "pooled", "weights", "dropout_keys")
     return {int(number): {n: getattr(batch, n)[i] for n in names} for i, number in enumerate(batch.plan.ids)}
+
+
+def test_what_leaves_nothing_to_train_on_is_told(tmp_path, caplog):
+    photo, lone = Picture(name="a.png", captions=("a",)), Picture(name="b.png", subset="lone", captions=("b",))
+    held_out = replace(photo, split="validation")
+    with pytest.raises(InputError, match="leave no picture to train on: validation_split holds all of them out"):
+        make_feed(make_inputs(tmp_path / "held out", [held_out]))
+    with pytest.raises(ParameterError, match=r"no picture is seen: .* regularisation pictures without others"):
+        make_feed(make_inputs(tmp_path / "reg", [lone], subsets={"lone": {"is_reg": True}}))
+    make_feed(make_inputs(tmp_path / "apart", [photo, lone], subsets={"lone": {"is_reg": True, "dataset": 1}}))
+    assert "no picture of lone is seen" in caplog.text
 
 
 def test_latents_are_drawn_anew_from_mean_and_variance(inputs):
