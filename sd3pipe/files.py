@@ -39,8 +39,10 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     if error.errno == errno.EISDIR:
         return StorageError(f"{path}: is a folder, and a file is to be written: name a file")
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        in_the_way = next((part for part in (*reversed(path.parents), path) if part.is_file()), path)
-        return StorageError(f"{path}: {in_the_way} is a file, not a folder: choose another place")
+        lead = (*reversed(path.parents), path)
+        in_the_way = next((part for part in lead if part.is_file() or (part.is_symlink() and not part.exists())), path)
+        what = "a link to nowhere" if in_the_way.is_symlink() and not in_the_way.exists() else "a file, not a folder"
+        return StorageError(f"{path}: {in_the_way} is {what}: choose another place")
     return StorageError(f"{path}: writing failed ({error.strerror or error})")
 
 

@@ -35,6 +35,9 @@ def test_a_folder_in_the_place_of_a_file_and_a_file_in_that_of_a_folder_are_told
     for path in (tmp_path / "file" / "x", tmp_path / "file" / "below" / "x"):
         with pytest.raises(StorageError, match=f"{tmp_path / 'file'} is a file, not a folder"):
             write_text(path, "x")
+    (tmp_path / "link").symlink_to(tmp_path / "none")
+    with pytest.raises(StorageError, match=f"{tmp_path / 'link'} is a link to nowhere"):
+        write_text(tmp_path / "link" / "x", "x")
 
 
 def test_a_lock_keeps_other_processes_out_until_its_holder_is_gone(tmp_path):
