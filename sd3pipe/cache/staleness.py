@@ -48,8 +48,7 @@ class _Note:
     folders: _Folders
 
 
-def remember_sources(
-    cache: Path,
+def sources_seen(
     *,
     dataset_file: Path,
     files: Mapping[Path, str | None],
@@ -57,8 +56,8 @@ def remember_sources(
     remote: Collection[str] = (),
     scan_started: float,
     stamps: FileStamps | None = None,
-) -> None:
-    """Notes beside a cache what it was encoded from, unless that is noted already. Raises StorageError.
+) -> dict[str, Any]:
+    """Returns what to note of a dataset that was just scanned, before encoding, in which it may change again.
 
     `files` maps every picture, mask and caption file that was read to `hash_file` of its bytes, or to None where any
     change of its stat is to count: to hash a tar takes as long as to encode it. `folders` maps each folder that was
@@ -81,9 +80,8 @@ def remember_sources(
         return stamp if stamp[2] + tick_ns(stamp) < started_ns else None
 
     digests: dict[Path, str | None] = {dataset_file: hash_file(dataset_file), **files}
-    note = {
+    return {
         "format": _FORMAT,
-        "cache": _published(cache),
         "dataset": str(dataset_file.resolve()),
         "files": {absolute(path): (settled(path), digest) for path, digest in digests.items()},
         "folders": {
@@ -92,7 +90,11 @@ def remember_sources(
         }
         | {address: [[], ""] for address in remote},
     }
-    data = json.dumps(note).encode("utf-8", "surrogatepass")
+
+
+def remember_sources(cache: Path, seen: Mapping[str, Any]) -> None:
+    """Notes beside a cache what it was encoded from, unless that is noted already. Raises StorageError."""
+    data = json.dumps({**seen, "cache": _published(cache)}).encode("utf-8", "surrogatepass")
     file = CacheFolder(cache).machine / _FILE
     if not holds(file, data):
         write_bytes(file, data)

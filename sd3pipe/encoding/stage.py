@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 from sd3pipe.cache.folder import MANIFEST
 from sd3pipe.cache.manifest import read_manifest
-from sd3pipe.cache.staleness import remember_sources
+from sd3pipe.cache.staleness import remember_sources, sources_seen
 from sd3pipe.cache.store import NO_PART, EncodedRows, FillCounts, fill_cache, missing_rows
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.console import StageReport, count, listed, one_line, readable_bytes, readable_seconds, say, version
@@ -25,6 +25,7 @@ from sd3pipe.encoding.ray_engine import fill_parts
 from sd3pipe.encoding.repetition import Repetition, overheard
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
+from sd3pipe.fingerprint import hash_file
 from sd3pipe.params.caption import CaptionParams
 from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.params.encode_text import EncodeTextParams
@@ -37,26 +38,11 @@ EncodeParams = TypeVar("EncodeParams", CaptionParams, EncodeLatentsParams, Encod
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetRead:
-    """A dataset as its files were when they were read."""
+    """A dataset as its files were when they were read; `sources` is what to note of them beside a cache."""
 
     dataset: Dataset
     found: Scan
-    started: float  # time.time() before the first file was read
-    captions: bool
-    stamps: FileStamps
-
-    def remember(self, out: Path) -> None:
-        """Notes beside a cache what it was encoded from. Raises StorageError."""
-        seen = source_files(self.found, self.dataset, captions=self.captions)
-        remember_sources(
-            out,
-            dataset_file=self.dataset.path,
-            files=seen.files,
-            folders=seen.folders,
-            remote=seen.remote,
-            scan_started=self.started,
-            stamps=self.stamps,
-        )
+    sources: dict[str, Any]
 
 
 def read_dataset(file: Path, stamps: FileStamps, *, captions: bool) -> DatasetRead:
@@ -65,10 +51,21 @@ def read_dataset(file: Path, stamps: FileStamps, *, captions: bool) -> DatasetRe
     for remark in dataset.remarks:
         log.info("%s: %s", dataset.path, remark)
     started = time.time()
+    lists = [file, *(subset.metadata_file for subset in dataset.subsets if subset.metadata_file)]
+    read = {path: hash_file(path) for path in lists if path.is_file()}  # they may change during the scan
     found = scan(dataset, stamps, with_captions=captions)
     for line in found.left_out:
         log.warning("%s", line)
-    return DatasetRead(dataset=dataset, found=found, started=started, captions=captions, stamps=stamps)
+    seen = source_files(found, dataset, captions=captions)
+    sources = sources_seen(
+        dataset_file=dataset.path,
+        files={**seen.files, **read},
+        folders=seen.folders,
+        remote=seen.remote,
+        scan_started=started,
+        stamps=stamps,
+    )
+    return DatasetRead(dataset=dataset, found=found, sources=sources)
 
 
 def none_usable(dataset: Dataset, unreadable: Sequence[UnreadableFile]) -> InputError:
@@ -162,7 +159,7 @@ def run(
         report.begin()
         report.update(**counts.as_report())
         if encoding.read is not None:
-            encoding.read.remember(encoding.out)
+            remember_sources(encoding.out, encoding.read.sources)
         found, remark = encoding.ending(counts)
         report.update(**found)
         report.summary = counts.summary() + remark

@@ -18,7 +18,7 @@ from sd3pipe import cli
 from sd3pipe.cache import plain_zarr
 from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.reader import CacheReader
-from sd3pipe.cache.staleness import remember_sources
+from sd3pipe.cache.staleness import remember_sources, sources_seen
 from sd3pipe.cache.store import missing_rows
 from sd3pipe.fingerprint import hash_file
 
@@ -168,9 +168,8 @@ def photos(out, tmp_path):
         caption.write_text("caption")
         files |= {picture: image_hash, caption: hash_file(caption)}
     remember_sources(
-        out, dataset_file=tmp_path / "dataset.toml", files=files, folders={folder: (".png", ".txt")},
-        scan_started=time.time() + 60,
-    )  # fmt: skip
+        out, sources_seen(dataset_file=tmp_path / "dataset.toml", files=files, folders={folder: (".png", ".txt")},
+        scan_started=time.time() + 60))  # fmt: skip
     return folder
 
 

@@ -8,7 +8,7 @@ import pytest
 from support.fake_cache import captions, fill, wanted_texts
 
 from sd3pipe.cache.folder import machine_folder
-from sd3pipe.cache.staleness import Sources, check_sources, remember_sources
+from sd3pipe.cache.staleness import Sources, check_sources, remember_sources, sources_seen
 from sd3pipe.fingerprint import hash_file
 
 
@@ -30,10 +30,12 @@ def project(tmp_path):
 def remember(project):
     remember_sources(
         project / "caches" / "text",
-        dataset_file=project / "dataset.toml",
-        files={path: hash_file(path) for path in sorted((project / "photos").iterdir())},
-        folders={project / "photos": (".png", ".txt")},
-        scan_started=time.time(),
+        sources_seen(
+            dataset_file=project / "dataset.toml",
+            files={path: hash_file(path) for path in sorted((project / "photos").iterdir())},
+            folders={project / "photos": (".png", ".txt")},
+            scan_started=time.time(),
+        ),
     )
 
 
@@ -96,10 +98,7 @@ def test_a_file_that_changed_during_the_scan_is_not_taken_for_fresh(project):
     picture.write_bytes(b"PIXELS of a")
     remember_sources(
         project / "caches" / "text",
-        dataset_file=project / "dataset.toml",
-        files={picture: digest},
-        folders={},
-        scan_started=started,
+        sources_seen(dataset_file=project / "dataset.toml", files={picture: digest}, folders={}, scan_started=started),
     )
     assert check(project).changes == (f"{picture} was changed",)
 
@@ -144,10 +143,12 @@ def test_a_mask_in_a_folder_of_its_own_counts(project):
     files = {path: hash_file(path) for path in (*sorted((project / "photos").iterdir()), mask)}
     remember_sources(
         project / "caches" / "text",
-        dataset_file=project / "dataset.toml",
-        files=files,
-        folders={project / "photos": (".png", ".txt")},
-        scan_started=time.time(),
+        sources_seen(
+            dataset_file=project / "dataset.toml",
+            files=files,
+            folders={project / "photos": (".png", ".txt")},
+            scan_started=time.time(),
+        ),
     )
     mask.write_bytes(b"another mask")
     assert about(project, "a").state == "changed" and about(project, "b").state == "fresh"

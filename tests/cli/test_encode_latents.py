@@ -17,6 +17,7 @@ from sd3pipe.commands.encode_latents import main
 from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.geometry import views_of_all
 from sd3pipe.data.scan import scan
+from sd3pipe.encoding import latent_rows
 from sd3pipe.encoding.latent_plan import latents_wanted
 from sd3pipe.errors import InputError, ParameterError, QuarantineError
 from sd3pipe.file_stamps import FileStamps
@@ -270,6 +271,18 @@ def test_too_many_broken_pictures_end_with_code_5_and_the_good_rows(project, bas
 def test_the_limit_can_be_raised(project, base, limit):
     break_pictures(project, 2)
     assert encode(project, base, max_quarantined=limit)["quarantined"] == 2
+
+
+def test_pictures_that_vanish_while_they_are_encoded_are_unreadable(project, base, monkeypatch):
+    real = latent_rows.encoded_rows
+
+    def gone(*given):
+        shutil.rmtree(project / "pics")
+        return real(*given)
+
+    monkeypatch.setattr(latent_rows, "encoded_rows", gone)
+    with pytest.raises(QuarantineError, match="4 of 4 pictures unreadable"):
+        encode(project, base)
 
 
 def test_a_dataset_of_broken_pictures_alone_is_an_error(project, base):

@@ -20,6 +20,7 @@ from sd3pipe.cache.tensors import row_to_torch
 from sd3pipe.cli import run
 from sd3pipe.data.captions import tag_frequency
 from sd3pipe.diffusion.prompts import read_prompts
+from sd3pipe.encoding import text_encoding
 
 SMALL = ("--t5xxl-max-token-length", "16", "--threads", "1")
 PICTURES = ("astronaut.png", "chelsea.png", "coffee.png")
@@ -172,6 +173,18 @@ def test_sources_are_remembered_for_the_stat_check(base, project):
     assert check_sources(project / "caches" / "text").state == "fresh"
     (project / "pictures" / "coffee.txt").write_text("a mug", encoding="utf-8")
     assert check_sources(project / "caches" / "text").state == "changed"
+
+
+def test_a_dataset_file_that_is_edited_while_captions_are_encoded_counts_as_changed(base, project, monkeypatch):
+    file, real = project / "dataset.toml", text_encoding.encoded_texts
+
+    def edited(*given):
+        file.write_text(file.read_text() + "caption_prefix = 'sks'\n")
+        return real(*given)
+
+    monkeypatch.setattr(text_encoding, "encoded_texts", edited)
+    encode(base, project)
+    assert check_sources(project / "caches" / "text").changes == (f"{file} was changed",)
 
 
 def test_an_unreadable_picture_is_listed_and_left_out(base, project):

@@ -13,7 +13,7 @@ import torch
 from support.tiny_training import Inputs, equal, make_inputs, pictures
 
 from sd3pipe.adapters.files import read_adapter
-from sd3pipe.cache.staleness import remember_sources
+from sd3pipe.cache.staleness import remember_sources, sources_seen
 from sd3pipe.commands.train import _set_numerics
 from sd3pipe.errors import DeviceMemoryError, ParameterError, Sd3pipeError, StaleError, StorageError
 from sd3pipe.files import lock_file
@@ -147,10 +147,12 @@ def test_rows_older_than_their_pictures_stop_a_run_unless_that_is_fine(tmp_path,
     for cache, suffix in ((inputs.text, ".txt"), (inputs.latents, ".png")):
         remember_sources(
             cache,
-            dataset_file=dataset,
-            files={caption: hash_file(caption)} if suffix == ".txt" else {},
-            folders={caption.parent: (suffix,)},
-            scan_started=time.time(),
+            sources_seen(
+                dataset_file=dataset,
+                files={caption: hash_file(caption)} if suffix == ".txt" else {},
+                folders={caption.parent: (suffix,)},
+                scan_started=time.time(),
+            ),
         )
     assert inputs.train("fresh", max_train_steps=1).report()["sources_checked"] == "fresh"
     caption.write_text("a cup")
