@@ -122,7 +122,7 @@ def _translate(name: str, value: Any, result: Translation) -> None:
     elif row.fate == "refused":
         result.lost.append(f"{shown(name, value)}: {row.text}")
     elif row.fate == "met" and name != "network_module":
-        result.changed.append(f"{shown(name, value)}: {row.otherwise}")
+        result.changed.append(f"{shown(name, value)}: {row.otherwise or row.text}")
     for place in row.places if row else ():
         if place.key == name or place.value is not None:
             result.put(place.file, place.key, value if place.value is None else place.value)

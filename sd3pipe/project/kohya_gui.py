@@ -37,12 +37,15 @@ def from_gui(settings: Mapping[str, Any], where: str) -> tuple[dict[str, Any], s
     """Returns the script's options, and the words that the GUI adds to its command as they are.
 
     Empty fields say nothing, and neither do zeros where the GUI means an empty field. Raises ParameterError for
-    settings of another model.
+    settings of another model, or of its training whole.
     """
     if not settings.get("sd3_checkbox"):
-        others = [name for key, name in _OTHER_FAMILIES.items() if settings.get(key)]
-        if others:
-            raise ParameterError(f"{where}: these are settings for {others[0]}: only SD3 can be translated")
+        family = next((name for key, name in _OTHER_FAMILIES.items() if settings.get(key)), "another model")
+        raise ParameterError(
+            f"{where}: these are settings for {family}: only SD3 (sd3_checkbox = true) can be translated"
+        )
+    if "learning_rate_te" in settings and "LoRA_type" not in settings:  # of the tabs Dreambooth and Finetuning
+        raise ParameterError(f"{where}: these are settings to train a whole model: only LoRA can be translated")
     given = {
         _NAMES.get(key, key): value
         for key, value in settings.items()

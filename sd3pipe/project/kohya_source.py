@@ -1,9 +1,12 @@
 """Reads what a user of sd-scripts has: a command for bash, cmd or PowerShell, a config file, or settings of its GUI."""
 
+import contextlib
+import logging
 import math
+import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,28 @@ from sd3pipe.params.sd_scripts import OPTIONS
 from sd3pipe.problems import shown
 from sd3pipe.project.kohya_gui import from_gui
 
+log = logging.getLogger(__name__)
+
 _SEVERAL = ("words", "floats", "size", "range")  # kinds of options that may be lists
 SCRIPT = "sd3_train_network.py"
-_LINE_END = re.compile(r"[\\^`][ \t]*\n")  # bash, cmd, PowerShell
-_WINDOWS = re.compile(r"[\^`][ \t]*\n|\\[\w.]")  # for bash, a backslash before a letter would be for nothing
+_WINDOWS = re.compile(r"[\^`][ \t]*\n|\\[\w.%]")  # for bash, a backslash before a letter would be for nothing
 _WINDOWS_WORD = re.compile(r"""(?:"[^"]*"|(?<=[\s=])'[^']*'|[^\s"])+""")
-_AFTER_A_COMMAND = ("&&", "||", "|", ";", "&", ">", ">>", "2>&1")
+_QUOTED = r""""(?:\\.|[^"\\])*"|'[^']*'|\\."""
+_QUOTED_ON_WINDOWS = r""""[^"\n]*"|(?<=[\s=])'[^'\n]*'"""
+_BETWEEN_WORDS = (
+    r"[\\^`][ \t]*(?:\n|\Z)"  # a line's end that ends nothing, in bash, cmd and PowerShell
+    r"|(?:^|(?<=\s))#[^\n]*|^[ \t]*@?(?:rem\b|::)[^\n]*"  # remarks
+    r"""|(?<=\s)[\d&*]?>>?[ \t]*(?:&\d|"[^"\n]*"|[^\s;|&]+)"""  # where the output goes
+)
+_BETWEEN_COMMANDS = r"&&|\|\||[;|&\n]"
+_ASSIGNMENT = re.compile(  # of cmd; of bash and PowerShell
+    r"""set\s+"?(\w+)=(.*?)"?|(?:export\s+|\$(?:env:)?)?(\w+)\s*=\s*(?:"([^"]*)"|'([^']*)'|(\S*))""", re.I
+)
+_CHANGE_OF_FOLDER = re.compile(r"(?:cd|chdir|pushd|set-location)\s+\S", re.I)
+_VARIABLE = re.compile(r"\$\{(\w+)\}|\$(?:env:)?([a-z_]\w*)|%([a-z_]\w*)%|!([a-z_]\w*)!", re.I)
+_NOT_EXPANDED = re.compile(rf"{_VARIABLE.pattern}|\$[\w({{@*]\S*", re.I)
+# Quotes, dashes and spaces as web pages print them.
+_OF_THE_WEB = re.compile("(?:^|=)[\u2018\u2019\u201c-\u201e\u2013\u2014]|\xa0")
 
 
 def read_source(words: Sequence[str]) -> dict[str, Any]:
@@ -35,18 +54,42 @@ def read_source(words: Sequence[str]) -> dict[str, Any]:
             return read_config(Path(words[0]))
         case ".json":
             settings, more = from_gui(read_json(Path(words[0]), TypeAdapter(dict[str, Any])), words[0])
-            return {**_typed(settings), **_options(_split(more))}
+            return {**_typed(settings), **read_command(more)}
         case ".sh" | ".bat" | ".cmd" | ".ps1" | ".txt":
             return read_command(read_text(Path(words[0])))
-    return read_command(words[0]) if len(words) == 1 else _options(_behind_the_script(words))
+    if len(words) > 1:
+        return _options(_behind_the_script(words))
+    return read_command(read_text(Path(words[0])) if _is_file(words[0]) else words[0])
+
+
+def _is_file(word: str) -> bool:
+    with contextlib.suppress(OSError):  # a command may be longer than a path can be
+        return Path(word).is_file()
+    return False
 
 
 def read_command(text: str) -> dict[str, Any]:
-    """Returns the options of a command line. Raises ParameterError if it is no command of sd3_train_network.py."""
+    """Returns the options of the one command of sd3_train_network.py in a text, or of a text of options alone.
+
+    Variables that the text or the environment sets have their values. Raises ParameterError.
+    """
     text = text.replace("\r\n", "\n")
-    lines = _LINE_END.sub(" ", text)
-    chosen = next((line for line in lines.splitlines() if SCRIPT in line and not line.startswith("#")), lines)
-    return _options(_behind_the_script(_split(chosen, is_windows=bool(_WINDOWS.search(text)))))
+    is_windows = bool(_WINDOWS.search(text))
+    commands = list(_commands(text, is_windows=is_windows))
+    words = [_split(command, is_windows=is_windows) if SCRIPT in command else [] for command in commands]
+    ours = [number for number, of_a_command in enumerate(words) if any(map(_is_script, of_a_command))]
+    if not ours:
+        return _options(_behind_the_script(_split(" ".join(commands), is_windows=is_windows)))
+    if len(ours) > 1:
+        raise ParameterError(f"{len(ours)} commands of {SCRIPT} stand here, and a project is one training: give one")
+    following = "".join(commands[ours[0] + 1 : ours[0] + 2])
+    if following.startswith("--"):
+        raise ParameterError(
+            f"{following}: begins a line of its own: the line above it must end in \\, ^ or `, with no remark between"
+        )
+    for command in filter(_CHANGE_OF_FOLDER.match, commands[: ours[0]]):
+        log.warning("%s: relative paths count from the current folder: if it is another, run from-kohya there", command)
+    return _options(_behind_the_script(words[ours[0]]))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -54,30 +97,51 @@ def read_config(path: Path) -> dict[str, Any]:
     return _typed(dict(flatten(read_toml(path))))
 
 
-def _split(text: str, *, is_windows: bool = False) -> list[str]:
+def _commands(text: str, *, is_windows: bool) -> Iterator[str]:
+    """Yields a script's commands, each on one line, with the values of the variables that were set before it."""
+    quoted = _QUOTED_ON_WINDOWS if is_windows else _QUOTED
+    marks = re.compile(f"{_BETWEEN_WORDS}|({quoted})|({_BETWEEN_COMMANDS})", re.I | re.M)
+    variables = dict(os.environ)
+    for command in marks.sub(lambda mark: mark[1] or ("\0" if mark[2] else " "), text).split("\0"):
+        if assigned := _ASSIGNMENT.fullmatch(command.strip()):
+            name, value = [*filter(None, assigned.groups()), ""][:2]
+            variables[name] = _expanded(value, variables)
+        elif command.strip():
+            yield _expanded(command.strip(), variables)
+
+
+def _expanded(text: str, variables: Mapping[str, str]) -> str:
+    return _VARIABLE.sub(lambda found: variables.get(next(filter(None, found.groups())), found[0]), text)
+
+
+def _split(text: str, *, is_windows: bool) -> list[str]:
     if is_windows:
+        if text.count('"') % 2:
+            raise ParameterError(f'the command cannot be split into words: a " has no other: {text}')
         words = _WINDOWS_WORD.findall(text)
         return [re.sub(r"""(?<![\w.])'([^']*)'|"([^"]*)\"""", r"\1\2", word) for word in words]
     try:
-        return [word for word in shlex.split(text) if word.strip()]
+        return [word for word in shlex.split(text) if not word.isspace()]
     except ValueError as error:
         raise ParameterError(f"the command cannot be split into words: {error}") from error
 
 
+def _is_script(word: str) -> bool:
+    return re.split(r"[/\\]", word)[-1] == SCRIPT
+
+
 def _behind_the_script(words: Sequence[str]) -> list[str]:
-    """Returns the words of the script's own, up to what pipes it or follows it."""
-    ends = [number for number, word in enumerate(words) if word in _AFTER_A_COMMAND]
-    scripts = [number for number, word in enumerate(words) if word.endswith(".py")]
-    if not scripts:
+    script = next((number for number, word in enumerate(words) if word.endswith(".py")), None)
+    if script is None:
         return list(words)
-    script = scripts[0]
-    if re.split(r"[/\\]", words[script])[-1] != SCRIPT:
+    if not _is_script(words[script]):
         raise ParameterError(f"{words[script]}: only commands of {SCRIPT} (SD3 LoRA training) can be translated")
-    return list(words[script + 1 : next((end for end in ends if end > script), len(words))])
+    return list(words[script + 1 :])
 
 
 def _options(words: Sequence[str]) -> dict[str, Any]:
     """Returns the options in the words behind the script, and below them those of a --config_file."""
+    _check_words(words)
     given: dict[str, list[str]] = {}
     name = ""
     for word in words:
@@ -95,8 +159,17 @@ def _options(words: Sequence[str]) -> dict[str, Any]:
     config = options.pop("config_file", None)
     if config is True:
         raise ParameterError("--config_file: names no file")
-    below = read_config(Path(config if config.endswith(".toml") else f"{config}.toml")) if config else {}
+    below = read_config(Path(config if config.endswith(".toml") else f"{config}.toml").expanduser()) if config else {}
     return {**below, **_typed(options)}
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Raises ParameterError for what the shell would have put in, and for what a web page has put in."""
+    variables = dict.fromkeys(found[0] for word in words for found in _NOT_EXPANDED.finditer(word))
+    if variables:
+        raise ParameterError(f"{', '.join(variables)}: nothing here sets it: put the value in its place")
+    if bent := next((word for word in words if _OF_THE_WEB.search(word)), None):
+        raise ParameterError(f"{bent}: has quotes, dashes or spaces as web pages print them: type them anew")
 
 
 def _value(name: str, words: list[str]) -> Any:

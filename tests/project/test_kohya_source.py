@@ -59,6 +59,63 @@ def test_a_value_with_spaces_and_no_quotes_is_named():
         read_command(r"sd3_train_network.py --train_data_dir C:\my pics")
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("REM sd3_train_network.py --seed 1\nsd3_train_network.py --seed 2", {"seed": 2}),
+        (":: sd3_train_network.py --seed 1\n  # sd3_train_network.py --vae a\nsd3_train_network.py", {}),
+        ("python setup.py && cd x; python sd3_train_network.py --seed 2; echo done", {"seed": 2}),
+        ("echo 'now sd3_train_network.py'\nsd3_train_network.py --enable_bucket; echo", {"enable_bucket": True}),
+        ("sd3_train_network.py --network_args a=b 2>log.txt >> x 2>&1|tee log # mine", {"network_args": ["a=b"]}),
+        ("sd3_train_network.py --caption_separator ';' --seed 2&", {"caption_separator": ";", "seed": 2}),
+        ("sd3_train_network.py --seed 2 \\ \n --output_name a#b \\", {"seed": 2, "output_name": "a#b"}),
+        ("sd3_train_network.py --vae '' --seed 2", {"vae": "", "seed": 2}),
+        ("sd3_train_network.py --metadata_title 'a\n# b; c' --seed 2", {"metadata_title": "a\n# b; c", "seed": 2}),
+        (
+            ('NAME="my cat"\nMORE="--seed 2 --vae \'a b\'"\nS=/x/sd3_train_network.py\n'
+            'DIM=8 python $S --output_name "${NAME}s" $MORE'),
+            {"output_name": "my cats", "seed": 2, "vae": "a b"},
+        ),
+        (
+            ('set NAME=my cat\r\nset "DIR=D:\\pics"\r\n'
+            'sd3_train_network.py ^\r\n --output_name "%NAME%" --vae %DIR%\\x\r\npause'),
+            {"output_name": "my cat", "vae": "D:\\pics\\x"},
+        ),
+        ('$d = "C:\\x"\nsd3_train_network.py `\n --vae $d\\v', {"vae": "C:\\x\\v"}),
+    ],
+)  # fmt: skip
+def test_a_script_is_read_as_its_shell_reads_it(text, found):
+    assert read_command(text) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("sd3_train_network.py --seed 1\nsd3_train_network.py --seed 2", "^2 commands of .* a project is one training"),
+        ("sd3_train_network.py\n --seed 1", "^--seed 1: begins a line of its own"),
+        ("sd3_train_network.py --seed 1 \\\n # --vae a \\\n --dim 2", "^--dim 2: begins a line of its own"),
+        ("sd3_train_network.py --output_name %N% --vae ${M:-x} --seed $1", r"^%N%, \$\{M:-x\}, \$1: nothing here"),
+        ("sd3_train_network.py --vae \u201c/my vae\u201d", "^\u201c/my: has quotes, dashes or spaces as web pages"),
+        ("sd3_train_network.py --enable_bucket \u2014seed 1", "^\u2014seed: has quotes, dashes"),
+        ("sd3_train_network.py --seed\xa01", "has quotes, dashes or spaces"),
+        ('sd3_train_network.py --vae D:\\a --output_name "cat', "cannot be split into words"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_the_command_that_ran_is_named(text, told):
+    with pytest.raises(ParameterError, match=told):
+        read_command(text)
+
+
+def test_a_command_in_a_file_of_any_name_is_read(tmp_path):
+    (tmp_path / "train.command").write_text("cd /elsewhere && python sd3_train_network.py --seed 2")
+    assert read_source([str(tmp_path / "train.command")]) == {"seed": 2}
+
+
+def test_a_change_of_folder_before_the_command_is_told(caplog):
+    assert read_command("cd /elsewhere && python sd3_train_network.py --vae v") == {"vae": "v"}
+    assert "cd /elsewhere: relative paths count from the current folder" in caplog.text
+
+
 def test_the_command_line_beats_its_config_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.toml").write_text('[a]\nnetwork_dim = 4\nseed = 7\noptimizer_args = "weight_decay=0.1 eps=1e-8"\n')
@@ -90,9 +147,19 @@ def test_settings_of_the_gui_have_its_own_names_and_empty_fields(tmp_path):
 
 
 def test_settings_for_another_model_are_refused(tmp_path):
-    (tmp_path / "gui.json").write_text('{"sdxl": true}')
-    with pytest.raises(ParameterError, match="settings for SDXL"):
-        read_source([str(tmp_path / "gui.json")])
+    for settings, told in (
+        ('{"sdxl": true}', "settings for SDXL"),
+        ('{"sd3_checkbox": false}', "settings for another model"),
+        ('{"sd3_checkbox": true, "learning_rate_te": 0}', "settings to train a whole model"),
+    ):
+        (tmp_path / "gui.json").write_text(settings)
+        with pytest.raises(ParameterError, match=told):
+            read_source([str(tmp_path / "gui.json")])
+
+
+def test_words_that_the_gui_adds_keep_their_backslashes(tmp_path):
+    (tmp_path / "gui.json").write_text('{"sd3_checkbox": true, "additional_parameters": "--vae D:\\\\v.safetensors"}')
+    assert read_source([str(tmp_path / "gui.json")])["vae"] == r"D:\v.safetensors"
 
 
 @pytest.mark.parametrize("name, value", [("vae", ["a"]), ("vae", True), ("seed", {"a": 1})])
