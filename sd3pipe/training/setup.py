@@ -17,7 +17,7 @@ from sd3pipe.adapters.network import AdapterNetwork, attach, attach_deltas, chec
 from sd3pipe.adapters.targets import AdapterSpec, learning_rates, target_ranks
 from sd3pipe.diffusion.base_model import load_base
 from sd3pipe.diffusion.precision import BASE_DTYPES
-from sd3pipe.errors import ParameterError
+from sd3pipe.errors import InputError, ParameterError, StaleError
 from sd3pipe.files import make_folder
 from sd3pipe.memory.plan import Settings
 from sd3pipe.models.architecture import MMDiTArchitecture
@@ -35,6 +35,7 @@ from sd3pipe.training.optimizers import check_optimizer_args, make_optimizer, pa
 from sd3pipe.training.picture_losses import picture_ids
 from sd3pipe.training.records import Records
 from sd3pipe.training.run import Run, RunInputs, TrainedModel
+from sd3pipe.training.run_folder import describe
 from sd3pipe.training.saving import Saver, loras_file
 from sd3pipe.training.schedules import make_schedule
 from sd3pipe.training.spilling import SpillWatch, device_is_full
@@ -103,7 +104,15 @@ def build_loop(run: Run, memory: MemoryPlan) -> Loop:
     model = _model(run, memory.settings)
     saver, progressed = Saver(run, model, schedule.warmup_steps), Progressed()
     if checkpoint is not None:
-        saver.restore(checkpoint)
+        try:
+            saver.restore(checkpoint)
+        except InputError as error:
+            if not run.start.changes:
+                raise
+            raise StaleError(
+                f"{checkpoint.path} cannot go on with these changes ({describe(run.start.changes)}): {error}: restore "
+                "what differs, or let --network-weights begin another run from its adapter"
+            ) from error
         progressed = Progressed.from_state(checkpoint.state)
     records = Records(run) if run.processes.is_main else None
     return Loop(

@@ -193,6 +193,15 @@ def test_allowed_changes_go_on_and_are_recorded(inputs):
         inputs.train("allowed", allow_changes=("colour",))
 
 
+def test_a_change_that_a_checkpoint_cannot_take_is_named(inputs):
+    run = inputs.train("wider", max_train_steps=2)
+    with pytest.raises(
+        StaleError, match=r"step-00000002 cannot go on with these changes \(network_dim was .*--network-w"
+    ):
+        inputs.train("wider", network_dim=3, resume=str(run.folder), allow_changes=("network_dim",), max_train_steps=4)
+    assert run.state(2)["step"] == 2
+
+
 def test_going_back_to_a_checkpoint_sets_the_later_ones_aside(inputs):
     run = inputs.train("back", max_train_steps=4)
     expected = run.adapter(4)
