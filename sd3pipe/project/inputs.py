@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3pipe.config import Project
-from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.errors import InputError, ParameterError, Sd3pipeError
 from sd3pipe.models.hub import is_hub_id
 from sd3pipe.models.layouts import Component
 from sd3pipe.models.sources import find_component
@@ -25,7 +25,7 @@ _COMPONENTS: Mapping[str, tuple[Component, ...]] = {
 def check_stages(project: Project, stages: Sequence[Stage], *, allow_code: bool = False) -> dict[str, Params]:
     """Returns the options of each stage by its name. Raises ParameterError or InputError with a line per problem."""
     options: dict[str, Params] = {}
-    problems: list[InputError | ParameterError] = []
+    problems: list[Sd3pipeError] = []
     for stage in stages:
         try:
             options[stage.name] = stage_options(project, stage, allow_code=allow_code)
@@ -35,8 +35,7 @@ def check_stages(project: Project, stages: Sequence[Stage], *, allow_code: bool 
     problems += [problem for stage in checked for problem in _problems(project, stage, options[stage.name], stages)]
     if problems:
         lines = dict.fromkeys(line for problem in problems for line in str(problem).splitlines())
-        kind = ParameterError if any(isinstance(problem, ParameterError) for problem in problems) else InputError
-        raise kind("\n".join(lines))
+        raise min(problems, key=lambda problem: problem.exit_code).__class__("\n".join(lines))
     return options
 
 
@@ -50,9 +49,7 @@ def stage_options(project: Project, stage: Stage, *, allow_code: bool = False) -
     return resolve(models[stage.module], stage.command, given, project=project, stage_models=lambda: models)
 
 
-def _problems(
-    project: Project, stage: Stage, options: Params, wanted: Sequence[Stage]
-) -> Iterator[InputError | ParameterError]:
+def _problems(project: Project, stage: Stage, options: Params, wanted: Sequence[Stage]) -> Iterator[Sd3pipeError]:
     made = {other.out.key: other for other in STAGES}
     for path in paths_of(stage, project.paths):
         where = Path((getattr(options, path.option) if path.option else place(project.paths, path.key)) or "")

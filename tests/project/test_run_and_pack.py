@@ -164,13 +164,6 @@ def test_a_model_that_is_gone_is_told_once(project):
     assert "paths.model is to be filled in: gone.safetensors: there is no such file" in line
 
 
-def test_pictures_that_are_gone_are_told_in_one_line(project):
-    options = {"image_dir": str(project.parent / "photos"), "gone": str(project.parent / "gone")}
-    with edited(project / "dataset.toml", options["image_dir"], options["gone"]):
-        (line,) = sd3pipe("run", "encode-latents", cwd=project, expect=3).stderr.splitlines()
-    assert f"{options['gone']}: there is no such folder" in line
-
-
 def test_train_alone_wants_caches_that_are_there(project):
     done = forked("run", "train", cwd=project, expect=3)
     assert "caches/text: is not there yet: `sd3pipe run encode-text` makes it" in done.stderr
