@@ -83,11 +83,7 @@ class Contents:
 
 
 class CaptionError(InputError):
-    """Captions or folders cannot be used; `problems` has one line for each."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+    """Captions or folders cannot be used: a line for each."""
 
 
 def read_folder(folder: Path, subset: Subset, captions: FileStamps | None) -> FolderRead:
@@ -124,7 +120,7 @@ def read_folder(folder: Path, subset: Subset, captions: FileStamps | None) -> Fo
                 )
             )
     if problems:
-        raise CaptionError(problems)
+        raise CaptionError("\n".join(problems))
     return FolderRead(
         entries=sorted(entries, key=lambda entry: entry.name), others=sorted(others), folders=sorted(folders)
     )
@@ -228,7 +224,7 @@ def walked(folder: Path, recursive: bool) -> Iterator[tuple[str, Path, Mapping[s
                     why = "is no folder"
                 elif isinstance(error, FileNotFoundError):
                     why = f"there is no such folder{nearest_path(folder)}"
-                raise CaptionError([f"{one_line(str(folder))}: {why}"]) from error
+                raise CaptionError(f"{one_line(str(folder))}: {why}") from error
             files, left_alone = {}, [""]
         yield prefix, here, files, left_alone
 

@@ -56,14 +56,12 @@ def read_image_dir(subset: Subset, captions: FileStamps | None, pictures: FileSt
         try:
             there = [path.name for path in where.parent.iterdir() if is_container_name(path.name)]
         except OSError as error:
-            raise CaptionError([f"{where.parent}: the folder cannot be read ({error.strerror})"]) from error
+            raise CaptionError(f"{where.parent}: the folder cannot be read ({error.strerror})") from error
         shards = [(where.parent / name, f"{name}/") for name in _chosen(where.name, there, str(where.parent))]
         return _read_containers(shards, subset, captions, pictures)
     if where.is_file():
         read_here = ", ".join(CONTAINER_ENDINGS)
-        raise CaptionError(
-            [f"{one_line(str(where))}: is no folder, and no file of pictures that is read ({read_here})"]
-        )
+        raise CaptionError(f"{one_line(str(where))}: is no folder, and no file of pictures that is read ({read_here})")
     read = read_folder(where, subset, captions)
     inside = [] if read.entries else _containers(read.others)
     if not inside:
@@ -110,7 +108,7 @@ def _chosen(pattern: str, there: list[str], where: str) -> list[str]:
     for one in expanded(pattern):
         found = {one} & names if not _WILD.search(one) else {name for name in there if fnmatch.fnmatchcase(name, one)}
         if not found:
-            raise CaptionError([f"{one_line(where)}: there is no {one_line(one)}{nearest_path(Path(where) / one)}"])
+            raise CaptionError(f"{one_line(where)}: there is no {one_line(one)}{nearest_path(Path(where) / one)}")
         chosen |= found
     return sorted(chosen)
 
@@ -152,7 +150,7 @@ def _read_containers(
             for sample in contents.samples
         ]
     if problems:
-        raise CaptionError(problems[:20])
+        raise CaptionError("\n".join(problems[:20]))
     return FolderRead(
         entries=sorted(entries, key=lambda entry: entry.name), others=sorted(others), folders=[], keys=keys
     )
@@ -273,5 +271,5 @@ def _texts(files: list[Listed], stamps: FileStamps) -> dict[str, str]:
             continue
         stamps.remember(file.file, "caption", texts[file.name])
     if problems:
-        raise CaptionError(problems[:20])
+        raise CaptionError("\n".join(problems[:20]))
     return texts

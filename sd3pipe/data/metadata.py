@@ -32,7 +32,7 @@ def metadata_entries(subset: Subset) -> list[FoundFile]:
     assert file is not None
     assert not isinstance(subset.image_dir, Remote), "a dataset file with both is refused"
     if subset.image_dir is not None and not subset.image_dir.is_dir():
-        raise CaptionError([f"{subset.image_dir}: there is no such folder{nearest_path(subset.image_dir)}"])
+        raise CaptionError(f"{subset.image_dir}: there is no such folder{nearest_path(subset.image_dir)}")
     problems: list[str] = []
     entries: dict[str, FoundFile] = {}
     times: Counter[str] = Counter()
@@ -57,7 +57,7 @@ def metadata_entries(subset: Subset) -> list[FoundFile]:
             place=Place(path), name=name, caption=caption or None, problem=problem, listed=times[name]
         )
     if problems:
-        raise CaptionError(problems[:20])
+        raise CaptionError("\n".join(problems[:20]))
     return [entries[name] for name in sorted(entries)]
 
 
@@ -111,12 +111,12 @@ def read_metadata(file: Path) -> str:
     try:
         return read_text(file, most_bytes=MOST_LIST_BYTES)
     except DocumentError as error:
-        raise CaptionError([str(error)]) from error
+        raise CaptionError(str(error)) from error
 
 
 def _check_ending(file: Path) -> None:
     if file.suffix.lower() not in (".json", ".jsonl", ".csv"):
-        raise CaptionError([f"{file}: a metadata_file ends in .json, .jsonl or .csv"])
+        raise CaptionError(f"{file}: a metadata_file ends in .json, .jsonl or .csv")
 
 
 def _records(text: str, file: Path) -> Iterator[tuple[str, Any, Any]]:
@@ -127,7 +127,7 @@ def _records(text: str, file: Path) -> Iterator[tuple[str, Any, Any]]:
         if ending == ".json":
             content = parse_json(text, _ANYTHING, str(file))
             if not isinstance(content, Mapping):
-                raise CaptionError([f"{file}: must be a table from picture names to captions and tags"])
+                raise CaptionError(f"{file}: must be a table from picture names to captions and tags")
             for name, record in content.items():
                 yield f"{file}: {name!r}", name, record
         elif ending == ".jsonl":
@@ -139,9 +139,9 @@ def _records(text: str, file: Path) -> Iterator[tuple[str, Any, Any]]:
             for record in (table := csv.DictReader(io.StringIO(text))):
                 yield f"{file}: line {table.line_num}", _first(record, _PATH_FIELDS), record
     except csv.Error as error:
-        raise CaptionError([f"{file}: is not valid CSV: {error}"]) from error
+        raise CaptionError(f"{file}: is not valid CSV: {error}") from error
     except DocumentError as error:
-        raise CaptionError([str(error)]) from error
+        raise CaptionError(str(error)) from error
 
 
 def _first(record: Any, fields: tuple[str, ...]) -> Any:

@@ -139,7 +139,7 @@ def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True, wi
                 entries = read.entries
                 left_out += left_out_of_folder(subset, read, dataset, with_captions=with_captions)
         except CaptionError as error:
-            problems += error.problems
+            problems.append(str(error))
             continue
         cached: CachedCaptions = {}
         if subset.caption_cache is not None and with_captions and with_cached:

@@ -13,8 +13,10 @@ from support.photographs import write_photographs
 from support.tiny_base import write_tiny_base
 
 from sd3pipe.config import read_project
+from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.project.amounts import count_texts
+from sd3pipe.project.inputs import check_stages
 from sd3pipe.stages import command_words, stages_of
 
 
@@ -74,6 +76,15 @@ def test_stages_stand_in_order_with_their_paths(folder):
 def test_missing_paths_are_all_named(folder):
     (folder / "project.toml").write_text('[paths]\nmodel = "m"\n')
     assert forked("run", cwd=folder, expect=2).stderr.count("is missing") == 4
+
+
+def test_a_folder_that_is_gone_is_told_in_one_line(folder):
+    subsets = "".join(f"[[datasets.subsets]]\nimage_dir = '{name}'\n" for name in ("none", "nowhere"))
+    (folder / "dataset.toml").write_text(f"[[datasets]]\nresolution = 64\n{subsets}")
+    project = read_project(folder)
+    with pytest.raises(InputError) as caught:
+        check_stages(project, [stage for stage in stages_of(project.paths) if stage.name == "encode-latents"])
+    assert "none: there is no such folder" in str(caught.value).splitlines()
 
 
 def test_dry_run_shows_what_differs_from_the_project_and_what_is_ahead(project):
