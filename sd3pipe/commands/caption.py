@@ -24,7 +24,7 @@ from sd3pipe.data.caption_cache import CachedCaptions, read_captions
 from sd3pipe.data.dataset_file import Dataset, folder_dataset, load_dataset
 from sd3pipe.data.looks import Looks, look_warnings
 from sd3pipe.data.scan import Picture, Scan, scan, tell_about_pictures
-from sd3pipe.encoding.stage import Encoding, run
+from sd3pipe.encoding.stage import Encoding, none_usable, run
 from sd3pipe.errors import ParameterError, UnreadablePicture
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.tokenizer_folders import find_tokenizers
@@ -168,7 +168,10 @@ def _prepare(params: CaptionParams) -> _Captions:
     _counter(params)
     others = [read_captions(cache) for cache in params.lines_of]
     stamps = FileStamps(machine_folder(params.out) / "stat.json", trust=not params.rehash)
-    found = scan(_dataset(params), stamps, with_cached=False)
+    dataset = _dataset(params)
+    found = scan(dataset, stamps, with_cached=False)
+    if not found.pictures:
+        raise none_usable(dataset, found.unreadable)
     tell_about_pictures(found)
     for line in found.left_out:
         log.warning("%s", line)

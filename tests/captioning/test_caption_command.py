@@ -139,6 +139,13 @@ def test_an_unreadable_picture_is_left_out(folder, caption):
     assert report["quarantined"] == 1 and "bad" not in texts(folder)
 
 
+def test_nothing_to_caption_is_told(folder, caption):
+    for picture in (folder / "pictures").glob("*.png"):
+        picture.write_bytes(b"broken")
+    _, printed = caption(code=3)
+    assert "none of 4 pictures can be used" in printed.err
+
+
 def test_a_captioner_that_wants_to_run_code_is_refused(folder, caption, captioner, tmp_path):
     odd = tmp_path / "odd"
     shutil.copytree(captioner, odd)
