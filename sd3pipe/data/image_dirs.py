@@ -62,6 +62,8 @@ def read_image_dir(subset: Subset, captions: FileStamps | None, pictures: FileSt
     if where.is_file():
         read_here = ", ".join(CONTAINER_ENDINGS)
         raise CaptionError(f"{one_line(str(where))}: is no folder, and no file of pictures that is read ({read_here})")
+    if is_container_name(where.name) and not where.exists():
+        raise CaptionError(f"{one_line(str(where))}: there is no such file{nearest_path(where)}")
     read = read_folder(where, subset, captions)
     inside = [] if read.entries else _containers(read.others)
     if not inside:

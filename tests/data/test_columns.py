@@ -164,5 +164,7 @@ def test_what_git_left_in_the_place_of_large_files_is_told(tmp_path):
 
 def test_a_file_that_is_no_folder_says_what_is_read(tmp_path):
     (tmp_path / "pictures.zip").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"cats.tar: there is no such file"):
+        scanned(tmp_path / "cats.tar")
     with pytest.raises(InputError, match=r"pictures.zip: is no folder, and no file of pictures that is read \(.tar, "):
         scanned(tmp_path / "pictures.zip")
