@@ -332,5 +332,5 @@ class StageReport:
 
 def _refusal_path(report: Path) -> Path:
     """Returns where the report of a stage goes that was refused, beside OUT and kept out of git and DVC like all."""
-    out = report.parent if report.name == "report.json" else report.with_name(report.name.removesuffix(".report.json"))
-    return Path(f"{out.absolute()}.refused.report.json")
+    out = report.parent if report.name == "report.json" else str(report).removesuffix(".report.json")
+    return Path(f"{Path(out).absolute()}.refused.report.json")

@@ -29,6 +29,16 @@ def _no_address(value: Any) -> Any:
 OptionPath = Annotated[Path, Field(strict=False), BeforeValidator(_no_address)]  # TOML has no paths, only strings
 NewFilePath = Annotated[OptionPath, AfterValidator(followed)]  # refused before any work where no file can come to lie
 
+
+def _not_around_here(path: Path) -> Path:
+    """Refuses the current folder and those above it: what lies in the place of a run may be set aside."""
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise ValueError("is the current folder, or holds it: name a folder of its own")
+    return path
+
+
+RunPath = Annotated[OptionPath, AfterValidator(_not_around_here)]
+
 R = TypeVar("R")
 
 Role = Literal["path", "recipe", "identity", "free"]
@@ -57,7 +67,7 @@ class Params(BaseModel):
     An attribute that is declared with `group` is the rule of its type, and each field of that rule is an option.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

@@ -69,6 +69,11 @@ def resolve(
         values[name], origins[name] = value, _shown_name(name, model.model_fields[name])
     checked: dict[str, Any] = {}
     for name, value in values.items():
+        several = value if isinstance(value, list) else [value]
+        if "" in several and option_extra(model.model_fields[name])["role"] == "path":  # which would be here
+            joined = _joined(origins[name])
+            problems.append(f"{origins[name]}{joined}'': is empty, and the path of a file or folder is wanted")
+            continue
         try:
             checked[name] = check_value(model.model_fields[name], value, from_text=name in given)
         except ValidationError as error:
@@ -112,7 +117,7 @@ def _read_config(
             problems.append(f"{path}: {key}: {name} is set twice")
         elif name is not None:
             extra = option_extra(model.model_fields[name])
-            if extra["role"] == "path" and project is not None and isinstance(value, str):
+            if extra["role"] == "path" and project is not None and isinstance(value, str) and value:
                 value = relative_to(project.folder, value, may_be_hub_id=extra["paths_key"] in HUB_KEYS)
             values[name] = value
         elif key in _GONE:
@@ -172,15 +177,20 @@ def check_value(field: FieldInfo, value: Any, *, from_text: bool) -> Any:
     """Returns `value` as the field's type: strict for a file's values, parsed for the command line's strings."""
     if takes_several(field):  # TOML has lists only, and one path of project.toml may stand for several
         value = tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
-    adapter: TypeAdapter[Any] = TypeAdapter(field.rebuild_annotation(), config=ConfigDict(strict=not from_text))
+    adapter: TypeAdapter[Any] = TypeAdapter(
+        field.rebuild_annotation(), config=ConfigDict(strict=not from_text, allow_inf_nan=False)
+    )
     return adapter.validate_python(value)
 
 
 def _problem(origin: str, value: Any, error: ValidationError) -> str:
     reasons = {reason(item) for item in error.errors()}
     shown = repr(value) if not isinstance(value, str) or not value else value
-    joined = " " if origin.startswith("--") else " = "
-    return f"{origin}{joined}{shown}: {'; '.join(sorted(reasons))}"
+    return f"{origin}{_joined(origin)}{shown}: {'; '.join(sorted(reasons))}"
+
+
+def _joined(origin: str) -> str:
+    return " " if origin.startswith("--") else " = "
 
 
 def _missing(model: type[Params], command: str, present: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
-from sd3pipe.params.fields import OptionPath, Params, group, option
+from sd3pipe.params.fields import OptionPath, Params, RunPath, group, option
 from sd3pipe.params.stage import MMDIT, StageParams, base_model
 from sd3pipe.rules.adapter import AdapterRules
 from sd3pipe.rules.description import Description
@@ -59,7 +59,7 @@ class TrainParams(StageParams):
         None, "Cache of encoded sample prompts; without it no samples are drawn.",
         role="path", panel=_PATHS, paths_key="caches/prompts",
     )
-    out: OptionPath = option(
+    out: RunPath = option(
         ..., "Folder of the run.", role="path", panel=_PATHS, paths_key="run", aliases=("output_dir",)
     )
     mmdit: OptionPath | None = MMDIT

@@ -214,7 +214,9 @@ def _parsed(kind: str, value: Any) -> Any:
     if kind == "steps" and isinstance(value, str):
         share = value.endswith("%")
         number = _number(value.removesuffix("%"), float)
-        return value if number == value else number / 100 if share else int(number) if number >= 1 else number
+        if number == value or (share and number >= 100):
+            return value  # which no stage takes
+        return number / 100 if share else int(number) if number >= 1 else number
     return _number(value, int if kind == "int" else float) if kind in ("int", "float") else value
 
 

@@ -11,8 +11,10 @@ from sd3pipe.words import SchedulerName
 
 
 def _steps_or_ratio(value: Any) -> Any:
-    """Returns "10%" as 0.1, as sd-scripts reads it."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*%\s*", value) if isinstance(value, str) else None
+    """Returns "10%" as 0.1, as sd-scripts reads it. Raises ValueError for a share that would be read as steps."""
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*", value) if isinstance(value, str) else None
+    if match and float(match[1]) >= 100:
+        raise ValueError("must be less than 100%")
     return float(match[1]) / 100 if match else value
 
 

@@ -11,6 +11,7 @@ from sd3pipe.errors import ParameterError
 from sd3pipe.params.export import ExportParams
 from sd3pipe.params.fields import OptionPath, Params, option
 from sd3pipe.params.resolve import resolve
+from sd3pipe.params.train import TrainParams
 
 
 class ToyParams(Params):
@@ -208,6 +209,37 @@ def test_problems_are_told_in_the_users_words():
         resolve(TogetherParams, "toy", {"first": False})
     with pytest.raises(ParameterError, match=r"^STAGES .*must be 'train' or 'export' \(did you mean train\?\)$"):
         resolve(TogetherParams, "toy", {"stages": ["trian"]})
+
+
+def test_a_path_of_no_letters_is_refused(tmp_path):
+    """As a variable leaves it that the shell does not know; it would be the current folder."""
+    file = tmp_path / "toy.toml"
+    file.write_text('text = ""\n')
+    project = Project(folder=tmp_path, paths={})
+    with pytest.raises(ParameterError) as raised:
+        resolve(ToyParams, "toy", {"model": ""}, config=file, project=project)
+    assert str(raised.value).splitlines() == [
+        f"{file}: text = '': is empty, and the path of a file or folder is wanted",
+        "--model '': is empty, and the path of a file or folder is wanted",
+    ]
+
+
+@pytest.mark.parametrize("number", ["inf", "nan", "-inf"])
+def test_a_number_without_end_is_refused(tmp_path, number):
+    file = tmp_path / "toy.toml"
+    file.write_text(f"learning_rate = {number}\n")
+    for given, config in (({"learning_rate": number}, None), ({}, file)):
+        with pytest.raises(ParameterError, match=r"learning.rate.*must be a finite number"):
+            resolve(ToyParams, "toy", {"model": "m", **given}, config=config)
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_a_run_is_not_laid_around_the_current_folder(tmp_path, monkeypatch, out):
+    """Another run in its place would set all of that aside."""
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    with pytest.raises(ParameterError, match=f"--out {out}: is the current folder, or holds it"):
+        resolve(TrainParams, "train", {"model": "m", "text": "t", "latents": "l", "out": out})
 
 
 def test_a_missing_file_names_the_nearest_and_a_folder_is_told(tmp_path):

@@ -1,6 +1,7 @@
 """A stage's report tells of the last call that made something; a refused one has a report of its own."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -65,3 +66,12 @@ def test_a_damaged_report_is_left_alone(out):
         call(out, error=InputError("no such file"))
     assert (out.parent / "out.report.json").read_text() == "{"
     assert json.loads((out.parent / "out.refused.report.json").read_text())["error"] == "no such file"
+
+
+@pytest.mark.parametrize("out", [".", "..", "a"])
+def test_a_report_beside_the_current_folder_can_be_written(tmp_path, monkeypatch, out):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(InputError), StageReport("export", Path(f"{out}.report.json"), {}):
+        raise InputError("refused")
+    assert Path(f"{out}.report.json").exists()

@@ -81,6 +81,7 @@ def test_a_value_with_spaces_and_no_quotes_is_named():
             'sd3_train_network.py ^\r\n --output_name "%NAME%" --vae %DIR%\\x\r\npause'),
             {"output_name": "my cat", "vae": "D:\\pics\\x"},
         ),
+        ("sd3_train_network.py --lr_warmup_steps 200%", {"lr_warmup_steps": "200%"}),
         ('$d = "C:\\x"\nsd3_train_network.py `\n --vae $d\\v', {"vae": "C:\\x\\v"}),
     ],
 )  # fmt: skip

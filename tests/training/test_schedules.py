@@ -85,6 +85,9 @@ def test_steps_are_counts_or_ratios():
     assert resolve_steps(100, 2000) == 100
     paths = {"model": "m", "text": "t", "latents": "l", "out": "o"}
     assert TrainParams(**paths, lr_warmup_steps="10%").lr_warmup_steps == 0.1
+    for share in ("100%", "250%"):  # 1.0 and 2.5 would be steps
+        with pytest.raises(ValueError, match="must be less than 100%"):
+            TrainParams(**paths, lr_warmup_steps=share)
     assert make_schedule(ScheduleRules(lr_scheduler="constant"), 100).warmup_steps == 0
     with pytest.raises(ValueError, match="has no warm-up"):
         TrainParams(**paths, lr_scheduler="constant", lr_warmup_steps=10)
