@@ -319,8 +319,11 @@ def _open_without_waiting(path: str, flags: int) -> int:
 def nearest_path(path: Path) -> str:
     """Returns ' (did you mean X?)' for what lies beside a missing path and has the nearest name, or nothing.
 
-    Of a path as TOML makes it of Windows' backslashes between double quotes, says what happened to it.
+    Of a link that leads nowhere, and of a path as TOML makes it of Windows' backslashes between double quotes, says
+    what happened to it.
     """
+    if path.is_symlink():
+        return f" (it is a link to {os.path.realpath(path)})"
     if any(escaped in str(path) for escaped in "\b\t\n\f\r"):
         return " (a backslash begins an escape between double quotes: write /, or put the path into single quotes)"
     try:

@@ -140,6 +140,8 @@ def test_a_path_of_windows_is_no_repository_of_the_hub(path):
 
 def test_a_path_that_another_system_finds_in_any_case_is_proposed_as_it_is_written(tmp_path):
     (tmp_path / "Photos").mkdir()
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert nearest_path(tmp_path / "gone") == f" (it is a link to {tmp_path / 'nowhere'})"
     assert nearest_path(tmp_path / "PHOTOS") == f" (did you mean {tmp_path / 'Photos'}?)"
 
 

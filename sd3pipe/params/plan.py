@@ -40,8 +40,8 @@ class PlanParams(Params):
         panel=_MACHINE, advanced=True, gt=0,
     )
     resolution: str | None = option(
-        None, "Width and height of a picture in pixels, or one for both. Default: the dataset's largest, else 1024.",
-        panel=_STEP, pattern=r"^\d+([,x]\d+)?$",
+        None, "Pixels of a picture, such as 1024 or 768,512. Default: the dataset's largest, else 1024.",
+        panel=_STEP, pattern=r"^[1-9]\d{0,5}([,x][1-9]\d{0,5})?$",
     )
     train_batch_size: int = option(1, "Pictures per forward pass.", panel=_STEP, ge=1)
     gradient_accumulation_steps: int = option(1, "Forward passes per step.", panel=_STEP, ge=1)

@@ -77,7 +77,7 @@ def resolve(
         try:
             checked[name] = check_value(model.model_fields[name], value, from_text=name in given)
         except ValidationError as error:
-            problems.append(_problem(origins[name], value, error))
+            problems.append(_problem(origins[name], value, error, model.model_fields[name]))
     if project is not None and command.startswith("encode-"):  # train goes on from the caches that are there
         gone = [key for key in project.paths if key in _GONE]
         problems += [f"{project.file}: paths.{key}: not supported: {_GONE[key]}" for key in gone]
@@ -183,8 +183,9 @@ def check_value(field: FieldInfo, value: Any, *, from_text: bool) -> Any:
     return adapter.validate_python(value)
 
 
-def _problem(origin: str, value: Any, error: ValidationError) -> str:
-    reasons = {reason(item) for item in error.errors()}
+def _problem(origin: str, value: Any, error: ValidationError, field: FieldInfo) -> str:
+    wanted = f"is not of the form that is wanted: {field.description}"  # instead of a regular expression
+    reasons = {wanted if item["type"] == "string_pattern_mismatch" else reason(item) for item in error.errors()}
     shown = repr(value) if not isinstance(value, str) or not value else value
     return f"{origin}{_joined(origin)}{shown}: {'; '.join(sorted(reasons))}"
 

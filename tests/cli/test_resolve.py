@@ -10,6 +10,7 @@ from sd3pipe.config import Project, find_project, read_project
 from sd3pipe.errors import ParameterError
 from sd3pipe.params.export import ExportParams
 from sd3pipe.params.fields import OptionPath, Params, option
+from sd3pipe.params.plan import PlanParams
 from sd3pipe.params.resolve import resolve
 from sd3pipe.params.train import TrainParams
 
@@ -240,6 +241,14 @@ def test_a_run_is_not_laid_around_the_current_folder(tmp_path, monkeypatch, out)
     monkeypatch.chdir(tmp_path / "in")
     with pytest.raises(ParameterError, match=f"--out {out}: is the current folder, or holds it"):
         resolve(TrainParams, "train", {"model": "m", "text": "t", "latents": "l", "out": out})
+
+
+def test_a_form_is_told_in_words():
+    """And not as the regular expression that checks it."""
+    for value in ("512x", "0", "1024,0"):
+        told = f"--resolution {value}: is not of the form that is wanted: .*such as 1024 or 768,512"
+        with pytest.raises(ParameterError, match=told):
+            resolve(PlanParams, "plan", {"resolution": value})
 
 
 def test_a_missing_file_names_the_nearest_and_a_folder_is_told(tmp_path):
