@@ -101,6 +101,8 @@ def _exit_code(arguments: list[str]) -> int:
             return _stopped(f"stopped by {stopping.reason()} ({type(error).__name__}: {error})")
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # in a dataset or a list of pictures
             return _fail(f"{str(error.filename)[:60]}...: the name is too long for the file system", ExitCode.INPUT)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:  # of a redirection
+            return _fail("the output cannot be written: the disk is full", ExitCode.STORAGE)
         return _fail(_keep_traceback(error), ExitCode.BUG)
     return result if isinstance(result, int) else ExitCode.DONE
 

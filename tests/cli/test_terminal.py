@@ -1,5 +1,7 @@
 """What comes from names, captions and metadata reaches a terminal as text: no escape sequence, no markup of rich."""
 
+import errno
+import io
 import json
 import logging
 import os
@@ -112,3 +114,15 @@ def test_a_current_folder_that_was_deleted_is_one_line(tmp_path, monkeypatch, ca
     (tmp_path / "gone").rmdir()
     assert run(["cache", "ls", "x"]) == 3
     assert "the current folder is not there any more" in capsys.readouterr().err
+
+
+class FullDisk(io.StringIO):
+    def write(self, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_an_output_that_a_full_disk_does_not_take_is_no_bug_of_ours(tmp_path, monkeypatch, capsys):
+    fill(tmp_path / "text", wanted_texts(captions(3)))
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    assert run(["cache", "ls", str(tmp_path / "text")]) == 7
+    assert capsys.readouterr().err == "error: the output cannot be written: the disk is full\n"
