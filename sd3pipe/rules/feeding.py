@@ -34,7 +34,8 @@ class ReadingRules:
     """How rows and weights are read."""
 
     max_data_loader_n_workers: int | None = rule(
-        None, "Processes that read caches ahead; default: 2 with CUDA, none on the CPU.", advanced=True, ge=0
+        None, "Processes that read caches ahead, at most one a core; default: 2 with CUDA, none on the CPU.",
+        advanced=True, ge=0,
     )
     verify_reads: VerifyReads = rule("first", "When a row's digest is checked.", advanced=True)
     verify_weights: bool = rule(

@@ -15,6 +15,7 @@ from sd3pipe.adapters.files import read_adapter
 from sd3pipe.adapters.kinds import check_option, check_spec
 from sd3pipe.adapters.network import AdapterNetwork, attach, attach_deltas, check_fit, merge_into, trained_shapes
 from sd3pipe.adapters.targets import AdapterSpec, learning_rates, target_ranks
+from sd3pipe.cores import usable_cores
 from sd3pipe.diffusion.base_model import load_base
 from sd3pipe.diffusion.precision import BASE_DTYPES
 from sd3pipe.errors import InputError, ParameterError, StaleError
@@ -189,6 +190,6 @@ def _steps_from(run: Run, model: TrainedModel, position: Position) -> Iterator[S
         num_ranks=processes.count,
     )
     rules = FeedRules.of(params, model.objective.mmdit.context_embedder.compute_dtype)
-    workers = (2 if on_gpu else 0) if workers is None else workers
+    workers = (2 if on_gpu else 0) if workers is None else min(workers, usable_cores())
     steps = load_steps(Feed(data.train, data.latents, data.text, rules), plans, workers=workers, pin_memory=on_gpu)
     return with_modulation(steps, model.streamer.prepare) if model.streamer.prepares_modulation else steps

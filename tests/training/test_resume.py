@@ -21,6 +21,8 @@ from sd3pipe.fingerprint import hash_file
 from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import find_component
 from sd3pipe.picture_losses import read_picture_losses
+from sd3pipe.training import setup
+from sd3pipe.training.feed import load_steps
 from sd3pipe.training.step_runner import StepRunner
 
 STEPS = 6
@@ -123,6 +125,21 @@ def test_worker_processes_change_nothing(inputs):
     alone = inputs.train("workers-0", max_train_steps=4)
     helped = inputs.train("workers-2", max_train_steps=4, max_data_loader_n_workers=2, output_name="workers-0")
     assert_same_run(alone, helped, step=4)
+
+
+def test_worker_processes_are_no_more_than_cores(inputs, monkeypatch):
+    """As in sd-scripts, whose default of 8 a translated project has; torch would warn of them at each start."""
+    asked: list[int] = []
+
+    def load(feed, plans, *, workers, pin_memory):
+        asked.append(workers)
+        return load_steps(feed, plans, workers=0, pin_memory=pin_memory)
+
+    monkeypatch.setattr(setup, "load_steps", load)
+    monkeypatch.setattr(setup, "usable_cores", lambda: 3)
+    for number in (2, 8):
+        inputs.train(f"of-{number}-workers", max_train_steps=2, max_data_loader_n_workers=number)
+    assert asked == [2, 3]
 
 
 def test_more_steps_under_a_constant_schedule_continue_exactly(inputs, caplog):
