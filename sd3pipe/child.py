@@ -31,8 +31,8 @@ class ChildFailed(Sd3pipeError):
 def run_child(what: str, arguments: Sequence[str], *, same_command: str, folder: Path | None = None) -> None:
     """Runs `sd3pipe ARGUMENTS`, in `folder` if given. Raises Stopped where it was stopped on purpose, else ChildFailed.
 
-    `what` and `same_command` are for the message: what was run, and what to run again. Ctrl-C and SIGTERM are handed on
-    and waited for: the command finishes its step, saves, and says so itself.
+    `what` and `same_command` are for the message: what was run, and what to run again. Signals that ask to stop are
+    handed on and waited for: the command finishes its step, saves, and says so itself.
     """
     stopping.check()
     code = _exit_code(_command(arguments), folder)

@@ -65,7 +65,7 @@ class DeviceMemoryError(Sd3pipeError):
 
 
 class Stopped(Sd3pipeError):
-    """Stopped on purpose (Ctrl-C, SIGTERM, time limit); the same command goes on."""
+    """Stopped on purpose (Ctrl-C, SIGTERM, SIGHUP, time limit); the same command goes on."""
 
     exit_code = ExitCode.STOPPED
 

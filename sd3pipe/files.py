@@ -322,11 +322,11 @@ def nearest_path(path: Path) -> str:
     Of a link that leads nowhere, and of a path as TOML makes it of Windows' backslashes between double quotes, says
     what happened to it.
     """
-    if path.is_symlink():
-        return f" (it is a link to {os.path.realpath(path)})"
     if any(escaped in str(path) for escaped in "\b\t\n\f\r"):
         return " (a backslash begins an escape between double quotes: write /, or put the path into single quotes)"
     try:
+        if path.is_symlink():
+            return f" (it is a link to {os.path.realpath(path)})"
         names = {other.name.casefold(): other.name for other in path.parent.iterdir()}
     except OSError:
         return ""

@@ -1,4 +1,4 @@
-"""Stopping on purpose: Ctrl-C and SIGTERM leave a wish that no library can swallow, and the program looks at it.
+"""Stopping on purpose: Ctrl-C, SIGTERM and SIGHUP leave a wish that no library swallows, and the program looks at it.
 
 A handler that raised would do so anywhere: inside an import, which leaves half a module behind, or below a library's
 own `except`, which loses the wish. So a signal only notes it, and says at once that it was heard. Whatever takes its
@@ -18,10 +18,13 @@ from types import FrameType
 
 from sd3pipe.errors import Stopped
 
-# Ctrl-C and SIGTERM; on Windows, where nobody else can send those two, Ctrl-Break as well.
+# Ctrl-C, SIGTERM and, of a terminal that is gone, SIGHUP; on Windows, where nobody else can send those, Ctrl-Break.
 SIGNALS = tuple(
-    signal.Signals(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)
+    signal.Signals(getattr(signal, name))
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+    if hasattr(signal, name)
 )
+_HANGUP = getattr(signal, "SIGHUP", None)
 _SAME_WISH_SECONDS = 1.0  # a process and its group are often told both
 
 
@@ -33,6 +36,7 @@ class _Ears:
         self.may_break_off = False
         self.hand_on: Callable[[int], None] | None = None
         self._heard_at = 0.0
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
         self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
         self._told, self._teller = socket.socketpair()  # Windows makes no pipe that does not block
 
@@ -72,6 +76,8 @@ class _Ears:
         now, first = time.monotonic(), not self._heard_at
         self._heard_at = self._heard_at or now
         self.reason = self.reason or signal.Signals(number).name
+        if number == _HANGUP:
+            self._leave_terminals()
         if self.hand_on is not None:
             self.hand_on(number)
         elif first:
@@ -80,12 +86,19 @@ class _Ears:
         elif now - self._heard_at > _SAME_WISH_SECONDS:
             os._exit(128 + number)  # as shells count a death by a signal; the main thread may be deep in a library
 
+    def _leave_terminals(self) -> None:
+        """Sends nowhere what would go to a terminal that is gone: to write there is an error, before all is saved."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in self._terminals:
+            os.dup2(nowhere, number)
+        os.close(nowhere)
+
 
 _ears: _Ears | None = None
 
 
 def listen() -> bool:
-    """Hears Ctrl-C and SIGTERM from here on, and returns whether it did not before.
+    """Hears signals that ask to stop from here on, and returns whether it did not before.
 
     A signal that this process was started to ignore stays ignored. Only the main thread can listen.
     """
@@ -157,7 +170,7 @@ def handing_on(hand_on: Callable[[int], None]) -> Iterator[None]:
 
 
 def leave_to_parent() -> None:
-    """Ignores both signals, in a worker process that its parent ends."""
+    """Ignores these signals, in a worker process that its parent ends."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

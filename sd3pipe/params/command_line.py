@@ -110,10 +110,14 @@ def answer_others(command_name: str, model: type[Params], arguments: list[str]) 
 
     Raises ParameterError with one line for each option that the stage does not have, as for a key of its file.
     """
-    if command_name.replace("-", "_") not in STAGE_MODULES:
-        return arguments
     names = {CONFIG_OPTION, "help", "help_all", *model.model_fields}
     known = {option_name(name) for name in names} | {f"--no-{option_name(name)[2:]}" for name in names}
+    if command_name == "from-kohya":
+        ours = itertools.takewhile(lambda word: word != "--", arguments)
+        if foreign := [word for word in ours if word.startswith("--") and word.partition("=")[0] not in known]:
+            raise ParameterError(f"{foreign[0]}: is no option of from-kohya: put the command in quotes, or after --")
+    if command_name.replace("-", "_") not in STAGE_MODULES:
+        return arguments
     kept: list[str] = []
     problems: list[str] = []
     words = iter(arguments)

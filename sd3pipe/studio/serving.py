@@ -60,7 +60,7 @@ class _Server(uvicorn.Server):
 
 
 def serve(app: ASGIApp, sock: socket.socket, closing: Callable[[], None]) -> None:
-    """Serves until Ctrl-C or SIGTERM; `closing` is told first, in the loop, so that streams end."""
+    """Serves until it is asked to stop; `closing` is told first, in the loop, so that streams end."""
     config = uvicorn.Config(
         app,
         log_config=None,

@@ -1,7 +1,6 @@
 """Works off the queue, one job after another, in a process that needs no studio and outlives it."""
 
 import itertools
-import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +40,7 @@ def _do(queue: Queue, job: Job) -> None:
             code = ExitCode.STOPPED
         elif code == ExitCode.DONE:
             code = _run(queue, job, number, _again(command) if number == job.at and job.mark else list(command))
-    is_stop = code == ExitCode.STOPPED or -code in (signal.SIGINT, signal.SIGTERM)
+    is_stop = code == ExitCode.STOPPED or -code in stopping.SIGNALS
     state: State = "done" if code == ExitCode.DONE else "stopped" if is_stop else "failed"
     queue.update(job.id, lambda job: replace(job, state=state, exit_code=code, ended=time.time(), mark=""))
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a command with exit code 75 and one line, and reach the command that another one runs."""
+"""Ctrl-C, SIGTERM and SIGHUP end a command with exit code 75 and one line, and reach what another command runs."""
 
 import os
 import signal
@@ -141,6 +141,41 @@ def test_a_second_signal_ends_what_does_not_answer(number, how):
     assert process.poll() is None
     process.send_signal(number)
     assert process.wait(timeout=20) == 128 + number
+
+
+ON_A_TERMINAL = """
+import sys
+from pathlib import Path
+from sd3pipe import cli, stopping
+from sd3pipe.commands import doctor
+
+def program(params):
+    print("ready", flush=True)
+    while not stopping.reason():
+        pass
+    while sys.stdout.isatty():
+        pass
+    print("nobody reads this", flush=True)
+    print("nor this", file=sys.stderr, flush=True)
+    Path(sys.argv[1]).write_text("saved")
+    stopping.check()
+
+doctor.main = program
+Path(sys.argv[2]).write_text(str(cli.run(["doctor"])))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals to close")
+def test_a_terminal_that_is_gone_leaves_time_to_save(tmp_path):
+    import pty
+
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(sys.executable, [sys.executable, "-c", ON_A_TERMINAL, tmp_path / "state", tmp_path / "code"])
+    assert os.read(terminal, 100).startswith(b"ready")
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    assert ((tmp_path / "state").read_text(), (tmp_path / "code").read_text()) == ("saved", "75")
 
 
 CHILD = """

@@ -9,6 +9,7 @@ from support.command_line import forked, sd3pipe
 from support.photographs import write_photographs
 from support.tiny_base import write_tiny_base
 
+from sd3pipe import cli
 from sd3pipe.commands.from_kohya import main
 from sd3pipe.errors import ParameterError
 from sd3pipe.params.from_kohya import FromKohyaParams
@@ -182,6 +183,15 @@ def test_train_data_dir_folders_become_subsets(tmp_path):
     tables = tomllib.loads((tmp_path / "project" / "dataset.toml").read_text())
     subset = tables["datasets"][0]["subsets"][0]
     assert (subset["num_repeats"], subset["class_tokens"]) == (10, "cat")
+
+
+def test_a_command_without_quotes_is_answered_with_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["accelerate", "launch", "sd3_train_network.py", "--network_dim", "4"]
+    assert cli.run(["from-kohya", *words]) == 2
+    assert "--network-dim: is no option of from-kohya: put the command in quotes" in capsys.readouterr().err
+    assert cli.run(["from-kohya", "--", *words]) == 2
+    assert "the command names no pictures" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(command, tmp_path):
