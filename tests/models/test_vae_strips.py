@@ -70,6 +70,7 @@ def test_no_row_of_a_photograph_shows_a_seam(vae):
     assert _largest_error_in_rows(decode_in_strips(single, mean, strip_bytes=1 << 20), pixels).max() < 1e-3
 
 
+@pytest.mark.slow  # many processors have no quick products in bfloat16
 def test_bfloat16_stays_bfloat16_with_norms_in_float32(vae):
     half = VAE(TINY_VAE).bfloat16()
     half.load_state_dict({key: tensor.bfloat16() for key, tensor in vae.state_dict().items()})

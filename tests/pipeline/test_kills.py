@@ -222,9 +222,9 @@ NAMES = (
     "export",
     "merge",
     "gc",
-    "judge",
-    "check-captions",
     "init",
+    pytest.param("judge", marks=pytest.mark.slow),
+    pytest.param("check-captions", marks=pytest.mark.slow),
 )
 ENDS = {
     signal.SIGKILL: (-signal.SIGKILL, ExitCode.DONE),

@@ -138,7 +138,7 @@ def test_captions_and_tags_are_edited_and_undone_and_hostile_ones_run_nothing(tm
     assert page.problems == other.problems == []
 
 
-@pytest.mark.parametrize("width, scheme", [(400, "dark"), (1400, "light")])
+@pytest.mark.parametrize("width, scheme", [(400, "dark"), pytest.param(1400, "light", marks=pytest.mark.slow)])
 def test_nothing_runs_off_and_all_controls_are_named(tmp_path, running, opened, width, scheme):
     project = write_project(tmp_path / "cats", {f"picture-{n}": "cat, " + "unbroken" * 20 for n in range(5)})
     studio = running(project)
@@ -241,6 +241,7 @@ def test_a_card_keeps_the_keyboard_and_what_is_typed_while_it_is_saved(tmp_path,
     assert page.locator(".card.dirty").count() == 0 and page.problems == []
 
 
+@pytest.mark.slow  # what a person waits for
 def test_a_studio_that_is_gone_is_told_and_a_button_keeps_the_keyboard(tmp_path, running, opened):
     project = write_project(tmp_path / "cats", {"a": "cat"})
     studio = running(project)

@@ -21,8 +21,17 @@ def sources_of(base):
     return {name: find_component(name, model=base.model, file=files.get(name)) for name in COMPONENTS}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout, variant",
+    [
+        *zip(LAYOUTS, VARIANTS, strict=True),
+        *(
+            pytest.param(layout, variant, marks=pytest.mark.slow)
+            for number, layout in enumerate(LAYOUTS)
+            for variant in (*VARIANTS[:number], *VARIANTS[number + 1 :])
+        ),
+    ],
+)
 def test_every_part_is_found_and_has_its_architecture(tmp_path, variant, layout):
     base = write_tiny_base(tmp_path, variant=variant, layout=layout, depth=3)
     shapes = {name: source.shapes() for name, source in sources_of(base).items()}
