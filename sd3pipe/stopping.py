@@ -61,6 +61,7 @@ class _Ears:
         self._teller.close()  # which ends the watching
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        self._leave_terminals(number)
         self.reason = self.reason or signal.Signals(number).name
         if self.may_break_off:
             raise Stopped(_message(self.reason))
@@ -75,9 +76,8 @@ class _Ears:
     def _hear(self, number: int) -> None:
         now, first = time.monotonic(), not self._heard_at
         self._heard_at = self._heard_at or now
+        self._leave_terminals(number)
         self.reason = self.reason or signal.Signals(number).name
-        if number == _HANGUP:
-            self._leave_terminals()
         if self.hand_on is not None:
             self.hand_on(number)
         elif first:
@@ -86,11 +86,13 @@ class _Ears:
         elif now - self._heard_at > _SAME_WISH_SECONDS:
             os._exit(128 + number)  # as shells count a death by a signal; the main thread may be deep in a library
 
-    def _leave_terminals(self) -> None:
+    def _leave_terminals(self, number: int) -> None:
         """Sends nowhere what would go to a terminal that is gone: to write there is an error, before all is saved."""
+        if number != _HANGUP:
+            return
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for number in self._terminals:
-            os.dup2(nowhere, number)
+        for terminal in self._terminals:
+            os.dup2(nowhere, terminal)
         os.close(nowhere)
 
 

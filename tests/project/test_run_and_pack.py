@@ -15,7 +15,7 @@ from support.tiny_base import write_tiny_base
 from sd3pipe.config import read_project
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
-from sd3pipe.project.amounts import count_texts
+from sd3pipe.project.amounts import count_texts, read_amounts
 from sd3pipe.project.inputs import check_stages
 from sd3pipe.stages import command_words, stages_of
 
@@ -82,6 +82,7 @@ def test_a_folder_that_is_gone_is_told_in_one_line(folder):
     subsets = "".join(f"[[datasets.subsets]]\nimage_dir = '{name}'\n" for name in ("none", "nowhere"))
     (folder / "dataset.toml").write_text(f"[[datasets]]\nresolution = 64\n{subsets}")
     project = read_project(folder)
+    read_amounts.cache_clear()  # for a command's life
     with pytest.raises(InputError) as caught:
         check_stages(project, [stage for stage in stages_of(project.paths) if stage.name == "encode-latents"])
     assert "none: there is no such folder" in str(caught.value).splitlines()

@@ -51,6 +51,9 @@ def forked(*arguments: object, cwd: Path | None = None, expect: int = 0) -> subp
             sys.stdin = open(os.devnull)  # noqa: SIM115 (until the process ends, as the next two)
             sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
             logging.getLogger().handlers.clear()  # those of the tests
+            for module in [module for name, module in sys.modules.items() if name.startswith("sd3pipe.")]:
+                for value in vars(module).values():
+                    getattr(value, "cache_clear", int)()  # what was found out for a command's life
             code = cli.run(command)
             sys.stdout.flush()
             sys.stderr.flush()
