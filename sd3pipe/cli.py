@@ -91,9 +91,7 @@ def _exit_code(arguments: list[str]) -> int:
     except TyperException as error:
         return _fail(error.format_message(), ExitCode.PARAMETERS)
     except Abort as abort:
-        if isinstance(
-            abort.__cause__, EOFError
-        ):  # typer takes it for the end of a user's input, for which nothing asks
+        if isinstance(abort.__cause__, EOFError):  # taken for the end of a user's input, for which nothing asks
             return _fail(_keep_traceback(abort.__cause__), ExitCode.BUG)
         return _stopped("stopped: the same command goes on from here")
     except Exception as error:  # the outermost frame: whatever arrives here is our own bug

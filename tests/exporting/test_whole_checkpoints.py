@@ -214,17 +214,8 @@ def test_the_command_line_merges(tmp_path):
     done = forked("export", "--adapter", "lora.safetensors", "--format", "checkpoint", "--model", base, "--out",
                    "merged.safetensors", cwd=tmp_path)  # fmt: skip
     assert "every bit as written" in done.stdout
-    forked(
-        "export",
-        "--adapter",
-        "lora.safetensors",
-        "--format",
-        "checkpoint",
-        "--out",
-        "x.safetensors",
-        cwd=tmp_path,
-        expect=2,
-    )
+    words = ["export", "--adapter", "lora.safetensors", "--format", "checkpoint", "--out", "x.safetensors"]
+    forked(*words, cwd=tmp_path, expect=2)
 
 
 @pytest.mark.slow
