@@ -47,12 +47,13 @@ class DatasetRead:
 
 def read_dataset(file: Path, stamps: FileStamps, *, captions: bool) -> DatasetRead:
     """Returns a dataset with its pictures, with their captions or without. Raises InputError, ParameterError."""
+    read = {file: hash_file(file)} if file.is_file() else {}  # before it is read: it may change meanwhile
     dataset = load_dataset(file)
     for remark in dataset.remarks:
         log.info("%s: %s", dataset.path, remark)
     started = time.time()
-    lists = [file, *(subset.metadata_file for subset in dataset.subsets if subset.metadata_file)]
-    read = {path: hash_file(path) for path in lists if path.is_file()}  # they may change during the scan
+    lists = [subset.metadata_file for subset in dataset.subsets if subset.metadata_file]
+    read |= {path: hash_file(path) for path in lists if path.is_file()}
     found = scan(dataset, stamps, with_captions=captions)
     for line in found.left_out:
         log.warning("%s", line)
