@@ -136,9 +136,14 @@ def files_below(folder: Path) -> list[str]:
 
 
 def mask_files(folder: Path) -> dict[str, Place]:
-    """Returns the pictures of a conditioning_data_dir by their name without ending."""
+    """Returns the pictures of a conditioning_data_dir by their name without ending. Raises CaptionError."""
     _, here, files, _ = next(walked(folder, recursive=False))
-    return {Path(name).stem: Place(here / name) for name in sorted(files) if is_picture_name(name)}
+    masks: dict[str, Place] = {}
+    for name in sorted(filter(is_picture_name, files)):
+        other = masks.setdefault(Path(name).stem, Place(here / name)).file
+        if other.name != name:
+            raise CaptionError(f"{one_line(str(here))}: {other.name} and {name} are masks of one picture: keep one")
+    return masks
 
 
 def caption_keys(names: Iterable[str]) -> list[str]:

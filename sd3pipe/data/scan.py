@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 Split = Literal["train", "validation"]
 NO_TEXT = "whose caption is a word that programs write where there is none; it is trained as it stands"
+_MOST_LINES = 20  # about pictures that are left out
 _NO_TEXTS = {"nan", "none", "null", "<na>", "undefined"}
 
 
@@ -251,8 +252,10 @@ def tell_about_pictures(found: Scan) -> None:
         log.info("validation_split holds out %d of %s", number, count(asked, "picture"))
     animated = [picture for picture in found.pictures if picture.animated]
     _tell(animated, "animated picture", "of which only the first frame is used")
-    for file in found.unreadable:
+    for file in found.unreadable[:_MOST_LINES]:
         log.warning("%s: left out: %s", file.place, file.reason)
+    if (more := len(found.unreadable) - _MOST_LINES) > 0:
+        log.warning("and %s left out", count(more, "more picture"))
 
 
 def _tell(pictures: Sequence[Picture], noun: str, what: str) -> None:

@@ -113,6 +113,7 @@ def option(
     aliases: tuple[str, ...] = (),
     paths_key: str | None = None,
     varies_with: str | None = None,
+    overrides: str | None = None,
     trust: Trust = "file",
     **constraints: Any,
 ) -> Any:
@@ -123,8 +124,8 @@ def option(
     `aliases` are further spellings without dashes; `paths_key` is the key of
     project.toml [paths] that fills a missing value ('caches/text' is the folder text/ below the one that `caches`
     names); `varies_with` is an option whose value goes into that file's name where the command line gives another than
-    the project's; `trust` says what a parameter file may do with it; `constraints` are pydantic's (ge, le, gt, lt,
-    min_length, pattern).
+    the project's; `overrides` is an option that counts for nothing beside this one; `trust` says what a parameter file
+    may do with it; `constraints` are pydantic's (ge, le, gt, lt, min_length, pattern).
     """
     extra = {
         "role": role,
@@ -135,6 +136,7 @@ def option(
         "aliases": list(aliases),
         "paths_key": paths_key,
         "varies_with": varies_with,
+        "overrides": overrides,
         "trust": trust,
     }
     return Field(default, description=help, json_schema_extra=extra, **constraints)

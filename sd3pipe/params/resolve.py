@@ -67,6 +67,10 @@ def resolve(
             origins[name] = f"project.toml: paths.{key}"
     for name, value in given.items():
         values[name], origins[name] = value, _shown_name(name, model.model_fields[name])
+    for name in values.keys() - given.keys():
+        overridden = option_extra(model.model_fields[name])["overrides"]
+        if overridden in given:  # the command line was to decide
+            log.info("%s = %s: left out for %s", origins[name], values.pop(name), origins[overridden])
     checked: dict[str, Any] = {}
     for name, value in values.items():
         several = value if isinstance(value, list) else [value]

@@ -67,7 +67,7 @@ class BatchRules:
 
     max_train_steps: int = rule(2000, "Steps to train.", role="free", ge=1)
     max_train_epochs: int | None = rule(
-        None, "Epochs to train; overrides the steps.", role="free", advanced=True, ge=1
+        None, "Epochs to train; overrides the steps.", role="free", advanced=True, overrides="max_train_steps", ge=1
     )
     train_batch_size: int = rule(1, "Pictures per forward pass.", ge=1)
     gradient_accumulation_steps: int = rule(  # times the processes, it is part of a run's identity

@@ -27,6 +27,7 @@ from sd3pipe.documents import parse_json, read_data
 from sd3pipe.errors import InputError, Sd3pipeError
 from sd3pipe.fingerprint import hash_bytes
 from sd3pipe.pages.render import render
+from sd3pipe.studio.places import studio_folder
 from sd3pipe.studio.queue import Queue
 from sd3pipe.studio.safety import Access, Guard
 from sd3pipe.studio.watch import Watches
@@ -54,6 +55,7 @@ _ROUTES = (  # method, path, "module:function" below sd3pipe.studio.views
     ("POST", "/p/{project}/pictures/caption", "pictures:caption"),
     ("POST", "/p/{project}/pictures/tags", "pictures:tags"),
     ("POST", "/p/{project}/pictures/undo", "pictures:undo"),
+    ("POST", "/p/{project}/pictures/check", "pictures:check"),
     ("GET", "/p/{project}/plan", "plan:page"),
     ("POST", "/p/{project}/plan/table", "plan:table"),
     ("POST", "/p/{project}/plan/save", "plan:save"),
@@ -64,6 +66,7 @@ _ROUTES = (  # method, path, "module:function" below sd3pipe.studio.views
     ("GET", "/p/{project}/sample/{path:path}", "train:sample"),
     ("GET", "/p/{project}/compare", "compare:page"),
     ("POST", "/p/{project}/compare/draw", "compare:draw"),
+    ("POST", "/p/{project}/compare/judge", "compare:judge"),
     ("POST", "/p/{project}/compare/use", "compare:use"),
 )
 _BODY = TypeAdapter(dict[str, JsonValue])
@@ -142,6 +145,12 @@ class Ask:
             errors = [line.removeprefix("error: ") for line in printed.splitlines() if line.startswith("error: ")]
             raise InputError("\n".join(errors or printed.splitlines()[-3:]))
         return printed
+
+    def queue(self, title: str, *commands: Sequence[str]) -> dict[str, Any]:
+        """Puts a job of the project into the queue, and returns what the page does then. Raises StorageError."""
+        logs = studio_folder(self.project).absolute() / "logs"
+        self.studio.queue.add(self.project.folder, title, commands, logs)
+        return {"message": f"in the queue: {title}", "location": "/queue"}
 
     def page(self, template: str, **values: Any) -> str:
         """Returns a page of the studio, or a part of one, with what its frame needs."""

@@ -163,6 +163,11 @@ def read_gallery(project: Project, *, may_write: bool = True) -> Gallery:
     return gallery
 
 
+def caption_check_file(project: Project) -> Path:
+    """Returns where check-captions writes what it finds."""
+    return Path(project.paths.get(_CHECK_PATH, project.folder / _CHECK_FILE))
+
+
 def recent_entry(project: Project, key: str, content: str) -> Entry | None:
     """Returns a picture as it was when the gallery was last read, if its thumbnail was that of `content` then."""
     gallery = _latest.get(str(project.folder))
@@ -211,7 +216,7 @@ def _captions(cache: Path, _: Stamp) -> CachedCaptions:
 
 def _findings(project: Project, pictures: Sequence[Picture]) -> dict[str, tuple[str, ...]]:
     """Returns what the caption check says by a picture's key; captions edited since are not what it looked at."""
-    file = Path(project.paths.get(_CHECK_PATH, project.folder / _CHECK_FILE))
+    file = caption_check_file(project)
     try:
         checked, written_ns = read_findings(file).pictures, file.stat().st_mtime_ns
     except (InputError, OSError):  # it has not run, or cannot be read

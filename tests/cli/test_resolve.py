@@ -74,6 +74,20 @@ def test_precedence_is_option_file_project_default(tmp_path):
     assert params.gradient_checkpointing is True
 
 
+def test_the_command_line_beats_what_overrides_it_in_a_file(tmp_path, caplog):
+    caplog.set_level("INFO")
+    config = write(tmp_path / "train.toml", "max_train_epochs = 10\nmax_train_steps = 500\n")
+    paths = {name: str(tmp_path / name) for name in ("model", "text", "latents", "out")}
+    in_file = resolve(TrainParams, "train", paths, config=config)
+    assert (in_file.max_train_epochs, in_file.max_train_steps) == (10, 500)
+    assert not caplog.messages
+    typed = resolve(TrainParams, "train", {**paths, "max_train_steps": "100"}, config=config)
+    assert (typed.max_train_epochs, typed.max_train_steps) == (None, 100)
+    assert caplog.messages == [f"{config}: max_train_epochs = 10: left out for --max-train-steps"]
+    both = resolve(TrainParams, "train", {**paths, "max_train_steps": "100", "max_train_epochs": "2"}, config=config)
+    assert both.max_train_epochs == 2
+
+
 def test_table_names_are_headings_only(tmp_path):
     config = write(
         tmp_path / "c.toml", "[network]\nnetwork_dim = 4\n[optimizer]\n[optimizer.deep]\nlearning_rate = 1\n"

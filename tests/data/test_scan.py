@@ -10,7 +10,7 @@ from PIL import Image
 
 from sd3pipe.data import findings
 from sd3pipe.data.dataset_file import load_dataset
-from sd3pipe.data.scan import scan, source_files, tell_about_captions
+from sd3pipe.data.scan import scan, source_files, tell_about_captions, tell_about_pictures
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.fingerprint import hash_file
@@ -184,6 +184,25 @@ def test_masks_are_found_by_name_and_must_fit(folder):
     reasons = {item.name: item.reason for item in found.unreadable}
     assert "its mask has 20 x 11 pixels, but it has 20 x 10" in reasons["b.jpg"]
     assert "no mask" in reasons["c.png"]
+
+
+def test_two_masks_of_one_picture_are_refused(folder):
+    add(folder, "a.png")
+    (folder / "masks").mkdir()
+    for name in ("a.jpg", "a.png"):
+        Image.new("L", (20, 10)).save(folder / "masks" / name)
+    with pytest.raises(InputError, match=r"masks: a\.jpg and a\.png are masks of one picture: keep one$"):
+        scanned(folder, "conditioning_data_dir = 'masks'")
+
+
+def test_of_many_pictures_that_are_left_out_the_first_are_named(folder, caplog):
+    add(folder, "whole.png")
+    for number in range(25):
+        (folder / "pics" / f"{number:02d}.png").write_bytes(b"")
+    with caplog.at_level("WARNING", "sd3pipe"):
+        tell_about_pictures(scanned(folder))
+    assert len(caplog.messages) == 21
+    assert caplog.messages[-1] == "and 5 more pictures left out"
 
 
 def test_the_validation_split_depends_on_content_alone(folder):

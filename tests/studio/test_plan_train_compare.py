@@ -229,6 +229,20 @@ def test_what_is_missing_is_drawn_by_a_job(studio, project):
     assert wrong.status_code == 422 and len(started(studio)) == 1
 
 
+def test_a_judgement_is_a_job_whose_scores_this_page_shows(studio, project):
+    with_checkpoint(project)
+    nameless = asked(studio, "POST", path(studio, "compare", "judge"), json={"judge_model": " "})
+    assert nameless.status_code == 422 and "a folder or a hub id" in nameless.json()["error"][0]
+    assert asked(studio, "POST", path(studio, "compare", "judge"), json={"judge_model": "--x"}).status_code == 200
+    out = str(project / "runs" / "cat" / JUDGE_FOLDER)
+    assert started(studio) == [("judge", "--judge-model=--x", "--out", out)]
+
+
+def test_captions_are_checked_by_a_job_whose_findings_the_pictures_show(studio, project):
+    assert asked(studio, "POST", path(studio, "pictures", "check"), json={}).status_code == 200
+    assert started(studio) == [("check-captions", "--out", str(project / "caption-check.json"))]
+
+
 def test_a_failed_export_shows_the_commands_own_line(studio, project, monkeypatch):
     with_checkpoint(project)
     told = []

@@ -12,7 +12,7 @@ from sd3pipe.params.export import ExportParams
 from sd3pipe.params.sample import SampleParams
 from sd3pipe.studio.app import Ask
 from sd3pipe.studio.gallery import read_gallery
-from sd3pipe.studio.places import path_of, studio_folder
+from sd3pipe.studio.places import path_of
 from sd3pipe.studio.runs import RunView, run_place
 
 _SHEET_FOLDER = "compare"  # in the run, so that it goes aside with it
@@ -38,6 +38,7 @@ def page(ask: Ask) -> str:
         is_finished=run.is_finished(),
         formats=_FORMATS,
         strengths="0.6,0.8,1",
+        judge_model=ask.project.paths.get("judge_model", ""),
     )
 
 
@@ -51,9 +52,16 @@ def draw(ask: Ask) -> dict[str, Any]:
             raise ParameterError(f"{name} = {value}: {SampleParams.model_fields[name].description}")
     command = ["sample", "--adapter", str(run.absolute()), "--out", str((run / _SHEET_FOLDER).absolute())]
     command += ["--checkpoints", checkpoints, "--multiplier", strengths]
-    logs = studio_folder(ask.project).absolute() / "logs"
-    ask.studio.queue.add(ask.project.folder, "draw what is missing", [command], logs)
-    return {"message": "in the queue: what is missing is drawn", "location": "/queue"}
+    return ask.queue("draw what is missing", command)
+
+
+def judge(ask: Ask) -> dict[str, Any]:
+    """Puts a judgement of the run into the queue; it is written where this page and `export` look for it."""
+    model = ask.text("judge_model")
+    if not model:
+        raise ParameterError("judge_model: name a folder or a hub id, such as openai/clip-vit-large-patch14")
+    out = (run_place(ask.project) / JUDGE_FOLDER).absolute()
+    return ask.queue("judge", ["judge", f"--judge-model={model}", "--out", str(out)])
 
 
 def use(ask: Ask) -> dict[str, Any]:

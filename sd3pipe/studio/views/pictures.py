@@ -25,7 +25,7 @@ from sd3pipe.stages import STAGES_BY_NAME
 from sd3pipe.studio.app import Ask
 from sd3pipe.studio.captions import last_change, save_captions
 from sd3pipe.studio.captions import undo as undo_last
-from sd3pipe.studio.gallery import CAPTION_CHECK, Entry, Gallery, read_gallery, recent_entry
+from sd3pipe.studio.gallery import CAPTION_CHECK, Entry, Gallery, caption_check_file, read_gallery, recent_entry
 from sd3pipe.studio.places import studio_folder
 from sd3pipe.studio.tags import OPERATIONS, edited
 
@@ -119,6 +119,11 @@ def tags(ask: Ask) -> dict[str, Any]:
 
 def undo(ask: Ask) -> dict[str, Any]:
     return {"message": undo_last(ask.project)}
+
+
+def check(ask: Ask) -> dict[str, Any]:
+    """Puts a caption check into the queue; it asks the base, from the caches."""
+    return ask.queue("check captions", ["check-captions", "--out", str(caption_check_file(ask.project).absolute())])
 
 
 def rows(ask: Ask) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from sd3pipe.errors import ExitCode, InputError, ParameterError, UnreadablePictu
 from sd3pipe.reporting.collect import read_picture_of
 from sd3pipe.stages import stages_of
 from sd3pipe.studio.app import Ask
-from sd3pipe.studio.places import path_of, studio_folder
+from sd3pipe.studio.places import path_of
 from sd3pipe.studio.queue import Job
 from sd3pipe.studio.runs import MOST_POINTS, RunView, run_names, run_place
 from sd3pipe.studio.status import at_work, log_lines, status
@@ -75,7 +75,7 @@ def start(ask: Ask) -> dict[str, Any]:
         return {"html": html, "message": "captions or pictures changed: say how to go on"}
     title = f"go on, {HOW[how].partition(':')[0]}" if how else "go on" if goes_on else "run"
     commands = _commands(ask.project, how=how, goes_on=goes_on, differing=_differing(last))
-    ask.studio.queue.add(ask.project.folder, title, commands, studio_folder(ask.project).absolute() / "logs")
+    ask.queue(title, *commands)
     return {"reload": True}
 
 
