@@ -1,5 +1,5 @@
 # make demo   sets up .venv and runs the whole pipeline on the embedded demo
-# make test   sets up .venv and runs the fast tests
+# make test   sets up .venv and runs the fast tests; make test-long those that take about a second or more
 # make wheel  builds dist/sd3pipe-VERSION-py3-none-any.whl
 # make pin    writes what .venv holds into constraints.txt, after an upgrade there
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 unexport PYTHONDONTWRITEBYTECODE  # what one process has compiled, the others take
 
-.PHONY: setup demo test test-all lint wheel pin clean
+.PHONY: setup demo test test-long test-all lint wheel pin clean
 
 setup: .venv/.done
 
@@ -26,7 +26,10 @@ demo: setup
 
 # Tests bring their own parallelism: one thread for each of two workers.
 test: setup
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not long and not slow and not gpu"
+
+test-long: setup
+	$(BIN)/python -m pytest -n 2 -m "long and not slow and not gpu"
 
 test-all: setup
 	$(BIN)/python -m pytest -n 2

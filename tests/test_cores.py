@@ -81,6 +81,7 @@ def test_the_command_line_bounds_spinning_before_torch_is_there(tmp_path):
     assert done.stdout.splitlines()[-1].split() == ["False", "10000"]
 
 
+@pytest.mark.long
 def test_torch_computes_with_the_threads_that_the_environment_says():
     code = (
         "import torch; from sd3pipe.device import choose_device; choose_device('cpu'); print(torch.get_num_threads())"

@@ -185,6 +185,7 @@ def frozen_objects():
     gc.freeze()  # for good: so is what was imported while tests were collected
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("frozen_objects")
 def test_ten_thousand_recalls_take_little_more_than_looking_at_the_files(tmp_path):
     folder = tmp_path / "pictures"

@@ -231,6 +231,7 @@ def small_file(tmp_path_factory):
     return path
 
 
+@pytest.mark.long
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_a_mutated_header_is_read_or_refused_but_nothing_else(small_file, data):
@@ -293,6 +294,7 @@ SHAPES_WITHOUT_A_LAYER = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("message", SHAPES_WITHOUT_A_LAYER)
 def test_shapes_without_a_layer_are_refused(tmp_path, message):
     save_file(SHAPES_WITHOUT_A_LAYER[message], tmp_path / "a.safetensors")

@@ -232,6 +232,7 @@ def test_base_model_is_untouched_by_training_and_has_no_new_keys():
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
+@pytest.mark.long
 def test_gradients_are_the_same_with_gradient_checkpointing_and_dropout():
     gradients = []
     for seed, kept in enumerate(("all", "attention", "none")):

@@ -96,6 +96,7 @@ patterns = st.one_of(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=300, deadline=None)
 @given(module=modules, given_patterns=st.lists(patterns, max_size=4, unique=True))
 def test_a_pattern_fits_the_names_that_it_fits_in_peft(module, given_patterns):

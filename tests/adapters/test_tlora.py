@@ -90,6 +90,7 @@ def test_a_network_without_masks_hooks_into_nothing():
     assert len(model._forward_pre_hooks) == 1
 
 
+@pytest.mark.long
 def test_a_checkpoint_keeps_the_mask_and_a_plain_file_says_what_is_lost(tmp_path, caplog):
     model, network = tlora(min_rank=3)
     deltas, inputs = network.deltas(), random_inputs()

@@ -297,6 +297,7 @@ def test_export_to_a_disk_that_turns_read_only_says_so(out, sd3pipe, monkeypatch
     assert not list(Path().glob("*text.zarr*"))
 
 
+@pytest.mark.long
 def test_export_writes_arrays_that_zarr_reads(out, sd3pipe):
     code, printed, _ = sd3pipe("cache", "export", out, "--out", "text.zarr")
     assert code == 0 and "30 rows" in printed

@@ -116,6 +116,7 @@ def test_keys_follow_the_documentation():
     assert len({text_source(text) for text in ("a b", "a  b", "a\nb", "A b", "a b ")}) == 5
 
 
+@pytest.mark.long
 def test_leaves_hold_at_most_n_rows_and_one_row_more_touches_one_leaf():
     keys = [blake3(str(number).encode()).hexdigest() for number in range(500)]
     nbytes = (96 << 20) // 8
@@ -128,6 +129,7 @@ def test_leaves_hold_at_most_n_rows_and_one_row_more_touches_one_leaf():
         assert len(before - {leaf.plan_id for leaf in leaves}) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["00123.png", pytest.param("10500.png", marks=pytest.mark.slow)])
 def test_one_row_more_or_less_in_ten_thousand_moves_one_segment(tmp_path, name):
     out = tmp_path / "text"
@@ -158,6 +160,7 @@ def test_files_have_the_permissions_that_the_user_asked_for(tmp_path, mask):
         assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~mask
 
 
+@pytest.mark.long
 def test_filling_and_reading_import_neither_torch_nor_zarr(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import support.fake_cache as f;"

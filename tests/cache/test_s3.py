@@ -24,6 +24,7 @@ def assert_reads_everything(reader):
         assert bytes(reader.row(key)["hidden"].data) == bytes(fake_row(row.source)["hidden"].data)
 
 
+@pytest.mark.long
 def test_a_cache_in_a_bucket_is_read_here_and_in_forked_workers(url):
     reader = CacheReader(url, verify_reads="always")
     assert_reads_everything(reader)

@@ -175,5 +175,5 @@ def _settings(examples, steps):
 
 StoreMachine.TestCase.settings = _settings(15, 15)
 LongStoreMachine.TestCase.settings = _settings(150, 30)
-TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine = pytest.mark.long(StoreMachine.TestCase)
 TestLongStoreMachine = pytest.mark.slow(LongStoreMachine.TestCase)

@@ -76,6 +76,7 @@ def wait_for_writer(out):
         time.sleep(0.005)
 
 
+@pytest.mark.long
 def test_another_plan_is_refused_while_a_writer_lives(out, uninterrupted):
     process = forked.start(lambda: fill_slowly(out, wanted_texts(captions(COUNT)), 0.02))
     wait_for_writer(out)
@@ -112,6 +113,7 @@ def killed_again_and_again(out, kills, seed):
             fill(out, wanted_texts(captions(COUNT - 20)), unreadable=UNREADABLE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kills", [6, pytest.param(200, marks=pytest.mark.slow)])
 def test_kills_at_random_times_change_nothing(out, uninterrupted, kills):
     killed_again_and_again(out, kills, seed=kills)

@@ -64,6 +64,7 @@ def test_missing_captions_are_written_and_a_second_call_has_nothing_to_do(folder
     assert not verify_cache(folder / "caches" / "captions").problems
 
 
+@pytest.mark.long
 def test_other_wording_makes_no_rows_and_another_prompt_makes_all(folder, caption):
     caption()
     report, _ = caption("--trigger", "ohwx", "--suffix", "drawing")
@@ -78,6 +79,7 @@ def test_other_wording_makes_no_rows_and_another_prompt_makes_all(folder, captio
     assert (report["captioned"], report["reused"]) == (0, 3)
 
 
+@pytest.mark.long
 def test_own_untouched_captions_alone_are_written_again(folder, caption):
     caption()
     (folder / "pictures" / "1.txt").write_text("touched")
@@ -97,6 +99,7 @@ def test_words_of_a_person_need_yes_and_come_back(folder, caption):
     assert "4 captions taken back" in printed.out and texts(folder) == {"0": "a person's words"}
 
 
+@pytest.mark.long
 def test_rows_alone_reach_encode_text_through_the_dataset_file(folder, caption):
     (folder / "d.toml").write_text(
         "[general]\ncaption_cache = 'caches/captions'\n[[datasets]]\nresolution = 64\n"
@@ -177,6 +180,7 @@ def test_what_cannot_be_is_refused_in_one_line(caption, folder, options, code, p
     assert set(texts(folder)) == {"0"}
 
 
+@pytest.mark.long
 def test_a_call_with_nothing_to_do_imports_no_torch(folder, caption, captioner):
     caption()
     words = ["caption", "--images", "pictures", "--captioner", str(captioner), "--out", "caches/captions"]

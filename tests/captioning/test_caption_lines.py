@@ -43,6 +43,7 @@ def lines(folder):
     return {file.stem: file.read_text().splitlines() for file in (folder / "pictures").glob("*.txt")}
 
 
+@pytest.mark.long
 def test_words_of_two_models_are_encoded_and_both_are_trained_on(tmp_path, base, caption):
     caption("captions", "--prompt", "a red")
     report = caption("tags", "--prompt", "a small", "--lines-of", "caches/captions")
@@ -77,6 +78,7 @@ def test_words_of_two_models_are_encoded_and_both_are_trained_on(tmp_path, base,
     assert {name.rpartition("/")[2]: keys for name, keys in drawn.items()} == rows
 
 
+@pytest.mark.long
 def test_the_second_words_are_ours_as_the_first_and_undo_goes_back_to_them(tmp_path, caption):
     caption("captions", "--prompt", "a red")
     first = lines(tmp_path)

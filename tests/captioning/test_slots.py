@@ -120,7 +120,7 @@ class Captions(RuleBasedStateMachine):
         assert {name: self.text(name).read_text(encoding="utf-8") for name in self.by_hand} == self.by_hand
 
 
-TestCaptions = Captions.TestCase
+TestCaptions = pytest.mark.long(Captions.TestCase)
 TestCaptions.settings = settings(
     max_examples=50,
     stateful_step_count=15,

@@ -75,6 +75,7 @@ def test_rows_are_the_vaes_moments_of_the_prepared_picture(project, base):
     assert np.abs(stored - expected).max() <= 1e-3 * np.abs(expected).max()  # float16 has 11 bits
 
 
+@pytest.mark.long
 def test_the_mean_alone_is_the_first_half_of_the_moments(project, base):
     encode(project, base, latent_dtype="float32")
     moments = [reader(project).row(number)["moments"].numpy() for number in range(4)]
@@ -85,6 +86,7 @@ def test_the_mean_alone_is_the_first_half_of_the_moments(project, base):
     assert all(np.array_equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
+@pytest.mark.long
 def test_batches_and_workers_change_no_bit(project, base):
     encode(project, base)
     alone = contents(project)
@@ -94,6 +96,7 @@ def test_batches_and_workers_change_no_bit(project, base):
     assert contents(project) == alone
 
 
+@pytest.mark.long
 def test_flips_are_encoded_from_the_mirrored_picture(project, base):
     counts = encode(project, base, "flip_aug = true", latent_dtype="float32")
     assert counts["encoded"] == 8
@@ -120,6 +123,7 @@ print(sorted({{"torch", "PIL", "transformers"}} & set(sys.modules)))
     assert contents(project) == before
 
 
+@pytest.mark.long
 def test_adding_a_picture_encodes_one_and_taking_it_away_none(project, base):
     encode(project, base)
     before = contents(project)
@@ -134,6 +138,7 @@ def test_adding_a_picture_encodes_one_and_taking_it_away_none(project, base):
     assert contents(project) == before
 
 
+@pytest.mark.long
 def test_weights_of_subsets_change_no_row(project, base):
     encode(project, base)
     counts = encode(project, base, "num_repeats = 7\nis_reg = true\nloss_weight = 0.5\nprior_loss_weight = 2")
@@ -148,6 +153,7 @@ def test_weights_of_subsets_change_no_row(project, base):
     assert subset["caption_dropout_rate"] == 0.1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [
@@ -161,6 +167,7 @@ def test_what_changes_numbers_encodes_anew(project, base, options):
     assert encode(project, base, **options)["encoded"] == 4
 
 
+@pytest.mark.long
 def test_random_crops_are_rows_of_their_own(project, base):
     assert encode(project, base, "random_crop = true", crop_variants=3)["encoded"] >= 8
     crops = reader(project).samples.numbers("crop")
@@ -190,6 +197,7 @@ def test_the_split_stands_in_the_samples(project, base):
     assert report(project)["validation_rows"] == splits.count("validation")
 
 
+@pytest.mark.long
 def test_a_dry_run_tells_and_leaves_nothing_behind(project, base, capsys):
     with pytest.raises(FileNotFoundError):
         encode(project, base, dry_run=True)  # no report is written
@@ -198,6 +206,7 @@ def test_a_dry_run_tells_and_leaves_nothing_behind(project, base, capsys):
     assert not (project / "latents").exists()
 
 
+@pytest.mark.long
 def test_another_recipe_version_says_beforehand_what_it_takes(project, base, monkeypatch, caplog, capsys):
     encode(project, base)
     monkeypatch.setattr("sd3pipe.encoding.latent_plan.RECIPE_VERSION", 2)
@@ -214,6 +223,7 @@ def test_another_recipe_version_says_beforehand_what_it_takes(project, base, mon
     assert told not in caplog.text
 
 
+@pytest.mark.long
 def test_shards_fill_one_cache_together(project, base):
     encode(project, base)
     whole = contents(project)
@@ -250,6 +260,7 @@ def break_pictures(project, count):
         (project / "pics" / f"broken{number}.png").write_bytes(b"")
 
 
+@pytest.mark.long
 def test_one_broken_picture_costs_a_quarantine_entry(project, base):
     break_pictures(project, 1)
     counts = encode(project, base)
@@ -337,6 +348,7 @@ def test_keys_stay_what_they_are(project, base):
 GOLDEN_KEYS = ["f7516e12dccc566e", "9842612d05621fbb"]
 
 
+@pytest.mark.long
 def test_paths_enter_no_key(project, base, tmp_path_factory):
     encode(project, base)
     other = tmp_path_factory.mktemp("elsewhere")

@@ -73,6 +73,7 @@ def test_captions_become_rows_and_are_not_encoded_twice(base, project, capsys):
     assert not loaded & {"torch", "transformers", "tokenizers", "sentencepiece", "PIL"}
 
 
+@pytest.mark.long
 def test_samples_name_pictures_and_the_empty_caption_is_a_row(base, project):
     encode(base, project)
     reader = CacheReader(project / "caches" / "text")
@@ -90,6 +91,7 @@ def test_samples_name_pictures_and_the_empty_caption_is_a_row(base, project):
     assert reader.manifest.tags == {"pictures": tag_frequency(caption.lower() for caption in captions)}
 
 
+@pytest.mark.long
 def test_an_edited_caption_is_the_only_one_encoded_and_changing_it_back_costs_nothing(base, project):
     encode(base, project)
     before = folder_bytes(project / "caches" / "text")
@@ -103,6 +105,7 @@ def test_an_edited_caption_is_the_only_one_encoded_and_changing_it_back_costs_no
     assert folder_bytes(project / "caches" / "text") == before
 
 
+@pytest.mark.long
 def test_equal_captions_are_one_row(base, project):
     for name in ("coffee.txt", "chelsea.txt"):
         (project / "pictures" / name).write_text("the same words", encoding="utf-8")
@@ -112,6 +115,7 @@ def test_equal_captions_are_one_row(base, project):
     assert len(set(samples.numbers("row").tolist())) == 2
 
 
+@pytest.mark.long
 def test_random_captions_are_variants_of_their_own(base, project):
     extra = "shuffle_caption = true\nkeep_tokens = 1"
     write_dataset_file(project / "dataset.toml", project / "pictures", extra=extra)
@@ -126,6 +130,7 @@ def test_random_captions_are_variants_of_their_own(base, project):
     assert other_seed["encoded"] > 0
 
 
+@pytest.mark.long
 def test_cut_captions_are_named(base, project, caplog):
     (project / "pictures" / "coffee.txt").write_text("cat " * 100, encoding="utf-8")
     report = encode(base, project)
@@ -139,6 +144,7 @@ def test_cut_captions_are_named(base, project, caplog):
     assert shorter == [item for item in report["cut"] if not item["used_by"].endswith("coffee.png")]
 
 
+@pytest.mark.long
 def test_shards_fill_one_cache_that_equals_one_made_at_once(base, project):
     for number in range(12):
         shutil.copyfile(project / "pictures" / "coffee.png", project / "pictures" / f"{number}.png")
@@ -150,6 +156,7 @@ def test_shards_fill_one_cache_that_equals_one_made_at_once(base, project):
     assert folder_bytes(project / "sharded") == folder_bytes(project / "caches" / "text")
 
 
+@pytest.mark.long
 def test_a_dry_run_writes_nothing(base, project, capsys):
     assert run(arguments(base, project, "--dry-run")) == 0
     assert "dry run: 4 rows to encode, 0 there; about " in capsys.readouterr().out
@@ -157,6 +164,7 @@ def test_a_dry_run_writes_nothing(base, project, capsys):
     assert not (project / "caches" / "text.report.json").exists()
 
 
+@pytest.mark.long
 def test_another_recipe_version_says_beforehand_what_it_takes(base, project, monkeypatch, capsys):
     encode(base, project)
     monkeypatch.setattr("sd3pipe.encoding.text_plan.RECIPE_VERSION", 2)
@@ -208,6 +216,7 @@ def prompts(project, text):
     return ("--sample-prompts", project / "prompts.txt", "--out", project / "caches" / "prompts")
 
 
+@pytest.mark.long
 def test_prompts_carry_their_settings_outside_the_keys(base, project):
     report = encode(base, project, *prompts(project, "a cat --n blurry --w 128 --d 3 --s 4 --l 2.5\na dog\n"))
     assert (report["encoded"], report["texts"], report["uses"]) == (4, 4, 2)
@@ -223,6 +232,7 @@ def test_prompts_carry_their_settings_outside_the_keys(base, project):
     assert (added["encoded"], added["reused"]) == (1, 4)
 
 
+@pytest.mark.long
 def test_in_a_project_both_caches_are_filled_without_arguments(base, project, monkeypatch):
     (project / "prompts.txt").write_text("a cat\n", encoding="utf-8")
     paths = {"model": base.model, "clip_l": base.clip_l, "clip_g": base.clip_g, "t5xxl": base.t5xxl}
@@ -252,6 +262,7 @@ def test_a_missing_t5_is_one_line(base, project, capsys):
     assert "T5" in line
 
 
+@pytest.mark.long
 def test_missing_tokenizers_are_one_line(base, project, capsys, monkeypatch, tmp_path):
     monkeypatch.delenv("SD3PIPE_TOKENIZERS", raising=False)
     for name in ("sd35-medium", "clip_l", "clip_g", "t5xxl_fp16"):
@@ -303,6 +314,7 @@ def test_nothing_to_encode_is_said(base, capsys, monkeypatch, tmp_path):
     assert "--dataset" in last_line(capsys)
 
 
+@pytest.mark.long
 def test_one_bit_of_t5_makes_every_row_anew(base, project, tmp_path):
     encode(base, project)
     tensors = load_file(base.t5xxl)
@@ -325,6 +337,7 @@ def test_a_refused_encode_leaves_the_report_of_the_last_one(base, project):
     assert refusal["exit_code"] == 2 and "colour" in refusal["error"]
 
 
+@pytest.mark.long
 def test_packed_rows_are_rows_of_their_own_that_every_reader_takes(base, project, monkeypatch):
     dense, packed = project / "caches" / "text", project / "caches" / "packed"
     encode(base, project)
@@ -347,6 +360,7 @@ def test_packed_rows_are_rows_of_their_own_that_every_reader_takes(base, project
     assert encode(base, project, "--t5xxl-row-dtype", "int8")["encoded"] == 4  # nothing dense is taken for it
 
 
+@pytest.mark.long
 def test_prompts_come_from_packed_rows(base, project):
     (project / "prompts.txt").write_text("a cat --w 64 --h 64\n")
     found = []

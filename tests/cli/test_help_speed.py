@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 
 def cpu_seconds(*arguments: str) -> float:
     before = os.times()
@@ -12,6 +14,7 @@ def cpu_seconds(*arguments: str) -> float:
     return after.children_user + after.children_system - before.children_user - before.children_system
 
 
+@pytest.mark.long
 def test_help_takes_little_more_than_the_library_that_draws_it():
     """Processor time in turns, the best of three: neither a busy machine nor a slow one nor a cold disk counts."""
     taken = [(cpu_seconds("-m", "sd3pipe", "--help"), cpu_seconds("-c", "import typer")) for _ in range(3)]
@@ -19,6 +22,7 @@ def test_help_takes_little_more_than_the_library_that_draws_it():
     assert of_help < 4 * of_library  # 2.8 as measured: half a second where all is quick
 
 
+@pytest.mark.long
 def test_garbage_is_collected_once_the_program_is_imported():
     """Before that it would only be sought in what is imported, which stays."""
     code = (

@@ -32,6 +32,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_what_is_left_out_and_held_out_is_told(folder, capsys, command):
     assert cli.run([*command, "--dataset", "d.toml"]) == 0

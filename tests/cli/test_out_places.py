@@ -77,6 +77,7 @@ def test_a_link_is_followed(place, command):
         target.write_text("older")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", [*FILES, *FOLDERS])
 def test_a_pipe_and_a_device_are_refused(place, command, capsys):
     os.mkfifo("pipe")

@@ -32,6 +32,7 @@ def large_file(tmp_path_factory):
     return file
 
 
+@pytest.mark.long
 def test_text_names_what_fits(large_file, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)  # no project, so no dataset's size
     assert cli.run(["plan", "--model", str(large_file), "--vram", "12GB", "--ram", "32GB", "--tflops", "60"]) == 0
@@ -101,6 +102,7 @@ STAGE_FILES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage_files", STAGE_FILES.values(), ids=STAGE_FILES)
 def test_plan_says_of_a_dataset_what_the_dry_runs_of_the_encode_stages_say(stage_files, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -91,6 +91,7 @@ def on_a_terminal(columns: int) -> list[str]:
     return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("columns", [80, pytest.param(160, marks=pytest.mark.slow)])
 def test_a_bar_keeps_its_times_and_says_what_is_being_done(columns):
     lines = on_a_terminal(columns)

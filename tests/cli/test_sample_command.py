@@ -89,6 +89,7 @@ def test_sizes_and_seeds_are_the_prompts_own_unless_named(made, tmp_path):
     assert [prompt.rows for prompt in read_sheet(tmp_path / "out").prompts] == [("seed 5",), ("seed 42",)]
 
 
+@pytest.mark.long
 def test_pictures_that_exist_are_not_drawn_again_and_others_are(made, drawn, tmp_path, monkeypatch):
     out = shutil.copytree(drawn, tmp_path / "out")
     options = {"adapter": made / "runs/r", "checkpoints": "every:2", "multiplier": "0,1"}
@@ -102,6 +103,7 @@ def test_pictures_that_exist_are_not_drawn_again_and_others_are(made, drawn, tmp
     assert before.items() <= after.items()
 
 
+@pytest.mark.long
 def test_another_adapter_of_the_same_name_is_drawn_anew(made, tmp_path):
     folder = shutil.copytree(made / "runs", tmp_path / "runs")
     options = {"adapter": folder / "r", "checkpoints": "100"}

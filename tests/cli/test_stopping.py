@@ -125,6 +125,7 @@ hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1) if "busy" in sys.argv else ti
 """
 
 
+@pytest.mark.long
 @BOTH
 @pytest.mark.parametrize("how", ["busy", "asleep"])
 def test_a_second_signal_ends_what_does_not_answer(number, how):
@@ -163,6 +164,7 @@ Path(sys.argv[2]).write_text(str(cli.run(["doctor"])))
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals to close")
 def test_a_terminal_that_is_gone_leaves_time_to_save(tmp_path):
     import pty
@@ -200,6 +202,7 @@ with stopping.listening():
 """
 
 
+@pytest.mark.long
 @BOTH
 @pytest.mark.parametrize("to", ["process", "group"])
 def test_a_signal_is_handed_on_and_the_command_may_finish(tmp_path, number, to):
@@ -219,6 +222,7 @@ def test_a_signal_is_handed_on_and_the_command_may_finish(tmp_path, number, to):
     assert process.stderr.read() == ""  # the command says that it heard, and not the one that runs it as well
 
 
+@pytest.mark.long
 def test_a_signal_before_a_command_is_started_reaches_it(tmp_path, monkeypatch):
     from sd3pipe import child
 

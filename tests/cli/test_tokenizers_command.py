@@ -19,6 +19,7 @@ def hub(tmp_path, shared_dir):
     return {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
 
 
+@pytest.mark.long
 def test_tokenizers_are_copied_from_the_hub_cache(hub, tmp_path, shared_dir):
     done = sd3pipe("tokenizers", tmp_path / "t", env=hub)
     assert f"--tokenizers {tmp_path / 't'}" in done.stdout
@@ -28,6 +29,7 @@ def test_tokenizers_are_copied_from_the_hub_cache(hub, tmp_path, shared_dir):
     assert again.stderr.count("is there already") == 3
 
 
+@pytest.mark.long
 def test_without_network_and_cache_there_is_one_line(tmp_path):
     env = {"HF_HUB_CACHE": str(tmp_path / "none"), "HF_HUB_OFFLINE": "1"}
     done = sd3pipe("tokenizers", tmp_path / "t", expect=6, env=env)
@@ -36,6 +38,7 @@ def test_without_network_and_cache_there_is_one_line(tmp_path):
     assert "cannot be reached" in line
 
 
+@pytest.mark.long
 def test_foreign_files_in_the_folder_are_refused(hub, tmp_path, shared_dir):
     shutil.copytree(shared_dir / "tokenizers", tmp_path / "t")
     merges = tmp_path / "t" / "clip_g" / "merges.txt"

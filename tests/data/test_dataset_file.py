@@ -244,6 +244,7 @@ DATASETS = st.lists(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=150, deadline=None)
 @given(general=TABLES, datasets=DATASETS)
 def test_any_file_loads_to_the_same_thing_twice_or_names_file_and_key(tmp_path_factory, general, datasets):

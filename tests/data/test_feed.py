@@ -32,6 +32,7 @@ def colours(rows):
     return [row.rgb[0, 0, 0] if isinstance(row, Pixels) else str(row) for row in rows]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 2])
 def test_rows_come_in_order_and_broken_ones_keep_their_place(jobs, workers):
     found = colours(decoded_rows(jobs, workers=workers))
@@ -39,6 +40,7 @@ def test_rows_come_in_order_and_broken_ones_keep_their_place(jobs, workers):
     assert isinstance(found[5], str)
 
 
+@pytest.mark.long
 def test_a_picture_that_kills_its_worker_costs_only_itself(jobs):
     deadly = [DeadlyJob(job) if number in (3, 7) else job for number, job in enumerate(jobs)]
     found = colours(decoded_rows(deadly, workers=2))
@@ -47,6 +49,7 @@ def test_a_picture_that_kills_its_worker_costs_only_itself(jobs):
     assert [row for row in found if not isinstance(row, str)] == [n for n in range(12) if n not in (3, 5, 7)]
 
 
+@pytest.mark.long
 def test_jobs_are_taken_only_as_far_ahead_as_memory_allows(jobs):
     taken = []
 
@@ -73,6 +76,7 @@ def test_a_missing_file_is_a_broken_row(jobs, tmp_path):
     assert isinstance(row, UnreadablePicture) and "cannot be read" in str(row)
 
 
+@pytest.mark.long
 def test_pixels_come_through_a_pipe_where_shared_memory_is_short(jobs, monkeypatch):
     through_memory = colours(decoded_rows(jobs, workers=2))
     monkeypatch.setattr("sd3pipe.data.feed._SHARED_FOLDER", jobs[0].place.file.parent)
@@ -80,6 +84,7 @@ def test_pixels_come_through_a_pipe_where_shared_memory_is_short(jobs, monkeypat
     assert colours(decoded_rows(jobs, workers=2)) == through_memory
 
 
+@pytest.mark.long
 def test_a_row_that_was_yielded_is_not_overwritten(jobs):
     good = [job for number, job in enumerate(jobs) if number != 5]
     rows = list(decoded_rows(good * 3, workers=1))

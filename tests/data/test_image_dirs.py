@@ -101,6 +101,7 @@ def test_every_form_in_a_bucket_does_the_same_and_is_remembered_there(tmp_path, 
         scanned(tmp_path, "s3://bucket/data/pictures")
 
 
+@pytest.mark.long
 def test_workers_decode_rows_of_every_form_in_any_order(tmp_path, pictures, monkeypatch):
     def jobs(image_dir):
         found = scanned(tmp_path, image_dir).pictures

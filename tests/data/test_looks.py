@@ -135,6 +135,7 @@ def test_the_nearest_are_those_of_all_pairs_whatever_was_compared_before():
         assert table["distance"][row] == best and (table["nearest"][row] >= 0) == (best <= 72)
 
 
+@pytest.mark.long
 def test_blur_is_that_of_scikit_image(photographs):
     for image in photographs:
         for radius in (0, 2):
@@ -145,6 +146,7 @@ def test_blur_is_that_of_scikit_image(photographs):
                 assert left / edges == pytest.approx(expected, abs=0.02)
 
 
+@pytest.mark.long
 def test_blurred_pictures_are_told_from_sharp_ones_and_from_sharp_subjects(photographs):
     def blurred(images) -> float:
         return float(np.mean([blur_of(np.asarray(image)) > 0.6 for image in images]))

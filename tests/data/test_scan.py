@@ -233,6 +233,7 @@ def test_links_and_loops_are_no_trap(folder):
     assert {item.name for item in found.unreadable} == {"loop.png", "nowhere.png"}
 
 
+@pytest.mark.long
 def test_the_second_scan_needs_no_pillow_and_sees_edits(folder):
     add(folder, "a.png", caption="one")
     add(folder, "b.png")

@@ -40,6 +40,7 @@ def test_model_card_states_measured_accuracy():
     assert all(stated[field] >= 100 * least for field, least in LEAST.items())
 
 
+@pytest.mark.long
 def test_a_few_prompts_are_drawn_right(tmp_path):
     subjects = held_out_subjects()[:12]
     found = accuracy(subjects, read_latents(draw_latents(encode_subjects(tmp_path / "a", subjects, 1))))
@@ -62,6 +63,7 @@ def test_padding_as_other_programs_pad_does_little_harm(tmp_path):
     assert min(found.values()) >= 0.65, found
 
 
+@pytest.mark.long
 def test_base_does_not_know_the_new_shape(tmp_path):
     colours = np.random.default_rng(1).permutation(["red", "blue", "green", "yellow", "purple", "orange"])
     subjects = [Subject(shape=NEW_WORD, colour=str(c), size="large", background="white") for c in colours]

@@ -39,6 +39,7 @@ def test_demo_runs_all_stages_and_leaves_a_lora_and_a_picture(tmp_path):
     assert [scores.checkpoint for scores in judgement.scores] == [1, 2] and judgement.trigger == NEW_WORD
 
 
+@pytest.mark.long
 def test_demo_does_not_overwrite_what_is_not_its_own(tmp_path):
     (tmp_path / "project.toml").write_text("[paths]\n", encoding="utf-8")
     done = forked("demo", tmp_path, expect=2)

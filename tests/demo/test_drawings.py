@@ -60,6 +60,7 @@ def test_the_demo_asks_for_what_it_does_not_show():
     assert {subject.shape for subject in LEARNT} == {NEW_WORD}
 
 
+@pytest.mark.long
 def test_demo_pictures_have_captions_and_several_sizes():
     files = picture_files()
     new = [name for name in files if name.startswith("pictures/") and name.endswith(".png")]
@@ -69,6 +70,7 @@ def test_demo_pictures_have_captions_and_several_sizes():
     assert picture_files() == files
 
 
+@pytest.mark.long
 def test_known_shapes_stand_beside_the_new_one_and_are_not_what_is_prompted():
     known = known_subjects()
     assert {subject.shape for subject in known} == set(OUTLINES)

@@ -18,6 +18,7 @@ def drawn(count, shapes, seed):
         yield subjects[chosen], draw(subjects[chosen], height=height, width=width, generator=generator)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shapes", [tuple(OUTLINES), (NEW_WORD,)])
 def test_true_drawings_are_read_right(shapes):
     wrong = dict.fromkeys(FIELDS, 0)
@@ -31,6 +32,7 @@ def test_true_drawings_are_read_right(shapes):
     assert max(wrong.values()) <= 0.01 * count, wrong
 
 
+@pytest.mark.long
 def test_blurred_and_grainy_drawings_are_read_right():
     """A VAE softens edges and shifts colours a little; the measure must not mind."""
     generator = np.random.default_rng(2)

@@ -23,6 +23,7 @@ def base_file(tmp_path_factory):
     return file
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("format", [None, "fp8"])
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_base_computes_what_the_plain_model_computes(base_file, count, format):

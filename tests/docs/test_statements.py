@@ -87,6 +87,7 @@ def test_each_picture_is_shown_small_and_drawn_by_the_script():
         assert f'"{picture.stem}"' in script and picture.suffix == ".webp" and picture.stat().st_size <= 200_000
 
 
+@pytest.mark.long
 def test_commands_that_messages_propose_exist():
     wrong = {
         span: words

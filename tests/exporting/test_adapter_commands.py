@@ -187,6 +187,7 @@ def test_no_command_writes_over_what_it_reads(tmp_path):
     assert source.read_bytes() == before
 
 
+@pytest.mark.long
 def test_extract_finds_the_adapter_that_was_merged(tmp_path, capsys):
     adapter = random_adapter(ARCHITECTURE, seed=3, embedders=False, every=2)
     weights = random_weights(ARCHITECTURE)

@@ -106,6 +106,7 @@ def test_train_again_mends_the_finished_adapter_from_its_checkpoint(inputs, dama
     assert path.read_bytes() == whole
 
 
+@pytest.mark.long
 @settings(max_examples=150, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_flipped_bit_anywhere_is_refused(trained, place, bit):

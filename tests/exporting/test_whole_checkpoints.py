@@ -45,6 +45,7 @@ def layout(path):
     return list(header.items())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", [*KINDS, "dora over lokr", "dora of columns", "full"])
 def test_merged_file_predicts_as_base_and_adapter_do(tmp_path, variant, kind):
@@ -134,6 +135,7 @@ def tiny_folder(tmp_path_factory):
     return base
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [*KINDS, "dora over loha", "full"])
 def test_merged_folder_loads_in_diffusers_and_here(tmp_path, tiny_folder, kind):
     architecture = tiny_folder.architecture.mmdit
@@ -208,6 +210,7 @@ def test_scaled_fp8_bases_are_refused(tmp_path):
     assert "quantised" in refusal(tmp_path, InputError, base, adapter)
 
 
+@pytest.mark.long
 def test_the_command_line_merges(tmp_path):
     base = single_file(tmp_path / "base.safetensors", "sd35-large")
     save_adapter(tmp_path / "lora.safetensors", random_adapter(tiny_architecture("sd35-large"), every=4))

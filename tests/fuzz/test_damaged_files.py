@@ -327,6 +327,7 @@ def undocumented_ends(whole: Project, project: Project, name: str, numbers: rang
     return wrong
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", KINDS)
 def test_a_damaged_file_ends_in_a_documented_code(whole, project, name, capsys):
     assert not undocumented_ends(whole, project, name, range(FEW), capsys)

@@ -19,6 +19,7 @@ def test_each_pin_is_a_name_and_a_version():
         assert re.fullmatch(r"[a-z0-9-]+", name) and str(Version(pinned)) == pinned and not Version(pinned).local
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems bring packages that Linux has not")
 def test_every_package_that_the_tests_bring_is_pinned():
     """Of another version here nothing is said: whoever upgrades one runs the tests, then `make pin`."""

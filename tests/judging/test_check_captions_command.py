@@ -78,6 +78,7 @@ def test_lost_answers_come_back_to_the_bit_and_alone(inputs, checked, tmp_path):
     assert 0 < told(out)["asked"] < OF_THE_BASE
 
 
+@pytest.mark.long
 def test_shards_share_the_answers_out(inputs, checked, tmp_path):
     folder = shutil.copytree(inputs.folder / "caches", tmp_path / "caches")
     shutil.rmtree(folder / ".sd3pipe")
@@ -87,6 +88,7 @@ def test_shards_share_the_answers_out(inputs, checked, tmp_path):
     assert check(inputs, tmp_path / "b.json", shard="1/2", **caches) == checked[1]
 
 
+@pytest.mark.long
 def test_an_adapter_adds_what_it_gained_and_asks_its_own_alone(inputs, checked, tmp_path):
     network = attach(load_mmdit(inputs.model), AdapterSpec(rank=2, seed=0))
     with torch.no_grad():
@@ -101,6 +103,7 @@ def test_an_adapter_adds_what_it_gained_and_asks_its_own_alone(inputs, checked, 
     assert content["checkpoints"][0]["memorised_gap"] is not None
 
 
+@pytest.mark.long
 def test_what_a_runs_own_losses_say_stands_beside_it(inputs, checked, tmp_path):
     run = inputs.train(tmp_path / "r", max_train_steps=8, train_batch_size=2)
     content = check(inputs, tmp_path / "out.json", adapter=run.folder)

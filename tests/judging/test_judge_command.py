@@ -78,6 +78,7 @@ def test_a_second_call_draws_and_looks_at_nothing_and_says_the_same_to_the_bit(m
     assert (judged / "judge.json").read_bytes() == before
 
 
+@pytest.mark.long
 def test_only_what_is_missing_is_drawn_after_a_batch_was_lost(made, judged, tmp_path):
     folder = shutil.copytree(made / "caches", tmp_path / "caches")
     latents = sorted((folder / ".sd3pipe/pictures").rglob("*.safetensors"))
@@ -91,6 +92,7 @@ def test_only_what_is_missing_is_drawn_after_a_batch_was_lost(made, judged, tmp_
     assert read_judgement(out).scores == read_judgement(judged).scores
 
 
+@pytest.mark.long
 def test_a_damaged_embedding_is_made_again(made, judged, tmp_path):
     folder = shutil.copytree(made / "caches", tmp_path / "caches")
     (segment,) = (folder / ".sd3pipe/embeddings/segments").iterdir()
@@ -102,6 +104,7 @@ def test_a_damaged_embedding_is_made_again(made, judged, tmp_path):
     assert read_judgement(tmp_path / "out").scores == read_judgement(judged).scores
 
 
+@pytest.mark.long
 def test_sample_finds_what_judge_drew(made, judged, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "draw_cells", lambda *_, **__: pytest.fail("nothing is missing"))
     sample.main(
@@ -124,6 +127,7 @@ def test_small_pictures_say_what_they_were_drawn_with(judged):
     assert texts and all("Sampler: Euler" in text and "Seed: " in text for text in texts)
 
 
+@pytest.mark.long
 def test_a_checkpoint_more_draws_its_pictures_alone(made, judged, tmp_path):
     judge.main(params(made, tmp_path / "out", multiplier="1,0.5"))
     assert told(tmp_path / "out")["drawn"] == 4 * 2 * 2
@@ -131,12 +135,14 @@ def test_a_checkpoint_more_draws_its_pictures_alone(made, judged, tmp_path):
     assert [(item.checkpoint, item.multiplier) for item in found.scores] == [(100, 1), (100, 0.5), (200, 1), (200, 0.5)]
 
 
+@pytest.mark.long
 def test_of_a_style_nothing_is_suggested(made, judged, tmp_path):
     judge.main(params(made, tmp_path / "out", goal="style"))
     suggestion = read_judgement(tmp_path / "out").suggestion
     assert suggestion.checkpoint is None and "style" in suggestion.text
 
 
+@pytest.mark.long
 def test_a_judge_model_that_tells_nothing_apart_suggests_nothing(made, judged, tmp_path, monkeypatch):
     monkeypatch.setattr("sd3pipe.judging.scores.towards", lambda *_: None)
     judge.main(params(made, tmp_path / "out"))

@@ -71,6 +71,7 @@ def test_pictures_of_like_size_share_buffers():
     assert store.host_bytes == 6 * 4096 * 8 * 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [2, 4])
 def test_training_over_late_copy_streams_gives_the_same_bits(count, monkeypatch):
     gradients = []

@@ -100,6 +100,7 @@ def test_a_rotation_takes_the_harm_of_large_channels_out_of_whole_numbers(format
         assert errors[False] < 0.05 < errors[True]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("format", FORMATS)
 def test_streaming_changes_no_bit(format):
     def run(**streaming):

@@ -42,6 +42,7 @@ def test_training_from_the_file_gives_the_same_bits(streamed, from_file, kept):
     assert all(torch.equal(tensor, found[name]) for name, tensor in resident("sd35-medium").items())
 
 
+@pytest.mark.long
 def test_layer_major_order_reads_the_file_once_for_all_micro_batches():
     batches = [random_inputs(seed=seed, batch=1, height=4, width=6) for seed in range(3)]
     gradients, read = [], []
@@ -61,6 +62,7 @@ def test_layer_major_order_reads_the_file_once_for_all_micro_batches():
     assert read[1][: len(read[0])] == read[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", ["sd3-medium", "sd35-medium", "sd35-large"])
 @pytest.mark.parametrize("from_file", [3, pytest.param(DEPTH, marks=pytest.mark.slow)])
 def test_reads_are_the_planned_ones_and_ahead_of_the_copies(variant, from_file):
@@ -84,6 +86,7 @@ def test_reads_are_the_planned_ones_and_ahead_of_the_copies(variant, from_file):
     assert len(reads) - len(copied) < STAGING_BUFFERS
 
 
+@pytest.mark.long
 def test_a_read_runs_ahead_of_its_copy():
     model = tiny_mmdit("sd35-large", depth=DEPTH)
     file = _file(model, DEPTH)

@@ -29,6 +29,7 @@ def _assert_same(results, expected):
         assert torch.equal(results[name], tensor), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [None, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, DEPTH))])
 @pytest.mark.parametrize(
     "variant",
@@ -47,6 +48,7 @@ def test_every_level_and_number_trains_the_same_bits(variant, count):
         _assert_same(train(model, adapters=adapters, blocks_to_swap=count, kept=kept, steps=1, **streaming), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [
@@ -64,6 +66,7 @@ def test_mixtures_go_with_the_other_ways_to_save_memory(options):
         _assert_same(train(model, blocks_to_swap=DEPTH, kept=kept, stream=stream, **options), expected)
 
 
+@pytest.mark.long
 def test_trained_embedders_get_their_gradient_through_modulation_that_is_kept():
     adapters = ("t_embedder.mlp.2", "context_embedder", "attn.proj", "adaLN_modulation.1")
     expected = resident("sd35-large", adapters=adapters)
@@ -72,6 +75,7 @@ def test_trained_embedders_get_their_gradient_through_modulation_that_is_kept():
         _assert_same(train(model, adapters=adapters, blocks_to_swap=DEPTH, kept=kept, stream=stream), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, DEPTH))])
 def test_layer_major_order_gives_the_same_bits_with_every_mixture(count):
     batches = [random_inputs(seed=seed, batch=1 + seed % 2, height=4, width=6) for seed in range(3)]

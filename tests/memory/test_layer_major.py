@@ -91,6 +91,7 @@ def test_the_micro_batch_at_work_is_always_told():
     assert told == list(range(A)) * ((forward + backward) // A)
 
 
+@pytest.mark.long
 def test_block_inputs_are_on_their_way_back_before_they_are_asked_for(monkeypatch):
     late = []
     start_back = ActivationStore.start_back

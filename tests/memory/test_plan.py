@@ -64,6 +64,7 @@ def test_layer_major_copies_once_for_all_micro_batches():
     assert layer_major.seconds < ordinary.seconds
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("modulation", ["stream", pytest.param("resident", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("base_format", ["dense", "fp8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_predicted_bytes_are_those_of_the_streamer(base_format, modulation):
@@ -136,6 +137,7 @@ def test_options_are_written_as_a_user_would():
     assert text.endswith("--gradient-checkpointing auto (attention kept in 30 blocks, 4 recomputed, 4 kept whole)")
 
 
+@pytest.mark.long
 def test_more_memory_means_less_recomputation_and_quicker_steps():
     """By the sums, medium needs none of it on 24 GB, large none on 48 GB."""
     freedom, before = Freedom(kept=True), None
@@ -191,6 +193,7 @@ def test_what_the_user_fixes_stays():
     assert settings.attention_kept_blocks > 0
 
 
+@pytest.mark.long
 def test_alternatives_need_clearly_less():
     limits, freedom = Limits(device_bytes=24 * 10**9), Freedom(kept=True)
     choice = fitting_settings(LARGE, WORK, Settings(), limits, rates=CARD, freedom=freedom)
@@ -201,6 +204,7 @@ def test_alternatives_need_clearly_less():
     assert min(less_device[1].seconds, less_host[1].seconds) >= choice[1].seconds
 
 
+@pytest.mark.long
 def test_planning_imports_no_torch():
     code = "import sys, sd3pipe.memory.plan, sd3pipe.commands.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

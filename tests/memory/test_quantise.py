@@ -93,6 +93,7 @@ def test_stored_bits_are_the_stated_ones(format):
     assert stored * 8 == pytest.approx(128 * 256 * bits_per_weight(format, 256))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("format", PACKINGS)
 def test_streaming_a_quantised_base_changes_no_bit(format):
     def run(**streaming):

@@ -45,6 +45,7 @@ def test_streamed_training_equals_resident_training_bit_for_bit(variant, modulat
         assert stream.copies
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("adapters", [("mlp.fc1",), ("adaLN_modulation.1",), ("adaLN_modulation.1", "attn.qkv")])
 def test_any_set_of_adapted_layers_gets_the_same_gradients(adapters):
     expected = resident("sd35-medium", adapters=adapters)
@@ -53,6 +54,7 @@ def test_any_set_of_adapted_layers_gets_the_same_gradients(adapters):
         _assert_same(train(model, adapters=adapters, blocks_to_swap=DEPTH, modulation=modulation), expected)
 
 
+@pytest.mark.long
 def test_adapted_embedders_get_their_gradient_through_streamed_modulation():
     adapters = ("t_embedder.mlp.2", "context_embedder", "attn.proj")
     for modulation in ("stream", "resident"):
@@ -66,6 +68,7 @@ def test_adapted_embedders_get_their_gradient_through_streamed_modulation():
         train(tiny_mmdit("sd35-large", depth=DEPTH), adapters=adapters, blocks_to_swap=2, modulation="ahead")
 
 
+@pytest.mark.long
 def test_autocast_and_bf16_stream_bit_for_bit():
     for dtype in (torch.float32, torch.bfloat16):
         runs = []
@@ -91,6 +94,7 @@ def test_compiled_blocks_stream_bit_for_bit_and_are_recomputed_within_one_graph(
     _assert_same(*results)
 
 
+@pytest.mark.long
 def test_offloaded_activations_come_back_unchanged():
     for count in (0, 3, DEPTH):
         model = tiny_mmdit("sd35-medium", depth=DEPTH)
@@ -112,6 +116,7 @@ def test_every_block_s_streams_leave_and_their_buffers_are_used_again():
         assert streamer.activations.host_bytes == streams  # the second step uses the first one's buffers
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [8, pytest.param(7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("modulation", ["stream", "resident"])
 @pytest.mark.parametrize(
@@ -136,6 +141,7 @@ def test_copies_are_the_planned_ones(variant, modulation, count):
     assert len(ahead) <= 2
 
 
+@pytest.mark.long
 def test_backward_never_fetches_modulation():
     model = tiny_mmdit("sd35-large", depth=8)
     add_adapters(model, ["adaLN_modulation.1", "attn.qkv"])
@@ -192,6 +198,7 @@ def test_a_streamed_block_is_one_aligned_buffer():
             assert all(p.storage_offset() * p.element_size() % 256 == 0 for p in block.parameters())
 
 
+@pytest.mark.long
 def test_ring_memory_is_two_blocks_per_shape():
     model = tiny_mmdit("sd35-large", depth=8)
     with BlockStreamer(model, blocks_to_swap=8, device="cpu", modulation="resident") as streamer:

@@ -40,6 +40,7 @@ def test_projection_without_axes_is_refused():
         detect_clip(TINY_CLIP_G.shapes() | {"text_projection.weight": ()}, "file")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=120, deadline=None)
 @given(data=st.data())

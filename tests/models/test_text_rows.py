@@ -151,6 +151,7 @@ def with_t5(base, folder, tensors):
     return type(base)(**{name: getattr(base, name) for name in base.__slots__} | {"t5xxl": path})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("storage", ["fp8", "fp8_scaled"])
 def test_fp8_t5_equals_its_dequantised_weights(base, tmp_path, storage):
     eight = write_tiny_base(tmp_path / "fp8", layout="separate", t5_storage=storage)
@@ -168,6 +169,7 @@ def test_fp8_t5_equals_its_dequantised_weights(base, tmp_path, storage):
     assert not torch.allclose(sixteen[1]["t5xxl"], expected[1]["t5xxl"], atol=1e-3)
 
 
+@pytest.mark.long
 def test_all_layouts_give_the_same_bits(base, rows, tmp_path):
     for layout in ("single", "diffusers"):
         other = write_tiny_base(tmp_path / layout, layout=layout)

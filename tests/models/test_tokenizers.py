@@ -72,6 +72,7 @@ def test_known_ids_of_the_genuine_tokenizers(shared_dir):
     assert t5xxl.pad(t5xxl.encode(["a cat"]), 6).ids.tolist() == [[3, 9, 1712, 1, 0, 0]]
 
 
+@pytest.mark.long
 def test_an_exclamation_mark_is_no_padding(shared_dir):
     """transformers makes padding (id 0) of it, because CLIP-G's own folder declares "!" as its special pad token."""
     folder = shared_dir / "tokenizers"
@@ -91,12 +92,14 @@ def test_long_texts_are_cut_before_the_end_token(small):
     assert tokens.batch([0, 1]).mask.sum(axis=1).tolist() == [10, len(tokens.ids[1])]
 
 
+@pytest.mark.long
 def test_genuine_vocabularies_have_the_known_identities(shared_dir):
     for name in ENCODERS:
         kind = VOCABULARY_KINDS[name]
         assert vocabulary_identity(shared_dir / "tokenizers" / name, kind) == GENUINE_IDENTITIES[kind]
 
 
+@pytest.mark.long
 def test_identity_does_not_depend_on_the_file_format(folder, tmp_path):
     for name in ("spiece.model", "tokenizer.json"):
         (tmp_path / name).mkdir()

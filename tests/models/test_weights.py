@@ -60,6 +60,7 @@ def test_every_byte_is_read_once(model, monkeypatch):
         assert all(start >= end for end, (start, _) in zip(ends, sorted(read)[1:], strict=False))
 
 
+@pytest.mark.long
 def test_conversion_in_small_pieces_loses_nothing(parts, model, monkeypatch):
     monkeypatch.setattr("sd3pipe.tensors.reader._STAGING_BYTES", 480)
     found = read_tensors(find_component("vae", model=model).tensors, dtype=torch.float32)

@@ -38,6 +38,7 @@ def test_no_template_and_no_module_switches_escaping_off():
     assert not [path for path in sources if off.search(path.read_text(encoding="utf-8"))]
 
 
+@pytest.mark.long
 @needs_chromium
 def test_a_script_that_is_not_the_pages_own_has_no_effect(tmp_path):
     page = page_of("a").replace("</body>", "<script>document.title = 'run'</script><p style='color: red'></p></body>")
@@ -47,6 +48,7 @@ def test_a_script_that_is_not_the_pages_own_has_no_effect(tmp_path):
     assert title == "a" and colour != "rgb(255, 0, 0)"
 
 
+@pytest.mark.long
 @needs_chromium
 @pytest.mark.parametrize("dark", [False, True])
 def test_words_stand_out_in_light_and_dark(tmp_path, dark):

@@ -33,6 +33,7 @@ def _call_oracle(oracle):
     return predict
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-6)], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_output_and_input_gradients_equal_the_oracles(variant, dtype, tolerance):

@@ -30,6 +30,7 @@ def pipeline(base):
     return StableDiffusion3Pipeline.from_pretrained(base.model, torch_dtype=torch.float32)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("length", [77, 256])
 @pytest.mark.parametrize("stream_t5", [False, True])
 def test_rows_equal_encode_prompt(base, pipeline, tmp_path, length, stream_t5):

@@ -53,6 +53,7 @@ def test_moments_equal_autoencoderkls(both, batch, height, width, dtype, toleran
     assert relative_error(logvar, expected.logvar) < tolerance
 
 
+@pytest.mark.long
 @PRECISIONS
 @SIZES
 def test_decoded_pixels_equal_autoencoderkls(both, batch, height, width, dtype, tolerance):

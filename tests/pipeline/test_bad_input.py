@@ -173,6 +173,7 @@ class TestResumeOnOtherCaches:
         assert "Traceback" not in done.stderr
         assert text in done.stderr or latents in done.stderr or "rows" in done.stderr
 
+    @pytest.mark.long
     def test_resume_auto_sets_the_old_run_aside(self, base, folder):
         copy = folder / "copy"
         shutil.copytree(folder / "run", copy / "run")

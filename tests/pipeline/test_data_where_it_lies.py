@@ -85,6 +85,7 @@ def test_names_alone_differ_where_several_files_hold_them(base, pictures, tmp_pa
             assert not any(name.startswith("segments") for name in names)
 
 
+@pytest.mark.long
 def test_a_run_with_nothing_to_do_looks_at_the_tar_and_not_into_it(base, pictures, tmp_path, monkeypatch, capsys):
     tar = write_tar(tmp_path / "one.tar", folder_content(pictures))
     first = encode(base, tmp_path / "made", tar)

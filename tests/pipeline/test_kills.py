@@ -250,6 +250,7 @@ def undisturbed(commands, tmp_path_factory) -> Callable[[str], tuple[float, dict
     return of
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("sent", "number"),
     [(signal.SIGKILL, 1), *(pytest.param(sent, 20, marks=pytest.mark.slow) for sent in ENDS)],

@@ -84,6 +84,7 @@ def test_nor_where_the_search_path_names_the_current_folder(tmp_path, search_pat
     assert what_ran(tmp_path) == "tomllib"
 
 
+@pytest.mark.long
 def test_python_m_runs_none_of_them_either(project):
     """But for those that Python itself imports for `-m`, before any line of ours."""
     of_python = run(project, sys.executable, "-P", "-c", "import runpy, sys; print(*sys.modules)").split()

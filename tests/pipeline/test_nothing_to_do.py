@@ -54,6 +54,7 @@ def text_command(base, dataset):
     return ["encode-text", f"--model={base.model}", *base.encoder_options(), *options]
 
 
+@pytest.mark.long
 def test_nothing_heavy_is_imported_and_nothing_is_written(base, tmp_path):
     dataset = write_dataset(tmp_path, 4)
     for command, out in ((latents_command, "latents"), (text_command, "text")):
@@ -152,6 +153,7 @@ def scans(monkeypatch):
     return seen
 
 
+@pytest.mark.long
 def test_a_second_run_says_the_same_without_a_scan(base, tmp_path, fine_clock, scans, capsys):
     dataset = write_dataset(tmp_path, 3)
     (tmp_path / "photos" / "000002.txt").unlink()
@@ -169,6 +171,7 @@ def test_a_second_run_says_the_same_without_a_scan(base, tmp_path, fine_clock, s
         scans.clear()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_whatever_changes_is_found(base, tmp_path, fine_clock, scans, change):
     dataset = write_dataset(tmp_path, 3)
@@ -184,6 +187,7 @@ def test_whatever_changes_is_found(base, tmp_path, fine_clock, scans, change):
         assert bool(scans) == (out in CHANGES[change])
 
 
+@pytest.mark.long
 def test_another_option_and_distrust_look_again(base, tmp_path, fine_clock, scans):
     dataset = write_dataset(tmp_path, 2)
     time.sleep(0.1)
@@ -199,6 +203,7 @@ def test_a_file_that_was_changed_a_moment_ago_is_looked_into_again(base, tmp_pat
     assert len(scans) == 2
 
 
+@pytest.mark.long
 def test_caches_of_one_dataset_share_one_look_at_its_files(tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
     for name in ("a.png", "a.txt", "sub/b.png"):

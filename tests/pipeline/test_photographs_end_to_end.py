@@ -15,6 +15,8 @@ from support.tiny_base import TinyBase, write_tiny_base
 
 from sd3pipe.models.checkpoint import load_mmdit
 
+pytestmark = pytest.mark.long
+
 STEPS = 6
 
 

@@ -111,6 +111,7 @@ def test_captions_too(tmp_path, base, dataset):
     assert two["cut"] == one["cut"] != []
 
 
+@pytest.mark.long
 def test_an_address_at_which_nobody_answers_is_named(base, dataset, capsys, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     assert run(["encode-latents", f"--model={base.model}", f"--dataset={dataset}", "--out=out", "--engine=ray"]) == 2

@@ -90,6 +90,7 @@ def results(folder: Path) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "command", ["train", *(pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS if name != "train")]
 )
@@ -100,6 +101,7 @@ def test_a_signal_while_modules_are_imported_is_not_lost(make_project, command):
     assert told(process) in (75, -signal.SIGTERM)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_signal_within_a_step_saves_it(make_project, steps):
     folder = make_project("train")

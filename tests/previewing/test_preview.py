@@ -81,6 +81,7 @@ def test_there_is_a_png_per_bucket_and_a_page_that_needs_nothing_else(project, c
         assert Image.open(project / "out" / file).format == "PNG"
 
 
+@pytest.mark.long
 def test_near_duplicates_and_blur_are_told_of_the_picture_and_of_all(tmp_path, caplog):
     (tmp_path / "pics").mkdir()
     photograph = Image.open(Path(skimage.__file__).parent / "data" / "coffee.png")
@@ -107,6 +108,7 @@ def test_captions_of_caches_stand_in_columns(project, tmp_path):
         preview(project, captions=(tmp_path / "nowhere",))
 
 
+@pytest.mark.long
 def test_a_second_preview_decodes_what_is_new(project, tmp_path, monkeypatch):
     folder = shutil.copytree(project, tmp_path / "project", ignore=shutil.ignore_patterns("out"))
     decoded = []
@@ -142,6 +144,7 @@ def test_warnings_name_what_may_surprise(project, caplog):
     assert "without a caption" in page
 
 
+@pytest.mark.long
 def test_captions_that_are_cut_off_are_told(project, shared_dir):
     page = preview(project, tokenizers=shared_dir / "tokenizers")
     assert "1 picture with a caption that is cut off: big.jpg" in page
@@ -163,6 +166,7 @@ def test_old_sheets_are_removed_and_foreign_files_stay(project):
     (project / "out" / "mine.png").unlink()
 
 
+@pytest.mark.long
 def test_a_cache_is_drawn_by_decoding_it(project, base, monkeypatch):
     encode_latents(
         EncodeLatentsParams(

@@ -100,6 +100,7 @@ def check_repro(folder: Path, names: list[str]) -> None:
     project.call("dvc", "plots", "show")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("start", [0, *(pytest.param(start, marks=pytest.mark.slow) for start in (13, 26))])
 def test_nasty_names_pass_unchanged(tmp_path, start):
     names = [NASTY[(start + number) % len(NASTY)] for number in range(13)]

@@ -164,6 +164,7 @@ def test_a_folder_without_pictures_is_told(tmp_path):
     assert "holds no picture" in done.stderr
 
 
+@pytest.mark.long
 def test_paths_with_blanks_are_quoted_where_a_shell_reads_them(tmp_path):
     base = write_tiny_base(tmp_path / "my models", variant="sd35-medium", layout="single")
     write_photographs(tmp_path / "a b" / "photo set", ("chelsea.png",), 96)
@@ -199,6 +200,7 @@ def test_the_same_init_completes_what_is_half_there(tmp_path):
     assert {file: file.read_bytes() for file in (tmp_path / "p").rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.long
 def test_what_was_not_found_is_named(tmp_path):
     base = write_tiny_base(tmp_path / "models", variant="sd35-medium", layout="separate")
     base.tokenizers.rename(tmp_path / "elsewhere")

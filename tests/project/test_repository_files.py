@@ -20,6 +20,7 @@ def expected_texts() -> dict[str, str]:
     return runpy.run_path(str(ROOT / "scripts" / "write_stage_files.py"))["texts"]()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*(f"stages/{name}.toml" for name in load_stage_models()), "dvc.yaml"])
 def test_file_is_in_step_with_the_options(name):
     message = f"{name} is not what the option sets say: run scripts/write_stage_files.py"
@@ -31,6 +32,7 @@ def test_example_texts_are_the_demos(name):
     assert (DEMO / name).read_text(encoding="utf-8") == project_texts(steps=300)[name]
 
 
+@pytest.mark.long
 def test_example_pictures_are_the_demos():
     for name, content in picture_files().items():
         there = (DEMO / name).read_bytes()

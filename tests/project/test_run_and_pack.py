@@ -182,6 +182,7 @@ def test_train_alone_wants_caches_that_are_there(project):
     assert "caches/latents: is not there yet" in done.stderr
 
 
+@pytest.mark.long
 def test_looking_ahead_needs_no_torch_and_little_more_than_starting(project):
     code = (
         "import sys, time; begun = time.process_time(); from sd3pipe.cli import run; start = time.process_time(); "
@@ -191,6 +192,7 @@ def test_looking_ahead_needs_no_torch_and_little_more_than_starting(project):
     subprocess.run([sys.executable, "-c", code], cwd=project, check=True)
 
 
+@pytest.mark.long
 def test_a_stage_that_fails_gives_its_exit_code(project):
     (project / "caches").write_text("in the way")
     try:

@@ -191,6 +191,7 @@ def test_a_run_without_a_step_has_a_page(tmp_path):
     assert "no step was recorded" in text and "<h2>Samples" not in text and "<h2>Validation" not in text
 
 
+@pytest.mark.long
 @needs_chromium
 def test_slider_changes_the_pictures_and_nothing_is_fetched(page, tmp_path):
     script = """
@@ -206,6 +207,7 @@ def test_slider_changes_the_pictures_and_nothing_is_fetched(page, tmp_path):
     assert not {url for url in asked if url.startswith(("http:", "https:")) and "google" not in url}
 
 
+@pytest.mark.long
 @needs_chromium
 def test_without_its_script_the_page_shows_every_picture(page, tmp_path):
     text = page.read_text(encoding="utf-8")
@@ -236,6 +238,7 @@ def narrow_pages(folder: Path) -> list[str]:
     return [draw_page(preview), *(path.read_text(encoding="utf-8") for path in paths)]
 
 
+@pytest.mark.long
 @needs_chromium
 def test_nothing_runs_off_at_phone_width_and_axes_stay_readable(tmp_path):
     script = """

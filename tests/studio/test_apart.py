@@ -4,6 +4,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from sd3pipe.child import ask_to_stop, start_apart
 from sd3pipe.files import lock_file, lock_holder
 from sd3pipe.living import is_alive, living_pid
@@ -17,6 +19,7 @@ print(start_apart(["studio", "--port", "0", "--no-open"], folder=Path(sys.argv[1
 """
 
 
+@pytest.mark.long
 def test_a_command_outlives_its_starter_and_stops_when_asked(tmp_path):
     environment = {"XDG_STATE_HOME": str(tmp_path), "PATH": ""}
     done = subprocess.run(

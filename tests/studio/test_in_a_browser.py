@@ -99,6 +99,7 @@ def at(page, studio: Running, name: str) -> None:
     page.goto(f"{studio.root}/p/{page.slug}/{name}")
 
 
+@pytest.mark.long
 def test_captions_and_tags_are_edited_and_undone_and_hostile_ones_run_nothing(tmp_path, running, opened):
     names = {"a": "cat, sofa", "b": "cat, window", HOSTILE.replace("/", ""): HOSTILE}
     project = write_project(tmp_path / "cats", names)
@@ -138,6 +139,7 @@ def test_captions_and_tags_are_edited_and_undone_and_hostile_ones_run_nothing(tm
     assert page.problems == other.problems == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("width, scheme", [(400, "dark"), pytest.param(1400, "light", marks=pytest.mark.slow)])
 def test_nothing_runs_off_and_all_controls_are_named(tmp_path, running, opened, width, scheme):
     project = write_project(tmp_path / "cats", {f"picture-{n}": "cat, " + "unbroken" * 20 for n in range(5)})
@@ -155,6 +157,7 @@ def test_nothing_runs_off_and_all_controls_are_named(tmp_path, running, opened, 
     assert dark == (scheme == "dark") and page.problems == []
 
 
+@pytest.mark.long
 def test_options_are_saved_with_comments_kept_and_errors_at_their_fields(tmp_path, running, opened):
     project = write_project(tmp_path / "cats", {"a": "cat"})
     (project / "stages").mkdir()
@@ -176,6 +179,7 @@ def test_options_are_saved_with_comments_kept_and_errors_at_their_fields(tmp_pat
     )
 
 
+@pytest.mark.long
 def test_what_an_editor_wrote_meanwhile_stays_and_a_folded_error_is_seen(tmp_path, running, opened):
     project = write_project(tmp_path / "cats", {"a": "cat"})
     (project / "stages").mkdir()
@@ -199,6 +203,7 @@ def test_what_an_editor_wrote_meanwhile_stays_and_a_folded_error_is_seen(tmp_pat
     assert page.problems == []
 
 
+@pytest.mark.long
 def test_what_was_left_out_of_a_command_is_said_on_the_page_that_comes_next(tmp_path, running, opened):
     write_pictures(tmp_path / "train" / "3_cat", {"a": "cat"})
     (tmp_path / "model.safetensors").write_bytes(b"")
@@ -217,6 +222,7 @@ def test_what_was_left_out_of_a_command_is_said_on_the_page_that_comes_next(tmp_
     assert not said.is_visible() and page.problems == []
 
 
+@pytest.mark.long
 def test_a_card_keeps_the_keyboard_and_what_is_typed_while_it_is_saved(tmp_path, running, opened):
     project = write_project(tmp_path / "cats", {"a": "cat", "b": "dog"})
     page = opened(running(project))
@@ -272,6 +278,7 @@ def test_a_studio_that_is_gone_is_told_and_a_button_keeps_the_keyboard(tmp_path,
     assert at_train == []
 
 
+@pytest.mark.long
 def test_what_can_be_done_after_a_run_is_said_without_a_reload(tmp_path, running, opened):
     project = write_project(tmp_path / "cats", {"a": "cat"})
     holder = run_at_a_terminal(project)

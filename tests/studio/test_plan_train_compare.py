@@ -49,6 +49,7 @@ def with_checkpoint(project, step=10):
     (folder / "adapter.safetensors").write_bytes(b"")
 
 
+@pytest.mark.long
 def test_the_table_is_plans_own(tmp_path):
     for file, data in write_files(tmp_path / "star", steps=6).items():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -260,6 +261,7 @@ def test_a_failed_export_shows_the_commands_own_line(studio, project, monkeypatc
     assert "--multiplier=0.6" in told[1] and told[1][-1].endswith("cat-step00000010-x0.6-diffusers.safetensors")
 
 
+@pytest.mark.long
 def test_begin_makes_a_project_from_a_command_of_sd_scripts(tmp_path, project):
     studio = studio_of(tmp_path)
     assert "With your pictures and a model" in asked(studio, "GET", "/").text

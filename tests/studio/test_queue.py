@@ -55,6 +55,7 @@ def test_a_job_at_work_is_neither_moved_nor_removed(queue, tmp_path):
     assert titles(queue) == ["a"]
 
 
+@pytest.mark.long
 def test_a_failed_job_is_passed_over_and_told(queue, tmp_path):
     add(queue, tmp_path, "bad", WRONG, FINE)
     add(queue, tmp_path, "good")
@@ -70,6 +71,7 @@ def test_a_job_in_a_folder_that_is_gone_fails(queue, tmp_path):
     assert [(other.id, other.state) for other in queue.jobs()] == [(job.id, "failed")]
 
 
+@pytest.mark.long
 def test_a_job_that_a_dead_worker_had_begun_is_taken_up_where_it_was(queue, tmp_path):
     job = add(queue, tmp_path, "a", WRONG, FINE)
     queue.update(job.id, lambda job: replace(job, state="running", at=1, mark=dead_mark()))
@@ -85,6 +87,7 @@ def test_what_began_afresh_does_not_begin_afresh_again(queue, tmp_path):
     assert queue.jobs()[0].exit_code == 2  # train without a project
 
 
+@pytest.mark.long
 def test_a_worker_waits_for_the_process_that_another_had_started(queue, tmp_path):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1.5)"])
     job = add(queue, tmp_path, "a")
@@ -136,6 +139,7 @@ def test_a_damaged_queue_is_told_and_never_replaced(queue, tmp_path):
     assert file.read_text() == "{"
 
 
+@pytest.mark.long
 def test_many_writers_lose_no_job(queue, tmp_path):
     script = (
         "import sys; from pathlib import Path; from sd3pipe.studio.queue import Queue\n"
@@ -147,6 +151,7 @@ def test_many_writers_lose_no_job(queue, tmp_path):
     assert len(queue.jobs()) == 15
 
 
+@pytest.mark.long
 def test_a_job_outlives_its_worker_and_the_next_one_waits_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr(queue_module.Queue, "work", lambda self: None)
     queue = Queue(tmp_path / "sd3pipe")

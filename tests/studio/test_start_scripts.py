@@ -13,6 +13,7 @@ REPOSITORY = Path(__file__).parents[2]
 PYTHON = REPOSITORY / ".venv" / "bin" / "python"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not PYTHON.exists(), reason="without the environment of `make setup` they would make it")
 @pytest.mark.parametrize("name", ["studio.sh", "studio.command"])
 def test_a_script_opens_the_studio_from_wherever_it_is_called(tmp_path, name):

@@ -111,6 +111,7 @@ def events(text: bytes) -> list[tuple[str, object]]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("watchers", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_no_watcher_misses_a_point_or_takes_one_twice(tmp_path, watchers):
     project = write_project(tmp_path / "cats", {"a": "cat"})

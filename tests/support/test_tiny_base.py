@@ -21,6 +21,7 @@ def sources_of(base):
     return {name: find_component(name, model=base.model, file=files.get(name)) for name in COMPONENTS}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "layout, variant",
     [
@@ -46,6 +47,7 @@ def test_every_part_is_found_and_has_its_architecture(tmp_path, variant, layout)
     assert detect_t5(shapes["t5xxl"], "") == base.architecture.t5xxl
 
 
+@pytest.mark.long
 def test_a_part_has_one_fingerprint_in_all_layouts(tmp_path):
     fingerprints = [
         {name: source.fingerprint() for name, source in sources_of(write_tiny_base(tmp_path / x, layout=x)).items()}
@@ -58,6 +60,7 @@ def test_a_part_has_one_fingerprint_in_all_layouts(tmp_path):
     }  # has an explicit projection there
 
 
+@pytest.mark.long
 def test_equal_arguments_give_equal_files(tmp_path):
     files = []
     for name in ("first", "second"):
@@ -68,6 +71,7 @@ def test_equal_arguments_give_equal_files(tmp_path):
     assert len(files[0]) == 4 + 12
 
 
+@pytest.mark.long
 def test_another_seed_gives_other_weights(tmp_path):
     first, second = (sources_of(write_tiny_base(tmp_path / str(seed), seed=seed)) for seed in (0, 1))
     assert all(first[name].fingerprint() != second[name].fingerprint() for name in COMPONENTS)
@@ -96,6 +100,7 @@ def test_bases_are_small(tmp_path):
     assert sum(path.stat().st_size for path in base.folder.rglob("*") if path.is_file()) < 16e6
 
 
+@pytest.mark.long
 def test_diffusers_loads_the_folder(tmp_path):
     from diffusers import StableDiffusion3Pipeline
 

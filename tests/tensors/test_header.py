@@ -120,6 +120,7 @@ def _mutations():
     return st.tuples(byte_edits, st.integers(0, len(GOOD)), st.binary(max_size=4))
 
 
+@pytest.mark.long
 @settings(max_examples=400, deadline=None)
 @given(_mutations())
 def test_mutated_file_is_read_as_safetensors_reads_it_or_refused(tmp_path_factory, mutation):
@@ -170,6 +171,7 @@ _headers = st.dictionaries(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=150, deadline=None)
 @given(_headers, st.integers(0, 40))
 def test_invented_header_never_raises_anything_but_an_input_error(tmp_path_factory, header, data_bytes):

@@ -75,6 +75,7 @@ def test_loraplus_trains_up_faster(inputs):
     assert torch.equal(plus[f"{name}.lora_down.weight"], plain[f"{name}.lora_down.weight"])
 
 
+@pytest.mark.long
 def test_base_weights_are_in_the_base_at_their_strength(inputs):
     """The first loss is that of the base with the merged adapter; strength 0 is the base alone."""
     teacher = inputs.train("teacher", max_train_steps=4, learning_rate=0.1)

@@ -38,6 +38,7 @@ def told(caplog, inputs: Inputs, out: str, **options) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
+@pytest.mark.long
 def test_nothing_is_said_where_all_fits(inputs, caplog):
     prompts = fill_prompts(inputs.folder / "prompts", PROMPT)
     for number, fitting in enumerate(({}, {"prompts": prompts}, {"vae": inputs.folder / "vae.safetensors"})):
@@ -56,6 +57,7 @@ def test_a_model_without_a_vae_has_none_to_compare_with(tmp_path, caplog):
     assert told(caplog, make_inputs(tmp_path, pictures(2), vae="of somewhere else", **ENOUGH), "bare") == []
 
 
+@pytest.mark.long
 def test_prompts_of_other_encoders_and_options_are_told_with_both_sides(inputs, caplog):
     encoder = fill_prompts(inputs.folder / "of-another-encoder", PROMPT, clip_l="k")
     (line,) = told(caplog, inputs, "encoder", prompts=encoder)

@@ -27,6 +27,7 @@ def test_long_runs_on_cuda_with_all_tools_are_compiled(monkeypatch, tmp_path):
     assert not compiling_pays(CUDA, PAYS_FROM_STEPS)
 
 
+@pytest.mark.long
 def test_what_cannot_be_compiled_runs_as_it_is_unless_compiling_was_asked_for():
     def broken(graph, examples):
         raise RuntimeError("no such kernel")
@@ -44,6 +45,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_unless_compiling_was_asked_for():
                 model(**inputs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sizes", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_no_size_of_picture_after_the_second_is_compiled_anew(sizes):
     graphs = []

@@ -21,6 +21,7 @@ from sd3pipe.words import Algorithm
 WORK, RANK = Workload(image_tokens=128, text_tokens=32), 8
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", get_args(Algorithm))
 @pytest.mark.parametrize("variant", ["sd35-medium", "sd35-large"])
 def test_a_block_keeps_as_many_bytes_as_the_plan_says(variant, kind):

@@ -51,6 +51,7 @@ def test_drawing_streams_as_few_blocks_as_it_must():
         fewest_to_sample(LARGE, tokens=4096, dtype=torch.bfloat16, device_bytes=10**9)
 
 
+@pytest.mark.long
 def test_auto_knows_the_hosts_memory():
     plan = choose(LARGE, WORK, Settings(), device_bytes=12 * 10**9, host_limit=32 * 10**9, rates=CARD)
     assert plan.prediction.host_bytes <= 32 * 10**9

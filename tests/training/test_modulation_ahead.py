@@ -34,6 +34,7 @@ def streamed(inputs):
     return inputs.train("stream", modulation="stream")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options", [{}, {"layer_major": True}, pytest.param({"activation_offload": True}, marks=pytest.mark.slow)], ids=str
 )
@@ -44,6 +45,7 @@ def test_bits_are_those_of_streamed_modulation(inputs, streamed, options):
     assert ahead.report()["memory"]["copied_bytes_per_step"]["measured"] > 0
 
 
+@pytest.mark.long
 def test_the_host_begins_with_a_step_before_the_one_before_it_runs(inputs, monkeypatch):
     events, prepare, step, modulation = [], BlockStreamer.prepare, StepRunner.step, AheadModulation.modulation
 
@@ -68,6 +70,7 @@ def test_the_host_begins_with_a_step_before_the_one_before_it_runs(inputs, monke
     assert events == one_step + [*one_step, "step"] * STEPS
 
 
+@pytest.mark.long
 def test_nothing_is_prepared_where_nothing_is_streamed(inputs, monkeypatch):
     monkeypatch.delattr(BlockStreamer, "prepare")
     run = inputs.train("resident", modulation="ahead", blocks_to_swap=0, resume="never")

@@ -21,6 +21,7 @@ def kernels_as_before():
         getattr(torch.backends.cuda, f"enable_{enable}_sdp")(True)
 
 
+@pytest.mark.long
 def test_the_attention_kernel_can_be_chosen(inputs):
     """The CPU has two: flash, which auto takes, and math."""
     quickest, flash, math = (inputs.train(name, sdpa_backend=name).losses() for name in ("auto", "flash", "math"))

@@ -255,6 +255,7 @@ def test_a_base_has_one_format(inputs):
         inputs.train("refused", matmul_dtype="int8", base_dtype="nf4")
 
 
+@pytest.mark.long
 def test_subsets_are_weighed_and_repeated(inputs):
     repeated = inputs.train("repeated", subsets={"photos": {"num_repeats": 3}}, max_train_epochs=1)
     assert repeated.report()["steps"] == 12  # two photos three times, and as many regularisation pictures

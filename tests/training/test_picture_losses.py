@@ -46,6 +46,7 @@ def test_nothing_is_claimed_where_nothing_was_learnt():
     assert claims <= 10
 
 
+@pytest.mark.long
 def test_a_run_writes_each_sample_and_what_they_say(tmp_path):
     inputs = make_inputs(tmp_path, pictures(3), train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=6)
     run = inputs.train("r")

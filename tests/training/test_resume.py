@@ -88,6 +88,7 @@ FAMILIES = {
 QUICK = ("adamw", "schedule-free", "lion-bf16", "fp16")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheduler", ["cosine", "linear"])
 def test_a_schedule_goes_on_where_it_was(inputs, monkeypatch, scheduler):
     """From a step whose learning rate is neither the whole one nor nothing."""
@@ -121,12 +122,14 @@ def test_a_stopped_run_goes_on_to_the_same_bits(inputs, monkeypatch, family):
     assert_same_run(whole, parts)
 
 
+@pytest.mark.long
 def test_worker_processes_change_nothing(inputs):
     alone = inputs.train("workers-0", max_train_steps=4)
     helped = inputs.train("workers-2", max_train_steps=4, max_data_loader_n_workers=2, output_name="workers-0")
     assert_same_run(alone, helped, step=4)
 
 
+@pytest.mark.long
 def test_worker_processes_are_no_more_than_cores(inputs, monkeypatch):
     """As in sd-scripts, whose default of 8 a translated project has; torch would warn of them at each start."""
     asked: list[int] = []
@@ -142,6 +145,7 @@ def test_worker_processes_are_no_more_than_cores(inputs, monkeypatch):
     assert asked == [2, 3]
 
 
+@pytest.mark.long
 def test_more_steps_under_a_constant_schedule_continue_exactly(inputs, caplog):
     """Also with a warm-up given as a ratio: it keeps the length that the run began with."""
     caplog.set_level("INFO")
@@ -199,6 +203,7 @@ def test_a_path_refuses_caches_of_another_vae(inputs, dataset, tmp_path):
         other.train("vae-2", max_train_steps=4, resume=str(run.folder))
 
 
+@pytest.mark.long
 def test_allowed_changes_go_on_and_are_recorded(inputs):
     run = inputs.train("allowed", max_train_steps=2)
     inputs.train(
@@ -219,6 +224,7 @@ def test_a_change_that_a_checkpoint_cannot_take_is_named(inputs):
     assert run.state(2)["step"] == 2
 
 
+@pytest.mark.long
 def test_going_back_to_a_checkpoint_sets_the_later_ones_aside(inputs):
     run = inputs.train("back", max_train_steps=4)
     expected = run.adapter(4)
@@ -227,6 +233,7 @@ def test_going_back_to_a_checkpoint_sets_the_later_ones_aside(inputs):
     assert equal(run.adapter(4), expected)
 
 
+@pytest.mark.long
 def test_a_torn_checkpoint_is_named_and_the_one_before_taken(inputs, caplog):
     run = inputs.train("torn", max_train_steps=4)
     expected = run.adapter()
@@ -309,6 +316,7 @@ def test_a_new_run_takes_up_the_kind_of_the_weights_that_it_is_given(inputs, kin
         assert merged.losses()[0] == pytest.approx(found.losses()[0], rel=1e-3)
 
 
+@pytest.mark.long
 def test_network_weights_start_a_new_run_from_an_adapter(inputs):
     first = inputs.train("teacher", max_train_steps=2)
     pupil = inputs.train("pupil", max_train_steps=2, network_weights=first.folder)

@@ -41,6 +41,7 @@ def draw(inputs: Inputs, run, prompts, out):
     return {file.name: read_file(file)["latents"] for file in (out / "latents").iterdir()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [
@@ -60,6 +61,7 @@ def test_sample_finds_what_training_drew_and_would_draw_the_same_bits(inputs, tm
     assert all(torch.equal(found[name], drawn[name]) for name in found)
 
 
+@pytest.mark.long
 def test_training_draws_no_base_that_is_there(inputs, tmp_path, monkeypatch):
     run, prompts = run_with(inputs, tmp_path)
     seen = []
@@ -72,12 +74,14 @@ def test_training_draws_no_base_that_is_there(inputs, tmp_path, monkeypatch):
     assert (again.folder / first).read_bytes() == (run.folder / first).read_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{"base_dtype": "int8"}, {"save_precision": "fp16"}, {"full_bf16": True}])
 def test_what_other_weights_drew_is_not_shared(inputs, tmp_path, options):
     _, prompts = run_with(inputs, tmp_path, **options)
     assert not (prompts.parent / ".sd3pipe" / "pictures").exists()
 
 
+@pytest.mark.long
 def test_a_run_draws_as_many_of_the_prompts_as_it_is_told(inputs, tmp_path):
     run, _ = run_with(inputs, tmp_path, max_sample_prompts=2)
     assert sorted(file.name for file in (run.folder / "samples/step-00000004").iterdir()) == ["000.png", "001.png"]

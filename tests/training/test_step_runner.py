@@ -57,6 +57,7 @@ class NoFloat64(TorchDispatchMode):
         return result
 
 
+@pytest.mark.long
 def test_a_step_takes_no_float64_on_a_device_that_has_none(inputs, monkeypatch):
     exact = inputs.train("exact", train_batch_size=2, gradient_accumulation_steps=2, **DESCENT)
     take = StepRunner.step

@@ -130,6 +130,7 @@ def test_a_fresh_adapter_changes_nothing_bit_for_bit(inputs, monkeypatch):
     assert trained.losses() == base.losses()
 
 
+@pytest.mark.long
 def test_an_mmdit_in_a_file_of_its_own_beats_the_one_in_the_model(inputs, tmp_path):
     other = make_inputs(tmp_path, pictures(6), variant="sd3-medium")
     plain = inputs.train("plain", max_train_steps=1)
@@ -138,6 +139,7 @@ def test_an_mmdit_in_a_file_of_its_own_beats_the_one_in_the_model(inputs, tmp_pa
     assert replaced.losses() == inputs.train("other", max_train_steps=1, model=str(other.model)).losses()
 
 
+@pytest.mark.long
 def test_rows_older_than_their_pictures_stop_a_run_unless_that_is_fine(tmp_path, capsys):
     inputs = make_inputs(tmp_path, pictures(2))
     dataset, caption = tmp_path / "dataset.toml", tmp_path / "captions" / "a.txt"
@@ -205,6 +207,7 @@ def test_many_sizes_and_text_lengths_stay_compiled(tmp_path, monkeypatch):
     assert 0 < len(graphs) < 20
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "base",
     [
@@ -290,6 +293,7 @@ def test_a_kind_trains_alike_wherever_its_base_is(tmp_path, kind, base_dtype):
         assert equal(run.adapter(2), plain.adapter(2)), name
 
 
+@pytest.mark.long
 def test_blocks_that_the_host_may_not_hold_are_read_from_the_file(tmp_path):
     inputs = make_inputs(tmp_path, pictures(2), depth=6, max_train_steps=2, output_name="base")
     held = inputs.train("held", blocks_to_swap=6)

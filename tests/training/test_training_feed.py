@@ -81,6 +81,7 @@ def test_noise_levels_are_float32_and_finer_than_bfloat16(inputs):
     assert (sigmas != sigmas.bfloat16().float()).float().mean() > 0.9
 
 
+@pytest.mark.long
 def test_encoders_are_dropped_at_their_own_rates_independently(inputs):
     rates = EncoderDropout(clip_l_dropout_rate=0.2, clip_g_dropout_rate=0.5, t5_dropout_rate=0.8)
     feed = make_feed(inputs, encoder_dropout=rates)

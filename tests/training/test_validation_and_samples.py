@@ -51,6 +51,7 @@ def vae(inputs):
 # validation
 
 
+@pytest.mark.long
 def test_validation_measures_held_out_pictures_in_bands(inputs):
     run = inputs.train("validated", validate_every_n_steps=2)
     records = run.records("validation")
@@ -90,6 +91,7 @@ def test_validation_and_samples_mask_a_tloras_ranks_and_change_nothing(inputs, p
     assert first[0] == first[1] and last[0] != last[1]
 
 
+@pytest.mark.long
 def test_the_best_checkpoint_is_marked_and_kept(inputs):
     run = inputs.train(
         "best", validate_every_n_steps=1, save_every_n_steps=1, save_last_n_steps=0, max_train_steps=6,
@@ -102,11 +104,13 @@ def test_the_best_checkpoint_is_marked_and_kept(inputs):
     assert set(run.steps()) == {best, 6}
 
 
+@pytest.mark.long
 def test_the_best_step_is_saved_though_no_checkpoint_is_due(inputs):
     run = inputs.train("best-between", validate_every_n_steps=1, save_every_n_steps=None, max_train_steps=3)
     assert run.report()["best_step"] in run.steps()
 
 
+@pytest.mark.long
 def test_validation_options_choose_pictures_noise_and_epochs(inputs):
     few = inputs.train("few", max_validation_steps=3).records("validation")[-1]
     assert len(few["by_picture"]) == 3
@@ -146,6 +150,7 @@ def test_intervals_are_students():
 # samples
 
 
+@pytest.mark.long
 def test_samples_are_drawn_on_the_way_and_change_nothing(inputs, prompts, vae):
     run = inputs.train("drawn", prompts=prompts, vae=vae, sample_every_n_steps=2)
     plain = inputs.train("plain", output_name="drawn")
@@ -156,6 +161,7 @@ def test_samples_are_drawn_on_the_way_and_change_nothing(inputs, prompts, vae):
     assert equal(run.adapter(), plain.adapter())
 
 
+@pytest.mark.long
 def test_without_a_vae_latents_are_kept(inputs, prompts, caplog):
     run = inputs.train(
         "kept", prompts=prompts, sample_at_first=False, sample_every_n_steps=None, sample_every_n_epochs=1,
@@ -169,6 +175,7 @@ def test_without_a_vae_latents_are_kept(inputs, prompts, caplog):
     assert not torch.equal(first, last)
 
 
+@pytest.mark.long
 def test_the_turbo_variant_draws_otherwise(inputs, tmp_path):
     prompts = fill_prompts(tmp_path / "prompts", [{"width": 64, "height": 64}])
     options = {"prompts": prompts, "max_train_steps": 1, "sample_every_n_steps": 1, "sample_at_first": False}
@@ -178,6 +185,7 @@ def test_the_turbo_variant_draws_otherwise(inputs, tmp_path):
     assert not torch.equal(*latents)
 
 
+@pytest.mark.long
 def test_missing_prompts_cost_a_warning(inputs, caplog):
     inputs.train("promptless", prompts=inputs.folder / "nowhere", max_train_steps=1)
     assert "no samples are drawn" in caplog.text
@@ -186,6 +194,7 @@ def test_missing_prompts_cost_a_warning(inputs, caplog):
 # saving
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "adapters", "states"),
     [
@@ -209,6 +218,7 @@ def test_old_checkpoints_go_as_asked(inputs, options, adapters, states):
     assert [step for step in with_state if step != best] == [step for step in states if step != best]
 
 
+@pytest.mark.long
 def test_save_precision_halves_the_adapter_and_resume_stays_exact(inputs):
     options = {"save_precision": "fp16", "max_train_steps": 4}
     whole = inputs.train("half", **options)
@@ -223,6 +233,7 @@ def test_save_precision_halves_the_adapter_and_resume_stays_exact(inputs):
 # trackers
 
 
+@pytest.mark.long
 def test_tensorboard_receives_the_steps(inputs):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -247,6 +258,7 @@ def test_wandb_records_offline(inputs, monkeypatch):
     assert b"step/loss" in record.read_bytes()
 
 
+@pytest.mark.long
 def test_wandb_is_asked_for_by_name(inputs, monkeypatch):
     started = {}
 
@@ -270,6 +282,7 @@ def test_wandb_is_asked_for_by_name(inputs, monkeypatch):
     assert {1, 2} <= set(started["steps"])
 
 
+@pytest.mark.long
 def test_trackio_keeps_the_steps_with_the_run(inputs, monkeypatch):
     """A stand-in for the package, beside accelerate's own tracker: 0.43 cannot be installed with the tests' pillow."""
     kept = SimpleNamespace(steps=[], ended=False)
@@ -320,6 +333,7 @@ def test_a_bad_loss_stops_and_names_its_pictures(inputs, monkeypatch, value, opt
         inputs.train(f"bad-{value}", max_train_steps=10, **options)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["no", "fp16"])
 def test_a_rollback_leaves_the_step_out_and_resumes_exactly(inputs, monkeypatch, caplog, precision):
     poison(monkeypatch, math.nan)
@@ -339,6 +353,7 @@ def test_a_rollback_leaves_the_step_out_and_resumes_exactly(inputs, monkeypatch,
 # what train leaves alone
 
 
+@pytest.mark.long
 def test_train_imports_neither_text_encoders_nor_pillow_nor_the_compiler(inputs):
     import subprocess
 
@@ -369,6 +384,7 @@ def asked_at(monkeypatch, where: type, name: str, call: int) -> None:
     monkeypatch.setattr(where, name, told)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("where", "name", "call"),
     [
