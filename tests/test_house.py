@@ -72,6 +72,16 @@ def test_every_module_has_a_floor():
     assert {room_of(name) for name in modules()} - {""} <= set(FLOORS)
 
 
+def test_contributing_shows_the_floors():
+    table = re.findall(r"^\| ([\d½]+) \| ([^|]+) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
+    shown = {
+        name.removesuffix("/").removesuffix(".py"): float(floor.replace("½", ".5"))
+        for floor, rooms in table
+        for name in re.findall("`([^`]+)`", rooms)
+    }
+    assert shown == {name: floor for name, floor in FLOORS.items() if name != "__main__"}
+
+
 def test_imports_go_downward_only():
     wrong = []
     for file in module_files():
