@@ -14,7 +14,7 @@ from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.plan import PlanParams
 from sd3pipe.params.resolve import resolve
 from sd3pipe.params.stage import StageParams
-from sd3pipe.project.planning import Plan, make_plan
+from sd3pipe.project.planning import Plan, make_plan, with_options_of_training
 
 StageOptions = TypeVar("StageOptions", bound=StageParams)
 
@@ -22,6 +22,7 @@ StageOptions = TypeVar("StageOptions", bound=StageParams)
 def main(params: PlanParams) -> None:
     """Prints the plan. Raises InputError, and ParameterError for more blocks than there are."""
     project = find_project(Path.cwd())
+    params = with_options_of_training(params, project) if project else params
     text = _stage_options(EncodeTextParams, "encode-text", params, project)
     disk, advice = {}, None
     if params.dataset is not None:

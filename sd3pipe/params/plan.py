@@ -1,11 +1,11 @@
-"""Options of `sd3pipe plan`."""
+"""Options of `sd3pipe plan`; those that are train's, too, are in a project as its training has them."""
 
 import re
 
 from sd3pipe.params.fields import OptionPath, Params, option
 from sd3pipe.params.stage import BlocksToRecompute, BlocksToSwap, Size
 from sd3pipe.rules.memory import size_bytes
-from sd3pipe.words import MatmulFormat, ModulationMode, PackedFormat, Precision
+from sd3pipe.words import Algorithm, MatmulFormat, ModulationMode, PackedFormat, Precision
 
 _PATHS, _MACHINE, _STEP, _MEMORY = "Paths", "Machine", "One step", "Memory and speed"
 
@@ -49,6 +49,7 @@ class PlanParams(Params):
         None, "Text tokens of T5; CLIP adds 77. Default: as encode-text has it here.", panel=_STEP, ge=1
     )
     network_dim: int = option(16, "Rank of the adapter.", panel=_STEP, ge=1)
+    adapter_type: Algorithm = option("lora", "Kind of adapter.", panel=_STEP)
     optimizer_type: str = option("AdamW", "AdamW, or a name with 8bit in it for moments of one byte.", panel=_STEP)
     mixed_precision: Precision = option("bf16", "Number format of the base.", panel=_MEMORY)
     gradient_checkpointing: BlocksToRecompute = option(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
+from sd3pipe.config import Project
 from sd3pipe.console import readable_bytes, readable_seconds
 from sd3pipe.errors import ParameterError
 from sd3pipe.memory.choosing import Freedom, Limits, Row, alternatives, fitting_settings
@@ -13,7 +14,10 @@ from sd3pipe.memory.plan import Prediction, Rates, Settings, Workload, adapter_b
 from sd3pipe.memory.sizes import ModelSize, adapter_weights, image_tokens, model_size
 from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import find_component
+from sd3pipe.params.command_line import load_stage_models
 from sd3pipe.params.plan import PlanParams
+from sd3pipe.params.resolve import resolve
+from sd3pipe.params.train import TrainParams
 from sd3pipe.project.amounts import read_amounts
 from sd3pipe.rules.memory import MemoryRules
 from sd3pipe.words import CLIP_TOKENS, MMDiTVariant
@@ -73,6 +77,20 @@ class Plan:
         return lines
 
 
+def with_options_of_training(params: PlanParams, project: Project) -> PlanParams:
+    """Returns the options with those of the project's training where they were not given. Raises ParameterError."""
+    if not project.stage_file("train").is_file():
+        return params
+    given = {"model": str(params.model or params.mmdit), "allow_code": True}  # of which nothing is imported here
+    train = resolve(TrainParams, "train", given, project=project, stage_models=load_stage_models)
+    shared = PlanParams.model_fields.keys() & train.model_fields_set - params.model_fields_set
+    if params.model != project.paths.get("model"):
+        shared.discard("mmdit")
+    if train.mixed_precision == "auto":  # which is for the card to say
+        shared.discard("mixed_precision")
+    return params.model_copy(update={name: getattr(train, name) for name in shared})
+
+
 def make_plan(params: PlanParams, *, t5_tokens: int, disk: Mapping[str, int]) -> Plan:
     """Returns the plan for texts of so many T5 tokens; `disk` is what caches take.
 
@@ -89,7 +107,7 @@ def make_plan(params: PlanParams, *, t5_tokens: int, disk: Mapping[str, int]) ->
         text_tokens=CLIP_TOKENS + t5_tokens,
         batch=params.train_batch_size,
         accumulation=params.gradient_accumulation_steps,
-        adapter_weights=adapter_weights(shapes, params.network_dim),
+        adapter_weights=adapter_weights(shapes, params.network_dim, params.adapter_type),
         adapter_rank=params.network_dim,
         adapter_bytes_per_weight=adapter_bytes_per_weight(params.optimizer_type),
     )

@@ -11,6 +11,8 @@ from sd3pipe import cli
 from sd3pipe.demo.base_files import MODEL, TOKENIZERS
 from sd3pipe.models import row_sizes
 from sd3pipe.models.architecture import MMDiTArchitecture
+from sd3pipe.params.plan import PlanParams
+from sd3pipe.params.train import TrainParams
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,35 @@ def test_a_dataset_adds_the_disk_space_of_its_caches(large_file, tmp_path, capsy
     assert json.loads(capsys.readouterr().out)["size_px"] == [512, 768]
     text_row = 2 * (78 * (768 + 1280) + 256 * 4096) + 2 * 77 + 256
     assert disk == {"latents": 2 * 64 * 16 * 2 * 2, "text": 3 * text_row}
+
+
+OF_TRAINING = {
+    "train_batch_size": 4, "gradient_accumulation_steps": 2, "network_dim": 64, "adapter_type": "loha",
+    "optimizer_type": "bitsandbytes.optim.AdamW8bit", "mixed_precision": "no", "gradient_checkpointing": 7,
+    "blocks_to_swap": 30, "modulation": "resident", "activation_offload": True, "layer_major": True,
+}  # fmt: skip
+EITHER, OR = {"base_dtype": "int8"}, {"matmul_dtype": "int8", "matmul_rotation": False}
+
+
+@pytest.mark.parametrize("packed", [EITHER, OR])
+def test_in_a_project_a_step_is_that_of_its_training(large_file, tmp_path, capsys, monkeypatch, packed):
+    monkeypatch.chdir(tmp_path)
+    paths, values = {"model", "mmdit"}, {**OF_TRAINING, **packed}
+    assert {*OF_TRAINING, *EITHER, *OR} == (PlanParams.model_fields.keys() & TrainParams.model_fields.keys()) - paths
+    plan = ["plan", "--model", str(large_file), "--vram", "12GB", "--json"]
+    words = []
+    for name, value in values.items():
+        option = name.replace("_", "-")
+        words.append(f"--{option}={value}" if type(value) is not bool else f"--{option}" if value else f"--no-{option}")
+    assert cli.run([*plan, *words]) == 0
+    as_typed = json.loads(capsys.readouterr().out)
+    names = ("caches", "run", "export")
+    (tmp_path / "project.toml").write_text("[paths]\n" + "".join(f'{name} = "{name}"\n' for name in names))
+    (tmp_path / "stages").mkdir()
+    lines = [f"{name} = {json.dumps(value)}\n" for name, value in values.items()]
+    (tmp_path / "stages" / "train.toml").write_text('mmdit = "elsewhere.safetensors"\n' + "".join(lines))
+    assert cli.run(plan) == 0
+    assert json.loads(capsys.readouterr().out)["settings"] == as_typed["settings"]
 
 
 STAGE_FILES = {

@@ -14,17 +14,13 @@ from sd3pipe.params.resolve import resolve
 from sd3pipe.project.amounts import read_amounts
 from sd3pipe.project.card import card_bytes
 from sd3pipe.project.inputs import stage_options
-from sd3pipe.project.planning import make_plan
+from sd3pipe.project.planning import make_plan, with_options_of_training
 from sd3pipe.stages import STAGES_BY_NAME
 from sd3pipe.studio.app import Ask
-from sd3pipe.studio.forms import as_text, save_stage, stage_form
+from sd3pipe.studio.forms import save_stage, stage_form
 from sd3pipe.studio.gallery import option_values
 
 _CARD = {"vram": "card's memory", "ram": "host memory", "tflops": "TFLOP/s, for seconds"}
-_FROM_TRAIN = (
-    "train_batch_size", "gradient_accumulation_steps", "network_dim", "optimizer_type", "gradient_checkpointing",
-    "base_dtype", "blocks_to_swap", "activation_offload", "layer_major",
-)  # fmt: skip
 
 
 def page(ask: Ask) -> str:
@@ -47,12 +43,8 @@ def page(ask: Ask) -> str:
 def table(ask: Ask) -> dict[str, Any]:
     """Returns plan's own table for a card, with what the stages' files say of a step."""
     given = {name: ask.text(name) for name in _CARD if ask.text(name)}
-    train = option_values(ask.project, "train")
-    for name in _FROM_TRAIN:
-        if name in PlanParams.model_fields and as_text(train.get(name)):
-            given[name] = as_text(train[name])
     read_amounts.cache_clear()  # for a command's life; here files change
-    params = resolve(PlanParams, "plan", given, project=ask.project)
+    params = with_options_of_training(resolve(PlanParams, "plan", given, project=ask.project), ask.project)
     t5_tokens = option_values(ask.project, "encode-text")["t5xxl_max_token_length"]
     sizes, advice = _disk(ask)
     plan = make_plan(params, t5_tokens=t5_tokens, disk=sizes)
