@@ -294,7 +294,7 @@ def photograph_alone(checkout: Path, project: Path) -> float:
 def photograph(file: Path) -> None:
     """Prints the CPU seconds of one row of the photograph: read, hashed, decoded and resized."""
     from sd3pipe.data.cut import Cut
-    from sd3pipe.data.decoding import Job, decode_row
+    from sd3pipe.data.decoding import DecodeJob, decode_row
     from sd3pipe.fingerprint import hash_file
 
     cut = Cut(
@@ -307,7 +307,7 @@ def photograph(file: Path) -> None:
         mask=None,
         background=None,
     )
-    job = Job(path=file, image_hash=hash_file(file), mask_path=None, mask_hash=None, cut=cut)
+    job = DecodeJob(path=file, image_hash=hash_file(file), mask_path=None, mask_hash=None, cut=cut)
     print(quickest(lambda: decode_row(job)))
 
 

@@ -44,14 +44,14 @@ def run_child(what: str, arguments: Sequence[str], *, same_command: str, folder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Apart:
+class Detached:
     """A command that outlives whoever started it; its mark finds it again (see living.py)."""
 
     process: subprocess.Popen[bytes]
     mark: str
 
 
-def start_apart(arguments: Sequence[str], *, folder: Path, log: Path) -> Apart:
+def start_detached(arguments: Sequence[str], *, folder: Path, log: Path) -> Detached:
     """Starts `sd3pipe ARGUMENTS` in a session of its own; what it prints is added to `log`.
 
     Raises OSError where `folder` is gone, StorageError.
@@ -66,7 +66,7 @@ def start_apart(arguments: Sequence[str], *, folder: Path, log: Path) -> Apart:
             start_new_session=True,
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
-    return Apart(process=process, mark=process_mark(process.pid))
+    return Detached(process=process, mark=process_mark(process.pid))
 
 
 def ask_to_stop(mark: str) -> bool:

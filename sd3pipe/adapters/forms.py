@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sd3pipe.adapters.apart import join_qkv
 from sd3pipe.adapters.fusing import swapped_halves
-from sd3pipe.adapters.keymap import Form, Place, find_place, halves_swapped, module_names
+from sd3pipe.adapters.keymap import Form, NativeModule, find_native_module, halves_swapped, module_names
 from sd3pipe.adapters.kind import Adapter, Delta
 from sd3pipe.adapters.kinds import KINDS
 from sd3pipe.adapters.parts import LayerParts
@@ -64,21 +64,21 @@ def parse(
     `strength` is what the file's configuration says of a module without alpha; `metadata` may hold the kinds' notes.
     """
     parsed = Parsed()
-    places: dict[str, dict[int | None, tuple[Place, Delta]]] = {}
+    modules: dict[str, dict[int | None, tuple[NativeModule, Delta]]] = {}
     for name, keys in _modules(tensors, parsed).items():
-        place = find_place(name)
-        if place is None:
+        module = find_native_module(name)
+        if module is None:
             parsed.unknown += sorted(keys.values())
             parsed.unknown_modules.add(name)
             continue
         parts = {part: tensors[key] for part, key in keys.items()}
         delta = _delta(name, LayerParts(tensors=parts, strength=partial(strength, name), metadata=metadata or {}))
-        if place.part in places.setdefault(place.path, {}):
-            raise InputError(f"two sets of keys adapt {place.path}: {name} is the second")
-        places[place.path][place.part] = (place, delta)
+        if module.part in modules.setdefault(module.path, {}):
+            raise InputError(f"two sets of keys adapt {module.path}: {name} is the second")
+        modules[module.path][module.part] = (module, delta)
         parsed.modules += 1
-        parsed.forms.add(place.form)
-    joined = {path: _joined(path, found) for path, found in places.items()}
+        parsed.forms.add(module.form)
+    joined = {path: _joined(path, found) for path, found in modules.items()}
     depth = _depth({path: delta for path, (_, delta) in joined.items()})
     for path, (form, delta) in joined.items():
         exchanged = form in DIFFUSERS_ORDER and halves_swapped(path, depth)
@@ -156,16 +156,16 @@ def _kind(parts: LayerParts) -> type[Delta]:
     raise ValueError(f"its tensors ({', '.join(sorted(names))}) make no adapter layer of a known kind")
 
 
-def _joined(path: str, found: Mapping[int | None, tuple[Place, Delta]]) -> tuple[Form, Delta]:
-    place, whole = next(iter(found.values()))
+def _joined(path: str, found: Mapping[int | None, tuple[NativeModule, Delta]]) -> tuple[Form, Delta]:
+    module, whole = next(iter(found.values()))
     parts = {part: delta for part, (_, delta) in found.items() if part is not None}
     if not parts:
-        return place.form, whole
+        return module.form, whole
     if len(parts) < len(found):
         raise InputError(f"{path} is adapted as a whole and in parts")
     if len({delta.shape for delta in parts.values()}) > 1:
         raise InputError(f"{path}: its q, k and v differ in size")
-    return place.form, join_qkv(parts)
+    return module.form, join_qkv(parts)
 
 
 def _depth(adapter: Adapter) -> int:

@@ -61,7 +61,7 @@ _BLOCK_NUMBER = re.compile(r"(?<=blocks[._]|.block[._]|layers[._])(0|[1-9][0-9]{
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class NativeModule:
     """What a module name in a file stands for: a native module, or the q, k or v rows of a fused one."""
 
     form: Form
@@ -84,11 +84,11 @@ def halves_swapped(path: str, depth: int) -> bool:
     return path in ("final_layer.adaLN_modulation.1", f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1")
 
 
-def find_place(name: str) -> Place | None:
+def find_native_module(name: str) -> NativeModule | None:
     """Returns what the module name of any known form stands for, or None."""
     start, number, end = _split(name)
-    place = _PLACES.get((start, end))
-    return place and replace(place, path=place.path.replace("{}", number))
+    module = _KNOWN_MODULES.get((start, end))
+    return module and replace(module, path=module.path.replace("{}", number))
 
 
 def module_names(path: str, form: Form) -> tuple[str, ...]:
@@ -107,33 +107,35 @@ def _split(name: str) -> tuple[str, str, str]:
     return (name, "", "") if match is None else (name[: match.start()], match[0], name[match.end() :])
 
 
-def _model_names() -> Iterator[tuple[str, Place]]:
+def _model_names() -> Iterator[tuple[str, NativeModule]]:
     """Yields every name of the model's modules, {} for the number of a block, and what it stands for."""
     modules = {path: [name] for path, name in OTHER_MODULES.items()}
     for path, names in BLOCK_MODULES.items():
         modules[f"joint_blocks.{{}}.{path}"] = [f"transformer_blocks.{{}}.{name}" for name in names]
     for path, names in modules.items():
-        yield "lora_unet_" + path.replace(".", "_"), Place("comfyui", path)
-        yield "diffusion_model." + path, Place("comfyui-generic", path)
+        yield "lora_unet_" + path.replace(".", "_"), NativeModule("comfyui", path)
+        yield "diffusion_model." + path, NativeModule("comfyui-generic", path)
         for index, name in enumerate(names):
             part = index if len(names) > 1 else None
-            yield from ((prefix + name, Place("diffusers", path, part)) for prefix in _DIFFUSERS_PREFIXES)
-            yield "lora_transformer_" + name.replace(".", "_"), Place("onetrainer", path, part)
-            yield "lycoris_" + name.replace(".", "_"), Place("lycoris", path, part)
+            yield from ((prefix + name, NativeModule("diffusers", path, part)) for prefix in _DIFFUSERS_PREFIXES)
+            yield "lora_transformer_" + name.replace(".", "_"), NativeModule("onetrainer", path, part)
+            yield "lycoris_" + name.replace(".", "_"), NativeModule("lycoris", path, part)
         for prefix in _NATIVE_PREFIXES:
-            yield prefix + path, Place("native", path)
+            yield prefix + path, NativeModule("native", path)
             if len(names) > 1:  # OneTrainer writes q, k and v as qkv.0, qkv.1 and qkv.2
-                yield from ((f"{prefix}{path}.{part}", Place("native", path, part)) for part in range(len(names)))
+                yield from (
+                    (f"{prefix}{path}.{part}", NativeModule("native", path, part)) for part in range(len(names))
+                )
 
 
-def _text_names() -> Iterator[tuple[str, Place]]:
+def _text_names() -> Iterator[tuple[str, NativeModule]]:
     """Yields every name of the text encoders' modules likewise."""
     for encoder, kohya_prefixes, diffusers_prefix, modules in _TEXT_ENCODERS:
         for module in modules:
             path = f"text_encoders.{encoder}.transformer.{module}"
-            yield from ((prefix + module.replace(".", "_"), Place("comfyui", path)) for prefix in kohya_prefixes)
-            yield path, Place("comfyui-generic", path)
-            yield diffusers_prefix + module, Place("diffusers", path)
+            yield from ((prefix + module.replace(".", "_"), NativeModule("comfyui", path)) for prefix in kohya_prefixes)
+            yield path, NativeModule("comfyui-generic", path)
+            yield diffusers_prefix + module, NativeModule("diffusers", path)
 
 
 def _around_number(name: str) -> tuple[str, str]:
@@ -142,5 +144,5 @@ def _around_number(name: str) -> tuple[str, str]:
 
 
 _KNOWN = [*_model_names(), *_text_names()][::-1]  # so that the first of equal names, and of a module's names, counts
-_PLACES = {_around_number(name): place for name, place in _KNOWN}
-_NAMES = {(place.form, *_around_number(place.path), place.part): name for name, place in _KNOWN}
+_KNOWN_MODULES = {_around_number(name): module for name, module in _KNOWN}
+_NAMES = {(module.form, *_around_number(module.path), module.part): name for name, module in _KNOWN}

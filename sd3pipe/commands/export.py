@@ -24,7 +24,15 @@ from sd3pipe.exporting.adapter_files import (
 from sd3pipe.exporting.base_weights import find_base, for_form
 from sd3pipe.exporting.checkpoints import write_checkpoint
 from sd3pipe.exporting.hub_card import card_text
-from sd3pipe.exporting.hub_folder import CARD, WEIGHTS, Samples, hash_output, samples_for, write_card, write_pictures
+from sd3pipe.exporting.hub_folder import (
+    CARD,
+    WEIGHTS,
+    SamplePictures,
+    hash_output,
+    samples_for,
+    write_card,
+    write_pictures,
+)
 from sd3pipe.exporting.published import published
 from sd3pipe.exporting.up_to_date import is_up_to_date, made_from
 from sd3pipe.models.hub import is_hub_id
@@ -57,7 +65,7 @@ def main(params: ExportParams) -> None:
         if params.format == "checkpoint":
             _merge(_read(adapter), params, device, report)
             return
-        samples = samples_for(adapter) if params.format == "hub" else Samples()
+        samples = samples_for(adapter) if params.format == "hub" else SamplePictures()
         identity = made_from(params, adapter, samples.files)
         if is_up_to_date(report.path, params.out, identity):
             report.keep()
@@ -108,7 +116,7 @@ def _export(source: AdapterFile, out: Path, params: ExportParams) -> SavedAdapte
 
 
 def _export_to_hub(
-    source: AdapterFile, samples: Samples, params: ExportParams, report: StageReport
+    source: AdapterFile, samples: SamplePictures, params: ExportParams, report: StageReport
 ) -> dict[str, object]:
     """Writes the folder, the card last, and returns what the report says of it."""
     out = params.out

@@ -21,7 +21,7 @@ from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import make_folder, write_text
 from sd3pipe.judging.judge_model import find_judge_model, fingerprint, reads_text
 from sd3pipe.judging.page import render
-from sd3pipe.judging.pictures import Seen, embed, open_seen, to_draw
+from sd3pipe.judging.pictures import JudgeStore, embed, open_judge_store, to_draw
 from sd3pipe.judging.references import read_references
 from sd3pipe.judging.suggestion import Candidate
 from sd3pipe.judging.trigger import bears, find_trigger
@@ -43,7 +43,7 @@ def main(params: JudgeParams) -> None:
         vae = find_component("vae", model=params.model, file=params.vae)
         judge_folder = find_judge_model(params.judge_model)
         latents, prompts = CacheReader(params.latents), read_prompts(params.prompts)
-        seen = open_seen(
+        seen = open_judge_store(
             params.prompts, params.out, vae=vae.fingerprint(stamps), judge=fingerprint(judge_folder, stamps)
         )
         device = choose_device(params.device, params.threads)
@@ -131,7 +131,7 @@ def _trigger(params: JudgeParams, prompts: list[SamplePrompt], stamps: FileStamp
 def _draw(
     params: JudgeParams,
     comparison: Comparison,
-    seen: Seen,
+    seen: JudgeStore,
     cells: list[Cell],
     source: ComponentSource,
     settings: SamplingSettings,

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from sd3pipe.config import Project, find_project
 from sd3pipe.console import readable_bytes, readable_seconds, say, say_json
 from sd3pipe.encoding.cache_sizes import cache_sizes
-from sd3pipe.memory.choosing import Row
+from sd3pipe.memory.choosing import PlanRow
 from sd3pipe.memory.plan import option_text
 from sd3pipe.params.command_line import load_stage_models
 from sd3pipe.params.encode_latents import EncodeLatentsParams
@@ -67,7 +67,7 @@ def _verdict(params: PlanParams, plan: Plan) -> str:
     return f"fits {where}: {_told(plan, plan.chosen)}"
 
 
-def _told(plan: Plan, row: Row) -> str:
+def _told(plan: Plan, row: PlanRow) -> str:
     settings, prediction = row
     seconds = "" if prediction.seconds is None else f", {readable_seconds(prediction.seconds)} a step"
     on_device, on_host = readable_bytes(prediction.device_bytes), readable_bytes(prediction.host_bytes)

@@ -20,7 +20,7 @@ _ENCODED = "it was being encoded"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class DecodeJob:
     """One row to decode. The hashes are those of the scan: a file that changed since is refused."""
 
     place: Place
@@ -39,9 +39,9 @@ class Pixels:
     mask: np.ndarray | None
 
 
-def row_job(picture: "Picture", cut: Cut, latent_px: int) -> Job:
+def row_job(picture: "Picture", cut: Cut, latent_px: int) -> DecodeJob:
     """Returns what a worker has to decode for one cut of a picture."""
-    return Job(
+    return DecodeJob(
         place=picture.place,
         image_hash=picture.image_hash,
         mask_place=picture.mask_place,
@@ -51,7 +51,7 @@ def row_job(picture: "Picture", cut: Cut, latent_px: int) -> Job:
     )
 
 
-def decode_row(job: Job) -> Pixels:
+def decode_row(job: DecodeJob) -> Pixels:
     """Returns the pixels of one row. Raises UnreadablePicture."""
     cut = job.cut
     keep_alpha = cut.mask == "alpha" or cut.background is not None

@@ -21,7 +21,7 @@ import numpy as np
 
 from sd3pipe import stopping
 from sd3pipe.cores import usable_cores
-from sd3pipe.data.decoding import Job, Pixels, decode_row
+from sd3pipe.data.decoding import DecodeJob, Pixels, decode_row
 from sd3pipe.data.headers import DECODER_ERRORS, reason
 from sd3pipe.errors import UnreadablePicture
 
@@ -42,7 +42,7 @@ _ENVIRONMENT = {  # of the workers
 Decoded = Pixels | UnreadablePicture
 
 
-def decoded_rows(jobs: Iterable[Job], *, workers: int) -> Iterator[Decoded]:
+def decoded_rows(jobs: Iterable[DecodeJob], *, workers: int) -> Iterator[Decoded]:
     """Yields the pixels of each job in order; `workers` = 0 decodes in this process."""
     if workers == 0:
         yield from map(_attempt, jobs)
@@ -69,7 +69,7 @@ class _Feed:
         self.pool = self._new_pool(workers)
         self.waiting: deque[_Waiting] = deque()
 
-    def run(self, jobs: Iterator[Job]) -> Iterator[Decoded]:
+    def run(self, jobs: Iterator[DecodeJob]) -> Iterator[Decoded]:
         held_bytes = 0
         for job in jobs:
             slot = self.free_slots.pop() if self.free_slots and _row_bytes(job) <= _SLOT_BYTES else None
@@ -122,7 +122,7 @@ class _Feed:
                 self.waiting[number] = replace(other, future=self._submit(self.pool, other.job, other.slot))
         return result
 
-    def _submit(self, pool: ProcessPoolExecutor, job: Job, slot: int | None) -> "Future[_Result]":
+    def _submit(self, pool: ProcessPoolExecutor, job: DecodeJob, slot: int | None) -> "Future[_Result]":
         return pool.submit(_attempt_in_worker, job, slot)
 
     def _new_pool(self, workers: int) -> ProcessPoolExecutor:
@@ -146,7 +146,7 @@ _Result = Decoded | _InSlot
 class _Waiting:
     """A job on its way."""
 
-    job: Job
+    job: DecodeJob
     slot: int | None
     future: "Future[_Result]"
 
@@ -161,7 +161,7 @@ def _start_worker(block_name: str | None) -> None:
         _block_of_worker.append(SharedMemory(name=block_name))
 
 
-def _attempt_in_worker(job: Job, slot: int | None) -> _Result:
+def _attempt_in_worker(job: DecodeJob, slot: int | None) -> _Result:
     result = _attempt(job)
     if slot is None or isinstance(result, UnreadablePicture):
         return result
@@ -169,7 +169,7 @@ def _attempt_in_worker(job: Job, slot: int | None) -> _Result:
     return _InSlot(result.rgb.shape, result.mask)
 
 
-def _attempt(job: Job) -> Decoded:
+def _attempt(job: DecodeJob) -> Decoded:
     try:
         return decode_row(job)
     except UnreadablePicture as error:
@@ -192,5 +192,5 @@ def _slot(block: SharedMemory, slot: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.ndarray(shape, np.uint8, buffer=block.buf, offset=slot * _SLOT_BYTES)
 
 
-def _row_bytes(job: Job) -> int:
+def _row_bytes(job: DecodeJob) -> int:
     return 3 * job.cut.size[0] * job.cut.size[1]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from sd3pipe.console import one_line
 from sd3pipe.data.dataset_file import CONTAINER_ENDINGS, Subset
 from sd3pipe.data.findings import Finding
-from sd3pipe.data.places import Cell, Place, Span
+from sd3pipe.data.places import ParquetCell, Place, Span
 from sd3pipe.documents import LFS_POINTER, LFS_REMEDY, read_data
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
@@ -26,7 +26,7 @@ _WORK_FILES = "cache-"  # what the `datasets` library keeps beside the files of 
 _MOST_FOLDERS = 1000  # that files are counted in
 FACE_PARTS = 4  # NAME_centrex_centrey_width_height, in pixels, as face cutting tools name pictures
 
-Look = Literal["names", "texts", "all"]  # what is read of a file: nothing but names, captions, pictures, too
+ReadDepth = Literal["names", "texts", "all"]  # what is read of a file: nothing but names, captions, pictures, too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ class Sample:
     """
 
     name: str
-    part: Span | Cell
+    part: Span | ParquetCell
     known: dict[str, Any] = field(default_factory=dict)
     caption: str | None = None
 

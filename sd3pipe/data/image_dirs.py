@@ -18,7 +18,7 @@ from sd3pipe.data.folders import (
     Contents,
     FolderRead,
     FoundFile,
-    Look,
+    ReadDepth,
     caption_name,
     is_container_name,
     is_picture_name,
@@ -127,7 +127,7 @@ def _read_containers(
     keys: dict[str, list[str]] = {}
     problems: list[str] = []
     wordless = pictures is not None and captions is None
-    look: Look = "all" if pictures else "texts" if captions else "names"
+    look: ReadDepth = "all" if pictures else "texts" if captions else "names"
     for file, prefix in files:
         try:
             contents = _contents(file, subset.caption_extensions, pictures or captions, look)
@@ -158,7 +158,7 @@ def _read_containers(
     )
 
 
-def _contents(file: Path | Remote, endings: tuple[str, ...], stamps: FileStamps | None, look: Look) -> Contents:
+def _contents(file: Path | Remote, endings: tuple[str, ...], stamps: FileStamps | None, look: ReadDepth) -> Contents:
     """Returns what a file holds, as remembered where possible. Raises InputError, OSError."""
     if stamps is None:
         return _read(file, endings, look=look)
@@ -172,7 +172,7 @@ def _contents(file: Path | Remote, endings: tuple[str, ...], stamps: FileStamps 
     return contents
 
 
-def _read(file: Path | Remote, endings: tuple[str, ...], *, look: Look) -> Contents:
+def _read(file: Path | Remote, endings: tuple[str, ...], *, look: ReadDepth) -> Contents:
     from sd3pipe.data.tables import read_table  # what a second scan does not need
     from sd3pipe.data.tars import read_tar
 

@@ -27,7 +27,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class ParquetCell:
     """A value of a column of a Parquet file, such as image.bytes, in a row of a row group."""
 
     group: int
@@ -41,7 +41,7 @@ class Place:
 
     file: Path | Remote
     label: str = ""
-    part: Span | Cell | None = None
+    part: Span | ParquetCell | None = None
 
     def __str__(self) -> str:
         return f"{self.file}: {self.label}" if self.part else str(self.file)
@@ -85,7 +85,7 @@ def too_large(most_bytes: int) -> str:
 
 def _read(place: Place, most_bytes: int) -> bytes:
     """Returns a picture's bytes, or the first of them where they are too many. Raises InputError, OSError."""
-    if isinstance(place.part, Cell):
+    if isinstance(place.part, ParquetCell):
         file, cell = place.file, place.part
         stamp = stamp_of_file(file) if isinstance(file, Remote) else stamp_of(file.stat())
         try:

@@ -45,7 +45,7 @@ _UNUSED = {
 _Side = Annotated[int, Field(ge=1, le=MOST_SIDE_PX)]
 
 
-class SamplePrompt(BaseModel):
+class WrittenPrompt(BaseModel):
     """One picture to draw. None means: as the model's variant wants it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -64,7 +64,7 @@ class SamplePrompt(BaseModel):
         return PromptSettings(**given, **({} if self.sample_steps is None else {"steps": self.sample_steps}))
 
 
-def load_prompts(path: Path) -> list[SamplePrompt]:
+def load_prompts(path: Path) -> list[WrittenPrompt]:
     """Returns the prompts of a file, by its ending .txt, .toml or .json, in order.
 
     Raises InputError for a file that cannot be read, ParameterError with one line for each problem in it.
@@ -73,11 +73,11 @@ def load_prompts(path: Path) -> list[SamplePrompt]:
     readers: dict[str, Callable[[str, Path], _Tables]] = {".toml": _from_toml, ".json": _from_json}
     reader = readers.get(path.suffix.lower(), _from_lines)
     problems: list[str] = []
-    prompts: list[SamplePrompt] = []
+    prompts: list[WrittenPrompt] = []
     try:
         for where, table in reader(text, path):
             values = {key: value for key, value in table.items() if key not in _UNUSED}
-            prompt, wrong = check_table(SamplePrompt, values, explain=_why_no_option, strict=reader is not _from_lines)
+            prompt, wrong = check_table(WrittenPrompt, values, explain=_why_no_option, strict=reader is not _from_lines)
             if reader is _from_lines and not values["prompt"]:
                 wrong.setdefault("prompt", "there are options and no prompt: put them behind their prompt, on its line")
             problems += [f"{path}: {where}: {problem}" for problem in wrong.values()]
@@ -94,7 +94,7 @@ def load_prompts(path: Path) -> list[SamplePrompt]:
     return prompts
 
 
-def _with_whole_steps(prompt: SamplePrompt, where: str) -> SamplePrompt:
+def _with_whole_steps(prompt: WrittenPrompt, where: str) -> WrittenPrompt:
     """Returns the prompt with its sides rounded to what the model can draw."""
     sides = {name: side for name in ("width", "height") if (side := getattr(prompt, name)) is not None}
     whole = {name: max(1, round(side / SIDE_STEP_PX)) * SIDE_STEP_PX for name, side in sides.items()}
@@ -113,7 +113,7 @@ def _from_lines(text: str, path: Path) -> _Tables:
             for option in options:
                 letter, _, value = option.strip().partition(" ")
                 name = _LETTERS.get(letter.lower(), letter.lower())
-                known = name in SamplePrompt.model_fields.keys() - {"prompt"} or name in _UNUSED
+                known = name in WrittenPrompt.model_fields.keys() - {"prompt"} or name in _UNUSED
                 values[name if known else f"--{option.strip()}"] = value.strip()
             yield f"line {number}", values
 

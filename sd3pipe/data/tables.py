@@ -14,8 +14,8 @@ import numpy as np
 
 from sd3pipe import stopping
 from sd3pipe.data.findings import Finding, finding_of
-from sd3pipe.data.folders import Contents, Look, Sample, caption_keys, clean_name, normalised
-from sd3pipe.data.places import Cell, Span, open_container, open_parquet, pyarrow_for
+from sd3pipe.data.folders import Contents, ReadDepth, Sample, caption_keys, clean_name, normalised
+from sd3pipe.data.places import ParquetCell, Span, open_container, open_parquet, pyarrow_for
 from sd3pipe.errors import InputError
 from sd3pipe.remote import Remote
 
@@ -32,10 +32,10 @@ class _Columns:
     others: list[str]  # with their kinds
 
 
-_Row = tuple[Span | Cell, Any, str | None, str | None]  # its place, the bytes of the picture, its path, its caption
+_Row = tuple[Span | ParquetCell, Any, str | None, str | None]  # place, the bytes of the picture, its path, its caption
 
 
-def read_table(file: Path | Remote, *, look: Look) -> Contents:
+def read_table(file: Path | Remote, *, look: ReadDepth) -> Contents:
     """Returns the pictures of a Parquet or an Arrow file, a row each. Raises InputError.
 
     Of mere names a Parquet file's captions are empty.
@@ -109,7 +109,7 @@ def _columns(schema: Any, file: Path | Remote) -> _Columns:
     )
 
 
-def _parquet(handle: BinaryIO, file: Path | Remote, look: Look) -> tuple[_Columns, Iterator[_Row]]:
+def _parquet(handle: BinaryIO, file: Path | Remote, look: ReadDepth) -> tuple[_Columns, Iterator[_Row]]:
     """Returns the columns of a Parquet file, and the rows of all its row groups: None for what is not asked for."""
     parquet = open_parquet(handle, file)
     columns = _columns(parquet.schema_arrow, file)
@@ -121,14 +121,14 @@ def _parquet(handle: BinaryIO, file: Path | Remote, look: Look) -> tuple[_Column
             if not wanted:
                 text = "" if columns.texts else None
                 for row in range(parquet.metadata.row_group(group).num_rows):
-                    yield Cell(group, row, columns.picture), None, None, text
+                    yield ParquetCell(group, row, columns.picture), None, None, text
                 continue
             row = itertools.count()
             for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=wanted):
                 arrays = [_array(batch, name) for name in names]
                 for place in range(batch.num_rows):
                     data, path, *texts = (None if array is None else array[place].as_py() for array in arrays)
-                    yield Cell(group, next(row), columns.picture), data, path, _first(texts)
+                    yield ParquetCell(group, next(row), columns.picture), data, path, _first(texts)
 
     return columns, rows()
 

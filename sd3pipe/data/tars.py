@@ -15,7 +15,7 @@ from sd3pipe import stopping
 from sd3pipe.data.findings import Finding, finding_of
 from sd3pipe.data.folders import (
     Contents,
-    Look,
+    ReadDepth,
     Sample,
     caption_keys,
     caption_name,
@@ -33,7 +33,7 @@ _RECORD = TypeAdapter(dict[str, Any])
 _JSON = ".json"
 
 
-def read_tar(file: Path | Remote, endings: tuple[str, ...], *, look: Look) -> Contents:
+def read_tar(file: Path | Remote, endings: tuple[str, ...], *, look: ReadDepth) -> Contents:
     """Returns the pictures of a tar, those of equal names once: the last, as tar itself has it.
 
     Captions end in one of `endings`, else in .json; of mere names they are empty. Raises InputError for a file that is

@@ -16,7 +16,7 @@ from sd3pipe.cache.samples import COLUMNS
 from sd3pipe.cache.wanted import MOST_TAGS, Wanted
 from sd3pipe.data.captions import processed_captions, tag_frequency
 from sd3pipe.data.dataset_file import Dataset
-from sd3pipe.data.prompts import SamplePrompt
+from sd3pipe.data.prompts import WrittenPrompt
 from sd3pipe.data.scan import Scan
 from sd3pipe.models.text_encoder_files import TextSizes
 from sd3pipe.models.text_recipe import RECIPE_VERSION, TextRecipe
@@ -84,7 +84,7 @@ def caption_texts(found: Scan, dataset: Dataset, *, variants: int, seed: int) ->
     )
 
 
-def prompt_texts(prompts: Sequence[SamplePrompt]) -> Texts:
+def prompt_texts(prompts: Sequence[WrittenPrompt]) -> Texts:
     """Returns sample prompts with their negative prompts; size, seed, steps and scale are in no key."""
     texts, users = {text_source(""): ""}, {}
     for number, prompt in enumerate(prompts, start=1):

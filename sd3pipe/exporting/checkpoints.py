@@ -18,7 +18,7 @@ import torch
 from blake3 import blake3
 
 from sd3pipe.adapters.fusing import Rows, rows_of_part, swapped_halves
-from sd3pipe.adapters.keymap import find_place, halves_swapped
+from sd3pipe.adapters.keymap import find_native_module, halves_swapped
 from sd3pipe.adapters.kind import Adapter
 from sd3pipe.adapters.sizes import depth_of, same_size
 from sd3pipe.console import readable_bytes
@@ -131,7 +131,7 @@ def _target(name: str, adapter: Adapter, depth: int) -> _Target | None:
     natives = (module.removeprefix(prefix) for prefix in _PREFIXES if module.startswith(prefix))
     path, rows = next((native for native in natives if native in adapter), None), None
     if path is None:
-        place = find_place(module)
+        place = find_native_module(module)
         if place is None or place.form != "diffusers" or place.path not in adapter:
             return None
         path = place.path

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 
 from sd3pipe.adapters.metadata import PROVENANCE_KEY, described_variant, read_provenance
 from sd3pipe.console import one_line
-from sd3pipe.exporting.hub_folder import PICTURES, WEIGHTS, Samples, picture_name
+from sd3pipe.exporting.hub_folder import PICTURES, WEIGHTS, SamplePictures, picture_name
 from sd3pipe.exporting.published import model_name
 from sd3pipe.exporting.reproduction import later_steps, reproduction
 from sd3pipe.variants import PUBLIC_MODELS
@@ -45,7 +45,7 @@ picture = pipeline({prompt}).images[0]
 ```"""
 
 
-def card_text(keys: Mapping[str, str], *, hub_id: str | None, samples: Samples) -> str:
+def card_text(keys: Mapping[str, str], *, hub_id: str | None, samples: SamplePictures) -> str:
     """Returns the card of an adapter from metadata that may be published.
 
     `hub_id` is the base's repository where the user named one, else that of the model's makers stands there.
@@ -68,7 +68,7 @@ def card_text(keys: Mapping[str, str], *, hub_id: str | None, samples: Samples) 
     return "\n\n".join(parts) + "\n"
 
 
-def _data(words: Mapping[str, str], base: str | None, samples: Samples) -> ModelCardData:
+def _data(words: Mapping[str, str], base: str | None, samples: SamplePictures) -> ModelCardData:
     own = [tag.strip() for tag in words.get("tags", "").split(",") if tag.strip()]
     more: dict[str, Any] = {
         **_license(words.get("license"), base),

@@ -24,7 +24,7 @@ _OURS = re.compile(r"picture-\d+\.png")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Samples:
+class SamplePictures:
     """A run's sample pictures of one step, and their prompts."""
 
     step: int | None = None
@@ -32,17 +32,17 @@ class Samples:
     prompts: tuple[str, ...] = ()
 
 
-def samples_for(adapter: Path) -> Samples:
+def samples_for(adapter: Path) -> SamplePictures:
     """Returns the pictures that a run drew last up to the step of one of its adapters; none for a file elsewhere."""
     run, said = run_of(adapter), read_header_and_metadata(adapter)[1].get("ss_steps", "")
     step = int(said) if said.isdecimal() else None
     drawn = samples_of(run) if run is not None else {}
     steps = [at for at in drawn if at > 0 and (step is None or at <= step)]
     if not steps:
-        return Samples()
+        return SamplePictures()
     files = tuple(drawn[max(steps)])
     prompts = tuple(text_of(read_data(file), "Description") for file in files)
-    return Samples(step=max(steps), files=files, prompts=prompts)
+    return SamplePictures(step=max(steps), files=files, prompts=prompts)
 
 
 def write_pictures(out: Path, files: Sequence[Path]) -> None:

@@ -33,7 +33,7 @@ _ERROR, _MOVED = 0, 1  # of an answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
+class AskedPicture:
     """One picture in its first crop with its first caption; rows are numbers in their caches."""
 
     name: str
@@ -49,7 +49,7 @@ class CaptionCheck:
     """What is asked of which pictures: under the base all captions, under each adapter a picture's own."""
 
     asked: Asked
-    pictures: Sequence[Picture]
+    pictures: Sequence[AskedPicture]
     empty_row: int
     noises: Sequence[Noise]
     adapters: Sequence[Column]
@@ -115,7 +115,7 @@ class CaptionCheck:
     def _table(
         self,
         rows: ResultRows,
-        pictures: Sequence[Picture],
+        pictures: Sequence[AskedPicture],
         number: int,
         *,
         text: int | None = None,
@@ -130,16 +130,16 @@ class CaptionCheck:
         ], np.float64)  # fmt: skip
 
     def _answer(
-        self, rows: ResultRows, picture: Picture, text: int, noise: Noise, column: Column | None = None
+        self, rows: ResultRows, picture: AskedPicture, text: int, noise: Noise, column: Column | None = None
     ) -> NDArray[np.float32]:
         return rows.values(self._question(picture, text, noise, column).key)
 
-    def _question(self, picture: Picture, text: int, noise: Noise, column: Column | None) -> Question:
+    def _question(self, picture: AskedPicture, text: int, noise: Noise, column: Column | None) -> Question:
         adapter, multiplier = ("", 1.0) if column is None else (column.adapter_hash, column.multiplier)
         return self.asked.question(picture.row, text, noise, adapter, multiplier)
 
 
-def read_pictures(asked: Asked, architecture: MMDiTArchitecture, *, most_others: int) -> tuple[list[Picture], int]:
+def read_pictures(asked: Asked, architecture: MMDiTArchitecture, *, most_others: int) -> tuple[list[AskedPicture], int]:
     """Returns the pictures of two caches, and the row of the empty caption. Raises InputError, StaleError."""
     latents, text = asked.latents, asked.text
     joined = join_pictures(latents, text)
@@ -160,7 +160,7 @@ def read_pictures(asked: Asked, architecture: MMDiTArchitecture, *, most_others:
     rows, texts = (lists.pick(np.arange(len(joined)), first).tolist() for lists in (joined.latents, joined.captions))
     owns = sorted({*texts} - {empty}, key=lambda row: text.keys[row].tobytes())
     pictures = [
-        Picture(
+        AskedPicture(
             name=joined.names[number],
             subset=joined.subsets[number],
             held_out=joined.splits[number] == "validation",
@@ -180,7 +180,7 @@ def with_training(pictures: Sequence[CheckedPicture], losses: Sequence[PictureLo
     return [replace(picture, in_training=by_name.get((picture.subset, picture.name))) for picture in pictures]
 
 
-def _unsaid(picture: Picture) -> CheckedPicture:
+def _unsaid(picture: AskedPicture) -> CheckedPicture:
     return CheckedPicture(
         name=picture.name,
         subset=picture.subset,

@@ -41,7 +41,7 @@ _THUMBNAIL_PX = 160
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class JudgeStore:
     """Where judged pictures and embeddings lie, and what makes them; `vae` and `judge` are fingerprints."""
 
     store: PictureStore
@@ -70,10 +70,10 @@ class Seen:
         )
 
 
-def open_seen(prompts: Path, out: Path, *, vae: str, judge: str) -> Seen:
+def open_judge_store(prompts: Path, out: Path, *, vae: str, judge: str) -> JudgeStore:
     """Returns the places beside the prompts' cache; where nothing can be written there, beside `out`."""
     store = PictureStore.beside(prompts)
-    return Seen(
+    return JudgeStore(
         store=store if store.folder else PictureStore(machine_folder(out) / "pictures"),
         rows=ResultRows(shared_folder(prompts, "embeddings") or machine_folder(out) / "embeddings", "embeddings"),
         thumbnails=out / "pictures",
@@ -82,13 +82,13 @@ def open_seen(prompts: Path, out: Path, *, vae: str, judge: str) -> Seen:
     )
 
 
-def to_draw(seen: Seen, cells: Sequence[Cell], shown: Sequence[Cell]) -> list[Cell]:
+def to_draw(seen: JudgeStore, cells: Sequence[Cell], shown: Sequence[Cell]) -> list[Cell]:
     """Returns the pictures whose latents are needed, for an embedding or a thumbnail, and not there."""
     return [cell for cell in _to_decode(seen, cells, shown) if not seen.store.has(cell.key)]
 
 
 def embed(
-    seen: Seen,
+    seen: JudgeStore,
     cells: Sequence[Cell],
     shown: Sequence[Cell],
     references: Sequence[Reference],
@@ -142,7 +142,7 @@ def embed(
         return seen.rows.add(in_batches(rows(), _BATCH))
 
 
-def _to_decode(seen: Seen, cells: Sequence[Cell], shown: Sequence[Cell]) -> list[Cell]:
+def _to_decode(seen: JudgeStore, cells: Sequence[Cell], shown: Sequence[Cell]) -> list[Cell]:
     lacking = {item.key for item in seen.rows.missing([seen.picture_key(cell) for cell in cells])}
     unseen = {cell.key for cell in shown if not seen.thumbnail(cell).is_file()}
     return [cell for cell in cells if seen.picture_key(cell).key in lacking or cell.key in unseen]

@@ -10,7 +10,7 @@ import numpy as np
 from sd3pipe.console import count
 from sd3pipe.diffusion.drawing import Cell
 from sd3pipe.judgement import Drawn, Judgement, Suggestion
-from sd3pipe.judging.pictures import Seen
+from sd3pipe.judging.pictures import JudgeStore
 from sd3pipe.judging.references import MOST, Reference
 from sd3pipe.judging.scores import Embedded, as_scores, losses, measure
 from sd3pipe.judging.suggestion import Candidate, suggest
@@ -55,7 +55,7 @@ class Comparison:
         return [row[0] for column in self.cells for row in column]
 
 
-def judgement(comparison: Comparison, seen: Seen) -> Judgement:
+def judgement(comparison: Comparison, seen: JudgeStore) -> Judgement:
     """Returns what the embeddings, all of which are there, say."""
     embedded = _embedded(comparison, seen)
     measured = measure(embedded)
@@ -95,7 +95,7 @@ def _nothing(text: str) -> Suggestion:
     )  # fmt: skip
 
 
-def _embedded(comparison: Comparison, seen: Seen) -> Embedded:
+def _embedded(comparison: Comparison, seen: JudgeStore) -> Embedded:
     keys = [[[seen.picture_key(cell) for cell in row] for row in column] for column in comparison.cells]
     drawn_CPSD = np.array([[[seen.rows.values(key) for key in row] for row in column] for column in keys], np.float64)
     trained, held_out = (

@@ -13,7 +13,7 @@ _OFFLOAD_COST = 1.02  # its own copies are not in the model
 _STREAMING_COST = 1.05  # measured: 1.00 to 1.16 of what the model says, see docs/memory.md
 _CLEARLY_LESS = 0.75
 
-Row = tuple[Settings, Prediction]
+PlanRow = tuple[Settings, Prediction]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ def fitting_settings(
     *,
     rates: Rates | None = None,
     freedom: Freedom = Freedom(),
-) -> Row | None:
+) -> PlanRow | None:
     """Returns the quickest settings within the limits, or None.
 
     Without rates, those with the fewest copied bytes, then the fewest operations. The base format and all that changes
@@ -85,12 +85,12 @@ def fitting_settings(
 def alternatives(
     model: ModelSize,
     work: Workload,
-    choice: Row,
+    choice: PlanRow,
     limits: Limits,
     *,
     rates: Rates | None = None,
     freedom: Freedom = Freedom(),
-) -> list[Row]:
+) -> list[PlanRow]:
     """Returns up to two other ways: the quickest with clearly less device memory, and with clearly less of the host."""
     settings, prediction = choice
     on_host = limits.host_bytes if limits.host_bytes is not None else prediction.host_bytes
@@ -118,7 +118,7 @@ def advice(model: ModelSize, work: Workload, wanted: Settings, limits: Limits) -
     return "no settings for this size of picture fit: train at a lower resolution"
 
 
-def _order(row: Row) -> tuple[float, ...]:
+def _order(row: PlanRow) -> tuple[float, ...]:
     settings, prediction = row
     cost = prediction.copied_bytes if prediction.seconds is None else prediction.seconds
     cost *= _OFFLOAD_COST if settings.activation_offload else 1.0
@@ -140,7 +140,7 @@ def _variations(model: ModelSize, wanted: Settings, freedom: Freedom) -> Iterato
 
 def _most_kept(
     model: ModelSize, work: Workload, settings: Settings, limits: Limits, rates: Rates | None, freedom: Freedom
-) -> Row | None:
+) -> PlanRow | None:
     """Returns the settings with as many activations kept as the limits allow, or None where even none are too many.
 
     Attention's output comes first, in block after block: for a 24th of the bytes it saves a quarter of the time. Each
@@ -165,7 +165,7 @@ def _most_kept(
     return found
 
 
-def _within_host(model: ModelSize, work: Workload, settings: Settings, limits: Limits, rates: Rates | None) -> Row:
+def _within_host(model: ModelSize, work: Workload, settings: Settings, limits: Limits, rates: Rates | None) -> PlanRow:
     """Returns the settings with as few blocks read from the file as the host's memory allows; packed ones never are."""
     row = settings, limits.predicted(model, work, settings, rates)
     if limits.host_allows(row[1]) or settings.base_format != "dense" or settings.modulation != "stream":

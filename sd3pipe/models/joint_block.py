@@ -16,7 +16,7 @@ from sd3pipe.words import KeptActivations, SideName
 
 _EPSILON = 1e-6  # of all norms
 
-Place = torch.device | str | None
+DeviceLike = torch.device | str | None
 
 
 class JointBlock(nn.Module):
@@ -25,7 +25,9 @@ class JointBlock(nn.Module):
     `kept` says what `run` keeps for the backward pass: all, attention's output and the inputs, or the inputs alone.
     """
 
-    def __init__(self, architecture: MMDiTArchitecture, index: int, device: Place, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, architecture: MMDiTArchitecture, index: int, device: DeviceLike, dtype: torch.dtype | None
+    ) -> None:
         super().__init__()
         self.kept: KeptActivations = "all"
         self.context_block = BlockSide(architecture, index, "context_block", device, dtype)
@@ -99,7 +101,7 @@ class BlockSide(nn.Module):
         architecture: MMDiTArchitecture,
         index: int,
         side: SideName,
-        device: Place,
+        device: DeviceLike,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
@@ -142,7 +144,7 @@ class Attention(nn.Module):
     """The projections of one attention: fused q, k, v, their norms, and the output (absent in the last context)."""
 
     def __init__(
-        self, architecture: MMDiTArchitecture, *, with_projection: bool, device: Place, dtype: torch.dtype | None
+        self, architecture: MMDiTArchitecture, *, with_projection: bool, device: DeviceLike, dtype: torch.dtype | None
     ) -> None:
         super().__init__()
         width = architecture.width
@@ -160,7 +162,7 @@ class Attention(nn.Module):
 class HeadNorm(nn.Module):
     """RMS norm over the width of a head."""
 
-    def __init__(self, device: Place, dtype: torch.dtype | None) -> None:
+    def __init__(self, device: DeviceLike, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(HEAD_WIDTH, device=device, dtype=dtype), requires_grad=False)
 
@@ -172,7 +174,7 @@ class HeadNorm(nn.Module):
 class Mlp(nn.Module):
     """Linear, GELU (tanh), linear, four times as wide inside."""
 
-    def __init__(self, width: int, device: Place, dtype: torch.dtype | None) -> None:
+    def __init__(self, width: int, device: DeviceLike, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.fc1 = Linear(width, MLP_RATIO * width, device=device, dtype=dtype)
         self.fc2 = Linear(MLP_RATIO * width, width, device=device, dtype=dtype)

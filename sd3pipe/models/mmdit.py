@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from sd3pipe.errors import InputError
 from sd3pipe.models.architecture import TIMESTEP_FREQUENCIES, MMDiTArchitecture
-from sd3pipe.models.joint_block import JointBlock, Place, modulate
+from sd3pipe.models.joint_block import DeviceLike, JointBlock, modulate
 from sd3pipe.models.linear import Linear, PatchProjection
 from sd3pipe.models.pos_embed import ScaledPositions, beside, crop_positions
 from sd3pipe.words import KeptActivations
@@ -43,7 +43,7 @@ class MMDiT(nn.Module):
     pos_embed: Tensor
 
     def __init__(
-        self, architecture: MMDiTArchitecture, *, device: Place = None, dtype: torch.dtype | None = None
+        self, architecture: MMDiTArchitecture, *, device: DeviceLike = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         a, width = architecture, architecture.width
@@ -152,7 +152,7 @@ class MMDiT(nn.Module):
 class PatchEmbedder(nn.Module):
     """Projects p x p patches of latents to tokens."""
 
-    def __init__(self, architecture: MMDiTArchitecture, device: Place, dtype: torch.dtype | None) -> None:
+    def __init__(self, architecture: MMDiTArchitecture, device: DeviceLike, dtype: torch.dtype | None) -> None:
         super().__init__()
         a = architecture
         self.proj = PatchProjection(a.in_channels, a.width, a.patch_size, device=device, dtype=dtype)
@@ -167,7 +167,7 @@ class PatchEmbedder(nn.Module):
 class VectorEmbedder(nn.Module):
     """Maps one vector per picture to the model's width: linear, SiLU, linear."""
 
-    def __init__(self, in_features: int, width: int, device: Place, dtype: torch.dtype | None) -> None:
+    def __init__(self, in_features: int, width: int, device: DeviceLike, dtype: torch.dtype | None) -> None:
         super().__init__()
         first = Linear(in_features, width, device=device, dtype=dtype)
         self.mlp = nn.Sequential(first, nn.SiLU(), Linear(width, width, device=device, dtype=dtype))
@@ -179,7 +179,7 @@ class VectorEmbedder(nn.Module):
 class FinalLayer(nn.Module):
     """Modulated norm and the projection of every token to its patch, channels fastest."""
 
-    def __init__(self, architecture: MMDiTArchitecture, device: Place, dtype: torch.dtype | None) -> None:
+    def __init__(self, architecture: MMDiTArchitecture, device: DeviceLike, dtype: torch.dtype | None) -> None:
         super().__init__()
         a, width = architecture, architecture.width
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width, device=device, dtype=dtype))

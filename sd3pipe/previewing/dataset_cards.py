@@ -12,7 +12,7 @@ from sd3pipe.data.buckets import cut_by_limit
 from sd3pipe.data.caption_cache import CachedCaptions
 from sd3pipe.data.captions import processed_captions, tag_frequency
 from sd3pipe.data.cut import Cut, Size
-from sd3pipe.data.decoding import Job, Pixels, row_job
+from sd3pipe.data.decoding import DecodeJob, Pixels, row_job
 from sd3pipe.data.feed import Decoded, decoded_rows
 from sd3pipe.data.geometry import View, filter_name, views_of_all
 from sd3pipe.data.looks import Seen, look_warnings
@@ -211,7 +211,7 @@ def _window(cuts: Sequence[Cut]) -> tuple[int, int, int, int]:
     return left, top, min(right, left + 3 * first.size[0]), min(bottom, top + 3 * first.size[1])
 
 
-def _job(item: PictureItem) -> Job:
+def _job(item: PictureItem) -> DecodeJob:
     """Returns the job that decodes a picture's window at the size it is drawn."""
     picture, first = item.picture, item.cut
     source, shrink = (picture.width, picture.height), CARD_PX / max(first.size)

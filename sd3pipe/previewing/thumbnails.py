@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sd3pipe.data.decoding import Job, Pixels
+from sd3pipe.data.decoding import DecodeJob, Pixels
 from sd3pipe.data.feed import Decoded, decoded_rows
 from sd3pipe.data.geometry import RECIPE_VERSION
 from sd3pipe.documents import DocumentError, read_data
@@ -23,7 +23,7 @@ class Thumbnails:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def drawn(self, jobs: Sequence[Job], *, workers: int) -> Iterator[Decoded]:
+    def drawn(self, jobs: Sequence[DecodeJob], *, workers: int) -> Iterator[Decoded]:
         """Yields the pixels of each job in order. Raises StorageError."""
         made_of = ([RECIPE_VERSION, job.image_hash, job.mask_hash, job.cut.recipe(), job.latent_px] for job in jobs)
         files = [self._folder / f"{hash_json(its)}.npz" for its in made_of]
@@ -45,7 +45,7 @@ class Thumbnails:
             yield pixels
 
 
-def _read(file: Path, job: Job) -> Pixels | None:
+def _read(file: Path, job: DecodeJob) -> Pixels | None:
     """Returns what was kept for a job; None where nothing was, or it is damaged."""
     try:
         with np.load(io.BytesIO(read_data(file)), allow_pickle=False) as arrays:

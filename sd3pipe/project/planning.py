@@ -9,7 +9,7 @@ from pydantic import JsonValue
 from sd3pipe.config import Project
 from sd3pipe.console import readable_bytes, readable_seconds
 from sd3pipe.errors import ParameterError
-from sd3pipe.memory.choosing import Freedom, Limits, Row, alternatives, fitting_settings
+from sd3pipe.memory.choosing import Freedom, Limits, PlanRow, alternatives, fitting_settings
 from sd3pipe.memory.plan import Prediction, Rates, Settings, Workload, adapter_bytes_per_weight, option_text, predict
 from sd3pipe.memory.sizes import ModelSize, adapter_weights, image_tokens, model_size
 from sd3pipe.models.architecture import mmdit_architecture
@@ -31,9 +31,9 @@ class Plan:
 
     variant: MMDiTVariant
     model: ModelSize
-    rows: list[Row]
-    chosen: Row | None
-    others: list[Row]
+    rows: list[PlanRow]
+    chosen: PlanRow | None
+    others: list[PlanRow]
     size_px: tuple[int, int]  # width, height of a picture
     disk: Mapping[str, int]
 
@@ -144,7 +144,7 @@ def _shown(params: PlanParams, depth: int, wanted: Settings) -> list[Settings]:
 
 def _chosen(
     params: PlanParams, model: ModelSize, work: Workload, wanted: Settings, rates: Rates | None
-) -> tuple[Row | None, list[Row]]:
+) -> tuple[PlanRow | None, list[PlanRow]]:
     """Returns the settings that train would take on the given card, and what else there would be."""
     if params.vram_bytes is None:
         return None, []

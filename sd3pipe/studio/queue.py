@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
-from sd3pipe.child import ask_to_stop, start_apart
+from sd3pipe.child import ask_to_stop, start_detached
 from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import StorageError
 from sd3pipe.files import lock_file, make_folder, write_json
@@ -129,7 +129,7 @@ class Queue:
     def work(self) -> None:
         """Starts a worker where something is left to do; one that finds another at work ends at once."""
         if any(not job.is_over for job in self.jobs()):
-            start_apart(["studio", "--queue-only"], folder=make_folder(self.folder), log=self.folder / "worker.log")
+            start_detached(["studio", "--queue-only"], folder=make_folder(self.folder), log=self.folder / "worker.log")
 
     def only_worker(self) -> contextlib.AbstractContextManager[bool]:
         """Yields whether this process may work: one does at a time."""

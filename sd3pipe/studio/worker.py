@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sd3pipe import stopping
-from sd3pipe.child import start_apart
+from sd3pipe.child import start_detached
 from sd3pipe.errors import ExitCode, Sd3pipeError
 from sd3pipe.living import is_alive
 from sd3pipe.studio.queue import Job, Queue, State
@@ -47,7 +47,7 @@ def _do(queue: Queue, job: Job) -> None:
 
 def _run(queue: Queue, job: Job, number: int, command: list[str]) -> int:
     try:
-        child = start_apart(command, folder=job.folder, log=Path(job.log))
+        child = start_detached(command, folder=job.folder, log=Path(job.log))
     except (OSError, Sd3pipeError):  # the folder is gone, or the disk is full
         return ExitCode.INPUT
     queue.update(job.id, lambda job: replace(job, mark=child.mark, at=number))

@@ -19,8 +19,8 @@ from sd3pipe.adapters.keymap import (
     BLOCK_MODULES,
     OTHER_MODULES,
     WRITTEN_FORMS,
-    Place,
-    find_place,
+    NativeModule,
+    find_native_module,
     halves_swapped,
     module_names,
 )  # fmt: skip
@@ -355,9 +355,9 @@ def test_every_module_has_names_of_its_own_that_lead_back(path, form):
     if form == "diffusers" and "t5xxl" in path:
         return
     names = module_names(path, form)
-    places = [find_place(name) for name in names]
+    places = [find_native_module(name) for name in names]
     parts = (None,) if len(names) == 1 else range(3)
-    assert places == [Place(form, path, part) for part in parts]
+    assert places == [NativeModule(form, path, part) for part in parts]
 
 
 @settings(max_examples=200, deadline=None)
@@ -371,6 +371,6 @@ def test_two_modules_never_share_a_name(first, second, form):
 @example(name="proj_out")  # diffusers' names also come without their prefix
 @example(name="transformer.proj_outs")
 def test_a_text_stands_for_a_module_only_if_it_is_its_name(name):
-    place = find_place(name)
+    place = find_native_module(name)
     if place is not None and place.form != "native":
         assert f"transformer.{name.removeprefix('transformer.')}" in module_names(place.path, place.form)

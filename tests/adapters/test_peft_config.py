@@ -13,7 +13,7 @@ from torch import nn
 
 from sd3pipe.adapters.files import read_adapter
 from sd3pipe.adapters.find import find_adapter
-from sd3pipe.adapters.keymap import find_place
+from sd3pipe.adapters.keymap import find_native_module
 from sd3pipe.adapters.peft_config import PeftConfig
 from sd3pipe.errors import InputError
 
@@ -80,7 +80,7 @@ def test_every_change_is_the_one_that_peft_computes(tmp_path, name):
     assert len(layers) == len(adapter) == 10
     for module, layer in layers.items():
         theirs = layer.get_delta_weight("default").detach().flatten(1)
-        place = find_place(module)
+        place = find_native_module(module)
         assert place is not None
         torch.testing.assert_close(
             adapter[place.path].dense(), theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max())

@@ -6,7 +6,7 @@ from PIL import Image
 from support.deadly_job import DeadlyJob
 
 from sd3pipe.data.cut import Cut
-from sd3pipe.data.decoding import Job, Pixels
+from sd3pipe.data.decoding import DecodeJob, Pixels
 from sd3pipe.data.feed import decoded_rows
 from sd3pipe.data.places import Place
 from sd3pipe.errors import UnreadablePicture
@@ -22,7 +22,7 @@ def jobs(tmp_path_factory):
     for number in range(12):
         path = folder / f"{number}.png"
         Image.new("RGB", (16, 8), (number, 0, 0)).save(path)
-        made.append(Job(place=Place(path), image_hash=hash_file(path), mask_place=None, mask_hash=None, cut=CUT))
+        made.append(DecodeJob(place=Place(path), image_hash=hash_file(path), mask_place=None, mask_hash=None, cut=CUT))
     path = folder / "5.png"
     path.write_bytes(path.read_bytes()[:40])
     return made
@@ -71,7 +71,7 @@ def test_pixels_are_what_the_file_holds(jobs):
 
 
 def test_a_missing_file_is_a_broken_row(jobs, tmp_path):
-    gone = Job(place=Place(tmp_path / "gone.png"), image_hash="0" * 64, mask_place=None, mask_hash=None, cut=CUT)
+    gone = DecodeJob(place=Place(tmp_path / "gone.png"), image_hash="0" * 64, mask_place=None, mask_hash=None, cut=CUT)
     (row,) = decoded_rows([gone], workers=0)
     assert isinstance(row, UnreadablePicture) and "cannot be read" in str(row)
 

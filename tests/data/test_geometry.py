@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sd3pipe.data.dataset_file import load_dataset
-from sd3pipe.data.decoding import Job, decode_row
+from sd3pipe.data.decoding import DecodeJob, decode_row
 from sd3pipe.data.geometry import RECIPE_VERSION, face_in_name, views
 from sd3pipe.data.places import Place
 from sd3pipe.data.scan import Picture
@@ -105,7 +105,9 @@ def decoded(tmp_path, rgba, extra="", resolution=64, mask=None, **more):
         image_hash=hash_file(path), has_alpha=rgba.shape[2] == 4, **more,
     )  # fmt: skip
     jobs = [
-        Job(place=Place(path), image_hash=found.image_hash, mask_place=mask_place, mask_hash=found.mask_hash, cut=cut)
+        DecodeJob(
+            place=Place(path), image_hash=found.image_hash, mask_place=mask_place, mask_hash=found.mask_hash, cut=cut
+        )
         for cut in cuts(found)
     ]
     return [decode_row(job) for job in jobs]
@@ -159,7 +161,7 @@ def test_a_file_that_changed_since_the_scan_is_refused(tmp_path):
     Image.fromarray(rgba_picture()).save(path)
     cut = cuts(picture(tmp_path, 64, 64, dataset="", resolution=64))[0]
     with pytest.raises(UnreadablePicture, match="changed while"):
-        decode_row(Job(place=Place(path), image_hash="0" * 64, mask_place=None, mask_hash=None, cut=cut))
+        decode_row(DecodeJob(place=Place(path), image_hash="0" * 64, mask_place=None, mask_hash=None, cut=cut))
 
 
 def test_numbers_move_only_with_the_recipe_version(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sd3pipe.data.prompts import SamplePrompt, load_prompts
+from sd3pipe.data.prompts import WrittenPrompt, load_prompts
 from sd3pipe.errors import InputError, ParameterError
 
 
@@ -22,7 +22,7 @@ def test_text_lines_carry_options_and_comments(tmp_path):
         "a dog -- with dashes\n"
     )
     first, second = load_prompts(written(tmp_path, "prompts.txt", text))
-    assert first == SamplePrompt(
+    assert first == WrittenPrompt(
         prompt="a cat, sitting",
         negative_prompt="blurry, low quality",
         width=768,
@@ -32,7 +32,7 @@ def test_text_lines_carry_options_and_comments(tmp_path):
         sample_steps=28,
     )
     assert first.settings() == {"width": 768, "height": 1024, "seed": 7, "scale": 4.5, "steps": 28}
-    assert second == SamplePrompt(prompt="a dog -- with dashes")
+    assert second == WrittenPrompt(prompt="a dog -- with dashes")
     assert second.settings() == {}
 
 
@@ -41,15 +41,15 @@ def test_toml_subsets_inherit_from_prompt(tmp_path):
         '[prompt]\nwidth = 512\nseed = 1\n[[prompt.subset]]\nprompt = "a"\n[[prompt.subset]]\nprompt = "b"\nseed = 2\n'
     )
     assert load_prompts(written(tmp_path, "p.toml", text)) == [
-        SamplePrompt(prompt="a", width=512, seed=1),
-        SamplePrompt(prompt="b", width=512, seed=2),
+        WrittenPrompt(prompt="a", width=512, seed=1),
+        WrittenPrompt(prompt="b", width=512, seed=2),
     ]
 
 
 def test_json_is_a_list_of_tables(tmp_path):
     text = '[{"prompt": "a", "negative_prompt": "b", "sample_steps": 4, "scale": 1}]'
     (prompt,) = load_prompts(written(tmp_path, "p.json", text))
-    assert prompt == SamplePrompt(prompt="a", negative_prompt="b", sample_steps=4, scale=1)
+    assert prompt == WrittenPrompt(prompt="a", negative_prompt="b", sample_steps=4, scale=1)
 
 
 def test_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):
@@ -143,7 +143,7 @@ def test_piece_that_looks_like_an_option_and_is_none_is_named(tmp_path, line, pi
 )
 def test_dashes_of_a_text_stay_in_it(tmp_path, text):
     (prompt,) = load_prompts(written(tmp_path, "p.txt", f"{text} --w 512\n"))
-    assert prompt == SamplePrompt(prompt=text, width=512)
+    assert prompt == WrittenPrompt(prompt=text, width=512)
 
 
 def test_line_of_options_alone_is_refused(tmp_path):

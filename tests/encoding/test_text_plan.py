@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from support.tiny_base import write_tiny_base
 
 from sd3pipe.cache.keys import text_source
-from sd3pipe.data.prompts import SamplePrompt
+from sd3pipe.data.prompts import WrittenPrompt
 from sd3pipe.encoding import text_plan
 from sd3pipe.encoding.text_plan import prompt_texts, text_wanted
 from sd3pipe.errors import InputError
@@ -25,7 +25,7 @@ def key_of(base, tmp_path, *, text="a cat", recipe=RECIPE, model=None, tokenizer
     paths = {name: getattr(base, name) for name in ("clip_l", "clip_g", "t5xxl")} | files
     encoders = find_text_encoders(str(model or base.model), paths, tokenizers or base.tokenizers)
     fingerprints = encoders.fingerprints(FileStamps(tmp_path / "memory.json"))
-    texts = prompt_texts([SamplePrompt(prompt=text)])
+    texts = prompt_texts([WrittenPrompt(prompt=text)])
     wanted = text_wanted(texts, encoders.sizes, fingerprints, recipe)
     return dict(zip(texts.text_by_hash, wanted.keys, strict=True))[text_source(text)]
 
@@ -108,8 +108,8 @@ def test_where_things_lie_does_not_matter(base, tmp_path):
 
 
 def test_settings_of_a_prompt_are_in_no_key(base, tmp_path):
-    plain = prompt_texts([SamplePrompt(prompt="a cat")])
-    adorned = prompt_texts([SamplePrompt(prompt="a cat", width=64, height=64, sample_steps=3, scale=2.0, seed=5)])
+    plain = prompt_texts([WrittenPrompt(prompt="a cat")])
+    adorned = prompt_texts([WrittenPrompt(prompt="a cat", width=64, height=64, sample_steps=3, scale=2.0, seed=5)])
     assert plain.text_by_hash == adorned.text_by_hash
     assert plain.samples["key"] == adorned.samples["key"]
     assert plain.samples["settings"] != adorned.samples["settings"]
@@ -117,7 +117,7 @@ def test_settings_of_a_prompt_are_in_no_key(base, tmp_path):
 
 def test_rows_cost_what_the_plan_says():
     """2.4 MB a caption at the genuine widths with padding kept, as bfloat16."""
-    wanted = text_wanted(prompt_texts([SamplePrompt(prompt="a")]), TextSizes(), {}, RECIPE)
+    wanted = text_wanted(prompt_texts([WrittenPrompt(prompt="a")]), TextSizes(), {}, RECIPE)
     assert {row.nbytes for row in wanted.rows} == {2 * (78 * 2048 + 256 * 4096) + 2 * 77 + 256}
 
 

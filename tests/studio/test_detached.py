@@ -6,16 +6,17 @@ import time
 
 import pytest
 
-from sd3pipe.child import ask_to_stop, start_apart
+from sd3pipe.child import ask_to_stop, start_detached
 from sd3pipe.files import lock_file, lock_holder
 from sd3pipe.living import is_alive, living_pid
 
 STARTER = """
 import signal, sys
 from pathlib import Path
-from sd3pipe.child import start_apart
+from sd3pipe.child import start_detached
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what stands before an &
-print(start_apart(["studio", "--port", "0", "--no-open"], folder=Path(sys.argv[1]), log=Path(sys.argv[1], "log")).mark)
+here = Path(sys.argv[1])
+print(start_detached(["studio", "--port", "0", "--no-open"], folder=here, log=here / "log").mark)
 """
 
 
@@ -38,7 +39,7 @@ def test_a_command_outlives_its_starter_and_stops_when_asked(tmp_path):
 
 def test_its_output_is_added_to_the_log(tmp_path):
     for _ in range(2):
-        start_apart(["no-such-command"], folder=tmp_path, log=tmp_path / "log").process.wait()
+        start_detached(["no-such-command"], folder=tmp_path, log=tmp_path / "log").process.wait()
     assert (tmp_path / "log").read_text().count("No such command") == 2
 
 
