@@ -29,7 +29,7 @@ def sd3pipe(
         cwd=cwd or _EMPTY.name,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         env={**os.environ, **(env or {})},
         check=False,
     )
