@@ -47,13 +47,15 @@ class FoundFile:
 class FolderRead:
     """What lies in a subset's image_dir by its name below that: pictures in order, other files, folders left alone.
 
-    `keys` are those of records without a caption, with the files that have them.
+    `keys` are those of records without a caption, with the files that have them; `problems` are captions that cannot be
+    used, a line each.
     """
 
     entries: list[FoundFile]
     others: list[str]
     folders: list[str]
     keys: dict[str, list[str]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +89,10 @@ class CaptionError(InputError):
 
 
 def read_folder(folder: Path, subset: Subset, captions: FileStamps | None) -> FolderRead:
-    """Returns what lies in a folder of pictures of a subset. Raises CaptionError.
+    """Returns what lies in a folder of pictures of a subset. Raises CaptionError for a folder that cannot be read.
 
-    `captions` remembers caption files, and reads those that it does not know; without it none is read.
+    `captions` remembers caption files, and reads those that it does not know; without it none is read. A picture whose
+    caption cannot be used has that as its problem.
     """
     entries: list[FoundFile] = []
     others: list[str] = []
@@ -109,6 +112,7 @@ def read_folder(folder: Path, subset: Subset, captions: FileStamps | None) -> Fo
                     text, digest = _caption(caption_path, captions)
                 except InputError as error:
                     problems.append(str(error))
+                    problem = problem or str(error)
             entries.append(
                 FoundFile(
                     place=Place(here / name),
@@ -119,10 +123,11 @@ def read_folder(folder: Path, subset: Subset, captions: FileStamps | None) -> Fo
                     problem=problem,
                 )
             )
-    if problems:
-        raise CaptionError("\n".join(problems))
     return FolderRead(
-        entries=sorted(entries, key=lambda entry: entry.name), others=sorted(others), folders=sorted(folders)
+        entries=sorted(entries, key=lambda entry: entry.name),
+        others=sorted(others),
+        folders=sorted(folders),
+        problems=problems,
     )
 
 

@@ -42,6 +42,18 @@ _CONTENTS = TypeAdapter(Contents)
 def read_image_dir(subset: Subset, captions: FileStamps | None, pictures: FileStamps | None = None) -> FolderRead:
     """Returns what lies in a subset's image_dir. Raises CaptionError, and InputError or NetworkError for a bucket.
 
+    `captions` and `pictures` are as in `look_into`.
+    """
+    read = look_into(subset, captions, pictures)
+    if read.problems:
+        raise CaptionError("\n".join(read.problems))
+    return read
+
+
+def look_into(subset: Subset, captions: FileStamps | None, pictures: FileStamps | None = None) -> FolderRead:
+    """Returns what lies in a subset's image_dir, caption files that cannot be used among its problems.
+
+    Raises CaptionError for what else cannot be read, and InputError or NetworkError for a bucket.
     `captions` remembers captions, and has those read that it does not know; without it none is read. `pictures` does
     the same for pictures that share a file, or lie in a bucket; without it nothing is known of these. Without any of
     the two they are counted: a caption that is there is an empty one.

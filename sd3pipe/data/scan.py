@@ -18,7 +18,7 @@ from sd3pipe.data.dataset_file import CONTAINER_ENDINGS, Dataset, Subset
 from sd3pipe.data.findings import find_out
 from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, FoundFile, mask_files
 from sd3pipe.data.holding_out import held_out
-from sd3pipe.data.image_dirs import listed_folder, read_image_dir
+from sd3pipe.data.image_dirs import listed_folder, look_into
 from sd3pipe.data.left_out import left_out_of_folder, left_out_of_metadata
 from sd3pipe.data.metadata import metadata_entries
 from sd3pipe.data.places import Place
@@ -110,19 +110,28 @@ class UnreadableFile:
 class Scan:
     """All pictures in a fixed order (subsets as in the file, then by name) and the unreadable ones.
 
-    `left_out` says in lines what else lies in the folders and is not used.
+    `left_out` says in lines what else lies in the folders and is not used, `problems` what no stage would take.
     """
 
     pictures: list[Picture]
     unreadable: list[UnreadableFile]
     left_out: list[str]
+    problems: list[str]
 
 
-def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True, with_cached: bool = True) -> Scan:
+def scan(
+    dataset: Dataset,
+    stamps: FileStamps,
+    *,
+    with_captions: bool = True,
+    with_cached: bool = True,
+    past_problems: bool = False,
+) -> Scan:
     """Returns what a dataset consists of. Raises InputError for missing folders, bad captions and an empty dataset.
 
     Without `with_captions` no caption file is read, and every caption is class_tokens or empty; without `with_cached`
-    no caption is taken from a caption_cache.
+    no caption is taken from a caption_cache. `past_problems` leaves out what folders and captions are bad instead, as
+    long as a picture is left.
     Call `stamps.save()` afterwards; it is not called here.
     """
     pictures: list[Picture] = []
@@ -136,7 +145,10 @@ def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True, wi
                 entries = metadata_entries(subset)
                 left_out += left_out_of_metadata(subset, entries)
             else:
-                read = read_image_dir(subset, captions, pictures=stamps)
+                read = look_into(subset, captions, pictures=stamps)
+                problems += read.problems
+                if read.problems and not past_problems:
+                    continue
                 entries = read.entries
                 left_out += left_out_of_folder(subset, read, dataset, with_captions=with_captions)
         except CaptionError as error:
@@ -153,7 +165,7 @@ def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True, wi
                 pictures.append(found)
             else:
                 unreadable.append(found)
-    if problems:
+    if problems and not (past_problems and pictures):
         raise InputError("\n".join(problems))
     if not pictures and not unreadable:
         why = "; ".join(left_out) or "no metadata_file lists a picture"
@@ -163,7 +175,7 @@ def scan(dataset: Dataset, stamps: FileStamps, *, with_captions: bool = True, wi
         replace(picture, split="validation") if (picture.subset.name, picture.image_hash) in chosen else picture
         for picture in pictures
     ]
-    return Scan(pictures=marked, unreadable=unreadable, left_out=left_out)
+    return Scan(pictures=marked, unreadable=unreadable, left_out=left_out, problems=problems)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -135,7 +135,7 @@ def read_gallery(project: Project, *, may_write: bool = True) -> Gallery:
     """Returns the pictures as the files are. Raises InputError, ParameterError."""
     dataset = load_dataset(path_of(project, "dataset"))
     stamps = FileStamps(studio_folder(project) / "stat.json")
-    found = scan(dataset, stamps)
+    found = scan(dataset, stamps, past_problems=True)
     if may_write:
         stamps.save()
     text, latents = option_values(project, "encode-text"), option_values(project, "encode-latents")

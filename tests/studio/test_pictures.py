@@ -51,6 +51,19 @@ def test_a_page_shows_each_picture_with_its_facts_escaped(studio):
     assert "photo of cat, sofa" in page  # what is encoded stands apart from the file's text
 
 
+def test_a_caption_that_is_not_utf8_hides_no_other_picture(studio, project):
+    (project / "pictures" / "b.txt").write_bytes("käse".encode("latin-1"))
+    page = asked(studio, "GET", base(studio)).text
+    assert page.count('<figure class="card"') == 3
+    assert "Nothing is encoded while this stands" in page
+    assert "b.png: left out: " in page and "b.txt: the caption is not UTF-8 text (byte 1): save it as UTF-8" in page
+    assert "not UTF-8" in asked(studio, "GET", f"{base(studio)}/rows").json()["message"]
+    assert "undo" in save(studio, entries(project)["a"], "cat, bed").json()
+    for name in CAPTIONS:
+        (project / "pictures" / f"{name}.txt").write_bytes(b"\xff")
+    assert asked(studio, "GET", base(studio)).status_code == 422  # nothing is left to show
+
+
 def test_pictures_that_check_captions_named_are_found_until_their_captions_change(studio, project):
     said = {"subset": "pictures", "held_out": False, "advantage": Score(value=0.0)}
     pictures = tuple(

@@ -165,6 +165,8 @@ def _rows_to_encode(project: Project, gallery: Gallery) -> tuple[int, int]:
     if not (params.out / "manifest.json").is_file():
         return total, total
     encoders = find_text_encoders(params.model, encoder_files(params), params.tokenizers)
+    if gallery.found.problems:
+        raise InputError(gallery.found.problems[0])
     weights = weight_stamps(params.out)
     wanted = text_wanted(texts, encoders.sizes, encoders.fingerprints(weights), text_recipe(params))
     return len(missing_rows(params.out, wanted).keys), total
