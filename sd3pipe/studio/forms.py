@@ -62,6 +62,24 @@ def stage_form(project: Project, module: str) -> dict[str, list[FormField]]:
     return panels
 
 
+def changed_elsewhere(
+    project: Project, module: str, was: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, str]:
+    """Returns what fields hold by now that a form changes, and that are neither as it `was` nor as it wants them.
+
+    An option that stands in the file at its default is as one that is left to it.
+    """
+    model = load_stage_models()[module]
+    values = _in_file(project.stage_file(module), model)
+    found: dict[str, str] = {}
+    for name in was.keys() & given.keys() & model.model_fields.keys():
+        default = as_text(model.model_fields[name].default)
+        now = as_text(values.get(name))
+        if (now or default) not in [str(text) or default for text in (was[name], given[name])]:
+            found[name] = now
+    return found
+
+
 def save_stage(project: Project, module: str, given: Mapping[str, Any]) -> dict[str, str]:
     """Writes what a form says into the stage's file; returns what is wrong by field, and then writes nothing.
 

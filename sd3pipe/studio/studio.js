@@ -64,10 +64,26 @@ function valuesOf(form) {
   return values;
 }
 
-// Fields as they came: what another window or an editor made of those meanwhile stays.
-function untouched(form) {
-  const was = (field) => field.matches("select") ? [...field.options].find((one) => one.defaultSelected)?.value ?? "" : field.defaultValue;
-  return [...form.elements].filter((field) => field.name && field.type !== "hidden" && field.value === was(field));
+// What a field held when it came.
+function wasIn(field) {
+  return field.matches("select") ? [...field.options].find((one) => one.defaultSelected)?.value ?? "" : field.defaultValue;
+}
+
+function setWas(field, text) {
+  const typed = field.value;
+  if (field.matches("select")) for (const one of field.options) one.defaultSelected = one.value === text;
+  else field.defaultValue = text;
+  field.value = typed;
+}
+
+// Leaves out fields as they came, which another window or an editor may have changed meanwhile; of the others says what they were.
+function onlyChanged(form, values) {
+  values.was = {};
+  for (const field of form.elements) {
+    if (!field.name || field.type === "hidden" || !(field.name in values)) continue;
+    if (field.value === wasIn(field)) delete values[field.name];
+    else values.was[field.name] = wasIn(field);
+  }
 }
 
 // A form with data-post is sent as JSON; what comes back says what becomes of the page.
@@ -77,7 +93,7 @@ document.addEventListener("submit", async (event) => {
   event.preventDefault();
   const button = event.submitter;
   const values = { ...valuesOf(form), ...(button && button.name ? { [button.name]: button.value } : {}) };
-  if (form.matches("[data-only-changed]")) for (const field of untouched(form)) delete values[field.name];
+  if (form.matches("[data-only-changed]")) onlyChanged(form, values);
   for (const old of $$(".errors", form)) old.textContent = "";
   if (button) button.disabled = true;
   const answer = await send(form.dataset.post, values);
@@ -89,6 +105,7 @@ document.addEventListener("submit", async (event) => {
     for (let fold = own.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
     return own;
   });
+  for (const [name, text] of Object.entries(answer.was || {})) setWas(form.elements[name], text);
   if (wrong.length) wrong[0].scrollIntoView({ block: "center" });
   if (answer.error && place) place.textContent = answer.error.join("\n");
   else if (answer.error) toast(answer.error.join("\n"));

@@ -89,6 +89,19 @@ def test_errors_stand_at_their_fields_and_nothing_is_saved(studio, project):
 def test_a_first_run_is_run_itself(studio):
     assert asked(studio, "POST", path(studio, "train", "start"), json={}).json() == {"reload": True}
     assert started(studio) == [("run",)]
+def test_what_another_window_changed_is_told_and_saved_over_only_when_asked_again(studio, project):
+    address, file = path(studio, "plan", "save"), project / "stages" / "train.toml"
+    body = {"stage": "train", "network_dim": "8", "was": {"network_dim": ""}}
+    assert "reload" in asked(studio, "POST", address, json=body).json()
+    body |= {"network_dim": "4", "seed": "7", "was": {"network_dim": "", "seed": ""}}
+    told = asked(studio, "POST", address, json=body).json()
+    assert set(told["fields"]) == {"network_dim"} and "changed elsewhere, to 8" in told["fields"]["network_dim"]
+    assert "seed = 7" not in file.read_text() and told["was"] == {"network_dim": "8"}
+    body["was"]["network_dim"] = "8"
+    assert "reload" in asked(studio, "POST", address, json=body).json()
+    assert "network_dim = 4" in file.read_text() and "seed = 7" in file.read_text()
+
+
     again = asked(studio, "POST", path(studio, "train", "start"), json={})
     assert again.status_code == 422 and "already" in again.json()["error"][0]
 

@@ -17,10 +17,11 @@ from sd3pipe.project.inputs import stage_options
 from sd3pipe.project.planning import make_plan, with_options_of_training
 from sd3pipe.stages import STAGES_BY_NAME
 from sd3pipe.studio.app import Ask
-from sd3pipe.studio.forms import save_stage, stage_form
+from sd3pipe.studio.forms import changed_elsewhere, save_stage, stage_form
 from sd3pipe.studio.gallery import option_values
 
 _CARD = {"vram": "card's memory", "ram": "host memory", "tflops": "TFLOP/s, for seconds"}
+_AGAIN = "save again to put yours in its place"
 
 
 def page(ask: Ask) -> str:
@@ -70,11 +71,16 @@ def _disk(ask: Ask) -> tuple[dict[str, int], str | None]:
 
 
 def save(ask: Ask) -> dict[str, Any]:
-    """Writes a stage's file, or says at each field what is wrong."""
+    """Writes a stage's file, or says at each field what is wrong; what another window changed is told first."""
     module = ask.text("stage")
     if module not in STAGE_MODULES:
         raise ParameterError(f"stage: one of {', '.join(STAGE_MODULES)}")
-    wrong = save_stage(ask.project, module, {name: value for name, value in ask.values.items() if name != "stage"})
-    if wrong:
+    given = {name: value for name, value in ask.values.items() if name not in ("stage", "was")}
+    was = ask.values.get("was")
+    elsewhere = changed_elsewhere(ask.project, module, was if isinstance(was, dict) else {}, given)
+    if elsewhere:
+        said = {name: f"changed elsewhere, to {text or 'the default'}: {_AGAIN}" for name, text in elsewhere.items()}
+        return {"fields": said, "was": elsewhere, "message": "nothing was saved: see the marked fields"}
+    if wrong := save_stage(ask.project, module, given):
         return {"fields": wrong, "message": "nothing was saved: see the marked fields"}
     return {"message": f"saved in {ask.project.stage_file(module)}", "reload": True}
