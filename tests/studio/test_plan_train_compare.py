@@ -294,7 +294,10 @@ def test_begin_shows_inits_own_errors_and_opens_what_is_there(tmp_path, project)
     studio = studio_of(tmp_path)
     body = {"folder": str(tmp_path / "new"), "model": str(tmp_path / "none.safetensors"), "images": str(project)}
     answer = asked(studio, "POST", "/begin/init", json=body)
-    assert answer.status_code == 422 and "none.safetensors" in " ".join(answer.json()["error"])
+    assert set(answer.json()["fields"]) == {"model"} and "no such file" in answer.json()["fields"]["model"]
+    body |= {"model": str(project / "pictures" / "a.png"), "vram": "lots", "loras_dir": str(tmp_path / "none")}
+    answer = asked(studio, "POST", "/begin/init", json=body)
+    assert answer.json()["fields"]["vram"] == "vram lots: write a size such as 12GB or 24GiB"
     assert asked(studio, "POST", "/begin/init", json={"folder": "relative"}).status_code == 422
     assert asked(studio, "POST", "/begin/init", json={"folder": str(project)}).json()["location"].startswith("/p/cats-")
 

@@ -1,13 +1,15 @@
 """Begin: a project from pictures and a model, or from a command of sd-scripts, by `init` and `from-kohya`."""
 
+import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from starlette.responses import RedirectResponse, Response
 
 from sd3pipe.config import PROJECT_FILE, read_project
-from sd3pipe.errors import ParameterError
+from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.files import write_text
 from sd3pipe.params.init import InitParams
 from sd3pipe.shell import no_option
@@ -18,6 +20,7 @@ _INIT = (
     "model", "images", "caption", "trigger", "goal", "vram", "tokenizers",
     "clip_l", "clip_g", "t5xxl", "vae", "loras_dir",
 )  # fmt: skip
+_OPTION = re.compile(rf"--({'|'.join(_INIT).replace('_', '-')})(?![\w-])")
 _ENDINGS = (".sh", ".bat", ".ps1", ".txt", ".toml", ".json")
 
 
@@ -41,7 +44,7 @@ def page(ask: Ask) -> str:
 
 
 def init(ask: Ask) -> dict[str, Any]:
-    """Opens the project of a folder, or makes one there."""
+    """Opens the project of a folder, or makes one there; what `init` refuses is said at its fields."""
     folder = _folder(ask)
     if (folder / PROJECT_FILE).is_file():
         read_project(folder)
@@ -50,7 +53,22 @@ def init(ask: Ask) -> dict[str, Any]:
     for name in _INIT:
         if ask.text(name):
             words += [f"--{name.replace('_', '-')}", no_option(ask.text(name))]
-    return _opened(ask, folder, ask.run(words, Path.home()))
+    try:
+        said = ask.run(words, Path.home())
+    except InputError as error:
+        return {"fields": _by_field(ask, str(error).splitlines())}
+    return _opened(ask, folder, said)
+
+
+def _by_field(ask: Ask, lines: Sequence[str]) -> dict[str, str]:
+    """Returns what a command says of options as the page calls them: by the field whose value or name a line has."""
+    found: dict[str, str] = {}
+    for line in lines:
+        text = _OPTION.sub(lambda match: match[1].replace("-", "_"), line.removeprefix("init: "))
+        of_value = (name for name in ("folder", *_INIT) if ask.text(name) and text.startswith(f"{ask.text(name)}: "))
+        name = next(of_value, None) or next((match[1].replace("-", "_") for match in _OPTION.finditer(line)), "")
+        found[name] = "\n".join(filter(None, (found.get(name), text)))
+    return found
 
 
 def from_kohya(ask: Ask) -> dict[str, Any]:
