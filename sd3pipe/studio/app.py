@@ -174,7 +174,7 @@ def application(studio: Studio) -> Callable[..., Awaitable[None]]:
         Route("/static/{name}", _static, methods=["GET"]),
         Route("/p/{project}/train/live", functools.partial(_live, studio), methods=["GET"]),
     ]
-    return Guard(Starlette(routes=routes), studio.access)
+    return Guard(Starlette(routes=routes, exception_handlers={404: functools.partial(_nowhere, studio)}), studio.access)
 
 
 def _endpoint(studio: Studio, view: str) -> Callable[[Request], Awaitable[Response]]:
@@ -215,8 +215,19 @@ async def _body(request: Request) -> dict[str, Any]:
 def _failed(studio: Studio, slug: str, message: str, *, as_json: bool) -> Response:
     if as_json:
         return JSONResponse({"error": message.splitlines()}, 422)
-    ask = Ask(slug=slug, path={}, query={}, values={}, studio=studio)
-    return HTMLResponse(ask.page("problem", title="This cannot be shown", problems=message.splitlines()), 422)
+    return HTMLResponse(_problem(studio, slug, "This cannot be shown", message), 422)
+
+
+async def _nowhere(studio: Studio, request: Request, _: Exception) -> Response:
+    message = f"{request.url.path}: the studio has no such page"
+    return HTMLResponse(await run_in_threadpool(_problem, studio, "", "There is no such page", message), 404)
+
+
+def _problem(studio: Studio, slug: str, title: str, message: str) -> str:
+    """Returns a page of what is wrong, in the frame of the project where it is one."""
+    known = {project["slug"] for project in studio.projects.listed()}
+    ask = Ask(slug=slug if slug in known else "", path={}, query={}, values={}, studio=studio)
+    return ask.page("problem", title=title, problems=message.splitlines())
 
 
 async def _healthy(request: Request) -> Response:

@@ -316,3 +316,11 @@ def test_ranges_and_choices_come_from_the_option_sets(studio, project):
 
 def read(studio):
     return studio.projects.read(studio.projects.listed()[0]["slug"])
+def test_an_unknown_address_has_the_frame_and_a_way_home(studio):
+    for address, status in (("/nonsense", 404), (path(studio, "nonsense"), 404), ("/p/nobody/train", 422)):
+        answer = asked(studio, "GET", address)
+        assert answer.status_code == status and 'href="/">To the first page' in answer.text
+        assert "/p/nobody" not in answer.text.replace("/p/nobody/train: ", "")
+    assert asked(studio, "GET", path(studio, "nonsense"), token="").status_code == 403
+
+
