@@ -28,7 +28,7 @@ from sd3pipe.errors import InputError, Sd3pipeError
 from sd3pipe.fingerprint import hash_bytes
 from sd3pipe.pages.render import render
 from sd3pipe.studio.places import studio_folder
-from sd3pipe.studio.queue import Queue
+from sd3pipe.studio.queue import Kind, Queue
 from sd3pipe.studio.safety import Access, Guard
 from sd3pipe.studio.watch import Watches
 
@@ -68,6 +68,9 @@ _ROUTES = (  # method, path, "module:function" below sd3pipe.studio.views
     ("POST", "/p/{project}/compare/draw", "compare:draw"),
     ("POST", "/p/{project}/compare/judge", "compare:judge"),
     ("POST", "/p/{project}/compare/use", "compare:use"),
+    ("GET", "/p/{project}/report", "pages:report"),
+    ("GET", "/p/{project}/judgement", "pages:judgement"),
+    ("GET", "/p/{project}/captions", "pages:captions"),
 )
 _BODY = TypeAdapter(dict[str, JsonValue])
 
@@ -146,10 +149,10 @@ class Ask:
             raise InputError("\n".join(errors or printed.splitlines()[-3:]))
         return printed
 
-    def queue(self, title: str, *commands: Sequence[str]) -> dict[str, Any]:
+    def queue(self, kind: Kind, title: str, *commands: Sequence[str]) -> dict[str, Any]:
         """Puts a job of the project into the queue, and returns what the page does then. Raises StorageError."""
         logs = studio_folder(self.project).absolute() / "logs"
-        self.studio.queue.add(self.project.folder, title, commands, logs)
+        self.studio.queue.add(self.project.folder, title, commands, logs, kind=kind)
         return {"message": f"in the queue: {title}", "location": "/queue"}
 
     def page(self, template: str, **values: Any) -> str:

@@ -97,10 +97,16 @@ class Gallery:
     entries: list[Entry]
     unreadable: list[UnreadableFile]
     warnings: tuple[str, ...]
+    was_checked: bool  # by check-captions
 
     @property
     def buckets(self) -> list[str]:
         return sorted({entry.bucket for entry in self.entries})
+
+    @property
+    def num_named(self) -> int:
+        """How many pictures check-captions named."""
+        return sum(bool(entry.findings) for entry in self.entries)
 
     @property
     def subsets(self) -> list[str]:
@@ -156,9 +162,10 @@ def read_gallery(project: Project, *, may_write: bool = True) -> Gallery:
     _latest[str(project.folder)] = gallery = Gallery(
         dataset=dataset,
         found=found,
-        entries=[Entry(key=key, item=item, findings=findings.get(key, ())) for key, item in keyed],
+        entries=[Entry(key=key, item=item, findings=(findings or {}).get(key, ())) for key, item in keyed],
         unreadable=known.unreadable,
         warnings=(*known.warnings, *([unseen] if missing else [])),
+        was_checked=findings is not None,
     )
     return gallery
 
@@ -214,13 +221,16 @@ def _captions(cache: Path, _: Stamp) -> CachedCaptions:
         return {}
 
 
-def _findings(project: Project, pictures: Sequence[Picture]) -> dict[str, tuple[str, ...]]:
-    """Returns what the caption check says by a picture's key; captions edited since are not what it looked at."""
+def _findings(project: Project, pictures: Sequence[Picture]) -> dict[str, tuple[str, ...]] | None:
+    """Returns what the caption check says by a picture's key, None where there was none.
+
+    Captions that were edited since are not what it looked at.
+    """
     file = caption_check_file(project)
     try:
         checked, written_ns = read_findings(file).pictures, file.stat().st_mtime_ns
     except (InputError, OSError):  # it has not run, or cannot be read
-        return {}
+        return None
     said: dict[tuple[str, str], tuple[str, ...]] = {}
     for item in checked:
         words = ["the caption explains the picture no better than others' captions do"] if item.suspect else []

@@ -5,6 +5,7 @@ from pathlib import Path
 from sd3pipe.cache.folder import machine_folder
 from sd3pipe.config import Project
 from sd3pipe.errors import InputError
+from sd3pipe.judgement import JUDGE_FOLDER
 
 
 def studio_folder(project: Project) -> Path:
@@ -17,3 +18,9 @@ def path_of(project: Project, key: str) -> Path:
     if key not in project.paths:
         raise InputError(f"{project.file}: paths.{key} is missing")
     return Path(project.paths[key])
+
+
+def judge_folder(project: Project, run: Path) -> Path:
+    """Returns where `judge` writes what it finds of a run: in it, or where the project says so of its own."""
+    own = project.paths.get("judge") if run == path_of(project, "run") else None
+    return Path(own) if own else run / JUDGE_FOLDER

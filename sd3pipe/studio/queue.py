@@ -15,12 +15,14 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
+from sd3pipe import stopping
 from sd3pipe.child import ask_to_stop, start_detached
 from sd3pipe.documents import DocumentError, read_json
-from sd3pipe.errors import StorageError
+from sd3pipe.errors import ExitCode, StorageError
 from sd3pipe.files import lock_file, make_folder, write_json
 
 State = Literal["waiting", "running", "done", "failed", "stopped"]
+Kind = Literal["run", "draw", "judge", "check"]  # which page shows how it ended
 Move = Literal["up", "down", "remove"]
 _KEPT = 50  # jobs that have ended
 _LOCK_SECONDS = 10.0
@@ -35,6 +37,7 @@ class Job:
     title: str
     commands: tuple[tuple[str, ...], ...]
     log: str
+    kind: Kind = "run"
     state: State = "waiting"
     mark: str = ""
     at: int = 0  # which of its commands is at work
@@ -81,12 +84,14 @@ class Queue:
         real = str(folder.resolve())
         self._change(lambda file: replace(file, projects=(*(p for p in file.projects if p != real), real)[-_KEPT:]))
 
-    def add(self, project: Path, title: str, commands: Sequence[Sequence[str]], log_folder: Path) -> Job:
+    def add(
+        self, project: Path, title: str, commands: Sequence[Sequence[str]], log_folder: Path, *, kind: Kind = "run"
+    ) -> Job:
         """Puts a job at the end and sees to it that somebody works. Raises StorageError."""
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
         log = make_folder(log_folder) / f"{name}.log"
         frozen = tuple(tuple(command) for command in commands)
-        job = Job(id=name, project=str(project.resolve()), title=title, commands=frozen, log=str(log))
+        job = Job(id=name, project=str(project.resolve()), title=title, commands=frozen, log=str(log), kind=kind)
         self._change(lambda file: replace(file, jobs=_pruned((*file.jobs, job))))
         self.work()
         return job
@@ -121,10 +126,10 @@ class Queue:
         mine = [job for job in self.jobs() if job.project == str(project.resolve()) and not job.is_over]
         return next((job for job in mine if job.state == "running"), mine[0] if mine else None)
 
-    def latest(self, project: Path) -> Job | None:
-        """Returns the job of a project that is at work, waits or ended last."""
-        mine = [job for job in self.jobs() if job.project == str(project.resolve())]
-        return self.current(project) or (max(mine, key=lambda job: job.ended or 0.0) if mine else None)
+    def latest(self, project: Path, kind: Kind) -> Job | None:
+        """Returns the job of that kind of a project that is at work, waits or ended last."""
+        mine = [job for job in self.jobs() if job.project == str(project.resolve()) and job.kind == kind]
+        return max(mine, key=lambda job: (job.state == "running", not job.is_over, job.ended or 0.0), default=None)
 
     def work(self) -> None:
         """Starts a worker where something is left to do; one that finds another at work ends at once."""
@@ -158,6 +163,13 @@ class Queue:
             if time.monotonic() > until:
                 raise StorageError(f"{self._file}: another process keeps it: end it, then try again")
             time.sleep(0.02)
+
+
+def state_of(exit_code: int) -> State:
+    """Returns how a command ended that returned an exit code, or minus the signal that ended it."""
+    if exit_code == ExitCode.STOPPED or -exit_code in stopping.SIGNALS:
+        return "stopped"
+    return "done" if exit_code == ExitCode.DONE else "failed"
 
 
 def queue_folder() -> Path:

@@ -5,12 +5,16 @@ import statistics
 import threading
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from sd3pipe.adapters.find import checkpoint_adapters
 from sd3pipe.cache.folder import apart_folder
 from sd3pipe.config import Project
+from sd3pipe.documents import DocumentError, read_json
 from sd3pipe.errors import InputError, UnreadablePicture
 from sd3pipe.metrics import METRICS_FILE, Record, RecordTail
 from sd3pipe.reporting.collect import read_picture_of, sample_files
@@ -60,6 +64,18 @@ class Curves:
     def seconds_per_step(self) -> float | None:
         recent = [value for value in self.columns["seconds"][-_RECENT:] if math.isfinite(value)]
         return statistics.median(recent) if recent else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEnd:
+    """How train ended last, as the run's report says; `at` is when, in seconds since 1970."""
+
+    exit_code: int
+    error: str = ""
+    at: float = 0.0
+
+
+_END = TypeAdapter(RunEnd)
 
 
 class RunView:
@@ -112,6 +128,14 @@ class RunView:
 
     def checkpoints(self) -> dict[int, Path]:
         return checkpoint_adapters(self.folder)
+
+    def end(self) -> RunEnd | None:
+        """Returns how train ended last; None where it never did, or what it wrote cannot be read."""
+        file = self.folder / "report.json"
+        try:
+            return replace(read_json(file, _END), at=file.stat().st_mtime)
+        except (DocumentError, OSError):
+            return None
 
     def is_finished(self) -> bool:
         return (self.place / "final" / "inputs.json").is_file()

@@ -112,7 +112,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 bound = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
-                    bound[name] = value
+                    bound.setdefault(name, value)  # a page that stands alone brings a policy of its own
                 bound.setdefault("cache-control", "no-store")
                 if sets_cookie:
                     bound.append("set-cookie", self._set_cookie(headers))

@@ -1,6 +1,7 @@
 """What is at work in a project, told by the marks that its processes leave, whoever started them."""
 
 import re
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from sd3pipe.params.train import TrainParams
 from sd3pipe.project.inputs import stage_options
 from sd3pipe.stages import STAGES_BY_NAME
 from sd3pipe.studio.places import path_of
-from sd3pipe.studio.queue import Job, Queue
-from sd3pipe.studio.runs import Curves
+from sd3pipe.studio.queue import Job, Queue, state_of
+from sd3pipe.studio.runs import Curves, RunView
 
 _CACHES = {"text": "encode-text", "prompts": "encode-prompts", "latents": "encode-latents"}
 _PROGRESS = re.compile(r"^(?P<what>[\w -]+): (?P<done>\d+)/(?P<total>\d+) (?P<rest>.*)$")
@@ -53,6 +54,7 @@ class Status:
     errors: tuple[str, ...] = ()
     way_out: str = ""
     from_terminal: bool = False
+    log: str = ""
 
 
 def at_work(project: Project) -> AtWork | None:
@@ -68,25 +70,34 @@ def at_work(project: Project) -> AtWork | None:
     return None
 
 
-def status(project: Project, queue: Queue, curves: Curves) -> Status:
-    """Returns what is said of a project's run."""
-    job, now = queue.latest(project.folder), at_work(project)
-    lines = log_lines(job) if job else []
-    if now is None and (job is None or job.state != "running"):
-        found = _resting(job, lines)
-        return replace(found, facts=(("steps", f"{curves.step:,}"),)) if curves.step else found
+def status(project: Project, queue: Queue, run: RunView) -> Status:
+    """Returns what is said of a run: whatever is at work in its project, or else how the run itself rests."""
+    job, now = queue.current(project.folder) or queue.latest(project.folder, "run"), at_work(project)
+    is_ours, curves = job is not None and job.state == "running", run.curves
+    if now is None and not is_ours:
+        facts = (("steps", f"{curves.step:,}"),) if curves.step else ()
+        return replace(_resting(job, run), facts=facts)
+    lines = log_lines(job) if job and is_ours else []
     starts = [number for number, line in enumerate(lines) if line.startswith("$ sd3pipe ")]
     begun = lines[starts[-1] :] if starts else []  # from where `run` began the stage that came last
-    words = begun[0].split() if begun else ["", "", "starting"]
-    stage = now.stage if now else "encode-prompts" if "--sample-prompts" in words else words[2]
+    words = begun[0].split()[2:] if begun else ["starting"]
+    if job and is_ours and job.commands[job.at][0] != "run":
+        words = list(job.commands[job.at])
+    stage = now.stage if now else "encode-prompts" if "--sample-prompts" in words else words[0]
     progress = next((match for line in reversed(begun or lines) if (match := _PROGRESS.match(line))), None)
     share, facts = _progress(project, stage, curves, progress)
     if now and (memory := _resident_bytes(now.mark)):
         facts.append(("host memory", readable_bytes(memory)))
     if progress and (device := _MEMORY.search(progress["rest"])):
         facts.append(("most memory", device[1]))
-    is_ours = job is not None and job.state == "running"
-    return Status(state="working", stage=stage, facts=tuple(facts), share=share, from_terminal=not is_ours)
+    return Status(
+        state="working",
+        stage=stage,
+        facts=tuple(facts),
+        share=share,
+        from_terminal=not is_ours,
+        log="\n".join(lines),
+    )
 
 
 def _progress(
@@ -108,16 +119,38 @@ def _progress(
     return share, facts
 
 
-def _resting(job: Job | None, lines: list[str]) -> Status:
+def how_it_went(job: Job) -> str:
+    """Returns what is to be said of a job in a line."""
+    if job.state == "failed":
+        errors = _errors(log_lines(job))
+        return errors[-1] if errors else f"ended with exit code {job.exit_code}"
+    if job.began is None:
+        return ""
+    return readable_seconds((job.ended or time.time()) - job.began)
+
+
+def _resting(job: Job | None, run: RunView) -> Status:
+    """Returns how what came last ended: the job, or a train at a terminal, of which the run's report tells."""
+    end = run.end()
+    if end and (job is None or (job.ended is not None and end.at > job.ended)):
+        return _ended(state_of(end.exit_code), "train, at a terminal", end.exit_code, (end.error,))
     if job is None:
         return Status(state="idle")
-    if job.state != "failed":
-        return Status(state=job.state, stage=job.title)
-    errors = tuple(line.removeprefix("error: ") for line in lines if line.startswith("error: "))
-    code = job.exit_code if job.exit_code is not None else ExitCode.BUG
+    lines = log_lines(job)
+    return replace(_ended(job.state, job.title, job.exit_code, _errors(lines)), log="\n".join(lines))
+
+
+def _ended(state: str, title: str, exit_code: int | None, errors: tuple[str, ...]) -> Status:
+    if state != "failed":
+        return Status(state=state, stage=title)
+    code = exit_code if exit_code is not None else ExitCode.BUG
     killed = () if code >= 0 else (f"its process was ended by signal {-code}",)
     way_out = _WAYS_OUT.get(ExitCode(code), "") if code in set(ExitCode) else "Go on: nothing that was saved is lost."
-    return Status(state="failed", stage=job.title, errors=errors[-8:] or killed, way_out=way_out)
+    return Status(state=state, stage=title, errors=errors[-8:] or killed, way_out=way_out)
+
+
+def _errors(lines: list[str]) -> tuple[str, ...]:
+    return tuple(line.removeprefix("error: ") for line in lines if line.startswith("error: "))
 
 
 def log_lines(job: Job) -> list[str]:

@@ -111,15 +111,14 @@ class Watch:
         return b"".join(parts)
 
     def _facts(self) -> list[tuple[str, Any]]:
-        from sd3pipe.studio.status import log_lines, status  # pydantic models of the stages, likewise
+        from sd3pipe.studio.status import status  # pydantic models of the stages, likewise
 
         try:
-            found = status(self.project, self.queue, self.run.curves)
+            found = status(self.project, self.queue, self.run)
         except Sd3pipeError as error:
             return [("status", f'<p class="errors">{html.escape(str(error))}</p>')]
-        job = self.queue.latest(self.project.folder)
         page = render("studio/templates/status.html", status=found)
-        return [("status", page), ("samples", self.run.samples()), ("log", "\n".join(log_lines(job)) if job else "")]
+        return [("status", page), ("samples", self.run.samples()), ("log", found.log)]
 
     def _changed(self, kind: str, value: Any) -> bytes:
         if self._told.get(kind) == value:

@@ -9,7 +9,7 @@ from sd3pipe import stopping
 from sd3pipe.child import start_detached
 from sd3pipe.errors import ExitCode, Sd3pipeError
 from sd3pipe.living import is_alive
-from sd3pipe.studio.queue import Job, Queue, State
+from sd3pipe.studio.queue import Job, Queue, state_of
 
 _POLL_SECONDS = 0.5  # for the end of a job that an earlier worker had started
 
@@ -40,8 +40,7 @@ def _do(queue: Queue, job: Job) -> None:
             code = ExitCode.STOPPED
         elif code == ExitCode.DONE:
             code = _run(queue, job, number, _again(command) if number == job.at and job.mark else list(command))
-    is_stop = code == ExitCode.STOPPED or -code in stopping.SIGNALS
-    state: State = "done" if code == ExitCode.DONE else "stopped" if is_stop else "failed"
+    state = state_of(code)
     queue.update(job.id, lambda job: replace(job, state=state, exit_code=code, ended=time.time(), mark=""))
 
 

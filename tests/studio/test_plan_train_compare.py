@@ -1,7 +1,10 @@
 """Plan, Train, Compare and Begin as far as they go without training: forms, what is started, what is exported."""
 
+import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,9 +89,6 @@ def test_errors_stand_at_their_fields_and_nothing_is_saved(studio, project):
     assert asked(studio, "POST", path(studio, "plan", "save"), json=together).json()["fields"]
 
 
-def test_a_first_run_is_run_itself(studio):
-    assert asked(studio, "POST", path(studio, "train", "start"), json={}).json() == {"reload": True}
-    assert started(studio) == [("run",)]
 def test_what_another_window_changed_is_told_and_saved_over_only_when_asked_again(studio, project):
     address, file = path(studio, "plan", "save"), project / "stages" / "train.toml"
     body = {"stage": "train", "network_dim": "8", "was": {"network_dim": ""}}
@@ -102,6 +102,9 @@ def test_what_another_window_changed_is_told_and_saved_over_only_when_asked_agai
     assert "network_dim = 4" in file.read_text() and "seed = 7" in file.read_text()
 
 
+def test_a_first_run_is_run_itself(studio):
+    assert asked(studio, "POST", path(studio, "train", "start"), json={}).json() == {"reload": True}
+    assert started(studio) == [("run",)]
     again = asked(studio, "POST", path(studio, "train", "start"), json={})
     assert again.status_code == 422 and "already" in again.json()["error"][0]
 
@@ -232,6 +235,11 @@ def test_samples_and_judges_scores_are_compared(studio, project):
     page = asked(studio, "GET", path(studio, "compare")).text
     assert "<th>base</th><th>step 10</th>" in page and "a &lt;b&gt;cat" in page
     assert "0.5 (0.4 to 0.6)" in page and "cannot tell" in page and "step 10 x 0.8" in page
+    standing = asked(studio, "GET", path(studio, "judgement?run=cat"))
+    assert "cannot tell" in standing.text and standing.headers["x-content-type-options"] == "nosniff"
+    policy = standing.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-") and "'self'" not in policy
+    assert asked(studio, "GET", path(studio, "report?run=cat")).status_code == 422  # nothing was recorded
 
 
 def test_what_is_missing_is_drawn_by_a_job(studio, project):
@@ -254,7 +262,67 @@ def test_a_judgement_is_a_job_whose_scores_this_page_shows(studio, project):
 
 def test_captions_are_checked_by_a_job_whose_findings_the_pictures_show(studio, project):
     assert asked(studio, "POST", path(studio, "pictures", "check"), json={}).status_code == 200
-    assert started(studio) == [("check-captions", "--out", str(project / "caption-check.json"))]
+    check = ("check-captions", "--out", str(project / "caption-check.json"))
+    assert started(studio) == [("run", "encode-text", "encode-latents"), check]  # of the captions as they are now
+
+
+def ended(studio, state, exit_code, log=""):
+    """Ends the job that was put into the queue last."""
+    job = studio.queue.jobs()[-1]
+    Path(job.log).write_text(log)
+    studio.queue.update(job.id, lambda job: replace(job, state=state, exit_code=exit_code, ended=time.time()))
+
+
+def test_what_other_jobs_came_to_stands_on_their_pages_and_train_keeps_its_own(studio, project):
+    with_checkpoint(project)
+    asked(studio, "POST", path(studio, "train", "start"), json={})
+    ended(studio, "failed", 4, "error: runs/cat: seed was 1: go on all the same with --allow-changes seed\n")
+    asked(studio, "POST", path(studio, "compare", "judge"), json={"judge_model": "none"})
+    ended(studio, "failed", 3, "error: none: there is no such model\n")
+    asked(studio, "POST", path(studio, "pictures", "check"), json={})
+    ended(studio, "failed", 3, "error: caches/text: torn\n")
+    train = asked(studio, "GET", path(studio, "train")).text
+    assert "seed was 1" in train and "all the same" in train and "torn" not in train
+    assert "none: there is no such model" in asked(studio, "GET", path(studio, "compare")).text
+    assert "caches/text: torn" in asked(studio, "GET", path(studio, "pictures")).text
+    asked(studio, "POST", path(studio, "train", "start"), json={"how": "differing"})
+    assert started(studio)[-2][-2:] == ("--allow-changes", "seed")
+
+
+def test_a_job_at_work_is_named_by_the_command_it_is_at(studio, project):
+    asked(studio, "POST", path(studio, "pictures", "check"), json={})
+    job = studio.queue.jobs()[0]
+    Path(job.log).write_text("$ sd3pipe encode-latents\n")
+    studio.queue.update(job.id, lambda job: replace(job, state="running", at=1))
+    assert '<b class="state-working">check-captions</b>' in asked(studio, "GET", path(studio, "train")).text
+    assert '<b class="state-running">running</b> in the' in asked(studio, "GET", path(studio, "pictures")).text
+
+
+def test_nothing_is_judged_or_drawn_before_there_is_a_checkpoint(studio, project):
+    page = asked(studio, "GET", path(studio, "compare")).text
+    assert page.count("<button disabled>Put into the queue") == 2 and "start the run" in page
+    with_checkpoint(project)
+    assert "disabled" not in asked(studio, "GET", path(studio, "compare")).text
+
+
+@pytest.mark.parametrize(
+    "report, words",
+    [
+        ({"exit_code": 0}, '<b class="state-done">done</b>'),
+        ({"exit_code": 75, "error": "stopped"}, '<b class="state-stopped">stopped</b>'),
+        ({"exit_code": 3, "error": "caches/text: torn"}, "caches/text: torn"),
+    ],
+)
+def test_how_a_run_at_a_terminal_ended_is_said(studio, project, report, words):
+    asked(studio, "POST", path(studio, "train", "start"), json={})
+    ended(studio, "failed", 3, "error: an earlier one\n")
+    run = project / "runs" / "cat"
+    run.mkdir(parents=True)
+    (run / "report.json").write_text(json.dumps({"stage": "train", **report}))
+    page = asked(studio, "GET", path(studio, "train")).text
+    assert words in page and "train, at a terminal" in page and "an earlier one" not in page
+    os.utime(run / "report.json", (1, 1))  # of a run before that job
+    assert "an earlier one" in asked(studio, "GET", path(studio, "train")).text
 
 
 def test_a_failed_export_shows_the_commands_own_line(studio, project, monkeypatch):
@@ -308,14 +376,6 @@ def test_a_broken_project_file_is_told_on_its_page(studio, project):
     assert answer.status_code == 422 and "project.toml" in answer.text
 
 
-def test_ranges_and_choices_come_from_the_option_sets(studio, project):
-    fields = {field.name: field for panel in stage_form(read(studio), "train").values() for field in panel}
-    assert fields["network_dim"].range == "at least 1" and fields["network_dim"].default == "16"
-    assert "dora" in fields["adapter_type"].words and not fields["blocks_to_swap"].words
-
-
-def read(studio):
-    return studio.projects.read(studio.projects.listed()[0]["slug"])
 def test_an_unknown_address_has_the_frame_and_a_way_home(studio):
     for address, status in (("/nonsense", 404), (path(studio, "nonsense"), 404), ("/p/nobody/train", 422)):
         answer = asked(studio, "GET", address)
@@ -324,3 +384,11 @@ def test_an_unknown_address_has_the_frame_and_a_way_home(studio):
     assert asked(studio, "GET", path(studio, "nonsense"), token="").status_code == 403
 
 
+def test_ranges_and_choices_come_from_the_option_sets(studio, project):
+    fields = {field.name: field for panel in stage_form(read(studio), "train").values() for field in panel}
+    assert fields["network_dim"].range == "at least 1" and fields["network_dim"].default == "16"
+    assert "dora" in fields["adapter_type"].words and not fields["blocks_to_swap"].words
+
+
+def read(studio):
+    return studio.projects.read(studio.projects.listed()[0]["slug"])

@@ -3,21 +3,28 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
+from sd3pipe.config import Project
 from sd3pipe.diffusion.sheet import SHEET_FILE, read_sheet
 from sd3pipe.errors import InputError, ParameterError
-from sd3pipe.judgement import JUDGE_FILE, JUDGE_FOLDER, SCORES, Score, read_judgement
+from sd3pipe.judgement import JUDGE_FILE, SCORES, Score, read_judgement
+from sd3pipe.metrics import METRICS_FILE
 from sd3pipe.params.export import ExportParams
 from sd3pipe.params.sample import SampleParams
 from sd3pipe.studio.app import Ask
 from sd3pipe.studio.gallery import read_gallery
-from sd3pipe.studio.places import path_of
+from sd3pipe.studio.places import judge_folder, path_of
+from sd3pipe.studio.queue import Job, Kind
 from sd3pipe.studio.runs import RunView, run_place
+from sd3pipe.studio.status import how_it_went
 
 _SHEET_FOLDER = "compare"  # in the run, so that it goes aside with it
 _REFERENCES = 8
 _STRENGTH = re.compile(r"-?\d+(\.\d+)?")
+_MODEL = "--judge-model="
+_JOBS: tuple[Kind, ...] = ("draw", "judge")  # which this page starts
 _FORMATS = get_args(ExportParams.model_fields["format"].annotation)
 
 
@@ -27,18 +34,22 @@ def page(ask: Ask) -> str:
         references = read_gallery(ask.project, may_write=not ask.studio.access.read_only).entries[:_REFERENCES]
     except (InputError, ParameterError):  # a machine that only trains has no pictures
         references = []
+    jobs = {kind: ask.studio.queue.latest(ask.project.folder, kind) for kind in _JOBS}
     return ask.page(
         "compare",
         title="Compare",
         run=run.place.name,
         matrices=[matrix for matrix in (_sheet_matrix(run), _step_matrix(run)) if matrix],
-        judged=_judged(run),
+        judged=_judged(judge_folder(ask.project, run.place)),
         references=references,
         checkpoints=list(run.checkpoints()),
         is_finished=run.is_finished(),
+        has_record=(run.folder / METRICS_FILE).is_file(),
         formats=_FORMATS,
         strengths="0.6,0.8,1",
-        judge_model=ask.project.paths.get("judge_model", ""),
+        judge_model=_judge_model(ask.project, jobs["judge"]),
+        jobs=jobs,
+        how_it_went=how_it_went,
     )
 
 
@@ -52,7 +63,7 @@ def draw(ask: Ask) -> dict[str, Any]:
             raise ParameterError(f"{name} = {value}: {SampleParams.model_fields[name].description}")
     command = ["sample", "--adapter", str(run.absolute()), "--out", str((run / _SHEET_FOLDER).absolute())]
     command += ["--checkpoints", checkpoints, "--multiplier", strengths]
-    return ask.queue("draw what is missing", command)
+    return ask.queue("draw", "draw what is missing", command)
 
 
 def judge(ask: Ask) -> dict[str, Any]:
@@ -60,8 +71,8 @@ def judge(ask: Ask) -> dict[str, Any]:
     model = ask.text("judge_model")
     if not model:
         raise ParameterError("judge_model: name a folder or a hub id, such as openai/clip-vit-large-patch14")
-    out = (run_place(ask.project) / JUDGE_FOLDER).absolute()
-    return ask.queue("judge", ["judge", f"--judge-model={model}", "--out", str(out)])
+    out = judge_folder(ask.project, run_place(ask.project)).absolute()
+    return ask.queue("judge", "judge", ["judge", f"{_MODEL}{model}", "--out", str(out)])
 
 
 def use(ask: Ask) -> dict[str, Any]:
@@ -129,9 +140,15 @@ def _sheet_matrix(run: RunView) -> _Matrix | None:
     return _Matrix(title="Checkpoints and strengths", columns=sheet.columns, rows=rows)
 
 
-def _judged(run: RunView) -> Mapping[str, Any] | None:
+def _judge_model(project: Project, job: Job | None) -> str:
+    """Returns what was asked for last, or what the project names."""
+    words = job.commands[0] if job else ()
+    asked = (word.removeprefix(_MODEL) for word in words if word.startswith(_MODEL))
+    return next(asked, project.paths.get("judge_model", ""))
+
+
+def _judged(folder: Path) -> Mapping[str, Any] | None:
     """Returns judge's scores as rows, and its suggestion; None where nothing was judged."""
-    folder = run.place / JUDGE_FOLDER
     if not (folder / JUDGE_FILE).is_file():
         return None
     try:

@@ -27,6 +27,7 @@ from sd3pipe.studio.captions import last_change, save_captions
 from sd3pipe.studio.captions import undo as undo_last
 from sd3pipe.studio.gallery import CAPTION_CHECK, Entry, Gallery, caption_check_file, read_gallery, recent_entry
 from sd3pipe.studio.places import studio_folder
+from sd3pipe.studio.status import how_it_went
 from sd3pipe.studio.tags import OPERATIONS, edited
 
 _PAGE = 60
@@ -50,12 +51,16 @@ def page(ask: Ask) -> str:
         gallery=gallery,
         entries=chosen[:_PAGE],
         more=_more(ask, chosen, _PAGE),
+        count=count,
         counts=f"{count(len(chosen), 'picture')} of {len(gallery.entries)}",
         keys=[entry.key for entry in chosen],
         query=ask.query,
         warning_kinds=_WARNINGS,
         operations=OPERATIONS,
         last_change=last_change(ask.project),
+        job=ask.studio.queue.latest(ask.project.folder, "check"),
+        how_it_went=how_it_went,
+        named=CAPTION_CHECK,
         file_of=lambda entry: entry.item.picture.captions_lie_in,
     )
 
@@ -122,8 +127,10 @@ def undo(ask: Ask) -> dict[str, Any]:
 
 
 def check(ask: Ask) -> dict[str, Any]:
-    """Puts a caption check into the queue; it asks the base, from the caches."""
-    return ask.queue("check captions", ["check-captions", "--out", str(caption_check_file(ask.project).absolute())])
+    """Puts a caption check into the queue: it asks the base, from caches that hold the captions as they are now."""
+    out = str(caption_check_file(ask.project).absolute())
+    encode, asks = ["run", "encode-text", "encode-latents"], ["check-captions", "--out", out]
+    return ask.queue("check", "check captions", encode, asks)
 
 
 def rows(ask: Ask) -> dict[str, Any]:
@@ -158,6 +165,8 @@ def _rows_to_encode(project: Project, gallery: Gallery) -> tuple[int, int]:
 
     Weights are known by what encode-text remembered of their files; without a cache nothing is there to compare.
     """
+    if gallery.found.problems:
+        raise InputError(gallery.found.problems[0])
     params = stage_options(project, STAGES_BY_NAME["encode-text"])
     assert isinstance(params, EncodeTextParams) and params.out is not None
     texts = caption_texts(gallery.found, gallery.dataset, variants=params.caption_variants, seed=params.seed)
@@ -165,8 +174,6 @@ def _rows_to_encode(project: Project, gallery: Gallery) -> tuple[int, int]:
     if not (params.out / "manifest.json").is_file():
         return total, total
     encoders = find_text_encoders(params.model, encoder_files(params), params.tokenizers)
-    if gallery.found.problems:
-        raise InputError(gallery.found.problems[0])
     weights = weight_stamps(params.out)
     wanted = text_wanted(texts, encoders.sizes, encoders.fingerprints(weights), text_recipe(params))
     return len(missing_rows(params.out, wanted).keys), total

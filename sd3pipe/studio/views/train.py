@@ -33,11 +33,12 @@ _ROWS = "training_rows"  # what a run's identity says of its rows; other parts m
 def page(ask: Ask) -> str:
     run = _run(ask)
     names = run_names(ask.project)
-    job = ask.studio.queue.latest(ask.project.folder)
+    now = status(ask.project, ask.studio.queue, run)
+    job = ask.studio.queue.latest(ask.project.folder, "run")
     return ask.page(
         "train",
         title="Train",
-        status=status(ask.project, ask.studio.queue, run.curves),
+        status=now,
         run=run.place.name,
         runs=names,
         is_own=run.place.name == names[0],
@@ -46,7 +47,7 @@ def page(ask: Ask) -> str:
         changed=_changed(ask),
         count=count,
         how=_ways(job),
-        log="\n".join(log_lines(job)) if job else "",
+        log=now.log,
         is_stale=job is not None and job.exit_code == ExitCode.STALE and bool(run.checkpoints()),
     )
 
@@ -69,13 +70,13 @@ def start(ask: Ask) -> dict[str, Any]:
     if at_work(ask.project) or ask.studio.queue.current(ask.project.folder):
         raise InputError("this project has a job already: wait for it, or take it out of the queue")
     goes_on, changed = bool(RunView(run_place(ask.project)).checkpoints()), _changed(ask)
-    last = ask.studio.queue.latest(ask.project.folder)
+    last = ask.studio.queue.latest(ask.project.folder, "run")
     if goes_on and changed and not how:
         html = ask.page("go_on", changed=changed, how=_ways(last))
         return {"html": html, "message": "captions or pictures changed: say how to go on"}
     title = f"go on, {HOW[how].partition(':')[0]}" if how else "go on" if goes_on else "run"
     commands = _commands(ask.project, how=how, goes_on=goes_on, differing=_differing(last))
-    ask.queue(title, *commands)
+    ask.queue("run", title, *commands)
     return {"reload": True}
 
 
