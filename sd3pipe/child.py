@@ -14,6 +14,7 @@ from sd3pipe.errors import ExitCode, Sd3pipeError, Stopped
 from sd3pipe.files import appending
 from sd3pipe.living import living_pid, process_mark
 
+GOES_ON = "` goes on from there"  # how a line ends that tells of a child, which has told the reason itself
 _ON_A_CONSOLE = hasattr(signal, "CTRL_BREAK_EVENT")  # Windows
 _WISH = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)
 _PROGRAM = Path(__file__).with_name("__main__.py")  # by path: no other folder named sd3pipe is taken for it
@@ -24,7 +25,7 @@ class ChildFailed(Sd3pipeError):
 
     def __init__(self, what: str, code: int, same_command: str) -> None:
         ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        super().__init__(f"{what} {ended}: `{same_command}` goes on from there")
+        super().__init__(f"{what} {ended}: `{same_command}{GOES_ON}")
         self.exit_code = code if code > 0 else ExitCode.STOPPED
 
 
@@ -39,7 +40,7 @@ def run_child(what: str, arguments: Sequence[str], *, same_command: str, folder:
     if code == ExitCode.DONE:
         return
     if code == ExitCode.STOPPED or stopping.reason() or -code in stopping.SIGNALS:
-        raise Stopped(f"{what} was stopped: `{same_command}` goes on from there")
+        raise Stopped(f"{what} was stopped: `{same_command}{GOES_ON}")
     raise ChildFailed(what, code, same_command)
 
 

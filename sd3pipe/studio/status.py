@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sd3pipe.cache.folder import CacheFolder, machine_folder
+from sd3pipe.child import GOES_ON
 from sd3pipe.config import Project
 from sd3pipe.console import readable_bytes, readable_seconds
 from sd3pipe.documents import DocumentError, read_data, read_text
@@ -150,7 +151,9 @@ def _ended(state: str, title: str, exit_code: int | None, errors: tuple[str, ...
 
 
 def _errors(lines: list[str]) -> tuple[str, ...]:
-    return tuple(line.removeprefix("error: ") for line in lines if line.startswith("error: "))
+    """Returns what a log has of errors: of a stage's own, where there are any, not that `run` ended with it."""
+    found = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return tuple([line for line in found if not line.endswith(GOES_ON)] or found)
 
 
 def log_lines(job: Job) -> list[str]:

@@ -17,6 +17,7 @@ import numpy as np
 from support.studios import asked, run_at_a_terminal, studio_of, write_project
 
 from sd3pipe.cache import staleness
+from sd3pipe.child import ChildFailed
 from sd3pipe.demo.project import write_files
 from sd3pipe.diffusion.picture_grid import save_picture
 from sd3pipe.errors import StaleError
@@ -278,12 +279,16 @@ def test_what_other_jobs_came_to_stands_on_their_pages_and_train_keeps_its_own(s
     asked(studio, "POST", path(studio, "train", "start"), json={})
     ended(studio, "failed", 4, "error: runs/cat: seed was 1: go on all the same with --allow-changes seed\n")
     asked(studio, "POST", path(studio, "compare", "judge"), json={"judge_model": "none"})
-    ended(studio, "failed", 3, "error: none: there is no such model\n")
+    ended(
+        studio, "failed", 3, f"error: none: there is no such model\nerror: {ChildFailed('judge', 3, 'sd3pipe run')}\n"
+    )
     asked(studio, "POST", path(studio, "pictures", "check"), json={})
     ended(studio, "failed", 3, "error: caches/text: torn\n")
     train = asked(studio, "GET", path(studio, "train")).text
     assert "seed was 1" in train and "all the same" in train and "torn" not in train
-    assert "none: there is no such model" in asked(studio, "GET", path(studio, "compare")).text
+    for address in (path(studio, "compare"), "/queue"):
+        page = asked(studio, "GET", address).text
+        assert "none: there is no such model" in page and "goes on from there" not in page
     assert "caches/text: torn" in asked(studio, "GET", path(studio, "pictures")).text
     asked(studio, "POST", path(studio, "train", "start"), json={"how": "differing"})
     assert started(studio)[-2][-2:] == ("--allow-changes", "seed")

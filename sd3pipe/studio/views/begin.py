@@ -57,7 +57,8 @@ def init(ask: Ask) -> dict[str, Any]:
         said = ask.run(words, Path.home())
     except InputError as error:
         return {"fields": _by_field(ask, str(error).splitlines())}
-    return _opened(ask, folder, said)
+    lines = [line for line in said.splitlines() if not line.startswith("next: ")]  # commands, which the pages are
+    return _opened(ask, folder, "\n".join(lines))
 
 
 def _by_field(ask: Ask, lines: Sequence[str]) -> dict[str, str]:
