@@ -17,6 +17,7 @@ from playwright import sync_api
 from support.browser import CHROMIUM, FLAGS, needs_chromium
 from support.studios import run_at_a_terminal, write_pictures, write_project
 
+from sd3pipe.caption_findings import CaptionFindings
 from sd3pipe.demo.project import write_files
 
 pytestmark = needs_chromium
@@ -200,6 +201,40 @@ def test_what_an_editor_wrote_meanwhile_stays_and_a_folded_error_is_seen(tmp_pat
     assert not page.locator("#scale_weight_norms").is_visible()
     page.get_by_role("button", name="Save").click()
     page.locator("[data-errors=scale_weight_norms]", has_text="number").wait_for()
+    assert page.problems == []
+
+
+@pytest.mark.long
+def test_the_second_of_two_windows_is_told_what_the_first_saved(tmp_path, running, opened):
+    project = write_project(tmp_path / "cats", {"a": "cat"})
+    studio = running(project)
+    pages = [opened(studio) for _ in range(2)]
+    for page, dim, scheduler in zip(pages, ("8", "4"), ("linear", "cosine"), strict=True):
+        at(page, studio, "plan")
+        page.locator("#network_dim").fill(dim)
+        page.locator("#lr_scheduler").select_option(scheduler)
+    first, second = pages
+    first.get_by_role("button", name="Save").click()
+    first.get_by_role("status").get_by_text("saved in").wait_for()
+    file = project / "stages" / "train.toml"
+    second.get_by_role("button", name="Save").click()
+    second.locator("[data-errors=network_dim]", has_text="changed elsewhere, to 8").wait_for()
+    second.locator("[data-errors=lr_scheduler]", has_text="changed elsewhere, to linear").wait_for()
+    assert second.locator("#lr_scheduler").input_value() == "cosine" and "network_dim = 8" in file.read_text()
+    second.get_by_role("button", name="Save").click()
+    second.get_by_role("status").get_by_text("saved in").wait_for()
+    assert "network_dim = 4" in file.read_text() and 'lr_scheduler = "cosine"' in file.read_text()
+    assert first.problems == second.problems == []
+
+
+@pytest.mark.long
+def test_a_page_that_stands_alone_has_its_style_under_its_own_policy(tmp_path, running, opened):
+    project = write_project(tmp_path / "cats", {"a": "cat"})
+    CaptionFindings(pictures=(), suspects=(), change_nothing=(), checkpoints=()).save(project / "caption-check.json")
+    page = opened(running(project))
+    page.get_by_text("check-captions named no picture").get_by_role("link").click()
+    page.get_by_role("heading", name="Captions checked").wait_for()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(253, 253, 252)"
     assert page.problems == []
 
 
