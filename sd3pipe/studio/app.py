@@ -177,7 +177,8 @@ def application(studio: Studio) -> Callable[..., Awaitable[None]]:
         Route("/static/{name}", _static, methods=["GET"]),
         Route("/p/{project}/train/live", functools.partial(_live, studio), methods=["GET"]),
     ]
-    return Guard(Starlette(routes=routes, exception_handlers={404: functools.partial(_nowhere, studio)}), studio.access)
+    nowhere = functools.partial(_nowhere, studio)
+    return Guard(Starlette(routes=routes, exception_handlers={404: nowhere, 405: nowhere}), studio.access)
 
 
 def _endpoint(studio: Studio, view: str) -> Callable[[Request], Awaitable[Response]]:

@@ -55,6 +55,7 @@ class Status:
     errors: tuple[str, ...] = ()
     way_out: str = ""
     from_terminal: bool = False
+    exit_code: int | None = None  # where it failed
     log: str = ""
 
 
@@ -147,7 +148,7 @@ def _ended(state: str, title: str, exit_code: int | None, errors: tuple[str, ...
     code = exit_code if exit_code is not None else ExitCode.BUG
     killed = () if code >= 0 else (f"its process was ended by signal {-code}",)
     way_out = _WAYS_OUT.get(ExitCode(code), "") if code in set(ExitCode) else "Go on: nothing that was saved is lost."
-    return Status(state=state, stage=title, errors=errors[-8:] or killed, way_out=way_out)
+    return Status(state=state, stage=title, errors=errors[-8:] or killed, way_out=way_out, exit_code=code)
 
 
 def _errors(lines: list[str]) -> tuple[str, ...]:

@@ -319,13 +319,14 @@ def test_nothing_is_judged_or_drawn_before_there_is_a_checkpoint(studio, project
     ],
 )
 def test_how_a_run_at_a_terminal_ended_is_said(studio, project, report, words):
+    with_checkpoint(project)
     asked(studio, "POST", path(studio, "train", "start"), json={})
-    ended(studio, "failed", 3, "error: an earlier one\n")
+    ended(studio, "failed", 4, "error: an earlier one\n")
     run = project / "runs" / "cat"
-    run.mkdir(parents=True)
     (run / "report.json").write_text(json.dumps({"stage": "train", **report}))
     page = asked(studio, "GET", path(studio, "train")).text
     assert words in page and "train, at a terminal" in page and "an earlier one" not in page
+    assert "How to go on" not in page
     os.utime(run / "report.json", (1, 1))  # of a run before that job
     assert "an earlier one" in asked(studio, "GET", path(studio, "train")).text
 
@@ -382,7 +383,8 @@ def test_a_broken_project_file_is_told_on_its_page(studio, project):
 
 
 def test_an_unknown_address_has_the_frame_and_a_way_home(studio):
-    for address, status in (("/nonsense", 404), (path(studio, "nonsense"), 404), ("/p/nobody/train", 422)):
+    unknown = (("/nonsense", 404), (path(studio, "nonsense"), 404), ("/begin/init", 404), ("/p/nobody/train", 422))
+    for address, status in unknown:
         answer = asked(studio, "GET", address)
         assert answer.status_code == status and 'href="/">To the first page' in answer.text
         assert "/p/nobody" not in answer.text.replace("/p/nobody/train: ", "")

@@ -48,7 +48,7 @@ def page(ask: Ask) -> str:
         count=count,
         how=_ways(job),
         log=now.log,
-        is_stale=job is not None and job.exit_code == ExitCode.STALE and bool(run.checkpoints()),
+        is_stale=now.exit_code == ExitCode.STALE and bool(run.checkpoints()),
     )
 
 
