@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
+from sd3pipe.files import nearest_path
 from sd3pipe.fingerprint import hash_file, hash_json
 from sd3pipe.models.hub import HubRepository, is_hub_id
 
@@ -31,6 +32,11 @@ def find_judge_model(where: str) -> Path:
     folder = Path(where).expanduser()
     if not folder.exists() and is_hub_id(where):
         folder = _fetched(HubRepository(where))
+    elif not folder.exists():
+        raise InputError(
+            f"{where}: there is no such folder{nearest_path(folder)}, and a hub id is OWNER/NAME "
+            "(docs/which-checkpoint.md names some)"
+        )
     missing = [name for name in _NEEDED if not (folder / name).is_file()]
     if not missing and not any((folder / name).is_file() for name in _WEIGHTS):
         missing = [_WEIGHTS[0]]

@@ -157,8 +157,9 @@ def test_a_trigger_that_no_prompt_has_is_refused(made, tmp_path):
 
 
 def test_a_folder_that_is_no_model_is_refused_with_the_way_out(made, tmp_path):
-    with pytest.raises(InputError, match=r"no config\.json"):
-        judge.main(params(made, tmp_path / "out", judge_model=str(made / "caches")))
+    for model, why in (("caches", r"no config\.json"), ("clipp", r"no such folder \(did you mean \S+clip\?\)")):
+        with pytest.raises(InputError, match=why):
+            judge.main(params(made, tmp_path / "out", judge_model=str(made / model)))
 
 
 def test_a_damaged_judgement_is_told(tmp_path):

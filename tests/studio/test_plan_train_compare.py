@@ -369,7 +369,14 @@ def test_begin_shows_inits_own_errors_and_opens_what_is_there(tmp_path, project)
     body = {"folder": str(tmp_path / "new"), "model": str(tmp_path / "none.safetensors"), "images": str(project)}
     answer = asked(studio, "POST", "/begin/init", json=body)
     assert set(answer.json()["fields"]) == {"model"} and "no such file" in answer.json()["fields"]["model"]
-    body |= {"model": str(project / "pictures" / "a.png"), "vram": "lots", "loras_dir": str(tmp_path / "none")}
+    body["model"] = body["images"] = str(tmp_path / "none")  # the value is that of two fields
+    assert set(asked(studio, "POST", "/begin/init", json=body).json()["fields"]) == {"images"}
+    body |= {
+        "images": str(project),
+        "model": str(project / "pictures" / "a.png"),
+        "vram": "lots",
+        "loras_dir": str(tmp_path / "none"),
+    }
     answer = asked(studio, "POST", "/begin/init", json=body)
     assert answer.json()["fields"]["vram"] == "vram lots: write a size such as 12GB or 24GiB"
     assert asked(studio, "POST", "/begin/init", json={"folder": "relative"}).status_code == 422

@@ -66,8 +66,9 @@ def _by_field(ask: Ask, lines: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for line in lines:
         text = _OPTION.sub(lambda match: match[1].replace("-", "_"), line.removeprefix("init: "))
-        of_value = (name for name in ("folder", *_INIT) if ask.text(name) and text.startswith(f"{ask.text(name)}: "))
-        name = next(of_value, None) or next((match[1].replace("-", "_") for match in _OPTION.finditer(line)), "")
+        named = [match[1].replace("-", "_") for match in _OPTION.finditer(line)]
+        of_value = [name for name in ("folder", *_INIT) if ask.text(name) and text.startswith(f"{ask.text(name)}: ")]
+        name = next((name for name in of_value if name in named), next(iter([*of_value, *named]), ""))
         found[name] = "\n".join(filter(None, (found.get(name), text)))
     return found
 
