@@ -82,6 +82,18 @@ def test_captions_that_are_not_utf8_are_all_named(folder):
     assert len(scanned(folder, with_captions=False).pictures) == 2
 
 
+def test_who_only_shows_a_dataset_is_told_of_problems_and_has_the_other_pictures(folder):
+    add(folder, "a.png", caption=b"caf\xe9")
+    add(folder, "b.png", caption="cat")
+    found = scanned(folder, "[[datasets.subsets]]\nimage_dir = 'gone'", past_problems=True)
+    assert names(found) == ["b.png"] and [file.name for file in found.unreadable] == ["a.png"]
+    first, second = found.problems
+    assert "a.txt: the caption is not UTF-8" in first and "gone: there is no such folder" in second
+    (folder / "pics" / "b.txt").write_bytes(b"\xff")
+    with pytest.raises(InputError):
+        scanned(folder, past_problems=True)
+
+
 def test_zero_bytes_are_no_text(folder):
     add(folder, "a.png", caption="a cat".encode("utf-16-le"))
     with pytest.raises(InputError, match=r"a.txt: the caption is not UTF-8 text \(there are zero bytes in it\)"):
