@@ -20,7 +20,7 @@ from typer.exceptions import Abort, TyperException
 from sd3pipe import safe_path, stopping
 from sd3pipe.console import say, say_aside, setup_logging, version
 from sd3pipe.cores import bound_spinning
-from sd3pipe.errors import ExitCode, InputError, Sd3pipeError, Stopped
+from sd3pipe.errors import ExitCode, InputError, Sd3pipeError, Stopped, of_system
 
 COMMANDS = {  # name, of two words in a group, and what it does
     "init": "Write a project for your own pictures and model.",
@@ -97,8 +97,8 @@ def _exit_code(arguments: list[str]) -> int:
     except Exception as error:  # the outermost frame: whatever arrives here is our own bug
         if stopping.reason():  # a process beside this one was told to stop, too, and did not answer any more
             return _stopped(f"stopped by {stopping.reason()} ({type(error).__name__}: {error})")
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # in a dataset or a list of pictures
-            return _fail(f"{str(error.filename)[:60]}...: the name is too long for the file system", ExitCode.INPUT)
+        if (refused := of_system(error)) is not None:
+            return _fail(str(refused), refused.exit_code)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:  # of a redirection
             return _fail("the output cannot be written: the disk is full", ExitCode.STORAGE)
         return _fail(_keep_traceback(error), ExitCode.BUG)

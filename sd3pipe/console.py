@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from sd3pipe.documents import DocumentError, read_json
-from sd3pipe.errors import ExitCode, Sd3pipeError
+from sd3pipe.errors import ExitCode, Sd3pipeError, of_system
 from sd3pipe.files import make_folder, storage_errors, write_json
 
 log = logging.getLogger(__name__)
@@ -296,6 +296,7 @@ class StageReport:
             self._write(seconds, error)
 
     def _write(self, seconds: float, error: BaseException | None) -> None:
+        error = of_system(error) or error
         failed = error.exit_code if isinstance(error, Sd3pipeError) else ExitCode.BUG
         report = {
             **self.values,

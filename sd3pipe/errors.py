@@ -1,5 +1,6 @@
 """Every failure that a user can cause, with the exit code that docs/errors.md lists for it."""
 
+import errno
 from enum import IntEnum
 
 
@@ -68,6 +69,17 @@ class Stopped(Sd3pipeError):
     """Stopped on purpose (Ctrl-C, SIGTERM, SIGHUP, time limit); the same command goes on."""
 
     exit_code = ExitCode.STOPPED
+
+
+def of_system(error: BaseException | None) -> Sd3pipeError | None:
+    """Returns the one-line error for what the system refused by a file's name alone, None for any other exception."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return None
+    if error.errno == errno.ENAMETOOLONG:  # in a dataset or a list of pictures
+        return InputError(f"{str(error.filename)[:60]}...: the name is too long for the file system")
+    if isinstance(error, PermissionError):
+        return InputError(f"{error.filename}: cannot be read ({error.strerror})")
+    return None
 
 
 class UnreadablePicture(Exception):

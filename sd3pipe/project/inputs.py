@@ -15,6 +15,7 @@ from sd3pipe.params.fields import Params
 from sd3pipe.params.resolve import resolve
 from sd3pipe.project.amounts import read_amounts, read_prompts
 from sd3pipe.stages import STAGES, Stage, paths_of, place
+from sd3pipe.tensors.header import read_header
 
 ENCODERS: tuple[Component, ...] = ("clip_l", "clip_g", "t5xxl")
 _COMPONENTS: Mapping[str, tuple[Component, ...]] = {
@@ -61,7 +62,8 @@ def _problems(project: Project, stage: Stage, options: Params, wanted: Sequence[
         if path.role == "made" and made[path.key] not in wanted and not where.exists():
             yield InputError(f"{where}: is not there yet: `sd3pipe run {made[path.key].name}` makes it")
     for key, reason in missing_weights(_COMPONENTS.get(stage.command, ()), options.model_dump()).items():
-        yield InputError(f"{project.file}: paths.{key} is to be filled in: {reason}")
+        wanted = "" if project.paths.get(key) else " is to be filled in"
+        yield InputError(f"{project.file}: paths.{key}{wanted}: {reason}")
 
 
 def missing_weights(components: Sequence[Component], given: Mapping[str, Any]) -> dict[str, str]:
@@ -74,6 +76,11 @@ def missing_weights(components: Sequence[Component], given: Mapping[str, Any]) -
     remote = model is not None and is_hub_id(model) and not Path(model).expanduser().exists()
     if model and not remote and not Path(model).expanduser().exists() and len(files) < len(components):
         return {"model": f"{model}: there is no such file or folder"}
+    if model and Path(model).expanduser().is_file() and len(files) < len(components):
+        try:
+            read_header(Path(model).expanduser())
+        except InputError as error:
+            return {"model": str(error)}
     found: dict[str, str] = {}
     for component in components:
         if component in files or not remote:

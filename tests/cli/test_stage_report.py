@@ -1,5 +1,6 @@
 """A stage's report tells of the last call that made something; a refused one has a report of its own."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -32,6 +33,14 @@ def test_a_first_refusal_is_the_report(out):
         call(out, error=InputError("no such file"))
     (report,) = reports(out).values()
     assert (report["exit_code"], report["error"], report["began"]) == (ExitCode.INPUT, "no such file", False)
+
+
+def test_a_file_that_may_not_be_read_is_an_input_that_cannot_be_used(out):
+    with pytest.raises(PermissionError):
+        call(out, error=PermissionError(errno.EACCES, "Permission denied", "a.safetensors"))
+    (report,) = reports(out).values()
+    assert report["exit_code"] == ExitCode.INPUT
+    assert report["error"] == "a.safetensors: cannot be read (Permission denied)"
 
 
 def test_a_second_refusal_replaces_the_first(out):

@@ -173,7 +173,15 @@ def test_a_model_that_is_gone_is_told_once(project):
     file = project / "project.toml"
     with edited(file, line_of(file, "model"), 'model = "gone.safetensors"\n'):
         (line,) = forked("run", cwd=project, expect=3).stderr.splitlines()
-    assert "paths.model is to be filled in: gone.safetensors: there is no such file" in line
+    assert "paths.model: gone.safetensors: there is no such file" in line
+
+
+def test_a_model_that_cannot_be_read_is_told_once(project):
+    file = project / "project.toml"
+    (project / "m.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with edited(file, line_of(file, "model"), 'model = "m.safetensors"\n'):
+        (line,) = forked("run", cwd=project, expect=3).stderr.splitlines()
+    assert "paths.model: m.safetensors: is a Git LFS pointer" in line
 
 
 def test_train_alone_wants_caches_that_are_there(project):
