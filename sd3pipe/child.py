@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,20 +108,7 @@ def _heard_by_all(number: int) -> None:
 
 def _exit_code(command: Sequence[str], folder: Path | None) -> int:
     with contextlib.ExitStack() as handed_on:
-        with _held_back():
+        with stopping.held_back():
             child = subprocess.Popen(command, cwd=folder)
             handed_on.enter_context(stopping.handing_on(_heard_by_all if _ON_A_CONSOLE else child.send_signal))
         return child.wait()
-
-
-@contextlib.contextmanager
-def _held_back() -> Iterator[None]:
-    """Keeps signals waiting until somebody can answer them; a child takes this over, and ends it once it listens."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, stopping.SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -171,6 +171,19 @@ def handing_on(hand_on: Callable[[int], None]) -> Iterator[None]:
         _ears.hand_on = None
 
 
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Keeps signals waiting until somebody can answer them: a child takes this over, and ends it by listening."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_to_parent() -> None:
     """Ignores these signals, in a worker process that its parent ends."""
     for number in SIGNALS:

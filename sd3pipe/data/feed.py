@@ -123,7 +123,8 @@ class _Feed:
         return result
 
     def _submit(self, pool: ProcessPoolExecutor, job: DecodeJob, slot: int | None) -> "Future[_Result]":
-        return pool.submit(_attempt_in_worker, job, slot)
+        with stopping.held_back():  # this may start a worker, which Python's own handlers would end with a traceback
+            return pool.submit(_attempt_in_worker, job, slot)
 
     def _new_pool(self, workers: int) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")

@@ -1,10 +1,15 @@
 """Decoding ahead: in order, bounded, and a worker that dies costs one picture."""
 
+import signal
+from concurrent.futures import Future
+
 import numpy as np
 import pytest
 from PIL import Image
 from support.deadly_job import DeadlyJob
 
+from sd3pipe import stopping
+from sd3pipe.data import feed
 from sd3pipe.data.cut import Cut
 from sd3pipe.data.decoding import DecodeJob, Pixels
 from sd3pipe.data.feed import decoded_rows
@@ -89,3 +94,26 @@ def test_a_row_that_was_yielded_is_not_overwritten(jobs):
     good = [job for number, job in enumerate(jobs) if number != 5]
     rows = list(decoded_rows(good * 3, workers=1))
     assert colours(rows) == [n for n in range(12) if n != 5] * 3
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals cannot be held back here")
+def test_a_worker_is_started_with_signals_held_back(jobs, monkeypatch):
+    held = []
+
+    class Pool:
+        def __init__(self, *arguments, **named):
+            pass
+
+        def submit(self, call, job, slot):
+            held.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+            done = Future()
+            done.set_result(Pixels(rgb=np.zeros((8, 16, 3), np.uint8), mask=None))
+            return done
+
+        def shutdown(self, **named):
+            pass
+
+    monkeypatch.setattr(feed, "ProcessPoolExecutor", Pool)
+    assert len(list(decoded_rows(jobs[:2], workers=1))) == 2
+    assert all(set(stopping.SIGNALS) <= mask for mask in held) and len(held) == 2
+    assert not set(stopping.SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, ())
