@@ -17,7 +17,7 @@ from sd3pipe.adapters.metadata import read_provenance
 from sd3pipe.adapters.sizes import same_size
 from sd3pipe.console import count, one_line, say, say_json
 from sd3pipe.errors import InputError, ParameterError
-from sd3pipe.exporting.adapter_files import as_summary, export_metadata, refuse_to_replace
+from sd3pipe.exporting.adapter_files import as_summary, export_metadata, refuse_other_ending, refuse_to_replace
 from sd3pipe.exporting.base_weights import for_form
 from sd3pipe.exporting.extraction import extract as extracted_adapter
 from sd3pipe.exporting.reproduction import later_steps, reproduction, with_step
@@ -125,6 +125,7 @@ def _save(
     metadata: Mapping[str, str],
     variants: tuple[MMDiTVariant, ...],
 ) -> None:
+    refuse_other_ending(params.out)
     refuse_to_replace(params.out, [file.path for file in sources])
     ready = for_form(adapter, params.format, params.model, None)
     words = export_metadata(metadata, params, params.format, variants)

@@ -19,6 +19,7 @@ from sd3pipe.exporting.adapter_files import (
     as_summary,
     checkpoint_metadata,
     export_metadata,
+    refuse_other_ending,
     refuse_to_replace,
 )
 from sd3pipe.exporting.base_weights import find_base, for_form
@@ -109,6 +110,7 @@ def _export(source: AdapterFile, out: Path, params: ExportParams) -> SavedAdapte
     assert params.format not in ("checkpoint", "hub")
     if out.is_dir():
         raise ParameterError(f"{out}: is a folder: name a file, such as {out / 'my_lora.safetensors'}")
+    refuse_other_ending(out)
     adapter = for_form(_at_strength(source, params.multiplier), params.format, params.model, params.mmdit)
     refuse_to_replace(out, [source.path])
     metadata = export_metadata(source.metadata, params, params.format, source.variants, multiplier=params.multiplier)

@@ -84,6 +84,15 @@ def refuse_to_replace(out: Path, sources: Iterable[Path]) -> None:
         raise ParameterError(f"--out {out} is what the new file is made from: choose another name")
 
 
+def refuse_other_ending(out: Path) -> None:
+    """Raises ParameterError for a file that programs would not take for weights."""
+    if out.suffix.lower() != ".safetensors":
+        stem = out.stem if out.suffix[1:].isalpha() else out.name  # v1.5 ends in no suffix
+        raise ParameterError(
+            f"--out {out}: programs know these files by their ending, .safetensors: name it {stem}.safetensors"
+        )
+
+
 def as_report(saved: SavedAdapter) -> dict[str, object]:
     """Returns what a report says of a written file, without its path."""
     return {

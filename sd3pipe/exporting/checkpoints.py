@@ -23,6 +23,7 @@ from sd3pipe.adapters.kind import Adapter
 from sd3pipe.adapters.sizes import depth_of, same_size
 from sd3pipe.console import readable_bytes
 from sd3pipe.errors import InputError, ParameterError, StorageError
+from sd3pipe.exporting.adapter_files import refuse_other_ending
 from sd3pipe.files import atomic_file, atomic_folder, free_bytes
 from sd3pipe.fingerprint import hash_chunks
 from sd3pipe.models.sources import ComponentSource
@@ -147,6 +148,7 @@ def _target(name: str, adapter: Adapter, depth: int) -> _Target | None:
 def _write_file(out: Path, part: _Part, merging: _Merging) -> None:
     if out.is_dir():
         raise ParameterError(f"{out}: is a folder, and the base is one file: name a file")
+    refuse_other_ending(out)
     _check_space(out, sum(tensor.nbytes for tensor in part.tensors.values()))
     with atomic_file(out) as handle:
         digests = _write_part(handle, part, merging)

@@ -69,7 +69,8 @@ def test_every_option_that_names_a_file_to_write_follows_links():
 
 @pytest.mark.parametrize("command", [name for name in FILES if name != "extract"])
 def test_a_link_is_followed(place, command):
-    out, target = Path("link.svg"), Path("elsewhere") / "target.svg"
+    ending = "svg" if command == "inspect" else "safetensors"
+    out, target = Path(f"link.{ending}"), Path("elsewhere") / f"target.{ending}"
     out.symlink_to(target)
     for _ in ("dangling", "to a file"):
         assert run([*FILES[command], str(out)]) == 0
@@ -87,3 +88,11 @@ def test_a_pipe_and_a_device_are_refused(place, command, capsys):
         assert capsys.readouterr().err.startswith("error: ")
     assert stat.S_ISFIFO(Path("pipe").lstat().st_mode) and Path("device").is_symlink()
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode) and not list(Path("/dev").glob("null.*"))
+
+
+@pytest.mark.parametrize("name", ["z.txt", "-", "v1.5"])
+@pytest.mark.parametrize("command", ["export", "convert"])
+def test_an_adapter_gets_a_name_that_programs_know(place, capsys, command, name):
+    assert run([*FILES[command], name]) == 2
+    wanted = {"z.txt": "z.safetensors"}.get(name, f"{name}.safetensors")
+    assert capsys.readouterr().err.strip().endswith(f"name it {wanted}") and not Path(name).exists()

@@ -87,13 +87,13 @@ READERS = {
 def test_every_reader_takes_the_whole_file_and_refuses_the_damaged(inputs, run, tmp_path, reader):
     path = run / "final" / "adapter.safetensors"
     whole = path.read_bytes()
-    READERS[reader](inputs, path, tmp_path / "good")
+    READERS[reader](inputs, path, tmp_path / "good.safetensors")
     for number, damage in enumerate(DAMAGE):
         path.write_bytes(whole)
         damage(path)
         with pytest.raises(InputError, match="damaged"):
-            READERS[reader](inputs, path, tmp_path / f"out-{number}")
-        assert not (tmp_path / f"out-{number}").is_file()
+            READERS[reader](inputs, path, tmp_path / f"out-{number}.safetensors")
+        assert not (tmp_path / f"out-{number}.safetensors").is_file()
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -245,7 +245,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     )
     arguments = ["export", "--format", "checkpoint", "--model", base, "--adapter", "lora.safetensors"]
     done = subprocess.run(
-        [sys.executable, "-c", measured, *arguments, "--out", "merged"],
+        [sys.executable, "-c", measured, *arguments, "--out", "merged.safetensors"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
