@@ -13,6 +13,7 @@ from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.feed import default_workers
 from sd3pipe.data.looks import Looks
 from sd3pipe.data.scan import scan
+from sd3pipe.encoding.stage import none_usable
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import make_folder, write_bytes, write_text
@@ -52,6 +53,8 @@ def _of_dataset(params: PreviewParams) -> Preview:
     machine = machine_folder(params.out)
     stamps = FileStamps(machine / "stat.json")
     found = scan(dataset, stamps)
+    if not found.pictures:
+        raise none_usable(dataset, found.unreadable)
     stamps.save()
     looks = Looks(machine / "looks.npz")
     looks.look_at(found.pictures)

@@ -188,6 +188,14 @@ def test_a_cache_is_drawn_by_decoding_it(project, base, monkeypatch):
         preview(project, latents=project / "latents", model=str(base.model), out=project / "again")
 
 
+def test_a_dataset_of_which_no_picture_can_be_used_is_refused(tmp_path):
+    (tmp_path / "pics").mkdir()
+    (tmp_path / "pics" / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "d.toml").write_text('[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "pics"\n')
+    with pytest.raises(InputError, match="none of 1 picture can be used"):
+        preview(tmp_path)
+
+
 def test_without_dataset_and_cache_there_is_nothing_to_draw(tmp_path):
     with pytest.raises(ParameterError, match="--dataset or --latents"):
         main(PreviewParams(out=tmp_path / "out"))
