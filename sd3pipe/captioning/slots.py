@@ -67,8 +67,12 @@ def slots_of(pictures: Sequence[Picture]) -> list[Slot]:
     metadata: dict[Path, _Words] = {}
     slots: dict[tuple[Path, str | None], Slot] = {}
     shared: list[str] = []
+    taken: list[str] = []
     for picture in pictures:
         file, digest, entry = picture.caption_file, picture.caption_hash, None
+        if digest is None and file.is_dir():
+            taken.append(str(file))
+            continue
         if picture.subset.metadata_file is not None:
             if file not in metadata:
                 metadata[file] = words_in(read_metadata(file), file)
@@ -78,6 +82,8 @@ def slots_of(pictures: Sequence[Picture]) -> list[Slot]:
             shared.append(str(picture.place))
     if shared:
         log.warning("left out, as another picture has their caption file: %s", ", ".join(shared[:5]))
+    if taken:
+        log.warning("left out, as a folder has the name of their caption file: %s", ", ".join(taken[:5]))
     return list(slots.values())
 
 

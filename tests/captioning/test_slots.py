@@ -198,6 +198,14 @@ def test_pictures_that_share_a_caption_file_have_one_caption(tmp_path, caplog):
     assert "a.webp" in caplog.text
 
 
+def test_a_picture_whose_caption_file_is_a_folder_is_left_out(tmp_path, caplog):
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").mkdir()
+    (written,) = captioned(folder_dataset(str(tmp_path)), tmp_path / "n.json", "words", "all")
+    assert written.endswith("b.txt") and str(tmp_path / "a.txt") in caplog.text
+
+
 def test_no_caption_of_a_person_has_its_bytes_changed_by_undo(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     odd = b"\xef\xbb\xbfa cat\r\nand more\r\n\r\n"
