@@ -59,6 +59,7 @@ _GROUPS = {
     "cache": "Look into caches, check them, unite them.",
     "adapter": "Inspect, convert, resize and merge adapters.",
 }
+_SIGPIPE = 13  # as POSIX numbers it, and Windows has none
 _YOUNG_OBJECTS = 100_000  # before Python seeks cycles among them: after its own 700, the records of a large dataset,
 # which have none, are gone through again and again, which takes a third of a run that has nothing to do
 
@@ -94,6 +95,10 @@ def _exit_code(arguments: list[str]) -> int:
         if isinstance(abort.__cause__, EOFError):  # taken for the end of a user's input, for which nothing asks
             return _fail(_keep_traceback(abort.__cause__), ExitCode.BUG)
         return _stopped("stopped: the same command goes on from here")
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # Typer ends so where nobody reads any more, as with `| head`
+            return 128 + _SIGPIPE
+        raise
     except Exception as error:  # the outermost frame: whatever arrives here is our own bug
         if stopping.reason():  # a process beside this one was told to stop, too, and did not answer any more
             return _stopped(f"stopped by {stopping.reason()} ({type(error).__name__}: {error})")
@@ -149,15 +154,18 @@ def _command_body(name: str, arguments: list[str]) -> Callable[..., None]:
     from sd3pipe.params import command_line  # pydantic takes 100 ms; plain `sd3pipe --help` does without
 
     model = command_line.load_model(name)
-    show_all = "--help-all" in arguments
-    normal = command_line.answer_others(name, model, command_line.normalise(model, arguments))
-    arguments[:] = ["--help" if word == "--help-all" else word for word in normal]
+    words = [number for number, word in enumerate(arguments) if not word.startswith("-")]
+    behind = words[len(name.split()) - 1] + 1  # what stands before a command is the program's own
+    own = arguments[behind:]
+    typed = command_line.options_typed(model, own)
+    normal = command_line.answer_others(name, model, command_line.normalise(model, own))
+    arguments[behind:] = ["--help" if word == "--help-all" else word for word in normal]
 
     def body(**given: Any) -> None:
         _check_current_folder()
-        _run_program(name, command_line.options_given(name, model, given))
+        _run_program(name, command_line.options_given(name, model, given, typed))
 
-    body.__signature__ = command_line.signature(model, show_all=show_all)  # pyright: ignore[reportFunctionMemberAccess]
+    body.__signature__ = command_line.signature(model, show_all="--help-all" in own)  # pyright: ignore[reportFunctionMemberAccess]
     return body
 
 

@@ -68,7 +68,7 @@ def read_text(path: Path, *, most_bytes: int = MOST_BYTES) -> str:
     try:
         text = read_data(path, most_bytes=most_bytes).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DocumentError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+        raise DocumentError(f"{path}: is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

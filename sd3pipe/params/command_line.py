@@ -59,8 +59,8 @@ def _keyword(name: str, kind: Any, info: Any, default: Any = None) -> inspect.Pa
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
-def options_given(command_name: str, model: type[Params], given: Mapping[str, Any]) -> Params:
-    """Returns the checked options from what Typer collected. Raises ParameterError."""
+def options_given(command_name: str, model: type[Params], given: Mapping[str, Any], typed: Mapping[str, str]) -> Params:
+    """Returns the checked options from what Typer collected, and how the user spelled them. Raises ParameterError."""
     values = {name: value for name, value in given.items() if name in model.model_fields and value not in (None, [])}
     config = given.get(CONFIG_OPTION)
     return resolve(
@@ -70,7 +70,16 @@ def options_given(command_name: str, model: type[Params], given: Mapping[str, An
         config=Path(config) if config else None,
         project=find_project(Path.cwd()),
         stage_models=load_stage_models,
+        typed=typed,
     )
+
+
+def options_typed(model: type[Params], arguments: list[str]) -> dict[str, str]:
+    """Returns the options that stand in the arguments as they were spelled, by their fields."""
+    names = spellings(model)
+    words = [word.partition("=")[0] for word in itertools.takewhile(lambda word: word != "--", arguments)]
+    found = {names.get(word[2:].replace("-", "_")): word for word in words if word.startswith("--")}
+    return {name: word for name, word in found.items() if name is not None}
 
 
 def normalise(model: type[Params], arguments: list[str]) -> list[str]:

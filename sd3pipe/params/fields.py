@@ -37,6 +37,14 @@ def _not_around_here(path: Path) -> Path:
     return path
 
 
+def _no_folder(name: str) -> str:
+    """Refuses what would be no single name in a folder."""
+    if re.search(r"[/\\\x00-\x1f\x7f]", name) or not name.strip("."):
+        raise ValueError("is no name of a file: leave out slashes and control characters, and not only dots")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_no_folder)]
 RunPath = Annotated[OptionPath, AfterValidator(_not_around_here)]
 
 R = TypeVar("R")

@@ -1,6 +1,6 @@
 """Options of `sd3pipe init`."""
 
-from sd3pipe.params.fields import OptionPath, Params, option
+from sd3pipe.params.fields import FileName, OptionPath, Params, option
 from sd3pipe.params.stage import AnyGoal, Size
 from sd3pipe.words import Variant
 
@@ -30,10 +30,9 @@ class InitParams(Params):
     )
     train_batch_size: int = option(1, "Pictures per step, which the steps follow from.", ge=1, panel="Training")
     vram: Size | None = option(None, "Memory of the training card, such as 12GB.", panel="Training")
-    name: str | None = option(
-        None, "Name of the adapter; default: the trigger or the folder's name.", panel="Training",
-        pattern=r"^[^/\\\x00-\x1f\x7f]+$",
-    )  # fmt: skip
+    name: FileName | None = option(
+        None, "Name of the adapter; default: the trigger or the folder's name.", panel="Training"
+    )
     loras_dir: OptionPath | None = option(
         None, "Folder that every saved adapter is copied to (ComfyUI's models/loras).", role="path", panel="Training"
     )

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from sd3pipe.config import Project, flatten, read_toml, relative_to
+from sd3pipe.config import PROJECT_FILE, Project, flatten, read_toml, relative_to
 from sd3pipe.errors import ParameterError
 from sd3pipe.params.fields import Params, is_foreign_code, option_extra, takes_several
 from sd3pipe.params.sd_scripts import DATASET_KEYS, OPTIONS, Answer, answer
@@ -27,6 +27,7 @@ StageModels = Callable[[], Mapping[str, type[Params]]]
 
 # Keys of our own that stand in older projects.
 _GONE = {"imported": "rows that sd-scripts cached are not taken over any more; remove the key, and all is encoded here"}
+_ABOUT_DRY_RUN = "`sd3pipe run --dry-run` checks every stage and tells what lies ahead, `sd3pipe plan` memory and time"
 _SUFFIX = ".safetensors"
 _FOLDERS = ("hub",)  # formats of an export that are folders
 
@@ -49,16 +50,23 @@ def resolve(
     config: Path | None = None,
     project: Project | None = None,
     stage_models: StageModels = dict,
+    typed: Mapping[str, str] | None = None,
 ) -> P:
     """Returns the options of one command. Raises ParameterError with one line per problem.
 
     `given` holds the command line's values: strings (a list of them for options that take several) or bools.
-    `stage_models` gives the option sets of all stages, to say where a misplaced key belongs.
+    `stage_models` gives the option sets of all stages, to say where a misplaced key belongs; `typed` is how the user
+    spelled the options of the command line.
     """
+    if config is not None and config.name == PROJECT_FILE:
+        place_of_options = Project(folder=config.parent, paths={}).stage_file(command)
+        raise ParameterError(
+            f"--config {config}: is a project's own file, which is read anyway: options of {command} stand in "
+            f"{place_of_options}"
+        )
     if config is None and project is not None and project.stage_file(command).is_file():
         config = project.stage_file(command)
-    values, problems = _read_config(config, model, project, stage_models) if config else ({}, [])
-    origins = {name: f"{config}: {name}" for name in values}
+    values, origins, problems = _read_config(config, model, project, stage_models) if config else ({}, {}, [])
     problems += _not_trusted(model, values, origins, given)
     for name, field in model.model_fields.items():
         key = option_extra(field)["paths_key"] or ""
@@ -66,7 +74,8 @@ def resolve(
             values[name] = _varied(model, name, place(project.paths, key), given, values)
             origins[name] = f"project.toml: paths.{key}"
     for name, value in given.items():
-        values[name], origins[name] = value, _shown_name(name, model.model_fields[name])
+        values[name] = value
+        origins[name] = (typed or {}).get(name) or _shown_name(name, model.model_fields[name])
     for name in values.keys() - given.keys():
         overridden = option_extra(model.model_fields[name])["overrides"]
         if overridden in given:  # the command line was to decide
@@ -110,9 +119,10 @@ def _not_trusted(
 
 def _read_config(
     path: Path, model: type[Params], project: Project | None, stage_models: StageModels
-) -> tuple[dict[str, Any], list[str]]:
-    """Returns what a parameter file says by option, and a line for each key that does not belong in it."""
+) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Returns what a parameter file says by option, where it says so, and a line for each key that does not belong."""
     values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
     problems: list[str] = []
     names = spellings(model)
     for key, value in flatten(read_toml(path)):
@@ -123,7 +133,7 @@ def _read_config(
             extra = option_extra(model.model_fields[name])
             if extra["role"] == "path" and project is not None and isinstance(value, str) and value:
                 value = relative_to(project.folder, value, may_be_hub_id=extra["paths_key"] in HUB_KEYS)
-            values[name] = value
+            values[name], origins[name] = value, f"{path}: {key}"
         elif key in _GONE:
             problems.append(f"{path}: {key}: not supported: {_GONE[key]}")
         elif (found := explain(key, value, names, stage_models)).accepted:
@@ -131,7 +141,7 @@ def _read_config(
         else:
             shown = f"{key} = {value!r}" if key in OPTIONS and OPTIONS[key].fate == "met" else key
             problems.append(f"{path}: {shown}: {found.text}")
-    return values, problems
+    return values, origins, problems
 
 
 def explain(
@@ -146,16 +156,17 @@ def explain(
     if found is not None:
         return found
     if name in stages:
-        stage = stages[name]
-        text = f"belongs to the stage {stage.replace('_', '-')}: move it to stages/{stage}.toml"
-        return Answer(accepted=False, text=text)
+        stage = stages[name].replace("_", "-")
+        way_out = "move it to" if noun == "key" else "give it there, or in"
+        text = f"belongs to the stage {stage}: {way_out} stages/{stages[name]}.toml"
+        return Answer(accepted=False, text=_ABOUT_DRY_RUN if (name, noun) == ("dry_run", "option") else text)
     own = list(own)
     elsewhere = [other for other in (*OPTIONS, *DATASET_KEYS) if answer(other, None) is not None]
     match = next(iter(difflib.get_close_matches(name, [*own, *stages, *elsewhere], n=1)), None)
     if match is None or match in own:
         hint = f" (did you mean {match}?)" if match else ""
     else:
-        hint = f" (did you mean {match}? {explain(match, None, own, stage_models).text})"
+        hint = f" (did you mean {match}? {explain(match, None, own, stage_models, noun=noun).text})"
     return Answer(accepted=False, text=f"unknown {noun}{hint}")
 
 

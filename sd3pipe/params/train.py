@@ -6,7 +6,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
-from sd3pipe.params.fields import OptionPath, Params, RunPath, group, option
+from sd3pipe.params.fields import FileName, OptionPath, Params, RunPath, group, option
 from sd3pipe.params.stage import MMDIT, StageParams, base_model
 from sd3pipe.rules.adapter import AdapterRules
 from sd3pipe.rules.description import Description
@@ -67,8 +67,8 @@ class TrainParams(StageParams):
         None, "VAE in a file of its own, for sample pictures.",
         role="path", panel=_PATHS, paths_key="vae", advanced=True,
     )
-    output_name: str | None = option(
-        None, "Name of the adapter files in --loras-dir; default: the run folder's.", panel=_PATHS, pattern=r"^[^/\\]+$"
+    output_name: FileName | None = option(
+        None, "Name of the adapter files in --loras-dir; default: the run folder's.", panel=_PATHS
     )
     loras_dir: OptionPath | None = option(
         None, "Folder that each saved adapter is copied to, such as ComfyUI's models/loras.",

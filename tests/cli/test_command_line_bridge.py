@@ -1,10 +1,12 @@
 """The bridge to Typer: spellings, lists, help, exit codes; nothing of it declares an option twice."""
 
+import errno
 from typing import Literal
 
 import pytest
 
 from sd3pipe import cli
+from sd3pipe.console import version
 from sd3pipe.params.command_line import normalise, signature
 from sd3pipe.params.fields import OptionPath, Params, option
 
@@ -52,6 +54,30 @@ def test_every_command_shows_its_help(command, capsys):
 def test_unknown_command_is_a_parameter_error(capsys):
     assert cli.run(["trian"]) == 2
     assert "trian" in capsys.readouterr().err
+
+
+def test_an_option_is_named_as_it_was_typed(capsys, tmp_path):
+    assert cli.run(["init", str(tmp_path / "new"), "--for=nonsense"]) == 2
+    assert capsys.readouterr().err.startswith("error: --for nonsense: must be")
+
+
+def test_what_stands_before_a_command_is_the_programs_own(capsys):
+    assert cli.run(["--version", "train"]) == 0
+    assert capsys.readouterr().out == f"{version()}\n"
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "a\\b", "a\nb"])
+def test_a_name_is_one_name_in_a_folder(name, capsys):
+    assert cli.run(["init", "new", "--name", name]) == 2
+    assert "is no name of a file" in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_any_more_is_no_bug(monkeypatch):
+    def write(text):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(cli, "say", write)
+    assert cli.run(["--version"]) == 141
 
 
 def test_version_is_shown(capsys):
@@ -108,6 +134,7 @@ def test_a_switch_that_takes_a_value_may_stand_without_one(words, expected, monk
         (["--network_dmi", "4"], "--network-dmi: unknown option (did you mean network_dim?)"),
         (["--caption_dropout_rte=1"], "(did you mean caption_dropout_rate? it belongs in dataset.toml)"),
         (["--sdpa", "--seed", "word"], "--sdpa: attention always runs through torch's scaled_dot_product_attention"),
+        (["--dry-run"], "error: --dry-run: `sd3pipe run --dry-run` checks every stage"),
         (["--xformers", "--seed=word"], "--seed word: must be a valid integer"),
     ],
 )

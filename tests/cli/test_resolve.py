@@ -102,6 +102,20 @@ def test_alias_is_taken_in_a_file(tmp_path):
     assert params.model == "other"
 
 
+def test_a_key_is_named_as_the_file_has_it(tmp_path):
+    config = write(tmp_path / "c.toml", "pretrained_model_name_or_path = 3\n")
+    with pytest.raises(ParameterError, match="pretrained_model_name_or_path = 3"):
+        resolve(ToyParams, "train", {}, config=config)
+
+
+def test_a_project_file_is_no_parameter_file(tmp_path):
+    config = write(tmp_path / "project.toml", '[paths]\nexport = "e"\nrun = "r"\ncaches = "c"\n')
+    with pytest.raises(ParameterError) as caught:
+        resolve(ToyParams, "train", {}, config=config)
+    assert str(caught.value).endswith(f"options of train stand in {tmp_path / 'stages' / 'train.toml'}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_every_problem_of_a_file_is_named_at_once(tmp_path):
     config = write(
         tmp_path / "c.toml",
