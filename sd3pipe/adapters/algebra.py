@@ -16,6 +16,7 @@ from sd3pipe.errors import ParameterError
 _EXACT_SIDE = 1024  # matrices with a side up to this are decomposed exactly, larger ones by random projection
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 6
+_BY_EXTRACTION = "export it with --format checkpoint, then `sd3pipe adapter extract`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +44,8 @@ def resize(delta: Delta, *, rank: int | None, energy: float | None) -> Approxima
     A LoRA is never given more rank than it has. Raises ParameterError for a change that depends on the base or is one
     of the bias, too, and for one that is no product without `rank`.
     """
-    if delta.needs_base or delta.bias_change() is not None:
-        why = "depends on the base" if delta.needs_base else "has biases"
-        raise ParameterError(
-            f"a {delta.title} that {why} cannot be resized: export it with --format checkpoint, then `sd3pipe adapter "
-            "extract`"
-        )
+    if why := _more_than_a_matrix(delta):
+        raise ParameterError(f"a {delta.title} that {why} cannot be resized: {_BY_EXTRACTION}")
     product = delta.product()
     if product is not None:
         factors = _of_product(product.up.double() * product.scale, product.down.double())
@@ -90,11 +87,19 @@ def mean_kept(found: Iterable[Approximation]) -> float:
 def _summand(path: str, delta: Delta, weight: float) -> Product:
     product = None if delta.needs_base else delta.scaled(weight).product()
     if product is None:
+        by_resizing = "turn it into one with `sd3pipe adapter resize --rank N`"
         raise ParameterError(
-            f"{path} is changed by several adapters, one of them a {delta.title}, and only LoRAs add up: turn what "
-            "is none into one with `sd3pipe adapter resize` first"
+            f"{path} is changed by several adapters, one of them a {delta.title}, and only LoRAs add up: "
+            f"{_BY_EXTRACTION if _more_than_a_matrix(delta) else by_resizing}"
         )
     return product
+
+
+def _more_than_a_matrix(delta: Delta) -> str:
+    """Returns why a change is no matrix alone, "" where it is one."""
+    if delta.needs_base:
+        return "depends on the base"
+    return "has biases" if delta.bias_change() is not None else ""
 
 
 def _sum(parts: Sequence[Product]) -> LoRADelta:

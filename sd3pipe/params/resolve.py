@@ -201,7 +201,8 @@ def check_value(field: FieldInfo, value: Any, *, from_text: bool) -> Any:
 def _problem(origin: str, value: Any, error: ValidationError, field: FieldInfo) -> str:
     wanted = f"is not of the form that is wanted: {field.description}"  # instead of a regular expression
     reasons = {wanted if item["type"] == "string_pattern_mismatch" else reason(item) for item in error.errors()}
-    shown = repr(value) if not isinstance(value, str) or not value else value
+    words = [str(word) for word in value] if isinstance(value, list) and origin.startswith("--") else None
+    shown = " ".join(words) if words else repr(value) if not isinstance(value, str) or not value else value
     return f"{origin}{_joined(origin)}{shown}: {'; '.join(sorted(reasons))}"
 
 

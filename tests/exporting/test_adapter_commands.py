@@ -123,7 +123,7 @@ def test_a_dora_is_not_resized_nor_added_up(tmp_path):
     source = lora(tmp_path / "a.safetensors", kind="dora")
     with pytest.raises(ParameterError, match="DoRA that depends on the base cannot be resized"):
         commands.resize(options.AdapterResizeParams(adapter=source, out=tmp_path / "b.safetensors", rank=2))
-    with pytest.raises(ParameterError, match="only LoRAs add up"):
+    with pytest.raises(ParameterError, match="only LoRAs add up: export it with --format checkpoint"):
         merge([read_adapter(source).adapter] * 2, [1.0, 1.0])
 
 
