@@ -66,6 +66,13 @@ class JudgeParams(stage.ModelParams):
 
     _no_value_twice = field_validator("multiplier", "seeds")(stage.no_value_twice)
 
+    @field_validator("multiplier")
+    @classmethod
+    def _not_the_base(cls, value: str) -> str:
+        if 0.0 in map(float, value.split(",")):
+            raise ValueError("0 is the base alone, which all are compared with: leave it out")
+        return value
+
     def multipliers(self) -> tuple[float, ...]:
         return tuple(float(number) for number in self.multiplier.split(","))
 

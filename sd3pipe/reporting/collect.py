@@ -16,6 +16,7 @@ from sd3pipe.data.places import read_picture
 from sd3pipe.data.png import text_of
 from sd3pipe.documents import read_json
 from sd3pipe.errors import InputError, UnreadablePicture
+from sd3pipe.files import nearest_path
 from sd3pipe.judgement import JUDGE_FILE, JUDGE_FOLDER, Judgement, read_judgement
 from sd3pipe.metrics import EventRecord, StepRecord, ValidationRecord, read_records
 from sd3pipe.picture_losses import PICTURES_FILE, PictureLosses, read_picture_losses
@@ -117,6 +118,8 @@ _ABOUT = TypeAdapter(_About)
 
 def read_run(folder: Path) -> RunRecord:
     """Returns the record of a run. Raises InputError if the folder holds no run."""
+    if not folder.exists():
+        raise InputError(f"{folder}: there is no such folder{nearest_path(folder)}")
     records = list(read_records(folder))
     report = _said(folder / "report.json", _read_about, {})
     if not records and not report:

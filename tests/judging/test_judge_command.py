@@ -15,6 +15,7 @@ from sd3pipe.commands import export, judge, report, sample
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.fingerprint import hash_file
 from sd3pipe.judgement import SCORES, Suggestion, read_judgement
+from sd3pipe.judging.judge_model import find_judge_model
 from sd3pipe.params.export import ExportParams
 from sd3pipe.params.judge import JudgeParams
 from sd3pipe.params.report import ReportParams
@@ -160,6 +161,16 @@ def test_a_folder_that_is_no_model_is_refused_with_the_way_out(made, tmp_path):
     for model, why in (("caches", r"no config\.json"), ("clipp", r"no such folder \(did you mean \S+clip\?\)")):
         with pytest.raises(InputError, match=why):
             judge.main(params(made, tmp_path / "out", judge_model=str(made / model)))
+
+
+def test_a_model_that_is_not_there_is_told_as_such():
+    with pytest.raises(InputError, match="nothere: there is no such folder"):
+        find_judge_model("nothere")
+
+
+def test_strength_0_is_not_judged_beside_the_base():
+    with pytest.raises(ValueError, match="0 is the base alone"):
+        JudgeParams(model="m", adapter="a", prompts="p", latents="l", judge_model="j", out="o", multiplier="1,0.0")
 
 
 def test_a_damaged_judgement_is_told(tmp_path):

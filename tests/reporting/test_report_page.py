@@ -124,6 +124,7 @@ def test_each_run_keeps_the_captions_that_it_was_trained_on(tmp_path):
 
 def test_a_folder_without_a_run_is_told(tmp_path):
     assert "is no run folder" in forked("report", tmp_path, expect=3).stderr
+    assert "there is no such folder" in forked("report", tmp_path / "gone", expect=3).stderr
 
 
 def png() -> bytes:
