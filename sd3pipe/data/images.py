@@ -107,6 +107,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     mode = image.mode
     if mode in ("L", "RGB", "CMYK"):
         return image
+    if mode == "I" and image.format == "TIFF":  # a PNG of 16 bits may come as such, too
+        raise ValueError("integer levels of 32 bits, of which nobody knows how many are white: save it with 8 or 16")
     if mode.startswith("I;16") or mode == "I":
         levels = np.asarray(image).astype(np.int64)
         return Image.fromarray(((np.clip(levels, 0, 65535) * 255 + 32767) // 65535).astype(np.uint8))

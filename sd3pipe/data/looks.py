@@ -32,7 +32,7 @@ from sd3pipe.files import write_bytes
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # counts changes of what is kept of a picture
+_VERSION = 2  # counts changes of what is kept of a picture
 _MOST_BYTES = 1 << 30
 _LOOKED_PX = 512  # longest side at which a picture is looked at: about what a bucket makes of it
 _HASH_PX, _HASH_SIDE = 64, 16  # of the hash: the 16 x 16 lowest frequencies of 64 x 64 pixels
@@ -51,6 +51,7 @@ _DAMAGE = (DocumentError, OSError, ValueError, KeyError, EOFError, zipfile.BadZi
 class Seen:
     """What was seen of a picture; `like` is the hash of the picture that looks most like it, if any does."""
 
+    decoded: bool
     blurred: bool
     like: str | None
     mirrored: bool
@@ -100,7 +101,10 @@ class Looks:
         about = zip(hashes, table["blur"], table["nearest"], table["flipped"], strict=True)
         return {
             digest: Seen(
-                blurred=is_blurred({"blur": blur}), like=hashes[near] if near >= 0 else None, mirrored=bool(mirrored)
+                decoded=not np.isnan(blur),
+                blurred=is_blurred({"blur": blur}),
+                like=hashes[near] if near >= 0 else None,
+                mirrored=bool(mirrored),
             )
             for digest, blur, near, mirrored in about
         }
@@ -109,6 +113,9 @@ class Looks:
 def look_warnings(pictures: Sequence[Picture], seen: Mapping[str, Seen]) -> Iterator[str]:
     """Yields what to know about pictures as a whole."""
     names = {picture.image_hash: one_line(picture.name) for picture in pictures}
+    damaged = [names[digest] for digest, its in seen.items() if digest in names and not its.decoded]
+    if damaged:
+        yield f"{count(len(damaged), 'picture')} left out, which cannot be decoded: {listed(sorted(damaged))}"
     pairs = {
         (*sorted((names[digest], names[its.like])), its.mirrored)
         for digest, its in seen.items()
@@ -129,7 +136,7 @@ _EMPTY: _Table = {
     "bits": np.empty((0, 4), np.uint64),
     "mirrored": np.empty((0, 4), np.uint64),
     "colours": np.empty((0, _COLOURS_SIDE, _COLOURS_SIDE, 3), np.uint8),
-    "blur": np.empty(0, np.float32),
+    "blur": np.empty(0, np.float32),  # NaN where the picture cannot be decoded
     "nearest": np.empty(0, np.int32),  # row of the picture that looks most like it; -1 where none does
     "distance": np.empty(0, np.int16),  # to that, in bits
     "flipped": np.empty(0, bool),  # whether its mirror image is meant
@@ -147,7 +154,12 @@ def _row(picture: Picture) -> _Table:
     except UnreadablePicture:
         bits = digest.view(np.uint64)  # as good as random
         side = _COLOURS_SIDE
-        look = {"bits": bits, "mirrored": bits, "colours": np.zeros((side, side, 3), np.uint8), "blur": np.float32(0)}
+        look = {
+            "bits": bits,
+            "mirrored": bits,
+            "colours": np.zeros((side, side, 3), np.uint8),
+            "blur": np.float32(np.nan),
+        }
     return {"hash": digest[None], **{name: look[name][None] for name in ("bits", "mirrored", "colours", "blur")}}
 
 

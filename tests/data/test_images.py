@@ -130,6 +130,13 @@ def test_sixteen_bits_are_rounded_to_eight():
     assert rgb(saved(Image.fromarray(levels)))[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255]
 
 
+@pytest.mark.parametrize("white", [255, 65535, 2**31 - 1])
+def test_integers_of_32_bits_say_nothing_of_white(white):
+    levels = Image.fromarray(np.array([[0, white]], np.int32))
+    with pytest.raises(UnreadablePicture, match="integer levels of 32 bits"):
+        rgb(saved(levels, "TIFF"))
+
+
 def test_grey_is_equal_in_all_channels():
     decoded = rgb(saved(Image.fromarray(PIXELS[..., 0])))
     assert np.array_equal(decoded, np.repeat(PIXELS[..., :1], 3, axis=2))
