@@ -76,6 +76,8 @@ class CacheReader:
             data = self._files.read_segment(
                 plan_id, int(arrays["row_offset"][number]), int(arrays["row_bytes"][number])
             )
+        except PermissionError:
+            raise  # nothing is damaged
         except (OSError, EOFError) as error:
             raise InputError(f"{self.where}: row {number} cannot be read ({error}): {_CURE}") from error
         if self._verify == "always" or (self._verify == "first" and not self._verified[number]):

@@ -109,12 +109,15 @@ def write_segment(path: Path, *, kind: Kind, group: str, nbytes: int, rows: Sequ
 
 
 def read_header(path: Path) -> SegmentHeader:
-    """Returns a segment's header, checked against its own hash, the file's size and name. Raises InputError."""
+    """Returns a segment's header, checked against its own hash, the file's size and name. Raises InputError.
+
+    A file that is gone or may not be read is none that is damaged: FileNotFoundError and PermissionError come through.
+    """
     try:
         with open_regular(path) as handle:
             size = os.fstat(handle.fileno()).st_size
             header = _parse(header_text(handle, size))
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise
     except (OSError, *_DAMAGE) as error:
         raise InputError(f"{path}: not a whole segment of a cache ({error})") from error

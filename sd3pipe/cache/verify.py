@@ -108,6 +108,8 @@ def _check_segment(
             said = next(filter(None, (contradiction(manifest, parts) for parts in made_from.values())), "")
             if said:
                 return count, Problem(what=f"{folder.manifest} {said}: it was changed", path=folder.manifest)
+    except PermissionError:
+        raise  # nothing is known of the rows, and --repair must not move them
     except (InputError, OSError, EOFError) as error:
         return count, Problem(what=str(error), path=path if path.exists() else None)
     return count, None

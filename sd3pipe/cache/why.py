@@ -81,7 +81,7 @@ class _Evidence:
         live, rest = {self._folder.segment(plan_id) for plan_id in ids}, self._folder.segment_ids().values()
         rows: dict[str, _Known] = {}
         for path in [*(path for path in rest if path not in live), *self._folder.unused_segments(), *live]:
-            with contextlib.suppress(InputError, FileNotFoundError):
+            with contextlib.suppress(InputError, OSError):
                 rows |= {info.key: _Known(info, path) for info in read_header(path).rows}
         return rows
 

@@ -108,13 +108,18 @@ def checkpoint_paths(run: Path) -> list[Path]:
 
 
 def newest_checkpoint(run: Path, *, up_to: int | None = None) -> Checkpoint | None:
-    """Returns the newest whole checkpoint that a run can go on from; torn ones are named in a warning."""
+    """Returns the newest whole checkpoint that a run can go on from; torn ones are named in a warning.
+
+    Raises InputError for one that may not be read.
+    """
     for path in reversed(checkpoint_paths(run)):
         if up_to is not None and named_step(path) > up_to:
             continue
         try:
             checkpoint = read_checkpoint(path)
         except InputError as error:
+            if isinstance(error.__cause__, PermissionError):
+                raise  # it may be whole, and a run is not begun anew for that
             log.warning("%s; going back to the checkpoint before it", error)
             continue
         if checkpoint.can_resume:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from support.comparing import folder_bytes
@@ -15,6 +16,7 @@ from sd3pipe.cache.folder import CacheFolder, machine_folder
 from sd3pipe.cache.merge import merge_caches
 from sd3pipe.cache.reader import CacheReader
 from sd3pipe.cache.store import fill_cache
+from sd3pipe.cache.verify import verify_cache
 from sd3pipe.errors import InputError, StorageError
 
 
@@ -103,6 +105,25 @@ def test_a_folder_without_write_permission_is_named(tmp_path):
     (tmp_path / "caches").mkdir(mode=0o555)
     with pytest.raises(StorageError, match="cannot be written"):
         fill(tmp_path / "caches" / "text", wanted_texts(captions(3)))
+
+
+def test_a_segment_that_may_not_be_read_is_no_damaged_one(out, monkeypatch):
+    fill(out, wanted_texts(captions(3)))
+    before = folder_bytes(out)
+    open_file = os.open
+
+    def refuse(path, *arguments, **named):
+        if Path(path).parent == out / "segments":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_file(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+    reader = CacheReader(out)
+    with pytest.raises(PermissionError):
+        reader.row(0)
+    with pytest.raises(PermissionError):
+        verify_cache(out, threads=1)
+    assert folder_bytes(out) == before
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other file"])

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 
 import pytest
 import torch
@@ -62,6 +63,22 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path, monkeypa
             save(tmp_path, step)
     assert [path.name for path in before.parent.iterdir()] == [before.name]
     assert read_checkpoint(before).step == 1
+
+
+@pytest.mark.parametrize("name", [STATE_FILE, ADAPTER_FILE])
+def test_a_checkpoint_that_may_not_be_read_is_not_gone_back_behind(tmp_path, monkeypatch, name):
+    for step in (1, 2):
+        save(tmp_path, step)
+    open_file = os.open
+
+    def refuse(path, *arguments, **named):
+        if str(path).endswith(f"step-00000002/{name}"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_file(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(InputError, match="Permission denied"):
+        newest_checkpoint(tmp_path)
 
 
 def edit(path, **changes):
