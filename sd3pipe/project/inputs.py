@@ -62,8 +62,8 @@ def _problems(project: Project, stage: Stage, options: Params, wanted: Sequence[
         if path.role == "made" and made[path.key] not in wanted and not where.exists():
             yield InputError(f"{where}: is not there yet: `sd3pipe run {made[path.key].name}` makes it")
     for key, reason in missing_weights(_COMPONENTS.get(stage.command, ()), options.model_dump()).items():
-        wanted = "" if project.paths.get(key) else " is to be filled in"
-        yield InputError(f"{project.file}: paths.{key}{wanted}: {reason}")
+        state = "" if project.paths.get(key) else " is to be filled in"
+        yield InputError(f"{project.file}: paths.{key}{state}: {reason}")
 
 
 def missing_weights(components: Sequence[Component], given: Mapping[str, Any]) -> dict[str, str]:
