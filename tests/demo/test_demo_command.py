@@ -26,7 +26,7 @@ def demo(folder: Path, *options: object) -> dict:
     return json.loads((folder / "demo.report.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_demo_runs_all_stages_and_leaves_a_lora_and_a_picture(tmp_path):
     folder = tmp_path / "demo"
     report = demo(folder, "--steps", 2, "--seeds", 1)
