@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -294,7 +295,8 @@ def photograph_alone(checkout: Path, project: Path) -> float:
 def photograph(file: Path) -> None:
     """Prints the CPU seconds of one row of the photograph: read, hashed, decoded and resized."""
     from sd3pipe.data.cut import Cut
-    from sd3pipe.data.decoding import DecodeJob, decode_row
+    from sd3pipe.data.decoding import decode_row, row_job
+    from sd3pipe.data.places import Place
     from sd3pipe.fingerprint import hash_file
 
     cut = Cut(
@@ -307,7 +309,8 @@ def photograph(file: Path) -> None:
         mask=None,
         background=None,
     )
-    job = DecodeJob(path=file, image_hash=hash_file(file), mask_path=None, mask_hash=None, cut=cut)
+    picture: Any = SimpleNamespace(place=Place(file), image_hash=hash_file(file), mask_place=None, mask_hash=None)
+    job = row_job(picture, cut, latent_px=8)
     print(quickest(lambda: decode_row(job)))
 
 

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sd3pipe.console import progress
 from sd3pipe.demo.base_files import T5_LENGTH
 from sd3pipe.demo.drawings import NEW_WORD, WORDINGS, all_subjects
 from sd3pipe.diffusion.sampler import TextCondition
@@ -69,7 +68,7 @@ def encode(captions: Sequence[str], folder: Path, *, t5_length: int = T5_LENGTH)
         recipe=recipe,
     )
     machine = EncodingMachine(device=torch.device("cpu"), batch_rows=64, stream_t5=False, scratch=folder)
-    rows = list(encode_rows(tokens, sources=sources, recipe=recipe, machine=machine, progress=progress))
+    rows = list(encode_rows(tokens, sources=sources, recipe=recipe, machine=machine))
     context_BLD, pooled_BP = assemble_conditioning(rows)
     return TextCondition(context=context_BLD, pooled=pooled_BP)
 

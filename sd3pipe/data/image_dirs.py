@@ -42,15 +42,15 @@ _CONTENTS = TypeAdapter(Contents)
 def read_image_dir(subset: Subset, captions: FileStamps | None, pictures: FileStamps | None = None) -> FolderRead:
     """Returns what lies in a subset's image_dir. Raises CaptionError, and InputError or NetworkError for a bucket.
 
-    `captions` and `pictures` are as in `look_into`.
+    `captions` and `pictures` are as in `read_past_problems`.
     """
-    read = look_into(subset, captions, pictures)
+    read = read_past_problems(subset, captions, pictures)
     if read.problems:
         raise CaptionError("\n".join(read.problems))
     return read
 
 
-def look_into(subset: Subset, captions: FileStamps | None, pictures: FileStamps | None = None) -> FolderRead:
+def read_past_problems(subset: Subset, captions: FileStamps | None, pictures: FileStamps | None = None) -> FolderRead:
     """Returns what lies in a subset's image_dir, caption files that cannot be used among its problems.
 
     Raises CaptionError for what else cannot be read, and InputError or NetworkError for a bucket.

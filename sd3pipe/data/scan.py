@@ -18,7 +18,7 @@ from sd3pipe.data.dataset_file import CONTAINER_ENDINGS, Dataset, Subset
 from sd3pipe.data.findings import find_out
 from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, FoundFile, mask_files
 from sd3pipe.data.holding_out import held_out
-from sd3pipe.data.image_dirs import listed_folder, look_into
+from sd3pipe.data.image_dirs import listed_folder, read_past_problems
 from sd3pipe.data.left_out import left_out_of_folder, left_out_of_metadata
 from sd3pipe.data.metadata import metadata_entries
 from sd3pipe.data.places import Place
@@ -145,7 +145,7 @@ def scan(
                 entries = metadata_entries(subset)
                 left_out += left_out_of_metadata(subset, entries)
             else:
-                read = look_into(subset, captions, pictures=stamps)
+                read = read_past_problems(subset, captions, pictures=stamps)
                 problems += read.problems
                 if read.problems and not past_problems:
                     continue

@@ -41,11 +41,6 @@ def find_judge_model(where: str) -> Path:
     if not missing and not any((folder / name).is_file() for name in _WEIGHTS):
         missing = [_WEIGHTS[0]]
     if missing:
-        if not folder.exists():
-            meant = nearest_path(folder)
-            raise InputError(
-                f"{where}: there is no such folder{meant}: pass the model's folder or a hub id (OWNER/NAME)"
-            )
         raise InputError(
             f"{where}: is no image model as transformers loads it: it has no {missing[0]}; pass a folder or hub id of "
             "a CLIP, SigLIP or DINO (docs/which-checkpoint.md names some)"
