@@ -252,7 +252,7 @@ def wanted_rows(shape: Shape, count: int) -> Wanted:
     )
 
 
-def latent_samples(hashes: list[str], keys: Sequence[object]) -> dict[str, list]:
+def latent_samples(hashes: list[str], keys: Sequence[object]) -> dict[str, Sequence[object]]:
     count = len(keys)
     return {
         "name": [f"{number:07}.jpg" for number in range(count)],

@@ -152,7 +152,8 @@ def _trained(base: MMDiT, name: str, targets: list[Tensor]) -> Result:
         loss = (model(**_inputs(base.architecture, 100 + step)).float() - target).square().mean()
         loss.backward()
         if not step:  # up is zero there, so its gradient is the one that is not
-            gradient = torch.cat([layer.up.grad.double().flatten() for layer in network.layers.values()])
+            ups = [parameter for name, parameter in network.named_parameters() if name.endswith(".up")]
+            gradient = torch.cat([up.grad.double().flatten() for up in ups])
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

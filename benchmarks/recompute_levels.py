@@ -95,6 +95,7 @@ def _step(blocks: Blocks, settings: Settings, width: int, tokens: int) -> tuple[
     Path("/proc/self/clear_refs").write_text("5")  # begins the peak anew
     before, start = _memory("VmRSS:"), time.process_time()
     for block, of_block in zip(blocks.joint_blocks, kept, strict=True):
+        assert isinstance(block, JointBlock)
         block.kept = of_block
         context_BLD, x_BLD = block.run(context_BLD, x_BLD, *block.modulation(condition_BD))
     (context_BLD.square().mean() + x_BLD.square().mean()).backward()

@@ -30,9 +30,10 @@ class Shards:
         """Leaves the gradient of the parts' mean loss in the module, and returns that loss."""
         losses = list(self._pool.map(self._backward_part, self._copies, parts))
         first, *others = ([parameter.grad for parameter in _trained(module)] for module in self._copies[: len(parts)])
-        for gradients in others:
-            torch._foreach_add_(first, gradients)
-        torch._foreach_div_(first, len(parts))
+        for mean, *gradients in zip(first, *others, strict=True):
+            for gradient in gradients:
+                mean.add_(gradient)
+            mean.div_(len(parts))
         return sum(losses) / len(parts)
 
     def _backward_part(self, module: nn.Module, part: Part) -> float:

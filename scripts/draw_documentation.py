@@ -98,13 +98,13 @@ def shoot(page: Page, name: str) -> None:
 
 
 def save(picture: Image.Image, name: str) -> None:
-    """Writes a picture as WebP, in the best quality that is small enough."""
+    """Writes a picture as WebP, in the best quality that is small enough, or the lowest."""
     for quality in range(90, 0, -10):
         data = BytesIO()
         picture.convert("RGB").save(data, "WEBP", quality=quality, method=6)
+        (PICTURES / f"{name}.webp").write_bytes(data.getvalue())
         if data.tell() <= MOST_BYTES:
             break
-    (PICTURES / f"{name}.webp").write_bytes(data.getvalue())
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def train(model: CLIPModel, tokenizer: CLIPTokenizer, steps: int) -> None:
             pictures_BD = unit(model.get_image_features(pixels).pooler_output)
             matched, views = pictures_BD[: len(captions)], pictures_BD[len(captions) :].chunk(2)
             by_caption = contrast(matched, texts_BD, model.logit_scale.exp())
-            by_outline = contrast(*views, torch.tensor(15.0))
+            by_outline = contrast(views[0], views[1], torch.tensor(15.0))
             (by_caption + by_outline).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -121,16 +121,16 @@ def caption_batch(
 def outline_pairs(generator: np.random.Generator) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
     """Returns two drawings of each random outline; some in a row share size and colours: only the form tells them."""
     pairs = []
-    for number in range(OUTLINES):
-        if number % ALIKE_COLOURS == 0:
-            colour, background = generator.choice(list(BACKGROUNDS), 2, replace=False).tolist()
-            size = str(generator.choice(list(RADII)))
-            look = Subject(shape="", colour=colour, size=size, background=background)
-        outline = other_outline(generator)
-        first, second = (
-            draw(look, height=SIDE_PX, width=SIDE_PX, generator=generator, outline=outline) for _ in range(2)
-        )
-        pairs.append((first, second))
+    for _ in range(OUTLINES // ALIKE_COLOURS):
+        colour, background = generator.choice(list(BACKGROUNDS), 2, replace=False).tolist()
+        size = str(generator.choice(list(RADII)))
+        look = Subject(shape="", colour=colour, size=size, background=background)
+        for _ in range(ALIKE_COLOURS):
+            outline = other_outline(generator)
+            first, second = (
+                draw(look, height=SIDE_PX, width=SIDE_PX, generator=generator, outline=outline) for _ in range(2)
+            )
+            pairs.append((first, second))
     return pairs
 
 

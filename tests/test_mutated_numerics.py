@@ -8,8 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+from compileall import compile_dir
 from dataclasses import dataclass
 from pathlib import Path
+from py_compile import PycInvalidationMode
 
 import pytest
 
@@ -242,6 +244,8 @@ def package(tmp_path_factory) -> Path:
     """A copy of the package, on which every named test passes."""
     folder = tmp_path_factory.mktemp("mutated")
     shutil.copytree(ROOT / "sd3pipe", folder / "sd3pipe", ignore=shutil.ignore_patterns("__pycache__"))
+    # by their content, so that no change within a second is missed
+    compile_dir(folder / "sd3pipe", quiet=1, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
     named = sorted({name for mutation in MUTATIONS.values() for name in mutation.tests})
     code, said = run(folder, *named)
     assert code == PASSED, said

@@ -174,6 +174,6 @@ def _settings(examples, steps):
 
 
 StoreMachine.TestCase.settings = _settings(15, 15)
-LongStoreMachine.TestCase.settings = _settings(150, 30)
+LongStoreMachine.TestCase.settings = _settings(75, 30)
 TestStoreMachine = pytest.mark.long(StoreMachine.TestCase)
 TestLongStoreMachine = pytest.mark.slow(LongStoreMachine.TestCase)

@@ -13,23 +13,19 @@ from support.command_line import forked, sd3pipe
 from support.demo_pictures import FIELDS, accuracy, draw_latents, encode_subjects, held_out_subjects, read_latents
 
 from sd3pipe.demo.base_files import MODEL, TOKENIZERS
-from sd3pipe.demo.drawings import NEW_WORD, Subject
-from sd3pipe.demo.project import LEARNT, RUN
+from sd3pipe.demo.drawings import NEW_WORD
+from sd3pipe.demo.project import RUN
 from sd3pipe.judgement import read_judgement
 from sd3pipe.models.vae import to_model_space
 
 PICTURE = "before-and-after.png"
 
 
-def demo(folder: Path, *options: object) -> dict:
-    sd3pipe("demo", folder, *options, env={"OMP_NUM_THREADS": str(os.cpu_count())})
-    return json.loads((folder / "demo.report.json").read_text(encoding="utf-8"))
-
-
 @pytest.mark.long
 def test_demo_runs_all_stages_and_leaves_a_lora_and_a_picture(tmp_path):
     folder = tmp_path / "demo"
-    report = demo(folder, "--steps", 2, "--seeds", 1)
+    sd3pipe("demo", folder, "--steps", 2, "--seeds", 1, env={"OMP_NUM_THREADS": str(os.cpu_count())})
+    report = json.loads((folder / "demo.report.json").read_text(encoding="utf-8"))
     assert report["new_pictures"] == report["old_pictures"] == 4
     assert len(load_file(folder / f"exports/{NEW_WORD}.safetensors")) > 0
     assert Image.open(folder / PICTURE).width > 64
@@ -46,27 +42,8 @@ def test_demo_does_not_overwrite_what_is_not_its_own(tmp_path):
     assert "is not the demo's" in done.stderr
 
 
-@pytest.fixture(scope="module")
-def shown(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("demo") / "demo"
-    demo(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def wanted() -> list[Subject]:
-    """32 prompts about the new shape, none of which describes a training picture."""
-    backgrounds, colours = ("white", "black", "grey", "blue"), ("red", "orange", "yellow", "green", "purple")
-    every = [
-        Subject(shape=NEW_WORD, colour=colour, size=size, background=background)
-        for size in ("large", "small")
-        for background in backgrounds
-        for colour in colours
-    ]
-    return [subject for subject in every if subject not in LEARNT][:32]
-
-
 @pytest.mark.slow
+@pytest.mark.xdist_group("demo")
 def test_new_shape_is_drawn_after_and_not_before(shown, wanted, tmp_path):
     prompts = encode_subjects(tmp_path / "a", wanted, 500)
     after = accuracy(wanted, read_latents(draw_latents(prompts, shown / f"exports/{NEW_WORD}.safetensors")))
@@ -77,12 +54,12 @@ def test_new_shape_is_drawn_after_and_not_before(shown, wanted, tmp_path):
 
 
 @pytest.mark.slow
-def test_old_prompts_stay_near_the_base(shown, tmp_path):
+@pytest.mark.xdist_group("demo")
+def test_old_prompts_stay_near_the_base(shown, base_accuracy, tmp_path):
     subjects = held_out_subjects()
     prompts = encode_subjects(tmp_path / "a", subjects, 1000)
     after = accuracy(subjects, read_latents(draw_latents(prompts, shown / f"exports/{NEW_WORD}.safetensors")))
-    before = accuracy(subjects, read_latents(draw_latents(prompts)))
-    assert all(after[field] >= before[field] - 0.05 for field in FIELDS), (before, after)
+    assert all(after[field] >= base_accuracy[field] - 0.05 for field in FIELDS), (base_accuracy, after)
 
 
 def train(shown: Path, caches: Path, out: Path, *options: object) -> None:
@@ -92,32 +69,27 @@ def train(shown: Path, caches: Path, out: Path, *options: object) -> None:
 
 
 @pytest.mark.slow
-def test_moved_caches_train_the_same_adapter(shown, tmp_path):
+@pytest.mark.xdist_group("demo")
+def test_moved_caches_and_streamed_blocks_train_the_same_adapter(shown, tmp_path):
     caches = shutil.copytree(shown / "caches", tmp_path / "moved")
-    train(shown, caches, tmp_path / "r", "--stale-ok")
+    train(shown, caches, tmp_path / "r", "--stale-ok", "--blocks-to-swap", 2)
     first, second = (load_file(run / "final/adapter.safetensors") for run in (shown / RUN, tmp_path / "r"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "mode",
-    [
-        ("--blocks-to-swap", 2),
-        ("--base-dtype", "int8"),
-        ("--layer-major", "--train-batch-size", 4, "--gradient-accumulation-steps", 2),
-    ],
-    ids=("streamed", "int8", "layer-major"),
-)
-def test_memory_modes_learn_the_new_shape_as_well(shown, wanted, tmp_path, mode):
-    train(shown, shown / "caches", tmp_path / "r", *mode)
+@pytest.mark.xdist_group("demo")
+def test_memory_modes_learn_the_new_shape_as_well(shown, wanted, tmp_path):
+    layer_major = ("--layer-major", "--train-batch-size", 4, "--gradient-accumulation-steps", 2)
+    train(shown, shown / "caches", tmp_path / "r", "--base-dtype", "int8", *layer_major)
     prompts = encode_subjects(tmp_path / "a", wanted, 500)
     after = accuracy(wanted, read_latents(draw_latents(prompts, tmp_path / "r/final/adapter.safetensors")))
     assert after["shape"] >= 0.8, after
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("demo")
 def test_exported_file_draws_the_same_in_diffusers(shown, wanted, tmp_path):
     from diffusers import StableDiffusion3Pipeline
     from support.demo_as_diffusers import write_demo_base_for_diffusers

@@ -253,7 +253,7 @@ def undisturbed(commands, tmp_path_factory) -> Callable[[str], tuple[float, dict
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("sent", "number"),
-    [(signal.SIGKILL, 1), *(pytest.param(sent, 20, marks=pytest.mark.slow) for sent in ENDS)],
+    [(signal.SIGKILL, 1), *(pytest.param(sent, 10, marks=pytest.mark.slow) for sent in ENDS)],
     ids=lambda value: getattr(value, "name", str(value)),
 )
 @pytest.mark.parametrize("name", NAMES)

@@ -18,7 +18,7 @@ from sd3pipe.demo.base_files import MODEL, TOKENIZERS
 
 COMMANDS = ("encode-text", "encode-latents", "train", "run")
 STEPS = 60
-SLOW_SIGNALS = 15  # for each command
+SLOW_SIGNALS = 8  # for each command
 LATEST_SECONDS = 8.0  # by then the third step is done
 
 

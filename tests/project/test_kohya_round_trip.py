@@ -1,4 +1,4 @@
-"""Commands in five styles are translated, encoded, trained and exported; the run's report says what they said."""
+"""Commands in five styles are one project, which is encoded, trained and exported; its report says what they said."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from support.command_line import sd3pipe
+from support.command_line import forked, sd3pipe
 
 from sd3pipe.demo.base_files import MODEL
 
@@ -84,29 +84,50 @@ def written(file: Path, text: str) -> Path:
     return file
 
 
-@pytest.mark.slow  # each takes about 12 s
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("style", STYLES)
-def test_a_command_trains_as_it_says(setting, style, tmp_path):
-    said, told_of = SETTINGS[setting]
-    wanted = {**UNSAID, "seed": said["seed"], **told_of}
+@pytest.fixture
+def options(tmp_path) -> dict[str, Any]:
+    """What each command says: a picture of a folder, and where everything goes."""
     pictures = tmp_path / "my pictures" / "2_a red circle"
     pictures.mkdir(parents=True)
     Image.new("RGB", (64, 64), (200, 90, 30)).save(pictures / "0.png")
-    options = {
+    return {
         "pretrained_model_name_or_path": str(MODEL), "train_data_dir": str(pictures.parent), "resolution": "64,64",
         "output_dir": str(tmp_path / "loras"), "output_name": "mine", "network_module": "networks.lora_sd3",
         "network_dim": 2, "learning_rate": 1e-4, "max_train_steps": 2, "network_train_unet_only": True, "sdpa": True,
-        "cache_latents": True, "max_data_loader_n_workers": 0, **said,
+        "cache_latents": True, "max_data_loader_n_workers": 0,
     }  # fmt: skip
+
+
+def translate(folder: Path, options: dict[str, Any], style: str) -> tuple[str, dict[str, str]]:
+    """Translates a command of a style; returns what was told, and the project's files."""
     if style == "gui":  # where an empty field is 0
-        options["LoRA_type"] = "Standard"
-    source = command_file(tmp_path, options, style)
-    told = sd3pipe("from-kohya", source, "--out", tmp_path / "p", "--tokenizers", TOKENIZERS, cwd=tmp_path).stdout
+        options = {**options, "LoRA_type": "Standard"}
+    source = command_file(folder, options, style)
+    told = forked("from-kohya", source, "--out", folder / style, "--tokenizers", TOKENIZERS, cwd=folder).stdout
+    files = [path for path in (folder / style).rglob("*") if path.is_file()]
+    return told, {str(path.relative_to(folder / style)): path.read_text().replace(source.name, "") for path in files}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_all_styles_of_a_command_are_one_project(setting, options, tmp_path):
+    said, _ = SETTINGS[setting]
+    (told, first), *others = [translate(tmp_path, {**options, **said}, style) for style in STYLES]
     assert ("conv_dim=4" in told) == ("network_args" in said)
-    sd3pipe("run", cwd=tmp_path / "p")
-    report = json.loads((tmp_path / "p" / "runs" / "mine" / "report.json").read_text())
+    assert "stages/train.toml" in first
+    for style, (_, files) in zip(STYLES[1:], others, strict=True):
+        assert files == first, style
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_command_trains_as_it_says(setting, options, tmp_path):
+    said, told_of = SETTINGS[setting]
+    wanted = {**UNSAID, "seed": said["seed"], **told_of}
+    translate(tmp_path, {**options, **said}, "bash")
+    sd3pipe("run", cwd=tmp_path / "bash")
+    report = json.loads((tmp_path / "bash" / "runs" / "mine" / "report.json").read_text())
     assert report["steps"] == 2
     assert {name: report["identity"][name] for name in wanted} == wanted
-    assert (tmp_path / "p" / "exports" / "mine.safetensors").is_file()
+    assert (tmp_path / "bash" / "exports" / "mine.safetensors").is_file()
     assert (tmp_path / "loras" / "mine.safetensors").is_file()
