@@ -20,6 +20,7 @@ from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.decoding import row_job
 from sd3pipe.data.feed import decoded_rows
 from sd3pipe.data.geometry import views_of_all
+from sd3pipe.data.read_ahead import read_ahead
 from sd3pipe.data.scan import scan, watched_folders
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.watched import state_of
@@ -97,7 +98,10 @@ def measure(image_dir: Path, decode: int, workers: int) -> dict[str, float]:
     found["check"] = time.perf_counter() - started
     views = [view for of_one in views_of_all(scanned, crop_variants=1, seed=0)[0] for view in of_one]
     views.sort(key=lambda view: view.picture.image_hash)  # the order of a cache's rows, which is random
-    rows = decoded_rows((row_job(view.picture, view.cut, 8) for view in views[:decode]), workers=workers)
+    views = views[:decode]
+    ahead = read_ahead([view.picture.place for view in views])
+    jobs = (row_job(view.picture, view.cut, 8, data) for view, data in zip(views, ahead, strict=True))
+    rows = decoded_rows(jobs, workers=workers)
     next(rows)  # once the workers are there
     started = time.perf_counter()
     found["rows/s"] = sum(1 for _ in rows) / (time.perf_counter() - started)

@@ -16,6 +16,7 @@ from sd3pipe.captioning.plan import WORDS
 from sd3pipe.console import one_line
 from sd3pipe.data.images import decode_on_white
 from sd3pipe.data.places import read_unchanged
+from sd3pipe.data.read_ahead import read_ahead
 from sd3pipe.data.scan import Picture
 from sd3pipe.errors import UnreadablePicture
 from sd3pipe.params.caption import CaptionParams
@@ -49,9 +50,10 @@ def captioned_rows(
 ) -> Iterator[Row | UnreadablePicture]:
     """Yields the row of each picture, in their order."""
     longest, at_once = params.generation.captioner_px, params.captioner_batch_size
+    ahead = read_ahead([picture.place for picture in pictures])
     for start in range(0, len(pictures), at_once):
         stopping.check()
-        batch = [_pixels(picture, longest) for picture in pictures[start : start + at_once]]
+        batch = [_pixels(picture, next(ahead), longest) for picture in pictures[start : start + at_once]]
         readable = [item for item in batch if not isinstance(item, UnreadablePicture)]
         words = iter(model.words(readable) if readable else ())
         for item in batch:
@@ -61,10 +63,10 @@ def captioned_rows(
                 yield {WORDS: from_numpy(np.frombuffer(next(words).encode("utf-8", "replace"), np.uint8))}
 
 
-def _pixels(picture: Picture, longest: int) -> np.ndarray | UnreadablePicture:
+def _pixels(picture: Picture, ahead: bytes | None, longest: int) -> np.ndarray | UnreadablePicture:
     """Returns a picture over white, made smaller where it is larger than asked, as uint8 [H, W, 3]."""
     try:
-        data = read_unchanged(picture.place, picture.image_hash, while_it="captions were made")
+        data = read_unchanged(picture.place, picture.image_hash, while_it="captions were made", ahead=ahead)
         pixels_HWC = decode_on_white(data, picture.place.suffix, has_alpha=picture.has_alpha)
     except UnreadablePicture as error:
         log.warning("%s: left out: %s", one_line(str(picture.place)), error)

@@ -29,6 +29,7 @@ class DecodeJob:
     mask_hash: str | None
     cut: Cut
     latent_px: int = 8
+    ahead: bytes | None = None  # the picture, where it was read ahead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +40,8 @@ class Pixels:
     mask: np.ndarray | None
 
 
-def row_job(picture: "Picture", cut: Cut, latent_px: int) -> DecodeJob:
-    """Returns what a worker has to decode for one cut of a picture."""
+def row_job(picture: "Picture", cut: Cut, latent_px: int, ahead: bytes | None = None) -> DecodeJob:
+    """Returns what a worker has to decode for one cut of a picture, which may have been read already."""
     return DecodeJob(
         place=picture.place,
         image_hash=picture.image_hash,
@@ -48,6 +49,7 @@ def row_job(picture: "Picture", cut: Cut, latent_px: int) -> DecodeJob:
         mask_hash=picture.mask_hash,
         cut=cut,
         latent_px=latent_px,
+        ahead=ahead,
     )
 
 
@@ -55,7 +57,7 @@ def decode_row(job: DecodeJob) -> Pixels:
     """Returns the pixels of one row. Raises UnreadablePicture."""
     cut = job.cut
     keep_alpha = cut.mask == "alpha" or cut.background is not None
-    data = read_unchanged(job.place, job.image_hash, while_it=_ENCODED)
+    data = read_unchanged(job.place, job.image_hash, while_it=_ENCODED, ahead=job.ahead)
     pixels = _cut_out(decode(data, job.place.suffix, keep_alpha=keep_alpha), cut)
     mask = None
     if cut.mask == "alpha":

@@ -70,9 +70,12 @@ def read_picture(place: Path | Place, most_bytes: int | None = None) -> bytes:
     return data
 
 
-def read_unchanged(place: Place, expected_hash: str, *, while_it: str) -> bytes:
-    """Returns the bytes of a picture if they are still those of the scan. Raises UnreadablePicture."""
-    data = read_picture(place)
+def read_unchanged(place: Place, expected_hash: str, *, while_it: str, ahead: bytes | None = None) -> bytes:
+    """Returns the bytes of a picture, `ahead` if they were read already, if they are still those of the scan.
+
+    Raises UnreadablePicture.
+    """
+    data = read_picture(place) if ahead is None else ahead
     if hash_bytes(data) != expected_hash:
         raise UnreadablePicture(f"it changed while {while_it}: run again")
     return data
@@ -89,10 +92,9 @@ def _read(place: Place, most_bytes: int) -> bytes:
         file, cell = place.file, place.part
         stamp = stamp_of_file(file) if isinstance(file, Remote) else stamp_of(file.stat())
         try:
-            value = _column(file, stamp, cell.group, cell.column)[cell.row].as_py()
+            return cell_bytes(_column(file, stamp, cell.group, cell.column)[cell.row])
         except (IndexError, ValueError, KeyError) as error:
             raise InputError(f"{file}: has no row {cell.row} in its row group {cell.group} any more") from error
-        return (next(iter(value.values())) if isinstance(value, dict) else value) or b""
     start, size = (place.part.start, place.part.size) if place.part else (0, most_bytes + 1)
     size = min(size, most_bytes + 1)
     if isinstance(place.file, Remote):
@@ -127,6 +129,12 @@ def open_parquet(handle: BinaryIO, file: Path | Remote) -> Any:
         return ParquetFile(handle)
     except pyarrow.ArrowException as error:
         raise InputError(f"{file}: cannot be read as Parquet ({' '.join(str(error).split())})") from error
+
+
+def cell_bytes(scalar: Any) -> bytes:
+    """Returns the bytes of a value of a column of pictures; of image.bytes, a {bytes} record."""
+    value = scalar.as_py()
+    return (next(iter(value.values())) if isinstance(value, dict) else value) or b""
 
 
 @functools.lru_cache(maxsize=1)  # rows in their order come from one row group after the other

@@ -12,6 +12,7 @@ from sd3pipe.console import one_line
 from sd3pipe.data.decoding import Pixels, row_job
 from sd3pipe.data.feed import Decoded, decoded_rows, default_workers
 from sd3pipe.data.geometry import View
+from sd3pipe.data.read_ahead import read_ahead
 from sd3pipe.device import choose_device
 from sd3pipe.device_memory import memory_errors
 from sd3pipe.errors import UnreadablePicture
@@ -47,7 +48,8 @@ def encoded_rows(
     params: EncodeLatentsParams,
 ) -> Iterator[tuple[str, Encoded]]:
     """Yields (key, row) of every view in order. Raises InputError where the VAE's numbers do not fit the rows."""
-    jobs = (row_job(view.picture, view.cut, architecture.downscale) for view in views)
+    pictures = read_ahead([view.picture.place for view in views])
+    jobs = (row_job(v.picture, v.cut, architecture.downscale, data) for v, data in zip(views, pictures, strict=True))
     workers = default_workers() if params.max_data_loader_n_workers is None else params.max_data_loader_n_workers
     with memory_errors(lambda: _way_out(params, encoder.device)):
         rows = rows_of(views, decoded_rows(jobs, workers=min(workers, len(keys))), encoder)
