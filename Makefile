@@ -32,7 +32,7 @@ test-long: setup
 	$(BIN)/python -m pytest -n 2 -m "long and not slow and not gpu"
 
 test-all: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup  # what is costly to make is made by one worker
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 lint: setup
 	$(BIN)/ruff check .

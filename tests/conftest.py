@@ -4,7 +4,7 @@ import gc
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,11 +18,30 @@ if TYPE_CHECKING:
     from support.tiny_base import TinyBase
 
 ROOT = Path(__file__).resolve().parent.parent
+TOGETHER = (  # what these share takes minutes to make: with --dist loadscope one worker makes it, and runs them all
+    "tests/demo/",
+    "tests/docs/test_command_blocks.py",
+    "tests/pipeline/test_without_unix.py",
+)
 
 
 def pytest_collection_finish() -> None:
     """Leaves torch, transformers and the tests themselves out of what the collector walks while tests run."""
     gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Lets all other tests go to whichever worker is free."""
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((place for place in TOGETHER if nodeid.startswith(place)), nodeid)
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

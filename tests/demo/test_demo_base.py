@@ -48,7 +48,6 @@ def test_a_few_prompts_are_drawn_right(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("demo")
 def test_held_out_prompts_are_drawn_right(base_accuracy):
     assert len(held_out_subjects()) == 200
     assert all(base_accuracy[field] >= least for field, least in LEAST.items()), base_accuracy

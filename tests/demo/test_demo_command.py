@@ -43,7 +43,6 @@ def test_demo_does_not_overwrite_what_is_not_its_own(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("demo")
 def test_new_shape_is_drawn_after_and_not_before(shown, wanted, tmp_path):
     prompts = encode_subjects(tmp_path / "a", wanted, 500)
     after = accuracy(wanted, read_latents(draw_latents(prompts, shown / f"exports/{NEW_WORD}.safetensors")))
@@ -54,7 +53,6 @@ def test_new_shape_is_drawn_after_and_not_before(shown, wanted, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("demo")
 def test_old_prompts_stay_near_the_base(shown, base_accuracy, tmp_path):
     subjects = held_out_subjects()
     prompts = encode_subjects(tmp_path / "a", subjects, 1000)
@@ -69,7 +67,6 @@ def train(shown: Path, caches: Path, out: Path, *options: object) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("demo")
 def test_moved_caches_and_streamed_blocks_train_the_same_adapter(shown, tmp_path):
     caches = shutil.copytree(shown / "caches", tmp_path / "moved")
     train(shown, caches, tmp_path / "r", "--stale-ok", "--blocks-to-swap", 2)
@@ -79,7 +76,6 @@ def test_moved_caches_and_streamed_blocks_train_the_same_adapter(shown, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("demo")
 def test_memory_modes_learn_the_new_shape_as_well(shown, wanted, tmp_path):
     layer_major = ("--layer-major", "--train-batch-size", 4, "--gradient-accumulation-steps", 2)
     train(shown, shown / "caches", tmp_path / "r", "--base-dtype", "int8", *layer_major)
@@ -89,7 +85,6 @@ def test_memory_modes_learn_the_new_shape_as_well(shown, wanted, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("demo")
 def test_exported_file_draws_the_same_in_diffusers(shown, wanted, tmp_path):
     from diffusers import StableDiffusion3Pipeline
     from support.demo_as_diffusers import write_demo_base_for_diffusers

@@ -163,7 +163,6 @@ def test_toml_is_what_its_reader_takes(block, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("pages")
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if runnable(page)], ids=lambda page: str(page.relative_to(ROOT))
 )

@@ -11,7 +11,7 @@ from support.elsewhere import as_elsewhere
 from sd3pipe.demo.base_files import MODEL, TOKENIZERS
 from sd3pipe.fingerprint import hash_file
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("other systems")]
+pytestmark = pytest.mark.slow
 TEXTS = {
     "dataset.toml": "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'photos'\ncaption_prefix = 'a'\n",
     "prompts.txt": "# what to draw\na red circle --w 64 --h 64 --s 1 --d 1\n",
