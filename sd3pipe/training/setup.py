@@ -5,6 +5,7 @@
 import functools
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from sd3pipe.cores import usable_cores
 from sd3pipe.diffusion.base_model import load_base
 from sd3pipe.diffusion.precision import BASE_DTYPES
 from sd3pipe.errors import InputError, ParameterError, StaleError
-from sd3pipe.files import make_folder
+from sd3pipe.files import make_folder, storage_errors
 from sd3pipe.memory.plan import Settings
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.mmdit import MMDiT
@@ -72,7 +73,9 @@ def check_options(run: Run, architecture: MMDiTArchitecture) -> None:
             raise ParameterError(
                 f"output_name = {name[:40]}...: is too long for the name of a file: choose a shorter one"
             )
-        make_folder(params.loras_dir)
+        folder = make_folder(params.loras_dir)
+        with storage_errors(folder), tempfile.TemporaryFile(dir=folder):
+            pass  # adapters go there at the first save, which may be hours away
 
 
 def _check_kinds(params: TrainParams, spec: AdapterSpec, run: RunInputs) -> None:

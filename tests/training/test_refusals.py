@@ -95,6 +95,7 @@ OPTIONS = {
     "a checkpoint that is not there": (3, {"resume": "{folder}/runs/nothing"}),
     "a checkpoint of another run": (4, {"resume": "{folder}/runs/finished"}),
     "a place for adapters that is a file": (7, {"loras_dir": "{folder}/text.txt"}),
+    **({"a place where no file can be": (7, {"loras_dir": "/proc/self"})} if Path("/proc/self").is_dir() else {}),
 }
 
 
