@@ -17,7 +17,7 @@ from sd3pipe.errors import InputError, NetworkError
 from sd3pipe.remote import Remote
 
 AHEAD_BYTES = 512 << 20  # of pictures that were read and not yet asked for, about
-_ROWS_AT_ONCE = 16  # that are unpacked, of which one may be asked for
+_ROWS_AT_ONCE = 16  # that are unpacked
 
 
 def read_ahead(places: Sequence[Place]) -> Iterator[bytes | None]:
@@ -25,7 +25,7 @@ def read_ahead(places: Sequence[Place]) -> Iterator[bytes | None]:
 
     None is for other files, for a picture alone, and where reading fails, so that who reads it there says why.
     """
-    bounds = functools.cache(_bytes_of_a_row)
+    row_bytes = functools.cache(_row_bytes)
     start = held = 0
     for number, place in enumerate(places):
         if not isinstance(place.part, ParquetCell):
@@ -33,7 +33,7 @@ def read_ahead(places: Sequence[Place]) -> Iterator[bytes | None]:
                 yield None
                 start = number + 1
             continue
-        size = bounds(place.file, place.part.group)
+        size = row_bytes(place.file).get(place.part.group, 0)
         if held + size > AHEAD_BYTES and start < number:
             yield from _read(places[start:number])
             start, held = number, 0
@@ -41,23 +41,26 @@ def read_ahead(places: Sequence[Place]) -> Iterator[bytes | None]:
     yield from _read(places[start:])
 
 
-def _bytes_of_a_row(file: Path | Remote, group: int) -> int:
-    """Returns the mean size of a row in a row group, 0 where that cannot be read."""
-    with contextlib.suppress(OSError, ValueError, IndexError, InputError, NetworkError), open_container(file) as handle:
-        row_group = open_parquet(handle, file).metadata.row_group(group)
-        return row_group.total_byte_size // max(row_group.num_rows, 1)
-    return 0
+def _row_bytes(file: Path | Remote) -> dict[int, int]:
+    """Returns the mean size of a row of each row group; none where they cannot be read."""
+    with contextlib.suppress(OSError, ValueError, InputError, NetworkError), open_container(file) as handle:
+        metadata = open_parquet(handle, file).metadata
+        groups = {number: metadata.row_group(number) for number in range(metadata.num_row_groups)}
+        return {number: group.total_byte_size // max(group.num_rows, 1) for number, group in groups.items()}
+    return {}
 
 
 def _read(places: Sequence[Place]) -> list[bytes | None]:
     """Returns the pictures at these places, each row group unpacked once."""
+    if len(places) == 1:
+        return [None]
     found: dict[int, bytes] = {}
     asked: dict[Path | Remote, dict[tuple[int, str], dict[int, list[int]]]] = {}
     for number, place in enumerate(places):
         if isinstance(cell := place.part, ParquetCell):
             rows = asked.setdefault(place.file, {}).setdefault((cell.group, cell.column), defaultdict(list))
             rows[cell.row].append(number)
-    for file, groups in asked.items() if len(places) > 1 else ():
+    for file, groups in asked.items():
         with (
             contextlib.suppress(OSError, ValueError, IndexError, KeyError, InputError, NetworkError),
             open_container(file) as handle,

@@ -1,6 +1,5 @@
 """The demo as a user gets it, made once for all tests that look at what it learnt."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from sd3pipe.demo.project import LEARNT
 @pytest.fixture(scope="session")
 def shown(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "demo"
-    sd3pipe("demo", folder, env={"OMP_NUM_THREADS": str(os.cpu_count())})
+    sd3pipe("demo", folder)
     return folder
 
 
