@@ -10,7 +10,10 @@ _LORA = re.compile(
 )
 _UNET = re.compile(r"(down|up|mid|input|output|middle)_block")
 _UNET_BY_TEXT_WIDTH = {768: "a LoRA for SD 1.5", 1024: "a LoRA for SD 2", 2048: "a LoRA for SDXL"}
-_FLUX_WIDTH = 3072  # under diffusers' names Flux's double blocks are called as SD3's are
+# Under diffusers' names Flux's double blocks are called as SD3's are, whose attention is 1536 or 2432 wide. The attention
+# tells them apart: in a medium SD3 the last block's norm has 3072 rows, too.
+_FLUX_WIDTH = 3072
+_ATTENTION_OF_DIFFUSERS = re.compile(r"transformer_blocks[._]\d+[._]attn[._](to|add)_")
 _KINDS_OF_LORA = (
     (r"double_blocks|single_blocks|single_transformer_blocks", "a LoRA for Flux"),
     (r"blocks[._]\d+[._](cross_attn|self_attn|ffn)", "a LoRA for Wan"),
@@ -49,7 +52,7 @@ def foreign_kind(shapes: Shapes) -> str | None:
         return _first(_KINDS_OF_CHECKPOINT, names)
     if any(_UNET.search(name) for name in names):
         return _kind_of_unet(shapes)
-    if any(_FLUX_WIDTH in shape for name, shape in shapes.items() if "transformer_blocks" in name):
+    if any(_FLUX_WIDTH in shape for name, shape in shapes.items() if _ATTENTION_OF_DIFFUSERS.search(name)):
         return "a LoRA for Flux"
     return _first(_KINDS_OF_LORA, names)
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.public_models import PUBLIC_ARCHITECTURES
 from support.random_adapters import random_adapter, random_delta
 from support.tiny_mmdit import tiny_architecture
 
@@ -166,6 +167,31 @@ def test_foreign_files_are_refused_with_what_they_seem_to_be(tmp_path, what):
     save_file({name: torch.zeros(shape) for name, shape in FOREIGN_FILES[what].items()}, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match=f"seems to be {what.strip()}"):
         read_adapter(tmp_path / "a.safetensors")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("form", WRITTEN_FORMS)
+@pytest.mark.parametrize("variant", PUBLIC_ARCHITECTURES)
+def test_adapters_of_the_public_models_seem_to_be_nothing_else(tmp_path, variant, form):
+    """Of real sizes: the first blocks, those at the end of dual attention, and the last ones."""
+    architecture, generator = PUBLIC_ARCHITECTURES[variant], torch.Generator().manual_seed(0)
+    blocks = {0, 12, 13, architecture.depth - 2, architecture.depth - 1}
+    sizes = {
+        path: size
+        for path, size in architecture.linear_sizes().items()
+        if not path.startswith("joint_blocks.") or int(path.split(".")[1]) in blocks
+    }
+    for kind in ("lora", "dora", "loha", "lokr", "oft", "oftv2"):
+        adapter = {
+            path: random_delta(kind, size, rank=4, alpha=2.0, generator=generator) for path, size in sizes.items()
+        }
+        try:
+            save_adapter(tmp_path / "a.safetensors", adapter, form=form, metadata={})
+        except ParameterError as refusal:  # of a kind that the form has no names for
+            assert kind != "lora", refusal
+            continue
+        found = read_adapter(tmp_path / "a.safetensors")
+        assert found.adapter.keys() == adapter.keys() and variant in found.variants, kind
 
 
 @pytest.fixture

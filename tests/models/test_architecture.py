@@ -6,19 +6,16 @@ import subprocess
 import sys
 
 import pytest
+from support.public_models import PUBLIC_ARCHITECTURES
 
 from sd3pipe.errors import InputError
 from sd3pipe.models.architecture import MMDiTArchitecture, detect_mmdit
 
-SD3_MEDIUM = MMDiTArchitecture(depth=24, pos_embed_max=192, qk_norm=False)
-SD35_MEDIUM = MMDiTArchitecture(depth=24, pos_embed_max=384, qk_norm=True, dual_attention_blocks=tuple(range(13)))
-SD35_LARGE = MMDiTArchitecture(depth=38, pos_embed_max=192, qk_norm=True)
-
 # model-spec 1.1: parameters with the position table, tensors, one block, the last block
 REAL = {
-    "sd3-medium": (SD3_MEDIUM, 2_084_951_104, 491, 84_980_736, 54_294_528),
-    "sd35-medium": (SD35_MEDIUM, 2_469_663_936, 665, 101_506_944, 54_294_784),
-    "sd35-large": (SD35_LARGE, 8_146_280_768, 923, 212_999_680, 136_085_248),
+    "sd3-medium": (PUBLIC_ARCHITECTURES["sd3-medium"], 2_084_951_104, 491, 84_980_736, 54_294_528),
+    "sd35-medium": (PUBLIC_ARCHITECTURES["sd35-medium"], 2_469_663_936, 665, 101_506_944, 54_294_784),
+    "sd35-large": (PUBLIC_ARCHITECTURES["sd35-large"], 8_146_280_768, 923, 212_999_680, 136_085_248),
 }
 FOLDERS = {
     "sd3-medium": "stable-diffusion-3-medium",

@@ -45,7 +45,8 @@ def make_environment(folder: Path) -> dict[str, str]:
     pip = folder / "bin" / "pip"
     pip.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pip --python "{folder}/bin/python" "$@"\n', encoding="utf-8")
     pip.chmod(0o755)
-    return {**os.environ, **_OFFLINE, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    here = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**here, **_OFFLINE, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
 
 def run_here(command: list[str], folder: Path, variables: dict[str, str]) -> str:
