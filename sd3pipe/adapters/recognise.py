@@ -10,8 +10,8 @@ _LORA = re.compile(
 )
 _UNET = re.compile(r"(down|up|mid|input|output|middle)_block")
 _UNET_BY_TEXT_WIDTH = {768: "a LoRA for SD 1.5", 1024: "a LoRA for SD 2", 2048: "a LoRA for SDXL"}
-# Under diffusers' names Flux's double blocks are called as SD3's are, whose attention is 1536 or 2432 wide. The attention
-# tells them apart: in a medium SD3 the last block's norm has 3072 rows, too.
+# Under diffusers' names Flux's double blocks are called as SD3's are, whose attention is 1536 or 2432 wide. It is the
+# attention that tells them apart: in a medium SD3 the last block's norm has 3072 rows, too.
 _FLUX_WIDTH = 3072
 _ATTENTION_OF_DIFFUSERS = re.compile(r"transformer_blocks[._]\d+[._]attn[._](to|add)_")
 _KINDS_OF_LORA = (

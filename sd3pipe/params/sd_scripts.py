@@ -229,7 +229,9 @@ _NETWORK = {
         "the adapter is on the MMDiT alone",
         otherwise="text encoders are not trained: their outputs are cached; remove the key",
     ),
-    "network_train_text_encoder_only": _refused("flag", "the adapter is on the MMDiT; text encoders are not trained"),
+    "network_train_text_encoder_only": _refused(
+        "flag", "trains text encoders alone; here the MMDiT is trained, and they are not"
+    ),
     "text_encoder_lr": _refused("floats", _UNTRAINED),
     "network_dim": _acts("int", 4, "train"),
     "network_alpha": _acts("float", 1.0, "train"),

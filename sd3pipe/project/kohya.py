@@ -129,7 +129,7 @@ def _translate(name: str, value: Any, result: Translation) -> None:
 
 
 def _fix_network(asked: Given, result: Translation) -> None:
-    if asked.get("network_train_unet_only") is not True:
+    if not (asked.get("network_train_unet_only") is True or asked.get("network_train_text_encoder_only") is True):
         result.lost.append(
             "text encoder LoRA: without --network_train_unet_only sd-scripts trains CLIP-L and CLIP-G, too; here text "
             "encoders are not trained, since their outputs are cached. The MMDiT's part is the same"
@@ -214,6 +214,11 @@ def _fix_optimizer(asked: Given, result: Translation) -> None:
         )
     if str(train.get("optimizer_type")).lower() == "adafactor":
         _fix_adafactor(asked, train, result)
+    if train.get("lr_scheduler") == "constant":
+        if warmup := train.get("lr_warmup_steps"):
+            reason = "constant has no warm-up, and sd-scripts refuses the pair: constant_with_warmup has one"
+            result.leave_out("train", "lr_warmup_steps", warmup, reason)
+        train["lr_warmup_steps"] = 0
     ratio = asked.get("lr_scheduler_min_lr_ratio")
     if ratio is not None and train.get("lr_scheduler") not in _ENDS_ABOVE_ZERO:
         train.pop("lr_scheduler_min_lr_ratio")

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,10 +80,14 @@ def without(here) -> Outcome:
     return outcome(*BASE, out="without")
 
 
-def outcome(*words: str, out: str) -> Outcome:
-    """Returns the texts of the project's files, and the lines that were printed."""
+def outcome(*words: str, out: str, **options: bool) -> Outcome:
+    """Returns the texts of the project's files, which its stages have read, and the lines that were printed."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        main(FromKohyaParams(source=("sd3_train_network.py", *words), out=Path(out), all=True))
+        main(FromKohyaParams(source=("sd3_train_network.py", *words), out=Path(out), all=True, **options))
+    models = load_stage_models()
+    for file in (Path(out) / "stages").glob("*.toml"):
+        required = {name: "x" for name, field in models[file.stem].model_fields.items() if field.is_required()}
+        resolve(models[file.stem], file.stem, required, config=file)
     texts = {str(file.relative_to(out)): file.read_text() for file in Path(out).rglob("*") if file.is_file()}
     return texts, set(printed.getvalue().splitlines())
 
@@ -127,12 +132,22 @@ def test_all_options_together_make_a_project_that_the_stages_read(here):
         words_for(name) for name in THEIRS if name not in ("dataset_config", "in_json")
     )
     outcome(*words, out="project")
-    models = load_stage_models()
-    for file in (here / "project" / "stages").glob("*.toml"):
-        model = models[file.stem]
-        given = {name: "x" for name, field in model.model_fields.items() if field.is_required()}
-        resolve(model, file.stem, given, config=file)
     assert load_dataset(here / "project" / "dataset.toml").subsets
+
+
+@pytest.mark.parametrize("modernize", [False, True])
+@pytest.mark.parametrize("warmup", [(), ("--lr_warmup_steps", "10")])
+@pytest.mark.parametrize("scheduler", ["constant", "constant_with_warmup", "cosine"])
+def test_a_warm_up_that_a_schedule_has_not_is_left_out(scheduler, warmup, modernize, here):
+    out = f"{scheduler}-{len(warmup)}-{modernize}"
+    texts, lines = outcome(*BASE, "--lr_scheduler", scheduler, *warmup, out=out, modernize=modernize)
+    train = tomllib.loads(texts["stages/train.toml"])
+    assert train["lr_scheduler"] == scheduler
+    if scheduler == "constant":
+        assert train["lr_warmup_steps"] == 0
+        assert any("constant has no warm-up" in line for line in lines) == bool(warmup)
+    elif warmup:
+        assert train["lr_warmup_steps"] == 10
 
 
 def test_places_are_those_that_the_project_has():

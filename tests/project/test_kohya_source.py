@@ -138,13 +138,79 @@ def test_settings_of_the_gui_have_its_own_names_and_empty_fields(tmp_path):
     given = read_source([str(file)])
     assert given["resolution"] == [512, 768] and given["max_train_epochs"] == 3 and given["lr_warmup_steps"] == 0.1
     assert given["optimizer_type"] == "AdamW8bit" and given["t5xxl"] == "t5.safetensors" and given["seed"] == 5
-    assert given["min_timestep"] == 10 and given["sdpa"] is True and given["network_alpha"] == 0
+    assert given["min_timestep"] == 10 and given["sdpa"] is True
     assert not given.keys() & {"noise_offset", "t5xxl_max_token_length", "clip_l", "num_processes", "max_train_steps"}
+    assert "network_alpha" not in given
     result = translate(given)
     assert result.values["train"]["adapter_type"] == "loha"
     assert result.values["train"]["network_args"] == ["rank_dropout=0.1"]
     assert result.prompts == "a cat --w 512\na dog"
     assert not any("clip_skip" in line for line in (*result.lost, *result.changed, *result.idle))
+
+
+def gui(folder, **settings):
+    """Returns the options that the GUI's settings for SD3 stand for."""
+    (folder / "gui.json").write_text(json.dumps({"sd3_checkbox": True, **settings}))
+    return read_source([str(folder / "gui.json")])
+
+
+def test_fields_for_lycoris_become_the_network_args_that_the_gui_makes_of_them(tmp_path):
+    fields = {
+        "LyCORIS_preset": "attn-mlp", "dora_wd": True, "train_norm": True, "use_scalar": True, "use_tucker": False,
+        "conv_dim": 0, "module_dropout": 0, "decompose_both": True, "factor": 4, "constrain": 0.5, "rescaled": True,
+    }  # fmt: skip
+    locon, lokr, oft = (gui(tmp_path, LoRA_type=f"LyCORIS/{kind}", **fields) for kind in ("LoCon", "LoKr", "Diag-OFT"))
+    assert set(locon["network_args"]) == {
+        "algo=locon", "preset=attn-mlp", "dora_wd=True", "train_norm=True", "use_scalar=True",
+    }  # fmt: skip
+    assert {"algo=lokr", "factor=4", "decompose_both=True"} < set(lokr["network_args"])
+    assert {"algo=diag-oft", "constraint=0.5", "rescaled=True"} < set(oft["network_args"])
+    assert translate(locon).values["train"]["adapter_type"] == "dora"
+    assert any("constraint" in line for line in translate(oft).lost)
+    assert gui(tmp_path, LoRA_type="LyCORIS/LoHa", LyCORIS_preset="full")["network_args"] == ["algo=loha"]
+    assert gui(tmp_path, LoRA_type="Standard", block_dims="2,2", dora_wd=True)["network_args"] == ["block_dims=2,2"]
+
+
+def test_quotes_in_the_gui_s_fields_of_words_are_dropped(tmp_path):
+    given = gui(
+        tmp_path, optimizer_args='weight_decay="0.05" "betas=0.9,0.95"', lr_scheduler_args='"T_max=5"',
+        network_args='"rank_dropout=0.1"',
+    )  # fmt: skip
+    assert given["optimizer_args"] == ["weight_decay=0.05", "betas=0.9,0.95"]
+    assert given["lr_scheduler_args"] == ["T_max=5"] and given["network_args"] == ["rank_dropout=0.1"]
+
+
+def test_epochs_of_the_gui_count_for_folders_of_pictures_alone(tmp_path, caplog):
+    assert gui(tmp_path, epoch=3, train_data_dir="img", max_train_steps=0)["max_train_epochs"] == 3
+    assert not caplog.text
+    given = gui(tmp_path, epoch=3, dataset_config="d.toml", max_train_steps=0)
+    assert translate(given).values["train"]["max_train_steps"] == 1600
+    assert "with dataset_config it is 1600 steps" in caplog.text
+    assert "max_train_epochs" not in translate(given).values["train"]
+    assert gui(tmp_path, epoch=3, dataset_config="d.toml", max_train_steps=50)["max_train_steps"] == 50
+
+
+def test_zeros_that_the_gui_hands_to_nobody_are_said(tmp_path, caplog):
+    given = gui(tmp_path, max_grad_norm=0, prior_loss_weight=0.0, network_alpha=0, max_data_loader_n_workers=0)
+    assert given.keys() & {"max_grad_norm", "prior_loss_weight", "network_alpha"} == set()
+    assert given["max_data_loader_n_workers"] == 0
+    train = translate(given).values["train"]
+    assert train["max_grad_norm"] == train["prior_loss_weight"] == train["network_alpha"] == 1.0
+    assert caplog.text.count("the GUI hands no zero on, so it is 1") == 3
+
+
+def test_fields_of_flux_say_nothing_about_sd3(tmp_path):
+    given = gui(tmp_path, clip_l="flux_l.safetensors", t5xxl="flux_t5.safetensors", fp8_base_unet=True)
+    assert given.keys() & {"clip_l", "t5xxl", "fp8_base_unet"} == set()
+
+
+def test_training_text_encoders_alone_is_told(tmp_path):
+    of_text = translate(gui(tmp_path, unet_lr=0, text_encoder_lr=1e-4))
+    assert any("trains text encoders alone; here the MMDiT is trained" in line for line in of_text.lost)
+    assert not any("MMDiT's part is the same" in line for line in of_text.lost)
+    of_both = translate(gui(tmp_path, unet_lr=1e-4, text_encoder_lr=1e-4))
+    assert any("MMDiT's part is the same" in line for line in of_both.lost)
+    assert gui(tmp_path, unet_lr=1e-4, text_encoder_lr=0)["network_train_unet_only"] is True
 
 
 def test_settings_for_another_model_are_refused(tmp_path):
