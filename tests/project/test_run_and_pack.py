@@ -243,5 +243,23 @@ def test_pack_shows_the_ten_largest_and_all_on_demand(folder):
     assert len(forked("pack", "--all", cwd=folder).stdout.splitlines()) == 19 + 2
 
 
+def test_pack_sends_what_lies_outside_the_project_to_the_same_place(folder):
+    project = folder / "a project"
+    project.mkdir()
+    text = (folder / "project.toml").read_text().replace('"m.safetensors"', f'"{folder}/my models/m.safetensors"')
+    (project / "project.toml").write_text(text.replace('caches = "caches"', 'caches = "../shared"'))
+    for name in ("text", "latents"):
+        (folder / "shared" / name).mkdir(parents=True)
+        (folder / "shared" / name / "manifest.json").write_text("{}")
+    (folder / "my models").mkdir()
+    (folder / "my models" / "m.safetensors").write_bytes(bytes(2000))
+    said = forked("pack", "--with-model", cwd=project).stdout.splitlines()
+    assert said[-2].endswith("sd3pipe pack --list-only --with-model | rsync -a --files-from=- . HOST:FOLDER")
+    sent = f'rsync -aR {folder}/shared/text {folder}/shared/latents "{folder}/my models/m.safetensors" HOST:/'
+    assert said[-1] == f"and what lies outside it, to the same places there: {sent}"
+    listed = forked("pack", "--list-only", "--with-model", cwd=project)
+    assert listed.stdout.split("\n") == ["project.toml", ""] and sent in listed.stderr.replace("\n", " ")
+
+
 def test_pack_asks_for_the_caches_first(folder):
     assert "encode" in forked("pack", cwd=folder, expect=3).stderr
