@@ -25,7 +25,7 @@ class Tagger:
         try:
             import onnxruntime
         except ImportError as error:
-            raise InputError("taggers need onnxruntime: pip install 'sd3pipe[tagger]'") from error
+            raise InputError('taggers need onnxruntime: pip install "sd3pipe[tagger]"') from error
         self._where = captioner.folder
         self._least = {_GENERAL: rules.general_threshold, _CHARACTER: rules.character_threshold}
         self._tags = _tags(captioner)

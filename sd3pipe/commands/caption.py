@@ -164,7 +164,7 @@ def _prepare(params: CaptionParams) -> _Captions:
         )
     captioner = find_captioner(params.captioner, None if params.kind == "auto" else params.kind)
     if captioner.kind == "tagger" and importlib.util.find_spec("onnxruntime") is None:
-        raise ParameterError("caption: a tagger needs onnxruntime: pip install 'sd3pipe[tagger]'")
+        raise ParameterError('caption: a tagger needs onnxruntime: pip install "sd3pipe[tagger]"')
     _counter(params)
     others = [read_captions(cache) for cache in params.lines_of]
     stamps = FileStamps(machine_folder(params.out) / "stat.json", trust=not params.rehash)

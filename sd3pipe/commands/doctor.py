@@ -96,7 +96,7 @@ def _tokenizers(folder: Path | None, model: str | None) -> Finding:
 def _dvc() -> Finding:
     if Path(sys.executable).with_name("dvc").exists() or shutil.which("dvc"):
         return "ok", "`dvc repro` can run the pipeline"
-    return "note", "not installed; `sd3pipe run` does without: pip install 'sd3pipe[dvc]'"
+    return "note", 'not installed; `sd3pipe run` does without: pip install "sd3pipe[dvc]"'
 
 
 def _bitsandbytes() -> Finding:

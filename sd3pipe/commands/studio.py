@@ -25,7 +25,7 @@ def main(params: StudioParams) -> None:
         work_off(queue)
         return
     if any(importlib.util.find_spec(name) is None for name in _LIBRARIES):
-        raise ParameterError("studio: its libraries are not installed: pip install 'sd3pipe[studio]'")
+        raise ParameterError('studio: its libraries are not installed: pip install "sd3pipe[studio]"')
     folders = [read_project(folder).folder for folder in params.projects]
     if not folders:  # those that were opened before, and the one around the current folder
         here = find_project(Path.cwd())

@@ -116,7 +116,7 @@ def pyarrow_for(file: Path | Remote) -> Any:
     try:
         import pyarrow  # an extra's
     except ImportError as error:
-        raise InputError(f"{file}: needs pyarrow: pip install 'sd3pipe[parquet]'") from error
+        raise InputError(f'{file}: needs pyarrow: pip install "sd3pipe[parquet]"') from error
     return pyarrow
 
 

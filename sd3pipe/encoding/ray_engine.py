@@ -111,7 +111,7 @@ def _start() -> Any:
         import ray
         import ray.data
     except ImportError as error:
-        raise ParameterError("--engine ray needs Ray: pip install 'sd3pipe[ray]'") from error
+        raise ParameterError('--engine ray needs Ray: pip install "sd3pipe[ray]"') from error
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     _check_address(os.environ.get("RAY_ADDRESS", ""))

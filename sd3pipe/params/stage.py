@@ -47,7 +47,7 @@ SHARD: Any = option(
     "process's rank under torchrun, else all.", panel="This run", advanced=True, pattern=r"^\d+/[1-9]\d*$",
 )
 ENGINE: Any = option(
-    "local", "Who encodes: this process, or the workers of a Ray cluster (pip install 'sd3pipe[ray]'), which "
+    "local", "Who encodes: this process, or the workers of a Ray cluster (pip install \"sd3pipe[ray]\"), which "
     "RAY_ADDRESS names or which is started here.", panel="This run", advanced=True,
 )
 RAY_WORKERS: Any = option(

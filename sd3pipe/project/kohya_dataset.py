@@ -53,13 +53,16 @@ def dataset_blocks(given: Given, translation: Translation) -> list[Block]:
         for subset in subsets:
             subset.values.setdefault("conditioning_data_dir", folder)
     train = translation.values["train"]
-    sizes = {block.values.pop("batch_size") for block in blocks if "batch_size" in block.values}
-    if sizes:
+    if any("batch_size" in block.values for block in blocks):
+        of_others = blocks[0].values.pop("batch_size", train.get("train_batch_size", 1))
+        sizes = {block.values.pop("batch_size", of_others) for block in blocks if block.header == _DATASET} or {
+            of_others
+        }
         train["train_batch_size"] = max(sizes)
-    if len(sizes) > 1:
-        translation.changed.append(
-            f"batch_size: the file has {sorted(sizes)}; one size serves all here, train_batch_size = {max(sizes)}"
-        )
+        if len(sizes) > 1:
+            translation.changed.append(
+                f"batch_size: the file has {sorted(sizes)}; one size serves all here, train_batch_size = {max(sizes)}"
+            )
     # Masks of the alpha channel count wherever they are in sd-scripts, those of a folder under masked_loss alone.
     if any(block.values.get("alpha_mask") is True for block in blocks):
         train["masked_loss"] = "sum"

@@ -150,7 +150,7 @@ def _find(name: str) -> type[Optimizer]:
         optimizer_class = getattr(importlib.import_module(module_name), class_name)
     except ImportError as error:
         package = module_name.partition(".")[0]
-        wanted = "'sd3pipe[optimizers]'" if package in _IN_EXTRA else package
+        wanted = '"sd3pipe[optimizers]"' if package in _IN_EXTRA else package
         raise ParameterError(
             f"optimizer_type = {name}: the package {package} cannot be imported ({error}): "
             f"pip install {wanted}, or choose AdamW"

@@ -133,7 +133,7 @@ def check_trackers(params: TrainParams) -> None:
     missing = [name for name in _wanted(params) if importlib.util.find_spec(name) is None]
     if missing:
         raise ParameterError(
-            f"log_with = {params.log_with}: {missing[0]} is not installed: pip install 'sd3pipe[{missing[0]}]'"
+            f'log_with = {params.log_with}: {missing[0]} is not installed: pip install "sd3pipe[{missing[0]}]"'
         )
 
 

@@ -8,7 +8,7 @@ from sd3pipe.data import read_ahead as module
 from sd3pipe.data.places import ParquetCell, Place, read_picture
 from sd3pipe.data.read_ahead import read_ahead
 
-parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install 'sd3pipe[parquet]'")
+parquet = pytest.importorskip("pyarrow.parquet", reason='needs pyarrow: pip install "sd3pipe[parquet]"')
 COUNT, IN_A_GROUP, BYTES = 60, 10, 3000
 
 

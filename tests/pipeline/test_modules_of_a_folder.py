@@ -105,7 +105,7 @@ def test_no_rank_of_torchrun_does(project):
 
 @pytest.mark.slow
 def test_no_worker_of_ray_does(project):
-    pytest.importorskip("ray", reason="needs Ray: pip install 'sd3pipe[ray]'")
+    pytest.importorskip("ray", reason='needs Ray: pip install "sd3pipe[ray]"')
     assert "6 encoded" in run(project, PROGRAM, "encode-latents", "--engine", "ray", "--ray-workers", "2")
     assert what_ran(project) == ""
 

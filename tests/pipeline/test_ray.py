@@ -18,7 +18,7 @@ from sd3pipe.cli import run
 from sd3pipe.encoding.ray_engine import fill_parts
 from sd3pipe.errors import StaleError
 
-pytest.importorskip("ray", reason="needs Ray: pip install 'sd3pipe[ray]'")
+pytest.importorskip("ray", reason='needs Ray: pip install "sd3pipe[ray]"')
 SIZES = tuple((64 + 32 * wide, 64 + 32 * high) for wide in range(3) for high in range(3))  # a bucket and a segment each
 LONG = "so many words " * 20
 ON_RAY = ("--engine", "ray", "--ray-workers", "2")

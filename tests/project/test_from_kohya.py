@@ -15,7 +15,8 @@ from sd3pipe.errors import ParameterError
 from sd3pipe.params.from_kohya import FromKohyaParams
 from sd3pipe.params.sd_scripts import OPTIONS
 from sd3pipe.project.kohya import Translation, translate
-from sd3pipe.project.kohya_source import read_command
+from sd3pipe.project.kohya_dataset import dataset_blocks
+from sd3pipe.project.kohya_source import read_command, read_source
 
 DOCUMENTED = """accelerate launch \\
   --num_cpu_threads_per_process 1 sd3_train_network.py \\
@@ -131,6 +132,28 @@ def test_dataset_file_keeps_its_meaning_with_defaults_written_out(command, tmp_p
     assert tables["general"]["enable_bucket"] is False
     assert "batch_size" not in tables["datasets"][0]
     assert tables["datasets"][0]["subsets"][0]["num_repeats"] == 3
+
+
+@pytest.mark.parametrize(
+    ("general", "first", "second", "option", "size", "told"),
+    [
+        ("", "batch_size = 4", "", (), 4, "[1, 4]"),
+        ("", "batch_size = 4", "", ("--train_batch_size", "2"), 4, "[2, 4]"),
+        ("batch_size = 3", "", "", ("--train_batch_size", "2"), 3, ""),
+        ("batch_size = 3", "batch_size = 4", "batch_size = 4", (), 4, ""),
+        ("", "", "", ("--train_batch_size", "2"), 2, ""),
+    ],
+)
+def test_one_batch_size_serves_all_and_others_are_told(here, general, first, second, option, size, told):
+    subset = '[[datasets.subsets]]\nimage_dir = "td/10_sks cat"\n'
+    tables = (f"[[datasets]]\nresolution = 64\n{own}\n{subset}" for own in (first, second))
+    (here / "d.toml").write_text(f"[general]\n{general}\n" + "".join(tables))
+    given = read_source(["sd3_train_network.py", "--dataset_config", "d.toml", *option])
+    translation = translate(given)
+    dataset_blocks(given, translation)
+    assert translation.values["train"]["train_batch_size"] == size
+    lines = [line for line in translation.changed if line.startswith("batch_size: ")]
+    assert len(lines) == bool(told) and all(told in line for line in lines)
 
 
 def test_every_default_of_sd_scripts_is_written_out(here):
