@@ -55,9 +55,8 @@ def dataset_blocks(given: Given, translation: Translation) -> list[Block]:
     train = translation.values["train"]
     if any("batch_size" in block.values for block in blocks):
         of_others = blocks[0].values.pop("batch_size", train.get("train_batch_size", 1))
-        sizes = {block.values.pop("batch_size", of_others) for block in blocks if block.header == _DATASET} or {
-            of_others
-        }
+        datasets = [block.values for block in blocks if block.header == _DATASET]
+        sizes = {values.pop("batch_size", of_others) for values in datasets} or {of_others}
         train["train_batch_size"] = max(sizes)
         if len(sizes) > 1:
             translation.changed.append(
