@@ -88,3 +88,8 @@ class UnreadablePicture(Exception):
     It ends nothing: the picture is left out, and listed in the manifest of the cache. Where rows or pixels are yielded,
     it is yielded in their place.
     """
+
+
+def is_of_the_moment(reason: str) -> bool:
+    """Returns whether a picture was left out for what may be over by now: its bytes were not there, or changing."""
+    return "it cannot be read (" in reason or "it changed while " in reason

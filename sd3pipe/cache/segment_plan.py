@@ -14,7 +14,7 @@ from sd3pipe.cache.publish import load_published
 from sd3pipe.cache.segment import SegmentHeader, read_header
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.documents import DocumentError, read_json
-from sd3pipe.errors import InputError
+from sd3pipe.errors import InputError, is_of_the_moment
 from sd3pipe.files import write_json
 
 log = logging.getLogger(__name__)
@@ -48,14 +48,15 @@ class SegmentPlan:
         self.learn_unreadable()
 
     def learn_unreadable(self) -> None:
-        """Takes out the rows that other writers, or an earlier run, found unreadable."""
+        """Takes out the rows that other writers, or an earlier run, found unreadable for good."""
         found: dict[str, str] = {}
         for note in sorted(self._folder.unreadable.glob("*.json")):  # notes first: publishing removes them last
             with contextlib.suppress(DocumentError):  # a row whose note is damaged is tried again
                 found[note.stem] = read_json(note, _NOTE).reason
         manifest = read_manifest(self._folder.manifest)
         if manifest is not None and manifest != self._distrusted:
-            found = manifest.unreadable_rows() | found
+            lasting = {key: why for key, why in manifest.unreadable_rows().items() if not is_of_the_moment(why)}
+            found = lasting | found
         new = {key: found[key] for key in found.keys() - self.unreadable.keys() if key in self._wanted.row_by_key}
         if new:
             self.unreadable |= new

@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sd3pipe.cache.folder import CacheFolder
 from sd3pipe.cache.last_run import LastRun, last_run
+from sd3pipe.cache.manifest import read_manifest
 from sd3pipe.cache.publish import whole
 from sd3pipe.cache.store import FillCounts
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.console import StageReport, version
 from sd3pipe.data.dataset_file import load_dataset
 from sd3pipe.data.scan import watched_folders
+from sd3pipe.errors import is_of_the_moment
 from sd3pipe.fingerprint import hash_json
 from sd3pipe.params.stage import shard_of_process
 from sd3pipe.watched import state_of
@@ -57,8 +60,11 @@ class Repetition:
     def note(
         self, wanted: Wanted, counts: FillCounts, facts: Mapping[str, Any], remark: str, said: list[tuple[int, str]]
     ) -> None:
-        """Notes a run that published all that it found. Raises StorageError."""
+        """Notes a run that published all that it found, if no other would find more. Raises StorageError."""
         published = whole(self._out) if counts.published and not counts.left else None
+        manifest = read_manifest(CacheFolder(self._out).manifest) if published else None
+        if manifest is not None and any(is_of_the_moment(entry["reason"]) for entry in manifest.quarantined):
+            return
         if published is None or self._watched is None or self._state is None:
             return
         LastRun(

@@ -296,6 +296,31 @@ def test_pictures_that_vanish_while_they_are_encoded_are_unreadable(project, bas
         encode(project, base)
 
 
+@pytest.mark.parametrize("moment", ["gone", "other bytes"])
+def test_a_picture_that_was_not_there_for_a_moment_is_encoded_by_the_next_run(project, base, monkeypatch, moment):
+    picture, kept = project / "pics" / "coffee.png", project / "kept.png"
+    real = latent_rows.encoded_rows
+
+    def away(*given):
+        picture.rename(kept)
+        if moment == "other bytes":
+            shutil.copy(project / "pics" / "chelsea.png", picture)
+        try:
+            yield from real(*given)
+        finally:
+            kept.replace(picture)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latent_rows, "encoded_rows", away)
+        counts = encode(project, base)
+    assert (counts["encoded"], counts["quarantined"]) == (3, 1)
+    (entry,) = reader(project).manifest.quarantined
+    assert entry["reason"].startswith("it cannot be read (" if moment == "gone" else "it changed while ")
+    counts = encode(project, base)
+    assert (counts["encoded"], counts["reused"], counts["quarantined"]) == (1, 3, 0)
+    assert len(reader(project).samples) == 4 and reader(project).manifest.quarantined == ()
+
+
 def test_a_dataset_of_broken_pictures_alone_is_an_error(project, base):
     shutil.rmtree(project / "pics")
     (project / "pics").mkdir()
