@@ -6,22 +6,25 @@ in memory at a time. What was written is read back and compared by digest.
 
 # O out features of a layer
 
+import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from blake3 import blake3
+from pydantic import TypeAdapter
 
 from sd3pipe.adapters.fusing import Rows, rows_of_part, swapped_halves
 from sd3pipe.adapters.keymap import find_native_module, halves_swapped
 from sd3pipe.adapters.kind import Adapter
 from sd3pipe.adapters.sizes import depth_of, same_size
 from sd3pipe.console import readable_bytes
+from sd3pipe.documents import read_json
 from sd3pipe.errors import InputError, ParameterError, StorageError
 from sd3pipe.exporting.adapter_files import refuse_other_ending
 from sd3pipe.files import atomic_file, atomic_folder, free_bytes
@@ -31,9 +34,13 @@ from sd3pipe.tensors.entry import RangeReader, chunks
 from sd3pipe.tensors.formats import TORCH_FORMATS, bytes_of
 from sd3pipe.tensors.header import StoredTensor, header_bytes, placed, read_header, read_header_and_metadata
 
+log = logging.getLogger(__name__)
+
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 _SCALES = ("scale_weight", "weight_scale", "comfy_quant")  # beside a quantised weight
 _PIECE = 8 << 20
+_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".gguf", ".onnx", ".msgpack")
+_OBJECT = TypeAdapter(dict[str, Any])
 _OF_THE_BASE = ("modelspec.hash_sha256", "sshs_model_hash", "modelspec.date")  # no longer true
 
 
@@ -158,12 +165,12 @@ def _write_file(out: Path, part: _Part, merging: _Merging) -> None:
 
 
 def _write_folder(out: Path, folder: Path, parts: list[_Part], merging: _Merging) -> None:
-    """Writes a folder beside its final place: changed files merged, all others copied."""
+    """Writes a folder beside its final place: changed files merged, what else the model is made of copied."""
     if os.path.lexists(out):
         raise ParameterError(f"{out}: exists already, and the base is a folder: name a new one")
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    _check_space(out, sum(path.stat().st_size for path in files))
     changed = {part.path: part for part in parts}
+    files = list(_of_the_model(folder, changed))
+    _check_space(out, sum(path.stat().st_size for path in files))
     with atomic_folder(out) as temporary:
         for path in files:
             target = temporary / path.relative_to(folder)
@@ -175,6 +182,27 @@ def _write_folder(out: Path, folder: Path, parts: list[_Part], merging: _Merging
                 digests = _write_part(handle, changed[path], merging)
             _check_written(target, digests)
         merging.result.nbytes = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+
+
+def _of_the_model(folder: Path, changed: Collection[Path]) -> Iterator[Path]:
+    """Yields the files that a diffusers folder's model is made of; warns of other weights, without the adapter.
+
+    A download from the hub often holds the model a second time, in one file, and hidden folders of programs.
+    """
+    index, merged = folder / "model_index.json", {path.parent for path in changed}
+    components = read_json(index, _OBJECT) if index.exists() else None
+    left_out: list[str] = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if not path.is_file() or any(part.startswith(".") for part in parts):
+            continue
+        is_of_a_component = len(parts) > 1 if components is None else parts[0] in components
+        if path.suffix in _WEIGHTS and path not in changed and (path.parent in merged or not is_of_a_component):
+            left_out.append("/".join(parts))
+        else:
+            yield path
+    if left_out:
+        log.warning("%s: left out, as the adapter is not merged into them: %s", folder, ", ".join(left_out))
 
 
 def _check_space(out: Path, needed: int) -> None:

@@ -1,6 +1,7 @@
 """A whole model with an adapter in it: the base's own layout, predicting as base and adapter do."""
 
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -165,6 +166,27 @@ def test_merged_folder_is_a_whole_pipeline(tmp_path, tiny_folder):
     theirs = {path.relative_to(tiny_folder.model) for path in tiny_folder.model.rglob("*") if path.is_file()}
     assert ours == theirs
     assert StableDiffusion3Pipeline.from_pretrained(tmp_path / "merged").transformer.config.num_layers == 3
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_what_else_a_download_holds_is_not_taken_for_the_merged_model(tmp_path, tiny_folder, caplog, has_index):
+    model = shutil.copytree(tiny_folder.model, tmp_path / "model")
+    others = ["sd3.5_medium.safetensors", "transformer/diffusion_pytorch_model.fp16.safetensors"]
+    others += ["text_encoders/clip_l.safetensors"] if has_index else []
+    hidden = [".git/objects/a", ".cache/huggingface/download/b.lock"]
+    for name in (*others, *hidden):
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_bytes(b"0")
+    (model / "LICENSE.md").write_text("words")
+    if not has_index:
+        (model / "model_index.json").unlink()
+    export(tmp_path, model, random_adapter(tiny_folder.architecture.mmdit, every=4), tmp_path / "merged")
+    ours, theirs = (
+        {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
+        for place in (tmp_path / "merged", model)
+    )
+    assert ours == theirs - {*others, *hidden} and "LICENSE.md" in ours
+    assert f"left out, as the adapter is not merged into them: {', '.join(sorted(others))}" in caplog.text
 
 
 def refusal(tmp_path, error, model, adapter, out="merged.safetensors", **options):
