@@ -98,11 +98,12 @@ def names_of_part(names: Iterable[str], part: Part) -> dict[str, str]:
 def canonical_text_names(names: Collection[str], component: Component) -> dict[str, str]:
     """Returns the transformers names of a text encoder's tensors, each with the name it was found under.
 
-    Leaves out what SD3 does not use: buffers, T5's decoder, the second copy of T5's embedding, and the vision tower of
-    a whole CLIP. A whole CLIP-L's text projection leads to where texts and pictures meet; SD3 was trained without it.
+    Leaves out what SD3 does not use: buffers, T5's decoder, the second copy of T5's embedding, the vision tower of a
+    whole CLIP, and CLIP-L's text projection: that of OpenAI's CLIP leads to where texts and pictures meet, SD3 was
+    trained without it, and ComfyUI does without it. Where diffusers needs one, it is the identity.
     """
     kept = [name for name in names if not _STRAYS.search(name) and not name.startswith(_VISION)]
-    if component == "clip_l" and any(name.startswith(_VISION) for name in names):
+    if component == "clip_l":
         kept = [name for name in kept if not name.startswith("text_projection.")]
     if component == "t5xxl":
         result = {name: name for name in kept if not name.startswith(("decoder.", "lm_head."))}

@@ -176,11 +176,12 @@ def test_all_layouts_give_the_same_bits(base, rows, tmp_path):
         assert all(map(equal_bits, encode(other, TEXTS, tmp_path), rows)), layout
 
 
-def test_a_missing_projection_is_the_identity(base, rows, tmp_path):
+@pytest.mark.parametrize("projection", [torch.eye(64), torch.full((64, 64), 0.5)], ids=["identity", "of a whole CLIP"])
+def test_a_projection_of_clip_l_changes_nothing(base, rows, tmp_path, projection):
     tensors = load_file(base.clip_l)
     assert "text_projection.weight" not in tensors
     path = tmp_path / "clip_l.safetensors"
-    save_file({**tensors, "text_projection.weight": torch.eye(64, dtype=torch.float16)}, path)
+    save_file({**tensors, "text_projection.weight": projection.half()}, path)
     explicit = type(base)(**{name: getattr(base, name) for name in base.__slots__} | {"clip_l": path})
     assert equal_bits(encode(explicit, TEXTS[:3], tmp_path)[1], rows[1])
 
