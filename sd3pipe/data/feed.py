@@ -123,8 +123,14 @@ class _Feed:
         return result
 
     def _submit(self, pool: ProcessPoolExecutor, job: DecodeJob, slot: int | None) -> "Future[_Result]":
-        with stopping.held_back():  # this may start a worker, which Python's own handlers would end with a traceback
-            return pool.submit(_attempt_in_worker, job, slot)
+        """Returns the job's future, which fails at once where a worker has died: its turn will come."""
+        try:
+            with stopping.held_back():  # a worker may start, which Python's own handlers would end with a traceback
+                return pool.submit(_attempt_in_worker, job, slot)
+        except BrokenProcessPool as error:
+            refused: Future[_Result] = Future()
+            refused.set_exception(error)
+            return refused
 
     def _new_pool(self, workers: int) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")

@@ -2,6 +2,7 @@
 
 import signal
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -52,6 +53,34 @@ def test_a_picture_that_kills_its_worker_costs_only_itself(jobs):
     assert [number for number, row in enumerate(found) if isinstance(row, str)] == [3, 5, 7]
     assert found[3] == found[7] == "it ended the process that decoded it"
     assert [row for row in found if not isinstance(row, str)] == [n for n in range(12) if n not in (3, 5, 7)]
+
+
+@pytest.mark.parametrize("deadly", [{3, 7}, {4, 5}])
+def test_a_death_that_is_noticed_when_the_next_job_is_given_costs_one_picture(jobs, monkeypatch, deadly):
+    """As where the encoder is slower than the decoders: rows before the deadly one are done, and wait."""
+
+    class Pool:
+        def __init__(self, *arguments, **named):
+            self.broken = False
+
+        def submit(self, call, job, slot):
+            if self.broken:
+                raise BrokenProcessPool
+            future = Future()
+            number = int(job.place.file.stem)
+            self.broken = number in deadly
+            if self.broken:
+                future.set_exception(BrokenProcessPool())
+            else:
+                future.set_result(Pixels(rgb=np.full((8, 16, 3), number, np.uint8), mask=None))
+            return future
+
+        def shutdown(self, **named):
+            pass
+
+    monkeypatch.setattr(feed, "ProcessPoolExecutor", Pool)
+    found = colours(decoded_rows(jobs, workers=1))
+    assert found == ["it ended the process that decoded it" if n in deadly else n for n in range(12)]
 
 
 @pytest.mark.long
