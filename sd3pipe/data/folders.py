@@ -140,17 +140,6 @@ def files_below(folder: Path) -> list[str]:
     return [name for _, _, files, _ in found for name in files]
 
 
-def mask_files(folder: Path) -> dict[str, Place]:
-    """Returns the pictures of a conditioning_data_dir by their name without ending. Raises CaptionError."""
-    _, here, files, _ = next(walked(folder, recursive=False))
-    masks: dict[str, Place] = {}
-    for name in sorted(filter(is_picture_name, files)):
-        other = masks.setdefault(Path(name).stem, Place(here / name)).file
-        if other.name != name:
-            raise CaptionError(f"{one_line(str(here))}: {other.name} and {name} are masks of one picture: keep one")
-    return masks
-
-
 def caption_keys(names: Iterable[str]) -> list[str]:
     """Returns those names of a record's fields that may hold its caption, the one that counts first in front."""
     return sorted(

@@ -5,7 +5,6 @@ These are the fields that enter a row's key, so a changed option leaves all rows
 
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 from sd3pipe.data.buckets import Placement, place
 from sd3pipe.data.cut import Cut, MaskSource, Size
@@ -127,7 +126,7 @@ def _around_face(picture: Picture, face_range: tuple[float, float], rng: random.
     The picture shrinks so that the face fills between 1/high and 1/low of the shorter side of the target, as far as the
     picture still covers the target, and is cut with the face near the middle: sd-scripts' face crop at 48d368fa.
     """
-    face = face_in_name(Path(picture.name).stem)
+    face = face_in_name(picture.place.stem)
     size, target = (picture.width, picture.height), (picture.subset.bucketing.width, picture.subset.bucketing.height)
     if face is None or size[0] < target[0] or size[1] < target[1]:
         return None

@@ -52,6 +52,11 @@ class Place:
         return Path(self.label).suffix if self.part else self.file.suffix
 
     @property
+    def stem(self) -> str:
+        """The picture's own name without its ending and without folders."""
+        return Path(self.label if self.part else self.file.name).stem
+
+    @property
     def own_file(self) -> Path | None:
         """The file on this machine that holds this picture alone; None where there is none."""
         return self.file if isinstance(self.file, Path) and self.part is None else None

@@ -16,10 +16,11 @@ from sd3pipe.console import count, listed
 from sd3pipe.data.caption_cache import CachedCaptions, read_captions
 from sd3pipe.data.dataset_file import CONTAINER_ENDINGS, Dataset, Subset
 from sd3pipe.data.findings import find_out
-from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, FoundFile, mask_files
+from sd3pipe.data.folders import PICTURE_ENDINGS, CaptionError, FoundFile
 from sd3pipe.data.holding_out import held_out
 from sd3pipe.data.image_dirs import listed_folder, read_past_problems
 from sd3pipe.data.left_out import left_out_of_folder, left_out_of_metadata
+from sd3pipe.data.masks import mask_problem, masks_of, one_mask_of_several
 from sd3pipe.data.metadata import metadata_entries
 from sd3pipe.data.places import Place
 from sd3pipe.errors import InputError
@@ -157,14 +158,14 @@ def scan(
         cached: CachedCaptions = {}
         if subset.caption_cache is not None and with_captions and with_cached:
             cached = read_captions(subset.caption_cache)
-        masks = mask_files(subset.conditioning_data_dir) if subset.conditioning_data_dir else None
+        masks = masks_of(entries, subset.conditioning_data_dir) if subset.conditioning_data_dir else None
         seen: Counter[str] = Counter()
-        for entry in entries:
-            found = _examine(entry, subset, masks, cached, seen, stamps)
-            if isinstance(found, Picture):
-                pictures.append(found)
-            else:
-                unreadable.append(found)
+        found = [_examine(entry, subset, masks, cached, seen, stamps) for entry in entries]
+        unreadable += [item for item in found if isinstance(item, UnreadableFile)]
+        usable = [item for item in found if isinstance(item, Picture)]
+        pictures += usable
+        shared = one_mask_of_several((p.mask_place, p.name, p.image_hash) for p in usable if p.mask_place)
+        problems += [shared] if shared else []
     if problems and not (past_problems and pictures):
         raise InputError("\n".join(problems))
     if not pictures and not unreadable:
@@ -238,7 +239,7 @@ def watched_folders(dataset: Dataset, *, captions: bool) -> list[Watched] | None
         if captions and (made := subset.caption_cache):
             watched.append(Watched(folder=str(made.absolute()), endings=(CAPTIONS,), recursive=False))
         if masks := subset.conditioning_data_dir:
-            watched.append(Watched(folder=str(masks.absolute()), endings=PICTURE_ENDINGS, recursive=False))
+            watched.append(Watched(folder=str(masks.absolute()), endings=PICTURE_ENDINGS, recursive=True))
     return watched
 
 
@@ -287,14 +288,14 @@ def _examine(
     known: Mapping[str, Any] = (
         {"unreadable": entry.problem} if entry.problem else entry.known or find_out(entry.place, stamps)
     )
-    mask_place = masks.get(Path(entry.name).stem) if masks is not None else None
+    mask_place = masks.get(entry.name) if masks is not None else None
     mask_hash, problem = None, known.get("unreadable")
     if problem is None and masks is not None:
         if mask_place is None:
             problem = f"there is no mask for it in {subset.conditioning_data_dir}"
         else:
             known_mask = find_out(mask_place, stamps)
-            mask_hash, problem = known_mask.get("hash"), _mask_problem(known, known_mask)
+            mask_hash, problem = known_mask.get("hash"), mask_problem(known, known_mask)
     if problem is not None:
         return UnreadableFile(
             place=entry.place, name=entry.name, subset=subset.name, image_hash=known.get("hash", ""), reason=problem
@@ -320,14 +321,3 @@ def _examine(
         caption_hash=entry.caption_hash,
         split="train",
     )
-
-
-def _mask_problem(picture: Mapping[str, Any], mask: Mapping[str, Any]) -> str | None:
-    if mask.get("unreadable"):
-        return f"its mask cannot be used: {mask['unreadable']}"
-    if (mask["width"], mask["height"]) != (picture["width"], picture["height"]):
-        return (
-            f"its mask has {mask['width']} x {mask['height']} pixels, but it has "
-            f"{picture['width']} x {picture['height']}"
-        )
-    return None

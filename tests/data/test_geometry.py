@@ -91,6 +91,14 @@ def test_a_face_crop_keeps_the_face_in_the_cut(tmp_path):
         assert cut.left + 512 <= cut.resized[0] and cut.top + 512 <= cut.resized[1]
 
 
+def test_a_face_is_told_by_the_file_where_a_list_leaves_out_the_ending(tmp_path):
+    stem, extra = "p.2_1500_400_200_250", "face_crop_aug_range = [1.5, 4.0]"
+    place = Place(tmp_path / f"{stem}.png")
+    found = picture(tmp_path, 2000, 1500, extra, dataset="", name=stem, place=place)
+    assert cuts(found) == cuts(picture(tmp_path, 2000, 1500, extra, dataset="", name=f"{stem}.png"))
+    assert len(set(cuts(found))) > 1  # drawn around the face
+
+
 def decoded(tmp_path, rgba, extra="", resolution=64, mask=None, **more):
     path = tmp_path / "a.png"
     Image.fromarray(rgba).save(path)

@@ -299,6 +299,18 @@ def test_masks_lie_in_a_folder_whatever_holds_the_pictures(tmp_path):
     assert "there is no mask for it" in found.unreadable[0].reason
 
 
+def test_masks_of_shards_lie_in_folders_called_as_these(tmp_path):
+    for number in (0, 1):
+        write_tar(tmp_path / "shards" / f"{number}.tar", {"1.png": png(number)})
+    (tmp_path / "masks" / "1.tar").mkdir(parents=True)
+    (tmp_path / "masks" / "1.png").write_bytes(png(5))
+    with pytest.raises(InputError, match=r"would be the mask of 0\.tar/1\.png, 1\.tar/1\.png, which differ"):
+        scanned(tmp_path, tmp_path / "shards", f"conditioning_data_dir = '{tmp_path}/masks'")
+    (tmp_path / "masks" / "1.tar" / "1.png").write_bytes(png(6))
+    found = scanned(tmp_path, tmp_path / "shards", f"conditioning_data_dir = '{tmp_path}/masks'")
+    assert len({p.mask_hash for p in found.pictures}) == 2
+
+
 def test_counting_reads_no_picture(tmp_path, pictures, monkeypatch):
     forms = list(every_form(tmp_path, pictures))
     monkeypatch.setattr("sd3pipe.data.tars.finding_of", None)

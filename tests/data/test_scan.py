@@ -207,6 +207,52 @@ def test_two_masks_of_one_picture_are_refused(folder):
         scanned(folder, "conditioning_data_dir = 'masks'")
 
 
+def masks(folder, *names, size=(20, 10)):
+    for number, name in enumerate(names):
+        path = folder / "masks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", size, number).save(path)
+
+
+def paired(found, folder):
+    return {p.name: p.mask_place.file.relative_to(folder / "masks").as_posix() for p in found.pictures}
+
+
+def test_masks_lie_in_folders_as_pictures_do_else_under_the_name_alone(folder):
+    for number, name in enumerate(("1.png", "a/1.png", "b/1.png", "b/c/2.png")):
+        add(folder, name, (number, 0, 0))
+    masks(folder, "1.png", "a/1.jpg", "b/1.png", "2.png")
+    found = scanned(folder, "recursive = true\nconditioning_data_dir = 'masks'")
+    assert paired(found, folder) == {"1.png": "1.png", "a/1.png": "a/1.jpg", "b/1.png": "b/1.png", "b/c/2.png": "2.png"}
+
+
+def test_one_mask_of_pictures_that_differ_is_refused(folder):
+    for number, name in enumerate(("a/1.png", "b/1.png", "a/2.png", "b/2.png")):
+        add(folder, name, (number, 0, 0))
+    add(folder, "c/1.png", (0, 0, 0))  # equal to a/1.png
+    masks(folder, "1.png", "2.png")
+    extra = "recursive = true\nconditioning_data_dir = 'masks'"
+    with pytest.raises(
+        InputError,
+        match=r"masks/1\.png: would be the mask of a/1\.png, b/1\.png, which differ \(as do those of 1 further",
+    ) as caught:
+        scanned(folder, extra)
+    assert "\n" not in str(caught.value)
+    for name in ("b/1.png", "b/2.png"):
+        (folder / "pics" / name).unlink()
+    assert paired(scanned(folder, extra), folder) == {"a/1.png": "1.png", "a/2.png": "2.png", "c/1.png": "1.png"}
+
+
+def test_a_listed_picture_has_the_mask_of_its_file(folder):
+    for number, name in enumerate(("img.1.png", "img.2.png", "x/img.2.png")):
+        add(folder, name, (number, 0, 0))
+    masks(folder, "img.png", "img.1.png", "img.2.png", "x/img.2.png")
+    listed = {name: {"caption": "a"} for name in ("img.1", "img.2", str(folder / "pics" / "x" / "img.2"))}
+    (folder / "meta.json").write_text(json.dumps(listed))
+    found = scanned(folder, "metadata_file = 'meta.json'\nconditioning_data_dir = 'masks'")
+    assert sorted(paired(found, folder).values()) == ["img.1.png", "img.2.png", "x/img.2.png"]
+
+
 def test_of_many_pictures_that_are_left_out_the_first_are_named(folder, caplog):
     add(folder, "whole.png")
     for number in range(25):
