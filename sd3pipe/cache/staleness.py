@@ -4,7 +4,7 @@ import functools
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -19,7 +19,7 @@ from sd3pipe.files import write_bytes
 from sd3pipe.fingerprint import hash_bytes, hash_file, hash_json
 from sd3pipe.watched import Look, state_of
 
-_FORMAT = 1
+_FORMAT = 2
 _FILE = "sources.json"
 _OF_THE_DATASET = {".toml", ".json", ".jsonl"}  # the dataset file and the metadata files that it names
 
@@ -39,13 +39,39 @@ class SourceCheck:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Note:
-    """What was encoded: for each file its stamp, which is compared and no more, and its hash; of folders a listing."""
+    """What was encoded: for each file its stamp, which is compared and no more, and its hash; of folders a listing.
 
-    format: Literal[1]
+    Without the `folders` there is nothing to compare; `trees` are folders whose listing has all that lies below them.
+    Format 1 has no trees, and went by what stands behind a name's last dot.
+    """
+
+    format: Literal[1, 2]
     cache: str | None
     dataset: str
     files: _Files
     folders: _Folders
+    trees: _Folders = field(default_factory=dict)
+
+    def changes(self) -> Iterator[str]:
+        """Yields what is not as it was, in words."""
+        yield from _changes(self.files)
+        listing = _listing_by_suffix if self.format == 1 else _listing
+        for name, (endings, before) in {**self.folders, **self.trees}.items():
+            try:
+                now = _listing_below(Path(name), endings) if name in self.trees else listing(Path(name), endings)
+            except OSError as error:
+                yield f"{name} cannot be read ({error.strerror})"
+                continue
+            if now != before:
+                below = " or a folder below it" if name in self.trees else ""
+                yield f"{name}{below} has other files than before"
+
+    def endings_in(self, folder: Path) -> tuple[str, ...]:
+        """Returns how the files end that mattered in a folder; none where it was not listed for its pictures."""
+        for above in (folder, *folder.parents):
+            if str(above) in self.folders and (above == folder or str(above) in self.trees):
+                return tuple(ending.lower() for ending in self.folders[str(above)][0])
+        return ()
 
 
 def sources_seen(
@@ -53,6 +79,7 @@ def sources_seen(
     dataset_file: Path,
     files: Mapping[Path, str | None],
     folders: Mapping[Path, Collection[str]],
+    trees: Mapping[Path, Collection[str]] = {},
     remote: Collection[str] = (),
     scan_started: float,
     stamps: FileStamps | None = None,
@@ -61,7 +88,8 @@ def sources_seen(
 
     `files` maps every picture, mask and caption file that was read to `hash_file` of its bytes, or to None where any
     change of its stat is to count: to hash a tar takes as long as to encode it. `folders` maps each folder that was
-    listed to the suffixes (".png", ".txt") of the files that mattered in it, `remote` are addresses. `scan_started` is
+    listed for pictures to the endings (".png", ".txt") of the files that mattered in it, `trees` those folders whose
+    sub-folders were listed, too, and those of masks. `remote` are addresses. `scan_started` is
     time.time() before the first file was read: the stat of a file that changed since then says nothing. `stamps` knows
     those that it looked at itself, before they were read.
     """
@@ -85,10 +113,13 @@ def sources_seen(
         "dataset": str(dataset_file.resolve()),
         "files": {absolute(path): (settled(path), digest) for path, digest in digests.items()},
         "folders": {
-            str(folder.resolve()): [sorted(suffixes), _listing(folder, suffixes)]
-            for folder, suffixes in folders.items()
+            str(folder.resolve()): [sorted(endings), _listing(folder, endings)] for folder, endings in folders.items()
         }
         | {address: [[], ""] for address in remote},
+        "trees": {
+            str(folder.resolve()): [sorted(endings), _listing_below(folder, endings)]
+            for folder, endings in trees.items()
+        },
     }
 
 
@@ -118,11 +149,11 @@ class Sources:
         try:
             self._note = read_json(CacheFolder(cache).machine / _FILE, TypeAdapter(_Note), most_bytes=MOST_LIST_BYTES)
         except DocumentError:
-            self._note = _Note(format=1, cache=None, dataset="", files={}, folders={})
+            self._note = _Note(format=_FORMAT, cache=None, dataset="", files={}, folders={})
         self._unknown = _why_unknown(cache, self._note)
 
     def check(self) -> SourceCheck:
-        return self._unknown or _compared(_changes(self._note.files, self._note.folders))
+        return self._unknown or _compared(self._note.changes())
 
     def check_picture(self, name: str, image_hash: str) -> SourceCheck:
         """Compares what one picture's rows were made from: its files, those that came to it, those of the dataset.
@@ -131,20 +162,26 @@ class Sources:
         """
         if self._unknown:
             return self._unknown
-        files, folders, stem = self._note.files, self._note.folders, Path(name).stem
-        alike = [Path(path) for path in files if stem in path and Path(path).stem == stem]
+        files, stem = self._note.files, Path(name).stem
+        alike = [path for file in files if stem in file and self._is_of((path := Path(file)), stem)]
         places = {
             path.parent for path in alike if files[str(path)][1] == image_hash and path.as_posix().endswith(f"/{name}")
         }
         about = dict(self._of_dataset)
         about |= {path: known for path, known in files.items() if known[1] is None}  # the picture may lie in it
-        # a folder that is not listed holds masks
-        about |= {str(p): files[str(p)] for p in alike if p.parent in places or str(p.parent) not in folders}
-        for place in places & {Path(folder) for folder in folders}:
+        # a folder that was not listed for pictures holds masks
+        about |= {str(p): files[str(p)] for p in alike if p.parent in places or not self._note.endings_in(p.parent)}
+        for place in (place for place in places if self._note.endings_in(place) and place.is_dir()):
             names = (name for name in os.listdir(place) if name.startswith(stem))  # noqa: PTH208, a Path for each is slow
-            siblings = (path for name in names if (path := place / name).stem == stem and str(path) not in files)
-            about |= {str(p): (None, "") for p in siblings if p.suffix.lower() in folders[str(place)][0]}
-        return _compared(_changes(about, {}))
+            siblings = (str(path) for name in names if self._is_of((path := place / name), stem))
+            about |= {path: (None, "") for path in siblings if path not in files}
+        return _compared(_changes(about))
+
+    def _is_of(self, path: Path, stem: str) -> bool:
+        """Returns whether a file belongs to a picture of this name, as that itself, its caption or its mask."""
+        if endings := self._note.endings_in(path.parent):
+            return path.name.startswith(stem) and path.name[len(stem) :].lower() in endings
+        return path.stem == stem
 
     @functools.cached_property
     def _of_dataset(self) -> _Files:
@@ -169,19 +206,13 @@ def _compared(changes: Iterable[str]) -> SourceCheck:
     return SourceCheck("changed", found) if found else SourceCheck("fresh")
 
 
-def _changes(files: _Files, folders: _Folders) -> Iterator[str]:
+def _changes(files: _Files) -> Iterator[str]:
     for name, (stamp, digest) in files.items():
         try:
             if list(_stamp(name)) != stamp and (digest is None or hash_file(Path(name)) != digest):
                 yield f"{name} is new" if digest == "" else f"{name} was changed"
         except (OSError, ValueError):  # ValueError: no path of a file
             yield f"{name} is gone"
-    for name, (suffixes, listing) in folders.items():
-        try:
-            if _listing(Path(name), suffixes) != listing:
-                yield f"{name} has other files than before"
-        except OSError as error:
-            yield f"{name} cannot be read ({error.strerror})"
 
 
 def _published(cache: Path) -> str | None:
@@ -194,8 +225,35 @@ def _stamp(path: str) -> Stamp:
     return stamp_of(os.stat(path))  # noqa: PTH116, a Path for each of 100,000 files takes longer than its stat
 
 
-def _listing(folder: Path, suffixes: Collection[str]) -> str:
-    """Returns a hash of the names that matter in a folder, not in its sub-folders."""
+def _listing(folder: Path, endings: Collection[str]) -> str:
+    """Returns a hash of the names that matter in a folder, not in its sub-folders. Raises OSError."""
+    with os.scandir(folder) as entries:
+        return hash_json(sorted(_that_matter((entry.name for entry in entries), endings)))
+
+
+def _listing_below(folder: Path, endings: Collection[str]) -> str:
+    """Returns a hash of the names that matter in a folder and in all below it, of which each real one counts once."""
+    found: list[str] = []
+    visited: set[tuple[int, int]] = set()
+    for here, below, names in os.walk(folder, followlinks=True):
+        stat = os.stat(here)  # noqa: PTH116, a Path for each takes longer
+        if (stat.st_dev, stat.st_ino) in visited:
+            below.clear()
+            continue
+        visited.add((stat.st_dev, stat.st_ino))
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        inside = os.path.relpath(here, folder)
+        found += (f"{inside}/{name}" for name in _that_matter(names, endings))
+    return hash_json(sorted(found))
+
+
+def _that_matter(names: Iterable[str], endings: Collection[str]) -> Iterator[str]:
+    wanted = tuple(ending.lower() for ending in endings)
+    return (name for name in names if name.lower().endswith(wanted) and not name.startswith("."))
+
+
+def _listing_by_suffix(folder: Path, suffixes: Collection[str]) -> str:
+    """Returns what stands in a note of format 1 for the names that mattered in a folder. Raises OSError."""
     wanted = {suffix.lower() for suffix in suffixes}
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if _suffix(entry.name).lower() in wanted)

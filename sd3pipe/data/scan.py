@@ -5,7 +5,6 @@ scan reads nothing and imports no Pillow.
 """
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -183,11 +182,13 @@ def scan(
 class SourceFiles:
     """The files that a scan went by with their hashes, and the folders it listed with the endings that mattered.
 
-    A file that holds several pictures has no hash: its stat alone counts. `remote` are addresses.
+    A file that holds several pictures has no hash: its stat alone counts. `trees` are those `folders` whose
+    sub-folders count, too, and the folders of masks. `remote` are addresses.
     """
 
     files: dict[Path, str | None]
     folders: dict[Path, tuple[str, ...]]
+    trees: dict[Path, tuple[str, ...]]
     remote: tuple[str, ...]
 
 
@@ -204,20 +205,22 @@ def source_files(found: Scan, dataset: Dataset, *, captions: bool) -> SourceFile
         if captions and isinstance(picture.caption_path, Path) and picture.caption_hash is not None:
             files[picture.caption_path] = picture.caption_hash
     folders: dict[Path, tuple[str, ...]] = {}
+    recursive: set[Path] = set()
     for subset in dataset.subsets:
         if captions and subset.caption_cache is not None:
             files[subset.caption_cache / CAPTIONS] = hash_file(subset.caption_cache / CAPTIONS)
         if subset.metadata_file is not None:
             files[subset.metadata_file] = hash_file(subset.metadata_file)
         elif isinstance(subset.image_dir, Path):
-            top, endings = listed_folder(subset.image_dir), _endings(subset, captions=captions)
-            own = (picture.place.file for picture in found.pictures if picture.subset is subset)
-            below = {os.path.split(str(file))[0] for file in own} if top else ()
-            for folder in {top, *map(Path, below)} if top else ():
-                folders[folder] = tuple(dict.fromkeys((*folders.get(folder, ()), *endings)))
+            if top := listed_folder(subset.image_dir):
+                endings = _endings(subset, captions=captions)
+                folders[top] = tuple(dict.fromkeys((*folders.get(top, ()), *endings)))
+                recursive |= {top} if subset.recursive and top == subset.image_dir else set()
         elif subset.image_dir is not None:
             remote.append(str(subset.image_dir))
-    return SourceFiles(files=files, folders=folders, remote=tuple(remote))
+    masks = {subset.conditioning_data_dir for subset in dataset.subsets if subset.conditioning_data_dir}
+    trees = dict.fromkeys(masks, PICTURE_ENDINGS) | {top: folders[top] for top in recursive}
+    return SourceFiles(files=files, folders=folders, trees=trees, remote=tuple(remote))
 
 
 def _endings(subset: Subset, *, captions: bool) -> tuple[str, ...]:

@@ -62,6 +62,7 @@ def read_dataset(file: Path, stamps: FileStamps, *, captions: bool) -> DatasetRe
         dataset_file=dataset.path,
         files={**seen.files, **read},
         folders=seen.folders,
+        trees=seen.trees,
         remote=seen.remote,
         scan_started=started,
         stamps=stamps,

@@ -1,5 +1,6 @@
 """What an encode stage read is compared with what is there now, by stat first and by bytes where that differs."""
 
+import json
 import os
 import shutil
 import time
@@ -9,7 +10,7 @@ from support.fake_cache import captions, fill, wanted_texts
 
 from sd3pipe.cache.folder import machine_folder
 from sd3pipe.cache.staleness import Sources, check_sources, remember_sources, sources_seen
-from sd3pipe.fingerprint import hash_file
+from sd3pipe.fingerprint import hash_file, hash_json
 
 
 @pytest.fixture
@@ -27,13 +28,16 @@ def project(tmp_path):
     return tmp_path
 
 
-def remember(project):
+def remember(project, endings=(".png", ".txt"), masks=(), recursive=False):
+    photos = project / "photos"
+    files = (path for path in (*sorted(photos.rglob("*")), *masks) if path.is_file())
     remember_sources(
         project / "caches" / "text",
         sources_seen(
             dataset_file=project / "dataset.toml",
-            files={path: hash_file(path) for path in sorted((project / "photos").iterdir())},
-            folders={project / "photos": (".png", ".txt")},
+            files={path: hash_file(path) for path in files},
+            folders={photos: endings},
+            trees={mask.parent: (".png",) for mask in masks} | ({photos: endings} if recursive else {}),
             scan_started=time.time(),
         ),
     )
@@ -140,18 +144,81 @@ def test_a_mask_in_a_folder_of_its_own_counts(project):
     mask = project / "masks" / "a.png"
     mask.parent.mkdir()
     mask.write_bytes(b"mask")
-    files = {path: hash_file(path) for path in (*sorted((project / "photos").iterdir()), mask)}
-    remember_sources(
-        project / "caches" / "text",
-        sources_seen(
-            dataset_file=project / "dataset.toml",
-            files=files,
-            folders={project / "photos": (".png", ".txt")},
-            scan_started=time.time(),
-        ),
-    )
+    remember(project, masks=[mask])
     mask.write_bytes(b"another mask")
     assert about(project, "a").state == "changed" and about(project, "b").state == "fresh"
+
+
+def test_pictures_in_a_new_folder_count_where_folders_below_are_read(project):
+    photos = project / "photos"
+    (photos / "empty").mkdir()
+    (photos / "round").symlink_to(photos, target_is_directory=True)
+    remember(project, recursive=True)
+    (photos / "notes").mkdir()
+    (photos / "notes" / "readme.md").write_text("not read by any stage")
+    (photos / ".thumbnails").mkdir()
+    (photos / ".thumbnails" / "a.png").write_bytes(b"small")
+    assert check(project).state == "fresh"
+    for name in ("empty", "new/deep"):
+        (photos / name).mkdir(parents=True, exist_ok=True)
+        (photos / name / "c.png").write_bytes(b"new")
+        assert check(project).changes == (f"{photos} or a folder below it has other files than before",)
+        remember(project, recursive=True)
+        assert check(project).state == "fresh"
+    remember(project)
+    (photos / "new" / "d.png").write_bytes(b"not read")
+    assert check(project).state == "fresh"
+
+
+def test_of_one_picture_in_a_folder_below_its_own_files_count(project):
+    below = project / "photos" / "new"
+    below.mkdir()
+    (below / "c.png").write_bytes(b"pixels of c")
+    remember(project, recursive=True)
+    sources = Sources(project / "caches" / "text")
+    digest = hash_file(below / "c.png")
+    (below / "c.txt").write_text("its first caption")
+    assert sources.check_picture("new/c.png", digest).changes == (f"{below / 'c.txt'} is new",)
+    shutil.rmtree(below)
+    assert sources.check_picture("new/c.png", digest).changes == (f"{below / 'c.png'} is gone",)
+
+
+def test_a_new_mask_counts(project):
+    (project / "masks").mkdir()
+    (project / "masks" / "a.png").write_bytes(b"mask")
+    remember(project, masks=[project / "masks" / "a.png"])
+    assert check(project).state == "fresh"
+    (project / "masks" / "b.png").write_bytes(b"mask")
+    assert check(project).changes == (f"{project / 'masks'} or a folder below it has other files than before",)
+    shutil.rmtree(project / "masks")
+    assert check(project).state == "changed"
+
+
+@pytest.mark.parametrize("ending", [".wd.txt", "_wd.txt"])
+def test_a_new_caption_counts_whatever_it_ends_in(project, ending):
+    remember(project, (".png", ending))
+    (project / "photos" / f"a{ending}").write_text("tags")
+    assert check(project).changes == (f"{project / 'photos'} has other files than before",)
+    assert about(project, "a").changes == (f"{project / 'photos' / f'a{ending}'} is new",)
+    remember(project, (".png", ending))
+    assert check(project).state == about(project, "a").state == "fresh"
+    (project / "photos" / f"a{ending}").write_text("other tags")
+    assert about(project, "a").changes == (f"{project / 'photos' / f'a{ending}'} was changed",)
+    assert about(project, "b").state == "fresh"
+
+
+def test_a_note_of_an_earlier_version_is_compared_as_that_did(project):
+    photos, note = project / "photos", machine_folder(project / "caches" / "text") / "sources.json"
+    (photos / "a.wd.txt").write_text("tags")
+    (photos / ".hidden.png").write_bytes(b"")
+    remember(project, (".png", ".wd.txt"))
+    written = json.loads(note.read_bytes())
+    names = hash_json([".hidden.png", "a.png", "b.png"])  # by what stands behind the last dot
+    folders = {str(photos): [[".png", ".wd.txt"], names]}
+    note.write_text(json.dumps({**{k: v for k, v in written.items() if k != "trees"}, "format": 1, "folders": folders}))
+    assert check(project).state == "fresh"
+    (photos / "new.png").write_bytes(b"new")
+    assert check(project).changes == (f"{photos} has other files than before",)
 
 
 def test_nothing_can_be_said_of_a_picture_without_a_note(project):

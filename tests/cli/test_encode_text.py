@@ -183,6 +183,29 @@ def test_sources_are_remembered_for_the_stat_check(base, project):
     assert check_sources(project / "caches" / "text").state == "changed"
 
 
+def test_what_comes_into_other_folders_or_has_two_dots_is_noticed(base, project):
+    pictures, masks, dataset = project / "pictures", project / "masks", project / "dataset.toml"
+    masks.mkdir()
+    keys = f"recursive = true\nconditioning_data_dir = '{masks}'\ncaption_extension = '.wd.txt'\n"
+    dataset.write_text(dataset.read_text() + keys)
+    for name in ("coffee.png", "astronaut.png"):
+        shutil.copy(pictures / name, masks)
+    encode(base, project)
+    assert check_sources(project / "caches" / "text").state == "fresh"
+
+    (pictures / "new").mkdir()
+    changes = {
+        pictures / "new" / "chelsea.png": (pictures / "chelsea.png").read_bytes(),
+        masks / "chelsea.png": (pictures / "chelsea.png").read_bytes(),
+        pictures / "coffee.wd.txt": b"a mug",
+    }
+    for file, data in changes.items():
+        file.write_bytes(data)
+        assert check_sources(project / "caches" / "text").state == "changed", file
+        encode(base, project)
+        assert check_sources(project / "caches" / "text").state == "fresh"
+
+
 def test_a_dataset_file_that_is_edited_while_captions_are_encoded_counts_as_changed(base, project, monkeypatch):
     file, real = project / "dataset.toml", text_encoding.encoded_texts
 
