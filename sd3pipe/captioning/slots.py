@@ -4,9 +4,10 @@ A caption is ours only if it is, to the byte, what was written for that picture:
 wrote or touched. What was written is remembered beside the captions cache, by hash, with what stood there before.
 """
 
+import functools
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,7 +65,7 @@ def slots_of(pictures: Sequence[Picture]) -> list[Slot]:
 
     Pictures that share a caption file (a.png, a.jpg) share its place: the first of them has it.
     """
-    metadata: dict[Path, _Words] = {}
+    words_of_file = functools.cache(_words_of_file)
     slots: dict[tuple[Path, str | None], Slot] = {}
     shared: list[str] = []
     taken: list[str] = []
@@ -74,9 +75,7 @@ def slots_of(pictures: Sequence[Picture]) -> list[Slot]:
             taken.append(str(file))
             continue
         if picture.subset.metadata_file is not None:
-            if file not in metadata:
-                metadata[file] = words_in(read_metadata(file), file)
-            entry, digest = picture.name, _digest_of_words(metadata[file].get(picture.name, {}))
+            entry, digest = picture.name, _digest_of_words(words_of_file(file).get(picture.name, {}))
         slot = Slot(picture=picture, file=file, entry=entry, digest=digest)
         if slots.setdefault((slot.file, slot.entry), slot) is not slot:
             shared.append(str(picture.place))
@@ -105,16 +104,24 @@ class WrittenNotes:
         fitting = [note for note in self._by_picture.get(slot.picture.image_hash, ()) if note.text == slot.digest]
         return next((note for note in fitting if note.where == slot.where), fitting[-1] if fitting else None)
 
-    def replace(self, old: Note | None, new: Note | None) -> None:
-        """Notes a caption in the place of another, and of whatever was written there before."""
-        if old is not None:
-            self._by_picture[old.image].remove(old)
-        if new is not None:
-            others = [note for note in self._by_picture.get(new.image, ()) if note.where != new.where]
-            self._by_picture[new.image] = [*others, new]
+    def add(self, note: Note, old: Note | None) -> None:
+        """Notes a caption in the place of whatever was written there before, but for the old one, which yet stands."""
+        others = [other for other in self._by_picture.get(note.image, ()) if other.where != note.where or other == old]
+        self._by_picture[note.image] = [*others, note]
+
+    def drop(self, notes: Iterable[Note]) -> None:
+        """Forgets captions that stand no longer."""
+        gone = set(notes)
+        self._by_picture = {
+            image: [note for note in group if note not in gone] for image, group in self._by_picture.items()
+        }
 
     def save(self) -> None:
-        """Writes the notes, which has to come before what they are about. Raises StorageError."""
+        """Writes the notes. Raises StorageError.
+
+        What is killed in between loses nothing as long as there is a note of every caption that stands: one is saved
+        before its caption is written, and dropped after that was taken away.
+        """
         notes = [note for group in self._by_picture.values() for note in group]
         write_json(self._file, TypeAdapter(_Notes).dump_python(_Notes(format=_FORMAT, captions=notes)))
 
@@ -148,8 +155,10 @@ def write_captions(captions: Sequence[tuple[Slot, str]], notes: WrittenNotes) ->
     What stands there no longer as the slot says was changed in between, and is kept. Raises StorageError.
     """
     changes: list[tuple[Slot, str | None]] = []
+    replaced: list[Note] = []
+    words_of_file = functools.cache(_words_of_file)
     for slot, caption in captions:
-        present = _present(slot)
+        present = _present(slot, words_of_file)
         text = f"{caption}\n" if slot.entry is None else json.dumps({caption_field(_words(present)): caption})
         if slot.digest == _digest(slot, text):
             continue
@@ -159,10 +168,13 @@ def write_captions(captions: Sequence[tuple[Slot, str]], notes: WrittenNotes) ->
         old, digest = notes.of(slot), _digest(slot, text)
         assert digest is not None
         previous = old.previous if old is not None else present
-        notes.replace(old, Note(image=slot.picture.image_hash, where=slot.where, text=digest, previous=previous))
+        notes.add(Note(image=slot.picture.image_hash, where=slot.where, text=digest, previous=previous), old)
+        replaced += [old] if old is not None else []
         changes.append((slot, text))
     notes.save()
     _apply(changes)
+    notes.drop(replaced)
+    notes.save()
     return [slot for slot, _ in changes]
 
 
@@ -170,8 +182,7 @@ def take_back(slots: Iterable[Slot], notes: WrittenNotes) -> list[Slot]:
     """Brings back what stood where captions were written and nobody has touched them since; returns those slots."""
     found = [(slot, note) for slot in slots if (note := notes.of(slot)) is not None]
     _apply([(slot, note.previous) for slot, note in found])
-    for _, note in found:
-        notes.replace(note, None)
+    notes.drop(note for _, note in found)
     notes.save()
     return [slot for slot, _ in found]
 
@@ -190,10 +201,14 @@ def _apply(changes: Sequence[tuple[Slot, str | None]]) -> None:
         write_text(file, with_words(read_metadata(file), file, words))
 
 
-def _present(slot: Slot) -> str | None:
+def _words_of_file(file: Path) -> _Words:
+    return words_in(read_metadata(file), file)
+
+
+def _present(slot: Slot, words_of_file: Callable[[Path], _Words]) -> str | None:
     """Returns what stands in a slot at this moment: a file's text, or the fields with words of a record, as JSON."""
     if slot.entry is not None:
-        return json.dumps(words_in(read_metadata(slot.file), slot.file).get(slot.entry, {}))
+        return json.dumps(words_of_file(slot.file).get(slot.entry, {}))
     try:
         return read_data(slot.file).decode("utf-8") if slot.file.exists() else None
     except UnicodeDecodeError as error:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from PIL import Image
 
+from sd3pipe.captioning import slots
 from sd3pipe.captioning.slots import WrittenNotes, choose, slots_of, take_back, write_captions
 from sd3pipe.data.dataset_file import folder_dataset, load_dataset
 from sd3pipe.data.scan import scan
@@ -23,12 +24,19 @@ NAMES = ("a", "b", "c", "d")
 def captioned(dataset, notes_file: Path, words: str, write: WrittenCaptions) -> list[str]:
     """Writes the same words for every picture that is to be captioned; returns the places."""
     notes = WrittenNotes(notes_file)
-    slots = slots_of(scan(dataset, FileStamps(notes_file.with_name("stat.json")), with_cached=False).pictures)
-    chosen = choose(slots, [notes], write).written
+    there = slots_of(scan(dataset, FileStamps(notes_file.with_name("stat.json")), with_cached=False).pictures)
+    chosen = choose(there, [notes], write).written
     return [
         slot.where
         for slot in write_captions([(slot, f"{words} {slot.picture.image_hash[:4]}") for slot in chosen], notes)
     ]
+
+
+def undone(folder: Path) -> list[str]:
+    """Takes back what was written beside the pictures of a folder; returns the places."""
+    notes = WrittenNotes(folder / "n.json")
+    found = scan(folder_dataset(str(folder)), FileStamps(folder / "s.json"), with_cached=False)
+    return [slot.where for slot in take_back(slots_of(found.pictures), notes)]
 
 
 class Captions(RuleBasedStateMachine):
@@ -181,12 +189,59 @@ def test_captions_go_into_a_table_of_columns(listed):
     assert first == "a.png,kept,me" and second.startswith("b.png,words ") and second.endswith(",you")
 
 
+def test_a_metadata_file_is_read_once_for_all_its_pictures(listed, monkeypatch):
+    (listed / "m.jsonl").write_text(
+        "".join(json.dumps({"file_name": f"{name}.png", "text": ""}) + "\n" for name in NAMES)
+    )
+    reads = []
+    read = slots.read_metadata
+    monkeypatch.setattr(slots, "read_metadata", lambda file: reads.append(file) or read(file))
+    assert len(captioned(load_dataset(listed / "d.toml"), listed / "n.json", "words", "own")) == len(NAMES)
+    assert len(reads) == 3  # to see where captions belong, whether they are as they were, and to put others in
+
+
+def copied_with_its_caption(folder, words):
+    """Has a caption written, and copies it together with its picture."""
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    if words is not None:
+        (folder / "a.txt").write_text(words)
+    captioned(folder_dataset(str(folder)), folder / "n.json", "words", "all")
+    for ending in ("png", "txt"):
+        shutil.copy(folder / f"a.{ending}", folder / f"b.{ending}")
+
+
+@pytest.mark.parametrize("words", [None, "a person's"])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_caption_that_was_copied_with_its_picture_is_taken_back_too(tmp_path, words, again):
+    copied_with_its_caption(tmp_path, words)
+    if again:
+        assert len(captioned(folder_dataset(str(tmp_path)), tmp_path / "n.json", "others", "own")) == 2
+    assert len(undone(tmp_path)) == 2
+    left = [path.read_text() for name in "ab" if (path := tmp_path / f"{name}.txt").exists()]
+    assert left == ([words] * 2 if words else [])
+    assert json.loads((tmp_path / "n.json").read_text())["captions"] == []
+    assert undone(tmp_path) == []
+
+
+def test_a_kill_before_captions_are_written_leaves_the_old_ones_ours(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a person's")
+    captioned(folder_dataset(str(tmp_path)), tmp_path / "n.json", "words", "all")
+    with monkeypatch.context() as killed:
+        killed.setattr(slots, "_apply", lambda changes: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            captioned(folder_dataset(str(tmp_path)), tmp_path / "n.json", "others", "own")
+        with pytest.raises(KeyboardInterrupt):
+            undone(tmp_path)
+    assert len(undone(tmp_path)) == 1 and (tmp_path / "a.txt").read_text() == "a person's"
+
+
 def test_a_caption_that_changes_meanwhile_is_kept(tmp_path, caplog):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     notes = WrittenNotes(tmp_path / "n.json")
-    slots = slots_of(scan(folder_dataset(str(tmp_path)), FileStamps(tmp_path / "s.json")).pictures)
+    (slot,) = slots_of(scan(folder_dataset(str(tmp_path)), FileStamps(tmp_path / "s.json")).pictures)
     (tmp_path / "a.txt").write_text("a person's")
-    assert write_captions([(slots[0], "words")], notes) == []
+    assert write_captions([(slot, "words")], notes) == []
     assert (tmp_path / "a.txt").read_text() == "a person's"
     assert "changed while captions were made" in caplog.text
 
@@ -212,6 +267,5 @@ def test_no_caption_of_a_person_has_its_bytes_changed_by_undo(tmp_path):
     (tmp_path / "a.txt").write_bytes(odd)
     captioned(folder_dataset(str(tmp_path)), tmp_path / "n.json", "words", "all")
     assert (tmp_path / "a.txt").read_bytes() != odd
-    notes = WrittenNotes(tmp_path / "n.json")
-    take_back(slots_of(scan(folder_dataset(str(tmp_path)), FileStamps(tmp_path / "s.json")).pictures), notes)
+    undone(tmp_path)
     assert (tmp_path / "a.txt").read_bytes() == odd
