@@ -5,7 +5,6 @@ ten times as long.
 """
 
 import contextlib
-import importlib.metadata
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from sd3pipe.cache.store import FillCounts
 from sd3pipe.cache.wanted import Wanted
 from sd3pipe.console import StageReport, version
 from sd3pipe.data.dataset_file import load_dataset
+from sd3pipe.data.findings import decoder
 from sd3pipe.data.scan import watched_folders
 from sd3pipe.errors import is_of_the_moment
 from sd3pipe.fingerprint import hash_json
@@ -83,8 +83,7 @@ class Repetition:
         ).write(self._out)
 
     def _recipe_hash(self) -> str:
-        decoder = importlib.metadata.version("pillow")  # another one may read pictures that this one does not
-        return hash_json([version(), decoder, str(Path.cwd()), self._recipe()])
+        return hash_json([version(), decoder(), str(Path.cwd()), self._recipe()])
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from support.tiny_captioners import blip
 
 from sd3pipe import cli, watched
 from sd3pipe.cache.rows import from_numpy
+from sd3pipe.data import findings
 from sd3pipe.encoding import stage
 from sd3pipe.file_stamps import stamp_of
 
@@ -193,6 +194,27 @@ def test_another_option_and_distrust_look_again(base, tmp_path, fine_clock, scan
     time.sleep(0.1)
     for more in ([], ["--latent-mode=mean"], ["--latent-mode=mean", "--rehash"]):
         assert cli.run([*latents_command(base, dataset), *more]) == 0
+    assert len(scans) == 3
+
+
+@pytest.fixture
+def plugins(monkeypatch):
+    """The versions of Pillow and its plugins that are installed."""
+    versions = {"pillow": "1"}
+    monkeypatch.setattr(findings, "_version", versions.get)
+    yield versions
+    findings.decoder.cache_clear()
+
+
+@pytest.mark.long
+def test_a_new_plugin_of_the_decoder_looks_again(base, tmp_path, fine_clock, scans, plugins):
+    dataset = write_dataset(tmp_path, 2)
+    (tmp_path / "photos" / "phone.heic").write_bytes(b"no picture without a plugin")
+    time.sleep(0.1)
+    for heif in ("", "", "1", "1", "2"):
+        plugins["pillow-heif"] = heif
+        findings.decoder.cache_clear()
+        assert cli.run([*latents_command(base, dataset), "--max-quarantined=1"]) == 0
     assert len(scans) == 3
 
 
