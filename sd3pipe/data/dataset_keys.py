@@ -42,6 +42,8 @@ def _rising(value: tuple[float, float]) -> tuple[float, float]:
 def _extension(value: Any) -> Any:
     if not (isinstance(value, str) and value and "/" not in value and "\0" not in value):
         raise ValueError("must be an ending such as '.txt'")
+    if "." not in value:
+        raise ValueError(f"must be an ending such as '.txt', and has no dot: did you mean '.{value}'?")
     return (value,)
 
 

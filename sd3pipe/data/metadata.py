@@ -37,8 +37,11 @@ def metadata_entries(subset: Subset) -> list[FoundFile]:
     entries: dict[str, FoundFile] = {}
     times: Counter[str] = Counter()
     for where, name, record in _records(read_metadata(file), file):
-        if not isinstance(name, str) or not isinstance(record, Mapping) or "\0" in name:
+        if not isinstance(name, str) or "\0" in name:
             problems.append(f"{where}: must name a picture ({' or '.join(_PATH_FIELDS)})")
+            continue
+        if not isinstance(record, Mapping):
+            problems.append(f'{where}: must be a table, as {{"{_TEXT_FIELDS[0]}": "a cat"}} is')
             continue
         if None in record:  # where csv puts what stands behind the last column
             problems.append(

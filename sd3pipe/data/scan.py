@@ -76,7 +76,7 @@ class Picture:
             )
         if isinstance(self.caption_path, Path):
             return self.caption_path
-        return self.place.own_file.with_suffix(self.subset.caption_extensions[0])
+        return self.place.own_file.with_name(self.place.stem + self.subset.caption_extensions[0])
 
     @property
     def captions_lie_in(self) -> str:

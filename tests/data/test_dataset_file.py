@@ -139,6 +139,7 @@ def test_every_problem_is_told_at_once_with_table_key_and_nearest_key(tmp_path):
         ("validation_split = nan", "must be a finite number"),
         ("alpha_background = 'pink'", "white, black, grey"),
         ("face_crop_aug_range = [2.0, 1.0]", "rising"),
+        ("caption_extension = 'txt'", "has no dot: did you mean '.txt'?"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_with_the_reason(tmp_path, line, reason):

@@ -101,7 +101,6 @@ def test_what_is_not_used_is_told(folder, names, line):
     ("name", "extra", "remedy"),
     [
         ("a.txt", "caption_extension = '.caption'", 'caption_extension = ".txt" reads them'),
-        ("a.txt", "caption_extension = 'txt'", 'caption_extension = ".txt" reads them'),
         ("a.TXT", "", 'caption_extension = ".TXT" reads them'),
         ("a.tags", "", 'caption_extension = ".tags" reads them'),
         ("a.png.txt", "", 'caption_extension = ".png.txt" reads them'),

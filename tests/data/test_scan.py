@@ -67,6 +67,16 @@ def test_captions_are_found_by_ending_then_by_face_crop_name(folder):
     ]
 
 
+@pytest.mark.parametrize("ending", [".wd.txt", "_wd.txt", "-caption.txt"])
+def test_a_first_caption_is_written_where_it_is_read(folder, ending):
+    picture = add(folder, "a.b.png")
+    (before,) = scanned(folder, f"caption_extension = '{ending}'").pictures
+    assert before.caption_file == picture.with_name(f"a.b{ending}")
+    before.caption_file.write_text("a cat")
+    (after,) = scanned(folder, f"caption_extension = '{ending}'").pictures
+    assert after.caption == "a cat" and after.caption_file == before.caption_file
+
+
 def test_byte_order_mark_and_line_ends_are_no_part_of_a_caption(folder):
     add(folder, "a.png", caption=b"\xef\xbb\xbfone\r\ntwo\r\n")
     assert scanned(folder).pictures[0].caption == "one\ntwo"
@@ -167,7 +177,9 @@ def test_record_files_follow_the_conventions_of_datasets(folder, name, text):
     [
         ("m.json", "[]", "must be a table"),
         ("m.json", "{", "not valid JSON"),
+        ("m.json", '{"a.1": "a cat"}', r"m\.json: 'a\.1': must be a table, as {\"caption\": \"a cat\"} is"),
         ("m.jsonl", '{"text": "no name"}', "line 1"),
+        ("m.jsonl", '"a.png"', r"line 1: must name a picture \(image_path or file_name\)"),
         ("m.jsonl", '{"file_name": "a.png"}', "neither caption nor tags"),
         (
             "m.jsonl",
