@@ -295,6 +295,11 @@ def _fix_rest(asked: Given, result: Translation, with_defaults: bool) -> None:
             result.put("export", "thumbnail", path)
     if "seed" not in asked:
         result.changed.append("seed: sd-scripts draws one; here it is 42, so that a run can be repeated")
+    if asked.get("enable_scaled_pos_embed"):
+        result.changed.append(
+            "enable_scaled_pos_embed: a table of positions for each bucket's area; sd-scripts makes one for each "
+            "dataset's resolution, which is the same without buckets"
+        )
     masks = [name for name in ("apply_lg_attn_mask", "apply_t5_attn_mask") if asked.get(name)]
     if masks and not (asked.get("cache_text_encoder_outputs") or asked.get("cache_text_encoder_outputs_to_disk")):
         result.changed.append(f"{', '.join(masks)}: sd-scripts ignores it unless text encoder outputs are cached")
