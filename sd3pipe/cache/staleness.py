@@ -21,7 +21,7 @@ from sd3pipe.watched import Look, state_of
 
 _FORMAT = 2
 _FILE = "sources.json"
-_OF_THE_DATASET = {".toml", ".json", ".jsonl"}  # the dataset file and the metadata files that it names
+_OF_THE_DATASET = {".toml", ".json", ".jsonl", ".csv"}  # the dataset file and the metadata files that it names
 
 
 _Files: TypeAlias = dict[str, tuple[Any, str | None]]

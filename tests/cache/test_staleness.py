@@ -130,6 +130,17 @@ def test_of_one_picture_only_its_own_files_and_those_of_the_dataset_count(projec
     assert about(project, "b").changes == (f"{project / 'dataset.toml'} was changed",)
 
 
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv"])
+def test_a_metadata_file_counts_for_every_picture(project, ending):
+    listed = project / f"listed{ending}"
+    listed.write_text("captions")
+    time.sleep(0.05)
+    remember(project, masks=(listed,))  # one more file that was read
+    assert about(project, "a").state == "fresh"
+    listed.write_text("other captions")
+    assert about(project, "a").changes == (f"{listed} was changed",)
+
+
 def test_a_caption_that_came_to_a_picture_counts(project):
     (project / "photos" / "b.txt").unlink()
     remember(project)
