@@ -38,6 +38,8 @@ class StepRunner:
         self.params, self.processes, self.schedule = run.params, run.processes, schedule
         self.objective, self.network, self.weights = model.objective, model.objective.network, model.weights
         self.optimizer, self.scaler, self._streamer = model.optimizer, model.scaler, model.streamer
+        in_groups = {tensor for group in model.optimizer.param_groups for tensor in group["params"]}
+        self._optimized = [tensor for tensor in model.weights.optimized if tensor in in_groups]  # none of rate 0
         self._subset_names = [rules.name for rules in run.data.train.rules]
         self._rates = [group["lr"] for group in model.optimizer.param_groups]
 
@@ -48,10 +50,10 @@ class StepRunner:
         sums, samples = self._accumulate(batches)
         sums[-1, 0] = stop
         self.processes.mean_gradients(self.weights.parameters)
-        optimized = self.weights.begin_update()
+        self.weights.begin_update()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm([tensor.grad for tensor in optimized if tensor.grad is not None])
+        norm = torch.nn.utils.get_total_norm([tensor.grad for tensor in self._optimized if tensor.grad is not None])
         shared = self.processes.sum(torch.cat([sums.flatten(), samples.flatten()]))
         numbers = torch.cat([shared, norm.to(sums.dtype).view(1)]).tolist()  # the only host sync
         result = self._result(number, numbers, loss_mean)
@@ -62,7 +64,7 @@ class StepRunner:
             return result
         most = self.params.max_grad_norm
         if most and result.grad_norm > most:
-            torch.nn.utils.clip_grads_with_norm_(optimized, most, norm)
+            torch.nn.utils.clip_grads_with_norm_(self._optimized, most, norm)
         self._update(number)
         return result
 

@@ -40,7 +40,7 @@ class TrainedWeights:
 
     @property
     def optimized(self) -> dict[Tensor, str]:
-        """The tensors that the optimizer changes, with their names."""
+        """The tensors that the optimizer may change, with their names."""
         return {self._copies.get(name, parameter): name for name, parameter in self._parameters.items()}
 
     def optimizer_groups(self, groups: ParameterGroups) -> ParameterGroups:
@@ -48,13 +48,12 @@ class TrainedWeights:
         names = {parameter: name for name, parameter in self._parameters.items()}
         return [{**group, "params": [self._copies.get(names[p], p) for p in group["params"]]} for group in groups]
 
-    def begin_update(self) -> list[Tensor]:
-        """Fills the float32 copies and their gradients; returns the tensors whose gradients the optimizer will use."""
+    def begin_update(self) -> None:
+        """Fills the float32 copies and their gradients."""
         for name, copy in self._copies.items():
             parameter = self._parameters[name]
             copy.data = parameter.detach().float()
             copy.grad = None if parameter.grad is None else parameter.grad.float()
-        return list(self.optimized)
 
     @torch.no_grad()
     def end_update(self, step: int) -> None:

@@ -48,6 +48,17 @@ def test_gradients_are_scaled_down_to_the_largest_norm(inputs):
     assert float(ups(free).norm()) == pytest.approx(norm, rel=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_the_norm_is_of_what_is_trained_alone(inputs, precision):
+    """Gradients of modules at the rate 0 are no part of it; under fp16 they would stand there times the loss scale."""
+    options = DESCENT | {"lr_rules": (r"\.attn\.=0",), "mixed_precision": precision, "train_batch_size": 4}
+    free = inputs.train(f"some-{precision}", **options)
+    moved, norm = float(ups(free).norm()), free.records()[0]["grad_norm"]
+    assert norm == pytest.approx(moved, rel=1e-5)
+    clipped = inputs.train(f"some-clipped-{precision}", **options | {"max_grad_norm": norm / 4})
+    assert float(ups(clipped).norm()) == pytest.approx(moved / 4, rel=1e-3)
+
+
 class NoFloat64(TorchDispatchMode):
     """Stands in for a device that has no float64, as a Mac's GPU."""
 
