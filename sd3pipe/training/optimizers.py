@@ -60,6 +60,8 @@ _SHORT_FOR: dict[str, Args] = {  # arguments that a short name stands for
     "prodigyplusschedulefree": {"split_groups": False},  # one step is estimated for all
 }
 _IN_EXTRA = ("came_pytorch", "prodigyopt", "prodigyplus", "schedulefree")  # pip install sd3pipe[optimizers]
+_OF_AN_AVERAGE = ("betas", "momentum")  # they say how far schedule-free weights lie from their average
+_OF_AN_ESTIMATE = ("d0",)  # Prodigy's sums are in units of it
 _NEAR_ONE = 0.1
 _ESTIMATE_THEIR_RATE = ("prodigy", "dadapt")  # their learning_rate multiplies an estimate, and belongs near 1
 
@@ -199,12 +201,19 @@ def import_state(
     names: Mapping[Tensor, str],
     tensors: Mapping[str, Tensor],
     values: Mapping[str, JsonValue],
+    *,
+    made_by: tuple[str, Args] | None = None,
 ) -> None:
     """Puts back what `export_state` returned, but for learning rates: the options and the schedule say those.
 
-    Unlike load_state_dict, no tensor changes its dtype.
+    `made_by` are the optimizer_type and arguments of the state where the run's own are others, which then act. Unlike
+    load_state_dict, no tensor changes its dtype. Raises InputError for what cannot go on so.
     """
     parameters = {name: parameter for parameter, name in names.items()}
+    if made_by is not None:
+        others = _other_options(optimizer, *made_by, {**tensors, **values})
+        tensors = {path: tensor for path, tensor in tensors.items() if path not in others}
+        values = {path: value for path, value in values.items() if path not in others}
     _check_state(optimizer, parameters, {**tensors, **values})
     fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     optimizer.state.clear()
@@ -220,6 +229,29 @@ def import_state(
             # torch keeps step counters on the CPU unless a kernel on the device reads them
             value = value.clone() if key == "step" and not fused else value.to(parameter.device, copy=True)
         optimizer.state[parameter][key] = value
+
+
+def _other_options(optimizer: Optimizer, name: str, args: Args, found: Mapping[str, object]) -> set[str]:
+    """Returns the paths of the group values that another optimizer_type or other arguments set differently.
+
+    Raises InputError for what the optimizer has moved since, or counts on to stay.
+    """
+    groups = [{"params": group["params"], "lr": group["lr"]} for group in optimizer.param_groups]
+    before, now = _construct(name, groups, args).defaults, optimizer.defaults
+    fixed = {*_OF_AN_ESTIMATE, *(_OF_AN_AVERAGE if hasattr(optimizer, "eval") else ())}
+    others = [key for key in now if key != "lr" and not _equal(before.get(key), now[key])]
+    paths = {f"group/{number}/{key}": key for key in others for number in range(len(groups))}
+    for path, key in paths.items():
+        is_moved = path in found and key in before and not _equal(before[key], _from_json(found[path]))
+        if is_moved or key in fixed:
+            raise InputError(f"{key} of a {type(optimizer).__name__} can only be set when it begins")
+    return set(paths)
+
+
+def _equal(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and one == other
 
 
 def _check_state(optimizer: Optimizer, parameters: Mapping[str, Tensor], found: Mapping[str, object]) -> None:

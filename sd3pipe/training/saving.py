@@ -5,9 +5,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from sd3pipe.adapters.files import save_adapter
+from sd3pipe.documents import checked
 from sd3pipe.errors import InputError
 from sd3pipe.files import atomic_file, followed, storage_errors, write_json
+from sd3pipe.params.fields import is_foreign_code
+from sd3pipe.rules.optimisation import OptimizerRules
 from sd3pipe.training.checkpoints import (
     ADAPTER_FILE,
     CHECKPOINTS_FOLDER,
@@ -20,12 +25,13 @@ from sd3pipe.training.checkpoints import (
     write_checkpoint,
 )
 from sd3pipe.training.description import adapter_metadata
-from sd3pipe.training.optimizers import export_state, import_state
+from sd3pipe.training.optimizers import export_state, import_state, parse_args
 from sd3pipe.training.records import forget_after
 from sd3pipe.training.run import Run, TrainedModel
 from sd3pipe.training.state_file import Progressed, read_state, write_state
 from sd3pipe.words import SavePrecision, StoredFormat
 
+_OPTIMIZER = TypeAdapter(OptimizerRules)
 _STORED_FORMATS: Mapping[SavePrecision | None, StoredFormat] = {
     None: "fp32", "float": "fp32", "fp16": "fp16", "bf16": "bf16"
 }  # fmt: skip
@@ -71,7 +77,8 @@ class Saver:
         tensors = checkpoint.tensors()
         weights.restore(tensors)
         state = {name: tensor for name, tensor in tensors.items() if name.startswith(("state/", "group/"))}
-        import_state(self._model.optimizer, weights.optimized, state, checkpoint.state["optimizer"])
+        values, made_by = checkpoint.state["optimizer"], self._other_optimizer(checkpoint)
+        import_state(self._model.optimizer, weights.optimized, state, values, made_by=made_by)
         if scaler is not None:
             if "loss_scale" not in checkpoint.state:
                 raise InputError(f"{checkpoint.path} was not trained in fp16: it has no loss scale")
@@ -97,6 +104,17 @@ class Saver:
         copy_file(self._newest / ADAPTER_FILE, final / ADAPTER_FILE)
         made_from = {"identity": self._run.identity, "steps": self._run.inputs.total_steps}
         write_json(final / INPUTS_FILE, made_from)  # comes last: it says that the run is finished
+
+    def _other_optimizer(self, checkpoint: Checkpoint) -> tuple[str, Mapping[str, object]] | None:
+        """Returns type and arguments of the optimizer that made a checkpoint, None where they are this run's."""
+        said = {key: value for key, value in checkpoint.state["identity"].items() if key.startswith("optimizer_")}
+        made_by, own = checked(said, _OPTIMIZER, str(checkpoint.path)), self._run.params.optimizer
+        name, args = made_by.optimizer_type, made_by.optimizer_args
+        if (name, args) == (own.optimizer_type, own.optimizer_args):
+            return None
+        if name != own.optimizer_type and is_foreign_code(name):  # which a file cannot have us import
+            raise InputError(f"no other optimizer_type takes over the state of a {name}")
+        return name, parse_args("optimizer_args", args)
 
     def _write(self, progressed: Progressed) -> Checkpoint:
         """Writes a checkpoint, with the first of which a new run takes the place of an older one."""

@@ -103,7 +103,8 @@ def build_loop(run: Run, memory: MemoryPlan) -> Loop:
     """Returns a loop that is ready to run, from the checkpoint of `run.start` if there is one."""
     params, device, checkpoint = run.params, run.processes.device, run.start.checkpoint
     schedule = make_schedule(params.schedule, run.inputs.total_steps)
-    if checkpoint is not None:  # the warm-up of a run that goes on keeps the length it began with
+    if checkpoint is not None and not run.start.changes.keys() & {"lr_scheduler", "lr_warmup_steps"}:
+        # the warm-up of a run that goes on keeps the length it began with
         schedule = replace(schedule, warmup_steps=checkpoint.state["warmup_steps"])
     model = _model(run, memory.settings)
     saver, progressed = Saver(run, model, schedule.warmup_steps), Progressed()

@@ -215,6 +215,25 @@ def test_allowed_changes_go_on_and_are_recorded(inputs):
         inputs.train("allowed", allow_changes=("colour",))
 
 
+def test_allowed_changes_of_optimizer_and_warm_up_act(inputs, tmp_path):
+    """From the next step on, and still where the run goes on once more."""
+    run = inputs.train(tmp_path / "run", max_train_steps=2, lr_warmup_steps=20.0)
+    changed = {"optimizer_args": ("weight_decay=0.5", "betas=(0.5,0.6)"), "lr_warmup_steps": 99.0}
+    names = (",".join(changed),)
+    inputs.train(run.folder, max_train_steps=4, resume=str(run.folder), allow_changes=names, **changed)
+    inputs.train(run.folder, max_train_steps=5, **changed)
+    rates = [record["learning_rate"] for record in run.records()]
+    assert rates == pytest.approx([1e-2 * factor for factor in (1 / 21, 2 / 21, 3 / 100, 4 / 100, 5 / 100)])
+    kept = run.state(5)["optimizer"]
+    assert (kept["group/0/weight_decay"], kept["group/0/betas"]) == (0.5, [0.5, 0.6])
+    inputs.train(
+        run.folder, max_train_steps=6, lr_scheduler="constant", lr_warmup_steps=0.0, resume=str(run.folder),
+        allow_changes=("lr_scheduler,lr_warmup_steps,optimizer_args",),
+    )  # fmt: skip
+    assert run.records()[-1]["learning_rate"] == 1e-2
+    assert run.state(6)["optimizer"]["group/0/betas"] == [0.9, 0.999]  # what no argument names any more
+
+
 def test_a_change_that_a_checkpoint_cannot_take_is_named(inputs):
     run = inputs.train("wider", max_train_steps=2)
     with pytest.raises(

@@ -128,6 +128,55 @@ def test_a_run_can_go_back_to_where_it_was(dtype):
     assert torch.equal(network.up, reached)
 
 
+@pytest.mark.parametrize(
+    ("name", "args", "kept"),
+    [
+        ("AdamW", {"betas": (0.5, 0.6), "weight_decay": 0.5}, "fused"),
+        ("Prodigy", {"d_coef": 2.0}, "d_numerator"),
+        ("AdamWScheduleFree", {"weight_decay": 0.5}, "weight_sum"),
+    ],
+)
+def test_other_arguments_act_beside_what_an_optimizer_keeps_of_its_own(name, args, kept):
+    _, weights, optimizer = build(name=name)
+    train(_, weights, optimizer, range(2))
+    tensors, values, saved = saved_state(weights, optimizer)
+    _, weights, other = build(name=name, **args)
+    for _ in range(2):  # a run goes back to the same checkpoint after a bad loss
+        weights.restore(saved)
+        import_state(other, weights.optimized, tensors, values, made_by=(name, {}))
+        for group, before in zip(other.param_groups, optimizer.param_groups, strict=True):
+            assert {key: group[key] for key in args} == args
+            assert group[kept] == before[kept]
+        train(_, weights, other, range(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "says"),
+    [
+        ("AdamW", {"amsgrad": True}, "is not that of a AdamW"),
+        ("Prodigy", {"d0": 1e-3}, "d0? of a Prodigy can only be set when it begins"),
+        ("AdamWScheduleFree", {"betas": (0.5, 0.6)}, "betas of a AdamWScheduleFree can only be set when it begins"),
+    ],
+)
+def test_arguments_that_cannot_change_on_the_way_are_refused(name, args, says):
+    before = {"d0": 0.1} if name == "Prodigy" else {}
+    _, weights, optimizer = build(name=name, **before)
+    train(_, weights, optimizer, range(3))
+    tensors, values = export_state(optimizer, weights.optimized)
+    _, weights, other = build(name=name, **args)
+    with pytest.raises(InputError, match=says):
+        import_state(other, weights.optimized, tensors, values, made_by=(name, before))
+
+
+def test_another_optimizer_of_the_same_state_has_its_own_defaults():
+    _, weights, optimizer = build(name="Adam")
+    train(_, weights, optimizer, range(1))
+    tensors, values, _ = saved_state(weights, optimizer)
+    _, weights, other = build(name="AdamW")
+    import_state(other, weights.optimized, tensors, values, made_by=("Adam", {}))
+    assert all(group["weight_decay"] == 0.01 and group["decoupled_weight_decay"] for group in other.param_groups)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_state_of_another_form_is_refused(name):
     """A damaged state would fail, or be read wrongly, in the middle of a step."""
