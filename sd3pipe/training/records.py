@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import io
 import json
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,7 +90,8 @@ def write_summaries(run: Path) -> None:
     metrics["loss_mean"] = steps[-1]["loss_mean"]
     if validations:
         metrics["validation_loss"] = validations[-1]["loss"]
-        metrics["validation_loss_best"] = min(record["loss"] for record in validations)
+        losses = [record["loss"] for record in validations]
+        metrics["validation_loss_best"] = min(filter(math.isfinite, losses), default=losses[-1])
     write_json(run / "metrics.json", metrics)
     _write_table(run / "plots" / "loss.csv", steps)
     _write_table(run / "plots" / "validation.csv", validations, ("step", "loss", *map("bands/{}".format, BAND_NAMES)))

@@ -2,15 +2,17 @@
 
 # P pictures, S noise levels (sigmas)
 
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sd3pipe import stopping
-from sd3pipe.console import count, progress
+from sd3pipe.console import count, listed, progress
 from sd3pipe.errors import Stopped
 from sd3pipe.files import write_json
 from sd3pipe.intervals import mean_and_half_width
@@ -22,6 +24,8 @@ from sd3pipe.training.feed import Feed, FeedRules
 from sd3pipe.training.records import Records
 from sd3pipe.training.run import Run, TrainedModel
 from sd3pipe.training.state_file import Progressed
+
+log = logging.getLogger(__name__)
 
 _FEW_PICTURES = 30  # below this a difference in validation loss says little
 
@@ -42,21 +46,28 @@ class Validator:
         self._model, self._processes, self._records, self._folder = model, run.processes, records, run.folder
         batches = fixed_batches(items, batch_size=params.batches.train_batch_size)
         self._batches = batches[: params.validation.max_validation_steps]
+        self._pictures_P = np.sort(np.concatenate([plan.pictures for plan in self._batches]))
 
     def __call__(self, progressed: Progressed) -> None:
         """Validates, records the result and marks the best step so far. Raises Stopped, on all processes alike."""
-        losses_PS = self.losses().cpu()
-        measured = ~losses_PS.isnan().any(dim=1)
-        by_picture = losses_PS[measured].mean(dim=1).tolist()
-        loss, half_width = mean_and_half_width(by_picture)
-        if progressed.step and (progressed.best_loss is None or loss < progressed.best_loss):
+        losses_PS = self.losses()
+        by_picture_P = losses_PS.mean(dim=1)
+        loss, half_width = mean_and_half_width(by_picture_P.tolist())
+        is_number = math.isfinite(loss)
+        if is_number and progressed.step and (progressed.best_loss is None or loss < progressed.best_loss):
             progressed.best_step, progressed.best_loss = progressed.step, loss
         if self._records is None:
             return
-        by_picture_P = losses_PS.mean(dim=1)
-        subsets_P = torch.from_numpy(self._feed.items.subsets)
-        chosen = {rules.name: (subsets_P == i) & measured for i, rules in enumerate(self._feed.items.rules)}
-        bands = {name: mean_and_half_width(losses_PS[measured, i].tolist()) for i, name in enumerate(BAND_NAMES)}
+        items, pictures_P = self._feed.items, self._pictures_P
+        if not is_number:
+            names = [items.names[number] for number in pictures_P[~by_picture_P.isfinite().numpy()]]
+            log.warning(
+                "validation after step %d: the loss of %s of %d is no number, and never the best: %s",
+                progressed.step, count(len(names), "picture"), len(pictures_P), listed(names),
+            )  # fmt: skip
+        subsets_P = torch.from_numpy(items.subsets[pictures_P])
+        chosen = {rules.name: subsets_P == i for i, rules in enumerate(items.rules)}
+        bands = {name: mean_and_half_width(losses_PS[:, i].tolist()) for i, name in enumerate(BAND_NAMES)}
         self._records.write(
             "validation",
             progressed.step,
@@ -65,20 +76,19 @@ class Validator:
             bands={name: band[0] for name, band in bands.items()},
             bands_ci95={name: band[1] for name, band in bands.items()},
             subset_loss={name: by_picture_P[rows].mean().item() for name, rows in chosen.items() if rows.any()},
-            by_picture=by_picture,
+            by_picture=by_picture_P.tolist(),
         )
         if progressed.best_step == progressed.step:
             write_json(self._folder.path / CHECKPOINTS_FOLDER / "best.json", {"step": progressed.step, "loss": loss})
 
     @torch.no_grad()
     def losses(self) -> Tensor:
-        """Returns the loss of each held-out picture (row) at each noise level (column); NaN where not measured.
+        """Returns the loss of each picture that is measured (row) at each noise level (column), on the CPU.
 
         Raises Stopped when one of the processes was asked to stop on the way.
         """
         processes, objective, network = self._processes, self._model.objective, self._model.objective.network
-        losses_PS = torch.full((len(self._feed.items), len(SIGMAS)), math.nan, dtype=torch.float64)
-        shared = torch.zeros_like(losses_PS).to(processes.device)
+        shared = torch.zeros(len(self._feed.items), len(SIGMAS), dtype=torch.float64).to(processes.device)
         network.eval()
         network.set_dropout_keys(None)
         mine = self._batches[processes.rank :: processes.count]
@@ -96,17 +106,18 @@ class Validator:
         if processes.any(bool(stopping.reason())):
             raise Stopped("stopped while validating")
         processes.sum(shared)
-        for plan in self._batches:
-            losses_PS[plan.pictures] = shared.cpu()[plan.pictures]
-        return losses_PS
+        return shared.cpu()[self._pictures_P]
 
 
 def verdict(run: Path) -> str:
     """Returns one sentence on where over-fitting begins, as far as the run's validations show; "" without any."""
     records = [record for record in read_records(run) if record["kind"] == "validation"]
+    if records and not math.isfinite(records[-1]["loss"]):
+        return f"validation loss is no number at the last step ({records[-1]['step']}): take an earlier checkpoint"
     if len(records) < 2:
         return ""
-    best, last = min(records, key=lambda record: record["loss"]), records[-1]
+    numbers, last = [record for record in records if math.isfinite(record["loss"])], records[-1]
+    best = min(numbers, key=lambda record: record["loss"])
     pictures = len(last.get("by_picture", ()))
     weak = f" ({count(pictures, 'held-out picture')}: weak evidence)" if pictures < _FEW_PICTURES else ""
     if best is last:

@@ -104,6 +104,28 @@ def test_the_best_checkpoint_is_marked_and_kept(inputs):
     assert set(run.steps()) == {best, 6}
 
 
+def test_a_loss_that_is_no_number_is_said_and_never_the_best(inputs, monkeypatch, caplog):
+    """One picture's at the first step's validation, one noise level of all pictures' at the second's."""
+    losses_at, calls = Objective.losses_at, []
+
+    def broken(self, batch, sigma):
+        calls.append(sigma)
+        step, call = divmod(len(calls) - 1, HELD_OUT * len(SIGMAS))
+        is_broken = (step == 1 and call < len(SIGMAS)) or (step == 2 and sigma == SIGMAS[0])
+        return losses_at(self, batch, sigma) * (math.nan if is_broken else 1.0)
+
+    monkeypatch.setattr(Objective, "losses_at", broken)
+    run = inputs.train("no-number", validate_every_n_steps=1, max_train_steps=3, train_batch_size=1)
+    records = run.records("validation")
+    assert [math.isnan(record["loss"]) for record in records] == [False, True, True, False]
+    assert [sum(map(math.isnan, record["by_picture"])) for record in records] == [0, 1, HELD_OUT, 0]
+    assert "after step 1: the loss of 1 picture of 4 is no number, and never the best: 00" in caplog.text
+    assert "after step 2: the loss of 4 pictures of 4 is no number" in caplog.text
+    assert run.report()["best_step"] == 3 and "lowest" in run.report()["validation"]
+    least = json.loads((run.folder / "metrics.json").read_text())["validation_loss_best"]
+    assert least == min(records[0]["loss"], records[3]["loss"])
+
+
 @pytest.mark.long
 def test_the_best_step_is_saved_though_no_checkpoint_is_due(inputs):
     run = inputs.train("best-between", validate_every_n_steps=1, save_every_n_steps=None, max_train_steps=3)
@@ -136,6 +158,8 @@ def test_the_verdict_says_where_over_fitting_begins_and_how_weak_that_is(tmp_pat
     assert "no over-fitting" in verdict(tmp_path) or "chance" in verdict(tmp_path)
     (tmp_path / "metrics.jsonl").write_text(record(5, falls) + record(9, rises[:2]))  # no pairs: means are compared
     assert "has risen by 0.33 since: that may be chance (2 held-out" in verdict(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(record(5, falls) + record(9, [math.nan]))
+    assert verdict(tmp_path) == "validation loss is no number at the last step (9): take an earlier checkpoint"
     (tmp_path / "metrics.jsonl").write_text("")
     assert verdict(tmp_path) == ""
 
