@@ -23,7 +23,7 @@ from sd3pipe.models.sources import find_component
 from sd3pipe.params.train import TrainParams, idle_options
 from sd3pipe.rules.memory import NumericsRules
 from sd3pipe.training.belonging import misfits
-from sd3pipe.training.checkpoints import set_aside_later
+from sd3pipe.training.checkpoints import checkpoint_paths, mark_best, named_step, set_aside_later
 from sd3pipe.training.compiling import compilations
 from sd3pipe.training.loop import Loop
 from sd3pipe.training.memory_plan import MemoryPlan, run_memory
@@ -175,6 +175,8 @@ def _begin_at(state: Progressed, params: TrainParams, folder: RunFolder) -> None
     """Lets what the run recorded go that is done again; only once nothing can be refused any more."""
     if params.resume not in ("auto", "never"):
         set_aside_later(folder.path, state.step)
+    is_here = any(named_step(path) == state.best_step for path in checkpoint_paths(folder.path))
+    mark_best(folder.path, state.best_step if is_here else None, state.best_loss)
     forget_after(folder.path, state.step, state.owed if state.step else ("validation",))
 
 

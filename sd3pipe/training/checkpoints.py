@@ -11,7 +11,7 @@ from torch import Tensor
 from sd3pipe.adapters.find import ADAPTER_NAME as ADAPTER_FILE
 from sd3pipe.adapters.find import STATE_NAME as STATE_FILE
 from sd3pipe.errors import InputError
-from sd3pipe.files import atomic_folder, remove_folder, storage_errors, sync_file
+from sd3pipe.files import atomic_folder, remove_folder, storage_errors, sync_file, write_json
 from sd3pipe.fingerprint import hash_file
 from sd3pipe.rules.occasions import SavingRules
 from sd3pipe.tensors.reader import read_file
@@ -137,6 +137,16 @@ def set_aside_later(run: Path, step: int) -> None:
             with storage_errors(path):
                 path.rename(target)
             log.info("%s: renamed to %s", path, target.name)
+
+
+def mark_best(run: Path, step: int | None, loss: float | None) -> None:
+    """Names the step of the lowest validation loss in best.json, which is there only where such a step is known."""
+    path = run / CHECKPOINTS_FOLDER / "best.json"
+    if step is not None:
+        write_json(path, {"step": step, "loss": loss})
+    else:
+        with storage_errors(path):
+            path.unlink(missing_ok=True)
 
 
 def prune(run: Path, newest: Checkpoint, rules: SavingRules, *, keep_steps: Sequence[int] = ()) -> None:

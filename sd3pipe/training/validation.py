@@ -14,12 +14,11 @@ from torch import Tensor
 from sd3pipe import stopping
 from sd3pipe.console import count, listed, progress
 from sd3pipe.errors import Stopped
-from sd3pipe.files import write_json
 from sd3pipe.intervals import mean_and_half_width
 from sd3pipe.metrics import BAND_NAMES, SIGMAS, ValidationRecord, read_records
 from sd3pipe.rules.feeding import EncoderDropout
 from sd3pipe.training.batches import fixed_batches
-from sd3pipe.training.checkpoints import CHECKPOINTS_FOLDER
+from sd3pipe.training.checkpoints import mark_best
 from sd3pipe.training.feed import Feed, FeedRules
 from sd3pipe.training.records import Records
 from sd3pipe.training.run import Run, TrainedModel
@@ -79,7 +78,7 @@ class Validator:
             by_picture=by_picture_P.tolist(),
         )
         if progressed.best_step == progressed.step:
-            write_json(self._folder.path / CHECKPOINTS_FOLDER / "best.json", {"step": progressed.step, "loss": loss})
+            mark_best(self._folder.path, progressed.step, loss)
 
     @torch.no_grad()
     def losses(self) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from importlib.machinery import ModuleSpec
@@ -21,7 +22,7 @@ from sd3pipe.errors import InputError, Stopped
 from sd3pipe.metrics import BAND_NAMES, SIGMAS
 from sd3pipe.training.objective import Objective
 from sd3pipe.training.step_samples import StepSamples
-from sd3pipe.training.validation import mean_and_half_width, verdict
+from sd3pipe.training.validation import Validator, mean_and_half_width, verdict
 
 HELD_OUT = 4
 
@@ -124,6 +125,21 @@ def test_a_loss_that_is_no_number_is_said_and_never_the_best(inputs, monkeypatch
     assert run.report()["best_step"] == 3 and "lowest" in run.report()["validation"]
     least = json.loads((run.folder / "metrics.json").read_text())["validation_loss_best"]
     assert least == min(records[0]["loss"], records[3]["loss"])
+
+
+def test_going_back_before_the_best_step_marks_the_best_so_far(inputs, tmp_path, monkeypatch):
+    losses = iter([9.0, 3.0, 2.0, 1.0, 5.0])  # of the base, of three steps, and of the third once more
+    monkeypatch.setattr(Validator, "losses", lambda self: torch.full((HELD_OUT, len(SIGMAS)), next(losses)))
+    options = {"validate_every_n_steps": 1, "save_every_n_steps": 1, "max_train_steps": 3}
+    run = inputs.train(tmp_path / "back", **options)
+    best = run.folder / "checkpoints" / "best.json"
+    assert json.loads(best.read_text()) == {"step": 3, "loss": 1.0}
+    inputs.train(run.folder, **options, resume=str(run.checkpoint(2)))
+    assert json.loads(best.read_text()) == {"step": 2, "loss": 2.0}
+    shutil.copytree(run.checkpoint(2), tmp_path / "elsewhere")
+    losses = iter([5.0])
+    other = inputs.train(tmp_path / "other", **options, resume=str(tmp_path / "elsewhere"))
+    assert not (other.folder / "checkpoints" / "best.json").exists()  # that step's checkpoint is not in this run
 
 
 @pytest.mark.long
