@@ -95,10 +95,13 @@ class MMDiT(nn.Module):
                 f"the sides of pictures must be divisible by {8 * patch} pixels"
             )
         rows, columns = height // patch, width // patch
-        table_LD = self.pos_embed[0] if self.scaled_positions is None else self.scaled_positions.table(rows, columns)
         x_BLD = self.x_embedder(latents_BChw)
-        positions_LD = crop_positions(table_LD, rows, columns, crop_offset)
+        positions_LD = crop_positions(self.position_table(rows, columns), rows, columns, crop_offset)
         return x_BLD + beside(positions_LD, x_BLD)
+
+    def position_table(self, rows: int, columns: int) -> Tensor:
+        """Returns the codes [P P, D] that a picture of rows x columns patches takes a window of."""
+        return self.pos_embed[0] if self.scaled_positions is None else self.scaled_positions.table(rows, columns)
 
     def embed_context(self, context_BLD: Tensor) -> Tensor:
         """Returns the text tokens at the model's width."""

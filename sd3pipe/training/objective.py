@@ -5,6 +5,7 @@
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ class Objective:
         moves, down, right = draws
         if moves >= self._position_crop_rate:
             return None
-        architecture = self.mmdit.architecture
-        height, width = (side // architecture.patch_size for side in latent_size)
-        rows, columns = crop_range(architecture.pos_embed_max, height, width)
+        height, width = (side // self.mmdit.architecture.patch_size for side in latent_size)
+        table_LD = self.mmdit.position_table(height, width)
+        rows, columns = crop_range(isqrt(len(table_LD)), height, width)
         return int(down * (rows + 1)), int(right * (columns + 1))

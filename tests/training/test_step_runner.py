@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from sd3pipe.adapters.network import attach
 from sd3pipe.adapters.targets import AdapterSpec
 from sd3pipe.device import sum_dtype
+from sd3pipe.models.pos_embed import ScaledPositions
 from sd3pipe.rules.flow import LossRules
 from sd3pipe.training import flow, step_runner
 from sd3pipe.training.objective import Objective
@@ -83,6 +84,20 @@ def test_a_step_takes_no_float64_on_a_device_that_has_none(inputs, monkeypatch):
     monkeypatch.setattr(step_runner, "sum_dtype", lambda device: sum_dtype(torch.device("mps")))
     on_a_mac = inputs.train("mac", train_batch_size=2, gradient_accumulation_steps=2, **DESCENT)
     assert torch.equal(ups(on_a_mac), ups(exact)) and on_a_mac.losses() == pytest.approx(exact.losses(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("scaled", "most"), [(False, 8), (True, 2)])
+def test_a_moved_window_stays_in_the_position_table_in_use(inputs, scaled, most):
+    """The checkpoint's of 12 x 12 patches, or sd-scripts' scaled one of 6 x 6, for pictures of 4 x 4."""
+    mmdit = tiny_mmdit("sd35-medium")
+    mmdit.scaled_positions = ScaledPositions([(64, 64)], mmdit.architecture.width) if scaled else None
+    feed = make_feed(inputs)
+    (plan,) = plans(feed, range(1), batch_size=4)
+    batch = replace(feed.batch(plan), crop_draws=(0.0, 0.999, 0.999))  # the share that moves, then down and right
+    objective = Objective(mmdit, attach(mmdit, AdapterSpec(rank=2)), LossRules(), position_crop_rate=1.0)
+    forward_pass = objective.prepare(batch)
+    assert forward_pass.inputs["crop_offset"] == (most, most)
+    assert objective.predict(forward_pass).shape == batch.latents.shape
 
 
 def test_preserved_samples_aim_at_the_base_model_itself(inputs):
