@@ -72,7 +72,7 @@ class EightBitProducts(Packing):
         if not self._is_rotated:
             return x_MI.float()
         side = rotation_side(x_MI.shape[1])
-        signs_RR = self._signs[side].to(x_MI.dtype)
+        signs_RR = self._signs[side].to(x_MI)  # a streamed block's weight is unpacked where it lies
         return (x_MI.unflatten(-1, (-1, side)) @ signs_RR).flatten(1).float() * side**-0.5
 
     def _rounded(self, x_MK: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.streaming_cases import PoisoningCopyStream, train
 from support.tiny_mmdit import random_inputs, tiny_mmdit
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd3pipe.errors import ParameterError
 from sd3pipe.memory.eight_bit import EightBitProducts, hadamard_signs, integer_product, rotation_side
@@ -63,6 +64,15 @@ def test_output_and_gradient_are_integer_sums_times_scales():
     assert torch.equal(gradient, (values @ weight).float() * scale[:, None])
 
 
+class OneDeviceProducts(TorchDispatchMode):
+    """Fails at a product over devices, as a GPU does; the device without data takes tensors of any."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        devices = {tensor.device.type for tensor in args if isinstance(tensor, torch.Tensor)}
+        assert len(devices) < 2 or not str(func).startswith(("aten.mm", "aten.bmm")), f"{func} over {devices}"
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("format, largest", [("int8", 0.012), ("fp8", 0.05)])  # steps of 1/127; 4 significant bits
 def test_products_are_near_those_of_the_weight_before(format, largest, rotated):
@@ -74,6 +84,14 @@ def test_products_are_near_those_of_the_weight_before(format, largest, rotated):
     assert _error(y, x @ exact_OI.t() + layer.bias) < largest
     assert _error(gradient, direction @ exact_OI) < largest
     assert _error(layer.dense_weight(), exact_OI) < largest
+
+
+def test_a_weight_is_unpacked_where_it_lies():
+    """Packed on one device and kept on another, as a streamed block's is; the one without data stands in for it."""
+    layer, _ = _linear("int8", rotated=True)
+    layer.to("meta")
+    with OneDeviceProducts():
+        assert layer.dense_weight().device.type == "meta"
 
 
 def test_a_rotation_changes_nothing_but_the_rounding():
