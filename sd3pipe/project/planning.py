@@ -134,10 +134,10 @@ def make_plan(params: PlanParams, *, t5_tokens: int, disk: Mapping[str, int]) ->
 
 
 def _shown(params: PlanParams, depth: int, wanted: Settings) -> list[Settings]:
-    """Returns what to show: the wanted count, or none, half and all blocks in three formats."""
+    """Returns what to show: the wanted count, or none, half and all blocks in three formats if none is wanted."""
     if params.blocks_to_swap != "auto":
         return [wanted]
-    formats = ("dense", "fp8", "nf4") if params.base_dtype is None else (params.base_dtype,)
+    formats = ("dense", "fp8", "nf4") if wanted.base_format == "dense" else (wanted.base_format,)
     counts = (0, depth // 2, depth)
     return [dataclasses.replace(wanted, base_format=f, blocks_to_swap=n) for f in formats for n in counts]
 

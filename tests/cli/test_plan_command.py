@@ -45,6 +45,13 @@ def test_text_names_what_fits(large_file, tmp_path, capsys, monkeypatch):
     assert text.count("or, with less: --blocks-to-swap") == 2
 
 
+@pytest.mark.parametrize("option", ["base_dtype", "matmul_dtype"])
+def test_rows_are_in_the_wanted_format_alone(large_file, capsys, option):
+    assert cli.run(["plan", "--model", str(large_file), f"--{option.replace('_', '-')}", "int8", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["settings"]
+    assert [(row["base_format"], row["blocks_to_swap"]) for row in rows] == [("int8", 0), ("int8", 19), ("int8", 38)]
+
+
 def test_json_holds_every_part(large_file, capsys):
     arguments = ["plan", "--model", str(large_file), "--blocks-to-swap", "38", "--gradient-checkpointing"]
     arguments += ["--vram", "8", "--json"]
