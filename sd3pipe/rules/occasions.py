@@ -29,7 +29,7 @@ class Every:
 class SavingRules:
     """When checkpoints are written, and which older ones go: None keeps all, counted back from the newest."""
 
-    save_every_n_steps: int | None = rule(250, "Steps between checkpoints; 0: none.", ge=0)
+    save_every_n_steps: int | None = rule(250, "Steps between checkpoints; 0: none on the way.", ge=0)
     save_every_n_epochs: int | None = rule(None, "Epochs between checkpoints.", advanced=True, ge=1)
     save_last_n_steps: int | None = rule(None, "Delete checkpoints that are this many steps old.", advanced=True, ge=0)
     save_last_n_steps_state: int | None = rule(
@@ -68,7 +68,7 @@ class BadLossRules:
 class SampleRules:
     """When sample pictures are drawn, and as which variant."""
 
-    sample_every_n_steps: int | None = rule(250, "Steps between sample pictures; 0: none.", ge=0)
+    sample_every_n_steps: int | None = rule(250, "Steps between sample pictures; 0: none on the way.", ge=0)
     sample_every_n_epochs: int | None = rule(None, "Epochs between sample pictures.", advanced=True, ge=1)
     sample_at_first: bool = rule(True, "Draw samples before the first step, too.", advanced=True)
     max_sample_prompts: int | None = rule(
@@ -89,7 +89,8 @@ class ValidationRules:
     """When held-out pictures are measured, how many of them, and with which noise."""
 
     validate_every_n_steps: int | None = rule(
-        250, "Steps between validations on held-out pictures; 0: none.", advanced=True, ge=0
+        250, "Steps between validations on held-out pictures; 0: none but before the first step and at the end.",
+        advanced=True, ge=0,
     )
     validate_every_n_epochs: int | None = rule(None, "Epochs between validations.", advanced=True, ge=1)
     max_validation_steps: int | None = rule(None, "Batches per validation; default: all.", advanced=True, ge=1)

@@ -70,7 +70,7 @@ def test_validation_measures_held_out_pictures_in_bands(inputs):
 def test_validation_changes_nothing_and_drops_nothing(inputs):
     """Dropout is on in training; two validations of the same weights agree to the bit."""
     often = inputs.train("often", validate_every_n_steps=1)
-    seldom = inputs.train("seldom", validate_every_n_steps=None, output_name="often")
+    seldom = inputs.train("seldom", validate_every_n_steps=0, output_name="often")
     assert often.losses() == seldom.losses()
     assert equal(often.adapter(), seldom.adapter())
     assert [record["step"] for record in seldom.records("validation")] == [0, 4]
