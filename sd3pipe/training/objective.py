@@ -96,6 +96,6 @@ class Objective:
         if moves >= self._position_crop_rate:
             return None
         height, width = (side // self.mmdit.architecture.patch_size for side in latent_size)
-        table_LD = self.mmdit.position_table(height, width)
-        rows, columns = crop_range(isqrt(len(table_LD)), height, width)
+        side = isqrt(len(self.mmdit.position_table(height, width)))
+        rows, columns = crop_range(side, height, width)
         return int(down * (rows + 1)), int(right * (columns + 1))
