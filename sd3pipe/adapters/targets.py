@@ -82,10 +82,16 @@ def target_ranks(paths: Iterable[str], spec: AdapterSpec) -> dict[str, int]:
 
 
 def learning_rates(paths: Iterable[str], spec: AdapterSpec, learning_rate: float) -> dict[str, float]:
-    """Returns the learning rate of each module path. Raises ParameterError where a rule matches nothing."""
+    """Returns the learning rate of each module path, 0 or less where it is not trained.
+
+    Raises ParameterError where a rule matches nothing, or nothing is left to train.
+    """
     paths = list(paths)
     rules = _compiled(spec.learning_rate_rules, paths)
-    return {path: _first_match(rules, path, learning_rate) for path in paths}
+    rates = {path: _first_match(rules, path, learning_rate) for path in paths}
+    if max(rates.values()) <= 0:
+        raise ParameterError("lr_rules leave nothing to train: every learning rate is 0")
+    return rates
 
 
 def block_of(path: str) -> int | None:

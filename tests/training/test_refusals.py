@@ -69,6 +69,7 @@ OPTIONS = {
     "nothing to train": (2, {"network_args": ("train_block_indices=none",)}),
     "a rule that is no expression": (2, {"rank_rules": ("(=8",)}),
     "a rule that matches nothing": (2, {"lr_rules": ("nothing=1e-3",)}),
+    "rules that leave nothing to train": (2, {"lr_rules": ("blocks=0",)}),
     "LoRA+ without up matrices": (2, {"adapter_type": "lokr", "network_args": ("loraplus_lr_ratio=4",)}),
     "DoRA with split projections": (2, {"adapter_type": "dora", "network_args": ("split_qkv=true",)}),
     "norms of what has none": (2, {"adapter_type": "lokr", "scale_weight_norms": 1.0}),
