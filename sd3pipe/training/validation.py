@@ -59,7 +59,7 @@ class Validator:
             return
         items, pictures_P = self._feed.items, self._pictures_P
         if not is_number:
-            names = [items.names[number] for number in pictures_P[~by_picture_P.isfinite().numpy()]]
+            names = [items.names[int(number)] for number in pictures_P[~by_picture_P.isfinite().numpy()]]
             log.warning(
                 "validation after step %d: the loss of %s of %d is no number, and never the best: %s",
                 progressed.step, count(len(names), "picture"), len(pictures_P), listed(names),
