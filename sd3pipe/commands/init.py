@@ -20,7 +20,7 @@ from sd3pipe.params.stage_file import render_stage_file
 from sd3pipe.project.inputs import ENCODERS, missing_weights
 from sd3pipe.project.pictures import PictureFolder, dataset_toml, look_into, prompts_txt
 from sd3pipe.project.pipeline import dvc_yaml
-from sd3pipe.project.recipes import Advice, Recipe, fitting_advice, length_advice, recipe
+from sd3pipe.project.recipes import Recipe, fitting_advice, length_advice, recipe
 from sd3pipe.project.writer import DVCIGNORE, gitignore, project_toml, write_project
 from sd3pipe.remote import is_address
 from sd3pipe.rules.memory import size_bytes
@@ -54,11 +54,15 @@ def main(params: InitParams) -> None:
         pictures=sum(folder.pictures for folder in found),
         in_an_epoch=sum(folder.pictures * folder.repeats for folder in found),
         batch=params.train_batch_size,
+        for_comfyui=params.loras_dir is not None,
     )
     advice = {**recipe(variant, params.goal, for_comfyui=params.loras_dir is not None), **length}
     if params.vram is not None:
         advice |= fitting_advice(
-            shapes, vram_bytes=size_bytes(params.vram), resolution=params.resolution, batch=params.train_batch_size
+            shapes,
+            vram_bytes=size_bytes(params.vram),
+            resolution=params.resolution,
+            batch=length["train_batch_size"].value if "train_batch_size" in length else 1,
         )
     texts = {
         PROJECT_FILE: project_toml(paths),
@@ -75,7 +79,7 @@ def main(params: InitParams) -> None:
         ".dvcignore": DVCIGNORE,
     }
     written = write_project(params.folder, texts)
-    _tell(params.folder, found, variant, written, length["max_train_steps"])
+    _tell(params.folder, found, variant, written, length)
 
 
 def _ask(question: str, option: str) -> str:
@@ -156,13 +160,16 @@ def _stage_files(params: InitParams, paths: Paths, variant: Variant, advice: Rec
     return texts
 
 
-def _tell(folder: Path, found: Sequence[PictureFolder], variant: Variant, written: list[str], steps: Advice) -> None:
+def _tell(folder: Path, found: Sequence[PictureFolder], variant: Variant, written: list[str], length: Recipe) -> None:
     for pictures in found:
         without = pictures.pictures - pictures.captions
         counted = f"{count(pictures.pictures, 'picture')}, {pictures.captions} with a caption, {without} without"
         say(f"{pictures.path}: {counted}" + (f", each {pictures.repeats} times" if pictures.repeats > 1 else ""))
     say(f"{folder}: {count(len(written), 'file')} written for {variant}")
+    steps = length["max_train_steps"]
     say(f"{steps.value:,} steps: {steps.source[0].lower()}{steps.source[1:]}")
+    if (added := length.get("gradient_accumulation_steps")) is not None:
+        say(f"gradient_accumulation_steps = {added.value}: {added.source[0].lower()}{added.source[1:]}")
     for key, reason in missing_weights((*ENCODERS, "vae"), read_project(folder).paths).items():
         say(f"not found, so fill in paths.{key} in {folder / PROJECT_FILE}: {reason}")
     go = "" if folder.resolve() == Path.cwd() else f"cd {shell_word(no_option(str(folder)))} && "

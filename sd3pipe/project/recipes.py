@@ -97,6 +97,11 @@ _SMALL_CARD_BYTES = 16 * 2**30
 _RANK = 16
 _BASES = ("dense", "fp8", "nf4")  # the gentlest first
 _COMFYUI = Advice(value=77, source="ComfyUI pads T5 to 77 tokens, and --loras-dir says that the adapter goes there.")
+_ONE_BY_ONE = (
+    "As many pictures a step as --train-batch-size said, one by one: with t5_pad_to = 77 each caption of more tokens "
+    "keeps its own length, and only equal lengths share a batch. Where none is longer, that number as "
+    "train_batch_size, with gradient_accumulation_steps = 1, learns the same and may be quicker."
+)
 
 
 def recipe(variant: Variant, goal: Goal, *, for_comfyui: bool = False) -> Recipe:
@@ -104,19 +109,25 @@ def recipe(variant: Variant, goal: Goal, *, for_comfyui: bool = False) -> Recipe
     return {**_COMMON, **_BY_VARIANT[variant], **_BY_GOAL[goal], **({"t5_pad_to": _COMFYUI} if for_comfyui else {})}
 
 
-def length_advice(goal: Goal, *, pictures: int, in_an_epoch: int, batch: int) -> Recipe:
-    """Returns steps and batch for a number of pictures, `in_an_epoch` with their repeats."""
+def length_advice(goal: Goal, *, pictures: int, in_an_epoch: int, batch: int, for_comfyui: bool = False) -> Recipe:
+    """Returns steps and batch for a number of pictures, `in_an_epoch` with their repeats.
+
+    Padded as in ComfyUI, long captions have many lengths and would seldom fill a batch: steps add pictures up instead.
+    """
     times = _TIMES_SEEN[goal]
     steps = min(max(times * pictures // batch, _STEPS.start), _STEPS.stop - 1)
     epochs = count(max(1, round(steps * batch / in_an_epoch)), "epoch")
     source = (
-        f"About {epochs} of {count(in_an_epoch, 'picture')} at batch {batch}: each {times} times, as 20 pictures in "
-        f"{times * 20} steps, within ai-toolkit's {_STEPS.start} to {_STEPS.stop - 1}; watch the samples."
+        f"About {epochs} of {count(in_an_epoch, 'picture')} at {count(batch, 'picture')} a step: each {times} times, "
+        f"as 20 pictures in {times * 20} steps, within ai-toolkit's {_STEPS.start} to {_STEPS.stop - 1}; watch the "
+        "samples."
     )
-    return {
-        "max_train_steps": Advice(value=steps, source=source),
-        **({"train_batch_size": Advice(value=batch, source="As --train-batch-size said.")} if batch > 1 else {}),
-    }
+    advice = {"max_train_steps": Advice(value=steps, source=source)}
+    if batch > 1 and for_comfyui:
+        advice["gradient_accumulation_steps"] = Advice(value=batch, source=_ONE_BY_ONE)
+    elif batch > 1:
+        advice["train_batch_size"] = Advice(value=batch, source="As --train-batch-size said.")
+    return advice
 
 
 def fitting_advice(

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +22,13 @@ from sd3pipe.fingerprint import digest_bytes, hash_bytes, hash_json
 from sd3pipe.models import text_recipe
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.params.train import TrainParams
-from sd3pipe.training.batches import Items, SubsetRules
+from sd3pipe.training.batches import Items, SubsetRules, epoch_batches
 
 log = logging.getLogger(__name__)
 
 _RECIPE_VERSIONS = {"latents": geometry.RECIPE_VERSION, "text": text_recipe.RECIPE_VERSION}
 _MOST_SEEN = 10_000_000  # an epoch is put in order in memory, at some hundred bytes for each picture that is seen
+_FEW_MORE = 1.1  # times as many batches as captions of one length make are not worth a word
 _EMPTY_CAPTION = "empty_caption"  # the text manifest's name for the key of the row of ""
 
 
@@ -100,6 +101,7 @@ def open_data(params: TrainParams) -> TrainingData:
     seen = int(items.repeats.sum())
     if seen > _MOST_SEEN:
         raise ParameterError(f"an epoch would have {seen:,} pictures, more than {_MOST_SEEN:,}: lower num_repeats")
+    _tell_broken_batches(items, params)
     return TrainingData(
         latents=latents,
         text=text,
@@ -198,6 +200,26 @@ def _tell_unseen(items: Items) -> None:
         raise ParameterError(f"no picture is seen: in every subset {why}")
     if unseen:
         log.warning("no picture of %s is seen: %s", listed([one_line(name) for name in unseen]), why)
+
+
+def _tell_broken_batches(items: Items, params: TrainParams) -> None:
+    """Tells where captions of many lengths leave batches far from full: no token is masked, so none can be padded."""
+    size, accumulation = params.batches.train_batch_size, params.batches.gradient_accumulation_steps
+    if size == 1 or len(np.unique(items.text_lengths)) == 1:
+        return
+    of_one_length = replace(items, text_lengths=np.zeros_like(items.text_lengths))
+    found, whole = (
+        len(epoch_batches(those, seed=params.seed, epoch=0, batch_size=size)) for those in (items, of_one_length)
+    )
+    if found <= _FEW_MORE * whole:
+        return
+    log.warning(
+        "only captions of one T5 length share a batch, and here they differ: an epoch has %d batches of %.2f pictures "
+        "on average, where train_batch_size = %d could make %d, so that as many steps see fewer pictures: take "
+        "train_batch_size = 1 with gradient_accumulation_steps = %d, or encode text with t5_pad_to at "
+        "t5xxl_max_token_length, which takes more disk and is not how ComfyUI pads",
+        found, items.repeats.sum() / found, size, whole, size * accumulation,
+    )  # fmt: skip
 
 
 def _items(

@@ -136,6 +136,14 @@ def test_what_goes_to_comfyui_is_padded_as_there(tmp_path):
         assert project_for(tmp_path / name, 3, *options)[1].get("t5_pad_to") == (77 if options else None)
 
 
+def test_steps_to_comfyui_add_up_pictures_whose_captions_differ_in_length(tmp_path):
+    options = ("--loras-dir", "loras", "--train-batch-size", 4)
+    train, text, _, said = project_for(tmp_path, 20, *options)
+    assert text["t5_pad_to"] == 77 and train["max_train_steps"] == 500
+    assert (train["train_batch_size"], train["gradient_accumulation_steps"]) == (1, 4)
+    assert "gradient_accumulation_steps = 4: as many pictures a step" in said
+
+
 def test_a_trigger_stands_in_the_adapters_metadata(tmp_path):
     assert project_for(tmp_path, 3, "--trigger", "mycat")[0]["metadata_trigger_phrase"] == "mycat"
 

@@ -22,6 +22,7 @@ from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.models.vae import from_model_space
 from sd3pipe.rules.feeding import EncoderDropout
 from sd3pipe.training.feed import Batch
+from sd3pipe.training.training_data import open_data
 
 STANDARD_DEVIATION = float(np.exp(-2))  # tiny_training's rows have log-variance -4
 
@@ -47,6 +48,21 @@ def test_what_leaves_nothing_to_train_on_is_told(tmp_path, caplog):
         make_feed(make_inputs(tmp_path / "reg", [lone], subsets={"lone": {"is_reg": True}}))
     make_feed(make_inputs(tmp_path / "apart", [photo, lone], subsets={"lone": {"is_reg": True, "dataset": 1}}))
     assert "no picture of lone is seen" in caplog.text
+
+
+def test_captions_whose_lengths_break_batches_up_are_told_once_with_the_ways_out(tmp_path, caplog):
+    dataset = [
+        Picture(name=f"{number}.png", captions=(f"picture {number}",), tokens=6 + number % 4) for number in range(8)
+    ]
+    inputs = make_inputs(tmp_path, dataset)
+    open_data(inputs.params("none"))  # a batch is one picture
+    alike = make_inputs(tmp_path / "alike", [replace(picture, tokens=6) for picture in dataset])
+    open_data(alike.params("none", train_batch_size=4))
+    assert "share a batch" not in caplog.text
+    open_data(inputs.params("none", train_batch_size=4, gradient_accumulation_steps=2))
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "an epoch has 4 batches of 2.00 pictures on average, where train_batch_size = 4 could make 2" in told
+    assert "train_batch_size = 1 with gradient_accumulation_steps = 8" in told and "t5_pad_to" in told
 
 
 def test_latents_are_drawn_anew_from_mean_and_variance(inputs):
