@@ -130,8 +130,7 @@ class _TextRows(Encoding):
         """
         from sd3pipe.encoding.text_encoding import tokenized
 
-        texts = [self.texts.text_by_hash[self.hash_by_key[key]] for key in keys]
-        tokens, cut = tokenized(texts, self.encoders, self.recipe)
+        tokens, cut = tokenized(self._texts(keys), self.encoders, self.recipe)
         found: Cuts = {keys[text.number]: dict(text.tokens) for text in cut}
         self.cuts.update(found)
         remember_cuts(self.folder, self.cuts)
@@ -144,6 +143,9 @@ class _TextRows(Encoding):
                 texts = count(len(told), "longer text")
                 log.warning("%s reads the first %d tokens of %s: %s", title, length, texts, users)
         return tokens
+
+    def _texts(self, keys: Sequence[str]) -> list[str]:
+        return [self.texts.text_by_hash[self.hash_by_key[key]] for key in keys]
 
     def facts(self) -> dict[str, Any]:
         counts: dict[str, Any] = {"texts": len(self.texts.text_by_hash), "uses": len(self.texts.samples["key"])}
@@ -169,7 +171,7 @@ class _TextRows(Encoding):
     def seconds(self, keys: Sequence[str]) -> tuple[str, float]:
         from sd3pipe.encoding.text_encoding import seconds_to_encode  # imports torch, only to tell the time
 
-        return seconds_to_encode(len(keys), self.encoders, self.recipe, self.params)
+        return seconds_to_encode(self._texts(keys), self.encoders, self.recipe, self.params)
 
 
 def _prepare(params: EncodeTextParams, target: _Target) -> _TextRows:

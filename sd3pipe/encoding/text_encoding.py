@@ -3,7 +3,9 @@
 # B batch, D width
 
 import math
+import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from sd3pipe.encoding.t5_memory import streams_t5, t5_packer
 from sd3pipe.models.text_architecture import ENCODERS
 from sd3pipe.models.text_encoder_files import TextEncoders
 from sd3pipe.models.text_recipe import TextRecipe
-from sd3pipe.models.text_rows import EncodingMachine, compute_dtype, encode_rows
+from sd3pipe.models.text_rows import EncodingMachine, compute_dtype, encode_rows, row_batches
 from sd3pipe.models.tokenizers import TokenizedTexts, tokenize_for_encoders
 from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.words import EncoderName
@@ -74,29 +76,30 @@ def encoded_texts(
 
 
 def seconds_to_encode(
-    texts: int, encoders: TextEncoders, recipe: TextRecipe, params: EncodeTextParams
+    texts: Sequence[str], encoders: TextEncoders, recipe: TextRecipe, params: EncodeTextParams
 ) -> tuple[str, float]:
-    """Returns the device and about how long it takes for so many texts, by the speed of one matrix product."""
+    """Returns the device and about how long it takes for these texts, by the speed of matrix products."""
     device = choose_device(params.device, params.threads)
+    tokens, _ = tokenized(texts, encoders, recipe)
     seconds = 0.0
     for name in ENCODERS:
         dtype = compute_dtype(name, recipe.text_dtype, device)
-        packed = recipe.t5xxl_base_dtype if name == "t5xxl" else None
-        length = recipe.t5_pad_to if name == "t5xxl" else encoders.sizes.clip_length
         shapes = encoders.sources[name].shapes()
         weights = sum(
             math.prod(shape)
             for key, shape in shapes.items()
             if len(shape) == 2 and not key.startswith("shared") and "embed" not in key
         )
-        rows = params.text_encoder_batch_size * length
         width = encoders.sizes.widths[name]
-        x_BD = torch.ones(rows, width, dtype=dtype, device=device)
         layer = nn.Sequential(nn.Linear(width, 4 * width, bias=False, device=device, dtype=dtype))  # as the widest ones
-        if (pack := t5_packer(packed)) is not None:
+        if name == "t5xxl" and (pack := t5_packer(recipe.t5xxl_base_dtype)) is not None:
             pack(layer)
-        rate = _products_per_second(x_BD, layer)
-        seconds += texts * length * weights / rate
+        batches: dict[int, list[int]] = defaultdict(list)  # by their number of rows: the tokens of each
+        for numbers in row_batches(tokens[name], params.text_encoder_batch_size):
+            batches[len(numbers)].append(len(numbers) * tokens[name].lengths[numbers[0]])
+        for sizes in batches.values():
+            x_BD = torch.ones(round(statistics.mean(sizes)), width, dtype=dtype, device=device)
+            seconds += sum(sizes) * weights / _products_per_second(x_BD, layer)
     return str(device), seconds
 
 

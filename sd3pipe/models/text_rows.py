@@ -19,6 +19,7 @@ from sd3pipe.errors import InputError
 from sd3pipe.files import storage_errors
 from sd3pipe.models.layouts import TITLES
 from sd3pipe.models.sources import ComponentSource
+from sd3pipe.models.text_architecture import T5Architecture
 from sd3pipe.models.text_encoders import ClipEncoder, T5Encoder
 from sd3pipe.models.text_recipe import TextRecipe
 from sd3pipe.models.tokenizers import TokenizedTexts
@@ -65,6 +66,24 @@ def encode_rows(
             yield clip_l.read(number) | clip_g.read(number) | t5
 
 
+def row_batches(tokens: TokenizedTexts, size: int) -> list[list[int]]:
+    """Returns which texts pass an encoder together, in the order in which the first of each batch is due.
+
+    Texts that are padded or cut fill batches of `size`, however far apart they are; the last one repeats its last text.
+    One of a length between runs alone, as to fill up a batch of each such length would take several times the rows.
+    Either way the batch's shape, and with it a row's bits, depend on the text's own length and not on its neighbours.
+    """
+    groups: dict[int, list[int]] = defaultdict(list)
+    for number, length in enumerate(tokens.lengths):
+        groups[length].append(number)
+    batches = []
+    for length, numbers in groups.items():
+        rows = size if length in tokens.common_lengths else 1
+        batches += [numbers[start : start + rows] for start in range(0, len(numbers), rows)]
+        batches[-1] += [numbers[-1]] * (rows - len(batches[-1]))
+    return sorted(batches)
+
+
 def _clip_rows(
     name: ClipName,
     tokens: TokenizedTexts,
@@ -76,16 +95,16 @@ def _clip_rows(
     encoder = ClipEncoder(source, dtype=dtype, device=machine.device)
     letter = name.removeprefix("clip_")
     with progress(f"encode-text {TITLES[name]}", len(tokens.ids), "captions") as counter:
-        for numbers in _batches(range(len(tokens.ids)), machine.batch_rows):
+        for numbers in row_batches(tokens, machine.batch_rows):
             stopping.check()
-            batch = tokens.batch(_filled_up(numbers, machine.batch_rows))
+            batch = tokens.batch(numbers)
             hidden_BLD, pooled_BP = encoder.encode(batch, masked=recipe.apply_lg_attn_mask)
             masks_BL = torch.from_numpy(batch.mask)
             stored = (states.to("cpu", stored_as) for states in (hidden_BLD, pooled_BP))
-            for hidden_LD, pooled, mask, _ in zip(*stored, masks_BL, numbers, strict=False):
+            for hidden_LD, pooled, mask, _ in zip(*stored, masks_BL, set(numbers), strict=False):
                 hidden_LD = _with_padding(hidden_LD, mask, recipe, source)
                 yield {name: hidden_LD, f"pooled_{letter}": _finite(pooled, recipe, source), f"mask_{letter}": mask}
-            counter.advance(len(numbers))
+            counter.advance(len(set(numbers)))
 
 
 def _t5_rows(
@@ -97,28 +116,29 @@ def _t5_rows(
 ) -> Iterator[Row]:
     dtype = compute_dtype("t5xxl", recipe.text_dtype, machine.device)
     encoder = T5Encoder(source, dtype=dtype, device=machine.device, streamed=machine.stream_t5, pack=pack)
-    window = _window_rows(tokens, encoder.architecture.width * dtype.itemsize, machine)
-    windows = [_same_lengths(numbers, tokens) for numbers in _batches(range(len(tokens.ids)), window)]
-    batches = [[b for numbers in groups for b in _batches(numbers, machine.batch_rows)] for groups in windows]
-    passes = sum(map(len, batches)) * machine.batch_rows * encoder.architecture.depth
+    batches = row_batches(tokens, machine.batch_rows)
+    passes = sum(map(len, batches)) * encoder.architecture.depth
     with progress(f"encode-text {TITLES['t5xxl']}", passes, "caption layers") as counter:
 
         def advance(number: int = 1) -> None:
             stopping.check()
             counter.advance(number)
 
-        for window_batches in batches:
-            padded = [tokens.batch(_filled_up(numbers, machine.batch_rows)) for numbers in window_batches]
+        rows: dict[int, Row] = {}
+        due = 0
+        most_bytes = _WINDOW_BYTES if machine.stream_t5 else 0
+        for window in _windows(batches, tokens.lengths, encoder.architecture, dtype, most_bytes):
+            padded = [tokens.batch(numbers) for numbers in window]
             states = encoder.encode(padded, masked=recipe.apply_t5_attn_mask, advance=advance)
-            rows: dict[int, Row] = {}
-            for numbers, batch, hidden_BLD in zip(window_batches, padded, states, strict=True):
+            for numbers, batch, hidden_BLD in zip(window, padded, states, strict=True):
                 masks_BL = torch.from_numpy(batch.mask)
                 stored_BLD = hidden_BLD.to("cpu", DTYPES[recipe.text_dtype])
-                for number, hidden_LD, mask in zip(numbers, stored_BLD, masks_BL, strict=False):
+                for number, hidden_LD, mask in zip(dict.fromkeys(numbers), stored_BLD, masks_BL, strict=False):
                     rows[number] = {"t5xxl": _with_padding(hidden_LD, mask, recipe, source), "mask_t5": mask}
             del states
-            for number in sorted(rows):
-                yield rows.pop(number)
+            while due in rows:  # the rest, part of a batch of each common length, waits for rows of other lengths
+                yield rows.pop(due)
+                due += 1
 
 
 def compute_dtype(name: EncoderName, text_dtype: Format, device: torch.device) -> torch.dtype:
@@ -132,33 +152,26 @@ def compute_dtype(name: EncoderName, text_dtype: Format, device: torch.device) -
     return torch.float32 if overflows or emulated else DTYPES[text_dtype]
 
 
-def _window_rows(tokens: TokenizedTexts, token_bytes: int, machine: EncodingMachine) -> int:
-    """Returns how many rows pass a block of T5 before the next block's turn comes.
+def _windows(
+    batches: Sequence[list[int]], lengths: Sequence[int], t5: T5Architecture, dtype: torch.dtype, most_bytes: int
+) -> Iterator[list[list[int]]]:
+    """Yields the batches that pass a block of T5 before the next block's turn comes, by their states and biases.
 
-    Few, so that rows are finished soon; many where each block has to be read anew, or where texts of one length have to
-    be found to fill a batch.
+    Few, so that rows are finished soon; many where each block has to be read anew.
     """
-    if not machine.stream_t5 and len(set(tokens.lengths)) == 1:
-        return machine.batch_rows
-    batch_bytes = max(tokens.lengths) * token_bytes * machine.batch_rows
-    return max(1, _WINDOW_BYTES // batch_bytes) * machine.batch_rows
-
-
-def _batches(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
-
-
-def _filled_up(numbers: Sequence[int], size: int) -> list[int]:
-    """Returns the numbers, the last one repeated, so that every batch has one shape."""
-    return [*numbers, *[numbers[-1]] * (size - len(numbers))]
-
-
-def _same_lengths(numbers: Sequence[int], tokens: TokenizedTexts) -> list[list[int]]:
-    """Returns the numbers in groups of texts that are padded to one length."""
-    groups: dict[int, list[int]] = defaultdict(list)
-    for number in numbers:
-        groups[tokens.lengths[number]].append(number)
-    return [groups[length] for length in sorted(groups)]
+    window: list[list[int]] = []
+    window_bytes, biased = 0, set[int]()
+    for numbers in batches:
+        length = lengths[numbers[0]]
+        bias = 0 if length in biased else t5.heads * length**2
+        window_bytes += (len(numbers) * length * t5.width + bias) * dtype.itemsize
+        window.append(numbers)
+        biased.add(length)
+        if window_bytes >= most_bytes:
+            yield window
+            window, window_bytes, biased = [], 0, set()
+    if window:
+        yield window
 
 
 def _with_padding(hidden_LD: Tensor, mask_L: Tensor, recipe: TextRecipe, source: ComponentSource) -> Tensor:

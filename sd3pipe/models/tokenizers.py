@@ -75,6 +75,7 @@ class TokenizedTexts:
     ids: Sequence[Sequence[int]]
     counts: Sequence[int]  # tokens with start and end before cutting
     lengths: Sequence[int]  # positions after padding
+    common_lengths: frozenset[int]  # of texts that are padded or cut; one between them has few others of its length
 
     def batch(self, numbers: Sequence[int]) -> TokenBatch:
         """Returns the padded ids of some texts, which must have one length."""
@@ -95,6 +96,7 @@ def tokenize_texts(tokenizer: TextTokenizer, texts: Sequence[str], *, max_length
         ids=ids,
         counts=[len(numbers) for numbers in whole],
         lengths=[max(pad_to, len(numbers)) for numbers in ids],
+        common_lengths=frozenset({pad_to, max_length}),
     )
 
 

@@ -10,12 +10,13 @@ from support.tiny_base import write_tiny_base
 
 from sd3pipe.cache.keys import text_source
 from sd3pipe.data.prompts import WrittenPrompt
-from sd3pipe.encoding import text_plan
+from sd3pipe.encoding import text_encoding, text_plan
 from sd3pipe.encoding.text_plan import prompt_texts, text_wanted
 from sd3pipe.errors import InputError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.text_encoder_files import TextSizes, find_text_encoders
 from sd3pipe.models.text_recipe import TextRecipe
+from sd3pipe.params.encode_text import EncodeTextParams
 
 RECIPE = TextRecipe()
 
@@ -119,6 +120,20 @@ def test_rows_cost_what_the_plan_says():
     """2.4 MB a caption at the genuine widths with padding kept, as bfloat16."""
     wanted = text_wanted(prompt_texts([WrittenPrompt(prompt="a")]), TextSizes(), {}, RECIPE)
     assert {row.nbytes for row in wanted.rows} == {2 * (78 * 2048 + 256 * 4096) + 2 * 77 + 256}
+
+
+def test_a_forecast_counts_each_texts_own_tokens_and_rows_that_fill_up(base, monkeypatch):
+    monkeypatch.setattr(text_encoding, "_products_per_second", lambda *_: 1.0)
+    files = {name: getattr(base, name) for name in ("clip_l", "clip_g", "t5xxl")}
+    encoders = find_text_encoders(str(base.model), files, base.tokenizers)
+    params = EncodeTextParams(dataset="dataset.toml", device="cpu", text_encoder_batch_size=4)
+    recipe = TextRecipe(t5_pad_to=8)
+
+    def seconds(*texts: str) -> float:
+        return text_encoding.seconds_to_encode(texts, encoders, recipe, params)[1]
+
+    assert seconds("a") == seconds("a", "b", "c", "d") < seconds("a", "b", "c", "d", "e")
+    assert seconds("a") < seconds("cat " * 50) < seconds("cat " * 100)
 
 
 def test_encoders_of_different_models_are_an_input_error(base, tmp_path):

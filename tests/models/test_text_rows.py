@@ -10,6 +10,8 @@ from support.text_encoding import encode, equal_bits
 from support.tiny_base import write_tiny_base
 
 from sd3pipe.errors import InputError, ParameterError, StorageError
+from sd3pipe.models import text_rows
+from sd3pipe.models.text_encoders import T5Encoder
 from sd3pipe.models.text_recipe import RECIPE_VERSION, TextRecipe
 
 TEXTS = ["", "a photo of a cat", "a dog on a table, " * 3, "red circle!", "a", "a blue square on white", "trees"]
@@ -115,6 +117,29 @@ def test_t5_pad_to_pads_short_texts_and_keeps_longer_ones(base, tmp_path):
     assert all(int(row["mask_t5"].sum()) == length for row, length in zip(rows[1:3], lengths[1:3], strict=True))
     alone = encode(base, ["a"], tmp_path, recipe)
     assert equal_bits(alone[0], rows[3])
+
+
+LENGTHS = [
+    " ".join(["cat"] * count) for count in (1, 9, 30, 12, 2, 14, 40, 3, 9, 11, 1, 30)
+]  # padded, own and cut ones
+
+
+@pytest.mark.parametrize("stream_t5", [False, True])
+def test_texts_of_many_lengths_pass_t5_hardly_more_than_once(base, tmp_path, monkeypatch, stream_t5):
+    recipe = TextRecipe(t5xxl_max_token_length=16, t5_pad_to=8, text_dtype="float32")
+    passed = []
+    encode_batches = T5Encoder.encode
+
+    def counted(self, batches, **options):
+        passed.extend(len(batch.ids) for batch in batches)
+        return encode_batches(self, batches, **options)
+
+    monkeypatch.setattr(T5Encoder, "encode", counted)
+    monkeypatch.setattr(text_rows, "_WINDOW_BYTES", 64 << 10)  # several windows
+    rows = encode(base, LENGTHS, tmp_path, recipe, stream_t5=stream_t5)
+    assert sum(passed) <= len(LENGTHS) + 2 * 2  # batches of 3 are filled up for what is padded and for what is cut
+    alone = {text: encode(base, [text], tmp_path, recipe)[0] for text in set(LENGTHS)}
+    assert all(equal_bits(row, alone[text]) for text, row in zip(LENGTHS, rows, strict=True))
 
 
 def test_pad_to_beyond_the_maximum_is_refused():
