@@ -125,6 +125,16 @@ def missing_rows(out: Path, wanted: Wanted) -> Missing:
     )
 
 
+def check_room(out: Path, needed: int) -> None:
+    """Raises StorageError where the disk of a cache has not so many bytes left."""
+    free = free_bytes(out)
+    if needed > free:
+        raise StorageError(
+            f"{out}: {readable_bytes(needed)} to be written, {readable_bytes(free)} free: "
+            "free space (`sd3pipe cache gc` empties unused rows), or choose another --out"
+        )
+
+
 @dataclass(slots=True)
 class _Fill:
     """One writer at work."""
@@ -173,12 +183,7 @@ class _Fill:
             mine = [key for key in missing if key in share]
             if mine or (not missing and (settle or leaf.keys[0] in share)):
                 jobs.append((leaf, mine))
-        needed, free = sum(leaf.nbytes * len(leaf.keys) for leaf, _ in jobs), free_bytes(self._folder.path)
-        if needed > free:
-            raise StorageError(
-                f"{self._folder.path}: {readable_bytes(needed)} to be written, {readable_bytes(free)} free: "
-                "free space (`sd3pipe cache gc` empties unused rows), or choose another --out"
-            )
+        check_room(self._folder.path, sum(leaf.nbytes * len(leaf.keys) for leaf, _ in jobs))
         keys = [key for _, mine in jobs for key in mine]
         rows = iter(encode(keys)) if keys else iter(())
         try:

@@ -24,7 +24,7 @@ from sd3pipe.data.caption_cache import CachedCaptions, read_captions
 from sd3pipe.data.dataset_file import Dataset, folder_dataset, load_dataset
 from sd3pipe.data.looks import Looks, look_warnings
 from sd3pipe.data.scan import Picture, Scan, scan, tell_about_pictures
-from sd3pipe.encoding.stage import Encoding, none_usable, run
+from sd3pipe.encoding.stage import Encoding, Outlook, none_usable, run
 from sd3pipe.errors import ParameterError, UnreadablePicture
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.tokenizer_folders import find_tokenizers
@@ -112,10 +112,10 @@ class _Captions(Encoding):
                 bar.advance()
                 yield key, row
 
-    def seconds(self, keys: Sequence[str]) -> tuple[str, float]:
+    def outlook(self, keys: Sequence[str]) -> Outlook:
         """Returns the device and the time by that of the first pictures: nobody knows before how much a model says."""
         rows, seconds = self.trial
-        return self.params.device, len(keys) * seconds / max(1, len(rows))
+        return Outlook(device=self.params.device, seconds=len(keys) * seconds / max(1, len(rows)))
 
     @functools.cached_property
     def trial(self) -> tuple[list[tuple[Picture, Row | UnreadablePicture]], float]:

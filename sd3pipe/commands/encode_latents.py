@@ -16,7 +16,7 @@ from sd3pipe.data.geometry import RECIPE_VERSION, View
 from sd3pipe.data.scan import UnreadableFile, tell_about_pictures
 from sd3pipe.encoding.latent_plan import latent_recipe, latents_wanted, usable_views
 from sd3pipe.encoding.repetition import Repetition
-from sd3pipe.encoding.stage import DatasetRead, Encoding, read_dataset, run
+from sd3pipe.encoding.stage import DatasetRead, Encoding, Outlook, read_dataset, run
 from sd3pipe.errors import QuarantineError, UnreadablePicture
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.models.sources import ComponentSource, find_component
@@ -121,12 +121,13 @@ class _Latents(Encoding):
                 bar.advance()
                 yield item
 
-    def seconds(self, keys: Sequence[str]) -> tuple[str, float]:
+    def outlook(self, keys: Sequence[str]) -> Outlook:
         from sd3pipe.encoding.latent_rows import device_speed  # imports torch, only to tell the time
 
         sizes = (self.view_by_key[key].cut.size for key in keys)
         device, pixels_per_second = device_speed(self.architecture, self.params)
-        return device, sum(width * height for width, height in sizes) / pixels_per_second
+        pixels = sum(width * height for width, height in sizes)
+        return Outlook(device=device, seconds=pixels / pixels_per_second)
 
 
 def _prepare(params: EncodeLatentsParams) -> _Latents:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sd3pipe.cache.folder import machine_folder, weight_stamps
 from sd3pipe.cache.rows import Row
-from sd3pipe.cache.store import FillCounts
+from sd3pipe.cache.store import FillCounts, check_room
 from sd3pipe.config import find_project
 from sd3pipe.console import count, listed, one_line
 from sd3pipe.data.captions import caption_statistics
@@ -17,10 +18,11 @@ from sd3pipe.data.prompts import load_prompts
 from sd3pipe.data.scan import tell_about_captions
 from sd3pipe.encoding.cut_texts import Cuts, recall_cuts, remember_cuts
 from sd3pipe.encoding.repetition import Repetition
-from sd3pipe.encoding.stage import Encoding, none_usable, read_dataset, run
+from sd3pipe.encoding.stage import Encoding, Outlook, none_usable, read_dataset, run
 from sd3pipe.encoding.text_plan import Texts, caption_texts, encoder_files, prompt_texts, text_recipe, text_wanted
 from sd3pipe.errors import ParameterError, UnreadablePicture
 from sd3pipe.file_stamps import FileStamps
+from sd3pipe.models.row_sizes import text_bytes
 from sd3pipe.models.text_encoder_files import TextEncoders, find_text_encoders
 from sd3pipe.models.text_recipe import RECIPE_VERSION, TextRecipe
 from sd3pipe.params.encode_text import EncodeTextParams
@@ -120,7 +122,9 @@ class _TextRows(Encoding):
     def encode(self, keys: Sequence[str]) -> Iterator[tuple[str, Row | UnreadablePicture]]:
         from sd3pipe.encoding.text_encoding import encoded_texts  # imports torch and transformers
 
-        rows = encoded_texts(self.look_at(keys), self.encoders, self.recipe, self.params, self.folder)
+        tokens = self.look_at(keys)
+        check_room(self.out, sum(self._bytes(tokens)))  # the store knows nominal sizes alone
+        rows = encoded_texts(tokens, self.encoders, self.recipe, self.params, self.folder)
         yield from zip(keys, rows, strict=True)
 
     def look_at(self, keys: Sequence[str]) -> "Tokens":
@@ -168,10 +172,20 @@ class _TextRows(Encoding):
             if key in cuts
         ]
 
-    def seconds(self, keys: Sequence[str]) -> tuple[str, float]:
-        from sd3pipe.encoding.text_encoding import seconds_to_encode  # imports torch, only to tell the time
+    def outlook(self, keys: Sequence[str]) -> Outlook:
+        from sd3pipe.encoding.text_encoding import seconds_to_encode, tokenized  # imports torch, only to tell the time
 
-        return seconds_to_encode(self._texts(keys), self.encoders, self.recipe, self.params)
+        tokens, _ = tokenized(self._texts(keys), self.encoders, self.recipe)
+        device, seconds = seconds_to_encode(tokens, self.encoders, self.recipe, self.params)
+        rows, meanwhile = self._bytes(tokens)
+        nominal = sum(self.wanted.row_by_key[key].nbytes for key in keys)
+        return Outlook(device=device, seconds=seconds, more_bytes=rows - nominal, meanwhile_bytes=meanwhile)
+
+    def _bytes(self, tokens: "Tokens") -> tuple[int, int]:
+        """Returns the size of the texts' rows, and of CLIP's outputs, which lie beside them until T5's are there."""
+        lengths, sizes, dtype = tokens["t5xxl"].lengths, self.encoders.sizes, self.recipe.text_dtype
+        rows = text_bytes(Counter(lengths), sizes, dtype, packed=self.recipe.t5xxl_row_dtype)
+        return rows, len(lengths) * sizes.row_bytes(0, dtype)
 
 
 def _prepare(params: EncodeTextParams, target: _Target) -> _TextRows:

@@ -76,6 +76,16 @@ def none_usable(dataset: Dataset, unreadable: Sequence[UnreadableFile]) -> Input
     return InputError(f"{dataset.path}: none of {count(len(unreadable), 'picture')} can be used: {reasons}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What some rows take to be made: about how long, and bytes beyond their nominal sizes."""
+
+    device: str
+    seconds: float
+    more_bytes: int = 0
+    meanwhile_bytes: int = 0  # beside the cache until the rows are made
+
+
 @dataclass(frozen=True, kw_only=True)
 class Encoding(abc.ABC):
     """The rows of one cache, known before anything is encoded; the stages add who makes them."""
@@ -121,8 +131,8 @@ class Encoding(abc.ABC):
         """Yields rows in the order of their keys; the first call loads the encoders."""
 
     @abc.abstractmethod
-    def seconds(self, keys: Sequence[str]) -> tuple[str, float]:
-        """Returns the device and about how long it takes for some rows."""
+    def outlook(self, keys: Sequence[str]) -> Outlook:
+        """Returns what it takes to make some rows."""
 
 
 def run(
@@ -243,9 +253,10 @@ def _forecast(encoding: Encoding) -> str:
     there = len(encoding.wanted.row_by_key) - len(missing.keys)
     if not missing.keys:
         return f"nothing to encode, {count(there, 'row')} there{encoding.remark()}"
-    device, seconds = encoding.seconds(missing.keys)
+    ahead = encoding.outlook(missing.keys)
+    meanwhile = f"{readable_bytes(ahead.meanwhile_bytes)} more meanwhile, " if ahead.meanwhile_bytes else ""
     return (
         f"{count(len(missing.keys), 'row')} to encode, {there} there{encoding.remark()}; about "
-        f"{readable_seconds(seconds)} on {device}, {readable_bytes(missing.nbytes)} to write, "
-        f"{readable_bytes(missing.free_bytes)} free"
+        f"{readable_seconds(ahead.seconds)} on {ahead.device}, {readable_bytes(missing.nbytes + ahead.more_bytes)} to "
+        f"write, {meanwhile}{readable_bytes(missing.free_bytes)} free"
     )

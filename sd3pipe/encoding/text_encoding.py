@@ -76,11 +76,10 @@ def encoded_texts(
 
 
 def seconds_to_encode(
-    texts: Sequence[str], encoders: TextEncoders, recipe: TextRecipe, params: EncodeTextParams
+    tokens: Tokens, encoders: TextEncoders, recipe: TextRecipe, params: EncodeTextParams
 ) -> tuple[str, float]:
     """Returns the device and about how long it takes for these texts, by the speed of matrix products."""
     device = choose_device(params.device, params.threads)
-    tokens, _ = tokenized(texts, encoders, recipe)
     seconds = 0.0
     for name in ENCODERS:
         dtype = compute_dtype(name, recipe.text_dtype, device)

@@ -1,7 +1,9 @@
 """What rows are made by, for who wants to know their sizes: what is here, else what the published models have."""
 
 import logging
-from collections.abc import Mapping
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from sd3pipe.console import readable_bytes
@@ -41,18 +43,34 @@ def known_text_sizes(model: str | None, files: Mapping[EncoderName, Path | None]
         return TextSizes()
 
 
+def t5_tokens_at_most(texts: Iterable[str], *, pad_to: int, max_length: int) -> Counter[int]:
+    """Returns how many texts have rows of how many T5 tokens at most, without a tokenizer.
+
+    A token is a character of the normalised text at least; the first word's mark and the end token come on top.
+    """
+    lengths = (len(unicodedata.normalize("NFKC", text)) + 2 for text in texts)
+    return Counter(min(max_length, max(pad_to, length)) for length in lengths)
+
+
+def text_bytes(
+    t5_tokens: Mapping[int, int], sizes: TextSizes, text_dtype: Format, *, packed: RowFormat | None = None
+) -> int:
+    """Returns the size of the rows of so many texts of each number of T5 tokens."""
+    return sum(texts * sizes.row_bytes(tokens, text_dtype, packed=packed) for tokens, texts in t5_tokens.items())
+
+
 def text_advice(
-    texts: int, sizes: TextSizes, *, t5_tokens: int, text_dtype: Format, packed: RowFormat | None
+    t5_tokens: Mapping[int, int], sizes: TextSizes, *, text_dtype: Format, packed: RowFormat | None
 ) -> str | None:
-    """Returns what so many texts would take by more compact recipes; None where they take little or are compact."""
-    size = texts * sizes.row_bytes(t5_tokens, text_dtype)
+    """Returns what these texts would take by more compact recipes; None where they take little or are compact."""
+    size = text_bytes(t5_tokens, sizes, text_dtype)
     if packed is not None or size < _MUCH_TEXT:
         return None
-    smaller = texts * sizes.row_bytes(t5_tokens, text_dtype, packed="int8")
+    smaller = text_bytes(t5_tokens, sizes, text_dtype, packed="int8")
     advice = f'text takes {readable_bytes(size)}; t5xxl_row_dtype = "int8" makes it {readable_bytes(smaller)}'
-    if t5_tokens <= _SHORT:
+    if min(t5_tokens) <= _SHORT:
         return advice
-    smallest = texts * sizes.row_bytes(_SHORT, text_dtype, packed="int8")
+    smallest = sum(t5_tokens.values()) * sizes.row_bytes(_SHORT, text_dtype, packed="int8")
     return f"{advice}, and t5_pad_to = {_SHORT}, too, about {readable_bytes(smallest)} (docs/memory.md)"
 
 

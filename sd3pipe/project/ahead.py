@@ -21,7 +21,7 @@ from sd3pipe.memory.choosing import Freedom, Limits, fitting_settings
 from sd3pipe.memory.plan import PROCESS_BYTES, Settings, Workload, adapter_bytes_per_weight, option_text, predict
 from sd3pipe.memory.sizes import adapter_weights, image_tokens, model_size
 from sd3pipe.models.hub import is_hub_id
-from sd3pipe.models.row_sizes import known_text_sizes, known_vae, text_advice
+from sd3pipe.models.row_sizes import known_text_sizes, known_vae, t5_tokens_at_most, text_advice, text_bytes
 from sd3pipe.models.sources import find_component
 from sd3pipe.models.text_architecture import ENCODERS
 from sd3pipe.params.caption import CaptionParams
@@ -29,7 +29,7 @@ from sd3pipe.params.encode_latents import EncodeLatentsParams
 from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.fields import Params
 from sd3pipe.params.train import TrainParams
-from sd3pipe.project.amounts import count_texts, read_amounts, read_prompts
+from sd3pipe.project.amounts import known_texts, read_amounts, read_prompts
 from sd3pipe.project.card import card_bytes
 from sd3pipe.project.inputs import stage_options
 from sd3pipe.stages import STAGES_BY_NAME
@@ -65,23 +65,24 @@ def ahead(options: Params, project: Project) -> Ahead:
 def _encode_text(options: EncodeTextParams, found: Ahead) -> None:
     if options.sample_prompts is not None:
         prompts = len(read_prompts(options.sample_prompts))
-        texts, shown = _TEXTS_OF_PROMPT * prompts, count(prompts, "prompt")
+        known, others, shown = set[str](), _TEXTS_OF_PROMPT * prompts, count(prompts, "prompt")
     else:
         assert options.dataset is not None
         assert options.out is not None
         stamps = FileStamps(machine_folder(options.out) / "stat.json")
-        texts = count_texts(options.dataset, caption_variants=options.caption_variants, stamps=stamps)
-        shown = count(texts, "caption")
+        known, others = known_texts(options.dataset, caption_variants=options.caption_variants, stamps=stamps)
+        shown = count(len(known) + others, "caption")
     found.facts.append(shown)
     assert options.out is not None
     sizes = known_text_sizes(options.model, {name: getattr(options, name) for name in ENCODERS})
-    t5_tokens = options.t5_pad_to or options.t5xxl_max_token_length
-    row_bytes = sizes.row_bytes(t5_tokens, options.text_dtype, packed=options.t5xxl_row_dtype)
-    _cache(options.out, texts, texts * row_bytes, found)
+    longest = options.t5xxl_max_token_length
+    t5_tokens = t5_tokens_at_most(known, pad_to=options.t5_pad_to or longest, max_length=longest)
+    t5_tokens[longest] += others
+    texts = t5_tokens.total()
+    _cache(options.out, texts, text_bytes(t5_tokens, sizes, options.text_dtype, packed=options.t5xxl_row_dtype), found)
     if found.disk_bytes:
-        found.advice = text_advice(
-            texts, sizes, t5_tokens=t5_tokens, text_dtype=options.text_dtype, packed=options.t5xxl_row_dtype
-        )
+        found.disk_bytes += texts * sizes.row_bytes(0, options.text_dtype)  # CLIP's outputs, until T5's are there
+        found.advice = text_advice(t5_tokens, sizes, text_dtype=options.text_dtype, packed=options.t5xxl_row_dtype)
 
 
 def _encode_latents(options: EncodeLatentsParams, found: Ahead) -> None:

@@ -47,8 +47,8 @@ def read_amounts(dataset: Path, *, crop_variants: int = 1) -> Amounts:
     return Amounts(pictures=pictures, rows_by_size=rows)
 
 
-def count_texts(dataset: Path, *, caption_variants: int, stamps: FileStamps) -> int:
-    """Returns how many different texts the captions become, the empty one among them; at most, where some are drawn.
+def known_texts(dataset: Path, *, caption_variants: int, stamps: FileStamps) -> tuple[set[str], int]:
+    """Returns the different texts that captions become, the empty one among them, and how many more are drawn at most.
 
     Raises ParameterError for the file, InputError for its folders and captions.
     """
@@ -63,7 +63,7 @@ def count_texts(dataset: Path, *, caption_variants: int, stamps: FileStamps) -> 
             else:
                 text = entry.caption if entry.caption is not None else subset.class_tokens or ""
                 texts.add(process_caption(text, rules, random.Random(0)))
-    return len(texts) + unknown
+    return texts, unknown
 
 
 def _entries(subset: Subset, captions: FileStamps | None) -> list[FoundFile]:

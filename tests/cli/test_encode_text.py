@@ -14,13 +14,19 @@ from support.command_line import report_of, sd3pipe
 from support.comparing import folder_bytes
 from support.photographs import CAPTIONS, write_dataset_file, write_photographs
 
+from sd3pipe.cache import store
 from sd3pipe.cache.reader import CacheReader
+from sd3pipe.cache.rows import layout_bytes, layout_of
 from sd3pipe.cache.staleness import check_sources
 from sd3pipe.cache.tensors import row_to_torch
 from sd3pipe.cli import run
+from sd3pipe.console import readable_bytes
 from sd3pipe.data.captions import tag_frequency
 from sd3pipe.diffusion.prompts import read_prompts
 from sd3pipe.encoding import text_encoding
+from sd3pipe.errors import StorageError
+from sd3pipe.models.text_architecture import ENCODERS
+from sd3pipe.models.text_encoder_files import find_text_sizes
 
 SMALL = ("--t5xxl-max-token-length", "16", "--threads", "1")
 PICTURES = ("astronaut.png", "chelsea.png", "coffee.png")
@@ -162,6 +168,25 @@ def test_a_dry_run_writes_nothing(base, project, capsys):
     assert "dry run: 4 rows to encode, 0 there; about " in capsys.readouterr().out
     assert not (project / "caches" / "text").exists()
     assert not (project / "caches" / "text.report.json").exists()
+
+
+def test_captions_longer_than_the_padding_are_forecast_and_need_room_with_what_lies_beside(
+    base, project, capsys, monkeypatch
+):
+    (project / "pictures" / "coffee.txt").write_text("cat " * 100, encoding="utf-8")
+    padded = ("--t5-pad-to", "4")
+    assert run(arguments(base, project, "--dry-run", *padded)) == 0
+    forecast = capsys.readouterr().out
+    sizes = find_text_sizes(str(base.model), {name: getattr(base, name) for name in ENCODERS})
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "free_bytes", lambda path: 4 * sizes.row_bytes(4, "bfloat16"))
+        assert run(arguments(base, project, *padded)) == StorageError.exit_code
+    assert " to be written, " in capsys.readouterr().err
+    encode(base, project, *padded)
+    reader = CacheReader(project / "caches" / "text")
+    rows = sum(layout_bytes(layout_of(reader.row(number))) for number in range(len(reader.keys)))
+    assert f", {readable_bytes(rows)} to write, " in forecast
+    assert f"{readable_bytes(4 * sizes.row_bytes(0, 'bfloat16'))} more meanwhile, " in forecast
 
 
 @pytest.mark.long

@@ -130,7 +130,8 @@ def test_a_forecast_counts_each_texts_own_tokens_and_rows_that_fill_up(base, mon
     recipe = TextRecipe(t5_pad_to=8)
 
     def seconds(*texts: str) -> float:
-        return text_encoding.seconds_to_encode(texts, encoders, recipe, params)[1]
+        tokens, _ = text_encoding.tokenized(texts, encoders, recipe)
+        return text_encoding.seconds_to_encode(tokens, encoders, recipe, params)[1]
 
     assert seconds("a") == seconds("a", "b", "c", "d") < seconds("a", "b", "c", "d", "e")
     assert seconds("a") < seconds("cat " * 50) < seconds("cat " * 100)

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from sd3pipe.config import Project
+from sd3pipe.console import readable_bytes
 from sd3pipe.demo.base_files import MODEL
+from sd3pipe.models.text_encoder_files import TextSizes
 from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.params.train import TrainParams
 from sd3pipe.project import ahead as module
@@ -64,11 +66,23 @@ PUBLISHED = "stabilityai/stable-diffusion-3.5-large"  # asked for nothing: the p
     ],
 )
 def test_much_text_is_told_with_how_it_would_be_less(monkeypatch, tmp_path, options, advice):
-    monkeypatch.setattr(module, "count_texts", lambda *_, **__: 200_000)
+    monkeypatch.setattr(module, "known_texts", lambda *_, **__: (set(map(str, range(200_000))), 0))
     params = EncodeTextParams(model=PUBLISHED, dataset=tmp_path / "dataset.toml", out=tmp_path / "text", **options)
     found = ahead(params, PROJECT)
     assert (found.advice or "").removesuffix(" (docs/memory.md)") == (advice or "")
     assert found.facts[1].startswith("at most ")
+
+
+def test_captions_longer_than_the_padding_and_what_lies_beside_the_cache_are_counted(monkeypatch, tmp_path):
+    """Characters bound the tokens: 75 of them may be 77 with word mark and end; what is drawn may be of any length."""
+    long, short = "x" * 200, "x" * 75
+    monkeypatch.setattr(module, "known_texts", lambda *_, **__: ({"", short, long}, 2))
+    params = EncodeTextParams(model=PUBLISHED, dataset=tmp_path / "dataset.toml", out=tmp_path / "text", t5_pad_to=77)
+    sizes, clips = TextSizes(), 5 * (78 * 2048 * 2 + 2 * 77)
+    rows = sum(sizes.row_bytes(tokens, "bfloat16") for tokens in (77, 77, 202, 256, 256))
+    found = ahead(params, PROJECT)
+    assert found.facts == ["5 captions", f"at most {readable_bytes(rows)}"]
+    assert found.disk_bytes == rows + clips
 
 
 def test_little_text_is_told_without_advice(tmp_path):
