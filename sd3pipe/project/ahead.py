@@ -35,7 +35,6 @@ from sd3pipe.project.inputs import stage_options
 from sd3pipe.stages import STAGES_BY_NAME
 from sd3pipe.words import CLIP_TOKENS, FORMAT_BYTES
 
-_TEXTS_OF_PROMPT = 2  # the prompt and its negative
 _KEPT_STATES = 2  # optimizer states of a run
 
 
@@ -64,8 +63,9 @@ def ahead(options: Params, project: Project) -> Ahead:
 
 def _encode_text(options: EncodeTextParams, found: Ahead) -> None:
     if options.sample_prompts is not None:
-        prompts = len(read_prompts(options.sample_prompts))
-        known, others, shown = set[str](), _TEXTS_OF_PROMPT * prompts, count(prompts, "prompt")
+        prompts = read_prompts(options.sample_prompts)
+        known, others = {"", *(text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt))}, 0
+        shown = count(len(prompts), "prompt")
     else:
         assert options.dataset is not None
         assert options.out is not None

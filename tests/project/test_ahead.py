@@ -85,6 +85,15 @@ def test_captions_longer_than_the_padding_and_what_lies_beside_the_cache_are_cou
     assert found.disk_bytes == rows + clips
 
 
+def test_prompts_are_counted_as_the_texts_that_they_are(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat --n dark\na dog --n dark\n")
+    params = EncodeTextParams(
+        model=PUBLISHED, sample_prompts=tmp_path / "prompts.txt", out=tmp_path / "prompts", t5_pad_to=77
+    )
+    rows = 4 * TextSizes().row_bytes(77, "bfloat16")  # the negative once, and the empty one
+    assert ahead(params, PROJECT).facts == ["2 prompts", f"at most {readable_bytes(rows)}"]
+
+
 def test_little_text_is_told_without_advice(tmp_path):
     params = EncodeTextParams(model=PUBLISHED, dataset=PROJECT.paths["dataset"], out=tmp_path / "text")
     assert ahead(params, PROJECT).advice is None
