@@ -48,7 +48,7 @@ def metadata_entries(subset: Subset) -> list[FoundFile]:
                 f"{where}: has more values than the first line has names: put a text with commas into quotes"
             )
             continue
-        caption = _caption(record, subset)
+        caption = caption_of(record, subset)
         if caption is None:
             problems.append(
                 f"{where}: {name!r} has neither caption nor tags that are text (it has {', '.join(record)})"
@@ -57,7 +57,12 @@ def metadata_entries(subset: Subset) -> list[FoundFile]:
         path, problem = _locate(name, subset, file)
         times[name] += 1
         entries[name] = FoundFile(
-            place=Place(path), name=name, caption=caption or None, problem=problem, listed=times[name]
+            place=Place(path),
+            name=name,
+            caption=caption or None,
+            caption_path=file if caption else None,
+            problem=problem,
+            listed=times[name],
         )
     if problems:
         raise CaptionError("\n".join(problems[:20]))
@@ -100,6 +105,22 @@ def with_words(content: str, file: Path, words: Mapping[str, Mapping[str, Any]])
 def caption_field(words: Mapping[str, Any]) -> str:
     """Returns the field in which a picture's caption belongs that has none; `words` are the fields that it has."""
     return next((field for field in WORDS if field in words), "text")
+
+
+def caption_of(record: Mapping[str, Any], subset: Subset) -> str | None:
+    """Returns caption and tags in one text as sd-scripts joins them; None if both are missing or no text."""
+    separator = subset.captions.caption_separator
+    caption, tags = _first(record, _TEXT_FIELDS), record.get("tags")
+    if isinstance(tags, list):
+        tags = separator.join(str(tag) for tag in tags)
+    texts = [part for part in (caption, tags) if part is not None]
+    if not texts or not all(isinstance(part, str) for part in texts):
+        return None
+    caption, tags = normalised(caption or ""), normalised(tags or "").replace("\n", separator)
+    if not caption or not tags:
+        return caption or tags
+    lines = [line for line in caption.split("\n") if line.strip()] if subset.captions.enable_wildcard else [caption]
+    return "\n".join(f"{line}{separator}{tags}" for line in lines)
 
 
 def _other_words(name: Any, record: Any, words: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -151,22 +172,6 @@ def _first(record: Any, fields: tuple[str, ...]) -> Any:
     if not isinstance(record, Mapping):
         return None
     return next((record[field] for field in fields if record.get(field) is not None), None)
-
-
-def _caption(record: Mapping[str, Any], subset: Subset) -> str | None:
-    """Returns caption and tags in one text as sd-scripts joins them; None if both are missing or no text."""
-    separator = subset.captions.caption_separator
-    caption, tags = _first(record, _TEXT_FIELDS), record.get("tags")
-    if isinstance(tags, list):
-        tags = separator.join(str(tag) for tag in tags)
-    texts = [part for part in (caption, tags) if part is not None]
-    if not texts or not all(isinstance(part, str) for part in texts):
-        return None
-    caption, tags = normalised(caption or ""), normalised(tags or "").replace("\n", separator)
-    if not caption or not tags:
-        return caption or tags
-    lines = [line for line in caption.split("\n") if line.strip()] if subset.captions.enable_wildcard else [caption]
-    return "\n".join(f"{line}{separator}{tags}" for line in lines)
 
 
 def _locate(name: str, subset: Subset, file: Path) -> tuple[Path, str | None]:

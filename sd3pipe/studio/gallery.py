@@ -64,8 +64,7 @@ class Entry:
     @property
     def caption(self) -> str:
         """The picture's own; class_tokens, which stand in for a missing caption, are none."""
-        picture = self.item.picture
-        return picture.caption if picture.caption_path or picture.subset.metadata_file else ""
+        return self.item.picture.caption if self.item.picture.caption_path else ""
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -81,7 +80,7 @@ class Entry:
     @property
     def was(self) -> str:
         """What an editor has before it: whoever saves says so, and a change from elsewhere is noticed."""
-        return hash_json(self.caption)[:_KEY_DIGITS]
+        return caption_mark(self.caption)
 
     @property
     def content(self) -> str:
@@ -135,6 +134,11 @@ class Gallery:
         orders["bucket"] = lambda entry: (entry.item.cut.size, entry.name)
         order = orders.get(query.get("sort", ""))
         return sorted(found, key=order) if order else found
+
+
+def caption_mark(caption: str) -> str:
+    """Returns what stands for a caption where a page says which one it has before it."""
+    return hash_json(caption)[:_KEY_DIGITS]
 
 
 def read_gallery(project: Project, *, may_write: bool = True) -> Gallery:

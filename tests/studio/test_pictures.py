@@ -13,8 +13,11 @@ from support.studios import asked, studio_of, write_project
 
 from sd3pipe.caption_findings import CaptionFindings, CheckedPicture
 from sd3pipe.config import read_project
+from sd3pipe.errors import StaleError
 from sd3pipe.judgement import Score
+from sd3pipe.studio.captions import save_captions
 from sd3pipe.studio.gallery import read_gallery
+from sd3pipe.studio.views import pictures
 
 CAPTIONS = {"a": "cat, sofa", "b": "cat, window", "c": "", "d": "<script>alert(1)</script> & dog"}
 HOSTILE = '<img src=x onerror="document.title=1">'
@@ -99,6 +102,48 @@ def test_undo_works_after_a_restart_and_removes_what_was_new(tmp_path, studio, p
     assert not (project / "pictures" / "c.txt").exists()
 
 
+def undo_steps(project):
+    return sorted((project / "caches" / ".sd3pipe" / "studio" / "undo").glob("*.json"))
+
+
+def undo(studio):
+    return asked(studio, "POST", f"{base(studio)}/undo", json={})
+
+
+def test_undo_finds_its_files_from_another_folder_and_in_a_moved_project(tmp_path, studio, project, monkeypatch):
+    monkeypatch.chdir(project)
+    save(studio, entries(project)["a"], "cat, bed")
+    save(studio, entries(project)["b"], "cat, door")
+    monkeypatch.chdir(tmp_path)
+    assert undo(studio_of(tmp_path, project)).status_code == 200
+    assert (project / "pictures" / "b.txt").read_text() == "cat, window"
+    moved = project.rename(tmp_path / "moved")
+    assert undo(studio_of(tmp_path, moved)).status_code == 200
+    assert (moved / "pictures" / "a.txt").read_text() == "cat, sofa"
+
+
+@pytest.mark.parametrize("damaged", ["", '{"format": 1, "what": "other", "files": []}'])
+def test_an_undo_step_that_cannot_be_read_blocks_no_other(studio, project, damaged):
+    for name in "ab":
+        save(studio, entries(project)[name], "mine")
+    newest = undo_steps(project)[-1]
+    newest.write_text(damaged)
+    assert "Undo <span>the caption of a.png</span>" in asked(studio, "GET", base(studio)).text
+    assert undo(studio).json()["message"] == "undone: the caption of a.png, 1 file"
+    assert (project / "pictures" / "a.txt").read_text() == "cat, sofa"
+
+
+def test_a_change_that_was_cut_short_is_undone(studio, project):
+    body = {"operation": "add", "tag": "night", "keys": [entry.key for entry in entries(project).values()]}
+    was = asked(studio, "POST", f"{base(studio)}/tags", json=body).json()["was"]
+    asked(studio, "POST", f"{base(studio)}/tags", json={**body, "apply": True, "was": was})
+    (project / "pictures" / "b.txt").write_text("cat, window")  # as if the disk had been full before it was written
+    (project / "pictures" / "c.txt").unlink()
+    assert undo(studio).status_code == 200
+    assert (project / "pictures" / "a.txt").read_text() == "cat, sofa"
+    assert not (project / "pictures" / "c.txt").exists()
+
+
 def write_captions(project, **captions):
     """Writes lists as `caption` leaves them, for a.png and b.png."""
     hashes = {name: entry.item.picture.image_hash for name, entry in entries(project).items()}
@@ -154,6 +199,29 @@ def test_an_edit_from_elsewhere_is_noticed_and_kept(studio, project):
     answer = save(studio, entry, "mine").json()
     assert answer["conflict"] == "mine" and "edited elsewhere" in answer["html"]
     assert (project / "pictures" / "a.txt").read_text() == "edited elsewhere"
+
+
+def test_an_edit_from_elsewhere_after_the_pictures_were_listed_is_kept(studio, project, monkeypatch):
+    def listed_and_then_edited(*args, **more):
+        gallery = read_gallery(*args, **more)
+        (project / "pictures" / "a.txt").write_text("edited elsewhere")
+        return gallery
+
+    entry = entries(project)["a"]
+    monkeypatch.setattr(pictures, "read_gallery", listed_and_then_edited)
+    answer = save(studio, entry, "mine").json()
+    assert (project / "pictures" / "a.txt").read_text() == "edited elsewhere"
+    assert answer["conflict"] == "mine" and "edited elsewhere" in answer["html"]
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_selection_is_not_written_over_what_came_in_between(project, missing):
+    edits = [(entry, entry.was, "mine") for entry in entries(project).values()]
+    file = project / "pictures" / "b.txt"
+    file.unlink() if missing else file.write_text("edited elsewhere")
+    with pytest.raises(StaleError, match=r"b\.png: changed elsewhere"):
+        save_captions(read_project(project), edits, "all")
+    assert (project / "pictures" / "a.txt").read_text() == "cat, sofa"
 
 
 def test_undo_overwrites_nothing_from_elsewhere(studio, project):
@@ -235,23 +303,60 @@ def test_a_thumbnail_is_made_once_and_kept_by_content(studio, project):
     assert asked(studio, "GET", f"{base(studio)}/thumb/../../project.toml").status_code in (404, 422)
 
 
-@pytest.mark.parametrize("form", ["json", "jsonl", "csv"])
+def with_metadata(folder, file, text, subset=""):
+    """Writes a project of two pictures whose captions stand in a metadata file."""
+    head = f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir="pictures"\nmetadata_file="{file}"\n'
+    project = write_project(folder, {"a": "", "b": ""}, dataset=head + subset)
+    (project / file).write_text(text)
+    return project
+
+
+METADATA = {
+    "json": json.dumps({"a.png": {"caption": "cat"}, "b.png": {"caption": "dog"}}),
+    "jsonl": '{"file_name": "a.png", "text": "cat"}\n{"file_name": "b.png", "text": "dog"}\n',
+    "csv": "file_name,text,by\na.png,cat,me\nb.png,dog,you\n",
+}
+
+
+@pytest.mark.parametrize("form", METADATA)
 def test_a_caption_in_a_metadata_file_is_edited_there(tmp_path, form):
-    text = {
-        "json": json.dumps({"a.png": {"caption": "cat"}, "b.png": {"caption": "dog"}}),
-        "jsonl": '{"file_name": "a.png", "text": "cat"}\n{"file_name": "b.png", "text": "dog"}\n',
-        "csv": "file_name,text,by\na.png,cat,me\nb.png,dog,you\n",
-    }[form]
-    dataset = (
-        f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir="pictures"\nmetadata_file="meta.{form}"\n'
-    )
-    project = write_project(tmp_path / "cats", {"a": "", "b": ""}, dataset=dataset)
-    (project / f"meta.{form}").write_text(text)
+    project = with_metadata(tmp_path / "cats", f"meta.{form}", METADATA[form])
     studio = studio_of(tmp_path, project)
     assert save(studio, entries(project)["a"], 'cat, "big"').status_code == 200
     assert {name: entry.caption for name, entry in entries(project).items()} == {"a": 'cat, "big"', "b": "dog"}
-    asked(studio, "POST", f"{base(studio)}/undo", json={})
-    assert (project / f"meta.{form}").read_text() == text
+    undo(studio)
+    assert (project / f"meta.{form}").read_text() == METADATA[form]
+
+
+@pytest.mark.parametrize("form", METADATA)
+def test_another_caption_in_a_metadata_file_is_not_overwritten(tmp_path, form):
+    project = with_metadata(tmp_path / "cats", f"meta.{form}", METADATA[form])
+    before = entries(project)
+    (project / f"meta.{form}").write_text(changed := METADATA[form].replace("cat", "tiger"))
+    with pytest.raises(StaleError, match=r"^a\.png: changed elsewhere"):
+        save_captions(read_project(project), [(entry, entry.was, "mine") for entry in before.values()], "all")
+    assert (project / f"meta.{form}").read_text() == changed
+    save_captions(read_project(project), [(before["b"], before["b"].was, "mine")], "one")  # the file's other record
+    assert {name: entry.caption for name, entry in entries(project).items()} == {"a": "tiger", "b": "mine"}
+
+
+def test_of_a_large_metadata_file_an_undo_step_keeps_what_changed(tmp_path):
+    text = METADATA["jsonl"].replace('"dog"', '"dog", "about": "' + "x" * 17_000_000 + '"')
+    project = with_metadata(tmp_path / "cats", "meta.jsonl", text)
+    studio = studio_of(tmp_path, project)
+    assert save(studio, entries(project)["a"], "cat, bed").json()["undo"] == "the caption of a.png"
+    assert [file.stat().st_size < 2000 for file in undo_steps(project)] == [True]
+    assert undo(studio).status_code == 200
+    assert (project / "meta.jsonl").read_text() == text
+
+
+def test_a_metadata_files_empty_caption_is_none_and_can_be_written(tmp_path):
+    text = '{"file_name": "a.png", "text": ""}\n{"file_name": "b.png", "text": "dog"}\n'
+    project = with_metadata(tmp_path / "cats", "meta.jsonl", text, 'class_tokens = "animal"\n')
+    entry = entries(project)["a"]
+    assert entry.caption == "" and "no caption of its own" in entry.warnings
+    assert "conflict" not in save(studio_of(tmp_path, project), entry, "cat").json()
+    assert entries(project)["a"].caption == "cat"
 
 
 def test_read_only_writes_not_even_a_thumbnail(tmp_path, project):

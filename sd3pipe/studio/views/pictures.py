@@ -14,7 +14,7 @@ from sd3pipe.config import Project
 from sd3pipe.console import count
 from sd3pipe.documents import DocumentError, read_data
 from sd3pipe.encoding.text_plan import caption_texts, encoder_files, text_recipe, text_wanted
-from sd3pipe.errors import InputError, ParameterError, Sd3pipeError, StorageError
+from sd3pipe.errors import InputError, ParameterError, Sd3pipeError, StaleError, StorageError
 from sd3pipe.files import write_bytes
 from sd3pipe.models.text_encoder_files import find_text_encoders
 from sd3pipe.params.encode_text import EncodeTextParams
@@ -89,9 +89,10 @@ def caption(ask: Ask) -> dict[str, Any]:
     """Saves one caption, and returns its card as it is afterwards; of one that changed elsewhere, that."""
     entry = _gallery(ask).entry(ask.text("key"))
     text = str(ask.values.get("text", ""))
-    if entry.was != ask.text("was"):
-        return {"html": _cards(ask, [entry]), "conflict": text}
-    save_captions(ask.project, [(entry, ask.text("was"), text)], f"the caption of {entry.name}")
+    try:
+        save_captions(ask.project, [(entry, ask.text("was"), text)], f"the caption of {entry.name}")
+    except StaleError:
+        return {"html": _cards(ask, [_gallery(ask).entry(entry.key)]), "conflict": text}
     return {"html": _cards(ask, [_gallery(ask).entry(entry.key)]), "undo": last_change(ask.project)}
 
 
