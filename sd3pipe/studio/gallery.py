@@ -16,7 +16,7 @@ from sd3pipe.data.caption_cache import CachedCaptions, read_captions
 from sd3pipe.data.dataset_file import Dataset, load_dataset
 from sd3pipe.data.looks import Looks, Seen
 from sd3pipe.data.scan import Picture, Scan, UnreadableFile, scan
-from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.errors import InputError, NetworkError, ParameterError
 from sd3pipe.file_stamps import FileStamps, Stamp, stamp_of
 from sd3pipe.fingerprint import hash_json
 from sd3pipe.params.command_line import load_stage_models
@@ -244,9 +244,16 @@ def _findings(project: Project, pictures: Sequence[Picture]) -> dict[str, tuple[
     for picture in pictures:
         words = said.get((picture.subset.name, picture.name))
         with contextlib.suppress(OSError):  # a caption that was deleted
-            if words and picture.caption_file.stat().st_mtime_ns <= written_ns:
+            if words and _caption_changed_ns(picture) <= written_ns:
                 found[_key(picture)] = words
     return found
+
+
+def _caption_changed_ns(picture: Picture) -> int:
+    """Returns when the file with a picture's caption was changed, 0 where that is not known. Raises OSError."""
+    is_beside = picture.subset.metadata_file is not None or picture.place.own_file is not None
+    file = picture.caption_file if is_beside else picture.place.file
+    return file.stat().st_mtime_ns if isinstance(file, Path) else 0
 
 
 def _key(picture: Picture) -> str:
@@ -254,7 +261,7 @@ def _key(picture: Picture) -> str:
 
 
 def _counted(project: Project, captions: Sequence[str], t5_tokens: int) -> Mapping[str, CaptionTokens]:
-    """Returns the tokens of captions, counting only what was not counted before; none without tokenizers."""
+    """Returns the tokens of captions, counting only what was not counted before; none where no tokenizers are found."""
     paths = project.paths
     folder = Path(paths["tokenizers"]) if "tokenizers" in paths else None
     with _tokens_lock:
@@ -262,7 +269,7 @@ def _counted(project: Project, captions: Sequence[str], t5_tokens: int) -> Mappi
         missing = [caption for caption in captions if caption not in known]
         try:
             known |= token_counts(missing, tokenizers=folder, model=paths.get("model"), t5_tokens=t5_tokens)
-        except InputError:
+        except (InputError, NetworkError):
             return {}
         counted = {caption: known[caption] for caption in captions}
         if len(known) > _MOST_COUNTED:

@@ -1,6 +1,7 @@
 """Pictures: captions are saved where they came from, nothing from elsewhere is overwritten, all can be undone."""
 
 import json
+import os
 import re
 import time
 
@@ -9,11 +10,12 @@ import pytest
 pytest.importorskip("starlette", reason="the studio's extra is not installed")
 
 from PIL import Image, ImageFilter
+from support.containers import folder_content, write_parquet, write_tar
 from support.studios import asked, studio_of, write_project
 
 from sd3pipe.caption_findings import CaptionFindings, CheckedPicture
 from sd3pipe.config import read_project
-from sd3pipe.errors import StaleError
+from sd3pipe.errors import NetworkError, StaleError
 from sd3pipe.judgement import Score
 from sd3pipe.studio.captions import save_captions
 from sd3pipe.studio.gallery import read_gallery
@@ -38,7 +40,11 @@ def base(studio) -> str:
 
 
 def entries(project):
-    return {entry.name[:-4]: entry for entry in read_gallery(read_project(project), may_write=False).entries}
+    return {entry.name[:-4]: entry for entry in entries_in_order(project)}
+
+
+def entries_in_order(project):
+    return read_gallery(read_project(project), may_write=False).entries
 
 
 def save(studio, entry, text, was=None):
@@ -67,18 +73,44 @@ def test_a_caption_that_is_not_utf8_hides_no_other_picture(studio, project):
     assert asked(studio, "GET", base(studio)).status_code == 422  # nothing is left to show
 
 
-def test_pictures_that_check_captions_named_are_found_until_their_captions_change(studio, project):
+def write_findings(project, names, suspect):
     said = {"subset": "pictures", "held_out": False, "advantage": Score(value=0.0)}
-    pictures = tuple(
-        CheckedPicture(name=f"{name}.png", suspect=name == "b", changes_nothing=False, **said) for name in CAPTIONS
-    )
-    findings = CaptionFindings(pictures=pictures, suspects=("pictures/b.png",), change_nothing=(), checkpoints=())
+    found = tuple(CheckedPicture(name=name, suspect=name == suspect, changes_nothing=False, **said) for name in names)
+    findings = CaptionFindings(pictures=found, suspects=(f"pictures/{suspect}",), change_nothing=(), checkpoints=())
     findings.save(project / "caption-check.json")
+
+
+def test_pictures_that_check_captions_named_are_found_until_their_captions_change(studio, project):
+    write_findings(project, [f"{name}.png" for name in CAPTIONS], "b.png")
     filtered = f"{base(studio)}?warning=check-captions"
     page = asked(studio, "GET", filtered).text
     assert page.count('<figure class="card"') == 1 and "no better than others" in page
     save(studio, entries(project)["b"], "cat, door")
     assert '<figure class="card"' not in asked(studio, "GET", filtered).text
+
+
+@pytest.mark.parametrize("write, ending", [(write_tar, "tar"), (write_parquet, "parquet")])
+def test_a_picture_in_a_file_of_several_is_named_until_that_file_changes(tmp_path, write, ending):
+    dataset = f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nname = "pictures"\nimage_dir = "all.{ending}"\n'
+    project = write_project(tmp_path / "cats", {"a": "cat", "b": "dog"}, dataset=dataset)
+    file = write(project / f"all.{ending}", folder_content(project / "pictures"))
+    name = entries_in_order(project)[1].name
+    write_findings(project, [name], name)
+    studio = studio_of(tmp_path, project)
+    page = asked(studio, "GET", f"{base(studio)}?warning=check-captions").text
+    assert page.count('<figure class="card"') == 1 and "no better than others" in page
+    os.utime(file, ns=(2**62, 2**62))
+    assert not entries_in_order(project)[1].findings
+
+
+def test_without_the_hub_tokens_alone_are_missing(studio, monkeypatch):
+    def refused(**_):
+        raise NetworkError("stabilityai/stable-diffusion-3.5-medium: is gated")
+
+    monkeypatch.setattr("sd3pipe.previewing.token_counts.find_tokenizers", refused)
+    monkeypatch.setattr("sd3pipe.studio.gallery._tokens", {})
+    assert asked(studio, "GET", base(studio)).text.count('<figure class="card"') == 4
+    assert "/pictures/thumb/" in asked(studio, "GET", base(studio).replace("pictures", "compare")).text
 
 
 def test_a_hostile_name_is_text(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from sd3pipe.config import Project
 from sd3pipe.diffusion.sheet import SHEET_FILE, read_sheet
-from sd3pipe.errors import InputError, ParameterError
+from sd3pipe.errors import InputError, ParameterError, Sd3pipeError
 from sd3pipe.judgement import JUDGE_FILE, SCORES, Score, read_judgement
 from sd3pipe.metrics import METRICS_FILE
 from sd3pipe.params.export import ExportParams
@@ -32,7 +32,7 @@ def page(ask: Ask) -> str:
     run = RunView(run_place(ask.project, ask.query.get("run", "")))
     try:
         references = read_gallery(ask.project, may_write=not ask.studio.access.read_only).entries[:_REFERENCES]
-    except (InputError, ParameterError):  # a machine that only trains has no pictures
+    except Sd3pipeError:  # a machine that only trains has no pictures
         references = []
     jobs = {kind: ask.studio.queue.latest(ask.project.folder, kind) for kind in _JOBS}
     return ask.page(
