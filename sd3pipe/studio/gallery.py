@@ -118,6 +118,10 @@ class Gallery:
             raise InputError("this picture is not in the dataset any more: load the page again")
         return found
 
+    def showing(self, key: str, content: str) -> Entry | None:
+        """Returns a picture by its key if its thumbnail is that of `content`."""
+        return next((entry for entry in self.entries if (entry.key, entry.content) == (key, content)), None)
+
     def chosen(self, query: Mapping[str, str]) -> list[Entry]:
         """Returns the pictures that a query asks for, in its order."""
         words = query.get("words", "").lower().split()
@@ -179,11 +183,9 @@ def caption_check_file(project: Project) -> Path:
     return Path(project.paths.get(_CHECK_PATH, project.folder / _CHECK_FILE))
 
 
-def recent_entry(project: Project, key: str, content: str) -> Entry | None:
-    """Returns a picture as it was when the gallery was last read, if its thumbnail was that of `content` then."""
-    gallery = _latest.get(str(project.folder))
-    found = (entry for entry in gallery.entries if entry.key == key) if gallery else iter(())
-    return next((entry for entry in found if entry.content == content), None)
+def latest_gallery(project: Project) -> Gallery | None:
+    """Returns the pictures as they were when they were last read, by a page or after a change; None where never."""
+    return _latest.get(str(project.folder))
 
 
 def option_values(project: Project, stage: str) -> dict[str, Any]:

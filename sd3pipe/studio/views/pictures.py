@@ -10,13 +10,13 @@ from starlette.responses import Response
 
 from sd3pipe.cache.folder import weight_stamps
 from sd3pipe.cache.store import missing_rows
-from sd3pipe.config import Project
 from sd3pipe.console import count
 from sd3pipe.documents import DocumentError, read_data
 from sd3pipe.encoding.text_plan import caption_texts, encoder_files, text_recipe, text_wanted
 from sd3pipe.errors import InputError, ParameterError, Sd3pipeError, StaleError, StorageError
+from sd3pipe.file_stamps import FileStamps
 from sd3pipe.files import write_bytes
-from sd3pipe.models.text_encoder_files import find_text_encoders
+from sd3pipe.models.text_encoder_files import TextEncoders, find_text_encoders
 from sd3pipe.params.encode_text import EncodeTextParams
 from sd3pipe.previewing.dataset_cards import drawn_card
 from sd3pipe.previewing.sheet import card_jpeg
@@ -25,7 +25,7 @@ from sd3pipe.stages import STAGES_BY_NAME
 from sd3pipe.studio.app import Ask
 from sd3pipe.studio.captions import last_change, save_captions
 from sd3pipe.studio.captions import undo as undo_last
-from sd3pipe.studio.gallery import CAPTION_CHECK, Entry, Gallery, caption_check_file, read_gallery, recent_entry
+from sd3pipe.studio.gallery import CAPTION_CHECK, Entry, Gallery, caption_check_file, latest_gallery, read_gallery
 from sd3pipe.studio.places import studio_folder
 from sd3pipe.studio.status import how_it_went
 from sd3pipe.studio.tags import OPERATIONS, edited
@@ -33,6 +33,8 @@ from sd3pipe.studio.tags import OPERATIONS, edited
 _PAGE = 60
 _SHOWN_CHANGES = 200
 _decoding = threading.Semaphore(2)  # pictures in memory at a time
+_hashing = threading.Lock()
+_unsaved: dict[Path, FileStamps] = {}
 _FILTERS = ("bucket", "subset", "words", "warning", "sort")
 _WARNINGS = {
     "any": "any warning", "enlarged": "too small, enlarged", "cut off": "cut off", "same file": "duplicate",
@@ -67,7 +69,7 @@ def page(ask: Ask) -> str:
 
 def more(ask: Ask) -> str:
     start = int(ask.query.get("from", "0")) if ask.query.get("from", "0").isdigit() else 0
-    chosen = _gallery(ask).chosen(ask.query)
+    chosen = _shown_gallery(ask).chosen(ask.query)
     entries = chosen[start : start + _PAGE]
     return _cards(ask, entries, _more(ask, chosen, start + _PAGE))
 
@@ -80,7 +82,8 @@ def thumb(ask: Ask) -> Response:
     try:
         data = read_data(_thumbnail_file(ask, content))
     except DocumentError:
-        entry = recent_entry(ask.project, key, content) or _gallery(ask).entry(key)
+        shown = latest_gallery(ask.project)
+        entry = (shown and shown.showing(key, content)) or _gallery(ask).entry(key)
         data = _thumbnail(ask, entry)
     return Response(data, media_type="image/jpeg", headers={"cache-control": "private, max-age=31536000, immutable"})
 
@@ -137,7 +140,7 @@ def check(ask: Ask) -> dict[str, Any]:
 def rows(ask: Ask) -> dict[str, Any]:
     """Says how many rows encode-text would make."""
     try:
-        missing, total = _rows_to_encode(ask.project, _gallery(ask))
+        missing, total = _rows_to_encode(ask)
     except Sd3pipeError as error:
         return {"message": f"how much is to be encoded is not known: {str(error).splitlines()[0]}", "rows": None}
     words = f"encode-text will make {count(missing, 'row')} of {total:,}" if missing else "every caption is encoded"
@@ -161,23 +164,42 @@ def _thumbnail_file(ask: Ask, content: str) -> Path:
     return studio_folder(ask.project) / "thumbnails" / content[:2] / f"{content}.jpg"
 
 
-def _rows_to_encode(project: Project, gallery: Gallery) -> tuple[int, int]:
+def _rows_to_encode(ask: Ask) -> tuple[int, int]:
     """Returns how many rows encode-text would make, and of how many. Raises InputError, ParameterError.
 
     Weights are known by what encode-text remembered of their files; without a cache nothing is there to compare.
     """
+    gallery = _shown_gallery(ask)
     if gallery.found.problems:
         raise InputError(gallery.found.problems[0])
-    params = stage_options(project, STAGES_BY_NAME["encode-text"])
+    params = stage_options(ask.project, STAGES_BY_NAME["encode-text"])
     assert isinstance(params, EncodeTextParams) and params.out is not None
     texts = caption_texts(gallery.found, gallery.dataset, variants=params.caption_variants, seed=params.seed)
     total = len(texts.text_by_hash)
     if not (params.out / "manifest.json").is_file():
         return total, total
     encoders = find_text_encoders(params.model, encoder_files(params), params.tokenizers)
-    weights = weight_stamps(params.out)
-    wanted = text_wanted(texts, encoders.sizes, encoders.fingerprints(weights), text_recipe(params))
+    fingerprints = _fingerprints(encoders, params.out, may_write=not ask.studio.access.read_only)
+    wanted = text_wanted(texts, encoders.sizes, fingerprints, text_recipe(params))
     return len(missing_rows(params.out, wanted).keys), total
+
+
+def _fingerprints(encoders: TextEncoders, cache: Path, *, may_write: bool) -> dict[str, str]:
+    """Returns what identifies weights, which are read where a model was moved: once, by one thread. Raises InputError.
+
+    What is not to be written is remembered as long as the studio runs.
+    """
+    with _hashing:
+        stamps = weight_stamps(cache) if may_write else _unsaved.setdefault(cache, weight_stamps(cache))
+        found = encoders.fingerprints(stamps)
+        if may_write:
+            stamps.save()
+        return found
+
+
+def _shown_gallery(ask: Ask) -> Gallery:
+    """Returns the pictures that the page was made from: they are not looked for anew with each part of it."""
+    return latest_gallery(ask.project) or _gallery(ask)
 
 
 def _gallery(ask: Ask) -> Gallery:
