@@ -24,7 +24,7 @@ from starlette.routing import Route
 from sd3pipe.child import run_captured
 from sd3pipe.config import PROJECT_FILE, Project, read_project
 from sd3pipe.documents import parse_json, read_data
-from sd3pipe.errors import InputError, Sd3pipeError
+from sd3pipe.errors import InputError, ParameterError, Sd3pipeError, of_system
 from sd3pipe.fingerprint import hash_bytes
 from sd3pipe.pages.render import render
 from sd3pipe.studio.places import studio_folder
@@ -73,6 +73,14 @@ _ROUTES = (  # method, path, "module:function" below sd3pipe.studio.views
     ("GET", "/p/{project}/captions", "pages:captions"),
 )
 _BODY = TypeAdapter(dict[str, JsonValue])
+
+
+class FieldError(ParameterError):
+    """What stands in one field of a form cannot be used; the page says so there."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class Projects:
@@ -143,6 +151,8 @@ class Ask:
 
     def run(self, words: Sequence[str], folder: Path) -> str:
         """Runs a command of sd3pipe to its end, and returns what it printed. Raises InputError with its errors."""
+        if not folder.is_dir():
+            raise InputError(f"{folder}: there is no such folder")
         code, printed = run_captured(words, folder=folder)
         if code:
             errors = [line.removeprefix("error: ") for line in printed.splitlines() if line.startswith("error: ")]
@@ -190,8 +200,13 @@ def _endpoint(studio: Studio, view: str) -> Callable[[Request], Awaitable[Respon
             values = await _body(request) if is_post else {}
             ask = Ask(slug=slug, path=path, query=dict(request.query_params), values=values, studio=studio)
             found = await run_in_threadpool(_call, view, ask)
-        except Sd3pipeError as error:
-            return _failed(studio, slug, str(error), as_json=is_post)
+        except FieldError as error:
+            return JSONResponse({"fields": {error.field: str(error)}}, 422)
+        except (Sd3pipeError, OSError) as error:
+            known = error if isinstance(error, Sd3pipeError) else of_system(error)
+            if known is None:
+                raise
+            return _failed(studio, slug, str(known), as_json=is_post)
         if isinstance(found, Response):
             return found
         return HTMLResponse(found) if isinstance(found, str) else JSONResponse(found)

@@ -383,6 +383,37 @@ def test_begin_shows_inits_own_errors_and_opens_what_is_there(tmp_path, project)
     assert asked(studio, "POST", "/begin/init", json={"folder": str(project)}).json()["location"].startswith("/p/cats-")
 
 
+@pytest.mark.parametrize(
+    "address, field, typed, words",
+    [
+        ("/begin/from-kohya", "base", "{tmp}/typo", "base = {tmp}/typo: there is no such folder"),
+        ("/begin/from-kohya", "base", "{tmp}/file", "base = {tmp}/file: is a file, not a folder"),
+        ("/begin/from-kohya", "base", "~nobody.here/x", "base = ~nobody.here/x: there is no user of this name"),
+        ("/begin/from-kohya", "base", "typo", "base = typo: write the whole path"),
+        ("/begin/from-kohya", "folder", "~nobody.here/x", "folder = ~nobody.here/x: there is no user of this name"),
+        ("/begin/init", "folder", "~nobody.here/x", "folder = ~nobody.here/x: there is no user of this name"),
+        ("/begin/init", "folder", "", "folder: say where"),
+        ("/begin/init", "model", "~nobody.here/x", "model = ~nobody.here/x: there is no user of this name"),
+    ],
+)
+def test_begin_says_at_the_field_which_folder_cannot_be_used(tmp_path, address, field, typed, words):
+    (tmp_path / "file").write_text("")
+    body = {"folder": str(tmp_path / "new"), "text": "accelerate launch sd3_train_network.py"}
+    body[field] = typed.format(tmp=tmp_path)
+    answer = asked(studio_of(tmp_path), "POST", address, json=body)
+    assert answer.status_code == 422 and set(answer.json()["fields"]) == {field}
+    assert answer.json()["fields"][field].startswith(words.format(tmp=tmp_path))
+    form = (
+        asked(studio_of(tmp_path), "GET", "/begin").text.partition(f'data-post="{address}"')[2].partition("</form>")[0]
+    )
+    assert f'data-errors="{field}"' in form
+
+
+def test_begin_refuses_a_name_that_no_file_system_takes(tmp_path):
+    answer = asked(studio_of(tmp_path), "POST", "/begin/init", json={"folder": str(tmp_path / ("x" * 300))})
+    assert answer.status_code == 422 and "the name is too long" in answer.json()["error"][0]
+
+
 def test_a_broken_project_file_is_told_on_its_page(studio, project):
     (project / "project.toml").write_text("[paths\n")
     answer = asked(studio, "GET", path(studio, "train"))

@@ -10,10 +10,11 @@ from starlette.responses import RedirectResponse, Response
 
 from sd3pipe.config import PROJECT_FILE, read_project
 from sd3pipe.errors import InputError, ParameterError
-from sd3pipe.files import write_text
+from sd3pipe.files import nearest_path, write_text
+from sd3pipe.params.fields import option_extra
 from sd3pipe.params.init import InitParams
 from sd3pipe.shell import no_option
-from sd3pipe.studio.app import Ask
+from sd3pipe.studio.app import Ask, FieldError
 from sd3pipe.studio.forms import choices
 
 _INIT = (
@@ -52,6 +53,8 @@ def init(ask: Ask) -> dict[str, Any]:
     words = ["init", no_option(str(folder))]
     for name in _INIT:
         if ask.text(name):
+            if ask.text(name).startswith("~") and option_extra(InitParams.model_fields[name])["role"] == "path":
+                _path(ask, name)
             words += [f"--{name.replace('_', '-')}", no_option(ask.text(name))]
     try:
         said = ask.run(words, Path.home())
@@ -81,7 +84,10 @@ def from_kohya(ask: Ask) -> dict[str, Any]:
     ending = Path(ask.text("name")).suffix.lower()
     if ending not in _ENDINGS:
         ending = ".json" if text.lstrip().startswith("{") else ".sh"
-    base = Path(ask.text("base")).expanduser() if ask.text("base") else Path.home()
+    base = _path(ask, "base") if ask.text("base") else Path.home()
+    if not base.is_dir():
+        what = "is a file, not a folder" if base.exists() else f"there is no such folder{nearest_path(base)}"
+        raise FieldError("base", f"base = {base}: {what}")
     with tempfile.TemporaryDirectory(prefix="sd3pipe-studio-") as place:
         source = Path(place) / f"source{ending}"
         write_text(source, text)
@@ -90,12 +96,22 @@ def from_kohya(ask: Ask) -> dict[str, Any]:
 
 
 def _folder(ask: Ask) -> Path:
+    """Returns where the project is to lie. Raises FieldError."""
     if not ask.text("folder"):
-        raise ParameterError("folder: say where the project is to lie")
-    folder = Path(ask.text("folder")).expanduser()
-    if not folder.is_absolute():
-        raise ParameterError(f"folder = {folder}: write the whole path, from / or from ~")
-    return folder
+        raise FieldError("folder", "folder: say where the project is to lie")
+    return _path(ask, "folder")
+
+
+def _path(ask: Ask, name: str) -> Path:
+    """Returns the whole path in a field. Raises FieldError."""
+    typed = ask.text(name)
+    try:
+        path = Path(typed).expanduser()
+    except RuntimeError as error:
+        raise FieldError(name, f"{name} = {typed}: there is no user of this name") from error
+    if not path.is_absolute():
+        raise FieldError(name, f"{name} = {typed}: write the whole path, from / or from ~")
+    return path
 
 
 def _opened(ask: Ask, folder: Path, message: str) -> dict[str, Any]:
