@@ -26,7 +26,7 @@ from sd3pipe.project.writer import DVCIGNORE, gitignore, project_toml, write_pro
 from sd3pipe.shell import no_option, shell_word
 from sd3pipe.stages import stages_of
 from sd3pipe.training.adapter_options import adapter_spec
-from sd3pipe.training.optimizers import parse_args
+from sd3pipe.training.key_values import parse_args
 from sd3pipe.training.schedules import make_schedule
 
 _LISTS = ("network_args", "optimizer_args", "lr_scheduler_args")  # of which single words may not fit

@@ -1,15 +1,17 @@
 """Forms made from option sets: a field per option with its help, range, default and what differs from it."""
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from sd3pipe.config import Project, flatten, read_toml
-from sd3pipe.documents import DocumentError, read_text
+from sd3pipe.documents import DocumentError, parse_json, read_text
 from sd3pipe.errors import ParameterError
 from sd3pipe.files import write_text
 from sd3pipe.params.command_line import choices as words_of
@@ -18,8 +20,12 @@ from sd3pipe.params.fields import Params, alternatives, option_extra, takes_seve
 from sd3pipe.params.resolve import check_value, spellings
 from sd3pipe.params.stage_edit import edited_stage_file
 from sd3pipe.params.stage_file import belongs, render_stage_file
+from sd3pipe.params.train import TrainParams
 from sd3pipe.problems import reason
+from sd3pipe.training.key_values import network_args, parse_args, pattern_rules
+from sd3pipe.training.schedules import make_schedule
 
+_WORD = TypeAdapter(str)
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -33,6 +39,7 @@ class FormField:
     default: str
     range: str
     words: tuple[str, ...]
+    several: bool  # words, one a line
     advanced: bool
 
     @property
@@ -52,10 +59,11 @@ def stage_form(project: Project, module: str) -> dict[str, list[FormField]]:
                 FormField(
                     name=name,
                     help=field.description or "",
-                    value=as_text(values.get(name)),
-                    default=as_text(field.default),
+                    value=as_text(field, values.get(name)),
+                    default=as_text(field, field.default),
                     range=_range(field),
                     words=tuple(choices(field)),
+                    several=takes_several(field) and not _takes_numbers(field),
                     advanced=extra["advanced"],
                 )
             )
@@ -73,8 +81,8 @@ def changed_elsewhere(
     values = _in_file(project.stage_file(module), model)
     found: dict[str, str] = {}
     for name in was.keys() & given.keys() & model.model_fields.keys():
-        default = as_text(model.model_fields[name].default)
-        now = as_text(values.get(name))
+        field = model.model_fields[name]
+        default, now = as_text(field, field.default), as_text(field, values.get(name))
         if (now or default) not in [str(text) or default for text in (was[name], given[name])]:
             found[name] = now
     return found
@@ -91,7 +99,9 @@ def save_stage(project: Project, module: str, given: Mapping[str, Any]) -> dict[
     wrong: dict[str, str] = {}
     for name, text in given.items():
         field = model.model_fields.get(name)
-        if field is None or not belongs(name, field) or not isinstance(text, str) or text == as_text(before.get(name)):
+        if field is None or not belongs(name, field) or not isinstance(text, str):
+            continue
+        if text == as_text(field, before.get(name)):
             continue
         try:
             changes[name] = checked_value(field, text) if text.strip() else None
@@ -113,9 +123,14 @@ def save_stage(project: Project, module: str, given: Mapping[str, Any]) -> dict[
 
 def checked_value(field: FieldInfo, text: str) -> Any:
     """Returns what a person typed as the option's value in TOML. Raises ValidationError."""
-    parts = [part.strip() for part in text.split(",")] if takes_several(field) else text.strip()
-    value = check_value(field, parts, from_text=True)
-    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    typed: Any = text.strip()
+    if takes_several(field):
+        parts = re.split(r"[,\s]+" if _takes_numbers(field) else r"[\r\n]+", typed)
+        typed = [_unquoted(part.strip()) for part in parts if part.strip()]
+    value = check_value(field, typed, from_text=True)
+    if isinstance(value, tuple):
+        return [str(part) if isinstance(part, Path) else part for part in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def choices(field: FieldInfo) -> list[str]:
@@ -127,13 +142,34 @@ def choices(field: FieldInfo) -> list[str]:
     return words if words and all(getattr(kind, "__args__", None) for kind in kinds) else []
 
 
-def as_text(value: Any) -> str:
-    """Returns a value as a field shows it."""
+def as_text(field: FieldInfo, value: Any) -> str:
+    """Returns a value as a field shows it: of several numbers with commas between, of words with one a line.
+
+    `checked_value` makes the same value of it.
+    """
     if value is None:
         return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) if _takes_numbers(field) else "\n".join(_quoted(str(word)) for word in value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _takes_numbers(field: FieldInfo) -> bool:
+    """Returns whether an option takes several numbers."""
+    return any(get_args(kind)[:1] in ((int,), (float,)) for kind in alternatives(field.annotation))
+
+
+def _quoted(word: str) -> str:
+    """Returns a word as it stands on a line: between quotes where the line alone would read as another."""
+    is_plain = word.isprintable() and word == word.strip() and word[:1] not in ("", '"')
+    return word if is_plain else json.dumps(word, ensure_ascii=False)
+
+
+def _unquoted(line: str) -> str:
+    try:
+        return parse_json(line, _WORD, "the line") if line.startswith('"') else line
+    except DocumentError:
+        return line
 
 
 def _in_file(file: Path, model: type[Params]) -> dict[str, Any]:
@@ -148,11 +184,30 @@ def _together(model: type[Params], values: Mapping[str, Any]) -> dict[str, str]:
     required = {name: "x" for name, field in model.model_fields.items() if field.is_required()}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     try:
-        model.model_validate({**required, **{n: v for n, v in given.items() if v is not None}}, strict=False)
+        params = model.model_validate({**required, **{n: v for n, v in given.items() if v is not None}}, strict=False)
+        texts = _of_training(params) if isinstance(params, TrainParams) else []
     except (ValidationError, ParameterError) as error:
         texts = [reason(item) for item in error.errors()] if isinstance(error, ValidationError) else [str(error)]
-        return {next((name for name in model.model_fields if name in text), ""): text for text in texts}
-    return {}
+    return {next((n for n in re.findall(r"\w+", text) if n in model.model_fields), ""): text for text in texts}
+
+
+def _of_training(params: TrainParams) -> list[str]:
+    """Returns what train would refuse of options that hold words of its own."""
+    adapter, optimizer = params.adapter, params.optimizer
+    checks = (
+        lambda: network_args(adapter.network_args),
+        lambda: pattern_rules("rank_rules", adapter.rank_rules, int),
+        lambda: pattern_rules("lr_rules", adapter.lr_rules, float),
+        lambda: parse_args("optimizer_args", optimizer.optimizer_args),
+        lambda: make_schedule(params.schedule, params.batches.max_train_steps),
+    )
+    found = []
+    for check in checks:
+        try:
+            check()
+        except ParameterError as error:
+            found.append(str(error))
+    return found
 
 
 def _range(field: FieldInfo) -> str:

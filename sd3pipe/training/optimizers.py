@@ -1,6 +1,5 @@
 """Makes the optimizer that the user named, and turns its state into plain tensors and JSON and back, bit for bit."""
 
-import ast
 import importlib
 import importlib.util
 import inspect
@@ -129,20 +128,6 @@ def set_training(optimizer: Optimizer, *, training: bool) -> None:
     switch = getattr(optimizer, "train" if training else "eval", None)
     if switch is not None:
         switch()
-
-
-def parse_args(option: str, args: Sequence[str]) -> dict[str, object]:
-    """Returns key=value pairs with the values read as Python literals. Raises ParameterError."""
-    parsed: dict[str, object] = {}
-    for arg in args:
-        key, separator, value = arg.partition("=")
-        if not separator:
-            raise ParameterError(f"{option}: {arg}: write key=value")
-        try:
-            parsed[key.strip()] = ast.literal_eval(value)
-        except (ValueError, SyntaxError) as error:
-            raise ParameterError(f"{option}: {arg}: {value!r} is not a number, True, False, None or a tuple") from error
-    return parsed
 
 
 def _find(name: str) -> type[Optimizer]:

@@ -30,10 +30,11 @@ from sd3pipe.training.adapter_options import adapter_spec, loraplus_ratio
 from sd3pipe.training.batches import Position, plan_steps
 from sd3pipe.training.compiling import compile_as_wanted
 from sd3pipe.training.feed import Feed, FeedRules, Step, load_steps, with_modulation
+from sd3pipe.training.key_values import parse_args
 from sd3pipe.training.loop import Loop
 from sd3pipe.training.memory_plan import MemoryPlan
 from sd3pipe.training.objective import Objective
-from sd3pipe.training.optimizers import check_optimizer_args, make_optimizer, parse_args
+from sd3pipe.training.optimizers import check_optimizer_args, make_optimizer
 from sd3pipe.training.picture_losses import picture_ids
 from sd3pipe.training.records import Records
 from sd3pipe.training.run import Run, RunInputs, TrainedModel

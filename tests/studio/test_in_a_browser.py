@@ -172,11 +172,15 @@ def test_options_are_saved_with_comments_kept_and_errors_at_their_fields(tmp_pat
     assert "network_dim = 8" in (project / "stages" / "train.toml").read_text()
     page.locator("#network_dim").fill("32")
     page.locator("#learning_rate").fill("3e-4")
+    page.locator("details", has=page.locator("#optimizer_args")).locator("summary").click()
+    page.locator("#optimizer_args").fill("betas=0.9,0.99\nweight_decay=0.01")
     page.get_by_role("button", name="Save").click()
     page.wait_for_load_state()
     page.locator("#learning_rate[value='0.0003']").wait_for()
+    assert page.locator("#optimizer_args").input_value() == "betas=0.9,0.99\nweight_decay=0.01"
     assert (project / "stages" / "train.toml").read_text() == (
         "# mine\nnetwork_dim = 32  # small\nlearning_rate = 0.0003\n"
+        'optimizer_args = ["betas=0.9,0.99", "weight_decay=0.01"]\n'
     )
 
 

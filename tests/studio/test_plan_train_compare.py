@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +24,11 @@ from sd3pipe.demo.project import write_files
 from sd3pipe.diffusion.picture_grid import save_picture
 from sd3pipe.errors import StaleError
 from sd3pipe.judgement import JUDGE_FOLDER, SCORES, Judgement, Score, Scores, Suggestion
+from sd3pipe.params.command_line import load_stage_models
+from sd3pipe.params.fields import takes_several
+from sd3pipe.params.stage_file import belongs
 from sd3pipe.studio import queue as queue_module
-from sd3pipe.studio.forms import stage_form
+from sd3pipe.studio.forms import as_text, checked_value, stage_form
 from sd3pipe.studio.views import train as train_view
 from sd3pipe.training import run_folder
 
@@ -88,6 +93,81 @@ def test_errors_stand_at_their_fields_and_nothing_is_saved(studio, project):
     assert not (project / "stages" / "train.toml").exists()
     together = {"stage": "train", "lr_scheduler": "constant", "lr_warmup_steps": "5"}
     assert asked(studio, "POST", path(studio, "plan", "save"), json=together).json()["fields"]
+
+
+WORDS = [
+    "betas=0.9,0.99",
+    "step_rules=1:100,0.5:200,0.1",
+    "a{1,2}=8",
+    " edge ",
+    '"',
+    '"a" b',
+    "",
+    "two\nlines",
+    "käse\xa0\u2028",
+]
+
+
+def test_what_a_form_shows_of_an_option_reads_back_as_it_stands_in_the_file():
+    seen = set()
+    for model in load_stage_models().values():
+        for name, field in model.model_fields.items():
+            if takes_several(field) and belongs(name, field):
+                numbers = name == "base_weights_multiplier"
+                value = [0.5, 1.0, 1e-05] if numbers else WORDS
+                assert checked_value(field, as_text(field, value)) == value, name
+                assert checked_value(field, as_text(field, value).replace("\n", "\r\n")) == value, name
+                seen.add(name)
+            elif belongs(name, field) and not isinstance(field.default, Mapping | None):
+                assert checked_value(field, as_text(field, field.default)) == field.default, name
+    assert {"optimizer_args", "network_args", "rank_rules", "lr_scheduler_args", "base_weights_multiplier"} <= seen
+
+
+def test_several_words_stand_one_a_line_and_keep_their_commas(studio, project):
+    file = project / "stages" / "train.toml"
+    file.parent.mkdir()
+    file.write_text('optimizer_args = ["betas=0.9,0.99"]\nbase_weights = ["a", "b"]\n')
+    page = asked(studio, "GET", path(studio, "plan")).text
+    assert re.search(r'<textarea [^>]*name="optimizer_args"[^>]*>betas=0.9,0.99</textarea>', page)
+    body = {
+        "stage": "train",
+        "optimizer_args": "betas=0.9,0.99\n weight_decay=0.01 \n",
+        "base_weights_multiplier": "0.5 1",
+    }
+    body |= {
+        "lr_scheduler": "piecewise_constant",
+        "lr_scheduler_args": "step_rules=1:100,0.5:200,0.1",
+    }
+    assert "reload" in asked(studio, "POST", path(studio, "plan", "save"), json=body).json()
+    assert 'optimizer_args = ["betas=0.9,0.99", "weight_decay=0.01"]' in file.read_text()
+    assert 'lr_scheduler_args = ["step_rules=1:100,0.5:200,0.1"]' in file.read_text()
+    assert "base_weights_multiplier = [0.5, 1.0]" in file.read_text()
+
+
+def test_a_text_of_several_lines_has_a_field_that_holds_them(studio, project):
+    (project / "stages").mkdir()
+    (project / "stages" / "caption.toml").write_text('prompt = "Describe it.\\nIn one line."\n')
+    page = asked(studio, "GET", path(studio, "plan?stage=caption")).text
+    assert re.search(r'<textarea [^>]*name="prompt"[^>]*>Describe it.\nIn one line.</textarea>', page)
+
+
+@pytest.mark.parametrize(
+    "name, typed, words",
+    [
+        ("optimizer_args", "betas=0.9,0.99, weight_decay=0.01", "is not a number, True, False, None or a tuple"),
+        ("optimizer_args", "betas=0.9\n0.99", "0.99: write key=value"),
+        ("network_args", "train_block_indices", "write KEY=VALUE"),
+        ("network_args", "train_blocks=0,2-5", "unknown key (did you mean train_block_indices?)"),
+        ("rank_rules", "attn=some", "write PATTERN=VALUE"),
+        ("lr_rules", "attn", "write PATTERN=VALUE"),
+        ("lr_scheduler_args", "steps=1", "step_rules=... belongs to piecewise_constant"),
+    ],
+)
+def test_words_of_the_form_key_value_are_checked_before_they_are_saved(studio, project, name, typed, words):
+    body = {"stage": "train", name: typed, "seed": "7"}
+    answer = asked(studio, "POST", path(studio, "plan", "save"), json=body).json()
+    assert set(answer["fields"]) == {name} and words in answer["fields"][name]
+    assert not (project / "stages" / "train.toml").exists()
 
 
 def test_what_another_window_changed_is_told_and_saved_over_only_when_asked_again(studio, project):

@@ -12,7 +12,7 @@ from support.tiny_training import Inputs, Picture, Run, make_inputs
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.params.fields import option_extra
 from sd3pipe.params.train import _ACTS_UNDER, TrainParams, idle_options
-from sd3pipe.training.adapter_options import _REFUSED
+from sd3pipe.training.key_values import _REFUSED
 
 STEPS = 4
 

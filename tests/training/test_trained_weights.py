@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from sd3pipe.errors import InputError, ParameterError
-from sd3pipe.training.optimizers import export_state, import_state, make_optimizer, parse_args
+from sd3pipe.training.key_values import parse_args
+from sd3pipe.training.optimizers import export_state, import_state, make_optimizer
 from sd3pipe.training.trained_weights import TrainedWeights, stochastically_rounded
 
 
