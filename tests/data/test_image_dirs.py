@@ -279,7 +279,7 @@ def test_columns_of_bytes_and_rows_without_names_do_too(tmp_path):
 def test_without_pyarrow_a_line_says_what_to_install(tmp_path, monkeypatch):
     file = write_parquet(tmp_path / "t.parquet", {"a.png": png(0)})
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(InputError, match=r"t.parquet: needs pyarrow: pip install 'sd3pipe\[parquet\]'"):
+    with pytest.raises(InputError, match=r't.parquet: needs pyarrow: pip install "sd3pipe\[parquet\]"'):
         scanned(tmp_path, file)
 
 
