@@ -69,7 +69,11 @@ class ModelSize:
 
     def forward_flop(self, batch: int, image_tokens: int, text_tokens: int) -> float:
         """Returns the floating point operations of one forward pass."""
-        return sum(sum(self._block_flop(block, batch, image_tokens, text_tokens)) for block in self.blocks)
+        return sum(self.block_flop(number, batch, image_tokens, text_tokens) for number in range(self.depth))
+
+    def block_flop(self, number: int, batch: int, image_tokens: int, text_tokens: int) -> float:
+        """Returns those of one block's forward pass."""
+        return sum(self._block_flop(self.blocks[number], batch, image_tokens, text_tokens))
 
     def backward_flop(
         self, batch: int, image_tokens: int, text_tokens: int, *, kept: Sequence[KeptActivations]

@@ -34,7 +34,8 @@ def measure_rates(
 
     Of `settings`, those count by which the block's products are taken in eight bits.
     """
-    block = JointBlock(architecture, architecture.depth // 2, device, dtype)
+    middle = architecture.depth // 2
+    block = JointBlock(architecture, middle, device, dtype)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
     products = block_packing(settings, device) if settings.matmul_dtype is not None else None
@@ -47,9 +48,9 @@ def measure_rates(
         modulation = block.modulation(torch.randn(work.batch, width, device=device, dtype=dtype))
         seconds = _seconds(lambda: block(context, x, *modulation), device)
     model = model_size(architecture.shapes())
-    one_block = model.forward_flop(work.batch, work.image_tokens, work.text_tokens) / model.depth
+    operations = model.block_flop(middle, work.batch, work.image_tokens, work.text_tokens)
     copies = COPY_BYTES / copy_seconds(device)
-    return Rates(flop_per_second=one_block / seconds, copy_bytes_per_second=copies)
+    return Rates(flop_per_second=operations / seconds, copy_bytes_per_second=copies)
 
 
 def measure_reading(files: Sequence[Path]) -> float:

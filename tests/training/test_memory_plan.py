@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from support.tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from sd3pipe.diffusion.base_model import fewest_to_sample
 from sd3pipe.errors import DeviceMemoryError
@@ -119,6 +121,21 @@ def test_rates_are_measured_at_the_size_of_the_run():
     rates = measure_rates(architecture, Workload(image_tokens=64, text_tokens=20), device=CPU, dtype=torch.float32)
     assert 1e7 < rates.flop_per_second < 1e14
     assert 1e7 < rates.copy_bytes_per_second < 1e13
+
+
+@pytest.mark.parametrize("dual_blocks", [(), (0, 1, 2)])
+def test_the_speed_is_by_the_operations_of_the_block_that_is_timed(monkeypatch, dual_blocks):
+    """Of SD3.5-medium that has a second attention, which half of the model's blocks do not have."""
+
+    def as_many_seconds_as_operations(action, device):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            action()
+        return max(1, counter.get_total_flops())
+
+    monkeypatch.setattr("sd3pipe.training.rates._seconds", as_many_seconds_as_operations)
+    architecture = replace(tiny_architecture("sd35-medium", depth=4), dual_attention_blocks=dual_blocks)
+    rates = measure_rates(architecture, Workload(image_tokens=64, text_tokens=20), device=CPU, dtype=torch.float32)
+    assert rates.flop_per_second == pytest.approx(1.0, rel=0.02)
 
 
 def test_the_report_has_prediction_beside_truth():
