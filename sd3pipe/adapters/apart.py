@@ -22,7 +22,8 @@ from sd3pipe.errors import InputError, ParameterError
 def join_qkv(parts: Mapping[int, Delta]) -> Delta:
     """Returns the one change of a fused layer whose q (0), k (1) and v (2) rows change as given, or do not if missing.
 
-    It is of the parts' kind where that can hold it, else a LoRA where all are products, else they stay apart.
+    It is of the parts' kind where that can hold it, else a LoRA where all are products of so few ranks that it is
+    smaller than the layer's own matrix, else they stay apart.
     """
     kinds = {type(delta) for delta in parts.values()}
     joined = kinds.pop().join(parts) if len(kinds) == 1 else None
@@ -30,7 +31,11 @@ def join_qkv(parts: Mapping[int, Delta]) -> Delta:
         return joined
     products = {index: delta.product() for index, delta in parts.items()}
     loras = {index: LoRADelta.of(product) for index, product in products.items() if product is not None}
-    return LoRADelta.join(loras) if len(loras) == len(parts) else Apart(parts=parts)
+    apart = Apart(parts=parts)
+    rows, columns = apart.shape
+    ranks = sum(delta.rank for delta in loras.values())
+    is_smaller = ranks * (rows + columns) < rows * columns  # a Kronecker product of few weights may have all ranks
+    return LoRADelta.join(loras) if len(loras) == len(parts) and is_smaller else apart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

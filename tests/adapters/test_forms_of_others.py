@@ -105,6 +105,7 @@ THREE = {
     "lokr of q and v": {"q": lokr(), "v": lokr(seed=1)},
     "lokr, whole": {part: lokr(whole=True, seed=i) for i, part in enumerate("qkv")},
     "lokr, one of them whole": {"q": lokr(), "k": lokr(whole=True), "v": lokr(seed=1)},
+    "lokr of more ranks than it is worth": {part: lokr(16, 16, rank=8, seed=i) for i, part in enumerate("qkv")},
     "lokr and lora": {"q": lokr(), "k": lora()},
     "full": {"q": full(), "v": full()},
     "full and loha": {"q": full(), "k": loha()},
@@ -115,7 +116,9 @@ THREE = {
     "dora over a whole lokr": {part: with_norms(lokr(whole=True, seed=i), "rows") for i, part in enumerate("qkv")},
 }
 LAYERS = {f"proj: {name}": {"proj": tensors} for name, tensors in SINGLE.items()} | THREE
-EXACT_AS_LORA = {name for name in THREE if name.startswith("lokr")} - {"lokr, whole", "lokr, one of them whole"}
+EXACT_AS_LORA = {name for name in THREE if name.startswith("lokr")} - {
+    "lokr, whole", "lokr, one of them whole", "lokr of more ranks than it is worth",
+}  # fmt: skip
 
 
 def read(name):
