@@ -2,18 +2,22 @@
 
 # I in features, O out features, R rank
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from sd3pipe.adapters.fusing import Rows, block_diagonal
-from sd3pipe.adapters.kind import AdapterLayer, Delta, LayerSetup, on_cpu
+from sd3pipe.adapters.kind import AdapterLayer, Delta, LayerSetup, on_cpu, ratio
 from sd3pipe.adapters.parts import LayerParts
 
+_Term: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]  # (w1_a w1_b) * (w2_a w2_b)
+
+_ROWS = 64  # of a product at a time, which stay in the processor's cache
 _NAMES = ("w1_a", "w1_b", "w2_a", "w2_b")
 
 
@@ -78,6 +82,26 @@ class LoHaDelta(Delta):
         first = self.w1_a.to(dtype) @ self.w1_b.to(dtype)
         return first * (self.w2_a.to(dtype) @ self.w2_b.to(dtype)) * self.scale
 
+    def norm(self) -> float:
+        return _norm_of_sum([(self.w1_a.double() * self.scale, self.w1_b, self.w2_a, self.w2_b)])
+
+    def _difference(self, other: Delta) -> float:
+        """Compares without forming the products, where both have one rank.
+
+        X1 * X2 - Y1 * Y2 is taken as (X1 - Y1) * X2 + Y1 * (X2 - Y2), in which A B - A' B' is
+        (A - A') B + A' (B - B'): small differences do not cancel.
+        """
+        if not isinstance(other, LoHaDelta) or self.rank != other.rank:
+            return Delta._difference(self, other)
+        a1, b1, a2, b2 = (tensor.double() for tensor in self.tensors().values())
+        a1_, b1_, a2_, b2_ = (tensor.double() for tensor in other.tensors().values())
+        a1, a1_ = a1 * self.scale, a1_ * other.scale
+        terms = [
+            (torch.cat([a1 - a1_, a1_], dim=1), torch.cat([b1, b1 - b1_]), a2, b2),
+            (a1_, b1_, torch.cat([a2 - a2_, a2_], dim=1), torch.cat([b2, b2 - b2_])),
+        ]
+        return ratio(_norm_of_sum(terms), self.norm())
+
     def with_rows(self, rows: Rows) -> Self:
         return replace(self, w1_a=rows(self.w1_a), w2_a=rows(self.w2_a))
 
@@ -102,3 +126,31 @@ class LoHaDelta(Delta):
     def read(cls, parts: LayerParts) -> Self:
         w1_a, w1_b, w2_a, w2_b = parts.matrices(*cls.part_names)
         return cls(w1_a=w1_a, w1_b=w1_b, w2_a=w2_a, w2_b=w2_b, alpha=parts.alpha(w1_b.shape[0]))
+
+
+def _norm_of_sum(terms: Sequence[_Term]) -> float:
+    """Returns the Frobenius norm of a sum of element-wise products, taken in fp32 some rows after the other.
+
+    Each factor is brought to a largest entry of 1, so that none is beyond fp32's range.
+    """
+    parts = [[_in_units(factor) for factor in term] for term in terms]
+    units = [math.prod(unit for _, unit in part) for part in parts]
+    largest = max(units) or 1.0
+    for ((w1_a, _), *_), unit in zip(parts, units, strict=True):
+        w1_a *= unit / largest
+    squared = 0.0
+    for start in range(0, len(terms[0][0]), _ROWS):
+        some = slice(start, start + _ROWS)
+        first, *more = [
+            (w1_a[some] @ w1_b).mul_(w2_a[some] @ w2_b) for (w1_a, _), (w1_b, _), (w2_a, _), (w2_b, _) in parts
+        ]
+        for term in more:
+            first += term
+        squared += float(first.square_().sum())
+    return largest * math.sqrt(squared)
+
+
+def _in_units(factor: Tensor) -> tuple[Tensor, float]:
+    """Returns a factor in fp32 and in units of its largest entry, and that."""
+    unit = float(factor.abs().max())
+    return (factor.double() / (unit or 1.0)).float(), unit

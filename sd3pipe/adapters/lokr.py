@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from sd3pipe.adapters.full import FullDelta
 from sd3pipe.adapters.fusing import Rows
-from sd3pipe.adapters.kind import AdapterLayer, Delta, LayerSetup, Product, kaiming_uniform, on_cpu
+from sd3pipe.adapters.kind import AdapterLayer, Delta, LayerSetup, Product, kaiming_uniform, on_cpu, ratio
 from sd3pipe.adapters.lora import LoRADelta
 from sd3pipe.adapters.parts import LayerParts
 from sd3pipe.adapters.targets import AdapterSpec
@@ -78,6 +78,28 @@ class LoKrDelta(Delta):
             return Product(torch.kron(torch.eye(rows_L).to(a_KR), a_KR), torch.kron(w1_LM, b_RN), self.scale)
         return Product(torch.kron(w1_LM, a_KR), torch.kron(torch.eye(columns_M).to(b_RN), b_RN), self.scale)
 
+    def norm(self) -> float:
+        """Returns |scale w1 kron w2|, which is |scale| |w1| |w2|."""
+        return abs(self.scale) * math.prod(_norm(_multiplied(factor, torch.float64)) for factor in (self.w1, self.w2))
+
+    def _difference(self, other: Delta) -> float:
+        """Compares without forming the products, where both have factors of the same sizes.
+
+        With w1 = t w1' + e and e at right angles to w1', w1 kron w2 - w1' kron w2' = w1' kron (t w2 - w2') + e kron w2,
+        two terms at right angles, so that nothing cancels.
+        """
+        if not isinstance(other, LoKrDelta):
+            return Delta._difference(self, other)
+        first_LM, theirs_LM = (_multiplied(delta.w1, torch.float64) * delta.scale for delta in (self, other))
+        second_KN, theirs_KN = (_multiplied(delta.w2, torch.float64) for delta in (self, other))
+        if first_LM.shape != theirs_LM.shape:
+            return Delta._difference(self, other)
+        squared = (theirs_LM * theirs_LM).sum()
+        times = (first_LM * theirs_LM).sum() / squared if squared else squared
+        along = _norm(theirs_LM) * _norm(times * second_KN - theirs_KN)
+        aside = _norm(first_LM - times * theirs_LM) * _norm(second_KN)
+        return ratio(math.hypot(along, aside), self.norm())
+
     def with_rows(self, rows: Rows) -> Delta:
         """Returns some rows as another kind: a Kronecker product has none of its own."""
         product = self.product()
@@ -112,6 +134,10 @@ def _multiplied(factor: Factor, dtype: torch.dtype | None = None) -> Tensor:
     """Returns a factor as one matrix, in `dtype` or as it is stored."""
     first, *second = (matrix.to(dtype or matrix.dtype) for matrix in factor)
     return (first @ second[0] if second else first).contiguous()
+
+
+def _norm(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix))
 
 
 def _read_factor(parts: LayerParts, name: str) -> Factor:
