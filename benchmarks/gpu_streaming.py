@@ -31,9 +31,10 @@ import torch
 from peers import PeerError, PeerRunner, offloading_classes
 from torch import nn
 
-from sd3pipe.adapters.dropout import BatchState, DropoutRates
+from sd3pipe.adapters.dropout import BatchState
 from sd3pipe.adapters.kind import LayerSetup
 from sd3pipe.adapters.lora import LoRA
+from sd3pipe.adapters.targets import DropoutRates
 from sd3pipe.device_memory import peak_device_bytes
 from sd3pipe.errors import ParameterError
 from sd3pipe.memory.eight_bit import block_packing

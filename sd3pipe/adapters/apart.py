@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from sd3pipe.adapters.full import Full, in_full
-from sd3pipe.adapters.fusing import QKV_PARTS, Rows
+from sd3pipe.adapters.fusing import Rows
 from sd3pipe.adapters.keymap import Form
 from sd3pipe.adapters.kind import AdapterLayer, Delta
 from sd3pipe.adapters.lora import LoRADelta
 from sd3pipe.adapters.parts import LayerParts
+from sd3pipe.adapters.targets import QKV_PARTS
 from sd3pipe.errors import InputError, ParameterError
 
 

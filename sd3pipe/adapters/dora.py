@@ -11,13 +11,14 @@ from torch import Tensor
 
 from sd3pipe.adapters.apart import Apart, join_qkv
 from sd3pipe.adapters.full import in_full
-from sd3pipe.adapters.fusing import QKV_PARTS, Rows
+from sd3pipe.adapters.fusing import Rows
 from sd3pipe.adapters.keymap import Form
 from sd3pipe.adapters.kind import AdaptedLinear, AdapterLayer, Delta, LayerSetup, on_cpu, relative_difference
 from sd3pipe.adapters.loha import LoHaDelta
 from sd3pipe.adapters.lokr import LoKrDelta
 from sd3pipe.adapters.lora import LoRA, LoRADelta
 from sd3pipe.adapters.parts import LayerParts
+from sd3pipe.adapters.targets import QKV_PARTS
 from sd3pipe.errors import InputError, ParameterError
 
 _NORM_KEY = "sd3pipe_dora_norm"  # in a file's metadata: "base" where the magnitudes are over the base's rows

@@ -20,25 +20,6 @@ _MIX_2 = 0x94D049BB133111EB
 _FLOAT_BITS = 24  # an fp32 uniform number carries no more
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DropoutRates:
-    """Probabilities of being dropped: single rank activations, whole ranks of a sample, a sample's whole layer."""
-
-    neuron: float = 0.0
-    rank: float = 0.0
-    module: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("neuron", "rank", "module"):
-            rate = getattr(self, name)
-            if not 0.0 <= rate < 1.0:
-                raise ValueError(f"{name} dropout is {rate}, and must be at least 0 and below 1")
-
-    @property
-    def active(self) -> bool:
-        return max(self.neuron, self.rank, self.module) > 0.0
-
-
 @dataclass(slots=True)
 class BatchState:
     """What layers know of the samples in the batch at hand; all layers of a network share one such object.

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sd3pipe.adapters.fusing import PATCH_AXES, QKV_PARTS, Rows
+from sd3pipe.adapters.fusing import PATCH_AXES, Rows
 from sd3pipe.adapters.keymap import Form
 from sd3pipe.adapters.kind import AdapterLayer, Delta, LayerSetup, on_cpu, relative_difference
 from sd3pipe.adapters.parts import LayerParts
+from sd3pipe.adapters.targets import QKV_PARTS
 
 
 class Full(AdapterLayer):

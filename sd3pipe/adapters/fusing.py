@@ -8,9 +8,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from sd3pipe.adapters.targets import QKV_PARTS
+
 Rows: TypeAlias = Callable[[Tensor], Tensor]  # some of a tensor's rows, or all in another order
 
-QKV_PARTS = 3
 PATCH_AXES = (-1, 2, 2)  # of the patch embedder, a 2 x 2 convolution, whose factors files keep with those axes
 
 

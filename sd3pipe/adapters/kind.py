@@ -15,11 +15,11 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from sd3pipe.adapters.dropout import BatchState, DropoutRates, as_int64, kept
-from sd3pipe.adapters.fusing import QKV_PARTS, Rows, rows_of_part
+from sd3pipe.adapters.dropout import BatchState, as_int64, kept
+from sd3pipe.adapters.fusing import Rows, rows_of_part
 from sd3pipe.adapters.keymap import Form
 from sd3pipe.adapters.parts import LayerParts
-from sd3pipe.adapters.targets import AdapterSpec
+from sd3pipe.adapters.targets import QKV_PARTS, AdapterSpec, DropoutRates
 from sd3pipe.errors import InputError, ParameterError
 
 log = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from sd3pipe.adapters.kind import AdapterLayer, Delta, LayerSetup, Product, kaim
 from sd3pipe.adapters.lora import LoRADelta
 from sd3pipe.adapters.parts import LayerParts
 from sd3pipe.adapters.targets import AdapterSpec
+from sd3pipe.adapters.weights import lokr_shapes
 
 Factor: TypeAlias = tuple[Tensor, ...]  # a whole matrix, or two thin ones whose product it is
 
@@ -171,22 +172,6 @@ class LoKr(AdapterLayer):
 
     def delta(self) -> LoKrDelta:
         return LoKrDelta(w1=tuple(map(on_cpu, self.w1)), w2=tuple(map(on_cpu, self.w2)), alpha=self.setup.alpha)
-
-
-def lokr_shapes(out_features: int, in_features: int, rank: int, factor: int) -> dict[str, tuple[int, ...]]:
-    """Returns LyCORIS' choice: w1 whole and small; w2 thin where the rank is below half of its longer side."""
-    rows_L, rows_K = factor_pair(out_features, factor)
-    columns_M, columns_N = factor_pair(in_features, factor)
-    if rank < max(rows_K, columns_N) / 2:
-        return {"w1": (rows_L, columns_M), "w2_a": (rows_K, rank), "w2_b": (rank, columns_N)}
-    return {"w1": (rows_L, columns_M), "w2": (rows_K, columns_N)}
-
-
-def factor_pair(number: int, largest: int = -1) -> tuple[int, int]:
-    """Returns (m, n) with m n = number and m <= n, m as large as can be and at most `largest` (-1: any)."""
-    bound = math.isqrt(number) if largest < 1 else min(largest, math.isqrt(number))
-    smaller = max(m for m in range(1, bound + 1) if number % m == 0)
-    return smaller, number // smaller
 
 
 def _applied(x: Tensor, factor: Iterable[Tensor]) -> Tensor:

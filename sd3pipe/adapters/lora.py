@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sd3pipe.adapters.fusing import PATCH_AXES, QKV_PARTS, Rows, block_diagonal, diagonal_blocks, rows_of_part
+from sd3pipe.adapters.fusing import PATCH_AXES, Rows, block_diagonal, diagonal_blocks, rows_of_part
 from sd3pipe.adapters.keymap import Form
 from sd3pipe.adapters.kind import AdapterLayer, Delta, LayerSetup, Product, kaiming_uniform, on_cpu, ratio
 from sd3pipe.adapters.parts import LayerParts
-from sd3pipe.adapters.targets import AdapterSpec
+from sd3pipe.adapters.targets import QKV_PARTS, AdapterSpec
 from sd3pipe.errors import InputError
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sd3pipe.adapters.dropout import BatchState, DropoutRates
+from sd3pipe.adapters.dropout import BatchState
 from sd3pipe.adapters.kind import AdaptedLinear, Adapter, AdapterLayer, Delta, LayerSetup, plain_adapter
 from sd3pipe.adapters.kinds import KINDS, check_option, check_spec
 from sd3pipe.adapters.sizes import Sizes, same_size
-from sd3pipe.adapters.targets import AdapterSpec, learning_rates, target_ranks
+from sd3pipe.adapters.targets import AdapterSpec, DropoutRates, learning_rates, target_ranks
 from sd3pipe.console import listed
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.fingerprint import digest_bytes
@@ -154,12 +154,6 @@ def attach(
         layer.reset(torch.Generator().manual_seed(_number(f"{spec.seed}/{path}")))
         layer.measure(slots[path])
     return AdapterNetwork(model, layers, slots, batch)
-
-
-def trained_shapes(sizes: Sizes, spec: AdapterSpec) -> list[torch.Size]:
-    """Returns the shapes of all weights that an adapter trains on a model whose linear layers have these sizes."""
-    layers = _fresh_layers(sizes, spec, BatchState(), device="meta", dtype=torch.float32)
-    return [parameter.shape for layer in layers.values() for parameter in layer.parameters()]
 
 
 def _fresh_layers(

@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from sd3pipe.adapters.fusing import QKV_PARTS, Rows
+from sd3pipe.adapters.fusing import Rows
 from sd3pipe.adapters.keymap import Form
 from sd3pipe.adapters.kind import AdaptedLinear, AdapterLayer, Delta, LayerSetup, on_cpu, relative_difference
 from sd3pipe.adapters.parts import LayerParts
-from sd3pipe.adapters.targets import AdapterSpec
+from sd3pipe.adapters.targets import QKV_PARTS, AdapterSpec
+from sd3pipe.adapters.weights import turned_width
 from sd3pipe.errors import InputError, ParameterError
 
 _TINY = 1e-8  # keeps ComfyUI's division by a norm from zero
@@ -152,13 +153,7 @@ class OFTDelta(Rotation):
 
     @classmethod
     def fresh_layer(cls, path: str, setup: LayerSetup, spec: AdapterSpec) -> AdapterLayer:
-        rows = setup.out_features // QKV_PARTS if path.endswith(".qkv") else setup.out_features
-        return OFT(replace(setup, rank=block_width(rows, setup.rank)))
-
-
-def block_width(features: int, largest: int) -> int:
-    """Returns the largest width of at most `largest` that blocks of so many features can have."""
-    return max(width for width in range(1, min(features, largest) + 1) if features % width == 0)
+        return OFT(replace(setup, rank=turned_width(path, setup.out_features, setup.rank)))
 
 
 def skew(blocks_KNN: Tensor) -> Tensor:

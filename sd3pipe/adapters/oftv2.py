@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from sd3pipe.adapters.full import in_full
-from sd3pipe.adapters.fusing import QKV_PARTS, Rows
+from sd3pipe.adapters.fusing import Rows
 from sd3pipe.adapters.keymap import Form
 from sd3pipe.adapters.kind import AdaptedLinear, AdapterLayer, Delta, LayerSetup, on_cpu
-from sd3pipe.adapters.oft import Rotation, block_width, cayley, moved
+from sd3pipe.adapters.oft import Rotation, cayley, moved
 from sd3pipe.adapters.parts import LayerParts
 from sd3pipe.adapters.peft_config import CAYLEY_KEY, EXACT_CAYLEY
-from sd3pipe.adapters.targets import AdapterSpec
+from sd3pipe.adapters.targets import QKV_PARTS, AdapterSpec
+from sd3pipe.adapters.weights import block_width
 
 
 class OFTv2(AdapterLayer):

@@ -1,23 +1,45 @@
-"""Which linear layers an adapter trains, with what rank and learning rate. The defaults are sd-scripts' own."""
+"""Which linear layers an adapter trains, with what rank and learning rate. The defaults are sd-scripts' own.
+
+Free of torch.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
 
-from sd3pipe.adapters.dropout import DropoutRates
 from sd3pipe.errors import ParameterError
 from sd3pipe.words import Algorithm
 
 BlockPart = Literal["context_attn", "context_mlp", "context_mod", "x_attn", "x_mlp", "x_mod"]
 BLOCK_PARTS: tuple[BlockPart, ...] = get_args(BlockPart)
 
+QKV_PARTS = 3  # of a fused layer "...qkv"
 # In the order of sd-scripts' emb_dims.
 EMBEDDERS = ("context_embedder", "t_embedder", "x_embedder", "y_embedder", "final_layer.adaLN", "final_layer.linear")
 
 T = TypeVar("T", int, float)
 
 _LAYERS_OF_PART = {"attn": "attn", "attn2": "attn", "mlp": "mlp", "adaLN_modulation": "mod"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropoutRates:
+    """Probabilities of being dropped: single rank activations, whole ranks of a sample, a sample's whole layer."""
+
+    neuron: float = 0.0
+    rank: float = 0.0
+    module: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("neuron", "rank", "module"):
+            rate = getattr(self, name)
+            if not 0.0 <= rate < 1.0:
+                raise ValueError(f"{name} dropout is {rate}, and must be at least 0 and below 1")
+
+    @property
+    def active(self) -> bool:
+        return max(self.neuron, self.rank, self.module) > 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,12 +22,12 @@ StageOptions = TypeVar("StageOptions", bound=StageParams)
 def main(params: PlanParams) -> None:
     """Prints the plan. Raises InputError, and ParameterError for more blocks than there are."""
     project = find_project(Path.cwd())
-    params = with_options_of_training(params, project) if project else params
+    params, adapter = with_options_of_training(params, project)
     text = _stage_options(EncodeTextParams, "encode-text", params, project)
     disk, advice = {}, None
     if params.dataset is not None:
         disk, advice = cache_sizes(_stage_options(EncodeLatentsParams, "encode-latents", params, project), text)
-    plan = make_plan(params, t5_tokens=text.t5xxl_max_token_length, disk=disk)
+    plan = make_plan(params, adapter, t5_tokens=text.t5xxl_max_token_length, disk=disk)
     if params.json_output:
         say_json(plan.as_json())
         return

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sd3pipe.variants import HEAD_WIDTH
-from sd3pipe.words import Algorithm, BaseFormat, KeptActivations
+from sd3pipe.words import BaseFormat, KeptActivations
 
 _PATCH_PX = 16  # 8 pixels a latent, 2 latents a patch
 _PACKED_PARTS = (".attn.", ".attn2.", ".mlp.")
@@ -127,18 +127,6 @@ def model_size(shapes: Mapping[str, tuple[int, ...]]) -> ModelSize:
         outside=outside,
         position_table=math.prod(shapes["pos_embed"]),
     )
-
-
-def adapter_weights(shapes: Mapping[str, tuple[int, ...]], rank: int, algorithm: Algorithm = "lora") -> int:
-    """Returns the weights of an adapter on every linear layer of the joint blocks, which is sd-scripts' default.
-
-    Kinds that have fewer than a LoRA of their rank count as one.
-    """
-    matrices = [shape for key, shape in shapes.items() if key.startswith("joint_blocks.") and len(shape) == 2]
-    of_lora = sum(rank * (rows + columns) for rows, columns in matrices)
-    if algorithm == "dora":
-        return of_lora + sum(rows for rows, _ in matrices)
-    return 2 * of_lora if algorithm == "loha" else of_lora
 
 
 def image_tokens(width_px: int, height_px: int) -> int:

@@ -5,10 +5,10 @@ Keys are the native checkpoint keys without their prefix. Layout: Stability AI's
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isqrt, prod
+from math import isqrt
 
 from sd3pipe.errors import InputError
-from sd3pipe.models.shapes import Shapes, compare_shapes, linear_shapes
+from sd3pipe.models.shapes import Shapes, compare_shapes, linear_shapes, linear_sizes
 from sd3pipe.models.sources import ComponentSource
 from sd3pipe.variants import HEAD_WIDTH
 from sd3pipe.words import MMDiTVariant, SideName
@@ -61,9 +61,8 @@ class MMDiTArchitecture:
         return shapes
 
     def linear_sizes(self) -> dict[str, tuple[int, int]]:
-        """Returns (out features, in features) of every linear layer by its path; patches are projected by one, too."""
-        weights = {key: shape for key, shape in self.shapes().items() if key.endswith(".weight") and len(shape) > 1}
-        return {key.removesuffix(".weight"): (shape[0], prod(shape[1:])) for key, shape in weights.items()}
+        """Returns (out features, in features) of every linear layer by its path."""
+        return linear_sizes(self.shapes())
 
     def block_shapes(self, index: int) -> Shapes:
         """Returns the keys and shapes of one joint block."""

@@ -1,5 +1,6 @@
 """Canonical keys with their shapes: what the three architectures share. Free of torch."""
 
+import math
 from collections.abc import Iterable, Mapping
 
 from sd3pipe.console import listed
@@ -11,6 +12,12 @@ Shapes = dict[str, tuple[int, ...]]
 def linear_shapes(name: str, out_features: int, in_features: int) -> Shapes:
     """Returns weight and bias of a linear layer."""
     return {f"{name}.weight": (out_features, in_features), f"{name}.bias": (out_features,)}
+
+
+def linear_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+    """Returns (out features, in features) of every linear layer by its path; patches are projected by one, too."""
+    weights = {key: shape for key, shape in shapes.items() if key.endswith(".weight") and len(shape) > 1}
+    return {key.removesuffix(".weight"): (shape[0], math.prod(shape[1:])) for key, shape in weights.items()}
 
 
 def vector_shapes(name: str, width: int) -> Shapes:

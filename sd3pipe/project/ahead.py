@@ -11,6 +11,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from sd3pipe.adapters.find import checkpoint_adapters
+from sd3pipe.adapters.options import described_adapter
+from sd3pipe.adapters.weights import activation_rank, adapter_weights
 from sd3pipe.cache.folder import machine_folder
 from sd3pipe.config import Project
 from sd3pipe.console import count, readable_bytes, readable_seconds
@@ -19,9 +21,10 @@ from sd3pipe.errors import Sd3pipeError
 from sd3pipe.file_stamps import FileStamps
 from sd3pipe.memory.choosing import Freedom, Limits, fitting_settings
 from sd3pipe.memory.plan import PROCESS_BYTES, Settings, Workload, adapter_bytes_per_weight, option_text, predict
-from sd3pipe.memory.sizes import adapter_weights, image_tokens, model_size
+from sd3pipe.memory.sizes import image_tokens, model_size
 from sd3pipe.models.hub import is_hub_id
 from sd3pipe.models.row_sizes import known_text_sizes, known_vae, t5_tokens_at_most, text_advice, text_bytes
+from sd3pipe.models.shapes import linear_sizes
 from sd3pipe.models.sources import find_component
 from sd3pipe.models.text_architecture import ENCODERS
 from sd3pipe.params.caption import CaptionParams
@@ -124,7 +127,7 @@ def _train(options: TrainParams, project: Project, found: Ahead) -> None:
     is_remote = is_hub_id(options.model) and not Path(options.model).expanduser().exists()
     if options.mmdit is not None or not is_remote:  # which would take the network
         shapes = find_component("mmdit", model=options.model, file=options.mmdit).shapes()
-        weights = adapter_weights(shapes, options.adapter.network_dim, options.adapter.adapter_type)
+        weights = adapter_weights(linear_sizes(shapes), described_adapter(options.adapter))
         saved = batches.max_train_steps // every if every else 1
         found.disk_bytes = 4 * weights * (saved + 1) + _KEPT_STATES * 8 * weights
         found.facts += _memory(options, shapes, weights, project)
@@ -146,7 +149,7 @@ def _memory(
         batch=options.batches.train_batch_size,
         accumulation=options.batches.gradient_accumulation_steps,
         adapter_weights=weights,
-        adapter_rank=options.adapter.network_dim,
+        adapter_rank=activation_rank(described_adapter(options.adapter)),
         adapter_bytes_per_weight=adapter_bytes_per_weight(options.optimizer.optimizer_type),
     )
     is_open = options.memory.blocks_to_swap == "auto"

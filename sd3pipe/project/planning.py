@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
+from sd3pipe.adapters.options import described_adapter
+from sd3pipe.adapters.weights import activation_rank, adapter_weights
 from sd3pipe.config import Project
 from sd3pipe.console import readable_bytes, readable_seconds
 from sd3pipe.errors import ParameterError
 from sd3pipe.memory.choosing import Freedom, Limits, PlanRow, alternatives, fitting_settings
 from sd3pipe.memory.plan import Prediction, Rates, Settings, Workload, adapter_bytes_per_weight, option_text, predict
-from sd3pipe.memory.sizes import ModelSize, adapter_weights, image_tokens, model_size
+from sd3pipe.memory.sizes import ModelSize, image_tokens, model_size
 from sd3pipe.models.architecture import mmdit_architecture
 from sd3pipe.models.sources import find_component
 from sd3pipe.params.command_line import load_stage_models
@@ -19,6 +21,7 @@ from sd3pipe.params.plan import PlanParams
 from sd3pipe.params.resolve import resolve
 from sd3pipe.params.train import TrainParams
 from sd3pipe.project.amounts import read_amounts
+from sd3pipe.rules.adapter import AdapterRules
 from sd3pipe.rules.memory import MemoryRules
 from sd3pipe.words import CLIP_TOKENS, MMDiTVariant
 
@@ -77,10 +80,13 @@ class Plan:
         return lines
 
 
-def with_options_of_training(params: PlanParams, project: Project) -> PlanParams:
-    """Returns the options with those of the project's training where they were not given. Raises ParameterError."""
-    if not project.stage_file("train").is_file():
-        return params
+def with_options_of_training(params: PlanParams, project: Project | None) -> tuple[PlanParams, AdapterRules]:
+    """Returns the options with those of the project's training where they were not given, and the adapter.
+
+    Raises ParameterError.
+    """
+    if project is None or not project.stage_file("train").is_file():
+        return params, AdapterRules(network_dim=params.network_dim, adapter_type=params.adapter_type)
     given = {"model": str(params.model or params.mmdit), "allow_code": True}  # of which nothing is imported here
     train = resolve(TrainParams, "train", given, project=project, stage_models=load_stage_models)
     shared = PlanParams.model_fields.keys() & train.model_fields_set - params.model_fields_set
@@ -88,11 +94,13 @@ def with_options_of_training(params: PlanParams, project: Project) -> PlanParams
         shared.discard("mmdit")
     if train.mixed_precision == "auto":  # which is for the card to say
         shared.discard("mixed_precision")
-    return params.model_copy(update={name: getattr(train, name) for name in shared})
+    params = params.model_copy(update={name: getattr(train, name) for name in shared})
+    adapter = dataclasses.replace(train.adapter, network_dim=params.network_dim, adapter_type=params.adapter_type)
+    return params, adapter
 
 
-def make_plan(params: PlanParams, *, t5_tokens: int, disk: Mapping[str, int]) -> Plan:
-    """Returns the plan for texts of so many T5 tokens; `disk` is what caches take.
+def make_plan(params: PlanParams, adapter: AdapterRules, *, t5_tokens: int, disk: Mapping[str, int]) -> Plan:
+    """Returns the plan for an adapter and texts of so many T5 tokens; `disk` is what caches take.
 
     Raises InputError, and ParameterError for more blocks than there are.
     """
@@ -100,15 +108,15 @@ def make_plan(params: PlanParams, *, t5_tokens: int, disk: Mapping[str, int]) ->
         raise ParameterError("sd3pipe plan needs --model or --mmdit: a checkpoint file, a diffusers folder or a hub id")
     size_px = params.size_px or (_USUAL_PX if params.dataset is None else read_amounts(params.dataset).largest_px)
     source = find_component("mmdit", model=params.model, file=params.mmdit)
-    variant, shapes = mmdit_architecture(source).variant, source.shapes()
-    model = model_size(shapes)
+    architecture, spec = mmdit_architecture(source), described_adapter(adapter)
+    model, sizes = model_size(source.shapes()), architecture.linear_sizes()
     work = Workload(
         image_tokens=image_tokens(*size_px),
         text_tokens=CLIP_TOKENS + t5_tokens,
         batch=params.train_batch_size,
         accumulation=params.gradient_accumulation_steps,
-        adapter_weights=adapter_weights(shapes, params.network_dim, params.adapter_type),
-        adapter_rank=params.network_dim,
+        adapter_weights=adapter_weights(sizes, spec),
+        adapter_rank=activation_rank(spec),
         adapter_bytes_per_weight=adapter_bytes_per_weight(params.optimizer_type),
     )
     dtype_bytes = 4 if params.mixed_precision == "no" else 2
@@ -123,7 +131,7 @@ def make_plan(params: PlanParams, *, t5_tokens: int, disk: Mapping[str, int]) ->
         )
     chosen, others = _chosen(params, model, work, wanted, rates)
     return Plan(
-        variant=variant,
+        variant=architecture.variant,
         model=model,
         rows=[(settings, predict(model, work, settings, rates)) for settings in _shown(params, model.depth, wanted)],
         chosen=chosen,

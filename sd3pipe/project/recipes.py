@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sd3pipe.adapters.targets import AdapterSpec
+from sd3pipe.adapters.weights import adapter_weights
 from sd3pipe.console import count
 from sd3pipe.errors import InputError
 from sd3pipe.memory.choosing import Limits, fitting_settings
 from sd3pipe.memory.plan import Settings, Workload, adapter_bytes_per_weight
-from sd3pipe.memory.sizes import adapter_weights, image_tokens, model_size
+from sd3pipe.memory.sizes import image_tokens, model_size
+from sd3pipe.models.shapes import linear_sizes
 from sd3pipe.words import Goal, Variant
 
 
@@ -139,7 +142,7 @@ def fitting_advice(
     work = Workload(
         image_tokens=image_tokens(resolution, resolution),
         batch=batch,
-        adapter_weights=adapter_weights(shapes, _RANK),
+        adapter_weights=adapter_weights(linear_sizes(shapes), AdapterSpec(rank=_RANK)),
         adapter_rank=_RANK,
         adapter_bytes_per_weight=adapter_bytes_per_weight(optimizer),
     )

@@ -10,7 +10,7 @@ from sd3pipe.words import Algorithm
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterRules:
-    """The adapter as the user describes it; `sd3pipe.training.adapter_options` reads it."""
+    """The adapter as the user describes it; `sd3pipe.adapters.options` reads it."""
 
     network_dim: int = rule(16, "Rank of the adapter; of an OFT the largest width of its blocks.", ge=1)
     network_alpha: float | None = rule(

@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from sd3pipe.adapters.options import network_args, pattern_rules
 from sd3pipe.config import Project, flatten, read_toml
 from sd3pipe.documents import DocumentError, parse_json, read_text
 from sd3pipe.errors import ParameterError
@@ -22,7 +23,7 @@ from sd3pipe.params.stage_edit import edited_stage_file
 from sd3pipe.params.stage_file import belongs, render_stage_file
 from sd3pipe.params.train import TrainParams
 from sd3pipe.problems import reason
-from sd3pipe.training.key_values import network_args, parse_args, pattern_rules
+from sd3pipe.training.key_values import parse_args
 from sd3pipe.training.schedules import make_schedule
 
 _WORD = TypeAdapter(str)

@@ -18,7 +18,7 @@ _LIKE_LORA = ("lora", "tlora")
 
 
 def kept_beside_lora(architecture: MMDiTArchitecture, spec: AdapterSpec, work: Workload, dtype: torch.dtype) -> int:
-    """Returns how many bytes more one block keeps with an adapter of this kind than with a LoRA of its rank.
+    """Returns how many bytes more one block keeps with an adapter of this kind than with a LoRA of the work's rank.
 
     Both are counted in a forward pass of the first block, of tensors that have shapes and no data.
     """
@@ -26,7 +26,9 @@ def kept_beside_lora(architecture: MMDiTArchitecture, spec: AdapterSpec, work: W
         return 0
     from torch._subclasses.fake_tensor import FakeTensorMode  # half a second that a LoRA does not wait
 
-    lora = AdapterSpec(rank=spec.rank, part_ranks=spec.part_ranks, blocks="0")
+    rank = max(1, work.adapter_rank)  # of 0 there would be no layer
+    left_out = {part: rank if given else 0 for part, given in spec.part_ranks.items()}
+    lora = AdapterSpec(rank=rank, part_ranks=left_out, blocks="0")
     with FakeTensorMode():
         try:
             ours = _kept_bytes(architecture, replace(spec, blocks="0", embedder_ranks=()), work, dtype)

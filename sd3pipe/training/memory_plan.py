@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 
 from sd3pipe.adapters.kind import AdapterLayer
 from sd3pipe.adapters.kinds import KINDS
-from sd3pipe.adapters.network import trained_shapes
+from sd3pipe.adapters.weights import activation_rank, adapter_weights
 from sd3pipe.console import readable_bytes
 from sd3pipe.device_memory import memory_errors, peak_rss_bytes, share_of_memory, usable_device_bytes
 from sd3pipe.errors import DeviceMemoryError, ParameterError
@@ -92,14 +91,14 @@ def run_memory(
 
     Raises ParameterError and DeviceMemoryError.
     """
-    spec = adapter_spec(params.adapter, seed=params.seed)
+    spec, sizes = adapter_spec(params.adapter, seed=params.seed), architecture.linear_sizes()
     work = Workload(
         image_tokens=max(image_tokens(width, height) for width, height in resolutions_px),
         text_tokens=text_tokens,
         batch=params.batches.train_batch_size,
         accumulation=params.batches.gradient_accumulation_steps,
-        adapter_weights=sum(map(math.prod, trained_shapes(architecture.linear_sizes(), spec))),
-        adapter_rank=params.adapter.network_dim,
+        adapter_weights=adapter_weights(sizes, spec),
+        adapter_rank=activation_rank(spec),
         adapter_bytes_per_weight=adapter_bytes_per_weight(params.optimizer.optimizer_type),
     )
     work = replace(work, adapter_kept_bytes=kept_beside_lora(architecture, spec, work, dtype))

@@ -25,7 +25,8 @@ from sd3pipe.training.checkpoints import (
     write_checkpoint,
 )
 from sd3pipe.training.description import adapter_metadata
-from sd3pipe.training.optimizers import export_state, import_state, parse_args
+from sd3pipe.training.key_values import parse_args
+from sd3pipe.training.optimizers import export_state, import_state
 from sd3pipe.training.records import forget_after
 from sd3pipe.training.run import Run, TrainedModel
 from sd3pipe.training.state_file import Progressed, read_state, write_state

@@ -14,8 +14,9 @@ import torch
 
 from sd3pipe.adapters.files import read_adapter
 from sd3pipe.adapters.kinds import check_option, check_spec
-from sd3pipe.adapters.network import AdapterNetwork, attach, attach_deltas, check_fit, merge_into, trained_shapes
+from sd3pipe.adapters.network import AdapterNetwork, attach, attach_deltas, check_fit, merge_into
 from sd3pipe.adapters.targets import AdapterSpec, learning_rates, target_ranks
+from sd3pipe.adapters.weights import trained_shapes
 from sd3pipe.cores import usable_cores
 from sd3pipe.diffusion.base_model import load_base
 from sd3pipe.diffusion.precision import BASE_DTYPES

@@ -9,13 +9,15 @@ from torch import nn
 from torch.nn import functional
 
 from sd3pipe.adapters.dora import DoRA
-from sd3pipe.adapters.dropout import BatchState, DropoutRates, kept, uniform
+from sd3pipe.adapters.dropout import BatchState, kept, uniform
 from sd3pipe.adapters.kind import LayerSetup
 from sd3pipe.adapters.loha import LoHa
-from sd3pipe.adapters.lokr import LoKr, factor_pair, lokr_shapes
+from sd3pipe.adapters.lokr import LoKr
 from sd3pipe.adapters.lora import LoRA, SplitLoRA
 from sd3pipe.adapters.oft import OFT
 from sd3pipe.adapters.oftv2 import OFTv2
+from sd3pipe.adapters.targets import DropoutRates
+from sd3pipe.adapters.weights import factor_pair, lokr_shapes
 from sd3pipe.errors import InputError
 from sd3pipe.models.linear import Linear
 

@@ -6,11 +6,10 @@ import pytest
 import torch
 from support.tiny_mmdit import random_inputs, tiny_architecture, tiny_mmdit
 
-from sd3pipe.adapters.dropout import DropoutRates
 from sd3pipe.adapters.kinds import check_spec
 from sd3pipe.adapters.lora import SplitLoRA
 from sd3pipe.adapters.network import attach, attach_deltas, merge_into
-from sd3pipe.adapters.targets import EMBEDDERS, AdapterSpec, parse_blocks, part_of, target_ranks
+from sd3pipe.adapters.targets import EMBEDDERS, AdapterSpec, DropoutRates, parse_blocks, part_of, target_ranks
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.models.architecture import MMDiTArchitecture
 from sd3pipe.models.mmdit import MMDiT

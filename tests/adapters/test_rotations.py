@@ -23,9 +23,10 @@ from sd3pipe.adapters.forms import parse
 from sd3pipe.adapters.full import FullDelta
 from sd3pipe.adapters.fusing import rows_of_part, swapped_halves
 from sd3pipe.adapters.network import attach, attach_deltas
-from sd3pipe.adapters.oft import OFTDelta, block_width
+from sd3pipe.adapters.oft import OFTDelta
 from sd3pipe.adapters.oftv2 import OFTv2Delta
 from sd3pipe.adapters.targets import AdapterSpec
+from sd3pipe.adapters.weights import block_width
 from sd3pipe.errors import InputError, ParameterError
 
 WIDTH = 192

@@ -6,8 +6,11 @@ import struct
 
 import pytest
 from PIL import Image
+from support.public_models import PUBLIC_ARCHITECTURES
 
 from sd3pipe import cli
+from sd3pipe.adapters.targets import AdapterSpec
+from sd3pipe.adapters.weights import adapter_weights
 from sd3pipe.demo.base_files import MODEL, TOKENIZERS
 from sd3pipe.models import row_sizes
 from sd3pipe.models.architecture import MMDiTArchitecture
@@ -63,6 +66,22 @@ def test_json_holds_every_part(large_file, capsys):
     assert row["device_bytes"] == sum(row["device_parts"].values()) < 6e9
     assert row["seconds_per_step"] is None  # no --tflops
     assert answer["fits"] == row
+
+
+@pytest.mark.parametrize(("dim", "factor"), [(16, -1), (256, -1), (100_000, 8)])
+def test_an_adapter_is_counted_as_train_has_it(large_file, tmp_path, capsys, monkeypatch, dim, factor):
+    """A rank that no layer has asks a LoKr for whole factors; lokr_factor stands in the file of the training."""
+    monkeypatch.chdir(tmp_path)
+    names = ("caches", "run", "export")
+    (tmp_path / "project.toml").write_text("[paths]\n" + "".join(f'{name} = "{name}"\n' for name in names))
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages/train.toml").write_text(f'adapter_type = "lokr"\nnetwork_args = ["lokr_factor={factor}"]\n')
+    arguments = ["plan", "--model", str(large_file), "--blocks-to-swap", "0", "--network-dim", str(dim), "--json"]
+    assert cli.run(arguments) == 0
+    (row,) = json.loads(capsys.readouterr().out)["settings"]
+    spec = AdapterSpec(algorithm="lokr", rank=dim, lokr_factor=factor)
+    weights = adapter_weights(PUBLIC_ARCHITECTURES["sd35-large"].linear_sizes(), spec)
+    assert row["device_parts"]["adapter and optimizer"] == 16 * weights < 2.1e9
 
 
 def test_a_card_that_is_too_small_is_said_so(large_file, capsys):

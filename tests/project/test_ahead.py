@@ -54,6 +54,16 @@ def test_memory_is_told_for_as_many_t5_tokens_as_encode_text_makes(monkeypatch, 
     assert told[0] != told[1]
 
 
+def test_whole_lokr_factors_take_the_disk_that_they_have(monkeypatch):
+    """A rank that no layer has asks for them; network_args says how large they are."""
+    lokr = {**PATHS, "adapter_type": "lokr", "network_dim": 100_000}
+    of_factor = [
+        ahead(TrainParams(**lokr, network_args=(f"lokr_factor={factor}",)), PROJECT).disk_bytes for factor in (2, 8)
+    ]
+    full = ahead(TrainParams(**PATHS, adapter_type="lora", network_dim=128), PROJECT).disk_bytes
+    assert of_factor[1] < of_factor[0] < full
+
+
 PUBLISHED = "stabilityai/stable-diffusion-3.5-large"  # asked for nothing: the published sizes are known
 
 

@@ -6,11 +6,12 @@ from sd3pipe.adapters.dora import DoRADelta
 from sd3pipe.adapters.full import FullDelta
 from sd3pipe.adapters.kind import Delta
 from sd3pipe.adapters.loha import LoHaDelta
-from sd3pipe.adapters.lokr import LoKrDelta, lokr_shapes
+from sd3pipe.adapters.lokr import LoKrDelta
 from sd3pipe.adapters.lora import LoRADelta
-from sd3pipe.adapters.oft import OFTDelta, block_width
+from sd3pipe.adapters.oft import OFTDelta
 from sd3pipe.adapters.oftv2 import OFTv2Delta
 from sd3pipe.adapters.tlora import TLoRADelta
+from sd3pipe.adapters.weights import block_width, lokr_shapes
 from sd3pipe.models.architecture import MMDiTArchitecture
 
 RANKS = (2, 3, 5)  # by turns, so that neighbours differ

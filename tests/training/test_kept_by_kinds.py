@@ -1,18 +1,19 @@
 """What each kind of adapter keeps for the backward pass is in the plan, whatever its layers compute."""
 
-import math
 from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
 from support.new_memory import NewMemory
+from support.public_models import PUBLIC_ARCHITECTURES
 from support.tiny_mmdit import tiny_architecture, tiny_mmdit
 
-from sd3pipe.adapters.network import attach, trained_shapes
+from sd3pipe.adapters.network import attach
 from sd3pipe.adapters.targets import BLOCK_PARTS, AdapterSpec
+from sd3pipe.adapters.weights import activation_rank, adapter_weights, trained_shapes
 from sd3pipe.memory.plan import Settings, Workload, predict
-from sd3pipe.memory.sizes import Tokens, adapter_weights, kept_bytes, model_size
+from sd3pipe.memory.sizes import Tokens, kept_bytes, model_size
 from sd3pipe.params.train import TrainParams
 from sd3pipe.training.kept_by_kinds import kept_beside_lora
 from sd3pipe.training.memory_plan import run_memory
@@ -33,11 +34,12 @@ def test_a_block_keeps_as_many_bytes_as_the_plan_says(variant, kind):
         streams += block.modulation(torch.randn(1, width))
     inputs = [tensor.requires_grad_() for tensor in streams]
     size = model_size(model.architecture.shapes())
-    tokens = Tokens(width=width, image=128, text=32, dtype_bytes=4, rank=RANK, qk_norm=size.qk_norm)
+    work = replace(WORK, adapter_rank=activation_rank(spec))
+    tokens = Tokens(width=width, image=128, text=32, dtype_bytes=4, rank=work.adapter_rank, qk_norm=size.qk_norm)
     with NewMemory([*block.parameters(), *network.parameters(), *inputs]) as memory:
         outputs = block(*inputs)
     found = memory.bytes() - sum(tensor.nbytes for tensor in outputs) + tokens.input_bytes
-    more = kept_beside_lora(model.architecture, spec, WORK, torch.float32)
+    more = kept_beside_lora(model.architecture, spec, work, torch.float32)
     assert kept_bytes(size.blocks[0], tokens, "all") + more == pytest.approx(found, rel=0.02)
 
 
@@ -90,12 +92,33 @@ def test_weights_are_counted_as_they_are_trained(variant, name, kind):
     assert model.architecture.linear_sizes() == sizes
 
 
-@pytest.mark.parametrize("kind", get_args(Algorithm))
-def test_the_forecast_of_run_is_no_lower(kind):
-    architecture = tiny_architecture("sd35-large")
-    found = sum(map(math.prod, trained_shapes(architecture.linear_sizes(), AdapterSpec(algorithm=kind, rank=RANK))))
-    forecast = adapter_weights(architecture.shapes(), RANK, kind)
-    assert found == forecast if kind in ("lora", "tlora", "dora", "loha") else found < forecast
+def test_whole_lokr_factors_are_counted_as_they_are():
+    """LyCORIS' users ask for them by a rank that no layer has."""
+    architecture = PUBLIC_ARCHITECTURES["sd35-medium"]
+    spec = AdapterSpec(algorithm="lokr", rank=100_000, lokr_factor=8)
+    sizes = architecture.linear_sizes()
+    in_blocks = [size for path, size in sizes.items() if path.startswith("joint_blocks")]
+    weights = sum(8 * 8 + (rows // 8) * (columns // 8) for rows, columns in in_blocks)
+    assert adapter_weights(sizes, spec) == weights < 35e6
+    assert activation_rank(spec) == 0
+
+
+def test_train_plans_whole_lokr_factors_like_those_of_a_smaller_rank():
+    plans = [
+        run_memory(
+            TrainParams(
+                model="base", text="text", latents="latents", out="run", adapter_type="lokr", network_dim=rank,
+                network_args=("lokr_factor=4",),
+            ),
+            tiny_architecture("sd35-large"),
+            resolutions_px=[(64, 64)],
+            text_tokens=32,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        )
+        for rank in (512, 100_000)
+    ]  # fmt: skip
+    assert plans[0].work == plans[1].work
 
 
 def test_weights_of_split_projections_are_counted():

@@ -9,10 +9,10 @@ import pytest
 from safetensors import safe_open
 from support.tiny_training import Inputs, Picture, Run, make_inputs
 
+from sd3pipe.adapters.options import _REFUSED
 from sd3pipe.errors import InputError, ParameterError
 from sd3pipe.params.fields import option_extra
 from sd3pipe.params.train import _ACTS_UNDER, TrainParams, idle_options
-from sd3pipe.training.key_values import _REFUSED
 
 STEPS = 4
 

@@ -45,10 +45,10 @@ def table(ask: Ask) -> dict[str, Any]:
     """Returns plan's own table for a card, with what the stages' files say of a step."""
     given = {name: ask.text(name) for name in _CARD if ask.text(name)}
     read_amounts.cache_clear()  # for a command's life; here files change
-    params = with_options_of_training(resolve(PlanParams, "plan", given, project=ask.project), ask.project)
+    params, adapter = with_options_of_training(resolve(PlanParams, "plan", given, project=ask.project), ask.project)
     t5_tokens = option_values(ask.project, "encode-text")["t5xxl_max_token_length"]
     sizes, advice = _disk(ask)
-    plan = make_plan(params, t5_tokens=t5_tokens, disk=sizes)
+    plan = make_plan(params, adapter, t5_tokens=t5_tokens, disk=sizes)
     chosen = plan.chosen[0] if plan.chosen else None
     rows = [(*cells, settings == chosen) for cells, (settings, _) in zip(plan.cells(), plan.rows, strict=True)]
     verdict = ""
