@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sd3pipe.adapters.network import attach
-from sd3pipe.adapters.targets import AdapterSpec
+from sd3pipe.adapters.targets import AdapterSpec, BlockPart
 from sd3pipe.errors import ParameterError
 from sd3pipe.memory.plan import Workload
 from sd3pipe.models.architecture import MMDiTArchitecture
@@ -27,7 +27,7 @@ def kept_beside_lora(architecture: MMDiTArchitecture, spec: AdapterSpec, work: W
     from torch._subclasses.fake_tensor import FakeTensorMode  # half a second that a LoRA does not wait
 
     rank = max(1, work.adapter_rank)  # of 0 there would be no layer
-    left_out = {part: rank if given else 0 for part, given in spec.part_ranks.items()}
+    left_out: dict[BlockPart, int] = {part: rank if given else 0 for part, given in spec.part_ranks.items()}
     lora = AdapterSpec(rank=rank, part_ranks=left_out, blocks="0")
     with FakeTensorMode():
         try:
