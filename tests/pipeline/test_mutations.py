@@ -86,6 +86,8 @@ def write_pictures(folder: Path) -> None:
 
 def encode(project: Project, monkeypatch) -> tuple[set[str], set[str]]:
     """Runs both encode stages; returns the rows of pictures ("a.png", "a.png flipped") and the texts they encoded."""
+    from sd3pipe.encoding.text_encoding import tokenized as really_tokenized
+
     pictures: list[str] = []
     texts: list[str] = []
     row = {"moments": from_numpy(np.zeros((2, 2), np.float32))}
@@ -95,15 +97,18 @@ def encode(project: Project, monkeypatch) -> tuple[set[str], set[str]]:
             pictures.append(Path(view.picture.name).name + (" flipped" if view.flip else ""))
             yield key, row
 
-    def tokenized(asked, *_):
+    def tokenized(asked, *rest):
         texts.extend(asked)
-        return list(asked), []
+        return really_tokenized(asked, *rest)
 
     with monkeypatch.context() as patch:
         patch.chdir(project.folder)  # the repository is a project with parameters of its own
         patch.setattr("sd3pipe.encoding.latent_rows.encoded_rows", encoded_rows)
         patch.setattr("sd3pipe.encoding.text_encoding.tokenized", tokenized)
-        patch.setattr("sd3pipe.encoding.text_encoding.encoded_texts", lambda tokens, *_: (row for _ in tokens))
+        patch.setattr(
+            "sd3pipe.encoding.text_encoding.encoded_texts",
+            lambda tokens, *_: (row for _ in tokens["t5xxl"].lengths),
+        )
         dataset = project.write_dataset_file()
         model = [f"--model={project.model}", f"--dataset={dataset}"]
         caches = project.folder / "caches"
