@@ -125,7 +125,7 @@ def measure_feed(folder: Path, options: argparse.Namespace) -> str:
     """Prints each round of the feed; returns the best rate in words."""
     folder.mkdir()
     write_photographs(folder / "pics", options.feed_pictures, (1024, 768))
-    pooling = LatentEncoder(Pooling(), batch_size=options.batch, mode="moments", stored_as=torch.float16)  # pyright: ignore[reportArgumentType]
+    pooling = LatentEncoder(Pooling(), batch_size=options.batch, mode="moments", stored_as=torch.float16)
     rates = []
     for number in range(options.rounds):
         with Clock() as clock:

@@ -50,8 +50,8 @@ class LoRAFADelta(LoRADelta):
     title: ClassVar[str] = "LoRA-FA"
     layer_class: ClassVar[type[AdapterLayer]] = LoRAFA
 """
-_GENERIC = '        yield "diffusion_model." + path, Place("comfyui-generic", path)\n'
-_PREFIXED = '        yield "model.diffusion_model." + path, Place("prefixed", path)\n'
+_GENERIC = '        yield "diffusion_model." + path, NativeModule("comfyui-generic", path)\n'
+_PREFIXED = '        yield "model.diffusion_model." + path, NativeModule("prefixed", path)\n'
 ADDITIONS = {
     "an option": Addition(
         edits=(

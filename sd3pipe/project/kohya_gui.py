@@ -31,7 +31,7 @@ _NOT_HANDED_ON = (  # for SD3: Flux's fields
 _OTHER_FAMILIES = {"sdxl": "SDXL", "flux1_checkbox": "Flux", "v2": "Stable Diffusion 2", "lumina_checkbox": "Lumina"}
 _ZERO_COUNTS = ("max_data_loader_n_workers",)  # of others the GUI takes a zero for an empty field
 _ZERO_WAS_MEANT = ("max_grad_norm", "network_alpha", "prior_loss_weight")  # by whoever set it
-_WORDS = ("network_args", "optimizer_args", "lr_scheduler_args")  # without the quotes that they may have
+_WORDS = ("optimizer_args", "lr_scheduler_args")  # without the quotes that they may have
 _IN_NETWORK_ARGS = (
     "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio", "rank_dropout", "module_dropout",
 )  # fmt: skip
@@ -117,7 +117,7 @@ def _steps(settings: Mapping[str, Any]) -> dict[str, Any]:
         given["max_train_epochs"] = settings["max_train_epochs"]
     elif _says_something("max_train_steps", settings.get("max_train_steps")):
         given["max_train_epochs"] = None
-    elif settings.get("dataset_config"):
+    elif settings.get("dataset_config") and settings.get("epoch"):
         given["max_train_epochs"] = None
         steps = OPTIONS["max_train_steps"].default
         log.warning("epoch: counts where train_data_dir says the pictures; with dataset_config it is %d steps", steps)

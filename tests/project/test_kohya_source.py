@@ -188,6 +188,8 @@ def test_epochs_of_the_gui_count_for_folders_of_pictures_alone(tmp_path, caplog)
     assert "with dataset_config it is 1600 steps" in caplog.text
     assert "max_train_epochs" not in translate(given).values["train"]
     assert gui(tmp_path, epoch=3, dataset_config="d.toml", max_train_steps=50)["max_train_steps"] == 50
+    caplog.clear()
+    assert gui(tmp_path, dataset_config="d.toml") and not caplog.text
 
 
 def test_zeros_that_the_gui_hands_to_nobody_are_said(tmp_path, caplog):
